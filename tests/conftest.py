@@ -7,6 +7,8 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,11 +120,15 @@ def ending_model(tmp_path_factory: pytest.TempPathFactory, model_folder: str) ->
 
 @pytest.fixture(scope="session")
 def load_model(model_folder: str) -> Callable[..., Any]:
-    """Function that loads a fresh copy of `model_folder`, for tests that change the model."""
+    """Function that returns a fresh copy of `model_folder`, for tests that change the model."""
     from vlm_calibration.models.loading import BaseModel, load_base
 
-    def load(attn_implementation: str | None = None) -> Any:
+    @cache
+    def loaded(attn_implementation: str | None) -> Any:
         return load_base(BaseModel(model_folder, dtype="float32", attn_implementation=attn_implementation))
+
+    def load(attn_implementation: str | None = None) -> Any:
+        return deepcopy(loaded(attn_implementation))
 
     return load
 

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_calibration.app import serve, view
-from vlm_calibration.app.page import PageHandlers, build_page
+from vlm_calibration.app import serve
+from vlm_calibration.app.page import EDITOR_SIDE, PageHandlers, answer_rows, plain
 from vlm_calibration.app.subject import (
     DRAWN,
-    EDITOR_SIDE,
     MAX_PIXELS,
     MAX_UPLOAD,
     WHOLE,
@@ -57,7 +56,7 @@ def test_answers_are_those_of_the_models(handlers: PageHandlers, calibrated: Cal
         BASE: calibrated.ask(image, question, as_base=True),
         CALIBRATED: calibrated.ask(image, question),
     }
-    assert rows == view.answer_rows(asked)
+    assert rows == answer_rows(asked)
     assert message == ""
 
 
@@ -115,6 +114,9 @@ def test_a_question_is_flagged_for_the_demo_model_alone(tmp_path: Path, handlers
     assert rows == []
     assert "does not know the word 'zebra'" in message
     assert handlers.curve(SUBJECT, KEY, None, zebra, "noise") is None
+    seen, rows, message = handlers.answer(SUBJECT, KEY, None, " ", "noise", 100)
+    assert seen is not None
+    assert (rows, message) == ([], "Ask a question.")
     (tmp_path / "own").symlink_to(DEMO_MODEL)
     own = PageHandlers(load_calibrated(str(tmp_path / "own"), device="cpu"))
     if not own.model.is_demo:
@@ -177,7 +179,7 @@ def test_the_report_is_isolated(handlers: PageHandlers) -> None:
 
 
 def test_texts_of_visitors_are_shown_as_they_are() -> None:
-    assert view.plain("<b>no</b> [link](x) *") == r"&lt;b&gt;no&lt;/b&gt; \[link\]\(x\) \*."
+    assert plain("<b>no</b> [link](x) *") == r"&lt;b&gt;no&lt;/b&gt; \[link\]\(x\) \*."
 
 
 @pytest.mark.parametrize(
@@ -194,10 +196,10 @@ def test_an_answer_says_whether_it_may_be_given_and_why(
 ) -> None:
     rule = AppliedRule(threshold, "verbalized", confidence, "", "At most 5% ...")
     answer = Answer("Yes", "Yes", confidence, None, {}, "yes_no", rule=rule)
-    [[model, text, stated, expected, decision]] = view.answer_rows({CALIBRATED: answer})
+    [[model, text, stated, expected, decision]] = answer_rows({CALIBRATED: answer})
     assert (model, text, expected, decision) == ("Calibrated model", "Yes", "none", says)
     assert stated == ("none" if confidence is None else f"{confidence:.0%}")
-    assert view.answer_rows({CALIBRATED: replace(answer, rule=None)})[0][-1] == ""
+    assert answer_rows({CALIBRATED: replace(answer, rule=None)})[0][-1] == ""
 
 
 def test_the_page_is_served_to_this_machine_alone(handlers: PageHandlers) -> None:
@@ -207,4 +209,3 @@ def test_the_page_is_served_to_this_machine_alone(handlers: PageHandlers) -> Non
     hosts, _ = settings["app_kwargs"]["middleware"]
     assert set(hosts.kwargs["allowed_hosts"]) == {"127.0.0.1", "localhost"}
     assert page.blocks
-    assert build_page(handlers).blocks

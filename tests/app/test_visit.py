@@ -18,8 +18,8 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from vlm_calibration import cli
+from vlm_calibration.app.page import answer_rows
 from vlm_calibration.app.subject import demo_subject
-from vlm_calibration.app.view import answer_rows
 from vlm_calibration.inference.model import BASE, CALIBRATED, DEMO_MODEL, CalibratedModel
 
 from ..command_line import LIMIT, restore_sigint

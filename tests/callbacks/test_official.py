@@ -232,7 +232,7 @@ def test_amber(
     ],
 )
 def test_a_mistake_ends_in_one_line_before_anything_runs(
-    run: Callable[..., Ended],
+    call: Callable[..., Ended],
     evaluation: Callable[..., list[str]],
     files: Path,
     tmp_path: Path,
@@ -253,7 +253,7 @@ def test_a_mistake_ends_in_one_line_before_anything_runs(
         config = yaml.safe_load((tmp_path / "eval.yaml").read_text())
         config["trainer"]["callbacks"] = config["trainer"]["callbacks"][1::-1]
         (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
-    ended = run(*arguments)
+    ended = call(*arguments)
     assert ended.error().startswith(says.format(data=files))
     assert ended.status == 1
     assert not list((tmp_path / "eval").rglob("*.jsonl"))

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 
-from vlm_calibration.callbacks.official import OfficialScores, benchmark_splits
+from vlm_calibration.callbacks.official import OfficialScores
 from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
@@ -45,7 +45,3 @@ def test_official_scores_need_written_predictions() -> None:
     trainer = L.Trainer(callbacks=[callback], logger=False, accelerator="cpu")
     with pytest.raises(DataError, match="OfficialScores needs a PredictionWriter before it"):
         callback.setup(trainer, L.LightningModule(), "test")
-
-
-def test_only_the_questions_of_benchmarks_have_official_scores() -> None:
-    assert benchmark_splits({"mine": EvalSplit(DemoSource("test", 1))}) == {}

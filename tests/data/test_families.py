@@ -23,8 +23,8 @@ from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.models.adapters import layer_parts
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.models.parts import layer_parts
 from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import render_response

@@ -16,7 +16,7 @@ import yaml
 from scipy.stats import fisher_exact
 
 from vlm_calibration.callbacks.regions import write_rows
-from vlm_calibration.demo.hard import HARD_KINDS
+from vlm_calibration.demo.scenes import HARD_KINDS
 from vlm_calibration.demo.shifts import SHIFTS
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.level_table import read_table

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from vlm_calibration.demo.questions import (
     absent_class,
     scene_queries,
     scene_seed,
-    with_article,
 )
 from vlm_calibration.demo.scenes import (
     CLASSES,
@@ -24,8 +23,6 @@ from vlm_calibration.demo.scenes import (
     GLYPHS,
     SCENE_SIZE,
     THEMES,
-    _background,
-    _draw_layout,
     class_weights,
     render_scene,
     scene_layout,
@@ -69,33 +66,10 @@ def test_scenes_are_as_described() -> None:
     assert {name for theme in THEMES.values() for name in theme} <= set(CLASSES)
 
 
-def test_masks_hold_exactly_what_the_objects_colour() -> None:
-    for seed in range(20):
-        scene = render_scene(seed)
-        rng = np.random.default_rng(seed)
-        _draw_layout(rng)
-        background = np.array(_background(rng).convert("RGB"))
-        changed = (scene.image != background).any(axis=-1)
-        covered = np.logical_or.reduce([o.mask for o in scene.objects])
-        assert not changed[~covered].any()
-        assert changed[covered].mean() > 0.98, "faint edges may round to the background colour"
-        assert sum(o.mask.astype(int) for o in scene.objects).max() <= 1
-
-
 def test_every_class_has_a_glyph_of_its_own() -> None:
     looks = {name: picture(GLYPHS[name]).resize((32, 32)).tobytes() for name in CLASSES}
     assert len(set(looks.values())) == len(CLASSES)
     assert all(np.asarray(picture(GLYPHS[name]))[..., 3].any() for name in CLASSES)
-
-
-def test_a_scene_takes_milliseconds() -> None:
-    render_scene(0)
-    times = []
-    for seed in range(100):
-        start = time.perf_counter()
-        render_scene(seed)
-        times.append(time.perf_counter() - start)
-    assert np.median(times) < 0.02
 
 
 def test_frequencies_make_popular_absent_objects_popular() -> None:
@@ -126,8 +100,12 @@ def test_questions_fit_their_scenes() -> None:
         assert (yes.answer, no.answer) == ("Yes", "No")
         assert yes.objects[0] in names
         assert no.objects[0] not in names
-        assert with_article(yes.objects[0]) in yes.question
-        assert with_article(no.objects[0]) in no.question
+        for query in (yes, no):
+            name = query.objects[0]
+            assert (
+                f" {'an' if name in ('elephant', 'apple', 'airplane', 'umbrella') else 'a'} {name}"
+                in query.question
+            )
         asked = next(c for c in CORNERS if c in corner.question)
         corners[asked] += 1
         assert names[in_corners.index(CORNERS.index(asked))] == corner.answer == corner.objects[0]
@@ -142,16 +120,10 @@ def test_splits_share_no_scene_and_no_id() -> None:
     assert len(set(seeds)) == len(seeds)
     ids = [q.id for split in SPLITS for index in range(50) for q in scene_queries(split, index)]
     assert len(set(ids)) == len(ids)
-    pictures = [render_scene(scene_seed(split, 3)).image.tobytes() for split in SPLITS]
-    assert len(set(pictures)) == len(SPLITS)
     with pytest.raises(
         ValueError, match="unknown split 'dev': expected one of train, calibration, development, test"
     ):
         scene_seed("dev", 0)
-
-
-def test_articles() -> None:
-    assert [with_article(n) for n in ("dog", "apple", "umbrella")] == ["a dog", "an apple", "an umbrella"]
 
 
 @pytest.mark.parametrize("name", SHIFTS)
@@ -225,12 +197,9 @@ def test_two_sources_of_one_split_need_not_overlap() -> None:
     assert not {q.id for q in a.queries()} & {q.id for q in b.queries()}
 
 
-@pytest.mark.parametrize("settings", [{"scenes": 0}, {"first": -1}])
-def test_impossible_sources_are_refused(settings: dict[str, int]) -> None:
-    with pytest.raises(DataError, match="needs scenes >= 1 and first >= 0"):
+@pytest.mark.parametrize("settings", [{"scenes": 0}, {"first": -1}, {"hard": -0.1}, {"hard": 1.5}])
+def test_impossible_sources_are_refused_at_once(settings: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=str(*settings.values())):
         DemoSource("train", **settings)
-
-
-def test_an_unknown_split_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="unknown split"):
         DemoSource("dev")

@@ -1,4 +1,4 @@
-"""Tiny vision-language models of thirteen families with random weights, and prompts for them, without a network."""
+"""Tiny vision-language models of twelve families with random weights, and prompts for them, without a network."""
 
 from __future__ import annotations
 
@@ -229,21 +229,6 @@ def _gemma3(spec: Spec) -> tuple[Any, Any]:
     )
 
 
-def _paligemma_of(text: Any, spec: Spec) -> tuple[Any, Any]:
-    return tf.PaliGemmaForConditionalGeneration, tf.PaliGemmaConfig(
-        text_config=text,
-        vision_config=_siglip(projection_dim=spec.width),
-        projection_dim=spec.width,
-        hidden_size=spec.width,
-        image_token_index=spec.image,
-        vocab_size=spec.vocabulary,
-    )
-
-
-def _paligemma(spec: Spec) -> tuple[Any, Any]:
-    return _paligemma_of(tf.GemmaConfig(**spec.text(head_dim=spec.head)), spec)
-
-
 def _paligemma2(spec: Spec) -> tuple[Any, Any]:
     text = tf.Gemma2Config(
         **spec.text(
@@ -254,7 +239,14 @@ def _paligemma2(spec: Spec) -> tuple[Any, Any]:
             final_logit_softcapping=10.0,
         )
     )
-    return _paligemma_of(text, spec)
+    return tf.PaliGemmaForConditionalGeneration, tf.PaliGemmaConfig(
+        text_config=text,
+        vision_config=_siglip(projection_dim=spec.width),
+        projection_dim=spec.width,
+        hidden_size=spec.width,
+        image_token_index=spec.image,
+        vocab_size=spec.vocabulary,
+    )
 
 
 FAMILIES: dict[str, Callable[[Spec], tuple[Any, Any]]] = {
@@ -269,7 +261,6 @@ FAMILIES: dict[str, Callable[[Spec], tuple[Any, Any]]] = {
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
     "gemma3": _gemma3,
-    "paligemma": _paligemma,
     "paligemma2": _paligemma2,
 }
 
@@ -307,31 +298,15 @@ def build(
     return model.eval()
 
 
+LLAVA = ("language_model.model.", "multi_modal_projector.", "vision_tower.vision_model.")
 PUBLISHED = {
-    **dict.fromkeys(
-        ("llava_clip", "llava_siglip", "llava_mistral", "gemma3", "paligemma", "paligemma2"),
-        ("language_model.model.", "multi_modal_projector.", "vision_tower.vision_model."),
-    ),
-    "llava_onevision": (
-        "image_newline",
-        "language_model.model.",
-        "multi_modal_projector.",
-        "vision_tower.vision_model.",
-    ),
-    "internvl": (
-        "language_model.model.",
-        "multi_modal_projector.",
-        "vision_tower.encoder.layer.",
-        "vision_tower.embeddings.",
-    ),
-    **dict.fromkeys(
-        ("idefics3", "smolvlm"),
-        ("model.text_model.", "model.vision_model.", "model.connector.modality_projection."),
-    ),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), ("model.layers.", "model.embed_tokens.", "visual.blocks.")),
-    "qwen3_vl": ("model.language_model.", "model.visual."),
+    "llava_clip": LLAVA,
+    "gemma3": LLAVA,
+    "llava_onevision": ("image_newline", *LLAVA),
+    "smolvlm": ("model.text_model.", "model.vision_model.", "model.connector.modality_projection."),
+    "qwen2_5_vl": ("model.layers.", "model.embed_tokens.", "visual.blocks."),
 }
-"""Beginnings of tensor names in the released checkpoints of each family."""
+"""Beginnings of tensor names in the released checkpoints of a family."""
 
 
 def save_published(family: str, model: Any, folder: Path, max_shard_size: str = "50GB") -> None:
@@ -355,7 +330,7 @@ def randomize_adapters(model: Any, seed: int = 3) -> Any:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with one image.
+    """A prompt with one image, for the families with prompts in these tests: `FOUR` and the other LLaVAs.
 
     Attributes:
         family: key of `FAMILIES`.
@@ -371,9 +346,7 @@ class Prompt:
         """Unpadded inputs of one row, with token types as from the family's processor."""
         ids = torch.tensor([[*self.ids, *response]])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if self.family.startswith("paligemma"):
-            inputs["token_type_ids"] = (torch.arange(ids.shape[1]) >= len(self.ids)).long()[None]
-        elif self.family == "gemma3":
+        if self.family == "gemma3":
             inputs["token_type_ids"] = (ids == IMAGE).long()
         elif self.family.startswith("qwen"):
             inputs["mm_token_type_ids"] = (ids == IMAGE).int()
@@ -393,10 +366,6 @@ def _image(family: str, number: int) -> dict[str, Tensor]:
             "pixel_values": pixels(grid[1] * grid[2], 3 * 2 * 4 * 4),
             "image_grid_thw": torch.tensor([grid]),
         }
-    if family in ("idefics3", "smolvlm"):
-        mask = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
-        mask[..., : [16, 8, 12][number % 3]] = True
-        return {"pixel_values": pixels(1, 1, 3, 16, 16), "pixel_attention_mask": mask}
     if family == "llava_onevision":
         size, tiles = [((16, 16), 2), ((16, 32), 3), ((32, 16), 3)][number % 3]
         values = torch.zeros(1, 3, 3, 16, 16)
@@ -408,7 +377,7 @@ def _image(family: str, number: int) -> dict[str, Tensor]:
 def _n_image_tokens(family: str, number: int) -> int:
     if family.startswith("qwen"):
         return [4, 6, 8][number % 3]
-    if family in ("idefics3", "smolvlm", "internvl", "gemma3"):
+    if family == "gemma3":
         return 4
     if family == "llava_onevision":  # the full image, its tiles, and a token behind each row of tiles
         return 16 + [4 * 5, 4 * 9, 8 * 5][number % 3]
@@ -427,10 +396,7 @@ def new_prompts(family: str, n: int = 3, seed: int = 7) -> list[Prompt]:
     for number in range(n):
         before, behind = words(generator, 1 + number), words(generator, 4 + 3 * number)
         image = [IMAGE] * _n_image_tokens(family, number)
-        if family.startswith("paligemma"):
-            ids = [*image, 1, *behind]
-        else:
-            ids = [*before, BEGIN_OF_IMAGE, *image, END_OF_IMAGE, *behind]
+        ids = [*before, BEGIN_OF_IMAGE, *image, END_OF_IMAGE, *behind]
         prompts.append(Prompt(family, ids, _image(family, number)))
     return prompts
 

@@ -24,23 +24,19 @@ class Published:
     config: Callable[[], Any]
 
 
-SO400M: dict[str, Any] = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-}
+def sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int | None = None
+) -> dict[str, Any]:
+    """Sizes of a transformer."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    attention = {} if key_value_heads is None else {"num_key_value_heads": key_value_heads}
+    return dict(zip(keys, (hidden, intermediate, layers, heads), strict=True)) | attention
+
+
+SO400M: dict[str, Any] = {**sizes(1152, 4304, 27, 16), "patch_size": 14}
 """The SigLIP tower of most models."""
 
-QWEN2_7B: dict[str, Any] = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
+QWEN2_7B: dict[str, Any] = {**sizes(3584, 18944, 28, 28, 4), "tie_word_embeddings": False}
 
 
 def _smolvlm(tied_to: dict[str, Any], **vision: Any) -> tf.SmolVLMConfig:
@@ -56,46 +52,19 @@ def _smolvlm(tied_to: dict[str, Any], **vision: Any) -> tf.SmolVLMConfig:
 
 
 def _smolvlm_small(**text: Any) -> tf.SmolVLMConfig:
-    return _smolvlm(
-        text,
-        scale_factor=4,
-        image_size=512,
-        patch_size=16,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-    )
+    return _smolvlm(text, scale_factor=4, image_size=512, patch_size=16, **sizes(768, 3072, 12, 12))
 
 
 def smolvlm2_256m() -> tf.SmolVLMConfig:
-    return _smolvlm_small(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    )
+    return _smolvlm_small(**sizes(576, 1536, 30, 9, 3))
 
 
 def smolvlm2_500m() -> tf.SmolVLMConfig:
-    return _smolvlm_small(
-        hidden_size=960,
-        intermediate_size=2560,
-        num_hidden_layers=32,
-        num_attention_heads=15,
-        num_key_value_heads=5,
-    )
+    return _smolvlm_small(**sizes(960, 2560, 32, 15, 5))
 
 
 def smolvlm2_2_2b() -> tf.SmolVLMConfig:
-    text = {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    }
+    text = sizes(2048, 8192, 24, 32, 32)
     return _smolvlm(text, scale_factor=3, image_size=384, **SO400M)
 
 
@@ -120,16 +89,7 @@ def _qwen2_5_vl(vision_width: int, **text: Any) -> tf.Qwen2_5_VLConfig:
 
 
 def qwen2_5_vl_3b() -> tf.Qwen2_5_VLConfig:
-    return _qwen2_5_vl(
-        2048,
-        hidden_size=2048,
-        intermediate_size=11008,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    )
+    return _qwen2_5_vl(2048, **sizes(2048, 11008, 36, 16, 2), vocab_size=151936, tie_word_embeddings=True)
 
 
 def qwen2_5_vl_7b() -> tf.Qwen2_5_VLConfig:
@@ -180,14 +140,7 @@ def qwen3_vl_8b() -> tf.Qwen3VLConfig:
 
 
 def _internvl3(**text: Any) -> tf.InternVLConfig:
-    vision = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": [448, 448],
-        "patch_size": [14, 14],
-    }
+    vision = {**sizes(1024, 4096, 24, 16), "image_size": [448, 448], "patch_size": [14, 14]}
     return tf.InternVLConfig(
         vision_config=vision,
         text_config=tf.Qwen2Config(vocab_size=151674, **text),
@@ -199,14 +152,7 @@ def _internvl3(**text: Any) -> tf.InternVLConfig:
 
 
 def internvl3_2b() -> tf.InternVLConfig:
-    return _internvl3(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
+    return _internvl3(**sizes(1536, 8960, 28, 12, 2), tie_word_embeddings=False)
 
 
 def internvl3_8b() -> tf.InternVLConfig:
@@ -214,22 +160,8 @@ def internvl3_8b() -> tf.InternVLConfig:
 
 
 def llava_1_5_7b() -> tf.LlavaConfig:
-    vision = tf.CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    text = tf.LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32064,
-    )
+    vision = tf.CLIPVisionConfig(**sizes(1024, 4096, 24, 16), image_size=336, patch_size=14)
+    text = tf.LlamaConfig(**sizes(4096, 11008, 32, 32, 32), vocab_size=32064)
     return tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
 
 
@@ -244,14 +176,7 @@ def llava_onevision_7b() -> tf.LlavaOnevisionConfig:
 
 def gemma3_4b() -> tf.Gemma3Config:
     text = tf.Gemma3TextConfig(
-        hidden_size=2560,
-        intermediate_size=10240,
-        num_hidden_layers=34,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        vocab_size=262208,
-        sliding_window=1024,
+        **sizes(2560, 10240, 34, 8, 4), head_dim=256, vocab_size=262208, sliding_window=1024
     )
     vision = tf.SiglipVisionConfig(**SO400M, image_size=896, vision_use_head=False)
     return tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=256)
@@ -259,14 +184,7 @@ def gemma3_4b() -> tf.Gemma3Config:
 
 def paligemma2_3b() -> tf.PaliGemmaConfig:
     text = tf.Gemma2Config(
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        vocab_size=257216,
-        sliding_window=4096,
+        **sizes(2304, 9216, 26, 8, 4), head_dim=256, vocab_size=257216, sliding_window=4096
     )
     vision = tf.SiglipVisionConfig(**SO400M, image_size=448, projection_dim=2304, vision_use_head=False)
     return tf.PaliGemmaConfig(

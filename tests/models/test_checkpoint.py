@@ -15,11 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from vlm_calibration.models.adapters import LoraSettings, attach_lora, load_adapters
+from vlm_calibration.models.adapters import LoraSettings, attach_lora, layer_parts, load_adapters
 from vlm_calibration.models.checkpoint import Checkpoint, find_weights
 from vlm_calibration.models.export import merge_adapter, save_merged
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.models.parts import layer_parts
 from vlm_calibration.records import DataError
 
 from .families import FOUR, build, collated, new_prompts, randomize_adapters, save_published
@@ -133,7 +132,7 @@ def test_weights_files_of_pytorch_become_safetensors(
     adapter_of: Callable[[str], str], tmp_path: Path
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "merged"
-    save_published("paligemma", build("paligemma"), base)
+    save_published("llava_clip", build("llava_clip"), base)
     layout = _layout(base)
     weights = load_file(base / "model.safetensors")
     torch.save(weights, base / "pytorch_model.bin")

@@ -54,6 +54,7 @@ def masks_of(case: Case, attention: str) -> list[Any]:
     before = decoder.config._attn_implementation
     use_in_language_model(unwrap_peft(case.model), attention)
     try:
+        assert why_not_shared(case.model, 100) is None
         with torch.no_grad():
             assert_equal(score_responses(case.model, case.batch, case.responses, "shared"), case)
     finally:
@@ -82,20 +83,7 @@ def expanded(mask: BlockMask) -> Tensor:
     return result
 
 
-def test_likelihoods_are_those_of_each_response_alone(case: Case, uncompiled: None) -> None:
-    base = unwrap_peft(case.model)
-    before = base.get_decoder().config._attn_implementation
-    tower = base.config.vision_config._attn_implementation
-    use_in_language_model(base, FLEX)
-    assert why_not_shared(case.model, 100) is None
-    assert base.config.vision_config._attn_implementation == tower != FLEX
-    with torch.no_grad():
-        for scoring in ("shared", "plain"):
-            assert_equal(score_responses(case.model, case.batch, case.responses, scoring), case)  # type: ignore[arg-type]
-    use_in_language_model(base, before)
-
-
-def test_block_masks_are_the_dense_masks(
+def test_block_masks_are_the_dense_masks_and_score_alike(
     case: Case, uncompiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suffix_masks, "BLOCK", 4)  # so that rows have several blocks
@@ -164,14 +152,6 @@ def test_the_memory_of_a_mask_is_linear_in_the_row(length: int) -> None:
     assert size <= 21 * tokens
     assert size * 20 < 2 * length * tokens, "a dense mask in bfloat16"
     assert live.peak < 3000 * tokens, "while it is made, a value for each token and each query of one block"
-
-
-def test_one_mask_of_a_long_row() -> None:
-    """The size that the documentation of `suffix_masks` names."""
-    segment = packed_segments(4200)[:1]
-    mask = mask_of(segment)
-    tables = [getattr(mask, name) for name in BlockMask._TENSOR_ATTRS if getattr(mask, name) is not None]
-    assert bytes_of(tables) == pytest.approx(18e3, rel=0.05)
 
 
 def test_it_is_refused_without_a_gpu(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.forward import IGNORE, LabelledLogits, labelled_logits, output_head
+from vlm_calibration.models.forward import IGNORE, LabelledLogits, labelled_logits
 
 from .steps import allocated
 
@@ -92,7 +92,7 @@ def test_the_hook_is_gone_afterwards_even_after_an_error(
     load_model: Callable[..., Any], batch: SFTBatch
 ) -> None:
     model = _with_lora(load_model(), checkpointing=False)
-    head = output_head(model)
+    head = model.get_base_model().get_output_embeddings()
     assert head.out_features == model.get_base_model().config.text_config.vocab_size
     with torch.no_grad():
         labelled_logits(model, batch.inputs, batch.labels)

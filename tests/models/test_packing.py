@@ -124,8 +124,10 @@ def packed_queries(queries: Queries) -> Packed:
 
 
 @given(QUERIES)
-def test_packed_rows_hold_every_candidate(queries: Queries) -> None:
+def test_packed_rows_hold_every_candidate_and_no_prediction_twice(queries: Queries) -> None:
     packed = packed_queries(queries)
+    made = zip(*(x.tolist() for x in (packed.rows, packed.positions, packed.targets)), strict=True)
+    assert len(set(made)) == len(packed.rows)
     ids, segment, shift = packed.inputs["input_ids"], packed.segment, packed.shift
     assert ids.shape == segment.shape == shift.shape
     position = torch.arange(ids.shape[1]) - shift
@@ -161,12 +163,3 @@ def test_packed_rows_hold_every_candidate(queries: Queries) -> None:
             assert ids[b, columns].tolist() == [prompt[-1], *response[:-1]]
     widest = max(len(prompt) for prompt, _ in queries) + 1
     assert packed.inputs["pixel_values"].shape == (len(queries), widest), "unchanged"
-
-
-@given(QUERIES)
-def test_no_prediction_is_made_twice(queries: Queries) -> None:
-    packed = packed_queries(queries)
-    predictions = list(
-        zip(*(x.tolist() for x in (packed.rows, packed.positions, packed.targets)), strict=True)
-    )
-    assert len(set(predictions)) == len(predictions)

@@ -15,7 +15,7 @@ from vlm_calibration.models.shared_prefix import Prompts, score_responses
 from .families import FOUR
 from .prefix_cases import Case, Responses, assert_equal, gradients_of, likelihood_alone, new_case, unpadded
 
-CASES = [(family, attention) for family in FOUR for attention in ("eager", "sdpa")]
+CASES = [*((family, "sdpa") for family in FOUR), ("llava_clip", "eager"), ("gemma3", "eager")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -93,7 +93,9 @@ def _flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradient.float().flatten() for gradient in gradients.values()])
 
 
-@pytest.mark.parametrize(("family", "attention"), CASES)
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llava_clip", "eager"), ("qwen2_5_vl", "sdpa"), ("gemma3", "sdpa")]
+)
 def test_in_bfloat16_packed_is_as_near_to_float32_as_plain_is(family: str, attention: str) -> None:
     """Log-likelihoods and gradients under gradient checkpointing, as in training.
 

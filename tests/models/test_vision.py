@@ -15,9 +15,7 @@ from vlm_calibration.models.forward import frozen_vision, shared_vision, unwrap_
 from .families import FOUR, build, collated, new_prompts, randomize_adapters
 
 TOWER_AND_PROJECTOR = ("model.vision_tower", "model.multi_modal_projector")
-VISION = dict.fromkeys((*FOUR, "llava_siglip", "internvl"), TOWER_AND_PROJECTOR) | {
-    "qwen2_5_vl": ("model.visual",)
-}
+VISION = dict.fromkeys(FOUR, TOWER_AND_PROJECTOR) | {"qwen2_5_vl": ("model.visual",)}
 """Tower and, if it is a separate module, projector."""
 VISION_PARTS = [("language", "projector"), ("language", "tower"), ("projector",), ("tower",)]
 
@@ -109,22 +107,8 @@ def test_the_tower_runs_once_and_results_are_the_same(
 
 
 @pytest.mark.parametrize("parts", VISION_PARTS, ids="+".join)
-@pytest.mark.parametrize("family", ["llava_siglip", "qwen2_5_vl", "internvl"])
-def test_adapters_in_the_vision_are_still_told_apart(
-    family: str, parts: tuple[str, ...], inputs: Callable[..., dict[str, Tensor]]
-) -> None:
-    model, batch = adapted(family, *parts), inputs(family)
-    expected = logits_of(model, batch)
-    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
-    with shared_vision(model):
-        actual = logits_of(model, batch)
-    for a, b in zip(actual, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("parts", VISION_PARTS, ids="+".join)
-@pytest.mark.parametrize("family", ["llava_siglip", "qwen2_5_vl", "internvl"])
-def test_gradients_are_the_same(
+@pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl"])
+def test_adapters_in_the_vision_keep_their_logits_and_gradients(
     family: str, parts: tuple[str, ...], inputs: Callable[..., dict[str, Tensor]]
 ) -> None:
     """Gradients of a policy after a pass of the reference, as in preference optimisation."""
@@ -138,17 +122,20 @@ def test_gradients_are_the_same(
         (logits.log_softmax(-1) - reference.log_softmax(-1)).square().sum().backward()
         return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
-    expected = gradients()
-    assert all(g is not None and g.abs().max() > 0 for g in expected.values())
+    expected, expected_gradients = logits_of(model, batch), gradients()
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+    reached = {n for n, g in expected_gradients.items() if g is not None and g.abs().max() > 0}
+    assert reached
     with shared_vision(model):
-        actual = gradients()
-    for name, gradient in expected.items():
-        assert actual[name] is not None, name
-        assert torch.equal(actual[name], gradient), name
+        actual, actual_gradients = logits_of(model, batch), gradients()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    for name in reached:
+        assert actual_gradients[name] is not None, name
+        assert torch.equal(actual_gradients[name], expected_gradients[name]), name
 
 
 @pytest.mark.parametrize("part", [0, -1], ids=["tower", "projector"])
-@pytest.mark.parametrize("family", ["llava_siglip", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
 def test_gradients_of_trained_weights_are_the_same(
     family: str, part: int, inputs: Callable[..., dict[str, Tensor]]
 ) -> None:
@@ -180,7 +167,7 @@ def forwards_of(model: Any) -> dict[str, Any]:
 
 
 def test_forwards_are_restored(inputs: Callable[..., dict[str, Tensor]]) -> None:
-    model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
+    model, batch = adapted("llava_clip", "language"), inputs("llava_clip")
     assert not forwards_of(model)
     with shared_vision(model):
         assert {n.removeprefix("base_model.model.") for n in forwards_of(model)} == set(TOWER_AND_PROJECTOR)
@@ -193,7 +180,7 @@ def test_forwards_are_restored(inputs: Callable[..., dict[str, Tensor]]) -> None
 
 def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[str, Tensor]]) -> None:
     """Such as the forwards that accelerate and bitsandbytes set."""
-    model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
+    model, batch = adapted("llava_clip", "language"), inputs("llava_clip")
     projector = unwrap_peft(model).model.multi_modal_projector
     usual, runs = projector.forward, []
 
@@ -219,7 +206,7 @@ def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[
 
 
 def test_contexts_may_be_nested(inputs: Callable[..., dict[str, Tensor]]) -> None:
-    model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
+    model, batch = adapted("llava_clip", "language"), inputs("llava_clip")
     runs = count_runs(unwrap_peft(model).model.vision_tower)
     expected = logits_of(model, batch)
     runs.clear()
@@ -233,7 +220,7 @@ def test_contexts_may_be_nested(inputs: Callable[..., dict[str, Tensor]]) -> Non
     assert not forwards_of(model)
 
 
-@pytest.mark.parametrize("family", ["llava_siglip", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl"])
 @pytest.mark.parametrize("other", ["fewer", "of the same shape"])
 def test_other_images_are_not_mistaken_for_the_first(
     family: str, other: str, inputs: Callable[..., dict[str, Tensor]]
@@ -249,7 +236,7 @@ def test_other_images_are_not_mistaken_for_the_first(
 
 
 def test_text_alone_may_pass_between(inputs: Callable[..., dict[str, Tensor]]) -> None:
-    model, batch = adapted("llava_siglip", "language"), inputs("llava_siglip")
+    model, batch = adapted("llava_clip", "language"), inputs("llava_clip")
     text = {"input_ids": torch.tensor([[5, 6, 7]])}
     with torch.no_grad():
         expected = model(**text).logits

@@ -37,7 +37,7 @@ from transformers import AutoProcessor
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.models.base import BaseModel
-from vlm_calibration.models.forward import frozen_vision, output_head, unwrap_peft
+from vlm_calibration.models.forward import frozen_vision, unwrap_peft
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.loading import load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, score_responses
@@ -349,7 +349,7 @@ class Shares:
     def _clocks(self) -> Iterator[None]:
         """Add the time of every forward pass to its part, and note when the backward pass reaches the language model."""
         base = unwrap_peft(self.ours.model)
-        modules = [("language", base.get_decoder()), ("head", output_head(base))]
+        modules = [("language", base.get_decoder()), ("head", base.get_output_embeddings())]
         modules += [("vision", module) for module in frozen_vision(self.ours.model)]
         started: dict[int, float] = {}
 

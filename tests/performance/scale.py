@@ -22,10 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from vlm_calibration.models.adapters import LoraSettings
+from vlm_calibration.models.adapters import LoraSettings, layer_parts
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.loading import empty_vlm
-from vlm_calibration.models.parts import layer_parts
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -5,6 +5,7 @@ A visitor's data are kept in `gr.State` only, which is separate for every visit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,30 +15,35 @@ import gradio as gr
 import numpy as np
 import pandas as pd
 
-from vlm_calibration.app import view
 from vlm_calibration.app.subject import (
+    DETECTED,
     DRAWN,
-    EDITOR_SIDE,
     MAX_UPLOAD,
     WHOLE,
     KeyObjectFinder,
     Subject,
-    asked_about,
-    choices,
     demo_subject,
-    for_editor,
     key_object,
     painted,
     uploaded_subject,
+    with_longer_side,
 )
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.inference.asking import Asker
+from vlm_calibration.estimators.predictions import VERBALIZED
+from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.asking import BASE, CALIBRATED, ENDPOINT, Asker
+from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
 from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
 from vlm_calibration.records import DataError
 
 SCENES = 8
+EDITOR_SIDE = 480
+"""Pixels of the longer side of the picture to paint on."""
+TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model", ENDPOINT: "Served model"}
+COLUMNS = ("model", "answer", "stated", "expected", "decision")
+"""Columns of the table of answers. Stated: the confidence in the answer; expected: the mean of all that might have been stated."""
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}
 LATEST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
@@ -63,10 +69,9 @@ class PageHandlers:
 
     def begin(self, subject: Subject) -> list[Any]:
         """New values of subject, picture to paint on, question, key object and strength."""
-        options = choices(subject, self.finder)
-        default = options[0] if subject.objects else WHOLE
-        chosen = asked_about(subject, subject.question) or default
-        picture = for_editor(subject.image)
+        options = [*subject.objects, *([DETECTED] if self.finder else []), DRAWN, WHOLE]
+        chosen = subject.asked_about(subject.question) or (options[0] if subject.objects else WHOLE)
+        picture = with_longer_side(subject.image, EDITOR_SIDE)
         editor = {"background": picture, "layers": [], "composite": picture}
         question = subject.question or gr.skip()
         return [subject, editor, question, gr.Dropdown(choices=options, value=chosen), 0]
@@ -86,7 +91,7 @@ class PageHandlers:
 
     def name_object(self, subject: Subject, question: str) -> Any:
         """The key object that a question is about, if that is known."""
-        return asked_about(subject, question) or gr.skip()
+        return subject.asked_about(question) or gr.skip()
 
     def choose_painted(self, subject: Subject, editor: Mapping[str, Any] | None) -> Any:
         """What is painted becomes the key object. Gradio also reports a new image, on which nothing is."""
@@ -101,10 +106,7 @@ class PageHandlers:
         kind: str,
         strengths: Sequence[float],
     ) -> list[Sample]:
-        mask = None
-        if any(strengths):
-            drawn = painted(editor, subject.image.shape)
-            mask = key_object(subject, choice, drawn, question, self.finder)
+        mask = key_object(subject, choice, editor, question, self.finder) if any(strengths) else None
         return [
             self.model.sample(subject.image, question, mask=mask, perturbation=Perturbation(kind, strength))
             for strength in strengths
@@ -117,27 +119,28 @@ class PageHandlers:
         editor: Mapping[str, Any] | None,
         question: str,
         kind: str,
-        percent: float,
+        percentage: float,
     ) -> tuple[np.ndarray | None, list[list[str]], str]:
         """The image as the models see it, the rows of their answers, and a message."""
+        seen = None
         try:
             # The perturbation does not depend on the question.
-            [sample] = self._samples(subject, choice, editor, question or "?", kind, [percent / 100])
-            seen = _enlarged(self.model.seen(sample))
-        except DataError as error:
-            return None, [], view.plain(str(error))
-        try:
-            if unknown := self.model.unknown_part(question):
+            asked = question if question.strip() else "?"
+            [sample] = self._samples(subject, choice, editor, asked, kind, [percentage / 100])
+            seen = self.model.seen(sample)
+            # The browser would show a small image at its own size.
+            factor = max(1, EDITOR_SIDE // max(seen.shape[:2]))
+            seen = seen.repeat(factor, axis=0).repeat(factor, axis=1)
+            if unknown := "Ask a question." if asked == "?" else self.model.unknown_part(question):
                 raise DataError(unknown)
-            samples = self._samples(subject, choice, editor, question, kind, [percent / 100])
-            by_system = self.model.answers(samples, self.model.systems)
+            answers = self.model.answers([sample], self.model.systems)
         except DataError as error:
-            return seen, [], view.plain(str(error))
-        answers = {system: answers[0] for system, answers in by_system.items()}
-        notes = [view.plain(a.rule.guarantee) for a in answers.values() if a.rule is not None]
-        if len(answers) == 1 and self.model.is_demo:
+            return seen, [], plain(str(error))
+        first = {system: of_system[0] for system, of_system in answers.items()}
+        notes = [plain(a.rule.guarantee) for a in first.values() if a.rule is not None]
+        if len(first) == 1 and self.model.is_demo:
             notes.append("This is the base model alone: `make train-sft` trains an adapter.")
-        return seen, view.answer_rows(answers), "\n\n".join(notes)
+        return seen, answer_rows(first), "\n\n".join(notes)
 
     def curve(
         self, subject: Subject, choice: str, editor: Mapping[str, Any] | None, question: str, kind: str
@@ -151,7 +154,14 @@ class PageHandlers:
             curves = self.model.answers(samples, self.model.systems)
         except DataError:
             return None  # `answer` says why, or the image is untouched and nothing is painted yet
-        return pd.DataFrame(view.curve_points(curves, strengths))
+        points = [
+            (100 * strength, 100 * value, f"{TITLES[system]}, {measure}")
+            for system, answers in curves.items()
+            for strength, answer in zip(strengths, answers, strict=True)
+            for measure, value in (("stated", answer.confidence), ("expected", answer.expected))
+            if value is not None
+        ]
+        return pd.DataFrame(points, columns=["strength", "confidence", "line"])
 
     def show_report(self) -> str:
         """Show the current report in a frame that is isolated from this page."""
@@ -169,10 +179,36 @@ class PageHandlers:
         )
 
 
-def _enlarged(image: np.ndarray) -> np.ndarray:
-    """A small image, uint8 [H, W, 3], with each pixel repeated, since the browser would show it at its own size."""
-    factor = max(1, EDITOR_SIDE // max(image.shape[:2]))
-    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+def plain(text: str) -> str:
+    """A text as a sentence in Markdown that shows it as it is: with a capital, a full stop, and special characters escaped."""
+    text = text[:1].upper() + text[1:] + ("" if text.endswith((".", "?")) else ".")
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", escape(text, quote=False))
+
+
+def answer_rows(answers: Mapping[str, Answer]) -> list[list[str]]:
+    """System -> its answer, as rows of the table `COLUMNS`, which shows texts as they are."""
+    rows = []
+    for system, answer in answers.items():
+        stated, expected = (
+            "none" if value is None else f"{value:.0%}" for value in (answer.confidence, answer.expected)
+        )
+        rows.append([TITLES[system], answer.answer, stated, expected, _decision(answer)])
+    return rows
+
+
+def _decision(answer: Answer) -> str:
+    """Whether the answer may be given or goes to a person, and why; empty without thresholds."""
+    if answer.rule is None:
+        return ""
+    name = "stated" if answer.rule.estimator == VERBALIZED else answer.rule.estimator
+    if answer.rule.confidence is None:
+        why = f"no {name} confidence"
+    elif answer.rule.threshold is None:
+        why = "no threshold keeps the limits"
+    else:
+        relation = "at least" if answer.decision == "answer" else "below"
+        why = f"{name} {percent(answer.rule.confidence)}, {relation} {percent(answer.rule.threshold)}"
+    return f"{answer.decision}: {why}"
 
 
 def build_page(handlers: PageHandlers) -> gr.Blocks:
@@ -183,7 +219,7 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
     ) as page:
         gr.Markdown(
             "# How sure is it?\nPerturb the object that a question is about, and see which model's confidence falls. "
-            f"Model: {view.plain(name)}"
+            f"Model: {plain(name)}"
         )
         with gr.Tab("Ask"):
             _ask_tab(page, handlers)
@@ -199,7 +235,7 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     with gr.Row():
         with gr.Column(min_width=320):
             gallery = gr.Gallery(
-                [(for_editor(s.image), ", ".join(s.objects)) for s in scenes],
+                [(with_longer_side(s.image, EDITOR_SIDE), ", ".join(s.objects)) for s in scenes],
                 label="Scenes of the demo",
                 columns=SCENES // 2,
                 height=220,
@@ -209,10 +245,7 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                 elem_id="scenes",
             )
             upload = gr.UploadButton(
-                f"or upload an image (up to {MAX_UPLOAD >> 20} MB)",
-                file_types=["image"],
-                size="sm",
-                elem_id="upload",
+                f"or upload an image (up to {MAX_UPLOAD >> 20} MB)", file_types=["image"], size="sm"
             )
             picture = gr.ImageEditor(
                 label="Image: paint over the key object",
@@ -225,27 +258,25 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                 elem_id="picture",
             )
             with gr.Row():
-                kinds = [(view.kind_in_words(kind), kind) for kind in KIND_NAMES]
-                kind = gr.Dropdown(kinds, value=KIND_NAMES[0], label="Perturbation", elem_id="kind")
+                kinds = [
+                    ("JPEG" if name == "jpeg" else name.replace("_", " ").capitalize(), name)
+                    for name in KIND_NAMES
+                ]
+                kind = gr.Dropdown(kinds, value=KIND_NAMES[0], label="Perturbation")
                 # An event just before a new image arrives still names an object of the old one; `key_object` checks the value.
                 choice = gr.Dropdown(label="Key object", allow_custom_value=True, elem_id="object")
             strength = gr.Slider(
                 0, 100, 0, step=5, label="Strength on the key object (%)", elem_id="strength"
             )
-            question = gr.Textbox(label="Question", max_length=500, max_lines=3, elem_id="question")
+            question = gr.Textbox(label="Question", max_length=500, max_lines=3)
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Column(min_width=320):
             seen = gr.Image(
                 label="What the models see", interactive=False, format="png", buttons=[], elem_id="seen"
             )
-            message = gr.Markdown(elem_id="message")
+            message = gr.Markdown()
             answers = gr.Dataframe(
-                headers=list(view.COLUMNS),
-                datatype="str",
-                label="Answers",
-                interactive=False,
-                wrap=True,
-                elem_id="answers",
+                headers=list(COLUMNS), datatype="str", label="Answers", interactive=False, wrap=True
             )
             curve = gr.LinePlot(
                 x="strength",

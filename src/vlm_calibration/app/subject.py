@@ -27,8 +27,6 @@ MAX_PIXELS = 50_000_000
 """Most pixels of an uploaded image; photographs have 12 to 48 million."""
 MAX_SIDE = 2048
 """Uploaded images are shrunk to this longer side; no model here has a higher resolution."""
-EDITOR_SIDE = 480
-"""Pixels of the longer side of the picture to paint on."""
 
 
 @dataclass
@@ -49,6 +47,14 @@ class Subject:
     question: str = ""
     detected: dict[str, np.ndarray | None] = field(default_factory=dict)
 
+    def asked_about(self, question: str) -> str | None:
+        """The known object that a question names, or that is in the corner that it names."""
+        answer = right_answer(question, self.corners)
+        if answer in self.objects:
+            return answer
+        named = (n for n in self.objects if re.search(rf"\b{re.escape(n)}s?\b", question, re.IGNORECASE))
+        return next(named, None)
+
 
 def demo_subject(index: int) -> Subject:
     """A scene of the demo's development split, with exact masks of its objects."""
@@ -65,27 +71,12 @@ def uploaded_subject(path: str | Path) -> Subject:
         DataError: it cannot be used; the message does not reveal its path.
     """
     image = pixels_of(path, MAX_PIXELS, name="the image")
-    shrink = MAX_SIDE / max(image.shape[:2])
-    if shrink < 1:
-        height, width = (max(1, round(n * shrink)) for n in image.shape[:2])
-        image = resize_image(image, (height, width))
-    return Subject(image)
+    return Subject(with_longer_side(image, MAX_SIDE) if max(image.shape) > MAX_SIDE else image)
 
 
-def named_in(question: str, names: Sequence[str]) -> str | None:
-    """The first of some names that occurs in the question as a word."""
-    return next((n for n in names if re.search(rf"\b{re.escape(n)}s?\b", question, re.IGNORECASE)), None)
-
-
-def asked_about(subject: Subject, question: str) -> str | None:
-    """The known object that a question names, or that is in the corner that it names."""
-    answer = right_answer(question, subject.corners)
-    return answer if answer in subject.objects else named_in(question, list(subject.objects))
-
-
-def for_editor(image: np.ndarray) -> np.ndarray:
-    """The image at a size to paint on: the longer side is `EDITOR_SIDE` pixels."""
-    height, width = (max(1, round(n * EDITOR_SIDE / max(image.shape[:2]))) for n in image.shape[:2])
+def with_longer_side(image: np.ndarray, pixels: int) -> np.ndarray:
+    """The image, uint8 [H, W, 3], resized so that its longer side has so many pixels."""
+    height, width = (max(1, round(n * pixels / max(image.shape[:2]))) for n in image.shape[:2])
     return resize_image(image, (height, width))
 
 
@@ -103,7 +94,7 @@ def painted(editor: Mapping[str, Any] | None, shape: Sequence[int]) -> np.ndarra
 
 @dataclass(frozen=True)
 class KeyObjectFinder:
-    """Finds the objects of a question in an image: describe, detect, segment.
+    """Finds the objects of a question in an image.
 
     Attributes:
         describer: names the objects of the question.
@@ -122,38 +113,34 @@ class KeyObjectFinder:
 
     def find(self, subject: Subject, question: str) -> np.ndarray | None:
         """The mask of all objects that the question names, bool [H, W]; None if there are none. Cached in the subject."""
-        if question not in subject.detected:
-            subject.detected[question] = self._find(subject.image, question)
-        return subject.detected[question]
-
-    def _find(self, image: np.ndarray, question: str) -> np.ndarray | None:
+        if question in subject.detected:
+            return subject.detected[question]
         # The answer does not change which objects are named.
         query = Query("question", "", question, "Yes", "yes_no")
-        [described] = self.describer.describe([query], [image])
-        if not described.objects:
-            return None
-        [detections] = self.detector.detect([image], [described.objects])
-        if not detections:
-            return None
-        [masks] = self.segmenter.segment([image], [[d.box for d in detections]])
-        mask: np.ndarray = np.logical_or.reduce(masks)
-        return mask if mask.any() else None
-
-
-def choices(subject: Subject, finder: KeyObjectFinder | None) -> list[str]:
-    """The options for the key object."""
-    return [*subject.objects, *([DETECTED] if finder else []), DRAWN, WHOLE]
+        [described] = self.describer.describe([query], [subject.image])
+        boxes, masks = [], np.zeros(0, dtype=bool)
+        if described.objects:
+            [detections] = self.detector.detect([subject.image], [described.objects])
+            boxes = [detection.box for detection in detections]
+        if boxes:
+            [masks] = self.segmenter.segment([subject.image], [boxes])
+        subject.detected[question] = np.logical_or.reduce(masks) if masks.any() else None
+        return subject.detected[question]
 
 
 def key_object(
-    subject: Subject, choice: str, drawn: np.ndarray | None, question: str, finder: KeyObjectFinder | None
+    subject: Subject,
+    choice: str,
+    editor: Mapping[str, Any] | None,
+    question: str,
+    finder: KeyObjectFinder | None,
 ) -> np.ndarray:
     """The mask of the key object, bool [H, W].
 
     Args:
         subject: the image.
-        choice: one of `choices`.
-        drawn: the painted mask, bool [H, W]; None if nothing is painted.
+        choice: the name of an object, `DETECTED`, `DRAWN` or `WHOLE`.
+        editor: as for `painted`.
         question: the question, for a detector.
         finder: the detector; None: there is none.
 
@@ -171,6 +158,7 @@ def key_object(
                 "The detector finds no object of this question: paint over it, or choose the whole image."
             )
         return mask
+    drawn = painted(editor, subject.image.shape)
     if drawn is None:
         raise DataError("Paint over the key object to perturb it.")
     return drawn

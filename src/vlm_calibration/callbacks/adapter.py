@@ -20,7 +20,7 @@ from vlm_calibration.hub import base_license, is_hub_name
 from vlm_calibration.models.adapters import adapted_parts
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.sharding import full_state_dict
-from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
+from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.settings import init_args
@@ -79,11 +79,7 @@ class AdapterWriter(L.Callback):
     ) -> None:
         """Write the current adapter, processor and card, and replace `folder` at once when all are written.
 
-        Args:
-            trainer: of the run.
-            module: the stage.
-            folder: where to.
-            weights: the gathered weights of a sharded model.
+        `weights` are the gathered ones of a sharded model.
         """
         model, data = cast(Any, module).model, trainer.datamodule  # type: ignore[attr-defined]
         card = self.card(trainer, module)
@@ -115,6 +111,11 @@ class AdapterWriter(L.Callback):
         """The model card of the adapter in its present state."""
         data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
         trained = cast(Any, module)
+        results = {
+            # JSON lacks NaN.
+            when: {name: v[name] if math.isfinite(v[name]) else None for name in ("n", *COLUMNS) if name in v}
+            for when, v in self.validated(trainer).items()
+        }
         return Card(
             base=trained.base.name_or_path,
             base_on_hub=is_hub_name(trained.base.name_or_path),
@@ -125,7 +126,7 @@ class AdapterWriter(L.Callback):
             quantization=trained.base.quantization,
             training=_training(trained, data, trainer.global_step),
             levels=_taught(data.noise),
-            results={name: _overall(values) for name, values in self.validated(trainer).items()},
+            results=results,
             license=base_license(trained.base.name_or_path, trained.base.revision),
             template=data.prompt.template,
             conversation=data.chat.render(EXAMPLE),
@@ -143,7 +144,7 @@ def shown_path(path: Path) -> str:
 
 
 def constructed(value: Any) -> str:
-    """An object in its constructor's words, as far as it keeps what it was given and that is plain."""
+    """Format an object as a constructor call; omit secrets and arguments that are not stored or not plain values."""
     texts = {name: _plain(value) for name, value in init_args(value).items() if not name.endswith(SECRETS)}
     inside = ", ".join(f"{name}={text}" for name, text in texts.items() if text is not None)
     return f"{type(value).__name__}({inside})"
@@ -162,24 +163,22 @@ def _plain(value: Any) -> str | None:
     return constructed(value) if isinstance(value, QuerySource) else None
 
 
-def _stage(module: Any, data: PerturbedQueryDataModule) -> str:
+def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[str, str]:
+    stage = module.title(data) if isinstance(module, DPOModule | SFTModule) else type(module).__name__
     if isinstance(module, DPOModule):
         start = "a new adapter" if module.adapter is None else f"the adapter {module.adapter}"
-        return f"{module.title(data)}, loss {module.loss!r}, reference {module.reference!r}, from {start}"
-    return module.title(data) if isinstance(module, SFTModule) else type(module).__name__
-
-
-def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[str, str]:
-    config = module.model.peft_config["default"]
+        stage += f", loss {module.loss!r}, reference {module.reference!r}, from {start}"
+    config, levels = module.model.peft_config["default"], data.noise.levels
     kinds = [name for name, used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if used]
+    # Ranked levels do not say how often an answer is correct.
+    ranked = isinstance(levels, AnchoredLevels) and levels.table.ranked
     parts = {
-        "stage": _stage(module, data),
+        "stage": stage,
         "steps": str(steps),
         "adapter": f"{' '.join([*kinds, 'LoRA'])}, r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
         "base": constructed(module.base),
         "optimizer": constructed(module.optimizer_settings),
-        "levels": constructed(data.noise.levels)
-        + (", open answers by ranking" if _are_ranked(data.noise.levels) else ""),
+        "levels": constructed(levels) + (", open answers by ranking" if ranked else ""),
         "schedule": constructed(data.noise.schedule),
         "noise": constructed(data.noise),
     }
@@ -200,18 +199,4 @@ def _taught(noise: NoisePolicy) -> dict[str, list[tuple[str, float, float]]]:
     return {
         answer_type: [(*p, levels.confidence(p, answer_type)) for p in noise.perturbations]
         for answer_type in answer_types
-    }
-
-
-def _are_ranked(levels: ConfidenceLevels) -> bool:
-    """Whether levels of open answers do not say how often an answer is correct."""
-    return isinstance(levels, AnchoredLevels) and levels.table.ranked
-
-
-def _overall(values: Mapping[str, float]) -> dict[str, float | None]:
-    """The metrics that tables show; None for NaN, which JSON lacks."""
-    return {
-        name: values[name] if math.isfinite(values[name]) else None
-        for name in ("n", *COLUMNS)
-        if name in values
     }

@@ -27,15 +27,12 @@ MONITOR = "brier"
 
 
 class Artifacts(L.Callback):
-    """Logs the lineage from data through the stages to an evaluation to W&B.
+    """Logs the lineage from data through the stages to an evaluation to W&B. Place it after `AdapterWriter`.
 
     Configuration: `stage` (a tag as well), the `base` model, and `versions` and `inputs` of `run.json`.
-    Input artifacts: one each for the training, validation and test data (its digest, not the data), and the
-    adapters that the run starts from or evaluates.
+    Input artifacts: the digests of training, validation and test data, and the adapters that the run starts from or evaluates.
     Output artifact: the adapter as `RUN-adapter`, RUN being the run directory, after every validation and when training ends.
     Its alias `latest` is the last version, `best` the one with the lowest Brier score in validation.
-
-    Place it after `AdapterWriter`, which writes the adapter's folder.
     """
 
     def __init__(self) -> None:
@@ -113,8 +110,7 @@ class Artifacts(L.Callback):
 def use(run: Any, artifact: Any, aliases: Sequence[str] = ()) -> None:
     """Declare an artifact an input of the run without waiting for the server, which need not have it yet.
 
-    The server identifies artifacts by their content, so the run that made an adapter and the run that uses it are linked,
-    even if both were offline.
+    The server identifies artifacts by content, so it links the run that made an adapter with those that use it, even if all were offline.
     """
     # `Run.use_artifact` does not work offline, waits for the server online, and makes every used artifact the latest
     # version. A disabled run has no interface.

@@ -27,7 +27,6 @@ TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 ROOM = 1 << 20
 """Free bytes below which nothing is logged: W&B loses data on a full disk without an error."""
 STAGING = "WANDB_DATA_DIR"
-"""Environment variable of the folder where W&B stages copies of files to upload."""
 
 
 class LearningRate(LearningRateMonitor):
@@ -39,11 +38,10 @@ class LearningRate(LearningRateMonitor):
 
 
 class RunLogger(WandbLogger):
-    """A `WandbLogger` that is offline unless the user is logged in, and so never prompts.
+    """A `WandbLogger` that is offline unless the user is logged in and the server answers, and so never prompts.
 
-    It also goes offline if the server cannot be reached or refuses. `wandb sync` uploads an offline run later. WANDB_MODE
-    takes precedence; WANDB_RUN_ID continues a run. It prints the address of an online run; of what W&B prints itself only warnings
-    and errors appear, unless WANDB_SHOW_INFO=true.
+    `wandb sync` uploads an offline run later. WANDB_MODE takes precedence; WANDB_RUN_ID continues a run. Of what W&B prints only
+    warnings and errors appear, unless WANDB_SHOW_INFO=true.
 
     Args:
         save_dir: folder of the run; the command line gives the run directory.
@@ -156,18 +154,15 @@ def _leave() -> None:
 
 def wandb_logger(trainer: L.Trainer) -> WandbLogger | None:
     """The trainer's W&B logger, in the first process; None in others and without one."""
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-    return loggers[0] if loggers and trainer.is_global_zero else None
+    loggers = (logger for logger in trainer.loggers if isinstance(logger, WandbLogger))
+    return next(loggers, None) if trainer.is_global_zero else None
 
 
 @contextmanager
 def staged(logger: WandbLogger) -> Iterator[None]:
-    """Make W&B stage copies of files to upload in the run directory instead of the home directory, within a block.
+    """Make W&B stage copies of files to upload in the run directory, so that an offline one is complete, within a block.
 
-    An offline run directory is then complete by itself. WANDB_DATA_DIR takes precedence.
-
-    Raises:
-        DataError: the copies cannot be written.
+    WANDB_DATA_DIR takes precedence. Raises DataError if the copies cannot be written.
     """
     given = os.environ.get(STAGING)
     os.environ[STAGING] = given or str(Path(logger.save_dir or ".").resolve() / "wandb")

@@ -19,12 +19,8 @@ class NanGuard(L.Callback):
     All processes stop together. Under float16 only the loss counts, since the scaler skips steps whose gradients overflow.
     """
 
-    def __init__(self) -> None:
-        self._ids: list[str] = []
-        self._losses: list[tuple[Tensor, list[str]]] = []
-
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._losses = []
+        self._losses: list[tuple[Tensor, list[str]]] = []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
@@ -49,14 +45,13 @@ class NanGuard(L.Callback):
             culprits = [
                 i for good, (_, ids) in zip(finite.tolist(), batches, strict=True) if not good for i in ids
             ]
-            raise DataError(self._message(trainer, culprits, [i for _, ids in batches for i in ids]))
-
-    @staticmethod
-    def _message(trainer: L.Trainer, culprits: list[str], step_ids: list[str]) -> str:
-        records = [i for part in all_gather(trainer, culprits) for i in part]
-        what = "loss" if records else "gradient"
-        records = records or [i for part in all_gather(trainer, step_ids) for i in part]
-        return (
-            f"the {what} is not finite at step {trainer.global_step}, in a batch of the records {', '.join(records)}: look at "
-            "their images and answers, or lower the learning rate; checkpoints are as they were before this step"
-        )
+            what = "loss"
+            records = [i for part in all_gather(trainer, culprits) for i in part]
+            if not records:
+                what = "gradient"
+                of_step = [i for _, ids in batches for i in ids]
+                records = [i for part in all_gather(trainer, of_step) for i in part]
+            raise DataError(
+                f"the {what} is not finite at step {trainer.global_step}, in a batch of the records {', '.join(records)}: look at "
+                "their images and answers, or lower the learning rate; checkpoints are as they were before this step"
+            )

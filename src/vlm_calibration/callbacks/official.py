@@ -42,7 +42,12 @@ class OfficialScores(L.Callback):
             )
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        splits = benchmark_splits(trainer.datamodule.test)  # type: ignore[attr-defined]
+        test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
+        splits = {
+            name: split.source
+            for name, split in test.items()
+            if isinstance(split.source, BenchmarkSource) and split.noise == "none"
+        }
         if trainer.is_global_zero:
             systems = cast(HasResults, module).results
             results = {system: _score(system_folder(trainer, system), splits) for system in systems}
@@ -52,15 +57,6 @@ class OfficialScores(L.Callback):
                 for logger in trainer.loggers if scores else ():
                     logger.log_metrics({f"test/{system}/{name}": value for name, value in scores.items()})
         trainer.strategy.barrier("official scores")
-
-
-def benchmark_splits(test: Mapping[str, EvalSplit]) -> dict[str, BenchmarkSource]:
-    """The sources of the splits that a benchmark's own rules apply to, by name."""
-    return {
-        name: split.source
-        for name, split in test.items()
-        if isinstance(split.source, BenchmarkSource) and split.noise == "none"
-    }
 
 
 def _score(folder: Path, splits: Mapping[str, BenchmarkSource]) -> dict[str, float]:

@@ -40,16 +40,9 @@ class PeakMemory(L.Callback):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors created in this context, for real and for fake tensors.
+    """Counts the bytes `now` of live tensors created in this context, real or fake, and their `peak`.
 
-    Memory that a kernel allocates and frees within one operation is not counted.
-
-    Args:
-        existing: earlier tensors, which are not counted, nor are their views.
-
-    Attributes:
-        now: live bytes.
-        peak: maximum of `now`.
+    The tensors `existing` and their views are not counted, nor is memory that a kernel allocates and frees within one operation.
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
@@ -62,18 +55,13 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
+            if not isinstance(value, Tensor) or (storage := value.untyped_storage())._cdata in self.sizes:
+                continue
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, storage._cdata)
         return result
-
-    def _count(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self.sizes:
-            return
-        self.sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
         self.now -= self.sizes.pop(key)

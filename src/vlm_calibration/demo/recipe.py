@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -62,7 +63,7 @@ CONFIDENCE_SHARES = ((0.7, 0.2, 0.1), (0.2, 0.7, 0.1), (0.1, 0.3, 0.6))
 
 
 class PatchBatch(NamedTuple):
-    """Images with labels for each patch.
+    """Scenes with labels for each patch.
 
     Attributes:
         pixel_values: float [B, 3, S, S].
@@ -71,9 +72,9 @@ class PatchBatch(NamedTuple):
         scenes: the B scenes.
     """
 
-    pixel_values: torch.Tensor
-    words: torch.Tensor
-    corners: torch.Tensor
+    pixel_values: Tensor
+    words: Tensor
+    corners: Tensor
     scenes: list[Scene]
 
 
@@ -87,7 +88,7 @@ class ScenePatches(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Scene]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Scene]:
         seed = scene_seed("train", FIRST_SCENE + index)
         scene = render_scene(seed)
         rng = np.random.default_rng((*seed, 2))
@@ -112,41 +113,41 @@ def patch_labels(scene: Scene, processor: LlavaProcessor) -> tuple[np.ndarray, n
     return words.astype(np.int64), corners.astype(np.int64)
 
 
-def _collate(rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Scene]]) -> PatchBatch:
-    pixels, words, corners, scenes = zip(*rows, strict=True)
-    return PatchBatch(torch.stack(pixels), torch.stack(words), torch.stack(corners), list(scenes))
-
-
 def _loader(processor: LlavaProcessor, count: int, batch_size: int) -> Iterable[PatchBatch]:
-    return DataLoader(
-        ScenePatches(processor, count),
-        batch_size=batch_size,
-        collate_fn=_collate,
-        num_workers=1,
-        prefetch_factor=8,
-    )
+    scenes = ScenePatches(processor, count)
+    return DataLoader(scenes, batch_size, collate_fn=_collate, num_workers=1, prefetch_factor=8)
 
 
-def _optimizer(
-    parameters: Iterable[torch.nn.Parameter], lr: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+def _collate(rows: list[tuple[Tensor, Tensor, Tensor, Scene]]) -> PatchBatch:
+    *columns, scenes = zip(*rows, strict=True)
+    return PatchBatch(*map(torch.stack, columns), list(scenes))
+
+
+def _train(
+    stage: str,
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    steps: int,
+    results: Iterator[tuple[Tensor, Tensor]],
+) -> None:
+    """Train some parameters; `results` computes loss and accuracy of each step when it is asked for the next ones."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(s / steps, 1))) + 0.01)
     )
-    return optimizer, schedule
+    for step, (loss, accuracy) in enumerate(results, start=1):
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            log(f"{stage} {step}/{steps}: loss {loss:.3f}, accuracy {accuracy:.3f}")
 
 
-def _step(loss: torch.Tensor, model: torch.nn.Module, optimizer, schedule) -> None:  # type: ignore[no-untyped-def]
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-
-
-def image_features(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
+def image_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
     """Projected features, float [B, IMAGE_TOKENS, hidden]."""
     features = model.model.get_image_features(pixel_values=pixel_values).pooler_output
     return torch.stack(list(features)) if isinstance(features, list | tuple) else features
@@ -156,15 +157,9 @@ def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcesso
     """Stage 1: projected features times word embeddings predict the covering object's word and its corner's words.
 
     The softmax is over the object words and the background token only; otherwise the embeddings of all other words would
-    collapse.
+    collapse. The accuracy is that of the patches with an object.
     """
     embeddings = model.get_input_embeddings().weight
-    parameters = [
-        *model.model.vision_tower.parameters(),
-        *model.model.multi_modal_projector.parameters(),
-        embeddings,
-    ]
-    optimizer, schedule = _optimizer(parameters, 2e-3, steps)
     background = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     words = torch.tensor([background, *(ids[0] for ids in processor.tokenizer(list(CLASSES))["input_ids"])])
     excluded = torch.ones(embeddings.shape[0], dtype=torch.bool)
@@ -172,18 +167,21 @@ def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcesso
     weights = torch.ones(embeddings.shape[0])
     weights[background] = 0.1
     axes = [torch.tensor([processor.tokenizer(w)["input_ids"][0] for w in pair]) for pair in CORNER_WORDS]
-    for step, batch in enumerate(_loader(processor, steps * 32, 32)):
-        scores = FEATURE_SCALE * image_features(model, batch.pixel_values) @ embeddings.T
-        logits = scores.masked_fill(excluded, float("-inf"))
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.words.flatten(), weights, ignore_index=IGNORE)
-        placed = batch.corners != IGNORE
-        for axis, side in zip(axes, (batch.corners // 2, batch.corners % 2), strict=True):
-            loss = loss + 0.3 * F.cross_entropy(scores[placed][:, axis], side[placed])
-        _step(loss, model, optimizer, schedule)
-        if step % 50 == 49:
+
+    def results() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in _loader(processor, steps * 32, 32):
+            scores = FEATURE_SCALE * image_features(model, batch.pixel_values) @ embeddings.T
+            logits = scores.masked_fill(excluded, float("-inf"))
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.words.flatten(), weights, ignore_index=IGNORE)
+            placed = batch.corners != IGNORE
+            for axis, side in zip(axes, (batch.corners // 2, batch.corners % 2), strict=True):
+                loss = loss + 0.3 * F.cross_entropy(scores[placed][:, axis], side[placed])
             objects = (batch.words != IGNORE) & (batch.words != background)
-            accuracy = (logits.argmax(-1) == batch.words)[objects].float().mean()
-            log(f"patches {step + 1}/{steps}: loss {loss:.3f}, accuracy of object patches {accuracy:.3f}")
+            yield loss, (logits.argmax(-1) == batch.words)[objects].float().mean()
+
+    parts = (model.model.vision_tower, model.model.multi_modal_projector)
+    parameters = [*(p for part in parts for p in part.parameters()), embeddings]
+    _train("patches", model, parameters, 2e-3, steps, results())
 
 
 class QuestionPacker:
@@ -201,11 +199,8 @@ class QuestionPacker:
         target = scene.objects[int(rng.integers(len(scene.objects)))]
         if kind % 8 >= 5:
             corner = CORNERS[target.corner]
-            text, answer, decisive = (
-                question_about(POSITION_FORMS[form], corner),
-                target.name,
-                corner.split()[1],
-            )
+            text, answer = question_about(POSITION_FORMS[form], corner), target.name
+            decisive = corner.split()[1]
         else:
             present = bool(rng.integers(2))
             negative = NEGATIVES[int(rng.integers(len(NEGATIVES)))]
@@ -215,45 +210,42 @@ class QuestionPacker:
         confidence = float(rng.choice(CONFIDENCES, p=CONFIDENCE_SHARES[form]))
         return self.prompt.render(text), render_response(answer, confidence), decisive
 
-    def pack(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def pack(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, Tensor]:
         """Token ids, labels, positions, segments and `ahead`, int64 [B, L], of the text behind each image.
 
         `ahead` labels every token from the deciding word to the end of the prompt with the answer's first token.
         """
+        padding = {"ids": self.tokenizer.pad_token_id, "labels": IGNORE, "positions": 0, "segments": -1}
+        padding["ahead"] = IGNORE
+        start = len(self.head) + IMAGE_TOKENS
         rows = []
         for scene in scenes:
-            ids: list[int] = []
-            labels: list[int] = []
-            positions: list[int] = []
-            segments: list[int] = []
-            ahead: list[int] = []
+            row: dict[str, list[int]] = {name: [] for name in padding}
             for kind in range(QUESTIONS_PER_SCENE):
                 question, response, decisive = self.question(scene, kind, rng)
                 prompt = self.tokenizer(f"{question}<|end|><|assistant|>")["input_ids"]
                 answer = self.tokenizer(f"{response}<|end|>")["input_ids"]
-                start = len(self.head) + IMAGE_TOKENS
-                positions += range(start, start + len(prompt) + len(answer))
-                segments += [kind] * (len(prompt) + len(answer))
-                ids += prompt + answer
-                labels += [IGNORE] * len(prompt) + answer
+                row["ids"] += prompt + answer
+                row["labels"] += [IGNORE] * len(prompt) + answer
+                row["positions"] += range(start, start + len(prompt) + len(answer))
+                row["segments"] += [kind] * (len(prompt) + len(answer))
                 decided = prompt.index(self.tokenizer(decisive)["input_ids"][0])
-                ahead += [IGNORE] * decided + [answer[0]] * (len(prompt) - decided) + [IGNORE] * len(answer)
-            rows.append((ids, labels, positions, segments, ahead))
-        length = max(len(r[0]) for r in rows)
-        names = ("ids", "labels", "positions", "segments", "ahead")
-        fills = (self.tokenizer.pad_token_id, IGNORE, 0, -1, IGNORE)
+                row["ahead"] += [IGNORE] * decided + [answer[0]] * (len(prompt) - decided)
+                row["ahead"] += [IGNORE] * len(answer)
+            rows.append(row)
+        length = max(len(row["ids"]) for row in rows)
         return {
-            name: torch.tensor([row[k] + [fill] * (length - len(row[k])) for row in rows])
-            for k, (name, fill) in enumerate(zip(names, fills, strict=True))
+            name: torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
+            for name, fill in padding.items()
         }
 
     def loss(
         self,
         model: LlavaForConditionalGeneration,
-        features: torch.Tensor,
-        packed: dict[str, torch.Tensor],
+        features: Tensor,
+        packed: dict[str, Tensor],
         ahead_weight: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of the responses, and the accuracy of their first tokens.
 
         With `ahead_weight`, the tokens labelled by `ahead` also predict the answer's first token. This shortens the path
@@ -286,44 +278,35 @@ class QuestionPacker:
         return loss, accuracy
 
 
-def _cache(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, count: int
-) -> Iterator[tuple[torch.Tensor, list[Scene]]]:
-    with torch.no_grad():
-        for batch in _loader(processor, count, 64):
-            yield image_features(model, batch.pixel_values), batch.scenes
-
-
-@torch.no_grad()
-def _start_as_lookup(model: LlavaForConditionalGeneration) -> None:
-    """Initialise attention of the first two layers as a lookup: a word attends to patches whose feature resembles it."""
-    for layer in model.model.language_model.layers[:2]:
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            projection.weight.add_(torch.eye(*projection.weight.shape))
-
-
 def train_language(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, scenes: int, batch: int = 16
 ) -> None:
-    """Stage 2: the language model on cached image features."""
-    _start_as_lookup(model)
-    cached = list(_cache(model, processor, scenes))
+    """Stage 2: the language model on cached image features.
+
+    Attention of the first two layers starts as a lookup: a word attends to patches whose feature resembles it.
+    """
+    with torch.no_grad():
+        for layer in model.model.language_model.layers[:2]:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight.add_(torch.eye(*projection.weight.shape))
+        cached = [
+            (image_features(model, data.pixel_values), data.scenes) for data in _loader(processor, scenes, 64)
+        ]
     features = torch.cat([f for f, _ in cached])
     cached_scenes = [scene for _, batch_scenes in cached for scene in batch_scenes]
     log(f"language: cached the features of {len(cached_scenes)} scenes")
     bare = QuestionPacker(processor, ElicitationPrompt("{question}"))
     full = QuestionPacker(processor, ElicitationPrompt())
     rng = np.random.default_rng(0)
-    optimizer, schedule = _optimizer(model.model.language_model.parameters(), 1e-3, steps)
-    for step in range(steps):
-        chosen = rng.integers(len(cached_scenes), size=batch)
-        packer = bare if step < steps // 2 else full
-        packed = packer.pack([cached_scenes[i] for i in chosen], rng)
-        ahead_weight = max(0.0, 1.0 - 1.4 * step / steps)
-        loss, accuracy = packer.loss(model, features[chosen], packed, ahead_weight)
-        _step(loss, model, optimizer, schedule)
-        if step % 50 == 49:
-            log(f"language {step + 1}/{steps}: loss {loss:.3f}, accuracy of first tokens {accuracy:.3f}")
+
+    def results() -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(steps):
+            chosen = rng.integers(len(cached_scenes), size=batch)
+            packer = bare if step < steps // 2 else full
+            packed = packer.pack([cached_scenes[i] for i in chosen], rng)
+            yield packer.loss(model, features[chosen], packed, max(0.0, 1.0 - 1.4 * step / steps))
+
+    _train("language", model, model.model.language_model.parameters(), 1e-3, steps, results())
 
 
 def train_together(
@@ -332,13 +315,11 @@ def train_together(
     """Stage 3: all parts end to end at a small learning rate."""
     packer = QuestionPacker(processor, ElicitationPrompt())
     rng = np.random.default_rng(1)
-    optimizer, schedule = _optimizer(model.parameters(), 5e-4, steps)
-    for step, data in enumerate(_loader(processor, steps * batch, batch)):
-        packed = packer.pack(data.scenes, rng)
-        loss, accuracy = packer.loss(model, image_features(model, data.pixel_values), packed)
-        _step(loss, model, optimizer, schedule)
-        if step % 50 == 49:
-            log(f"together {step + 1}/{steps}: loss {loss:.3f}, accuracy of first tokens {accuracy:.3f}")
+    results = (
+        packer.loss(model, image_features(model, data.pixel_values), packer.pack(data.scenes, rng))
+        for data in _loader(processor, steps * batch, batch)
+    )
+    _train("together", model, model.parameters(), 5e-4, steps, results)
 
 
 _START = time.monotonic()
@@ -349,9 +330,9 @@ def log(message: str) -> None:
 
 
 def make_demo_model(
-    out: Path, *, patch_steps: int, language_steps: int, joint_steps: int, scenes: int
+    out: Path, patch_steps: int = 1100, language_steps: int = 700, joint_steps: int = 160, scenes: int = 4000
 ) -> None:
-    """Train the demo model and save it with its processor to the folder `out`."""
+    """Train the demo model and save it with its processor to the folder `out`; stage 2 caches the features of `scenes` scenes."""
     processor = build_processor()
     model = build_model(processor)
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
@@ -367,26 +348,7 @@ def make_demo_model(
     log(f"wrote {out}")
 
 
-def main(arguments: list[str] | None = None) -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="folder to write")
-    parser.add_argument("--patch-steps", type=int, default=1100, help="steps of 32 scenes")
-    parser.add_argument(
-        "--language-steps", type=int, default=700, help="steps of 16 scenes with 8 questions each"
-    )
-    parser.add_argument(
-        "--joint-steps", type=int, default=160, help="steps of 16 scenes with 8 questions each"
-    )
-    parser.add_argument("--scenes", type=int, default=4000, help="scenes whose features stage 2 caches")
-    args = parser.parse_args(arguments)
-    make_demo_model(
-        args.out,
-        patch_steps=args.patch_steps,
-        language_steps=args.language_steps,
-        joint_steps=args.joint_steps,
-        scenes=args.scenes,
-    )
-
-
-if __name__ == "__main__":
-    main()
+    make_demo_model(parser.parse_args().out)

@@ -1,9 +1,8 @@
 """Changes of the whole image: distribution shifts of the test, and the mild degradations with which the base model was trained.
 
-Shifts test whether calibration learned from perturbed regions carries over to losses of evidence that training never shows: low
-contrast, JPEG, shrinking, glare and coloured light, each at several strengths. The demo model was pre-trained with
-`DEGRADATIONS`, as real models are on imperfect photographs; of these, blur and occlusion are no shifts of the test, because
-training may perturb regions with them.
+Shifts test whether calibration learned from perturbed regions carries over to losses of evidence that training never shows. The demo
+model was pre-trained with `DEGRADATIONS`, as real models are on imperfect photographs; of these, blur and occlusion are no shifts of
+the test, because training may perturb regions with them.
 """
 
 from __future__ import annotations

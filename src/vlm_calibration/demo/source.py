@@ -9,10 +9,9 @@ from functools import lru_cache
 import numpy as np
 
 from vlm_calibration.data.sources.base import QuerySource, opposite
-from vlm_calibration.demo.hard import hard_kind
 from vlm_calibration.demo.pictures import Hand, check_installed
 from vlm_calibration.demo.questions import scene_queries, scene_seed
-from vlm_calibration.demo.scenes import CLASSES, Layout, render_scene, scene_layout
+from vlm_calibration.demo.scenes import CLASSES, Layout, hard_kind, render_scene, scene_layout
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.labels import is_evidence
@@ -33,9 +32,8 @@ class DemoSource(QuerySource):
         split: "train", "calibration", "development" or "test"; splits share no scene. Choose settings on "development".
         scenes: number of scenes.
         first: index of the first scene, for sources of one split without overlap.
-        shifted: apply one of the demo's shifts to each image (low contrast, JPEG, shrinking, fog, colour cast).
-        hard: share of naturally hard scenes, in [0, 1]: small or overlapping objects, look-alikes, unusual pictures. Which scenes are
-            hard depends on the split and the index alone.
+        shifted: apply one of the demo's shifts to each image (low contrast, JPEG, shrinking, glare, coloured light).
+        hard: share of naturally hard scenes (`HARD_KINDS`), in [0, 1]. Which are hard depends on the split and the index alone.
         hand: "colour", or "line" for line drawings with a pale wash, which need resvg-py.
     """
 
@@ -64,17 +62,17 @@ class DemoSource(QuerySource):
 
     def queries(self) -> Sequence[Query]:
         check_installed(self.hand)  # raises for a missing package here instead of in a worker
-        indices = range(self.first, self.first + self.scenes)
-        return [self._labelled(q, i) for i in indices for q in scene_queries(self.split, i, self._kind(i))]
+        queries: list[Query] = []
+        for index in range(self.first, self.first + self.scenes):
+            of_scene = scene_queries(self.split, index, self._kind(index))
+            if self.shifted:
+                shift, _ = draw_shift(self._shift_rng(index))
+                of_scene = [replace(query, category=f"{shift}/{query.category}") for query in of_scene]
+            queries += of_scene
+        return queries
 
     def _kind(self, index: int) -> str:
         return hard_kind(scene_seed(self.split, index), self.hard)
-
-    def _labelled(self, query: Query, index: int) -> Query:
-        if not self.shifted:
-            return query
-        shift, _ = draw_shift(self._shift_rng(index))
-        return replace(query, category=f"{shift}/{query.category}")
 
     def _shift_rng(self, index: int) -> np.random.Generator:
         return np.random.default_rng((*scene_seed(self.split, index), 3))

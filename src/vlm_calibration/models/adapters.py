@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,8 +18,11 @@ from transformers import PreTrainedModel
 
 from vlm_calibration.hub import shorten_message
 from vlm_calibration.models.base import CONFIG, WEIGHTS, BaseModel, find_adapter, read_object
-from vlm_calibration.models.parts import ModelPart, layer_parts
 from vlm_calibration.records import DataError
+
+ModelPart = Literal["language", "tower", "projector"]
+REFERENCE = "reference"
+"""Name of the frozen adapter that is the reference model of a preference loss."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,26 @@ class LoraSettings:
     parts: list[ModelPart] = field(default_factory=lambda: ["language"])
     use_rslora: bool = False
     use_dora: bool = False
+
+
+def layer_parts(model: PreTrainedModel) -> dict[str, ModelPart]:
+    """Full name of each linear layer -> the part of the model that it belongs to; the output head is excluded.
+
+    The language model is the result of `get_decoder`. Other layers belong to the projector if their name contains one of
+    transformers' names for it, else to the tower.
+    """
+    inside = {id(module) for module in model.get_decoder().modules()}
+    parts: dict[str, ModelPart] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is model.get_output_embeddings():
+            continue
+        if id(module) in inside:
+            parts[name] = "language"
+        elif any(word in name for word in ("projector", "connector", "merger", "aligner")):
+            parts[name] = "projector"
+        else:
+            parts[name] = "tower"
+    return parts
 
 
 def attach_lora(model: PreTrainedModel, settings: LoraSettings, adapter_name: str = "default") -> PeftModel:
@@ -71,10 +95,7 @@ def adapted_parts(model: PeftModel) -> list[ModelPart]:
 
 
 def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTrainedModel | PeftModel:
-    """Load adapters into one model without copying the base; returns the model itself if there are none.
-
-    Args:
-        adapters: name -> adapter, as for `find_adapter`.
+    """Load adapters (name -> location, as for `find_adapter`) into one model; returns the model itself if there are none.
 
     Raises:
         DataError: an adapter does not exist or does not fit the model.
@@ -109,19 +130,15 @@ def _report_misfit(folder: Path, base: str) -> Iterator[None]:
         ) from error
 
 
-_SIZE = re.compile(r"size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)", re.DOTALL)
-
-
 def _shorten(error: BaseException) -> str:
     """peft's error message in short, with the first weight that is missing or has another size."""
-    if match := _SIZE.search(str(error)):
-        return f"{unwrapped_name(match[1])} has a weight of size {match[2]} in the adapter and {match[3]} in the model"
     text = str(error)
+    size = re.search(r"(?s)size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)", text)
+    if size:
+        return f"{unwrapped_name(size[1])} has a weight of size {size[2]} in the adapter and {size[3]} in the model"
     if "Found missing adapter keys" in text:
-        missing = list(
-            dict.fromkeys(unwrapped_name(key) for key in re.findall(r"'([^']+\.lora_[^']+)'", text))
-        )
-        return f"its file lacks the weights of {len(missing)} configured layers, the first is {missing[0]}"
+        missing = dict.fromkeys(unwrapped_name(key) for key in re.findall(r"'([^']+\.lora_[^']+)'", text))
+        return f"its file lacks the weights of {len(missing)} configured layers, the first is {next(iter(missing))}"
     return shorten_message(error)
 
 
@@ -172,10 +189,6 @@ def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Itera
 
 def _tuner_layers(model: PeftModel) -> Iterator[BaseTunerLayer]:
     return (m for m in model.modules() if isinstance(m, BaseTunerLayer))
-
-
-REFERENCE = "reference"
-"""Name of the frozen adapter that is the reference model of a preference loss."""
 
 
 def continue_adapter(

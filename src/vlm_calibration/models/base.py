@@ -38,9 +38,8 @@ class BaseModel:
     """A base model and how to load it.
 
     Args:
-        name_or_path: name on the Hub, or a folder that `from_pretrained` reads, which becomes absolute: whatever is written about the
-            model, an adapter's configuration above all, is read from other working folders. The demo's model in a folder that does
-            not exist, of another checkout or installation, is the one of this package.
+        name_or_path: name on the Hub, or a folder, which becomes absolute: what is written about the model is read from other working
+            folders. The demo's model in a folder that does not exist, of another checkout or installation, is this package's.
         dtype: of the weights, and of the arithmetic on quantised weights; "auto": the checkpoint's dtype.
         quantization: of the language model's linear layers, with bitsandbytes: "int8" (LLM.int8(), arXiv 2208.07339) or
             "nf4" with double quantisation (QLoRA, arXiv 2305.14314). Tower, projector and output head keep `dtype`.
@@ -74,36 +73,31 @@ def find_adapter(run: str | Path) -> Path:
     Raises:
         DataError: there is no adapter, or the file of its weights is truncated.
     """
-    for folder in (Path(run), Path(run) / ADAPTER):
-        if (folder / CONFIG).is_file():
-            _check_complete(folder / WEIGHTS)
-            return folder
     missing = f"no adapter at {run} (expected {CONFIG} there or in its folder {ADAPTER!r}): train one first"
-    name, _, revision = str(run).partition("@")
-    from vlm_calibration.hub import download, is_hub_name
+    folders = [Path(run), Path(run) / ADAPTER]
+    if not Path(run).exists():
+        from vlm_calibration.hub import download, is_hub_name
 
-    if Path(run).exists() or not is_hub_name(name):
+        name, _, revision = str(run).partition("@")
+        if is_hub_name(name):
+            try:
+                folders = [download("an adapter", name, revision or None)]
+            except DataError as error:
+                raise DataError(f"{missing}, or give its name on the Hub: {error}") from error
+            missing = f"no adapter at {run}: the repository on the Hub has no {CONFIG}"
+    folder = next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+    if folder is None:
         raise DataError(missing)
+    weights = folder / WEIGHTS
     try:
-        folder = download("an adapter", name, revision or None)
-    except DataError as error:
-        raise DataError(f"{missing}, or give its name on the Hub: {error}") from error
-    if not (folder / CONFIG).is_file():
-        raise DataError(f"no adapter at {run}: the repository on the Hub has no {CONFIG}")
-    _check_complete(folder / WEIGHTS)
-    return folder
-
-
-def _check_complete(weights: Path) -> None:
-    """Refuse a truncated file of weights; older adapters have another file."""
-    try:
-        if weights.is_file():
+        if weights.is_file():  # older adapters have another file
             with safe_open(weights, framework="np"):
                 pass
     except (SafetensorError, OSError) as error:
         raise DataError(
             f"{weights}: damaged or truncated ({error}): copy the adapter again, or train it again"
         ) from error
+    return folder
 
 
 def adapter_files(folder: Path) -> dict[str, str]:
@@ -122,12 +116,9 @@ def adapter_weights_digest(folder: Path) -> str:
 
 
 def base_of_adapter(adapter: str | Path) -> BaseModel:
-    """The base model of an adapter, with the dtype and quantisation of its training.
+    """The base model of an adapter (as for `find_adapter`), with the dtype and quantisation of its training.
 
     Without this project's model card the dtype is that of the base's checkpoint.
-
-    Args:
-        adapter: as for `find_adapter`.
 
     Raises:
         DataError: there is no adapter, or its configuration names no base model.
@@ -148,10 +139,7 @@ def base_of_adapter(adapter: str | Path) -> BaseModel:
 
 
 def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
-    """The common base model of several adapters.
-
-    Args:
-        adapters: name -> adapter, as for `find_adapter`.
+    """The common base model of several adapters: name -> adapter, as for `find_adapter`.
 
     Raises:
         DataError: there is no adapter, or two adapters differ in base model, dtype or quantisation.
@@ -163,22 +151,18 @@ def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
     bases = {name: base_of_adapter(adapter) for name, adapter in adapters.items()}
     # Without a card, the dtype of an adapter's training is unknown.
     first = next((name for name, base in bases.items() if base.dtype != "auto"), next(iter(bases)))
+    one = bases[first]
     for name, base in bases.items():
-        if _differ(bases[first], base):
+        if (
+            os.path.realpath(one.name_or_path) != os.path.realpath(base.name_or_path)
+            or (one.revision, one.quantization) != (base.revision, base.quantization)
+            or base.dtype not in (one.dtype, "auto")
+        ):
             raise DataError(
-                f"the adapters {first!r} and {name!r} have different base models: {describe(bases[first])} and "
-                f"{describe(base)}; evaluate them separately, or set model.init_args.base.name_or_path for both"
+                f"the adapters {first!r} and {name!r} have different base models: {describe(one)} and {describe(base)}; "
+                "evaluate them separately, or set model.init_args.base.name_or_path for both"
             )
-    return bases[first]
-
-
-def _differ(base: BaseModel, other: BaseModel) -> bool:
-    return (
-        os.path.realpath(base.name_or_path) != os.path.realpath(other.name_or_path)
-        or base.revision != other.revision
-        or base.quantization != other.quantization
-        or (base.dtype != other.dtype and "auto" not in (base.dtype, other.dtype))
-    )
+    return one
 
 
 def describe(base: BaseModel) -> str:

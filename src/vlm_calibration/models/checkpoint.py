@@ -1,15 +1,15 @@
-"""The weights files of a model, under the names that its publisher gave: find a model's weights in them, and copy them with some replaced.
+"""The weights files of a model, under the names that its publisher gave: find a model's weights in them, copy them with some replaced.
 
-transformers renames tensors while it loads a checkpoint, and for some families does not save them under their first names. Other
-programs, vLLM among them, know only the published names. Weights are found by their values, which needs no table of names.
+transformers renames tensors while it loads a checkpoint, and for some families saves them under other names than the published ones,
+which alone vLLM and others know. Weights are found by their values, which needs no table of names.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,17 +24,12 @@ from vlm_calibration.models.base import BaseModel, read_object
 from vlm_calibration.models.loading import local_folder, weight_files
 from vlm_calibration.records import DataError
 
-SAMPLED = 64
-"""Number of values by which candidates for a tensor are looked up before all values are compared."""
+FEW = 64
+"""Number of values that are compared before all are."""
 
 
 class Stored(NamedTuple):
-    """Where a checkpoint stores a weight.
-
-    Attributes:
-        name: of the tensor in the checkpoint.
-        dtype: of the tensor in the checkpoint.
-    """
+    """Name and dtype of a weight's tensor in a checkpoint."""
 
     name: str
     dtype: torch.dtype
@@ -50,14 +45,6 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     files: tuple[Path, ...]
-
-
-class _Tensors(NamedTuple):
-    """The tensors of one weights file, which are read on demand."""
-
-    names: Sequence[str]
-    get: Callable[[str], Tensor]
-    metadata: dict[str, str] | None
 
 
 def find_checkpoint(base: BaseModel) -> Checkpoint:
@@ -83,7 +70,7 @@ def find_weights(weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[
     name ends most like the weight's.
 
     Args:
-        weights: name in the model -> weight, in a dtype that holds the checkpoint's values exactly.
+        weights: name in the model -> weight, float32.
         checkpoint: what the model was loaded from.
 
     Returns:
@@ -92,19 +79,16 @@ def find_weights(weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[
     Raises:
         ValueError: a weight is no tensor of the checkpoint, or cannot be told from another one.
     """
+    flat = {name: weight.detach().flatten() for name, weight in weights.items()}
     equal: dict[str, list[Stored]] = {name: [] for name in weights}
-    by_sample = defaultdict(list)
-    for name, weight in weights.items():
-        by_sample[_sample(weight, weight.dtype)].append(name)
-    dtypes = {weight.dtype for weight in weights.values()}
     for path in checkpoint.files:
-        with _reading(path) as tensors:
-            for stored in tensors.names:
-                tensor = tensors.get(stored)
-                for dtype in dtypes:
-                    for name in by_sample.get(_sample(tensor, dtype), ()):
-                        if torch.equal(tensor.to(dtype).flatten(), weights[name].flatten()):
-                            equal[name].append(Stored(stored, tensor.dtype))
+        for stored, tensor in _read(path)[0].items():
+            values = tensor.flatten()
+            few = values[:FEW].float()
+            for name, weight in flat.items():
+                alike = len(weight) == len(values) and torch.equal(weight[:FEW], few)
+                if alike and torch.equal(weight, values.float()):
+                    equal[name].append(Stored(stored, tensor.dtype))
     found = {name: _most_alike(name, candidates) for name, candidates in equal.items()}
     times = Counter(stored.name for stored in found.values())
     if shared := [name for name, stored in found.items() if times[stored.name] > 1]:
@@ -114,42 +98,34 @@ def find_weights(weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[
     return found
 
 
-def _sample(tensor: Tensor, dtype: torch.dtype) -> tuple[int, bytes]:
-    """The number of values and some of them, spread evenly, by which tensors with equal values are equal."""
-    values = tensor.detach().flatten()
-    spread = values[:: max(1, len(values) // SAMPLED)].to(dtype)
-    return len(values), spread.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _most_alike(name: str, candidates: Iterable[Stored]) -> Stored:
+def _most_alike(name: str, candidates: list[Stored]) -> Stored:
     """The candidate whose dotted name shares the longest end with the weight's."""
-    ranked = sorted(candidates, key=lambda stored: _common_end(name, stored.name), reverse=True)
-    if not ranked:
+    if not candidates:
         raise ValueError(
             f"the weight {name} is not stored as one tensor in the checkpoint, so it cannot be written under its name"
         )
-    if len(ranked) > 1 and _common_end(name, ranked[0].name) == _common_end(name, ranked[1].name):
+
+    def common_parts(stored: Stored) -> int:
+        pairs = zip(name.split(".")[::-1], stored.name.split(".")[::-1], strict=False)
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+    most = max(map(common_parts, candidates))
+    best = [stored for stored in candidates if common_parts(stored) == most]
+    if len(best) > 1:
         raise ValueError(
-            f"the weight {name} has the same values as several tensors of the checkpoint: {ranked[0].name} and {ranked[1].name}"
+            f"the weight {name} has the same values as several tensors of the checkpoint: {best[0].name} and {best[1].name}"
         )
-    return ranked[0]
+    return best[0]
 
 
-def _common_end(name: str, other: str) -> int:
-    """Number of parts, separated by dots, in which two names end alike."""
-    pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(name.count("."), other.count(".")) + 1)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[_Tensors]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """The tensors of a weights file by name, and its metadata."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            yield _Tensors(list(file.keys()), file.get_tensor, file.metadata())
-    else:
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # Tensors of such a file may share memory, which safetensors refuses.
-        yield _Tensors(list(state), lambda name: state[name].clone(), {"format": "pt"})
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Tensors of such a file may share memory, which safetensors refuses.
+    return {name: tensor.clone() for name, tensor in state.items()}, {"format": "pt"}
 
 
 def copy_checkpoint(
@@ -172,9 +148,9 @@ def copy_checkpoint(
     """
     size = 0
     for path in checkpoint.files:
-        with _reading(path) as tensors:
-            written = {n: _converted(tensors.get(n), replaced.get(n), dtype) for n in tensors.names}
-            save_file(written, folder / _safetensors_name(path.name), tensors.metadata)
+        tensors, metadata = _read(path)
+        written = {name: _converted(tensor, replaced.get(name), dtype) for name, tensor in tensors.items()}
+        save_file(written, folder / _safetensors_name(path.name), metadata)
         size += sum(tensor.nbytes for tensor in written.values())
     if checkpoint.files[0].name not in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
         is_safetensors = checkpoint.files[0].suffix == ".safetensors"
@@ -186,11 +162,10 @@ def copy_checkpoint(
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
     for path in checkpoint.folder.glob("*.py") if code else ():
         shutil.copyfile(path, folder / path.name)
-    if dtype is None:
-        shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
-    else:
-        config = read_object(checkpoint.folder / "config.json")
-        write_json(folder / "config.json", _with_dtype({"dtype": "", **config}, str(dtype).split(".")[1]))
+    shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
+    if dtype is not None:
+        config = {"dtype": "", **read_object(folder / "config.json")}
+        write_json(folder / "config.json", _with_dtype(config, str(dtype).split(".")[1]))
 
 
 def _converted(stored: Tensor, new: Tensor | None, dtype: torch.dtype | None) -> Tensor:

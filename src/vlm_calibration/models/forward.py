@@ -2,10 +2,7 @@
 
 With a vocabulary of 150k tokens the logits of a conversation are by far its largest tensor, and only the dozen at the response
 are needed. A pre-hook of the head selects those hidden states, so that a family's operations behind the head (scaling,
-soft-capping) still apply.
-
-Policy and reference, or a base model and its adapters, encode the same images with the same frozen tower. Within
-`shared_vision` each frozen module outside the language model runs once, and later passes reuse its result.
+soft-capping) still apply. Policy and reference, or a base model and its adapters, encode the same images with the same frozen tower.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) ->
 
     Args:
         model: a transformers or peft model.
-        inputs: arguments of its forward.
+        inputs: arguments of the forward pass.
         labels: int64 [B, L], IGNORE where there is no label; label t is predicted at position t - 1.
 
     Raises:
@@ -55,19 +52,12 @@ def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) ->
 
 
 def logits_at(model: Any, inputs: Mapping[str, Tensor], rows: Tensor, positions: Tensor) -> Tensor:
-    """Logits at N positions of a batch, float [N, V].
-
-    Args:
-        model: a transformers or peft model.
-        inputs: arguments of its forward.
-        rows: int64 [N]; positions may repeat.
-        positions: int64 [N].
-    """
+    """Logits at N positions of a batch, float [N, V]; `rows` and `positions` are int64 [N], and a position may repeat."""
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][rows, positions][None], *args[1:])
 
-    handle = output_head(model).register_forward_pre_hook(select)
+    handle = unwrap_peft(model).get_output_embeddings().register_forward_pre_hook(select)
     try:
         return model(**inputs, use_cache=False).logits[0]
     finally:
@@ -79,29 +69,24 @@ def unwrap_peft(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def output_head(model: Any) -> nn.Module:
-    """The module that maps hidden states to logits."""
-    return unwrap_peft(model).get_output_embeddings()
-
-
 def frozen_vision(model: Any) -> list[nn.Module]:
     """The outermost modules outside the language model without an adapter or trained parameters: tower, projector, ..."""
     base = unwrap_peft(model)
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
-    return list(_frozen_modules(base, {id(decoder), id(head)}))
-
-
-def _frozen_modules(module: nn.Module, language: set[int]) -> Iterator[nn.Module]:
-    for child in module.children():
-        inside = {id(m) for m in child.modules()}
-        if id(child) in language:
+    language = {id(base.get_decoder()), id(base.get_output_embeddings())}
+    frozen: list[nn.Module] = []
+    pending = list(base.children())
+    while pending:
+        module = pending.pop(0)
+        inside = list(module.modules())
+        if id(module) in language:
             continue
-        if inside & language:
-            yield from _frozen_modules(child, language)
-        elif not any(isinstance(m, BaseTunerLayer) for m in child.modules()) and not any(
-            p.requires_grad for p in child.parameters()
+        if any(id(m) in language for m in inside):
+            pending += module.children()
+        elif not any(isinstance(m, BaseTunerLayer) for m in inside) and not any(
+            p.requires_grad for p in module.parameters()
         ):
-            yield child
+            frozen.append(module)
+    return frozen
 
 
 @contextmanager

@@ -8,21 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
-
-def greedy_config(config: GenerationConfig) -> GenerationConfig:
-    """Greedy decoding with the special tokens of a checkpoint's configuration and none of its other settings.
-
-    Settings such as `repetition_penalty` change what is generated, but not the scores of the same tokens.
-    """
-    return GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        do_sample=False,
-        num_beams=1,
-    )
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 
 class CompleteAnswerCriteria(StoppingCriteria):
@@ -78,12 +64,11 @@ def generate_texts(
     """Generate an answer to each prompt greedily.
 
     Args:
-        model: a transformers or peft model from `load_base`, whose configuration is `greedy_config`.
+        model: a transformers or peft model from `load_base`, which decodes greedily.
         inputs: left-padded prompts, input_ids int64 [B, L].
         tokenizer: the model's tokenizer.
         max_new_tokens: length limit of an answer.
-        end_of: returns the position at which a text with a percent sign is complete, None for an incomplete one.
-            Generation stops there, and text behind it is dropped.
+        end_of: as for `CompleteAnswerCriteria`: generation stops there, and text behind it is dropped.
 
     Returns:
         B texts without special tokens and surrounding space.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,14 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
-    PretrainedConfig,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from vlm_calibration import hub
+from vlm_calibration.models.adapters import layer_parts
 from vlm_calibration.models.base import THRESHOLDS, BaseModel
-from vlm_calibration.models.generation import greedy_config
-from vlm_calibration.models.parts import layer_parts
 from vlm_calibration.models.suffix_masks import FLEX
 from vlm_calibration.records import DataError
 from vlm_calibration.settings import digest, file_digest
@@ -36,7 +33,7 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
     """Load the model in eval mode. It generates greedily, whatever its `generation_config.json` says.
 
     Args:
-        base: the model and how to load it.
+        base: the model.
         device: that the model runs on. A quantised model is loaded there and must not be moved later, others onto the CPU.
 
     Raises:
@@ -58,29 +55,33 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
             trust_remote_code=base.trust_remote_code,
             **settings,
         )
-    # `generate` takes every setting that it is not given from here.
-    model.generation_config = greedy_config(model.generation_config)
+    # `generate` takes every setting that it is not given from here; the checkpoint's, such as `repetition_penalty`, would change
+    # what is generated, but not the scores of the same tokens.
+    config = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        do_sample=False,
+        num_beams=1,
+    )
     if flex:
         use_in_language_model(model, FLEX)
-    if base.quantization == "nf4":
-        _prevent_repacking(model)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in the first pass in eval mode, after which gradients through
+        # them are wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
 def use_in_language_model(model: Any, attention: str) -> None:
-    """Set the attention kernel of the language model; the tower keeps its own.
-
-    transformers' own switch refuses FlexAttention for a family of which any part does not support it.
-    """
+    """Set the attention kernel of the language model; the tower keeps its own, which may not support FlexAttention."""
     model.get_decoder().config._attn_implementation = attention
 
 
 def _check_flex(base: BaseModel, device: torch.device) -> None:
-    """Check that a model can use FlexAttention, before its weights are loaded.
-
-    Raises:
-        DataError: it cannot, or the device cannot.
-    """
+    """Check that model and device can use FlexAttention, before the weights are loaded."""
     setting = f"attn_implementation: {FLEX}"
     if device.type in ("cpu", "mps"):
         raise DataError(
@@ -106,11 +107,7 @@ def load_for_training(base: BaseModel, device: torch.device | str = "cpu") -> Pr
 
 
 def model_config(base: BaseModel) -> Any:
-    """The model's configuration.
-
-    Raises:
-        DataError: the model does not exist.
-    """
+    """The model's configuration; raises DataError if the model does not exist."""
     with hub.loading("a model", base.name_or_path):
         return AutoConfig.from_pretrained(
             base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code
@@ -118,11 +115,7 @@ def model_config(base: BaseModel) -> Any:
 
 
 def empty_vlm(base: BaseModel) -> PreTrainedModel:
-    """The model with meta tensors: parameters have shapes but no values and take no memory.
-
-    Raises:
-        DataError: the model does not exist.
-    """
+    """The model with meta tensors, which take no memory; raises DataError if the model does not exist."""
     config = model_config(base)
     with hub.loading("a model", base.name_or_path), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=base.trust_remote_code)
@@ -131,6 +124,8 @@ def empty_vlm(base: BaseModel) -> PreTrainedModel:
 SPANS, SPAN = 16, 1 << 20
 UNSTABLE = ("_name_or_path", "_commit_hash", "transformers_version")
 """Keys of a model's configuration that describe its origin instead of the model."""
+BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".py")
+"""Suffixes of the files of processor, generation settings and code in a model's folder."""
 
 
 def weights_digest(base: BaseModel) -> str | None:
@@ -145,42 +140,40 @@ def weights_digest(base: BaseModel) -> str | None:
     weights = weight_files(folder) if folder is not None else None
     if folder is None or weights is None or not (folder / "config.json").is_file():
         return None
-    files = [folder / "config.json", *weights]
-    return _model_digest(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    return digest(_identifying_parts(folder, weights))
 
 
-BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".py")
-"""Suffixes of the files of processor, generation settings and code in a model's folder."""
+def _identifying_parts(folder: Path, weights: list[Path]) -> Iterator[str | bytes]:
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    yield json.dumps({k: v for k, v in settings.items() if k not in UNSTABLE}, sort_keys=True)
+    for path in weights:
+        size = path.stat().st_size
+        yield f"{size}\n"
+        with path.open("rb") as file:
+            if size <= SPANS * SPAN:
+                yield file.read()
+                continue
+            for i in range(SPANS):
+                file.seek(i * (size - SPAN) // (SPANS - 1))
+                yield file.read(SPAN)
 
 
-def model_identity(name_or_path: str, revision: str | None = None, *, download: bool = False) -> str | None:
+def model_identity(name_or_path: str, revision: str | None = None) -> str | None:
     """What identifies the content of a model with its processor: of a folder a digest, of a name on the Hub the commit.
 
-    The digest covers `weights_digest` and the other files that are read from the folder, but neither its name nor dates.
-
-    Args:
-        name_or_path: as in `BaseModel`.
-        revision: as in `BaseModel`.
-        download: ask the Hub for the commit if the model is not in the cache.
-
-    Returns:
-        None if the model is not on this machine, or with `download` if there is none.
+    The digest covers `weights_digest` and the other files that are read from the folder, but neither its name nor dates. None if the
+    model is not on this machine.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         cached = local_folder(BaseModel(name_or_path, revision=revision))
-        if cached is not None or not download:
-            return cached.name if cached else None
-        try:
-            config, _ = PretrainedConfig.get_config_dict(name_or_path, revision=revision)
-        except OSError:
-            return None
-        commit: str | None = config.get("_commit_hash")
-        return commit
-    others = [path for path in sorted(folder.iterdir()) if path.suffix in BESIDE_WEIGHTS and path.is_file()]
+        return cached.name if cached else None
     # A decision rule is chosen on the model's answers and changes none of them.
-    others = [path for path in others if path.name not in ("config.json", THRESHOLDS)]
-    files = [f"{path.name} {file_digest(path)}\n" for path in others]
+    files = [
+        f"{path.name} {file_digest(path)}\n"
+        for path in sorted(folder.iterdir())
+        if path.suffix in BESIDE_WEIGHTS and path.is_file() and path.name not in ("config.json", THRESHOLDS)
+    ]
     return digest([f"{weights_digest(BaseModel(name_or_path))}\n", *files])
 
 
@@ -207,28 +200,6 @@ def weight_files(folder: Path) -> list[Path] | None:
     return None
 
 
-@lru_cache(maxsize=8)
-def _model_digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Digest of a configuration and weights files. The cache key has their sizes and dates, so changes are noticed."""
-    (config, _, _), *weights = files
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings = {key: value for key, value in settings.items() if key not in UNSTABLE}
-    parts: list[Iterable[str | bytes]] = [[json.dumps(settings, sort_keys=True)]]
-    for path, size, _ in weights:
-        parts += [[f"{size}\n"], _spans(path, size)]
-    return digest(chain.from_iterable(parts))
-
-
-def _spans(path: Path, size: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        if size <= SPANS * SPAN:
-            yield file.read()
-            return
-        for i in range(SPANS):
-            file.seek(i * (size - SPAN) // (SPANS - 1))
-            yield file.read(SPAN)
-
-
 def quantised_layers(model: PreTrainedModel) -> list[str]:
     """Full names of the linear layers that quantisation replaces: all of the language model."""
     return [name for name, part in layer_parts(model).items() if part == "language"]
@@ -251,23 +222,9 @@ def _quantization(base: BaseModel) -> BitsAndBytesConfig:
 
 
 def check_blocks(model: PreTrainedModel, quantised: set[str]) -> None:
-    """Check that layers can be quantised to nf4.
-
-    Raises:
-        ValueError: a layer's number of inputs is no multiple of 64.
-    """
+    """Check that layers can be quantised to nf4; raises ValueError if a layer's number of inputs is no multiple of 64."""
     for name, module in model.named_modules():
         if name in quantised and module.in_features % 64:
             raise ValueError(
                 f"nf4 needs layers with a multiple of 64 inputs, {name} has {module.in_features}"
             )
-
-
-def _prevent_repacking(model: PreTrainedModel) -> None:
-    """Prevent bitsandbytes from repacking 4-bit weights.
-
-    On CPUs with AVX512-BF16 it repacks in the first pass in eval mode, after which gradients through them are wrong.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

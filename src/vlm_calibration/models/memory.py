@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlm_calibration.models.adapters import LoraSettings, attach_lora
+from vlm_calibration.models.adapters import LoraSettings, ModelPart, attach_lora, layer_parts
 from vlm_calibration.models.base import BaseModel, Quantization
 from vlm_calibration.models.loading import check_blocks, empty_vlm, quantised_layers
-from vlm_calibration.models.parts import ModelPart, layer_parts
 
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 """Optimizer -> bytes of its states for each trained parameter."""

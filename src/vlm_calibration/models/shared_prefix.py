@@ -1,18 +1,16 @@
 """Log-likelihoods of several responses to one prompt, with image and prompt computed once.
 
-Candidates differ in a few tokens at their end. Each query becomes one row `[prefix, suffix 1, suffix 2, ...]`. The prefix ends
-before the first token in which two responses differ, and suffixes do not attend to each other. The model builds its attention
-mask and positions for the row; a pre-hook of its language model then masks other suffixes and makes each suffix's positions
-continue the prefix. This is independent of the model family and exact under gradient checkpointing, where an expanded
-key-value cache is silently wrong. The plain path, one forward per candidate, gives the same result and is the reference.
+Each query becomes one row `[prefix, suffix 1, suffix 2, ...]`. The prefix ends before the first token in which two responses differ, and
+suffixes do not attend to each other. The model builds its attention mask and positions for the row; a pre-hook of its language model then
+masks other suffixes and makes each suffix's positions continue the prefix. This is independent of the model family and exact under
+gradient checkpointing, where an expanded key-value cache is silently wrong. The plain path, one forward per candidate, is the reference.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
@@ -81,8 +79,7 @@ def score_responses(
             exact, else it logs the reason once.
 
     Raises:
-        ValueError: a query has no candidates, a candidate has no tokens, or scoring is "shared" and the model's prefix
-            cannot be shared.
+        ValueError: a query without candidates, a candidate without tokens, or "shared" where the prefix cannot be shared.
     """
     if len(responses) != len(prompts.lengths) or not all(r and all(r) for r in responses):
         raise ValueError("every query needs at least one response, and every response at least one token")
@@ -99,12 +96,7 @@ def score_responses(
 
 
 def why_not_shared(model: Any, row_length: int) -> str | None:
-    """The reason why packed rows of this length are wrong for the model, or None.
-
-    Args:
-        model: a transformers or peft model.
-        row_length: tokens of the longest packed row.
-    """
+    """The reason why packed rows of at most `row_length` tokens are wrong for the model, or None."""
     config = unwrap_peft(model).config.get_text_config()
     attention = config._attn_implementation
     if attention not in ATTENTION:
@@ -115,19 +107,13 @@ def why_not_shared(model: Any, row_length: int) -> str | None:
     window = getattr(config, "sliding_window", None)
     slides = kinds is None or "sliding_attention" in kinds
     if window is not None and slides and window < row_length:
-        return f"a row of {row_length} tokens is longer than the attention window of {window}"
+        return f"rows are longer than the attention window of {window} tokens"
     return None
 
 
-_logged: set[str] = set()
-
-
+@cache
 def _warn_once(message: str) -> None:
-    # Row lengths differ between batches, the reason does not.
-    key = re.sub(r"\d+", "#", message)
-    if key not in _logged:
-        _logged.add(key)
-        logger.warning(message)
+    logger.warning(message)
 
 
 class Packed(NamedTuple):
@@ -205,15 +191,12 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
 
 def _score_packed(model: Any, packed: Packed) -> ResponseScores:
     """Score all candidates with one forward over packed rows."""
-    decoder = unwrap_peft(model).get_decoder()
     hook = partial(isolate_suffixes, segment=packed.segment, shift=packed.shift)
-    handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = unwrap_peft(model).get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        inputs = _with_response_types(model, packed)
-        logits = logits_at(model, inputs, packed.rows, packed.positions)
+        return _score_rows(model, packed)
     finally:
         handle.remove()
-    return scores_at(token_log_likelihood(logits, packed.targets), packed.predictions)
 
 
 def _score_plain(model: Any, prompts: Prompts, responses: Responses) -> ResponseScores:
@@ -221,10 +204,7 @@ def _score_plain(model: Any, prompts: Prompts, responses: Responses) -> Response
     columns = []
     for k in range(max(map(len, responses))):
         # A query with fewer candidates repeats its first, whose score is masked.
-        single = pack(prompts, [[r[k] if k < len(r) else r[0]] for r in responses])
-        inputs = _with_response_types(model, single)
-        logits = logits_at(model, inputs, single.rows, single.positions)
-        scores = scores_at(token_log_likelihood(logits, single.targets), single.predictions)
+        scores = _score_rows(model, pack(prompts, [[r[k] if k < len(r) else r[0]] for r in responses]))
         mask = torch.tensor([k < len(r) for r in responses], device=scores.tokens.device)[:, None]
         columns.append((scores.log_likelihood[:, 0] * mask, scores.tokens[:, 0] & mask))
     log_likelihood, tokens = (
@@ -249,23 +229,19 @@ def _append_tokens(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
     return inputs
 
 
-def _with_response_types(model: Any, packed: Packed) -> dict[str, Tensor]:
-    """Give responses token type 1 for PaliGemma, which attends to type 0 in both directions."""
+def _score_rows(model: Any, packed: Packed) -> ResponseScores:
     inputs = packed.inputs
-    if "token_type_ids" not in inputs or not unwrap_peft(model).config.model_type.startswith("paligemma"):
-        return inputs
-    types = inputs["token_type_ids"]
-    response = torch.arange(types.shape[1], device=types.device)[None] >= packed.lengths[:, None]
-    return {**inputs, "token_type_ids": torch.where(response, torch.ones_like(types), types)}
+    if "token_type_ids" in inputs and unwrap_peft(model).config.model_type.startswith("paligemma"):
+        # PaliGemma attends to tokens of type 0 in both directions; responses are of type 1.
+        types = inputs["token_type_ids"]
+        response = torch.arange(types.shape[1], device=types.device)[None] >= packed.lengths[:, None]
+        inputs = {**inputs, "token_type_ids": torch.where(response, torch.ones_like(types), types)}
+    logits = logits_at(model, inputs, packed.rows, packed.positions)
+    return scores_at(token_log_likelihood(logits, packed.targets), packed.predictions)
 
 
 def scores_at(log_likelihood: Tensor, predictions: Tensor) -> ResponseScores:
-    """Gather the scores of candidates.
-
-    Args:
-        log_likelihood: float32 [N], of each prediction.
-        predictions: int64 [B, K, T], the number of each token's prediction; -1 where there is no token.
-    """
+    """Scores of candidates from the log-likelihoods float32 [N] of N predictions; `predictions` as in `Packed`."""
     tokens = predictions >= 0
     return ResponseScores(torch.where(tokens, log_likelihood[predictions.clamp(min=0)], 0.0), tokens)
 

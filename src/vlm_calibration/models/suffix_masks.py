@@ -7,7 +7,6 @@ that are partly masked. The dense mask of 4,200 tokens takes 34 MiB in bfloat16,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,21 +19,13 @@ FLEX = "flex_attention"
 BLOCK, MOST_BLOCKS = 128, 128
 """Tokens of a block, and blocks of a row at most: in longer rows blocks are larger, so that tables take at most 16 bytes a token."""
 
-MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(row, head, query, key) -> whether the query attends to the key: index tensors that broadcast, and bool of their common shape."""
-
 
 def isolate_suffixes(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, segment: Tensor, shift: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pre-hook of the language model: mask other suffixes, and make positions of each suffix continue the prefix.
 
-    Args:
-        module: the language model.
-        args: of its forward.
-        kwargs: of its forward.
-        segment: int64 [B, L], 0 for the prefix, k for suffix k, -1 for padding.
-        shift: int64 [B, L], distance of a token from its position without the preceding suffixes.
+    `segment` and `shift`, int64 [B, L], are as in `shared_prefix.Packed`.
     """
     blockwise = module.config._attn_implementation == FLEX
     dtype = kwargs["inputs_embeds"].dtype
@@ -59,10 +50,7 @@ def isolate_suffixes(
 def _additive_mask(segment: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The dense mask of packed rows, float [B, 1, L, L]: 0 where a token attends to another, else the lowest number.
 
-    Args:
-        segment: as for `isolate_suffixes`.
-        mask: the model's own mask of the row, bool or additive; the model would make a mask of two dimensions causal, as None.
-        dtype: of the mask.
+    The model's own mask of the row is bool or additive; one of two dimensions, or None, stands for a causal one.
     """
     length, device = segment.shape[1], segment.device
     query, key = segment[:, :, None], segment[:, None, :]
@@ -78,12 +66,7 @@ def _additive_mask(segment: Tensor, mask: Tensor | None, dtype: torch.dtype) -> 
 
 
 def _block_mask(segment: Tensor, mask: BlockMask | None = None) -> BlockMask:
-    """The mask of packed rows for FlexAttention.
-
-    Args:
-        segment: as for `isolate_suffixes`.
-        mask: the model's own mask of the row; None: causal.
-    """
+    """The mask of packed rows for FlexAttention. The model's own mask of the row is causal if it is None."""
     inner = causal_mask_function if mask is None else mask.mask_mod
     path = segment.to(torch.int32)
 
@@ -93,23 +76,9 @@ def _block_mask(segment: Tensor, mask: BlockMask | None = None) -> BlockMask:
         # The diagonal keeps softmax defined for padding.
         return (same_path & inner(row, head, query, key)) | (query == key)
 
-    batch, length = segment.shape
-    return _with_table(attends, batch, length, segment.device)
-
-
-def _with_table(attends: MaskFunction, batch: int, length: int, device: torch.device) -> BlockMask:
-    """A mask function with its table of blocks.
-
-    As `torch.nn.attention.flex_attention.create_block_mask`, which without compilation evaluates all pairs of tokens at once; here
-    it is those of one block of queries.
-
-    Args:
-        attends: the mask function.
-        batch: number of rows.
-        length: tokens of a row.
-        device: of the table.
-    """
-    size = BLOCK
+    # As `torch.nn.attention.flex_attention.create_block_mask`, which without compilation evaluates all pairs of tokens at once; here
+    # it is those of one block of queries.
+    (batch, length), device, size = segment.shape, segment.device, BLOCK
     while length > MOST_BLOCKS * size:
         size *= 2
     n_blocks = -(-length // size)
