@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import FileIO, RawIOBase
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,14 +28,8 @@ MAX_NAMED = 5
 
 UNWRITABLE = frozenset(
     {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.EEXIST,
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+        *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
     }
 )
 """Error numbers of a file that cannot be written: no space, no permission, a file in place of a folder."""
@@ -43,15 +37,7 @@ UNWRITABLE = frozenset(
 
 @contextmanager
 def writing(path: Path, hint: str = "") -> Iterator[None]:
-    """Turn a failure to write `path`, a file or folder, into one line.
-
-    Args:
-        path: named in the message.
-        hint: end of the message.
-
-    Raises:
-        DataError: the path cannot be written, e.g. the disk is full.
-    """
+    """Turn a failure to write `path`, a file or folder, such as a full disk, into a DataError that ends with `hint`."""
     try:
         yield
     except Exception as error:
@@ -90,11 +76,15 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
         with writing(path, "; the previous content is unchanged" if path.exists() else ""):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
-                if file.is_file():
-                    _apply_umask(file)
+            umask = os.umask(0o077)
+            os.umask(umask)
+            for path_written in [temporary] if temporary.is_file() else temporary.rglob("*"):
+                if path_written.is_file():
+                    # safetensors writes files that only their owner can read.
+                    path_written.chmod(path_written.stat().st_mode | 0o666 & ~umask)
                     if sync:
-                        _sync(file)
+                        with path_written.open("rb") as file:
+                            os.fsync(file.fileno())
             if temporary.is_dir() and path.exists():
                 # Deleting a folder takes time, so it gets another name first.
                 path.replace(old)
@@ -104,27 +94,6 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
             old.replace(path)
         for leftover in (temporary, old):
             remove(leftover)
-
-
-def _apply_umask(path: Path) -> None:
-    """Give a file all permissions that the umask leaves to a new one; safetensors writes files that only their owner can read."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    mode = path.stat().st_mode
-    if (permitted := mode | 0o666 & ~umask) != mode:
-        path.chmod(permitted)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def append(file: RawIOBase, content: bytes) -> None:
-    """Write all of `content` to an unbuffered file, which may accept only a part at each call."""
-    rest = memoryview(content)
-    while rest:
-        rest = rest[file.write(rest) or 0 :]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -216,19 +185,11 @@ class JsonLine(NamedTuple):
         """File and line number, for messages."""
         return f"{self.path}:{self.number}"
 
-    @property
-    def length(self) -> int:
-        """Number of bytes."""
-        return len(self.content)
-
     def read(self, convert: Callable[[Any], T]) -> T:
         """Decode the line and convert the value.
 
-        Args:
-            convert: raises a ValueError for a value that it refuses.
-
         Raises:
-            DataError: the line is not UTF-8 or not JSON, or `convert` refuses it; names file and line.
+            DataError: the line is not UTF-8 or not JSON, or `convert` raises a ValueError; names file and line.
         """
         try:
             return convert(parse_json(self.content))

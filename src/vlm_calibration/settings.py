@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-CHUNK = 1 << 20
-
 
 def init_args(value: Any) -> dict[str, Any]:
     """The constructor arguments that an object keeps under their names, with or without a leading underscore."""
@@ -74,10 +72,5 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 def file_digest(path: Path) -> str:
     """The digest of a file's content."""
-    return digest(_chunks(path))
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

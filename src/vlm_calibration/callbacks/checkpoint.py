@@ -117,14 +117,6 @@ class RunCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         return Path(self.dirpath) / LAST
 
-    def outputs(self, folder: Path, module: L.LightningModule, data: Any) -> list[Path]:
-        """None: a finished run is not resumed."""
-        return []
-
-    def progress(self, folder: Path) -> list[Path]:
-        """The checkpoints."""
-        return list((folder / FOLDER).glob("*.ckpt"))
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / FOLDER)
         super().setup(trainer, pl_module, stage)

@@ -14,14 +14,14 @@ from functools import partial
 from itertools import islice
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.commands.options import ModelOptions, load_model
 from vlm_calibration.errors import CommandError
 from vlm_calibration.progress import working
-from vlm_calibration.records import AnswerType, DataError
+from vlm_calibration.records import AnswerType, DataError, RecordError
 
 if TYPE_CHECKING:
     from vlm_calibration.commands.questions import AnswerFile, Question
@@ -256,6 +256,22 @@ def _answer_all(
     from vlm_calibration.commands.questions import read_questions
     from vlm_calibration.data.sources.images import ImageFolder
 
+    def sample(question: Question) -> Sample | None:
+        """The question as a sample for the model; None, with a message in `skipped`, if its image is left out."""
+        try:
+            try:
+                folder.check(question.image)
+                path = folder.path(question.image)
+            except RecordError as error:
+                raise DataError(f"{question.where}: {error}") from error
+            kind, category = question.answer_type, question.category
+            return model.sample(path, question.question, kind, category, name=question.where)
+        except DataError as error:
+            if many.on_bad_image != "skip":
+                raise
+            skipped.append(str(error))
+            return None
+
     folder = ImageFolder(many.root or questions.parent)
     skipped: list[str] = []
     warnings: list[str] = []
@@ -263,11 +279,11 @@ def _answer_all(
     done = min(total, len(answers.done))
     with working("ask", total, "questions", done=done) as update:
         while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
-            loaded = [(q, _sample(model, q, folder, many.on_bad_image == "skip", skipped)) for q in batch]
-            samples = [(question, sample) for question, sample in loaded if sample is not None]
+            loaded = [(question, sample(question)) for question in batch]
+            samples = [(question, of_question) for question, of_question in loaded if of_question is not None]
             if samples:
                 system = model.systems[-1]
-                batch_answers = model.answers([sample for _, sample in samples], [system])[system]
+                batch_answers = model.answers([of_question for _, of_question in samples], [system])[system]
                 warnings += [
                     f"{q.where}: {a.warning}"
                     for (q, _), a in zip(samples, batch_answers, strict=True)
@@ -277,21 +293,3 @@ def _answer_all(
             done += len(batch)
             update(done)
     return skipped, warnings
-
-
-def _sample(
-    model: Asker, question: Question, folder: Any, skip_bad_images: bool, skipped: list[str]
-) -> Sample | None:
-    """The question as a sample for the model; None, with a message in `skipped`, if its image is left out."""
-    from vlm_calibration.commands.questions import image_of
-
-    try:
-        path = image_of(question, folder)
-        return model.sample(
-            path, question.question, question.answer_type, question.category, name=question.where
-        )
-    except DataError as error:
-        if not skip_bad_images:
-            raise
-        skipped.append(str(error))
-        return None

@@ -31,8 +31,7 @@ from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.regions import RegionWriter
 from vlm_calibration.callbacks.results_table import ResultsTable
-from vlm_calibration.callbacks.resume import find_prior
-from vlm_calibration.callbacks.run_directory import SaveRunConfig
+from vlm_calibration.callbacks.run_directory import SaveRunConfig, find_prior
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.errors import CommandError, class_at, explained, one_line

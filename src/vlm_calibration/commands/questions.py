@@ -1,4 +1,4 @@
-"""Questions from a JSONL file, and the JSONL file of their answers, from which a killed run resumes."""
+"""Questions from a file of JSON lines, and the file of their answers, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_calibration.append_log import AppendLog, LogLine
-from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.append_log import AppendLog
 from vlm_calibration.files import json_lines
 from vlm_calibration.records import ANSWER_TYPES, AnswerType, DataError, Query, RecordError, id_text
 
@@ -97,18 +96,18 @@ class AnswerFile(AppendLog):
         self.to_review = 0
         self.open()
         try:
-            for line in self.lines():
-                self._count(line)
+            for line, row in self.lines():
+                try:
+                    self._count(row)
+                except (LookupError, TypeError) as error:
+                    raise self.damaged(line.where, "not an answer that `ask` wrote") from error
         except DataError:
             self.close()
             raise
 
-    def _count(self, line: LogLine) -> None:
-        try:
-            self.done[line.row["id"]] = (line.row["image"], line.row["question"])
-        except (LookupError, TypeError) as error:
-            raise self.damaged(line.where, "not an answer that `ask` wrote") from error
-        self.to_review += line.row.get("decision") == "review"
+    def _count(self, row: Mapping[str, Any]) -> None:
+        self.done[row["id"]] = (row["image"], row["question"])
+        self.to_review += row.get("decision") == "review"
 
     def pending(self, questions: Iterator[Question]) -> Iterator[Question]:
         """The questions that have no answer yet.
@@ -127,26 +126,8 @@ class AnswerFile(AppendLog):
                 )
 
     def add(self, rows: Sequence[tuple[Question, Mapping[str, Any]]]) -> None:
-        """Append the answers to some questions; they are on the disk when this returns.
-
-        Raises:
-            DataError: they cannot be written.
-        """
-        asked = [{"id": q.id, "image": q.image, "question": q.question} for q, _ in rows]
-        self.append(*({**a, **answer} for a, (_, answer) in zip(asked, rows, strict=True)), sync=True)
-        for question, answer in rows:
-            self.done[question.id] = (question.image, question.question)
-            self.to_review += answer.get("decision") == "review"
-
-
-def image_of(question: Question, folder: ImageFolder) -> Path:
-    """The path of a question's image.
-
-    Raises:
-        DataError: the path leaves the folder, or there is no such file.
-    """
-    try:
-        folder.check(question.image)
-        return folder.path(question.image)
-    except RecordError as error:
-        raise DataError(f"{question.where}: {error}") from error
+        """Append the answers to some questions; they are on the disk when this returns. Raises a DataError if they cannot be written."""
+        written = [{"id": q.id, "image": q.image, "question": q.question, **answer} for q, answer in rows]
+        self.append(*written, sync=True)
+        for row in written:
+            self._count(row)
