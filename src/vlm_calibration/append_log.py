@@ -82,11 +82,7 @@ class AppendLog:
         return row
 
     def open(self) -> None:
-        """Open this process's file and lock it; `append` does so too. The content stays as it is.
-
-        Raises:
-            DataError: it cannot be written, or another process is appending to it.
-        """
+        """Open and lock this process's file, as `append` does; raises a DataError if it cannot be written, or another process has it."""
         if self._file is not None:
             return
         with writing(self.path):
@@ -102,14 +98,7 @@ class AppendLog:
         self._file, self._is_trimmed = file, False
 
     def append(self, *rows: Mapping[str, Any], sync: bool = False) -> None:
-        """Append rows, each followed by the settings.
-
-        Args:
-            sync: wait until they are on the disk.
-
-        Raises:
-            DataError: they cannot be written.
-        """
+        """Append rows, each followed by the settings, and with `sync` wait until they are on the disk; raises a DataError if they cannot be."""
         self.open()
         assert self._file is not None
         lines = [json.dumps({**row, **self.settings}, ensure_ascii=False) + "\n" for row in rows]

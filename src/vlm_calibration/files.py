@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from itertools import islice
 from pathlib import Path
@@ -121,22 +121,19 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, lines: bool) ->
     write_text(path, text + "\n")
 
 
-def hold(path: Path) -> FileIO | None:
-    """Lock a file until the result is closed or this process ends, as a sign that it is in use; None where locks fail."""
+def hold(path: Path) -> FileIO:
+    """Lock a file until it is released or this process ends, as a sign that it is in use, where the file system has locks."""
     file = FileIO(path)
-    try:
+    with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
     return file
 
 
-def release(file: FileIO | None) -> None:
+def release(file: FileIO) -> None:
     """End the lock of `hold`, also for forked processes, which share it."""
-    if file is not None and not file.closed:
+    with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)
-        file.close()
+    file.close()
 
 
 def is_held(path: Path) -> bool:
@@ -186,11 +183,7 @@ class JsonLine(NamedTuple):
         return f"{self.path}:{self.number}"
 
     def read(self, convert: Callable[[Any], T]) -> T:
-        """Decode the line and convert the value.
-
-        Raises:
-            DataError: the line is not UTF-8 or not JSON, or `convert` raises a ValueError; names file and line.
-        """
+        """Decode and convert the line; raises a DataError that names file and line if it is not JSON, or `convert` raises a ValueError."""
         try:
             return convert(parse_json(self.content))
         except ValueError as error:
@@ -202,11 +195,7 @@ class JsonLine(NamedTuple):
 
 
 def json_lines(path: Path) -> Iterator[JsonLine]:
-    """The lines of a file that are not blank.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """The lines of a file that are not blank; raises a DataError if it cannot be read."""
     offset = 0
     try:
         with path.open("rb") as file:
@@ -219,11 +208,7 @@ def json_lines(path: Path) -> Iterator[JsonLine]:
 
 
 def parse_json(content: bytes) -> Any:
-    """Decode JSON in UTF-8, with or without a byte order mark.
-
-    Raises:
-        RecordError: the bytes are not UTF-8, or the text is not JSON.
-    """
+    """Decode JSON in UTF-8, with or without a byte order mark; raises a RecordError if it is neither UTF-8 nor JSON."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -233,11 +218,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Decode a JSON file.
-
-    Raises:
-        DataError: the file cannot be read, or is not JSON in UTF-8; names the file, and the line of a syntax error.
-    """
+    """Decode a JSON file; raises a DataError that names the file, and the line of a syntax error."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -255,12 +236,7 @@ def read_json(path: Path) -> Any:
 
 
 def name_some(names: Iterable[object], total: int) -> str:
-    """The first few names and the number of others: "'a', 'b' and 7 more".
-
-    Args:
-        names: at least the first `MAX_NAMED`, or all.
-        total: how many there are.
-    """
+    """The first few of `total` names and the number of others: "'a', 'b' and 7 more"."""
     named = [repr(name) for name in islice(names, MAX_NAMED)]
     return ", ".join(named) + (f" and {total - len(named)} more" if total > len(named) else "")
 

@@ -62,11 +62,7 @@ class RegionWriter(L.Callback):
         return [*(folder / extraction.file for extraction in plan.extractions), folder / SUMMARY]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the shards that this run has finished before.
-
-        Raises:
-            DataError: there are shards of another run; or they are to be extracted again, although other parts may be extracting them.
-        """
+        """Find the shards that this run has finished before; raises a DataError if there are shards of another run."""
         data, folder, run = _data(trainer), Path(trainer.default_root_dir), pl_module.run_digest
         path = folder / SHARDS / f"{data.part}.{trainer.global_rank}.jsonl"
         remedy = f"remove {folder}, or give another trainer.default_root_dir"

@@ -192,7 +192,9 @@ class SaveRunConfig(SaveConfigCallback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Release `config.yaml`, and record that the run has finished; a run that ends early does not reach this."""
-        release(self._lock)
+        if self._lock is not None:
+            release(self._lock)
+            self._lock = None
         if self.record is None or not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)

@@ -105,20 +105,12 @@ class RunRecord:
         return digest([json.dumps([self.command, self.settings, self.inputs, self.versions])])
 
     def write(self, folder: Path) -> None:
-        """Write the record into a run directory, atomically.
-
-        Raises:
-            DataError: it cannot be written.
-        """
+        """Write the record into a run directory, atomically; raises a DataError if it cannot be written."""
         write_json(folder / RECORD, asdict(self))
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record in a run directory; None without one.
-
-    Raises:
-        DataError: the file is not such a record.
-    """
+    """The record in a run directory, None without one; raises a DataError if the file is not such a record."""
     path = folder / RECORD
     if not path.is_file():
         return None

@@ -85,23 +85,6 @@ def ask(
         DataError: a file, image, question or model cannot be used, or with `abstain` the model has no threshold for a question.
         CommandError: with `abstain`, the one question goes to a person.
     """
-    _check_options(image, question, answer_type, category, many)
-    if many.questions is not None and many.out is not None:
-        _ask_many(many, many.questions, many.out, model, abstain, json)
-    else:
-        assert image is not None
-        assert question is not None
-        _ask_one(image, question, answer_type, category, model, abstain, json)
-
-
-def _check_options(
-    image: str | None,
-    question: str | None,
-    answer_type: AnswerType | None,
-    category: str | None,
-    many: ManyQuestions,
-) -> None:
-    """Refuse options that contradict each other or would have no effect."""
     if many.questions is None:
         if image is None or question is None:
             raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
@@ -109,30 +92,23 @@ def _check_options(
             if getattr(many, name):
                 option = f"--{name.replace('_', '-')}"
                 raise ArgumentError(None, f"{option} is for many questions: give --questions FILE")
-    elif image is not None:
+        _ask_one(image, question, answer_type, category, model, abstain, json)
+        return
+    if image is not None:
         raise ArgumentError(None, "give either an image and a question, or --questions FILE")
-    elif many.out is None:
+    if many.out is None:
         raise ArgumentError(None, "give --out FILE for the answers")
-    elif answer_type is not None:
-        raise ArgumentError(
-            None, '--answer-type is for one question; a file of questions has the key "answer_type"'
-        )
-    elif category is not None:
-        raise ArgumentError(
-            None, '--category is for one question; a file of questions has the key "category"'
-        )
+    for key, value in {"answer_type": answer_type, "category": category}.items():
+        if value is not None:
+            option = f"--{key.replace('_', '-')}"
+            raise ArgumentError(
+                None, f'{option} is for one question; a file of questions has the key "{key}"'
+            )
+    _ask_many(many, many.questions, many.out, model, abstain, json)
 
 
 def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | None]]) -> None:
-    """Refuse `--abstain` for a model without thresholds, or with thresholds by category for a question that fits none.
-
-    Args:
-        rule: the model's decision rule.
-        asked: where a question comes from, and its category.
-
-    Raises:
-        DataError: the rule does not decide about a question.
-    """
+    """Refuse `--abstain` if a rule does not decide about a question that is asked (its place, and its category)."""
     if rule is None:
         raise DataError(
             "--abstain: the model has no thresholds.json: choose thresholds with `vlm-calibration threshold RUN` on an evaluation of its adapter"
@@ -143,9 +119,6 @@ def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | N
                 f"{where}: the thresholds are by category, and there is none for {category!r}: give one of "
                 f"{', '.join(map(repr, rule.groups))}"
             )
-
-
-# --- One question ---------------------------------------------------------------------------------------------------
 
 
 def _ask_one(
@@ -199,9 +172,6 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-# --- Many questions -------------------------------------------------------------------------------------------------
-
-
 def _ask_many(
     many: ManyQuestions,
     questions: Path,
@@ -248,11 +218,7 @@ def _answer_all(
     answers: AnswerFile,
     total: int,
 ) -> tuple[list[str], list[str]]:
-    """Answer all questions without an answer in the file.
-
-    Returns:
-        A message for each question that is left out, and the warnings about answers.
-    """
+    """Answer all questions without an answer in the file; returns why questions are left out, and warnings about answers."""
     from vlm_calibration.commands.questions import read_questions
     from vlm_calibration.data.sources.images import ImageFolder
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_calibration.append_log import AppendLog
 from vlm_calibration.files import json_lines
-from vlm_calibration.records import ANSWER_TYPES, AnswerType, DataError, Query, RecordError, id_text
-
-KNOWN_KEYS = frozenset(f.name for f in fields(Query))
+from vlm_calibration.records import AnswerType, DataError, RecordError, query_from_dict
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A line of a file of questions.
 
     Attributes:
@@ -37,9 +33,7 @@ class Question:
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """The questions of a file: one JSON object a line with `image` and `question`, and optionally `id`, `answer_type` and `category`.
-
-    The other keys of a query are ignored, so that a data set can be asked; blank lines are skipped.
+    """The questions of a file: one JSON object a line with the keys of a query, of which `image` and `question` are needed.
 
     Raises:
         DataError: the file cannot be read, a line is not a question (named), or an id comes twice.
@@ -58,21 +52,9 @@ def read_questions(path: Path) -> Iterator[Question]:
 def _question(data: Any, number: int, where: str) -> Question:
     if not isinstance(data, Mapping):
         raise RecordError("expected an object with 'image' and 'question'")
-    if unknown := sorted(set(data) - KNOWN_KEYS):
-        raise RecordError(
-            f"unknown key {unknown[0]!r}; a question has image, question, id, answer_type and category"
-        )
-    for key in ("image", "question"):
-        if not isinstance(data.get(key), str) or not data[key].strip():
-            raise RecordError(f"'{key}' must be a non-empty string")
-    identifier, kind = id_text(data.get("id", number)), data.get("answer_type")
-    if not isinstance(identifier, str) or not identifier:
-        raise RecordError("'id' must be a non-empty string")
-    if kind is not None and kind not in ANSWER_TYPES:
-        raise RecordError(f"'answer_type' must be one of {', '.join(ANSWER_TYPES)}, found {kind!r}")
-    if (category := data.get("category")) is not None and not isinstance(category, str):
-        raise RecordError(f"'category' must be a string or null, found {category!r}")
-    return Question(identifier, where, data["image"], data["question"], kind, category)
+    given = {key: value for key, value in data.items() if value is not None}
+    query = query_from_dict({"id": number, "answer": "?", "answer_type": "open", **given})
+    return Question(query.id, where, query.image, query.question, given.get("answer_type"), query.category)
 
 
 class AnswerFile(AppendLog):
@@ -97,10 +79,9 @@ class AnswerFile(AppendLog):
         self.open()
         try:
             for line, row in self.lines():
-                try:
-                    self._count(row)
-                except (LookupError, TypeError) as error:
-                    raise self.damaged(line.where, "not an answer that `ask` wrote") from error
+                if not isinstance(row.get("id"), str) or not {"image", "question"} <= row.keys():
+                    raise self.damaged(line.where, "not an answer that `ask` wrote")
+                self._count(row)
         except DataError:
             self.close()
             raise
@@ -110,11 +91,7 @@ class AnswerFile(AppendLog):
         self.to_review += row.get("decision") == "review"
 
     def pending(self, questions: Iterator[Question]) -> Iterator[Question]:
-        """The questions that have no answer yet.
-
-        Raises:
-            DataError: the file has an answer to another image or question under the same id.
-        """
+        """The questions that have no answer yet; one of another image or text than that of the same id is a DataError."""
         for question in questions:
             asked = self.done.get(question.id)
             if asked is None:

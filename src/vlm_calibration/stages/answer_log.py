@@ -117,11 +117,8 @@ class AnswerLog(AppendLog):
     def write_predictions(self, system: str, split: str, path: Path, total: int | None = None) -> None:
         """Write a system's answers to a split, one prediction a line, in the order of the data.
 
-        Args:
-            total: how many queries were asked; None: not known.
-
         Raises:
-            DataError: there are not `total` answers, each to another query.
+            DataError: there are not `total` answers (None: any number), each to another query.
         """
         lines: dict[int, str] = {}
         count = 0
