@@ -108,20 +108,6 @@ class SpoilGradient(L.Callback):
             next(p.grad for p in module.parameters() if p.grad is not None).fill_(torch.inf)
 
 
-class FillDisk(L.Callback):
-    """Limits the size of the process's files to `limit` bytes from a batch on."""
-
-    def __init__(self, batch: int, limit: int) -> None:
-        self.batch = batch
-        self.limit = limit
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == self.batch:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
-
-
 class WriteLosses(L.Callback):
     """Writes the loss of each batch, one per line, to `losses-RANK.txt` in the run directory."""
 

@@ -142,11 +142,15 @@ def test_settings_are_passed_on_in_the_order_given() -> None:
     assert page.endswith("More settings may follow.\n")
 
 
-def test_subcommands() -> None:
+def test_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     commands = Subcommands("Two of them.", {"ask": optional, "pass": forwarding})
     assert run("ask", "x", command=commands) == ("x", None)
-    page = command_parser("prog", commands).format_help()
-    assert [text for text in ("Two of them.", "ask", "Hand on.") if text not in page] == []
+    run("--help", command=Subcommands("All.", {"more": commands}))
+    run("more", "--help", command=Subcommands("All.", {"more": commands}))
+    assert capsys.readouterr().out == (
+        "usage: prog COMMAND ...\n\nAll.\n\n  more  Two of them.\n"
+        "usage: prog more COMMAND ...\n\nTwo of them.\n\n  ask   Ask.\n  pass  Hand on.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,7 @@ def test_mistakes_are_named_in_one_line(args: list[str], message: str) -> None:
     ("args", "message"),
     [
         ([], "missing: one of ask, pass; see `prog --help`"),
-        (["aks"], "COMMAND: invalid choice: 'aks' (choose from 'ask', 'pass') (did you mean ask?)"),
+        (["aks"], "no 'aks' (did you mean ask?): one of ask, pass; see `prog --help`"),
         (["pass", "--tokens", "0"], "--tokens: expected a whole number of at least 1, found '0'"),
     ],
 )

@@ -172,6 +172,11 @@ def test_a_mistake_in_the_call(
             ["--model.init_args.confidence_weigth", "3"],
             "unknown setting model.init_args.confidence_weigth (did you mean confidence_weight?)",
         ),
+        (["--model.init_args.lora.rank", "3"], "unknown setting model.init_args.lora.rank"),
+        (
+            ["--data.train.init_args.scene", "3"],
+            "unknown setting data.train.init_args.scene (did you mean scenes?)",
+        ),
         (
             ["--config", "unknown.yaml"],
             "unknown setting data.bach_size (did you mean data.batch_size?)",
@@ -289,20 +294,6 @@ def test_both_stages(offline_runs: dict[str, OfflineRun], root: Path) -> None:
     moved = {n for n, p in weights[0].items() if not torch.equal(p, weights[1][n])}
     assert moved
     assert all("language_model" in n for n in moved), "the demo trains the language model's layers only"
-
-
-@pytest.mark.nightly
-def test_runs_react_to_ctrl_c_even_if_the_suite_ignores_it(root: Path, tmp_path: Path) -> None:
-    """As in a suite that a script has started in the background."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        server = Server(root, tmp_path)
-        status = Path(f"/proc/{server.process.pid}/status").read_text()
-        server.close()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    [ignored] = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn:")]
-    assert not ignored >> (signal.SIGINT - 1) & 1
 
 
 def _children(pid: int) -> list[int]:

@@ -137,7 +137,8 @@ def test_every_command_is_in_the_usage(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["--help"]) == 0
     usage = capsys.readouterr().out
     for name, (_, text) in COMMANDS.items():
-        assert re.search(rf"^  {name} +{re.escape(text)}$", usage, re.MULTILINE), name
+        assert re.search(rf"^  {name} ", usage, re.MULTILINE), name
+        assert text in " ".join(usage.split())
 
 
 def _ran_make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -227,6 +228,10 @@ def test_set_up_happens_once(checkout: Path) -> None:
     second = _calls(checkout)
     assert [c.split()[2:4] for c in second] == [["calibrate", "sft"], ["calibrate", "evaluate"]]
     assert second == _cli_calls(first)
+    soon = time.time() + 5
+    os.utime(checkout / "pyproject.toml", (soon, soon))
+    _make(checkout, "train-sft")
+    assert [c for c in _calls(checkout) if "pip install" in c], "new requirements are noticed"
 
 
 def test_the_demo_prints_no_commands_and_ends_with_its_report(checkout: Path) -> None:
@@ -297,16 +302,6 @@ def test_a_variable_that_a_target_does_not_use_is_refused(checkout: Path, target
     assert ran.returncode != 0
     assert f"make {target} does not use {variable.partition('=')[0]}=" in ran.stderr
     assert not _calls(checkout)
-
-
-def test_new_requirements_are_noticed(checkout: Path) -> None:
-    _make(checkout, "train-sft")
-    _calls(checkout)
-    soon = time.time() + 5
-    os.utime(checkout / "pyproject.toml", (soon, soon))
-    _make(checkout, "train-sft")
-    calls = _calls(checkout)
-    assert [c for c in calls if "pip install" in c]
 
 
 def test_a_rebuilt_demo_model_gets_its_own_levels(checkout: Path) -> None:

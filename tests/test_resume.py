@@ -311,17 +311,3 @@ def test_the_last_checkpoint_loads_after_a_kill_at_any_moment_of_writing(tmp_pat
         clear_leftovers(tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
     assert interrupted, "at least one process was killed while writing"
-
-
-def test_a_full_disk_is_reported_and_the_earlier_checkpoint_survives(
-    run: Callable[..., Ended], start: Start, tmp_path: Path
-) -> None:
-    """A limit on the size of files replaces the full disk."""
-    full = callback("disasters.FillDisk", batch=3, limit=20_000)
-    ended = run(*start("run", full, every=1))
-    last = tmp_path / "run/checkpoints/last.ckpt"
-    assert ended.status == 1
-    assert str(last) in ended.error()
-    assert "File too large" in ended.error()
-    assert torch.load(last, weights_only=True)["global_step"] == 3
-    assert [p.name for p in last.parent.iterdir()] == ["last.ckpt"]

@@ -15,7 +15,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 
-from vlm_calibration.callbacks.resume import Prior, find_prior
+from vlm_calibration.callbacks.run_directory import Prior, find_prior
 from vlm_calibration.callbacks.run_record import RunRecord
 from vlm_calibration.records import DataError
 
@@ -155,13 +155,10 @@ def test_a_stage_does_not_overwrite_the_adapter_that_it_starts_from(
 
 
 class Writer:
-    """Writes one file, and resumes from the other."""
+    """Writes one file."""
 
     def outputs(self, folder: Path, *_: Any) -> list[Path]:
         return [folder / "metrics.json"]
-
-    def progress(self, folder: Path) -> list[Path]:
-        return list(folder.glob("progress"))
 
 
 @pytest.mark.parametrize(
@@ -188,8 +185,9 @@ def test_what_a_command_may_replace(
     earlier, _, state = holds.rpartition(" ")
     if earlier:
         RunRecord(earlier, "", state == "finished", {}, {}).write(tmp_path)
-        file = {"finished": "metrics.json", "interrupted": "progress"}.get(state)
-        (tmp_path / (file or "config.yaml")).touch()
+        file = {"finished": "metrics.json", "interrupted": "checkpoints/last.ckpt"}.get(state, "config.yaml")
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("x")
     elif holds == "adapter":
         (tmp_path / holds).mkdir()
     config = Namespace(overwrite=overwrite, resume=False, model=Namespace())

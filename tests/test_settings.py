@@ -1,15 +1,13 @@
-"""Constructor arguments read back from objects, their JSON form and digests."""
+"""Constructor arguments read back from objects, and digests."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from vlm_calibration.data.longest import LongestQueries
@@ -30,11 +28,10 @@ from vlm_calibration.perturbation.level_table import AnswerTypeCounts
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, LinearLevels
 from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector, ZeroShotDetector
-from vlm_calibration.regions.extraction import Pipeline, RegionGates
 from vlm_calibration.regions.phrases import RuleDescriber
 from vlm_calibration.regions.prompted import PromptedDescriber
 from vlm_calibration.regions.segmenter import PromptedSegmenter, Segmenter
-from vlm_calibration.settings import digest, file_digest, init_args, settings_digest, to_json
+from vlm_calibration.settings import digest, file_digest, init_args, settings_digest
 
 
 def test_our_objects_keep_what_they_are_made_from() -> None:
@@ -72,22 +69,6 @@ def _subclasses(kind: type) -> Iterator[type]:
         yield from _subclasses(child)
 
 
-def test_objects_become_json_with_all_they_contain() -> None:
-    pipeline = Pipeline(RuleDescriber(3), ZeroShotDetector("a", 0.5), PromptedSegmenter("b"), RegionGates())
-    settings = to_json(init_args(pipeline))
-    assert settings == json.loads(json.dumps(settings))
-    assert settings["describer"] == {
-        "class_path": "vlm_calibration.regions.phrases.RuleDescriber",
-        "max_phrases": 3,
-        "fallback": None,
-    }
-    assert settings["detector"]["threshold"] == 0.5
-    assert settings["gates"]["min_score"] == 0.35
-    assert settings["keep_known"] is True
-    plain = {1: Path("a"), "b": (None, np.arange(2)), "c": {"x"}}
-    assert to_json(plain) == {"1": "a", "b": [None, [0, 1]], "c": ["'x'"]}
-
-
 @pytest.mark.parametrize(
     ("settings", "same"),
     [
@@ -95,6 +76,7 @@ def test_objects_become_json_with_all_they_contain() -> None:
         (NoisePolicy(levels=LinearLevels(3)), False),
         (NoisePolicy(levels=LinearLevels(11)), True),
         (LinearLevels(), False),
+        (DemoSource("test"), False),
     ],
 )
 def test_equal_settings_have_equal_digests(settings: Any, same: bool) -> None:

@@ -1,7 +1,7 @@
 """An append-only log of JSON lines, from which an interrupted run resumes.
 
-Evaluations, region extraction and `vlm-calibration ask` write their results through it. Every line repeats the settings that
-its content depends on, so results of different settings are never mixed.
+Evaluations, region extraction and `vlm-calibration ask` write their results through it. Every line repeats what its content depends
+on, such as the digest of the run's record, so results of different settings are never mixed.
 """
 
 from __future__ import annotations
@@ -13,35 +13,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from vlm_calibration.files import append, writing
-from vlm_calibration.records import DataError
-from vlm_calibration.settings import flat
+from vlm_calibration.files import JsonLine, json_lines, parse_json, writing
+from vlm_calibration.records import DataError, RecordError
 
 
 class SettingsChangedError(DataError):
-    """A line was written with settings other than those of this run; `changed` has their names."""
-
-    def __init__(self, message: str, changed: list[str]) -> None:
-        super().__init__(message)
-        self.changed = changed
-
-
-class LogLine(NamedTuple):
-    """A complete line of a log.
-
-    Attributes:
-        path: its file.
-        offset: its first byte in the file.
-        where: file and line number, for messages.
-        row: the JSON object, with the settings.
-    """
-
-    path: Path
-    offset: int
-    where: str
-    row: dict[str, Any]
+    """A line was written with other settings than those of this run."""
 
 
 class AppendLog:
@@ -52,7 +31,7 @@ class AppendLog:
 
     Args:
         path: the file that this process appends to.
-        settings: JSON values by name, which every line repeats. They may be nested.
+        settings: JSON values by name, which every line repeats.
         remedy: what to do about a line that cannot be used, as the end of an error message.
         pattern: glob of the files of all processes, in the folder of `path`; None: there is only `path`.
     """
@@ -67,54 +46,43 @@ class AppendLog:
         self._file: FileIO | None = None
         self._is_trimmed = False
 
-    def lines(self) -> Iterator[LogLine]:
-        """The complete lines of all processes, file after file.
+    def lines(self) -> Iterator[tuple[JsonLine, dict[str, Any]]]:
+        """The complete lines of all processes, file after file, each with its JSON object, settings included.
 
         Raises:
             SettingsChangedError: a line was written with other settings.
             DataError: a line is damaged.
         """
         for path in sorted(self.path.parent.glob(self.pattern)):
-            offset = 0
-            with path.open("rb") as file:
-                for number, content in enumerate(file, start=1):
-                    if content.endswith(b"\n"):
-                        where = f"{path}:{number}"
-                        yield LogLine(path, offset, where, self._parse(content, where))
-                    offset += len(content)
+            for line in json_lines(path):
+                if line.content.endswith(b"\n"):
+                    yield line, self._row(line)
 
-    def reread(self, line: LogLine) -> dict[str, Any]:
-        """The row of a line, read from its file again."""
+    def reread(self, line: JsonLine) -> dict[str, Any]:
+        """The object of a line whose content was dropped, read from its file again."""
         with line.path.open("rb") as file:
             file.seek(line.offset)
-            return self._parse(file.readline(), line.where)
+            return self._row(line._replace(content=file.readline()))
 
     def damaged(self, where: str, reason: object) -> DataError:
         """The error about a line that cannot be used."""
         return DataError(f"{where}: damaged: {reason}: {self.remedy}")
 
-    def _parse(self, content: bytes, where: str) -> dict[str, Any]:
+    def _row(self, line: JsonLine) -> dict[str, Any]:
         try:
-            row = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise self.damaged(where, error) from error
+            row = parse_json(line.content)
+        except RecordError as error:
+            raise self.damaged(line.where, error) from error
         if not isinstance(row, dict):
-            raise self.damaged(where, "expected a JSON object")
-        written = {name: row.get(name) for name in self.settings}
-        before, now = dict(flat(written)), dict(flat(self.settings))
-        if changed := [name for name in {**now, **before} if now.get(name) != before.get(name)]:
-            was, found = before.get(changed[0]), now.get(changed[0])
-            raise SettingsChangedError(
-                f"{where}: written with {changed[0]} = {was!r}, found {found!r}: {self.remedy}", changed
-            )
+            raise self.damaged(line.where, "expected a JSON object")
+        for name, value in self.settings.items():
+            if row.get(name) != value:
+                written = f"written with {name} = {row.get(name)!r}, found {value!r}"
+                raise SettingsChangedError(f"{line.where}: {written}: {self.remedy}")
         return row
 
     def open(self) -> None:
-        """Open this process's file and lock it; `append` does so too. The content stays as it is.
-
-        Raises:
-            DataError: it cannot be written, or another process is appending to it.
-        """
+        """Open and lock this process's file, as `append` does; raises a DataError if it cannot be written, or another process has it."""
         if self._file is not None:
             return
         with writing(self.path):
@@ -129,18 +97,8 @@ class AppendLog:
             warnings.warn(f"{self.path}: cannot be locked: {error.strerror}", stacklevel=2)
         self._file, self._is_trimmed = file, False
 
-    def append(self, *rows: Mapping[str, Any], sync: bool = False) -> int:
-        """Append rows in one write, each followed by the settings.
-
-        Args:
-            sync: wait until they are on the disk.
-
-        Returns:
-            The first byte of the first row in the file.
-
-        Raises:
-            DataError: they cannot be written.
-        """
+    def append(self, *rows: Mapping[str, Any], sync: bool = False) -> None:
+        """Append rows, each followed by the settings, and with `sync` wait until they are on the disk; raises a DataError if they cannot be."""
         self.open()
         assert self._file is not None
         lines = [json.dumps({**row, **self.settings}, ensure_ascii=False) + "\n" for row in rows]
@@ -149,11 +107,12 @@ class AppendLog:
                 with self.path.open("rb") as content:
                     self._file.truncate(sum(len(line) for line in content if line.endswith(b"\n")))
                 self._is_trimmed = True
-            offset = os.fstat(self._file.fileno()).st_size
-            append(self._file, "".join(lines).encode())
+            rest = memoryview("".join(lines).encode())
+            while rest:
+                # An unbuffered file may accept only a part at each call.
+                rest = rest[self._file.write(rest) or 0 :]
             if sync:
                 os.fsync(self._file.fileno())
-        return offset
 
     def close(self) -> None:
         """Close this process's file and release its lock."""

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Union, get_args, get_origin
 
-from vlm_calibration.errors import explained_errors
+from vlm_calibration.errors import did_you_mean, explained_errors
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -33,7 +34,7 @@ class Subcommands(NamedTuple):
     """
 
     description: str
-    functions: Mapping[str, Callable[..., Any] | Subcommands]
+    functions: Mapping[str, Command]
 
 
 Command: TypeAlias = Callable[..., Any] | Subcommands
@@ -73,69 +74,62 @@ def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
     Raises:
         ArgumentError: an argument is missing, unknown or wrong; in one line.
     """
-    if isinstance(command, Subcommands) and args and args[0] in command.functions:
-        return run_command(f"{prog} {args[0]}", command.functions[args[0]], args[1:])
+    if isinstance(command, Subcommands):
+        functions, name = command.functions, args[0] if args else ""
+        if name in functions:
+            return run_command(f"{prog} {name}", functions[name], args[1:])
+        if name in ("-h", "--help"):
+            rows = {name: description(function).split(". ")[0] for name, function in functions.items()}
+            print(overview(f"{prog} COMMAND ...", command.description, rows))
+            return None
+        wrong = f"no {name!r}{did_you_mean(name, functions)}" if name else "missing"
+        raise ArgumentError(None, f"{wrong}: one of {', '.join(functions)}; see `{prog} --help`")
     forwarded = _forwarded(command)
     parser = command_parser(prog, command)
     own, rest = _split_arguments(parser, args, forwarded) if forwarded else (args, [])
     with explained_errors(parser):
         values = parser.parse_args(own)
-    assert not isinstance(command, Subcommands), "without a subcommand the parser prints its help or raises"
     return command(*rest, **_keywords(command, values))
 
 
-def command_parser(prog: str, command: Command) -> ArgumentParser:
-    """Build the parser of a command from its function, or of one with subcommands.
+def overview(usage: str, text: str, commands: Mapping[str, str]) -> str:
+    """The help of a command that consists of others, by name with a description of each."""
+    indent = max(map(len, commands)) + 4
+    fill = partial(textwrap.fill, width=79, subsequent_indent=" " * indent, break_on_hyphens=False)
+    lines = [fill(text, initial_indent=f"  {name}".ljust(indent)) for name, text in commands.items()]
+    return "\n".join([f"usage: {usage}", "", textwrap.fill(text, 79, break_on_hyphens=False), "", *lines])
+
+
+def command_parser(prog: str, function: Callable[..., Any]) -> ArgumentParser:
+    """Build the parser of a command from its function.
 
     Parameters become positional arguments, keyword-only parameters `--options` with hyphens, booleans flags (`--x`, or `--no-x` where
     the default is true). The fields of a parameter that is a dataclass become a group of options under the first line of its
     docstring. Help texts come from docstrings.
     """
-    parser = _new_parser(prog, command)
-    if isinstance(command, Subcommands):
-        _add_subcommands(parser, prog, command)
-    return parser
-
-
-def _new_parser(prog: str, command: Command) -> ArgumentParser:
-    """The parser without subcommands."""
     from jsonargparse import ArgumentParser
 
-    forwarded = _forwarded(command)
+    forwarded = _forwarded(function)
     parser = ArgumentParser(
         prog=prog,
-        description=textwrap.fill(_description(command), 79),
+        description=textwrap.fill(description(function), 79, break_on_hyphens=False).replace("%", "%%"),
         usage=forwarded and f"%(prog)s {forwarded.usage}",
         epilog=forwarded and forwarded.epilog(),
         formatter_class=RawDescriptionHelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
-    if forwarded:
-        for option, text in forwarded.options.items():
-            name, *metavars = option.split()
-            value: dict[str, Any] = {"metavar": metavars[0]} if metavars else {"action": "store_true"}
-            parser.add_argument(name, help=text, **value)
-    if not isinstance(command, Subcommands):
-        _add_parameters(parser, command)
+    for option, text in forwarded.options.items() if forwarded else ():
+        name, *metavars = option.split()
+        value: dict[str, Any] = {"metavar": metavars[0]} if metavars else {"action": "store_true"}
+        parser.add_argument(name, help=text, **value)
+    _add_parameters(parser, function)
     return parser
 
 
-def _add_subcommands(parser: ArgumentParser, prog: str, command: Subcommands) -> None:
-    subcommands = parser.add_subcommands(metavar="COMMAND")
-    for name, function in command.functions.items():
-        own = _new_parser(f"{prog} {name}", function)
-        subcommands.add_subcommand(name, own, help=own.description)
-        if isinstance(function, Subcommands):
-            # jsonargparse wants a parser to be added before its own subcommands.
-            _add_subcommands(own, f"{prog} {name}", function)
-
-
-def _forwarded(command: Command) -> Forwarded | None:
+def _forwarded(function: Callable[..., Any]) -> Forwarded | None:
     """The annotation of the function's `*settings`, if it has any."""
-    if isinstance(command, Subcommands):
-        return None
-    for parameter in _parameters(command):
+    for parameter in _parameters(function):
         if parameter.kind is parameter.VAR_POSITIONAL:
             return next(m for m in get_args(parameter.annotation) if isinstance(m, Forwarded))
     return None
@@ -145,15 +139,15 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(inspect.signature(function, eval_str=True).parameters.values())
 
 
-def _description(command: Command) -> str:
-    """The docstring of a function up to its first section, `%` doubled as argparse needs it."""
+def description(command: Command) -> str:
+    """The docstring of a command up to its first section, in one line."""
     from docstring_parser.google import parse
 
     if isinstance(command, Subcommands):
         return command.description
     docstring = parse(inspect.getdoc(command) or "")
     text = " ".join(filter(None, [docstring.short_description, docstring.long_description]))
-    return " ".join(text.split()).replace("%", "%%")
+    return " ".join(text.split())
 
 
 def _add_parameters(group: Any, function: Callable[..., Any]) -> None:
@@ -175,10 +169,18 @@ def _add_parameters(group: Any, function: Callable[..., Any]) -> None:
 
 
 def _add_parameter(group: Any, parameter: inspect.Parameter, text: str, is_option: bool) -> None:
-    hint, default = _without_none(parameter.annotation), parameter.default
-    if hint is bool:
-        _add_flag(group, parameter.name, default, text)
+    hint, default, name = parameter.annotation, parameter.default, parameter.name
+    option = f"--{name.replace('_', '-')}"
+    if hint is bool and default:
+        group.add_argument(f"--no-{option[2:]}", dest=name, action="store_false", help=f"do not {text}")
         return
+    if hint is bool:
+        group.add_argument(option, action="store_true", help=text)
+        return
+    if get_origin(hint) in (Union, UnionType):
+        # The type of an optional parameter that is given.
+        types = [kind for kind in get_args(hint) if kind is not type(None)]
+        hint = types[0] if len(types) == 1 else hint
     required = default is parameter.empty
     settings: dict[str, Any] = {"type": hint, "help": text}
     if get_origin(hint) in (list, Sequence):
@@ -188,34 +190,14 @@ def _add_parameter(group: Any, parameter: inspect.Parameter, text: str, is_optio
         settings.setdefault("nargs", None if required else "?")
         if settings["nargs"] == "?":
             settings["default"] = default
-        group.add_argument(parameter.name, **settings)
+        group.add_argument(name, **settings)
         return
     if not required and default not in (None, [], ""):
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         settings["help"] = f"{text} (default: {shown})"
     if isinstance(hint, type):
         settings["metavar"] = next((m for kind, m in METAVARS.items() if issubclass(hint, kind)), None)
-    option = f"--{parameter.name.replace('_', '-')}"
     group.add_argument(option, required=required, default=None if required else default, **settings)
-
-
-def _add_flag(group: Any, name: str, default: bool, text: str) -> None:
-    """Add the flag that changes the default: `--name`, or `--no-name` where it is true."""
-    option = f"--no-{name}" if default else f"--{name}"
-    group.add_argument(
-        option.replace("_", "-"),
-        dest=name,
-        action="store_false" if default else "store_true",
-        help=f"do not {text}" if default else text,
-    )
-
-
-def _without_none(hint: Any) -> Any:
-    """The type of an optional parameter that is given."""
-    if get_origin(hint) in (Union, UnionType):
-        types = [kind for kind in get_args(hint) if kind is not type(None)]
-        return types[0] if len(types) == 1 else hint
-    return hint
 
 
 def _keywords(function: Callable[..., Any], values: Any) -> dict[str, Any]:
@@ -234,16 +216,15 @@ def _split_arguments(
     parser: ArgumentParser, args: Sequence[str], forwarded: Forwarded
 ) -> tuple[list[str], list[str]]:
     """Split arguments into the command's own options with their values and those that are passed on, each in order."""
-    options = dict(parser._option_string_actions)
-    for option in forwarded.options:
-        del options[option.split()[0]]
+    listed = {option.split()[0] for option in forwarded.options}
     own: list[str] = []
     rest: list[str] = []
     pending = iter(args)
     for arg in pending:
         name, equals, _ = arg.partition("=")
-        if name not in options:
+        action = parser._option_string_actions.get(name)
+        if action is None or name in listed:
             rest.append(arg)
         else:
-            own += [arg, *([] if equals or options[name].nargs == 0 else islice(pending, 1))]
+            own += [arg, *([] if equals or action.nargs == 0 else islice(pending, 1))]
     return own, rest

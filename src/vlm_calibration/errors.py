@@ -65,8 +65,6 @@ _NO_CLASS = re.compile(
     r"Expected a dot import path string: (.+)|module '.+' has no attribute '(.+)'|No module named '(.+)'"
 )
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
-_NO_SUBCOMMAND = re.compile(r'expected "subcommand" to be one of \{(.+)\}, but it was not provided')
-_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)")
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
 _RESTRICTED = re.compile(
     r"Not of type (\w+): (?:invalid literal.*: '(.*)'|could not .*: '(.*)'|(\S+) does not .*)"
@@ -75,12 +73,9 @@ _GIVEN = re.compile(r"Given value: (.*)")
 
 
 def explained(message: str, parser: ArgumentParser) -> str:
-    """Reduce a message of argparse or jsonargparse to one line.
+    """Reduce a message of argparse or jsonargparse to one line, with the nearest of the parser's names for one that it does not know.
 
     jsonargparse nests messages, one for each type that a value might have had. The innermost one about the chosen class counts.
-
-    Args:
-        parser: the parser that raised the error; suggestions are its names.
     """
     path: list[str] = []
     chosen: Any = None
@@ -94,25 +89,29 @@ def explained(message: str, parser: ArgumentParser) -> str:
             path += [] if chosen is None or is_dataclass(chosen) else ["init_args"]
         elif match := _NO_CLASS.match(line):
             name = next(filter(None, match.groups()))
-            return f"{_dotted(path, parser)}: there is no {name!r}{did_you_mean(name, _class_names())}"
+            package = __name__.partition(".")[0]
+            ours = [vars(module) for key, module in sys.modules.items() if key.startswith(f"{package}.")]
+            classes = {key for names in ours for key, value in names.items() if isinstance(value, type)}
+            return f"{_dotted(path, parser)}: there is no {name!r}{did_you_mean(name, sorted(classes))}"
         elif match := _UNKNOWN.search(line):
             group = _GROUP.match(line)
             name = ".".join([*([group[1]] if group else []), next(filter(None, match.groups()))])
             # Written as the user typed it: with dashes on the command line, without in a file.
             dashes = "--" if match[1] and not path else ""
-            options = _option_names(_parser_of(chosen) if chosen else parser)
-            similar = did_you_mean(dashes + name, [dashes + option for option in options])
+            known = parser
+            if chosen:
+                from jsonargparse import ArgumentParser
+
+                known = ArgumentParser(exit_on_error=False)
+                known.add_class_arguments(chosen)
+            options = [dashes + option.lstrip("-") for option in known._option_string_actions]
+            similar = did_you_mean(dashes + name, options)
             return f"unknown setting {dashes}{_dotted([*path, name])}{similar}"
         elif match := _REQUIRED.match(line):
             if path:
                 return f"{_dotted(path, parser)}: needs {match[1]}"
             names = ", ".join(_dotted([name], parser) for name in match[1].split(", "))
             return f"missing: {names}; see `{parser.prog} --help`"
-        elif match := _NO_SUBCOMMAND.match(line):
-            return f"missing: one of {match[1].replace(',', ', ')}; see `{parser.prog} --help`"
-        elif match := _CHOICE.search(line):
-            choices = re.findall(r"[^\s,']+", match[2])
-            return f"{line.removeprefix('argument ')}{did_you_mean(match[1], choices)}"
         elif match := _RESTRICTED.match(line):
             value = next(filter(None, match.groups()[1:]))
             return f"{_dotted(path, parser)}: expected {_in_words(match[1])}, found {value!r}"
@@ -142,28 +141,6 @@ def class_at(path: str) -> Any:
         return getattr(import_module(module), name, None) if module else None
     except ImportError:
         return None
-
-
-def _parser_of(kind: type) -> ArgumentParser:
-    """A parser of the settings of a class."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
-    return parser
-
-
-def _option_names(parser: ArgumentParser) -> list[str]:
-    return [option.lstrip("-") for option in parser._option_string_actions]
-
-
-def _class_names() -> list[str]:
-    """Names of the project's classes in imported modules."""
-    package = __name__.partition(".")[0]
-    modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.")]
-    return sorted(
-        {name for module in modules for name, value in vars(module).items() if isinstance(value, type)}
-    )
 
 
 _TYPES = {

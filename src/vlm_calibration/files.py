@@ -13,8 +13,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import FileIO, RawIOBase
+from contextlib import contextmanager, suppress
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,14 +28,8 @@ MAX_NAMED = 5
 
 UNWRITABLE = frozenset(
     {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.EEXIST,
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+        *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
     }
 )
 """Error numbers of a file that cannot be written: no space, no permission, a file in place of a folder."""
@@ -43,15 +37,7 @@ UNWRITABLE = frozenset(
 
 @contextmanager
 def writing(path: Path, hint: str = "") -> Iterator[None]:
-    """Turn a failure to write `path`, a file or folder, into one line.
-
-    Args:
-        path: named in the message.
-        hint: end of the message.
-
-    Raises:
-        DataError: the path cannot be written, e.g. the disk is full.
-    """
+    """Turn a failure to write `path`, a file or folder, such as a full disk, into a DataError that ends with `hint`."""
     try:
         yield
     except Exception as error:
@@ -90,11 +76,15 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
         with writing(path, "; the previous content is unchanged" if path.exists() else ""):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
-                if file.is_file():
-                    _apply_umask(file)
+            umask = os.umask(0o077)
+            os.umask(umask)
+            for path_written in [temporary] if temporary.is_file() else temporary.rglob("*"):
+                if path_written.is_file():
+                    # safetensors writes files that only their owner can read.
+                    path_written.chmod(path_written.stat().st_mode | 0o666 & ~umask)
                     if sync:
-                        _sync(file)
+                        with path_written.open("rb") as file:
+                            os.fsync(file.fileno())
             if temporary.is_dir() and path.exists():
                 # Deleting a folder takes time, so it gets another name first.
                 path.replace(old)
@@ -104,27 +94,6 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
             old.replace(path)
         for leftover in (temporary, old):
             remove(leftover)
-
-
-def _apply_umask(path: Path) -> None:
-    """Give a file all permissions that the umask leaves to a new one; safetensors writes files that only their owner can read."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    mode = path.stat().st_mode
-    if (permitted := mode | 0o666 & ~umask) != mode:
-        path.chmod(permitted)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def append(file: RawIOBase, content: bytes) -> None:
-    """Write all of `content` to an unbuffered file, which may accept only a part at each call."""
-    rest = memoryview(content)
-    while rest:
-        rest = rest[file.write(rest) or 0 :]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -152,22 +121,19 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, lines: bool) ->
     write_text(path, text + "\n")
 
 
-def hold(path: Path) -> FileIO | None:
-    """Lock a file until the result is closed or this process ends, as a sign that it is in use; None where locks fail."""
+def hold(path: Path) -> FileIO:
+    """Lock a file until it is released or this process ends, as a sign that it is in use, where the file system has locks."""
     file = FileIO(path)
-    try:
+    with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
     return file
 
 
-def release(file: FileIO | None) -> None:
+def release(file: FileIO) -> None:
     """End the lock of `hold`, also for forked processes, which share it."""
-    if file is not None and not file.closed:
+    with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)
-        file.close()
+    file.close()
 
 
 def is_held(path: Path) -> bool:
@@ -216,20 +182,8 @@ class JsonLine(NamedTuple):
         """File and line number, for messages."""
         return f"{self.path}:{self.number}"
 
-    @property
-    def length(self) -> int:
-        """Number of bytes."""
-        return len(self.content)
-
     def read(self, convert: Callable[[Any], T]) -> T:
-        """Decode the line and convert the value.
-
-        Args:
-            convert: raises a ValueError for a value that it refuses.
-
-        Raises:
-            DataError: the line is not UTF-8 or not JSON, or `convert` refuses it; names file and line.
-        """
+        """Decode and convert the line; raises a DataError that names file and line if it is not JSON, or `convert` raises a ValueError."""
         try:
             return convert(parse_json(self.content))
         except ValueError as error:
@@ -241,11 +195,7 @@ class JsonLine(NamedTuple):
 
 
 def json_lines(path: Path) -> Iterator[JsonLine]:
-    """The lines of a file that are not blank.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """The lines of a file that are not blank; raises a DataError if it cannot be read."""
     offset = 0
     try:
         with path.open("rb") as file:
@@ -258,11 +208,7 @@ def json_lines(path: Path) -> Iterator[JsonLine]:
 
 
 def parse_json(content: bytes) -> Any:
-    """Decode JSON in UTF-8, with or without a byte order mark.
-
-    Raises:
-        RecordError: the bytes are not UTF-8, or the text is not JSON.
-    """
+    """Decode JSON in UTF-8, with or without a byte order mark; raises a RecordError if it is neither UTF-8 nor JSON."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -272,11 +218,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Decode a JSON file.
-
-    Raises:
-        DataError: the file cannot be read, or is not JSON in UTF-8; names the file, and the line of a syntax error.
-    """
+    """Decode a JSON file; raises a DataError that names the file, and the line of a syntax error."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -294,12 +236,7 @@ def read_json(path: Path) -> Any:
 
 
 def name_some(names: Iterable[object], total: int) -> str:
-    """The first few names and the number of others: "'a', 'b' and 7 more".
-
-    Args:
-        names: at least the first `MAX_NAMED`, or all.
-        total: how many there are.
-    """
+    """The first few of `total` names and the number of others: "'a', 'b' and 7 more"."""
     named = [repr(name) for name in islice(names, MAX_NAMED)]
     return ", ".join(named) + (f" and {total - len(named)} more" if total > len(named) else "")
 

@@ -1,7 +1,7 @@
 """Presets: the configuration files that come with the package, named without folder and ending (`sft`, `model/qwen2_5_vl_7b`).
 
-Files of presets and of users may contain `${data_root}`, `${runs}`, `${demo}`, `${url}` and `${served_model}`; see `VARIABLES`. The folder `configs` of this
-package is a link to the folder at the top of the repository; a built package contains the files themselves.
+Files of presets and of users may contain `${data_root}`, `${runs}`, `${url}` and `${served_model}`, which options set, and `${demo}`. The
+folder `configs` of this package is a link to the folder at the top of the repository; a built package contains the files themselves.
 """
 
 from __future__ import annotations
@@ -26,38 +26,34 @@ CONFIGS = Path(__file__).with_name("configs")
 """Folder of the presets."""
 DEMO = Path(__file__).with_name("demo")
 """Folder of the embedded demo, `${demo}` in a file: absolute, since the configuration of a run is read from other working folders."""
-VARIABLES: dict[str, tuple[str, str | None, str]] = {
-    "data_root": ("DIR", "data", "folder of the data that the presets name, such as DIR/train.jsonl"),
-    "runs": ("DIR", "runs", "folder of the run directories that the presets name, such as DIR/sft"),
-    "url": (
-        *("URL", None),
-        "address of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1, for --config system/endpoint",
-    ),
-    "served_model": ("NAME", None, "name under which the API knows the model, for --config system/endpoint"),
+VARIABLE_OPTIONS = {
+    "--data-root DIR": "folder of the data that the presets name, such as DIR/train.jsonl",
+    "--runs DIR": "folder of the run directories that the presets name, such as DIR/sft",
 }
-"""Variable that an option sets -> placeholder of its value, default, and description."""
-ENDPOINT = ("url", "served_model")
-"""The variables that only `test` has."""
+"""The options that set variables, as `arguments.Forwarded` lists them."""
+ENDPOINT_OPTIONS = {
+    "--url URL": "address of an OpenAI-compatible API, such as http://127.0.0.1:8000/v1, for --config system/endpoint",
+    "--served-model NAME": "name under which the API knows the model, for --config system/endpoint",
+}
+"""The further ones of `test`."""
+DEFAULTS = {"data_root": "data", "runs": "runs"}
 OVERLAYS = ("model", "data", "experiment", "trainer", "logger")
 """Folders of presets that follow a full configuration."""
 CONFIG = "--config NAME"
-_OPTIONS = {f"--{name.replace('_', '-')}": name for name in VARIABLES}
-_DESCRIBED = {f"{option} {VARIABLES[name][0]}": VARIABLES[name][2] for option, name in _OPTIONS.items()}
-VARIABLE_OPTIONS, ENDPOINT_OPTIONS = dict([*_DESCRIBED.items()][:2]), dict([*_DESCRIBED.items()][2:])
-"""The options that set variables, as `arguments.Forwarded` lists them: those of every command, and the further ones of `test`."""
+_VARIABLES = {
+    option.split()[0]: option.split()[0].removeprefix("--").replace("-", "_")
+    for option in {**VARIABLE_OPTIONS, **ENDPOINT_OPTIONS}
+}
+"""Option -> the variable that it sets."""
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 
 
 def add_variables(parser: ArgumentParser, *, endpoint: bool = False) -> None:
-    """Add the options that set variables to a parser of configurations.
-
-    Args:
-        endpoint: with those of an endpoint.
-    """
-    for option, name in _OPTIONS.items():
-        if endpoint or name not in ENDPOINT:
-            metavar, default, text = VARIABLES[name]
-            parser.add_argument(option, metavar=metavar, type=str | None, default=default, help=text)
+    """Add the options that set variables to a parser of configurations, with `endpoint` those of `test`."""
+    for option, text in {**VARIABLE_OPTIONS, **(ENDPOINT_OPTIONS if endpoint else {})}.items():
+        name, metavar = option.split()
+        default = DEFAULTS.get(_VARIABLES[name])
+        parser.add_argument(name, metavar=metavar, type=str | None, default=default, help=text)
 
 
 def preset_names() -> list[str]:
@@ -66,11 +62,7 @@ def preset_names() -> list[str]:
 
 
 def presets_by_folder(*stages: str) -> str:
-    """The presets of a command, a line of a help page for its stages and one for each folder of overlays.
-
-    Args:
-        stages: names or patterns of the full configurations, such as "sft" or "eval/*".
-    """
+    """The presets of a command for its help: a line for its stages (such as "sft" or "eval/*"), and one for each folder of overlays."""
     names = preset_names()
     chosen = [name for pattern in stages for name in names if fnmatch(name, pattern)]
     folders: dict[str, list[str]] = {}
@@ -87,11 +79,7 @@ def presets_by_folder(*stages: str) -> str:
 
 
 def find_preset(name: str) -> Path:
-    """The file of a preset.
-
-    Raises:
-        ArgumentError: there is no preset of this name.
-    """
+    """The file of a preset; raises an ArgumentError if there is none of this name."""
     names = preset_names()
     if name.removesuffix(".yaml") not in names:
         raise ArgumentError(
@@ -107,13 +95,12 @@ def resolve_configs(
     """Replace the file in each `--config FILE` by its content, with all variables replaced.
 
     Args:
-        args: arguments of a command. `--data-root`, `--runs`, `--url` and `--served-model` among them set variables; so do keys of these names at the top level
-            of a file, as in the `config.yaml` of a run.
+        args: arguments of a command. Options among them set variables; so do keys of these names at the top level of a file, as in
+            the `config.yaml` of a run.
         prepare: applied to the content of each file, in order, before its variables are replaced.
 
     Raises:
-        ArgumentError: a file does not exist or cannot be read, or is not a mapping of settings; or a variable of an endpoint is set and
-            no file has it.
+        ArgumentError: see `read_config`; or a variable of an endpoint is set and no file has it.
     """
     resolved, files, given = list(args), {}, {}
     for index, arg in enumerate(args):
@@ -124,17 +111,18 @@ def resolve_configs(
         value = value if equals else args[position]
         if option in ("--config", "-c"):
             files[position] = (f"{option}=" if equals else "", read_config(value))
-        elif option in _OPTIONS:
-            given[_OPTIONS[option]] = value
-    values = {name: default for name, (_, default, _) in VARIABLES.items() if default is not None}
+        elif option in _VARIABLES:
+            given[option] = value
+    values = dict(DEFAULTS)
     for _, content in files.values():
-        values |= {name: content[name] for name in _OPTIONS.values() if isinstance(content.get(name), str)}
-    values |= {**given, "demo": str(DEMO)}
-    for name in ENDPOINT:
-        if name in given and not any(f"${{{name}}}" in str(content) for _, content in files.values()):
-            raise ArgumentError(
-                None, f"--{name.replace('_', '-')} has no effect: give --config system/endpoint as well"
-            )
+        values |= {name: content[name] for name in _VARIABLES.values() if isinstance(content.get(name), str)}
+    for option, value in given.items():
+        name = _VARIABLES[option]
+        values[name] = value
+        used = name in DEFAULTS or any(f"${{{name}}}" in str(content) for _, content in files.values())
+        if not used:
+            raise ArgumentError(None, f"{option} has no effect: give --config system/endpoint as well")
+    values["demo"] = str(DEMO)
     for position, (prefix, content) in files.items():
         content = _replace(prepare(content), values)
         # The parser takes the content of a file in its place. JSON quotes all texts, of which YAML would read some as numbers.

@@ -20,7 +20,7 @@ T = TypeVar("T")
 FIRST = 5.0
 """Seconds until the first line in a log file. Work of `track` and `working` that takes less leaves none."""
 EVERY = 30.0
-"""Default of the seconds between two lines in a log file."""
+"""Seconds between two lines in a log file."""
 BETWEEN = 0.1
 """Minimum seconds between two updates of `track`, whose items may take microseconds."""
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
@@ -42,9 +42,8 @@ def stage_name(module_class: str) -> str:
 
 def is_terminal() -> bool:
     """Whether stderr is a terminal on which a line can be drawn again."""
-    return (
-        sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    )
+    is_plain = os.environ.get("TERM") in ("dumb", "unknown")
+    return sys.stderr is not None and sys.stderr.isatty() and not is_plain
 
 
 class LogLines:
@@ -52,26 +51,21 @@ class LogLines:
 
     Args:
         name: of the work.
-        total: how much there is; None: unknown.
-        unit: of `total`, in the plural.
+        total: how much there is, in units (`unit`, in the plural); None: unknown.
         done: how much an earlier run has done; the time left is at the speed of this run.
-        every: seconds between two lines.
-
-    Attributes:
-        printed: whether there was a line.
     """
 
     def __init__(
         self, name: str, total: float | None = None, unit: str = "", *, done: float = 0, every: float = EVERY
     ) -> None:
         self.name, self.total, self.unit, self.every = name, total, unit, every
-        self.printed = False
+        self.has_printed = False
         self._done = self._before = done
         self._begun = time.monotonic()
         self._due = self._begun + min(FIRST, every)
 
     def update(self, done: float, note: Callable[[], str] = str) -> None:
-        """Report progress; `note` returns what else to show, and is called only for a line."""
+        """Print a line if one is due, with what `note` returns behind it."""
         self._done = done
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + self.every
@@ -83,39 +77,31 @@ class LogLines:
         when = f"{duration(elapsed)} so far"
         if self.total is not None and work > 0:
             when = f"{duration(max(0.0, self.total - self._done) * elapsed / work)} left"
-        self._print(self._counts(), when, note)
+        self._print("", when, note)
 
     def close(self, note: str = "", *, finished: bool = True) -> None:
         """Print the last line."""
         elapsed = duration(time.monotonic() - self._begun)
         state, when = ("", f"took {elapsed}") if finished else ("stopped", f"after {elapsed}")
-        self._print(state, self._counts(), when, note)
+        self._print(state, when, note)
 
-    def _counts(self) -> str:
-        if not self.total:
-            return f"{self._done:.0f} {self.unit}" if self.unit else ""
-        percent = int(100 * self._done / self.total)
-        return f"{int(self._done)} of {int(self.total)} {self.unit} ({percent}%)"
-
-    def _print(self, *parts: str) -> None:
-        self.printed = True
-        print(f"{self.name}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+    def _print(self, state: str, when: str, note: str) -> None:
+        self.has_printed = True
+        counts = f"{self._done:.0f} {self.unit}" if self.unit else ""
+        if self.total:
+            percent = int(100 * self._done / self.total)
+            counts = f"{int(self._done)} of {int(self.total)} {self.unit} ({percent}%)"
+        line = ", ".join(filter(None, (state, counts, when, note)))
+        print(f"{self.name}: {line}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def working(
     name: str, total: float | None = None, unit: str = "", *, done: float = 0
 ) -> Iterator[Callable[[float], None]]:
-    """Context of work that is shown if it takes more than a few seconds; leaves nothing on a terminal.
+    """Show work that takes more than a few seconds, as `LogLines` or as a bar, which leaves nothing on a terminal.
 
-    Args:
-        name: of the work.
-        total: how much there is; None: it cannot be foreseen, and the time that it has taken is shown.
-        unit: of `total`, in the plural.
-        done: how much an earlier run has done.
-
-    Returns:
-        A function that is told how much is done.
+    Yields a function that is told how much is done.
     """
     name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     if multiprocessing.parent_process() is not None or any(
@@ -144,22 +130,14 @@ def working(
             finished = True
         finally:
             timer.cancel()
-            if lines.printed:
+            if lines.has_printed:
                 lines.close(finished=finished)
 
 
 def track(
     items: Iterable[T], name: str, total: float, unit: str, size: Callable[[T], float] | None = None
 ) -> Iterator[T]:
-    """Iterate over items and show how much of them is done, if it takes more than a few seconds.
-
-    Args:
-        items: what to iterate over.
-        name: of the work.
-        total: number of items, or the sum of their sizes.
-        unit: of `total`, in the plural.
-        size: size of an item; None: 1.
-    """
+    """Iterate over items and show how much of them is done; `total` is their number, or the sum of their sizes."""
     done, due = 0.0, 0.0
     with working(name, total, unit) as update:
         for item in items:

@@ -1,7 +1,4 @@
-"""Messages of other libraries that a user of the command line cannot act on. All that is hidden is listed here.
-
-Warnings and errors appear, except for those that are named one by one.
-"""
+"""Messages of other libraries that a user of the command line cannot act on; warnings and errors are hidden one by one."""
 
 from __future__ import annotations
 
@@ -37,8 +34,8 @@ def quiet_libraries() -> None:
     if "SLURM_JOB_ID" not in os.environ:
         # Lightning's, wherever SLURM is installed; only the processes of a job need srun.
         warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
-    for name in LOGGED:
-        logging.getLogger(name).addFilter(_not_listed)
+    for name, beginning in LOGGED.items():
+        logging.getLogger(name).addFilter(lambda r, text=beginning: not r.getMessage().startswith(text))
 
 
 def quiet_lightning() -> None:
@@ -49,10 +46,6 @@ def quiet_lightning() -> None:
     for name in LIGHTNING:
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_worth_reading)
-
-
-def _not_listed(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(LOGGED[record.name])
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:

@@ -1,7 +1,6 @@
 """The records that the whole project passes around: `Query`, `Region` and `Prediction`.
 
-Each is a frozen dataclass that is checked once, when it is read; later code relies on that. The fields are the keys of the
-JSON lines that users write and read.
+They are checked once, when they are read; later code relies on that. The fields are the keys of the JSON lines that users write and read.
 """
 
 from __future__ import annotations
@@ -173,12 +172,10 @@ def query_from_dict(data: Any) -> Query:
         raise RecordError(f"'regions' must be a list of objects, found {short_repr(regions)}")
     return Query(
         **text,
+        **{key: _texts(data, key) for key in ("objects", "synonyms", "absent")},
         answer_type=answer_type,
-        objects=_texts(data, "objects"),
         regions=tuple(_region(r, i) for i, r in enumerate(regions)),
         category=category,
-        synonyms=_texts(data, "synonyms"),
-        absent=_texts(data, "absent"),
         wrong_answers=None if data.get("wrong_answers") is None else _texts(data, "wrong_answers"),
     )
 
@@ -197,9 +194,8 @@ def short_repr(value: Any) -> str:
 def _text(data: Mapping[str, Any], key: str) -> str:
     value = data.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise RecordError(
-            f"'{key}' must be a non-empty string, found {short_repr(value) if key in data else 'no such key'}"
-        )
+        found = short_repr(value) if key in data else "no such key"
+        raise RecordError(f"'{key}' must be a non-empty string, found {found}")
     return _check_characters(value, key)
 
 
@@ -219,18 +215,17 @@ def _texts(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(_check_characters(v, key) for v in value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _region(data: Any, index: int) -> Region:
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
     where = f"'regions'[{index}]"
     if not isinstance(data, Mapping) or not isinstance(data.get("label"), str):
         raise RecordError(f"{where} must be an object with a 'label' and a 'box', found {short_repr(data)}")
     if unknown := sorted(set(data) - {"label", "box", "mask", "score"}):
         raise RecordError(f"{where} has the unknown key {unknown[0]!r}; a region has label, box, mask, score")
     box = data.get("box")
-    if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_number(v) for v in box):
+    if not isinstance(box, list | tuple) or len(box) != 4 or not all(is_number(v) for v in box):
         raise RecordError(
             f"{where}: 'box' must be four finite numbers [x0, y0, x1, y1], found {short_repr(box)}"
         )
@@ -248,6 +243,6 @@ def _region(data: Any, index: int) -> Region:
             "percent?"
         )
     score = data.get("score")
-    if score is not None and not (_is_number(score) and 0 <= score <= 1):
+    if score is not None and not (is_number(score) and 0 <= score <= 1):
         raise RecordError(f"{where}: 'score' must be a number in [0, 1], found {short_repr(score)}")
     return Region(data["label"], (x0, y0, x1, y1), mask, score)

@@ -1,4 +1,4 @@
-"""Settings as JSON, by dotted names and as digests: how settings and files are compared.
+"""How settings and files are compared: by dotted names and by digests.
 
 Arguments are read back from the object, so that one built in Python counts like one that LightningCLI built from YAML.
 """
@@ -13,10 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-CHUNK = 1 << 20
-
 
 def init_args(value: Any) -> dict[str, Any]:
     """The constructor arguments that an object keeps under their names, with or without a leading underscore."""
@@ -26,24 +22,6 @@ def init_args(value: Any) -> dict[str, Any]:
         if hasattr(value, attribute):
             arguments[name] = getattr(value, attribute)
     return arguments
-
-
-def to_json(value: Any) -> Any:
-    """A setting as JSON; an object becomes its `class_path` and its `init_args`, side by side."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Mapping):
-        return {str(key): to_json(content) for key, content in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))
-    class_path = f"{type(value).__module__}.{type(value).__qualname__}"
-    return {"class_path": class_path, **to_json(init_args(value))}
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -61,7 +39,13 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def settings_digest(value: Any) -> str:
     """The digest of a setting: equal for equal values, and for objects of one class with equal arguments."""
-    return digest([json.dumps(to_json(value))])
+
+    def of_object(value: Any) -> Any:
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", **init_args(value)}
+
+    return digest([json.dumps(value, default=of_object)])
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
@@ -74,10 +58,5 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 def file_digest(path: Path) -> str:
     """The digest of a file's content."""
-    return digest(_chunks(path))
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -10,8 +10,8 @@
     report(plan)
 
 A step takes settings of its own as well, as in `Plan.settings`. One that has finished with the same settings is not repeated; one that
-was interrupted resumes. All raise a DataError for a setting, a file or a model that cannot be used, an ArgumentError for a preset or
-setting that does not exist, and a CommandError if they are stopped.
+was interrupted resumes. All raise a DataError for what cannot be used, an ArgumentError for a preset or setting that does not exist, and
+a CommandError if they are stopped.
 """
 
 from __future__ import annotations
@@ -87,11 +87,15 @@ class Plan:
 
     @property
     def stages(self) -> list[str]:
-        """The stages that the calibration consists of, in order."""
+        """The stages that the calibration consists of, in order: without data no regions, without a table of its own no levels."""
+        levels: Any = None
+        for name in self._overlays("sft"):
+            content: Any = read_config(name)
+            for key in ("data", "noise", "levels"):
+                content = content.get(key) if isinstance(content, dict) else None
+            levels = content or levels
         left_out = [] if self.data else ["regions"]
-        levels = [_noise_levels(name) for name in self._overlays("sft")]
-        if "${runs}" not in next((text for text in reversed(levels) if text), ""):
-            left_out.append("levels")
+        left_out += [] if "${runs}" in json.dumps(levels) else ["levels"]
         return [stage for stage in STAGES if stage not in left_out]
 
     def folder(self, stage: str) -> Path:
@@ -107,8 +111,7 @@ class Plan:
             config: a full configuration instead of the stage's own.
 
         Raises:
-            DataError: there is no such stage; data without a model, on which the demo's would be used unasked; or the arguments name
-                another run directory.
+            DataError: no such stage; data without a model, on which the demo's would be used unasked; or another run directory.
         """
         if stage not in STAGES:
             raise DataError(f"no stage {stage!r}: expected one of {', '.join(STAGES)}")
@@ -133,47 +136,37 @@ class Plan:
         if stage != "regions" and self.folder("regions").is_dir():
             command += ["--data.regions", str(self.folder("regions"))]
         if stage == "evaluate":
-            command += _options(self._evaluated())
+            folders = {trained: self.folder(trained) / "adapter" for trained in TRAINED}
+            adapters = {trained: str(folder) for trained, folder in folders.items() if folder.is_dir()}
+            command += _options({"model.init_args.adapters": adapters})
+            if not (adapters or self.model or self.data):
+                command += _options({BASE: f"{DEMO}/model"})
         # The run directory comes last, since a configuration may name another.
         command += [*further, "--trainer.default_root_dir", str(self.folder(stage))]
         if self.overwrite:
             return [*command, "--overwrite"]
         return command if "--ckpt_path" in names else [*command, "--resume"]
 
-    def _evaluated(self) -> Settings:
-        """The settings that name the adapters to evaluate; without any, and without a model and data, the demo's model."""
-        folders = {stage: self.folder(stage) / "adapter" for stage in TRAINED}
-        adapters = {stage: str(folder) for stage, folder in folders.items() if folder.is_dir()}
-        needs_base = not (adapters or self.model or self.data)
-        return {"model.init_args.adapters": adapters} | ({BASE: f"{DEMO}/model"} if needs_base else {})
-
     def _overlays(self, stage: str) -> list[str]:
         """The configurations that follow the stage's own, in order: presets and files."""
+        names = preset_names()
         overlays = [*_presets("model", self.model), *_presets("data", self.data)]
         for name in _presets("experiment", self.preset or (["anchored"] if self.model or self.data else [])):
             stem = name.removesuffix(".yaml")
-            of_stage_2 = f"{stem}_dpo" if name in preset_names() else f"{stem}_dpo.yaml"
+            of_stage_2 = f"{stem}_dpo" if name in names else f"{stem}_dpo.yaml"
             overlays.append(name)
-            if stage == "dpo" and (of_stage_2 in preset_names() or Path(of_stage_2).is_file()):
+            if stage == "dpo" and (of_stage_2 in names or Path(of_stage_2).is_file()):
                 overlays.append(of_stage_2)
         return [*overlays, *_presets("trainer", self.trainer)]
 
 
 def extract_regions(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
-    """Find the regions of the key objects of queries that have none; the other steps use them.
-
-    Returns:
-        `runs/regions`, with a Parquet file for each source that needed regions.
-    """
+    """Find the regions of the key objects of queries that have none; returns `runs/regions`, which the other steps use."""
     return _run(plan, "regions", settings)
 
 
 def fit_levels(plan: Plan, settings: Settings = MappingProxyType({})) -> AnchoredLevels:
-    """Measure the base model's accuracy by kind and strength of perturbation, which anchored levels teach.
-
-    Returns:
-        The levels in `runs/levels.json`.
-    """
+    """Measure the base model's accuracy by kind and strength of perturbation; returns the levels in `runs/levels.json`."""
     from vlm_calibration.perturbation.levels import AnchoredLevels
 
     _run(plan, "levels", settings)
@@ -181,29 +174,17 @@ def fit_levels(plan: Plan, settings: Settings = MappingProxyType({})) -> Anchore
 
 
 def train_sft(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
-    """Stage 1, supervised fine-tuning.
-
-    Returns:
-        The run directory, `runs/sft`, with the adapter in it.
-    """
+    """Stage 1, supervised fine-tuning; returns the run directory, `runs/sft`, with the adapter in it."""
     return _run(plan, "sft", settings)
 
 
 def train_dpo(plan: Plan, settings: Settings = MappingProxyType({})) -> Path:
-    """Stage 2, preference optimisation, from the adapter of stage 1.
-
-    Returns:
-        The run directory, `runs/dpo`, with the adapter in it.
-    """
+    """Stage 2, preference optimisation, from the adapter of stage 1; returns the run directory, `runs/dpo`."""
     return _run(plan, "dpo", settings)
 
 
 def evaluate(plan: Plan, settings: Settings = MappingProxyType({})) -> dict[str, dict[str, float | None]]:
-    """Ask the base model and the adapters of both stages the test queries; writes `runs/eval`.
-
-    Returns:
-        System ("base", "sft", "dpo"), in this order -> its metrics by name, as in its `metrics.json`.
-    """
+    """Ask the base model and the adapters of both stages the test queries; returns system -> metrics, as `runs/eval` has them."""
     from vlm_calibration.reporting import runs
 
     folder = _run(plan, "evaluate", settings)
@@ -212,19 +193,13 @@ def evaluate(plan: Plan, settings: Settings = MappingProxyType({})) -> dict[str,
 
 
 def report(plan: Plan, *, images: bool = True, replicates: int = 1000, seed: int = 0) -> Path:
-    """Write the report on the evaluation in `runs/eval`.
+    """Write the report on the evaluation in `runs/eval`, with or without images; returns the page.
 
     Args:
         plan: names the runs.
         images: show images.
         replicates: number of bootstrap draws.
         seed: seed of the draws.
-
-    Returns:
-        The page.
-
-    Raises:
-        DataError: there are no predictions, or a file cannot be used.
     """
     from jsonargparse.typing import PositiveInt
 
@@ -253,11 +228,7 @@ def _run(plan: Plan, stage: str, settings: Settings) -> Path:
 
 
 def _presets(folder: str, names: str | Sequence[str]) -> list[str]:
-    """The presets of a folder, or files, that these names stand for.
-
-    Raises:
-        ArgumentError: there is no such preset or file.
-    """
+    """The presets of a folder, or files, that these names stand for; raises an ArgumentError if there is none."""
     found = []
     for name in [names] if isinstance(names, str) else names:
         if not Path(name).is_file():
@@ -265,14 +236,6 @@ def _presets(folder: str, names: str | Sequence[str]) -> list[str]:
             name = f"{folder}/{name}"
         found.append(name)
     return found
-
-
-def _noise_levels(config: str) -> str:
-    """`data.noise.levels` of a configuration as text; empty if it sets none."""
-    content: Any = read_config(config)
-    for key in ("data", "noise", "levels"):
-        content = content.get(key) if isinstance(content, dict) else None
-    return json.dumps(content) if content else ""
 
 
 def _options(settings: Settings) -> list[str]:

@@ -122,7 +122,8 @@ SLURM = {"class_path": "lightning.pytorch.plugins.environments.SLURMEnvironment"
         ({"data__test": {"clean": {"source": _source("test.jsonl")}}}, ["test", "predict"]),
         ({"data__max_length": 20}, ["fit"]),
         ({"data__augment": [{"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.5}}]}, ["fit"]),
-        ({"data__workers": 4, "data__eval_batch_size": 9, "data_root": "my", "runs": "r", "resume": True}, []),
+        ({"data__workers": 4, "data_root": "my", "runs": "r", "resume": True}, []),
+        ({"data__eval_batch_size": 9}, ["predict"]),
     ],
 )  # fmt: skip
 def test_settings_that_change_the_result(change: dict[str, Any], differs: list[str]) -> None:
@@ -130,13 +131,15 @@ def test_settings_that_change_the_result(change: dict[str, Any], differs: list[s
     assert set(found) == set(differs)
 
 
-def test_both_values_are_named_and_the_arguments_of_another_class_are_not() -> None:
-    other = {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": {"scenes": 3}}
+def test_both_values_are_named() -> None:
+    other = {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": {}}
     lines = differences(_run(), _run(data__train=other, model__init_args__optimizer__lr=0.2))
     assert lines == [
         "model.init_args.optimizer.lr was 0.1 and is 0.2",
         "data.train.class_path was 'vlm_calibration.data.sources.jsonl.JsonlSource' and is "
         "'vlm_calibration.demo.source.DemoSource'",
+        "data.train.init_args.path was 'data/train.jsonl' and is None",
+        "data.train.init_args was None and is {}",
     ]
 
 

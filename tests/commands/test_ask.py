@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -336,14 +335,6 @@ def test_answers_under_other_settings_are_not_mixed(
     assert (questions.parent / "answers.jsonl").read_bytes() == before
 
 
-def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
-    with (
-        closing(AnswerFile(tmp_path / "a.jsonl", {})),
-        pytest.raises(DataError, match=f"{tmp_path}/a.jsonl: another process"),
-    ):
-        AnswerFile(tmp_path / "a.jsonl", {})
-
-
 def test_a_line_that_is_no_answer_is_named(tmp_path: Path) -> None:
     for line in (
         '{"id": "a", "model": "m"}',
@@ -399,7 +390,7 @@ def test_bad_images_stop_the_run_or_are_counted(
         ('{"image": "a.png", "question": "?", "colour": 1}', ":2: unknown key 'colour'"),
         ('{"image": "a.png", "question": "?", "id": 7.5}', ":2: 'id' must be a non-empty string"),
         ('{"image": "a.png", "question": "?", "answer_type": "x"}', ":2: 'answer_type' must be one of"),
-        ('{"image": "a.png", "question": "?", "category": 1}', ":2: 'category' must be a string or null"),
+        ('{"image": "a.png", "question": "?", "category": 1}', ":2: 'category' must be a non-empty string"),
         ('{"image": "a.png", "question": "?", "id": "1"}', ":2: the id '1' comes twice"),
         (b"\xff", ":2: not UTF-8"),
     ],

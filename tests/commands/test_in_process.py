@@ -25,8 +25,3 @@ def test_data_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "3 opened" in printed
     assert main(["data", "inspect", "--config", str(config), "--data.train.init_args.scene", "5"]) == 2
     assert "scene" in capsys.readouterr().err
-
-
-def test_levels_fit_names_a_missing_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["levels", "fit", "--config", "none.yaml"]) == 2
-    assert "none.yaml" in capsys.readouterr().err

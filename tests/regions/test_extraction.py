@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks.contact_sheet import ContactSheet
-from vlm_calibration.callbacks.regions import RegionWriter, _begin, row_of, write_rows
+from vlm_calibration.callbacks.regions import RegionWriter, row_of, write_rows
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawQuery
@@ -276,9 +275,9 @@ def _predict(data: PerturbedQueryDataModule, folder: Path, detector: Detector, s
         logger=False,
         enable_progress_bar=False,
     )
-    trainer.predict(
-        RegionExtractor(RuleDescriber(), detector, segmenter, ALL), data, return_predictions=False
-    )
+    module = RegionExtractor(RuleDescriber(), detector, segmenter, ALL)
+    module.run_digest = "of these settings"
+    trainer.predict(module, data, return_predictions=False)
 
 
 def test_all_sources_of_a_configuration_are_extracted_and_read(
@@ -348,24 +347,3 @@ def test_no_model_is_loaded_if_nothing_is_left(
         assert (summary["queries"], summary["files"], summary["complete"]) == (0, {}, ["data.train"])
         assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
         assert "nothing to extract for data.train" in capsys.readouterr().out
-
-
-def test_parts_begin_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part begins while another one is writing its settings; a part with other settings is refused."""
-    first, second = (AppendLog(tmp_path / f"{n}.0.jsonl", {"a": 1}, "", "*.jsonl") for n in (0, 1))
-    append, begun = AppendLog.append, []
-
-    def begin_second_before_writing(log: AppendLog, *rows: Any) -> None:
-        log.open()
-        if not begun:
-            begun.append(log.path)
-            assert _begin(second) == []
-        append(log, *rows)
-
-    monkeypatch.setattr(AppendLog, "append", begin_second_before_writing)
-    assert _begin(first) == []
-    assert begun
-    first.append({"shard": 4, "rows": []})
-    assert _begin(second) == [4]
-    with pytest.raises(DataError, match="written with a = 1, found 2"):
-        _begin(AppendLog(tmp_path / "2.0.jsonl", {"a": 2}, "", "*.jsonl"))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
-from vlm_calibration.callbacks.resume import outputs_of
+from vlm_calibration.callbacks.run_directory import outputs_of
 from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule

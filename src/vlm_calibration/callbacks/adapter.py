@@ -49,10 +49,6 @@ class AdapterWriter(L.Callback):
         """The adapter's folder."""
         return [folder / ADAPTER]
 
-    def progress(self, folder: Path) -> list[Path]:
-        """None: an adapter is written at the end."""
-        return []
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.results = None
 

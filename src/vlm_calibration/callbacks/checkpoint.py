@@ -43,11 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a local checkpoint.
-
-        Raises:
-            DataError: it cannot be written, e.g. since the disk is full; an earlier checkpoint stays as it is.
-        """
+        """Write a checkpoint; raises a DataError if e.g. the disk is full, and an earlier checkpoint stays as it is."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -57,28 +53,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             temporary.write_bytes(buffer.getbuffer())
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
-        """Read a checkpoint; raises as `reading` does."""
         with reading(path):
             return super().load_checkpoint(path, *arguments, **settings)
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Explain the errors of a block that reads a checkpoint.
-
-    Raises:
-        DataError: the checkpoint is damaged, or contains objects that could run code when read.
-    """
+    """Explain errors of reading a checkpoint, as a DataError: it is damaged, or contains objects that could run code when read."""
     try:
         yield
     except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError) as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
         if match or (isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path)):
-            what = (
-                f"the object {match[1]}"
-                if match
-                else "an object other than tensors, numbers, texts and lists"
-            )
+            what = f"the object {match[1]}" if match else "an object other than tensors, numbers and texts"
             raise DataError(
                 f"--ckpt_path {path}: refused as unsafe: it contains {what}, which could run code when read; give a checkpoint "
                 "that this program wrote"
@@ -116,14 +103,6 @@ class RunCheckpoint(ModelCheckpoint):
     def last(self) -> Path:
         assert self.dirpath is not None
         return Path(self.dirpath) / LAST
-
-    def outputs(self, folder: Path, module: L.LightningModule, data: Any) -> list[Path]:
-        """None: a finished run is not resumed."""
-        return []
-
-    def progress(self, folder: Path) -> list[Path]:
-        """The checkpoints."""
-        return list((folder / FOLDER).glob("*.ckpt"))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / FOLDER)
@@ -168,12 +147,12 @@ class RunCheckpoint(ModelCheckpoint):
             self._handlers = {}
 
     def _listen(self) -> None:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self._signal = signal.Signals(number)
+
         if not self._handlers and threading.current_thread() is threading.main_thread():
             # Replace Lightning's handlers, which communicate with other processes or save in the middle of a step.
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number)
+            self._handlers = {number: signal.signal(number, on_signal) for number in SIGNALS}
 
     def _stop_on_signal(self, trainer: L.Trainer) -> None:
         """Stop all processes at the same step if any of them received a signal."""

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from vlm_calibration.benchmarks.official import OfficialCounts, official_scores
-from vlm_calibration.callbacks.predictions import OFFICIAL, PredictionWriter, system_folder
+from vlm_calibration.callbacks.predictions import OFFICIAL, PredictionWriter
 from vlm_calibration.data.dataset import EvalSplit, with_split_name
 from vlm_calibration.data.sources.benchmark import BenchmarkSource
 from vlm_calibration.estimators.predictions import read_predictions
@@ -50,7 +50,8 @@ class OfficialScores(L.Callback):
         }
         if trainer.is_global_zero:
             systems = cast(HasResults, module).results
-            results = {system: _score(system_folder(trainer, system), splits) for system in systems}
+            folder = Path(trainer.default_root_dir)
+            results = {system: _score(folder / system, splits) for system in systems}
             if any(results.values()):
                 Console().print(official_table(results))
             for system, scores in results.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import clear_leftovers, json_number, remove, write_json
 from vlm_calibration.models.base import THRESHOLDS
-from vlm_calibration.stages.answer_log import EVALUATED, VALIDATED, AnswerLog, ResumeState, asks_all
+from vlm_calibration.stages.answer_log import VALIDATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 from vlm_calibration.stages.scoring import HasResults
 
@@ -29,9 +28,8 @@ METRICS, NOTES, OFFICIAL = "metrics.json", "notes.json", "official"
 class PredictionWriter(L.Callback):
     """Writes the predictions and metrics of validations and evaluations, and resumes an interrupted evaluation.
 
-    The files of a system are in the folder of its name; the system "" is the run itself. Each process appends its answers to
-    an `AnswerLog`, from which the first process writes them in the order of the data. An evaluation that ends early leaves
-    its log, from which the same run resumes.
+    The files of a system are in the folder of its name; the system "" is the run itself. Each process appends its answers to an
+    `AnswerLog`, from which the first process writes them in the order of the data.
     """
 
     def __init__(self) -> None:
@@ -45,10 +43,6 @@ class PredictionWriter(L.Callback):
         """The metrics of each system of an evaluation."""
         systems = module.systems if isinstance(module, EvaluationModule) else ()
         return [folder / system / METRICS for system in systems]
-
-    def progress(self, folder: Path) -> list[Path]:
-        """The answers of an interrupted evaluation."""
-        return [path for path in folder.glob(EVALUATED.format("*")) if path.stat().st_size]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove the log of a validation that was killed; find out where to resume a test."""
@@ -126,15 +120,19 @@ class PredictionWriter(L.Callback):
         trainer.strategy.barrier("answers")
         if trainer.is_global_zero:
             for system, metrics in module.results.items():
-                folder = system_folder(trainer, system)
+                folder = log.folder / system
                 if HELD_OUT not in log.queries and TEST in log.queries:
-                    (folder / CALIBRATION).unlink(missing_ok=True)
+                    remove(folder / CALIBRATION)
                 for split in log.queries:
                     total = int(metrics["n"]) if split == TEST else None
                     log.write_predictions(system, split, folder / FILES[split], total)
                 if not trainer.sanity_checking:
-                    _write_metrics(folder, metrics)
-                    _write_notes(folder, getattr(module, "notes", {}).get(system, {}))
+                    write_json(folder / METRICS, {k: json_number(k, v) for k, v in metrics.items()})
+                    notes = getattr(module, "notes", {}).get(system)
+                    if notes:
+                        write_json(folder / NOTES, dict(notes))
+                    else:
+                        remove(folder / NOTES)
             if VALIDATION in log.queries:
                 log.clear()
         trainer.strategy.barrier("predictions written")
@@ -151,21 +149,5 @@ class PredictionWriter(L.Callback):
                 self._log.path.unlink(missing_ok=True)
 
 
-def _write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
-    write_json(folder / METRICS, {k: json_number(k, v) for k, v in metrics.items()})
-
-
-def _write_notes(folder: Path, notes: Mapping[str, str]) -> None:
-    """Write the notes on a system; without any there is no file."""
-    if not notes:
-        (folder / NOTES).unlink(missing_ok=True)
-        return
-    write_json(folder / NOTES, dict(notes))
-
-
 def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:
     return trainer.datamodule  # type: ignore[attr-defined]
-
-
-def system_folder(trainer: L.Trainer, system: str) -> Path:
-    return Path(trainer.default_root_dir) / system

@@ -64,31 +64,26 @@ class Progress(ProgressBar):
         self._begin("", trainer.num_predict_batches)
 
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._batches += 1
-        if self._lines is not None:
+        is_within_training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if self._lines is not None and not is_within_training:
+            self._batches += 1
             self._lines.update(self._batches, lambda: _tokens_used(pl_module))
 
-    on_predict_batch_end = on_test_batch_end  # type: ignore[assignment]
-
-    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
-            self.on_test_batch_end(trainer, pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
-            self._close()
+    on_validation_batch_end = on_predict_batch_end = on_test_batch_end  # type: ignore[assignment]
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close(_tokens_used(pl_module))
 
     on_predict_epoch_end = on_test_epoch_end
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            self._close()
+
+    def on_exception(self, *_: Any) -> None:
         self._close(finished=False)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, stage: str) -> None:
         self._close(finished=False)
 
     def _begin(self, part: str, total: Any, unit: str = "batches", done: int = 0) -> None:
@@ -100,9 +95,9 @@ class Progress(ProgressBar):
             self._batches = done
 
     def _close(self, note: str = "", *, finished: bool = True) -> None:
-        lines, self._lines = self._lines, None
-        if lines is not None:
-            lines.close(note, finished=finished)
+        if self._lines is not None:
+            self._lines.close(note, finished=finished)
+            self._lines = None
 
 
 def _loss(trainer: L.Trainer) -> str:

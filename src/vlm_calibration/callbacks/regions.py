@@ -15,22 +15,20 @@ import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlm_calibration.append_log import AppendLog, LogLine
+from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.raw import RawBatch
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
-from vlm_calibration.files import replacing, write_json
+from vlm_calibration.files import JsonLine, replacing, write_json
 from vlm_calibration.progress import track
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.extraction import Extracted
 from vlm_calibration.reporting.regions import RegionSummary, print_summary
-from vlm_calibration.settings import init_args, to_json
 from vlm_calibration.stages.regions import RegionExtractor
 
 SHARDS, SUMMARY = "shards", "summary.json"
-BEGUN = "settings."
-"""Prefix of a part's log of its settings alone, in `shards/`; `PART.RANK.jsonl` beside it hold the shards."""
+"""Folder of the logs of shards, `PART.RANK.jsonl`, and the file of the summary."""
 ROW_GROUP = 1024
 
 REJECTED = pa.struct([*REGION, pa.field("reason", pa.string())])
@@ -63,31 +61,17 @@ class RegionWriter(L.Callback):
         plan = data.plan_extraction(cast(RegionExtractor, module).keep_known)
         return [*(folder / extraction.file for extraction in plan.extractions), folder / SUMMARY]
 
-    def progress(self, folder: Path) -> list[Path]:
-        """The logs of finished shards."""
-        return [path for path in (folder / SHARDS).glob("*.jsonl") if path.stat().st_size]
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the shards that an earlier run has finished.
-
-        Raises:
-            DataError: they were extracted with other settings, or from other queries; or they are to be extracted again,
-                although other parts may be extracting them.
-        """
-        data, folder = _data(trainer), Path(trainer.default_root_dir) / SHARDS
-        settings = {
-            **to_json(init_args(cast(RegionExtractor, pl_module).pipeline)),
-            "precision": str(trainer.precision),
-            "data": _data_settings(data),
-        }
-        remedy = "resume with the same settings and queries, remove the folder, or give another trainer.default_root_dir"
-        path = folder / f"{data.part}.{trainer.global_rank}.jsonl"
-        log = self._log = AppendLog(path, settings, remedy, "*.jsonl")
+        """Find the shards that this run has finished before; raises a DataError if there are shards of another run."""
+        data, folder, run = _data(trainer), Path(trainer.default_root_dir), pl_module.run_digest
+        path = folder / SHARDS / f"{data.part}.{trainer.global_rank}.jsonl"
+        remedy = f"remove {folder}, or give another trainer.default_root_dir"
+        log = self._log = AppendLog(path, {"run": run}, remedy, "*.jsonl")
         self._rows.clear()
-        if self.start_over:
+        if self.start_over or run is None:
             broadcast_from_first(trainer, lambda: self._clear(trainer, pl_module))
         if data.region_plan.extractions:
-            data.leave_out(broadcast_from_first(trainer, lambda: _begin(log)))
+            data.leave_out(broadcast_from_first(trainer, lambda: [row["shard"] for _, row in log.lines()]))
 
     def _clear(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if _data(trainer).parts > 1:
@@ -121,7 +105,7 @@ class RegionWriter(L.Callback):
         if trainer.is_global_zero:
             data, folder = _data(trainer), Path(trainer.default_root_dir)
             # This part's lines are complete before it reads the others', so the last part to end finds all shards.
-            lines = {line.row["shard"]: line._replace(row={}) for line in self._log.lines()}
+            lines = {row["shard"]: line._replace(content=b"") for line, row in self._log.lines()}
             missing = sum(shard.number not in lines for shard in data.shards)
             if missing and data.parts == 1:
                 raise DataError(
@@ -137,7 +121,7 @@ class RegionWriter(L.Callback):
                 self._merge(data, lines, folder)
         trainer.strategy.barrier("merged")
 
-    def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, LogLine], folder: Path) -> None:
+    def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, JsonLine], folder: Path) -> None:
         """Write the rows of each source as one file, and the summary of all."""
         assert self._log is not None
         total, files = RegionSummary(), {}
@@ -146,8 +130,9 @@ class RegionWriter(L.Callback):
             own = [lines[shard.number] for shard in data.shards if shard.source == source]
             tracked = track(own, f"writing {folder / extraction.file}", len(own), "shards")
             shards = (self._log.reread(line)["rows"] for line in tracked)
-            rows = (_usable(rows, summary, total) for rows in shards)
-            write_rows(folder / extraction.file, rows, extraction.note)
+            write_rows(
+                folder / extraction.file, (_usable(rows, summary, total) for rows in shards), extraction.note
+            )
         complete = [f"data.{setting}" for setting in data.region_plan.complete]
         by_name = {path.name: summary.to_dict() for path, summary in files.items()}
         content = {**total.to_dict(), "unreadable": total.notes, "files": by_name, "complete": complete}
@@ -157,17 +142,6 @@ class RegionWriter(L.Callback):
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if self._log is not None:
             self._log.close()
-
-
-def _begin(log: AppendLog) -> list[int]:
-    """The finished shards. At the first start, write the settings down so that parts with other settings are refused at once."""
-    shards = [line.row["shard"] for line in log.lines()]
-    if not shards:
-        # A file for each part: those that start at the same time must not wait for each other's lock.
-        begun = AppendLog(log.path.with_name(BEGUN + log.path.name), log.settings, log.remedy)
-        begun.append({"shard": None})
-        begun.close()
-    return [shard for shard in shards if shard is not None]
 
 
 def _usable(rows: Sequence[dict[str, Any]], *summaries: RegionSummary) -> list[dict[str, Any]]:
@@ -201,12 +175,3 @@ def write_rows(
 
 def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:
     return trainer.datamodule  # type: ignore[attr-defined]
-
-
-def _data_settings(data: PerturbedQueryDataModule) -> dict[str, Any]:
-    """The settings that decide which query is in which batch."""
-    return {
-        **{extraction.file: extraction.contents._asdict() for extraction in data.region_plan.extractions},
-        "shard_size": data.shard_size,
-        "batch_size": data.eval_batch_size,
-    }

@@ -1,7 +1,7 @@
-"""Begins a run in its directory.
+"""What a run directory holds for a command that is to run in it (nothing, the same run or another one), and the beginning of a run.
 
-Nothing is written and no logger starts before all checks have passed, the model is loaded and a checkpoint is read, so a run
-that fails earlier leaves the directory unchanged.
+`find_prior` decides before a model is loaded, in every process from the same files. Nothing is written and no logger starts before all
+checks have passed, the model is loaded and a checkpoint is read, so a run that fails earlier leaves the directory unchanged.
 """
 
 from __future__ import annotations
@@ -9,31 +9,132 @@ from __future__ import annotations
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import lightning as L
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from vlm_calibration.callbacks.adapter import ADAPTER
 from vlm_calibration.callbacks.checkpoint import FOLDER
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.callbacks.logger import RunLogger
-from vlm_calibration.callbacks.resume import is_own_checkpoint, outputs_of, results_outside
-from vlm_calibration.callbacks.run_record import RunRecord, command_of, new_record
-from vlm_calibration.files import hold, release, remove, replacing
+from vlm_calibration.callbacks.regions import SHARDS, SUMMARY
+from vlm_calibration.callbacks.run_record import RunRecord, command_of, differences, new_record, read_record
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.files import MAX_NAMED, hold, release, remove, replacing
+from vlm_calibration.records import DataError
+from vlm_calibration.settings import file_digest
+from vlm_calibration.stages.answer_log import EVALUATED
 
-CONFIG = "config.yaml"
-TRAINED = (ADAPTER, FOLDER, "metrics.json", "predictions.jsonl")
+CONFIG, METRICS = "config.yaml", "metrics.json"
+TRAINED = (ADAPTER, FOLDER, METRICS, "predictions.jsonl")
 """Files of `fit` other than its configuration and logs; `--overwrite` removes them."""
+UNRECORDED = (ADAPTER, FOLDER, SUMMARY, METRICS)
+"""Results of a run; in a folder without a record nobody knows of which."""
+PROGRESS = (f"{FOLDER}/*.ckpt", EVALUATED.format("*"), f"{SHARDS}/*.jsonl")
+"""Files that are not empty where an interrupted run can resume."""
+ANOTHER_FOLDER = "another folder (--runs, or --trainer.default_root_dir) leaves it as it is"
+REMEDIES = f"--overwrite starts again in this folder, {ANOTHER_FOLDER}"
 SUBCOMMANDS: dict[Any, str] = {
     TrainerFn.FITTING: "fit",
     TrainerFn.TESTING: "test",
     TrainerFn.PREDICTING: "predict",
 }
 """State of the Trainer -> subcommand with results; `validate` only reads a run."""
+
+
+@runtime_checkable
+class ResultWriter(Protocol):
+    """A callback or module that writes the results of a run."""
+
+    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
+        """The files and folders that a finished run has in its directory `folder`."""
+
+
+class Prior(NamedTuple):
+    """What a run directory holds: nothing to resume, or the run that is interrupted or finished, with its record."""
+
+    state: Literal["none", "interrupted", "finished"]
+    record: RunRecord | None = None
+
+
+def find_prior(cli: LightningCLI) -> Prior:
+    """Find out what the run directory holds for this command line, whose classes are instantiated.
+
+    `--overwrite` replaces a run of the same command. `--resume` resumes the same run if it was interrupted, and does nothing if it is
+    finished. Without either, trainings and finished evaluations are refused. A training resumes from a checkpoint of its own directory
+    (`--ckpt_path`) with whatever settings.
+
+    Raises:
+        DataError: it holds another run: one of another command, or of other settings or inputs; or one that nothing is asked to do with;
+            or the new run would overwrite a file that it starts from.
+    """
+    trainer, module, subcommand = cli.trainer, cli.model, str(cli.subcommand)
+    config, folder = cli.config[subcommand], Path(trainer.default_root_dir)
+    command, checkpoint = command_of(subcommand, module), config.get("ckpt_path")
+    resumes_own = is_own_checkpoint(folder, checkpoint)
+    if resumes_own and config.overwrite:
+        raise DataError(
+            f"--overwrite would remove {checkpoint}, from which --ckpt_path resumes: give one of the two"
+        )
+    adapter = (config.model.get("init_args") or {}).get("adapter")
+    if adapter is not None and Path(adapter).resolve() == (folder / ADAPTER).resolve():
+        raise DataError(
+            f"model.adapter: the run in {folder} would replace {adapter}, from which it starts: choose another "
+            "trainer.default_root_dir"
+        )
+    starts_anyway = resumes_own or config.overwrite
+    record = read_record(folder)
+    if record is None:
+        if not starts_anyway and any((folder / name).exists() for name in UNRECORDED):
+            raise DataError(f"{folder} holds results without the record of a run: {REMEDIES}")
+        return Prior("none")
+    if record.command != command:
+        raise DataError(f"{folder} holds a run of `{record.command}`: {ANOTHER_FOLDER}")
+    outputs = [] if starts_anyway else outputs_of(trainer, module, cli.datamodule)
+    has_progress = any(path.stat().st_size for pattern in PROGRESS for path in folder.glob(pattern))
+    if starts_anyway or not (has_progress or any(path.exists() for path in outputs)):
+        return Prior("none")
+    is_finished = (
+        record.finished
+        and all(path.exists() for path in outputs)
+        and record.results == results_outside(folder, outputs)
+    )
+    state: Literal["interrupted", "finished"] = "finished" if is_finished else "interrupted"
+    if not config.resume and (command == "fit" or (is_finished and command == "test")):
+        does = "does nothing if it is the one that is asked for" if is_finished else "resumes it"
+        raise DataError(f"{folder} holds a run of `{command}` that is {state}: --resume {does}, {REMEDIES}")
+    now = new_record(command, cli._parser(subcommand), config, trainer, cli.datamodule)
+    if differing := differences(record, now):
+        named = "; ".join(differing[:MAX_NAMED])
+        more = f"; and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
+        raise DataError(
+            f"{folder} holds a run that was {state} with other settings or inputs: {named}{more}: {REMEDIES}"
+        )
+    return Prior(state, record) if is_finished or has_progress else Prior("none")
+
+
+def is_own_checkpoint(folder: Path, checkpoint: str | None) -> bool:
+    """Whether starting from this checkpoint resumes the run in this directory."""
+    if checkpoint is None:
+        return False
+    return checkpoint in ("best", "hpc") or Path(checkpoint).resolve().is_relative_to(folder.resolve())
+
+
+def outputs_of(trainer: L.Trainer, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
+    """The files and folders that this run has when it is finished."""
+    folder = Path(trainer.default_root_dir)
+    writers = [w for w in (module, *trainer.callbacks) if isinstance(w, ResultWriter)]  # type: ignore[attr-defined]
+    return [path for writer in writers for path in writer.outputs(folder, module, data)]
+
+
+def results_outside(folder: Path, outputs: list[Path]) -> dict[str, str]:
+    """Path -> digest, of the results outside a run directory, which another run may replace."""
+    outside = [path for path in outputs if not path.resolve().is_relative_to(folder.resolve())]
+    return {str(path): file_digest(path) for path in outside if path.is_file()}
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -81,21 +182,23 @@ class SaveRunConfig(SaveConfigCallback):
             if isinstance(logger, RunLogger):
                 logger.waiting = False
         if trainer.is_global_zero:
-            self._lock = hold(Path(trainer.default_root_dir) / CONFIG)
-            config = yaml.safe_load((Path(trainer.default_root_dir) / CONFIG).read_text(encoding="utf-8"))
+            path = Path(trainer.default_root_dir) / CONFIG
+            self._lock = hold(path)
             for logger in trainer.loggers:
-                logger.log_hyperparams(config)
+                logger.log_hyperparams(yaml.safe_load(path.read_text(encoding="utf-8")))
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
     on_fit_end = on_sanity_check_start  # A run that resumes after its last step does not train.
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Release `config.yaml`, and record that the run has finished; a run that ends early does not reach this."""
-        release(self._lock)
+        if self._lock is not None:
+            release(self._lock)
+            self._lock = None
         if self.record is None or not trainer.is_global_zero:
             return
-        folder, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
-        outputs = outputs_of(trainer, pl_module, data)
+        folder = Path(trainer.default_root_dir)
+        outputs = outputs_of(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         # Of an extraction in several parts, the last to end writes the results.
         if all(path.exists() for path in outputs):
             replace(self.record, finished=True, results=results_outside(folder, outputs)).write(folder)

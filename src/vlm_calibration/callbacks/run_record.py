@@ -1,8 +1,7 @@
 """The record of a run, `run.json` in its directory: what was run, from which inputs, and whether it has finished.
 
 It holds every setting that can change the result, digests of the content behind them, and versions. Two runs are the same if
-their records are. Inputs are compared by content, so that e.g. a level table that was measured again is another input at the same path.
-`config.yaml` beside it repeats the run.
+their records are: e.g. a level table that was measured again is another input at the same path.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from vlm_calibration.data.module import PerturbedQueryDataModule, setting_of
-from vlm_calibration.data.sources.base import QuerySource, queries_digest
+from vlm_calibration.data.sources.base import queries_digest
 from vlm_calibration.endpoint.client import DECIDING
 from vlm_calibration.files import read_json, write_json
 from vlm_calibration.models.base import adapter_digest, find_adapter, read_object
@@ -33,8 +33,6 @@ from vlm_calibration.stages.level_fit import LevelFitModule
 RECORD = "run.json"
 SOURCES = ("train", "validation", "test", "calibration", "levels", "predict")
 """Settings of `data` that are sources, or named splits of them."""
-ADAPTERS = ("adapter", "adapters")
-"""Settings of `model` that name an adapter, or several."""
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "scikit-learn", "numpy")
 """Packages whose versions are recorded."""
 
@@ -54,15 +52,16 @@ TRAINER = {
     "predict": (),
 }
 """Command -> settings of `trainer` that can change its result, beside the precision and the number of processes."""
-LOADING = frozenset({"batch_size", "eval_batch_size", "shard_size", "parts", "part", "workers", "regions"})
+LOADING = frozenset({"batch_size", "parts", "part", "workers", "regions"})
 """Settings of `data` that change no result, or whose effect is compared otherwise: batch size, and content of regions."""
+BATCHES = frozenset({"eval_batch_size", "shard_size"})
+"""Those that decide which queries an extraction looks at together."""
 TRAINING = frozenset({"augment", "candidates", "max_length", "on_too_long"})
-ANSWERING = frozenset({"noise", "prompt", "grading"})
 IGNORED_DATA = {
-    "fit": LOADING,
-    "test": LOADING | TRAINING,
-    "levels fit": LOADING | TRAINING,
-    "predict": LOADING | TRAINING | ANSWERING,
+    "fit": LOADING | BATCHES,
+    "test": LOADING | BATCHES | TRAINING,
+    "levels fit": LOADING | BATCHES | TRAINING,
+    "predict": LOADING | TRAINING | {"noise", "prompt", "grading"},
 }
 """Command -> settings of `data`, other than sources, that do not count."""
 IGNORED_MODEL = frozenset({"gradient_checkpointing", "out", "likelihoods"})
@@ -106,20 +105,12 @@ class RunRecord:
         return digest([json.dumps([self.command, self.settings, self.inputs, self.versions])])
 
     def write(self, folder: Path) -> None:
-        """Write the record into a run directory, atomically.
-
-        Raises:
-            DataError: it cannot be written.
-        """
+        """Write the record into a run directory, atomically; raises a DataError if it cannot be written."""
         write_json(folder / RECORD, asdict(self))
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record in a run directory; None without one.
-
-    Raises:
-        DataError: the file is not such a record.
-    """
+    """The record in a run directory, None without one; raises a DataError if the file is not such a record."""
     path = folder / RECORD
     if not path.is_file():
         return None
@@ -131,6 +122,11 @@ def read_record(folder: Path) -> RunRecord | None:
         ) from error
 
 
+def command_of(subcommand: str, module: L.LightningModule) -> str:
+    """The command as the user gives it: `levels fit` is a `test` to the Trainer."""
+    return "levels fit" if isinstance(module, LevelFitModule) else subcommand
+
+
 def new_record(
     command: str,
     parser: ArgumentParser,
@@ -138,15 +134,7 @@ def new_record(
     trainer: L.Trainer,
     data: PerturbedQueryDataModule,
 ) -> RunRecord:
-    """The record of a run that begins.
-
-    Args:
-        command: as `command_of` gives it.
-        parser: of the configuration.
-        config: the configuration.
-        trainer: made from it.
-        data: made from it.
-    """
+    """The record of a run that begins, from its configuration, the configuration's parser, and what was made from it."""
     values = yaml.safe_load(parser.dump(config, skip_none=False))
     deciding = deciding_settings(command, values)
     settings = {**dict(flat(deciding)), "trainer.precision": str(trainer.precision)}
@@ -154,35 +142,19 @@ def new_record(
         settings[BATCH] = f"{values['data']['batch_size']} x {trainer.num_devices * trainer.num_nodes}"
     if command in ("test", "levels fit"):
         settings["trainer.accelerator"] = trainer.strategy.root_device.type
-    inputs = run_inputs(deciding, data, with_regions=command != "predict")
-    stage = values["model"]["class_path"].rpartition(".")[-1]
-    return RunRecord(command, stage, False, settings, inputs, versions=installed_versions())
-
-
-def installed_versions() -> dict[str, str]:
-    """The versions of Python and of `PACKAGES`; a package that runs from a source tree has none."""
     versions = {"Python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        # A package that runs from a source tree has no version.
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-def command_of(subcommand: str, module: L.LightningModule) -> str:
-    """The command as the user gives it: `levels fit` is a `test` to the Trainer."""
-    return "levels fit" if isinstance(module, LevelFitModule) else subcommand
+    inputs = run_inputs(deciding, data, with_regions=command != "predict")
+    stage = values["model"]["class_path"].rpartition(".")[-1]
+    return RunRecord(command, stage, False, settings, inputs, versions=versions)
 
 
 def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that can change the result of a command.
-
-    Args:
-        settings: a configuration as plain values, with all defaults filled in.
-    """
+    """The settings that can change the result of a command, of a configuration with all defaults filled in."""
     trainer, data, model = (settings.get(name) or {} for name in ("trainer", "data", "model"))
-    used, ignored = _used_sources(command, data, model), IGNORED_DATA[command]
     arguments = {k: v for k, v in (model.get("init_args") or {}).items() if k not in IGNORED_MODEL}
     if arguments.get("endpoints"):
         # How requests are sent changes no answer, and a server may have moved.
@@ -191,11 +163,18 @@ def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, An
             for name, endpoint in arguments["endpoints"].items()
         }
     counted = {name: trainer.get(name) for name in TRAINER[command]}
-    if counted.get("callbacks"):
-        callbacks: list[Any] = (
-            counted["callbacks"] if isinstance(counted["callbacks"], list) else [counted["callbacks"]]
-        )
-        counted["callbacks"] = [c for c in callbacks if not _is_passive(c)] or None
+    if callbacks := counted.get("callbacks"):
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        counted["callbacks"] = [c for c in callbacks if not _is_passive(c["class_path"])] or None
+    sources: Collection[str] = {"fit": ("train", "validation"), "test": ("test", "calibration")}.get(
+        command, ()
+    )
+    if command == "levels fit":
+        with_likelihoods = (model.get("init_args") or {}).get("likelihoods") is not None
+        sources = ("levels", "train") if with_likelihoods else ("levels",)
+    elif command == "predict":
+        sources = ("predict",) if data.get("predict") else SOURCES
+    ignored = IGNORED_DATA[command]
     return {
         "seed_everything": settings.get("seed_everything"),
         "ckpt_path": settings.get("ckpt_path"),
@@ -204,26 +183,14 @@ def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, An
         "data": {
             name: value
             for name, value in data.items()
-            if (name in used if name in SOURCES else name not in ignored)
+            if (name in sources if name in SOURCES else name not in ignored)
         },
     }
 
 
-def _used_sources(command: str, data: Mapping[str, Any], model: Mapping[str, Any]) -> Collection[str]:
-    """The sources in `data` that a command reads."""
-    if command == "fit":
-        return ("train", "validation")
-    if command == "test":
-        return ("test", "calibration")
-    if command == "levels fit":
-        writes_likelihoods = (model.get("init_args") or {}).get("likelihoods") is not None
-        return ("levels", "train") if writes_likelihoods else ("levels",)
-    return ("predict",) if data.get("predict") else SOURCES
-
-
-def _is_passive(callback: Mapping[str, Any]) -> bool:
-    """Whether a callback of a configuration only observes a run: all of ours, and Lightning's `PASSIVE`."""
-    package, _, name = str(callback["class_path"]).rpartition(".")
+def _is_passive(class_path: str) -> bool:
+    """Whether a callback only observes a run: all of ours, and Lightning's `PASSIVE`."""
+    package, _, name = class_path.rpartition(".")
     return package.startswith("vlm_calibration.callbacks") or (
         package.startswith("lightning.pytorch.callbacks") and name in PASSIVE
     )
@@ -244,20 +211,15 @@ def run_inputs(
     """
     content = dict(_contents("model", settings.get("model", {})))
     for name, value in settings.get("data", {}).items():
-        if name in SOURCES:
-            sources = _sources(name, data, with_regions)
-            content |= {f"data.{setting}": queries_digest(source) for setting, source in sources.items()}
-        else:
-            content |= dict(_contents(f"data.{name}", value))
+        if name not in SOURCES:
+            content |= _contents(f"data.{name}", value)
+        elif name != "predict":
+            splits = data.read_splits(name) if with_regions else data.splits.get(name, {})
+            for split, of_split in splits.items():
+                content[f"data.{setting_of(name, split)}"] = queries_digest(of_split.source)
+        elif data.predict is not None:
+            content["data.predict"] = queries_digest(data.predict)
     return content
-
-
-def _sources(name: str, data: PerturbedQueryDataModule, with_regions: bool) -> dict[str, QuerySource]:
-    """The sources of a setting of `data`: setting below `data` -> source."""
-    if name == "predict":
-        return {name: data.predict} if data.predict is not None else {}
-    splits = data.read_splits(name) if with_regions else data.splits.get(name, {})
-    return {setting_of(name, split): settings.source for split, settings in splits.items()}
 
 
 def _contents(name: str, value: Any, revision: str | None = None) -> Iterator[tuple[str, str]]:
@@ -275,7 +237,7 @@ def _contents(name: str, value: Any, revision: str | None = None) -> Iterator[tu
 def _content(name: list[str], value: str, revision: str | None) -> str | None:
     if name[-1] == "name_or_path":
         return model_identity(value, revision)
-    if name[-1] in ADAPTERS or name[-2] in ADAPTERS:
+    if name[-1] == "adapter" or name[-2] == "adapters":
         return adapter_digest(find_adapter(value))
     path = Path(value)
     if path.is_file():
@@ -287,42 +249,31 @@ def _content(name: list[str], value: str, revision: str | None) -> str | None:
 def differences(before: RunRecord, now: RunRecord) -> list[str]:
     """One line for each setting, input and version by which the results can differ; empty if it is the same run."""
     lines: list[str] = []
-    replaced: list[str] = []
     for name in {**before.settings, **now.settings, **now.inputs}:
-        was: Any = before.settings.get(name)
-        found: Any = now.settings.get(name)
+        was, found = before.settings.get(name), now.settings.get(name)
         contents = before.inputs.get(name), now.inputs.get(name)
-        same_name = _is_same_batch(was, found, before) if name == BATCH else _is_same(name, was, found)
+        same_name = _is_same(name, was, found, before.finished)
         same_content = None in contents or contents[0] == contents[1]
         # The images of a source at another path may be others, which no digest covers.
         decided = None not in contents and name.split(".")[1] not in SOURCES
-        is_same = same_content if decided else same_name and same_content
-        if is_same or any(name.startswith(f"{prefix}.") for prefix in replaced):
+        if same_content and (decided or same_name):
             continue
-        if name.endswith(".class_path"):
-            # The arguments of another class are not worth comparing.
-            replaced.append(f"{name.removesuffix('class_path')}init_args")
         if same_name:
             lines.append(f"the content of {name} has changed" + (f" ({found})" if found else ""))
         else:
             lines.append(f"{name} was {was!r} and is {found!r}")
     for name in ANSWERING_PACKAGES if now.command in ("test", "levels fit") and not before.finished else ():
-        if (was := before.versions.get(name)) != (found := now.versions.get(name)):
-            lines.append(f"the version of {name} was {was} and is {found}")
+        if (version_was := before.versions.get(name)) != (version_is := now.versions.get(name)):
+            lines.append(f"the version of {name} was {version_was} and is {version_is}")
     return lines
 
 
-def _is_same_batch(was: str, found: str, before: RunRecord) -> bool:
-    """Whether as many queries make a step; a run that has not ended may go on with another number of processes.
-
-    The position within an epoch that a checkpoint holds decides about that.
-    """
-    sizes, processes = zip(*(map(int, batch.split(" x ")) for batch in (was, found)), strict=True)
-    same_product = sizes[0] * processes[0] == sizes[1] * processes[1]
-    return bool(same_product or (sizes[0] == sizes[1] and not before.finished))
-
-
-def _is_same(name: str, was: Any, found: Any) -> bool:
+def _is_same(name: str, was: Any, found: Any, finished: bool) -> bool:
+    """Whether two values of a setting are one; a training that has not ended may go on with another number of processes."""
+    if name == BATCH:
+        sizes, processes = zip(*(map(int, batch.split(" x ")) for batch in (was, found)), strict=True)
+        same_product = sizes[0] * processes[0] == sizes[1] * processes[1]
+        return bool(same_product or (sizes[0] == sizes[1] and not finished))
     if isinstance(was, str) and isinstance(found, str):
         return was == found or os.path.realpath(was) == os.path.realpath(found)
     is_typed = isinstance(was, bool) or isinstance(found, bool) or any(text in name for text in TYPED)

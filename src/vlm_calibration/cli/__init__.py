@@ -14,70 +14,53 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from vlm_calibration.arguments import run_command
+from vlm_calibration.arguments import overview, run_command
 from vlm_calibration.errors import CommandError, did_you_mean, one_line
 from vlm_calibration.quiet import quiet_libraries
 from vlm_calibration.records import DataError
 
 PROG = "vlm-calibration"
 COMMANDS: dict[str, tuple[str, str]] = {
-    "fit": ("vlm_calibration.commands.trainer:fit", "train: SFT or preference optimisation"),
-    "validate": ("vlm_calibration.commands.trainer:validate", "answer and score the validation queries"),
-    "test": ("vlm_calibration.commands.trainer:test", "evaluate the base model and adapters side by side"),
-    "predict": ("vlm_calibration.commands.trainer:predict", "find the regions of key objects"),
-    "levels": (
-        "vlm_calibration.commands.levels:SUBCOMMANDS",
-        "`levels fit`: measure the level table of anchored levels",
-    ),
+    "fit": ("commands.trainer:fit", "train: SFT or preference optimisation"),
+    "validate": ("commands.trainer:validate", "answer and score the validation queries"),
+    "test": ("commands.trainer:test", "evaluate the base model and adapters side by side"),
+    "predict": ("commands.trainer:predict", "find the regions of key objects"),
+    "levels": ("commands.trainer:LEVELS", "`levels fit`: measure the level table of anchored levels"),
     "calibrate": (
-        "vlm_calibration.cli.calibrate:calibrate",
+        "cli.calibrate:calibrate",
         "all stages, or some, of a calibration: regions, levels, sft, dpo, evaluate, report",
     ),
-    "score": ("vlm_calibration.commands.score:SUBCOMMANDS", "a file of answers: POPE, AMBER or predictions"),
-    "runs": (
-        "vlm_calibration.commands.runs:runs",
-        "the runs in a folder: stage, state, key figures, how to go on",
-    ),
-    "report": ("vlm_calibration.commands.report:report", "a page on whether confidence can be trusted"),
-    "threshold": (
-        "vlm_calibration.commands.threshold:threshold",
-        "the confidence from which on to answer, with a guarantee",
-    ),
+    "score": ("commands.score:SUBCOMMANDS", "a file of answers: POPE, AMBER or predictions"),
+    "runs": ("commands.runs:runs", "the runs in a folder: stage, state, key figures, how to go on"),
+    "report": ("commands.report:report", "a page on whether confidence can be trusted"),
+    "threshold": ("commands.threshold:threshold", "the confidence from which on to answer, with a guarantee"),
     "monitor": (
-        "vlm_calibration.commands.monitor:monitor",
+        "commands.monitor:monitor",
         "are the confidences of new, ungraded answers still those of an evaluation?",
     ),
-    "app": ("vlm_calibration.commands.app:app", "a web page to try the models in, on this machine"),
-    "ask": ("vlm_calibration.commands.ask:ask", "one question about an image, or many from a file"),
-    "export": ("vlm_calibration.commands.export:export", "an adapter with its card, or merged into its base"),
-    "dashboard": ("vlm_calibration.commands.dashboard:dashboard", "a workspace and a report in W&B, as code"),
+    "app": ("commands.app:app", "a web page to try the models in, on this machine"),
+    "ask": ("commands.ask:ask", "one question about an image, or many from a file"),
+    "export": ("commands.export:export", "an adapter with its card, or merged into its base"),
+    "dashboard": ("commands.dashboard:dashboard", "a workspace and a report in W&B, as code"),
     "data": (
-        "vlm_calibration.commands.data:SUBCOMMANDS",
+        "commands.data:SUBCOMMANDS",
         "`data inspect`: what sources hold and share; `convert`: published formats; `split`: one file into four; `fetch`: POPE and AMBER",
     ),
     "config": (
-        "vlm_calibration.commands.config:SUBCOMMANDS",
+        "commands.config:SUBCOMMANDS",
         "`config list|show|copy`: the presets that --config takes by name",
     ),
     "estimate-memory": (
-        "vlm_calibration.commands.estimate_memory:estimate",
+        "commands.estimate_memory:estimate",
         "GPU memory that stages take, by arithmetic and measured",
     ),
     "completion": (
-        "vlm_calibration.cli.completion:completion",
+        "cli.completion:completion",
         "a script that completes commands and settings in bash or zsh",
     ),
 }
 """Name of a command -> its `arguments.Command` as module:name, and its description."""
-
-
-def usage() -> str:
-    """The help of the command as a whole."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    head = f"usage: {PROG} COMMAND [--config FILE ...] [--KEY VALUE ...]"
-    foot = f"`{PROG} COMMAND --help` lists the settings of a command, `{PROG} --version` prints the version."
-    return "\n".join([head, "", *lines, "", foot])
+FOOT = f"`{PROG} COMMAND --help` lists the settings of a command, `{PROG} --version` prints the version."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        print(usage())
+        rows = {name: text for name, (_, text) in COMMANDS.items()}
+        print(overview(f"{PROG} COMMAND [--config FILE ...] [--KEY VALUE ...]", FOOT, rows))
         return 0 if args else 2
     name, *rest = args
     if name == "--version":
@@ -101,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     # Threads that wait for each other sleep: spinning ones starve data workers and whatever else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    target, _ = COMMANDS[name]
     try:
-        run_command(f"{PROG} {name}", load(target), rest)
+        run_command(f"{PROG} {name}", load(COMMANDS[name][0]), rest)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of the output, such as `head`, has ended. Python writes the rest at its exit.
@@ -125,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load(target: str) -> Any:
     """Import what a target of `COMMANDS` names."""
     module, _, name = target.partition(":")
-    return getattr(import_module(module), name)
+    return getattr(import_module(f"vlm_calibration.{module}"), name)
 
 
 def _fail(message: str, status: int) -> int:

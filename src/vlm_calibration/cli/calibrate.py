@@ -62,13 +62,13 @@ def calibrate(
         DataError: settings contradict each other.
         CommandError: a stage failed; the later ones are not run.
     """
-    overlays = {"model": model, "data": data, "preset": preset, "trainer": trainer}
-    plan = Plan(
-        **{name: _words(name, text) for name, text in overlays.items()},  # type: ignore[arg-type]
-        data_root=data_root,
-        runs=runs,
-        overwrite=overwrite,
-    )
+    overlays = {}
+    for name, text in {"model": model, "data": data, "preset": preset, "trainer": trainer}.items():
+        try:
+            overlays[name] = shlex.split(text)
+        except ValueError as error:
+            raise DataError(f"--{name}: cannot split {text!r} into words: {error}") from error
+    plan = Plan(**overlays, data_root=data_root, runs=runs, overwrite=overwrite)
     named, shared, of_stage = split_arguments(arguments)
     stages = named or plan.stages
     if config and len(stages) != 1:
@@ -96,11 +96,7 @@ def calibrate(
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
-    """Split arguments into names of stages, settings of all stages, and stage -> its own arguments.
-
-    Raises:
-        DataError: an argument before the first setting is no stage.
-    """
+    """Split arguments into names of stages, settings of all stages, and stage -> its own arguments."""
     first = next((i for i, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
     stages = arguments[:first]
     shared: list[str] = []
@@ -118,14 +114,6 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dic
                 f"no stage {stage!r}: expected {', '.join(STAGES)}, in any number, and then settings"
             )
     return [stage for stage in STAGES if stage in stages], shared, of_stage
-
-
-def _words(option: str, text: str) -> list[str]:
-    """Split the value of an option with the quoting rules of a shell."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise DataError(f"--{option}: cannot split {text!r} into words: {error}") from error
 
 
 def _run_apart(words: list[str]) -> int:

@@ -1,7 +1,4 @@
-"""`vlm-calibration completion`: a script for bash or zsh that completes commands and settings.
-
-It is not in `commands` because it reads the table of all commands.
-"""
+"""`vlm-calibration completion`: a script for bash or zsh that completes commands and settings."""
 
 from __future__ import annotations
 

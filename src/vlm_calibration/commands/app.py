@@ -32,11 +32,7 @@ class FinderOptions:
     segmenter: str | None = None
 
     def finder(self) -> KeyObjectFinder | None:
-        """The finder of key objects, not loaded yet; None without a detector.
-
-        Raises:
-            DataError: the tagger is not installed.
-        """
+        """The finder of key objects, not loaded yet; None without a detector."""
         if self.detector is None or self.segmenter is None:
             return None
         from vlm_calibration.app.subject import KeyObjectFinder

@@ -14,14 +14,14 @@ from functools import partial
 from itertools import islice
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.commands.options import ModelOptions, load_model
 from vlm_calibration.errors import CommandError
 from vlm_calibration.progress import working
-from vlm_calibration.records import AnswerType, DataError
+from vlm_calibration.records import AnswerType, DataError, RecordError
 
 if TYPE_CHECKING:
     from vlm_calibration.commands.questions import AnswerFile, Question
@@ -85,23 +85,6 @@ def ask(
         DataError: a file, image, question or model cannot be used, or with `abstain` the model has no threshold for a question.
         CommandError: with `abstain`, the one question goes to a person.
     """
-    _check_options(image, question, answer_type, category, many)
-    if many.questions is not None and many.out is not None:
-        _ask_many(many, many.questions, many.out, model, abstain, json)
-    else:
-        assert image is not None
-        assert question is not None
-        _ask_one(image, question, answer_type, category, model, abstain, json)
-
-
-def _check_options(
-    image: str | None,
-    question: str | None,
-    answer_type: AnswerType | None,
-    category: str | None,
-    many: ManyQuestions,
-) -> None:
-    """Refuse options that contradict each other or would have no effect."""
     if many.questions is None:
         if image is None or question is None:
             raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
@@ -109,30 +92,23 @@ def _check_options(
             if getattr(many, name):
                 option = f"--{name.replace('_', '-')}"
                 raise ArgumentError(None, f"{option} is for many questions: give --questions FILE")
-    elif image is not None:
+        _ask_one(image, question, answer_type, category, model, abstain, json)
+        return
+    if image is not None:
         raise ArgumentError(None, "give either an image and a question, or --questions FILE")
-    elif many.out is None:
+    if many.out is None:
         raise ArgumentError(None, "give --out FILE for the answers")
-    elif answer_type is not None:
-        raise ArgumentError(
-            None, '--answer-type is for one question; a file of questions has the key "answer_type"'
-        )
-    elif category is not None:
-        raise ArgumentError(
-            None, '--category is for one question; a file of questions has the key "category"'
-        )
+    for key, value in {"answer_type": answer_type, "category": category}.items():
+        if value is not None:
+            option = f"--{key.replace('_', '-')}"
+            raise ArgumentError(
+                None, f'{option} is for one question; a file of questions has the key "{key}"'
+            )
+    _ask_many(many, many.questions, many.out, model, abstain, json)
 
 
 def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | None]]) -> None:
-    """Refuse `--abstain` for a model without thresholds, or with thresholds by category for a question that fits none.
-
-    Args:
-        rule: the model's decision rule.
-        asked: where a question comes from, and its category.
-
-    Raises:
-        DataError: the rule does not decide about a question.
-    """
+    """Refuse `--abstain` if a rule does not decide about a question that is asked (its place, and its category)."""
     if rule is None:
         raise DataError(
             "--abstain: the model has no thresholds.json: choose thresholds with `vlm-calibration threshold RUN` on an evaluation of its adapter"
@@ -143,9 +119,6 @@ def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | N
                 f"{where}: the thresholds are by category, and there is none for {category!r}: give one of "
                 f"{', '.join(map(repr, rule.groups))}"
             )
-
-
-# --- One question ---------------------------------------------------------------------------------------------------
 
 
 def _ask_one(
@@ -199,9 +172,6 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-# --- Many questions -------------------------------------------------------------------------------------------------
-
-
 def _ask_many(
     many: ManyQuestions,
     questions: Path,
@@ -248,13 +218,25 @@ def _answer_all(
     answers: AnswerFile,
     total: int,
 ) -> tuple[list[str], list[str]]:
-    """Answer all questions without an answer in the file.
-
-    Returns:
-        A message for each question that is left out, and the warnings about answers.
-    """
+    """Answer all questions without an answer in the file; returns why questions are left out, and warnings about answers."""
     from vlm_calibration.commands.questions import read_questions
     from vlm_calibration.data.sources.images import ImageFolder
+
+    def sample(question: Question) -> Sample | None:
+        """The question as a sample for the model; None, with a message in `skipped`, if its image is left out."""
+        try:
+            try:
+                folder.check(question.image)
+                path = folder.path(question.image)
+            except RecordError as error:
+                raise DataError(f"{question.where}: {error}") from error
+            kind, category = question.answer_type, question.category
+            return model.sample(path, question.question, kind, category, name=question.where)
+        except DataError as error:
+            if many.on_bad_image != "skip":
+                raise
+            skipped.append(str(error))
+            return None
 
     folder = ImageFolder(many.root or questions.parent)
     skipped: list[str] = []
@@ -263,11 +245,11 @@ def _answer_all(
     done = min(total, len(answers.done))
     with working("ask", total, "questions", done=done) as update:
         while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
-            loaded = [(q, _sample(model, q, folder, many.on_bad_image == "skip", skipped)) for q in batch]
-            samples = [(question, sample) for question, sample in loaded if sample is not None]
+            loaded = [(question, sample(question)) for question in batch]
+            samples = [(question, of_question) for question, of_question in loaded if of_question is not None]
             if samples:
                 system = model.systems[-1]
-                batch_answers = model.answers([sample for _, sample in samples], [system])[system]
+                batch_answers = model.answers([of_question for _, of_question in samples], [system])[system]
                 warnings += [
                     f"{q.where}: {a.warning}"
                     for (q, _), a in zip(samples, batch_answers, strict=True)
@@ -277,21 +259,3 @@ def _answer_all(
             done += len(batch)
             update(done)
     return skipped, warnings
-
-
-def _sample(
-    model: Asker, question: Question, folder: Any, skip_bad_images: bool, skipped: list[str]
-) -> Sample | None:
-    """The question as a sample for the model; None, with a message in `skipped`, if its image is left out."""
-    from vlm_calibration.commands.questions import image_of
-
-    try:
-        path = image_of(question, folder)
-        return model.sample(
-            path, question.question, question.answer_type, question.category, name=question.where
-        )
-    except DataError as error:
-        if not skip_bad_images:
-            raise
-        skipped.append(str(error))
-        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentError
 from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path
 
 from vlm_calibration.arguments import Subcommands
@@ -24,7 +25,11 @@ def list_presets(pattern: str = "*") -> None:
         raise ArgumentError(None, f"no preset matches {pattern!r}: there are {', '.join(preset_names())}")
     width = max(map(len, names))
     for name in names:
-        print(f"{name:<{width}}  {_first_sentence(find_preset(name).read_text(encoding='utf-8'))}")
+        lines = find_preset(name).read_text(encoding="utf-8").splitlines()
+        comment = " ".join(
+            line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines)
+        )
+        print(f"{name:<{width}}  {comment.split('. ')[0].split(': ')[0].rstrip('.')}")
 
 
 def show(name: str) -> None:
@@ -50,16 +55,6 @@ def copy(name: str, to: Path | None = None, *, overwrite: bool = False) -> None:
         raise DataError(f"{target} exists: give another file, or --overwrite")
     write_text(target, source.read_text(encoding="utf-8"))
     print(f"wrote {target}: change it, and use it with --config {target}")
-
-
-def _first_sentence(text: str) -> str:
-    """The first sentence of the comment at the top of a preset."""
-    lines: list[str] = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").strip())
-    return " ".join(lines).split(". ")[0].split(": ")[0].rstrip(".")
 
 
 SUBCOMMANDS = Subcommands(

@@ -15,7 +15,7 @@ from vlm_calibration.records import DataError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vlm_calibration.commands.memory_rows import Memory
+    from vlm_calibration.models.memory import Memory
 
 SETTINGS = Forwarded(
     {
@@ -71,7 +71,11 @@ def estimate(
         console.print(_table(stage, rows))
         memory = rows[CONFIGURED]
         parts = " + ".join(f"{n} {_gib(getattr(memory, n))}" for n in COLUMNS[:-1] if getattr(memory, n))
-        line = f"# {_count(memory.parameters)} parameters, {_count(memory.trained)} trained: {parts} = {_gib(memory.total)} GiB"
+        counts = [
+            f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"
+            for n in (memory.parameters, memory.trained)
+        ]
+        line = f"# {counts[0]} parameters, {counts[1]} trained: {parts} = {_gib(memory.total)} GiB"
         console.print(line, soft_wrap=True, highlight=False)
     console.print(NOTE, highlight=False)
 
@@ -96,7 +100,3 @@ def _gib(size: int | None) -> str:
     if not value:
         return "-"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
-
-
-def _count(n: int) -> str:
-    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"

@@ -31,8 +31,7 @@ from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.regions import RegionWriter
 from vlm_calibration.callbacks.results_table import ResultsTable
-from vlm_calibration.callbacks.resume import find_prior
-from vlm_calibration.callbacks.run_directory import SaveRunConfig
+from vlm_calibration.callbacks.run_directory import SaveRunConfig, find_prior
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.errors import CommandError, class_at, explained, one_line
@@ -48,10 +47,8 @@ from vlm_calibration.stages.sft import SFTModule
 
 CHOICES = ("stages", "losses", "perturbation", "estimators", "regions", "callbacks", "data.sources", "demo")
 """Packages whose classes a configuration may name."""
-DATA_DEFAULTS = {"name_or_path": None, "revision": None, "trust_remote_code": False}
-"""Settings of a base model -> their values for the data module if the module has no base model."""
-
-
+BASE_TO_DATA = {"name_or_path": "processor", "revision": "revision", "trust_remote_code": "trust_remote_code"}
+"""Setting of a base model -> the setting of the data module that it gives."""
 RESUMABLE = ("fit", "test", "predict")
 """Subcommands with results, which take `--resume` and `--overwrite`."""
 
@@ -66,7 +63,11 @@ class CalibrationCLI(LightningCLI):
     is_done = False
 
     def __init__(self) -> None:
-        _import_choices()
+        # Without its path (`--model.help SFTModule`) a class must be imported.
+        for name in CHOICES:
+            package = import_module(f"vlm_calibration.{name}")
+            for found in pkgutil.iter_modules(package.__path__):
+                import_module(f"{package.__name__}.{found.name}")
         super().__init__(
             model_class=L.LightningModule,
             datamodule_class=PerturbedQueryDataModule,
@@ -81,14 +82,9 @@ class CalibrationCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # From the instantiated module: an evaluation may take its base model from the adapters.
-        for source, target in (
-            ("name_or_path", "processor"),
-            ("revision", "revision"),
-            ("trust_remote_code", "trust_remote_code"),
-        ):
-            parser.link_arguments(
-                "model", f"data.{target}", compute_fn=partial(_of_base, source), apply_on="instantiate"
-            )
+        for setting, target in BASE_TO_DATA.items():
+            of_base = partial(_setting_of_base, setting)
+            parser.link_arguments("model", f"data.{target}", compute_fn=of_base, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         shared = SharedOverlays() if sys.argv[1] != "fit" else lambda content: content
@@ -143,8 +139,7 @@ class CalibrationCLI(LightningCLI):
             parser.add_argument(
                 "--overwrite",
                 action="store_true",
-                help="Start again in trainer.default_root_dir, and replace the run that it holds, once the new one has been "
-                "checked and begins.",
+                help="Start again in trainer.default_root_dir, and replace the run in it once the new one begins.",
             )
             parser.add_argument(
                 "--resume",
@@ -162,15 +157,25 @@ class CalibrationCLI(LightningCLI):
     before_validate = before_test = before_fit
 
     def instantiate_classes(self) -> None:
-        _check_accelerator(self.config[self.subcommand].trainer.accelerator)
         config = self.config[self.subcommand]
+        accelerator = config.trainer.accelerator
+        has_gpu = torch.cuda.is_available() or (accelerator != "cuda" and torch.backends.mps.is_available())
+        if accelerator in ("gpu", "cuda") and not has_gpu:
+            raise DataError(
+                f"trainer.accelerator: {accelerator}, but this PyTorch ({torch.__version__}) finds no GPU here: use a machine "
+                "with one, or --trainer.accelerator cpu (configs/trainer/cpu_ddp.yaml for several processes on a CPU)"
+            )
         other = next((name for name in ("overwrite", "ckpt_path") if config.get(name)), None)
         if config.get("resume") and other:
             raise DataError(f"--resume finds out itself where to start: leave out --{other}, or --resume")
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
-            raise _data_error(error) from error
+            # jsonargparse wraps the error of a constructor in its own.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, DataError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or DataError(f"configuration: {one_line(error)}") from error
         self._check_base()
         base = getattr(self.model, "base", None)
         if isinstance(self.model, SFTModule | DPOModule) and _is_first_process():
@@ -181,11 +186,7 @@ class CalibrationCLI(LightningCLI):
             self._open_run_directory()
 
     def _check_base(self) -> None:
-        """Refuse the demo's base model, if a preset alone names it (`${demo}`), with other data than the demo's.
-
-        Raises:
-            DataError: the configuration names no base model for the user's own data.
-        """
+        """Refuse the demo's base model, if a preset alone names it (`${demo}`), with other data than the demo's."""
         model = f"{DEMO}/model"
         base = (self.config[self.subcommand].model.get("init_args") or {}).get("base")
         if base is None or base.name_or_path != model or model in self._written:
@@ -235,9 +236,8 @@ class CalibrationCLI(LightningCLI):
 class SharedOverlays:
     """Leaves settings that a stage cannot have out of overlays that all stages share.
 
-    An overlay such as `model/qwen2_5_vl_7b` sets the base model for all stages, and LoRA for those that train; `experiment/anchored`
-    names the level table, which is not measured yet when regions are extracted and levels are fitted. A setting that no stage has
-    stays, for the parser to refuse.
+    A model's overlay sets LoRA, which only training has; `experiment/anchored` names the level table, which is not measured yet when
+    regions are extracted and levels are fitted. A setting that no stage has stays, for the parser to refuse.
     """
 
     def __init__(self) -> None:
@@ -269,40 +269,10 @@ def _within(content: dict[str, Any], *keys: str) -> dict[str, Any]:
     return content
 
 
-def _data_error(error: BaseException) -> DataError:
-    """The `DataError` of a constructor that jsonargparse wrapped in its own error, or else one with the error's message."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, DataError):
-        cause = cause.__cause__ or cause.__context__
-    return cause or DataError(f"configuration: {one_line(error)}")
-
-
-def _import_choices() -> None:
-    """Import the classes that a configuration may name; without its path (`--model.help SFTModule`) a class must be imported."""
-    for name in CHOICES:
-        package = import_module(f"vlm_calibration.{name}")
-        for module in pkgutil.iter_modules(package.__path__):
-            import_module(f"{package.__name__}.{module.name}")
-
-
-def _of_base(name: str, module: L.LightningModule) -> Any:
-    """A setting of the module's base model, or the default of a module without one."""
-    base = getattr(module, "base", None)
-    return getattr(base, name) if base is not None else DATA_DEFAULTS[name]
-
-
-def _check_accelerator(accelerator: Any) -> None:
-    """Check that there is a GPU if the configuration asks for one.
-
-    Raises:
-        DataError: there is no GPU.
-    """
-    usable = torch.cuda.is_available() or (accelerator != "cuda" and torch.backends.mps.is_available())
-    if accelerator in ("gpu", "cuda") and not usable:
-        raise DataError(
-            f"trainer.accelerator: {accelerator}, but this PyTorch ({torch.__version__}) finds no GPU here: use a machine "
-            "with one, or --trainer.accelerator cpu (configs/trainer/cpu_ddp.yaml for several processes on a CPU)"
-        )
+def _setting_of_base(name: str, module: L.LightningModule) -> Any:
+    """A setting of the module's base model, or its default for a module without one."""
+    default = False if name == "trust_remote_code" else None
+    return getattr(getattr(module, "base", None), name, default)
 
 
 @contextmanager
@@ -311,6 +281,7 @@ def lightning_errors() -> Iterator[None]:
 
     Of several processes the first to fail reports its error; the others end silently.
     """
+    resumes = "; the same command with --resume resumes it" if sys.argv[1] in RESUMABLE else ""
     try:
         yield
     except DataError as error:
@@ -324,9 +295,9 @@ def lightning_errors() -> Iterator[None]:
     except SystemExit as stop:
         # Lightning exits like this after a KeyboardInterrupt.
         if isinstance(stop.__context__, KeyboardInterrupt):
-            raise CommandError(f"interrupted{_resumes()}", 130) from stop
+            raise CommandError(f"interrupted{resumes}", 130) from stop
         if isinstance(stop, SIGTERMException):
-            raise CommandError(f"terminated{_resumes()}", 143) from stop
+            raise CommandError(f"terminated{resumes}", 143) from stop
         raise
     except RuntimeError as error:
         # Communication with a process that has ended fails.
@@ -336,13 +307,8 @@ def lightning_errors() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         if "Terminated" in str(error):
-            raise CommandError(f"terminated{_resumes()}", 143) from error
+            raise CommandError(f"terminated{resumes}", 143) from error
         raise CommandError(one_line(error), 1) from error
-
-
-def _resumes() -> str:
-    """The end of the message of a run that was stopped: how to resume it."""
-    return "; the same command with --resume resumes it" if sys.argv[1] in RESUMABLE else ""
 
 
 def _is_first_process() -> bool:
@@ -364,23 +330,19 @@ def _first_to_fail() -> bool:
 
 
 def lightning_command(args: Sequence[str]) -> CalibrationCLI:
-    """Run a subcommand of LightningCLI; `args` begin with its name."""
+    """Run a subcommand of LightningCLI, whose name `args` begin with."""
+    import wandb
+
     # Lightning starts the other processes of a DDP run with the arguments in sys.argv.
     sys.argv[1:] = with_full_help(args)
     quiet_lightning()
-    with lightning_errors(), _wandb_run():
-        return CalibrationCLI()
-
-
-@contextmanager
-def _wandb_run() -> Iterator[None]:
-    """End the W&B run that the block begins; at the end of the process W&B would print more below the result."""
-    import wandb
-
     run = wandb.run
-    yield
-    if run is None:
-        wandb.finish()
+    with lightning_errors():
+        command = CalibrationCLI()
+        if run is None:
+            # At the end of the process W&B would print more below the result.
+            wandb.finish()
+        return command
 
 
 class ParsedCLI(CalibrationCLI):
@@ -397,12 +359,7 @@ class ParsedCLI(CalibrationCLI):
 
 
 def parse(subcommand: str, args: Sequence[str]) -> ParsedCLI:
-    """Parse the configuration of a subcommand with these settings; nothing is instantiated.
-
-    Args:
-        subcommand: "fit", "test" or "predict".
-        args: what follows it on the command line.
-    """
+    """Parse the configuration of "fit", "test" or "predict" with these settings; nothing is instantiated."""
     sys.argv[1:] = [subcommand, *args]
     with lightning_errors():
         return ParsedCLI()

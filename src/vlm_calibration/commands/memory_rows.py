@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,8 +16,8 @@ from vlm_calibration.commands.lightning_cli import ParsedCLI, lightning_errors
 from vlm_calibration.data.longest import LongestQueries, longest_queries
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.base import BaseModel, base_of_adapters
-from vlm_calibration.models.loading import model_config
-from vlm_calibration.models.memory import STATE_BYTES, cache_bytes, can_quantise, model_memory
+from vlm_calibration.models.loading import check_blocks, empty_vlm, model_config, quantised_layers
+from vlm_calibration.models.memory import STATE_BYTES, Memory, cache_bytes, model_memory
 from vlm_calibration.quiet import quiet_lightning
 
 CONFIGURED = "as configured"
@@ -29,42 +29,8 @@ ROOM = 64
 """Tokens above the measured row's that its other responses may take."""
 
 
-class Memory(NamedTuple):
-    """Bytes on one GPU.
-
-    Attributes:
-        weights: of the model with its adapters.
-        gradients: of the trained adapter.
-        optimizer: its states.
-        cache: keys and values of a batch of answers at their longest.
-        activations: measured, with all else that a step allocates; None: not measured.
-        parameters: number of parameters, adapters included.
-        trained: number of trained ones.
-    """
-
-    weights: int
-    gradients: int = 0
-    optimizer: int = 0
-    cache: int = 0
-    activations: int | None = None
-    parameters: int = 0
-    trained: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.cache + (self.activations or 0)
-
-
-# --- By arithmetic --------------------------------------------------------------------------------------------------
-
-
 def answer_memory(config: Any, tokens: int | None) -> Memory:
-    """The answers of `levels fit` or of an evaluation, whose systems share one copy of the base model.
-
-    Args:
-        config: the stage's settings, as the parser returns them.
-        tokens: of a prompt; None: `data.max_length`.
-    """
+    """The answers of `levels fit` or of an evaluation, whose systems share one copy of the base model."""
     adapters = len(config.model.init_args.get("adapters") or {})
     model = model_memory(_base(config), LoraSettings(), adapters=adapters, training=False)
     return Memory(model.weights, cache=_cache(config, tokens))
@@ -73,19 +39,19 @@ def answer_memory(config: Any, tokens: int | None) -> Memory:
 def training_memory(config: Any) -> Memory:
     """The states of training, of which FSDP2 gives each GPU its share. A continued adapter is assumed to be as `model.lora` says."""
     settings = config.model.init_args
-    model = model_memory(
+    memory = model_memory(
         _base(config),
         LoraSettings(**settings.lora.as_dict()),
         adapters=1 + (settings.get("reference") == "adapter"),
         trained=settings.get("parts"),
         cast=CASTS.get(str(config.trainer.precision)),
     )
-    optimizer = STATE_BYTES[settings.optimizer.name] * model.trained
+    optimizer = STATE_BYTES[settings.optimizer.name] * memory.trained
     strategy = config.trainer.strategy
     size = None if isinstance(strategy, str) else (strategy.get("init_args") or {}).get("data_parallel_size")
     shares = size if isinstance(size, int) else 1
-    weights, gradients, optimizer = (part // shares for part in (model.weights, model.gradients, optimizer))
-    return Memory(weights, gradients, optimizer, parameters=model.parameters, trained=model.trained)
+    weights, gradients, optimizer = (part // shares for part in (memory.weights, memory.gradients, optimizer))
+    return memory._replace(weights=weights, gradients=gradients, optimizer=optimizer)
 
 
 def _base(config: Any) -> BaseModel:
@@ -104,28 +70,21 @@ def _cache(config: Any, tokens: int | None) -> int:
     return cache_bytes(architecture, config.data.eval_batch_size * length, 2 if half else 4)
 
 
-# --- Training with the usual choices --------------------------------------------------------------------------------
-
-
 def training_rows(cli: ParsedCLI, tokens: int | None, measure: bool) -> Iterator[tuple[str, Memory]]:
-    """The memory of training as configured and with each usual choice, then of validation.
+    """The memory of training as configured, with each usual choice (as arguments of the command line), and of validation.
 
     Args:
         cli: with the parsed settings of `fit`.
         tokens: of a row; None: `data.max_length`.
         measure: whether to run training steps.
-
-    Yields:
-        The changed settings as arguments of the command line, and what they take.
-
-    Raises:
-        DataError: a model does not exist, or does not fit the settings.
     """
     config = cli.config.fit
     longest = longest_queries(_stage(cli, config).data, tokens or config.data.max_length) if measure else None
     held = training_memory(config)
     for change in ({}, *_choices(config, measured=measure)):
-        changed = _changed(config, change)
+        changed = config.clone()
+        for key, value in change.items():
+            changed[key] = value
         memory = training_memory(changed) if "model.init_args.base.quantization" in change else held
         if longest is not None:
             memory = _measured(cli, changed, memory, longest, tokens or config.data.max_length)
@@ -140,7 +99,7 @@ def _choices(config: Any, *, measured: bool) -> list[dict[str, Any]]:
     changes: list[dict[str, Any]] = []
     if measured and not settings.gradient_checkpointing:
         changes.append({"model.init_args.gradient_checkpointing": True})
-    if base.quantization == "none" and can_quantise(base):
+    if base.quantization == "none" and _can_quantise(base):
         changes.append({"model.init_args.base.quantization": "nf4"})
     if measured and data.batch_size > 1:
         accumulated = 2 * (config.trainer.accumulate_grad_batches or 1)
@@ -154,11 +113,13 @@ def _choices(config: Any, *, measured: bool) -> list[dict[str, Any]]:
     return changes
 
 
-def _changed(config: Any, change: Mapping[str, Any]) -> Any:
-    config = config.clone()
-    for key, value in change.items():
-        config[key] = value
-    return config
+def _can_quantise(base: BaseModel) -> bool:
+    model = empty_vlm(base)
+    try:
+        check_blocks(model, set(quantised_layers(model)))
+    except ValueError:
+        return False
+    return True
 
 
 def _stage(cli: ParsedCLI, config: Any) -> Any:
@@ -167,7 +128,9 @@ def _stage(cli: ParsedCLI, config: Any) -> Any:
     There are no queries yet, levels are evenly spaced, and stage 2 begins with a new adapter.
     """
     whole = cli.config.clone()
-    whole.fit = _changed(config, dict.fromkeys(("data.train", "data.validation", "data.regions")))
+    whole.fit = config.clone()
+    for name in ("train", "validation", "regions"):
+        whole.fit.data[name] = None
     whole.fit.data.noise.levels = Namespace(
         class_path="vlm_calibration.perturbation.levels.LinearLevels", init_args=Namespace(n_levels=11)
     )

@@ -60,9 +60,7 @@ def load_model(
 ) -> Asker:
     """Load the model that the options name, or else the demo's model with the adapter that was trained on it.
 
-    Args:
-        options: name the model.
-        check: takes its decision rule before the model is loaded, and raises if the rule is not enough.
+    `check` takes its decision rule before the model is loaded, and raises if the rule is not enough.
 
     Raises:
         ArgumentError: an address without a model, or with options of a model that is loaded here.
@@ -74,7 +72,8 @@ def load_model(
 
     base, adapter = options.base, options.adapter
     if base is None and adapter is None:
-        base, adapter = str(DEMO_MODEL), next((run for run in DEMO_RUNS if _is_trained(run)), None)
+        trained_runs = (run for run in DEMO_RUNS if (Path(run) / "adapter/adapter_config.json").is_file())
+        base, adapter = str(DEMO_MODEL), next(trained_runs, None)
         trained = f"and the adapter in {adapter}" if adapter else "alone (`make train-sft` trains an adapter)"
         print(f"asking the demo's model {trained}", file=sys.stderr)
     model = BaseModel(base) if base is not None else base_of_adapter(str(adapter))
@@ -106,7 +105,3 @@ def _served(options: ModelOptions, check: Callable[[DecisionRule | None], None] 
 
     endpoint = Endpoint(options.url, options.served_model)
     return served_model(endpoint, options.max_new_tokens or SERVED_MAX_NEW_TOKENS)
-
-
-def _is_trained(run: str) -> bool:
-    return (Path(run) / "adapter" / "adapter_config.json").is_file()

@@ -1,23 +1,18 @@
-"""Questions from a JSONL file, and the JSONL file of their answers, from which a killed run resumes."""
+"""Questions from a file of JSON lines, and the file of their answers, from which a killed run resumes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vlm_calibration.append_log import AppendLog, LogLine
-from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.append_log import AppendLog
 from vlm_calibration.files import json_lines
-from vlm_calibration.records import ANSWER_TYPES, AnswerType, DataError, Query, RecordError, id_text
-
-KNOWN_KEYS = frozenset(f.name for f in fields(Query))
+from vlm_calibration.records import AnswerType, DataError, RecordError, query_from_dict
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A line of a file of questions.
 
     Attributes:
@@ -38,9 +33,7 @@ class Question:
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """The questions of a file: one JSON object a line with `image` and `question`, and optionally `id`, `answer_type` and `category`.
-
-    The other keys of a query are ignored, so that a data set can be asked; blank lines are skipped.
+    """The questions of a file: one JSON object a line with the keys of a query, of which `image` and `question` are needed.
 
     Raises:
         DataError: the file cannot be read, a line is not a question (named), or an id comes twice.
@@ -59,21 +52,9 @@ def read_questions(path: Path) -> Iterator[Question]:
 def _question(data: Any, number: int, where: str) -> Question:
     if not isinstance(data, Mapping):
         raise RecordError("expected an object with 'image' and 'question'")
-    if unknown := sorted(set(data) - KNOWN_KEYS):
-        raise RecordError(
-            f"unknown key {unknown[0]!r}; a question has image, question, id, answer_type and category"
-        )
-    for key in ("image", "question"):
-        if not isinstance(data.get(key), str) or not data[key].strip():
-            raise RecordError(f"'{key}' must be a non-empty string")
-    identifier, kind = id_text(data.get("id", number)), data.get("answer_type")
-    if not isinstance(identifier, str) or not identifier:
-        raise RecordError("'id' must be a non-empty string")
-    if kind is not None and kind not in ANSWER_TYPES:
-        raise RecordError(f"'answer_type' must be one of {', '.join(ANSWER_TYPES)}, found {kind!r}")
-    if (category := data.get("category")) is not None and not isinstance(category, str):
-        raise RecordError(f"'category' must be a string or null, found {category!r}")
-    return Question(identifier, where, data["image"], data["question"], kind, category)
+    given = {key: value for key, value in data.items() if value is not None}
+    query = query_from_dict({"id": number, "answer": "?", "answer_type": "open", **given})
+    return Question(query.id, where, query.image, query.question, given.get("answer_type"), query.category)
 
 
 class AnswerFile(AppendLog):
@@ -97,25 +78,20 @@ class AnswerFile(AppendLog):
         self.to_review = 0
         self.open()
         try:
-            for line in self.lines():
-                self._count(line)
+            for line, row in self.lines():
+                if not isinstance(row.get("id"), str) or not {"image", "question"} <= row.keys():
+                    raise self.damaged(line.where, "not an answer that `ask` wrote")
+                self._count(row)
         except DataError:
             self.close()
             raise
 
-    def _count(self, line: LogLine) -> None:
-        try:
-            self.done[line.row["id"]] = (line.row["image"], line.row["question"])
-        except (LookupError, TypeError) as error:
-            raise self.damaged(line.where, "not an answer that `ask` wrote") from error
-        self.to_review += line.row.get("decision") == "review"
+    def _count(self, row: Mapping[str, Any]) -> None:
+        self.done[row["id"]] = (row["image"], row["question"])
+        self.to_review += row.get("decision") == "review"
 
     def pending(self, questions: Iterator[Question]) -> Iterator[Question]:
-        """The questions that have no answer yet.
-
-        Raises:
-            DataError: the file has an answer to another image or question under the same id.
-        """
+        """The questions that have no answer yet; one of another image or text than that of the same id is a DataError."""
         for question in questions:
             asked = self.done.get(question.id)
             if asked is None:
@@ -127,28 +103,11 @@ class AnswerFile(AppendLog):
                 )
 
     def add(self, rows: Sequence[tuple[Question, Mapping[str, Any]]]) -> None:
-        """Append the answers to some questions; they are on the disk when this returns.
-
-        Raises:
-            DataError: they cannot be written.
-        """
-        asked = [
-            {"id": q.id, "image": q.image, "question": q.question, "category": q.category} for q, _ in rows
+        """Append the answers to some questions; they are on the disk when this returns. Raises a DataError if they cannot be written."""
+        written = [
+            {"id": q.id, "image": q.image, "question": q.question, "category": q.category, **answer}
+            for q, answer in rows
         ]
-        self.append(*({**a, **answer} for a, (_, answer) in zip(asked, rows, strict=True)), sync=True)
-        for question, answer in rows:
-            self.done[question.id] = (question.image, question.question)
-            self.to_review += answer.get("decision") == "review"
-
-
-def image_of(question: Question, folder: ImageFolder) -> Path:
-    """The path of a question's image.
-
-    Raises:
-        DataError: the path leaves the folder, or there is no such file.
-    """
-    try:
-        folder.check(question.image)
-        return folder.path(question.image)
-    except RecordError as error:
-        raise DataError(f"{question.where}: {error}") from error
+        self.append(*written, sync=True)
+        for row in written:
+            self._count(row)

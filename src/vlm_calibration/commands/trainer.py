@@ -1,4 +1,4 @@
-"""`fit`, `validate`, `test` and `predict`: the common settings of LightningCLI's subcommands, for a help page without torch.
+"""`fit`, `validate`, `test`, `predict` and `levels fit`: the common settings of these commands, for a help page without torch.
 
 `lightning_cli` parses and runs them. Each raises an ArgumentError for a setting that is unknown or wrong, and a DataError for a
 setting, a file or a model that cannot be used.
@@ -6,89 +6,95 @@ setting, a file or a model that cannot be used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from vlm_calibration.arguments import ALL_SETTINGS, Forwarded
+from vlm_calibration.arguments import ALL_SETTINGS, Forwarded, Subcommands
 from vlm_calibration.presets import CONFIG, ENDPOINT_OPTIONS, VARIABLE_OPTIONS, presets_by_folder
 
 BASE = {"--model.init_args.base.name_or_path MODEL": "base model: its name on the Hub, or a folder"}
+ADAPTER = {"--model.init_args.adapter DIR": "stage dpo: the adapter to start from"}
+ANSWERED = {"--data.eval_batch_size N": "queries answered together"}
+DEVICES = {"--trainer.devices N": "GPUs or processes"}
 RUN = {
-    "--trainer.devices N": "GPUs or processes",
+    **DEVICES,
     "--trainer.default_root_dir DIR": "run directory (default: in the folder of --runs, as the preset names it)",
     "--overwrite": "start again, and replace the run that the run directory holds",
     "--resume": "resume the run if it was interrupted, do nothing if it is finished, else start it",
 }
-MORE = {"--print_config": "print the configuration that results, and exit"}
 
 
-FURTHER = "All settings: --help-all; those of a model: --model.help {}."
-"""End of a help page, with the class of a module."""
-
-
-def _settings(module: str, *stages: str, common: Mapping[str, str]) -> Forwarded:
-    """The common settings of a subcommand.
+def _settings(module: str, *stages: str, **common: dict[str, str]) -> Forwarded:
+    """The common settings of a command.
 
     Args:
         module: class of a module that it runs.
         stages: names or patterns of the full configurations that it runs.
-        common: options between those of data and configuration and `--print_config`.
+        common: further options.
     """
-    config = {CONFIG: "a stage, then overlays: presets (see below) or files of your own (may be repeated)"}
-    return Forwarded(
-        {**ALL_SETTINGS, **config, **VARIABLE_OPTIONS, **common, **MORE},
-        lambda: f"{presets_by_folder(*stages)}\n\n{FURTHER.format(module)}",
-    )
+    options = {
+        **ALL_SETTINGS,
+        CONFIG: "a stage, then overlays: presets (see below) or files of your own (may be repeated)",
+        **VARIABLE_OPTIONS,
+    }
+    for group in common.values():
+        options |= group
+    options["--print_config"] = "print the configuration that results, and exit"
+    further = f"All settings: --help-all; those of a model: --model.help {module}."
+    return Forwarded(options, lambda: f"{presets_by_folder(*stages)}\n\n{further}")
 
 
 FIT = _settings(
     "SFTModule",
     "sft",
     "dpo",
-    common={
-        **BASE,
-        "--model.init_args.adapter DIR": "stage dpo: the adapter to start from",
+    model={**BASE, **ADAPTER},
+    training={
         "--model.init_args.optimizer.lr X": "learning rate",
         "--data.batch_size N": "queries of a training step on each device",
         "--trainer.max_steps N": "steps of the optimizer; -1: as many as --trainer.max_epochs takes",
         "--trainer.max_epochs N": "passes over the training data",
-        **RUN,
-        "--ckpt_path FILE": 'checkpoint to resume from, or "last"',
     },
+    run={**RUN, "--ckpt_path FILE": 'checkpoint to resume from, or "last"'},
 )
 VALIDATE = _settings(
     "SFTModule",
     "sft",
     "dpo",
-    common={
-        **BASE,
-        "--model.init_args.adapter DIR": "stage dpo: the adapter to start from",
-        "--data.eval_batch_size N": "queries answered together",
-        "--trainer.devices N": RUN["--trainer.devices N"],
-        "--ckpt_path FILE": "checkpoint of the model to validate",
-    },
+    model={**BASE, **ADAPTER},
+    run={**ANSWERED, **DEVICES, "--ckpt_path FILE": "checkpoint of the model to validate"},
 )
 TEST = _settings(
     "EvaluationModule",
     "eval/*",
     "system/*",
-    common={
+    model={
         **ENDPOINT_OPTIONS,
         **BASE,
         "--model.init_args.adapters '{NAME:DIR,...}'": "adapters to compare with the base model, by name",
-        "--data.eval_batch_size N": "queries answered together",
-        **RUN,
     },
+    run={**ANSWERED, **RUN},
 )
 PREDICT = _settings(
     "RegionExtractor",
     "regions",
-    common={
+    data={
         "--data.eval_batch_size N": "images of a batch",
         "--data.parts N": "number of jobs that share the queries",
         "--data.part N": "which of these jobs this one is, from 0",
-        **RUN,
     },
+    run=RUN,
+)
+FIT_LEVELS = _settings(
+    "LevelFitModule",
+    "levels",
+    model={
+        **BASE,
+        "--model.init_args.out FILE": "where to write the level table",
+        "--model.init_args.likelihoods FILE": "where to write how likely the model holds its answers to the training queries; null: "
+        "not at all",
+    },
+    run={**ANSWERED, **RUN},
 )
 
 
@@ -112,7 +118,22 @@ def predict(*settings: Annotated[str, PREDICT]) -> None:
     _run("predict", settings)
 
 
-def _run(subcommand: str, settings: tuple[str, ...]) -> None:
+def fit_levels(*settings: Annotated[str, FIT_LEVELS]) -> None:
+    """Measure how often a base model is right by kind and strength of perturbation, and write the level table.
+
+    The queries are held-out ones; AnchoredLevels reads the table. `--config configs/levels.yaml` measures the demo's model,
+    without a GPU or data of your own.
+    """
+    command = _run("test", settings)
+    for path in () if command.is_done else (command.model.out, command.model.likelihoods):
+        if path is not None:
+            print(f"wrote {path}")
+
+
+LEVELS = Subcommands("Measure what anchored levels teach.", {"fit": fit_levels})
+
+
+def _run(subcommand: str, settings: Sequence[str]) -> Any:
     from vlm_calibration.commands.lightning_cli import lightning_command
 
-    lightning_command([subcommand, *settings])
+    return lightning_command([subcommand, *settings])

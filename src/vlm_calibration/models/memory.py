@@ -13,26 +13,36 @@ import torch
 
 from vlm_calibration.models.adapters import LoraSettings, ModelPart, attach_lora, layer_parts
 from vlm_calibration.models.base import BaseModel, Quantization
-from vlm_calibration.models.loading import check_blocks, empty_vlm, quantised_layers
+from vlm_calibration.models.loading import empty_vlm, quantised_layers
 
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 """Optimizer -> bytes of its states for each trained parameter."""
 
 
-class ModelMemory(NamedTuple):
-    """A model with adapters on one GPU.
+class Memory(NamedTuple):
+    """Bytes on one GPU.
 
     Attributes:
+        weights: of the model with its adapters.
+        gradients: of the trained adapter.
+        optimizer: its states.
+        cache: keys and values of a batch of answers at their longest.
+        activations: measured, with all else that a step allocates; None: not measured.
         parameters: number of parameters, adapters included.
-        trained: number of parameters of the trained adapter.
-        weights: bytes of all parameters.
-        gradients: bytes of the gradients of the trained ones.
+        trained: number of trained ones.
     """
 
-    parameters: int
-    trained: int
     weights: int
-    gradients: int
+    gradients: int = 0
+    optimizer: int = 0
+    cache: int = 0
+    activations: int | None = None
+    parameters: int = 0
+    trained: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.cache + (self.activations or 0)
 
 
 def model_memory(
@@ -43,8 +53,8 @@ def model_memory(
     trained: Sequence[ModelPart] | None = None,
     training: bool = True,
     cast: torch.dtype | None = None,
-) -> ModelMemory:
-    """Count a model's parameters and their bytes.
+) -> Memory:
+    """The weights of a model, and the gradients and number of its trained parameters.
 
     Args:
         base: the base model.
@@ -68,7 +78,7 @@ def model_memory(
     )
     parameters = sum(p.numel() for p in model.parameters())
     if lora is None or not adapters:
-        return ModelMemory(parameters, 0, size, 0)
+        return Memory(size, parameters=parameters)
     layers = layer_parts(model)
     with torch.device("meta"):
         adapted = attach_lora(model.to(dtype), lora)
@@ -83,7 +93,8 @@ def model_memory(
         layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
         if trained is None or layers[layer] in trained:
             n_trained, n_gradients = n_trained + n, n_gradients + of_one
-    return ModelMemory(parameters + adapters * n_adapter, n_trained, size + adapters * n_bytes, n_gradients)
+    parameters += adapters * n_adapter
+    return Memory(size + adapters * n_bytes, n_gradients, parameters=parameters, trained=n_trained)
 
 
 def quantised_bytes(shape: Sequence[int], quantization: Quantization) -> int:
@@ -100,24 +111,8 @@ def quantised_bytes(shape: Sequence[int], quantization: Quantization) -> int:
 
 
 def cache_bytes(config: Any, tokens: int, itemsize: int) -> int:
-    """Bytes of the keys and values of so many tokens, at most: layers with a sliding window keep fewer.
-
-    Args:
-        config: the model's configuration, of transformers.
-        tokens: of all rows together.
-        itemsize: bytes of one value.
-    """
+    """Bytes of the keys and values of so many tokens of all rows, at most: layers with a sliding window keep fewer."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * text.num_hidden_layers * heads * width * tokens * itemsize)
-
-
-def can_quantise(base: BaseModel) -> bool:
-    """Whether nf4 can quantise the model's language model (see `check_blocks`)."""
-    model = empty_vlm(base)
-    try:
-        check_blocks(model, set(quantised_layers(model)))
-    except ValueError:
-        return False
-    return True

@@ -1,7 +1,4 @@
-"""The answers of an evaluation, a validation or `levels fit`, on disk until all are given.
-
-While answers are given, memory does not grow with their number. An interrupted evaluation or `levels fit` resumes from them.
-"""
+"""The answers of an evaluation, a validation or `levels fit`, on disk until all are given: memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -24,12 +21,7 @@ EVALUATED, VALIDATED = ".answered.{}.jsonl", ".predictions.{}.jsonl"
 
 
 class ResumeState(NamedTuple):
-    """What an interrupted run leaves to the next one.
-
-    Attributes:
-        answered: split -> indices of the queries that were answered; None: the next run starts over.
-        message: what to tell the user; empty for nothing.
-    """
+    """Split -> indices of the queries that an interrupted run answered, None if the next one starts over; and what to tell the user."""
 
     answered: dict[str, list[int]] | None = None
     message: str = ""
@@ -47,8 +39,7 @@ class AnswerLog(AppendLog):
         folder: the run directory.
         rank: of this process, which appends to its own file.
         queries: split -> its queries, in the order of the data.
-        run: digest of the run's record, which every line repeats; answers of another run are not resumed from. None: no run is
-            resumed.
+        run: digest of the record of the run, the only one to resume from; None: no run is resumed.
         name: of the files, with a placeholder for the rank.
     """
 
@@ -68,17 +59,13 @@ class AnswerLog(AppendLog):
 
     @cached_property
     def _index(self) -> dict[str, dict[str, int]]:
-        """Split -> query id -> index of the query."""
         return {
             split: {query.id: index for index, query in enumerate(queries)}
             for split, queries in self.queries.items()
         }
 
     def find(self, *, complete: bool = True) -> ResumeState:
-        """Find the answers of an interrupted run.
-
-        Args:
-            complete: whether this run asks all queries; a limited one does not resume.
+        """Find the answers of an interrupted run; one that is not to ask all queries (`complete`) does not resume.
 
         Raises:
             DataError: a file is damaged, or holds answers to other queries.
@@ -91,7 +78,7 @@ class AnswerLog(AppendLog):
             for where, row in self._rows():
                 if row["split"] not in ids:
                     raise self.damaged(where, f"no split {row['split']!r}")
-                ids[row["split"]] += [answer["id"] for answer in next(iter(row["answers"].values()))]
+                ids[row["split"]] += _ids(row)[0]
         except SettingsChangedError:
             return ResumeState(message=f"{over}: it had other settings or inputs")
         count, total = sum(map(len, ids.values())), sum(map(len, self.queries.values()))
@@ -122,11 +109,7 @@ class AnswerLog(AppendLog):
                 yield BatchAnswers(answers=answers, passes=row["passes"])
 
     def add(self, split: str, batch: BatchAnswers) -> None:
-        """Append a batch, so that it is not lost with this process.
-
-        Raises:
-            DataError: it cannot be written.
-        """
+        """Append a batch, unless it is empty; raises a DataError if it cannot be written."""
         answers = {system: [p.to_dict() for p in rows] for system, rows in batch["answers"].items()}
         if any(answers.values()):
             self.append({"split": split, "answers": answers, "passes": batch["passes"]})
@@ -134,11 +117,8 @@ class AnswerLog(AppendLog):
     def write_predictions(self, system: str, split: str, path: Path, total: int | None = None) -> None:
         """Write a system's answers to a split, one prediction a line, in the order of the data.
 
-        Args:
-            total: how many queries were asked; None: not known.
-
         Raises:
-            DataError: there are not `total` answers, each to another query.
+            DataError: there are not `total` answers (None: any number), each to another query.
         """
         lines: dict[int, str] = {}
         count = 0
@@ -157,13 +137,18 @@ class AnswerLog(AppendLog):
 
     def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """File and line number of each line, and its row."""
-        for line in self.lines():
+        for line, row in self.lines():
             try:
-                ids = [[answer["id"] for answer in rows] for rows in line.row["answers"].values()]
-                if not isinstance(line.row["split"], str) or not isinstance(line.row["passes"], dict):
+                first, *others = _ids(row)
+                if not isinstance(row["split"], str) or not isinstance(row["passes"], dict):
                     raise ValueError("not a batch of answers")
-                if not ids or any(i != ids[0] for i in ids):
+                if any(ids != first for ids in others):
                     raise ValueError("the systems answered different queries")
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 raise self.damaged(line.where, error) from error
-            yield line.where, line.row
+            yield line.where, row
+
+
+def _ids(row: Mapping[str, Any]) -> list[list[str]]:
+    """The queries of a batch, as each system answered them."""
+    return [[answer["id"] for answer in rows] for rows in row["answers"].values()]

@@ -27,7 +27,7 @@ from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLev
 from vlm_calibration.progress import track
 from vlm_calibration.records import ANSWER_TYPES, DataError
 from vlm_calibration.settings import digest
-from vlm_calibration.stages.answer_log import EVALUATED, AnswerLog, ResumeState, asks_all
+from vlm_calibration.stages.answer_log import AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.evaluation import BASE, BatchAnswers
 from vlm_calibration.stages.provenance import provenance_of
 from vlm_calibration.stages.training import device_of, refuse_sharding
@@ -81,10 +81,6 @@ class LevelFitModule(L.LightningModule):
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         """The files that a finished run has written."""
         return [Path(path) for path in (self.out, self.likelihoods) if path is not None]
-
-    def progress(self, folder: Path) -> list[Path]:
-        """The answers of an interrupted run."""
-        return [path for path in folder.glob(EVALUATED.format("*")) if path.stat().st_size]
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Close the answers after an error, of which Lightning tells callbacks alone."""

@@ -27,6 +27,9 @@ class RegionExtractor(L.LightningModule):
         on_bad_image: "raise" stops at the first unreadable image; "skip" records it and continues.
     """
 
+    run_digest: str | None = None
+    """Of the record of this run, whose shards it resumes from; None: it does not resume."""
+
     def __init__(
         self,
         describer: Describer,
