@@ -205,7 +205,7 @@ class PerturbedQueries(Dataset[Sample]):
         splits: Mapping[str, EvalSplit],
         policy: NoisePolicy,
         image_processor: Any,
-        check: Check | None = None,
+        check: Check = lambda query, wrong: None,
         where: str = "data",
         named: bool = True,
         augmentation: Augmentation | None = None,
@@ -216,7 +216,7 @@ class PerturbedQueries(Dataset[Sample]):
         self.image_processor = image_processor
         self.where = where
         self._named = named
-        self._check = check or (lambda query, wrong: None)
+        self._check = check
         self._augmentation = augmentation
         self._taught = taught
         self._copies: Sequence[ImageCopy] = ()

@@ -251,7 +251,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             # Levels that depend on the query are known for training queries alone.
             noise if name == "train" else replace(noise, levels=noise.levels.averaged),
             self.processor.image_processor if self._uses_processor else None,
-            self.chat.check if self._uses_processor else None,
+            self.chat.check if self._uses_processor else _accept,
             f"data.{'train' if name == INSTANCES else name}",
             named=name in TESTED,
             augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
@@ -505,6 +505,10 @@ def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[
             f"data.calibration and data.test share {len(shared)} images, {shared[0]!r} among them: recalibration is "
             "fitted on one and scored on the other, so give data.calibration queries about other images"
         )
+
+
+def _accept(query: Query, answers: Sequence[str]) -> None:
+    """Without a processor there is no image token that a text could contain."""
 
 
 def _itself(batch: Any) -> Any:

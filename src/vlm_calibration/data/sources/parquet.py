@@ -120,12 +120,12 @@ class ParquetSource(QueryFile):
         batches = self._table.to_batches(max_chunksize=BATCH)
         rows = enumerate(record for batch in batches for record in batch.to_pylist())
         for row, record in track(rows, f"checking {self.path}", self._table.num_rows, "records"):
-            yield row, row, f"{self.path}: row {row}", lambda: self._query(row, record)  # noqa: B023
+            yield row, row, f"{self.path}: row {row}", lambda: self._record(row, record)  # noqa: B023
 
     def read(self, position: int) -> Query:
-        return self._query(position, self._table.slice(position, 1).to_pylist()[0])
+        return self._record(position, self._table.slice(position, 1).to_pylist()[0])
 
-    def _query(self, row: int, record: dict[str, Any]) -> Query:
+    def _record(self, row: int, record: dict[str, Any]) -> Query:
         if self._is_embedded:
             record["image"] = f"{ROW}{row}"
         if isinstance(regions := record.get("regions"), list):

@@ -140,7 +140,10 @@ class QueryFile(QuerySource):
         return self._positions
 
     def queries(self) -> Sequence[Query]:
-        return LazyQueries(len(self.positions), lambda index: self.read(int(self.positions[index])))
+        return LazyQueries(len(self.positions), self._query)
+
+    def _query(self, index: int) -> Query:
+        return self.read(int(self.positions[index]))
 
     def image_file(self, query: Query) -> Path | None:
         return self.images_below.path(query.image)
