@@ -144,17 +144,19 @@ class QuerySource(ABC):
         file = self.image_file(query)
         return self.load(query).image if file is None else file
 
-    def content_digest(self, query: Query) -> int:
-        """The digest of what a model is asked, in [0, 2^64): question, answer type and image, which is read and not decoded."""
+    def image_digest(self, query: Query) -> str:
+        """A text that differs between images, and not between copies of one image, which is read and not decoded."""
         content = self.image_content(query)
-        if isinstance(content, Path):
-            try:
-                image = file_digest(content)
-            except OSError as error:
-                raise DataError(f"record {query.id!r}: {content}: {error.strerror}") from error
-        else:
-            image = digest([content if isinstance(content, bytes) else content.tobytes()])
-        return int(digest([query.question, "\0", query.answer_type, "\0", image])[:16], 16)
+        if not isinstance(content, Path):
+            return digest([content if isinstance(content, bytes) else content.tobytes()])
+        try:
+            return file_digest(content)
+        except OSError as error:
+            raise DataError(f"record {query.id!r}: {content}: {error.strerror}") from error
+
+    def content_digest(self, query: Query) -> int:
+        """The digest of what a model is asked, in [0, 2^64): question, answer type and image."""
+        return int(digest([query.question, "\0", query.answer_type, "\0", self.image_digest(query)])[:16], 16)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         """Plausible wrong answers to a query, possibly none.
