@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_calibration.data.collate import ImageCollator, PromptBatch
+from vlm_calibration.data.collate import PromptBatch, PromptCollator
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.demo.questions import unknown_part
@@ -203,7 +203,7 @@ def served_model(endpoint: Endpoint, max_new_tokens: int) -> Asker:
     return Asker(
         f"{endpoint.model} at {endpoint.url}",
         {ENDPOINT: EndpointSystem(ENDPOINT, endpoint, [ExpectedConfidence()], max_new_tokens)},
-        ImageCollator(grading=None),
+        PromptCollator(None, grading=None, keep_images=True),
         NoisePolicy(resolution="native"),
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )

@@ -235,7 +235,7 @@ class DPOModule(L.LightningModule):
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         taught, held_out = (
-            {q.answer_type for q in split.queries} for split in (data.train_set, data.validation_set)
+            {q.answer_type for q in split.queries} for split in (data.sets["train"], data.sets["validation"])
         )
         if missing := sorted(taught - held_out):
             raise DataError(
