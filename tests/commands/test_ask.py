@@ -26,6 +26,7 @@ from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
 from vlm_calibration.models.base import Dtype, Quantization, adapter_weights_digest
 from vlm_calibration.records import DataError
+from vlm_calibration.text.known_questions import KnownQuestions
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
 
 from ..command_line import Ended, Server
@@ -179,6 +180,23 @@ def test_an_answer_below_the_threshold_is_not_printed(
         ended = call(*asked, *decides({"": 0.0}, estimator=estimator), "--abstain")
         assert ended.status == 0
         assert f"decision             answer ({estimator}, from 0.0% on)" in ended.out
+
+
+def test_a_question_unlike_those_of_the_calibration_set_goes_to_a_person(
+    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]]
+) -> None:
+    row = json.loads(questions.read_text().splitlines()[0])
+    for known, asked, answered in (
+        ([row["question"]], row["question"], True),
+        (["What is this?"], row["question"], False),
+        ([], row["question"], True),
+        ([], "Is there a zebra in the image?", False),  # the demo's model does not know zebras
+    ):
+        options = decides({"": 0.0}, questions=KnownQuestions.of(known * 20))
+        ended = call(row["image"], asked, *options, "--abstain", "--json")
+        answer = json.loads(ended.out)
+        assert (ended.status, answer["decision"]) == ((0, "answer") if answered else (4, "review"))
+        assert (answer["unfamiliar"] is None) == answered
 
 
 def test_thresholds_by_category_need_one(

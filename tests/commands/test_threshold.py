@@ -27,6 +27,7 @@ from vlm_calibration.reporting.report.thresholds import (
     promises_of,
 )
 from vlm_calibration.settings import digest, file_digest
+from vlm_calibration.text.known_questions import KnownQuestions
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
 
 from ..command_line import Ended
@@ -113,6 +114,8 @@ def test_the_last_system_on_its_calibration_split(call: Call, evaluation: Path, 
         "images": 2000,
         "without_group": 0,
     }
+    assert rule.questions == KnownQuestions.of([answer.question for answer in answers])
+    assert rule.questions.described() in ended.out
     assert rule.guarantee in ended.out
     assert "wrote runs/dpo/adapter/thresholds.json" in ended.out
     tested = read_predictions(evaluation / "dpo" / "predictions.jsonl")
@@ -285,7 +288,7 @@ def test_the_name_of_the_split_is_not_part_of_the_category(
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"schema": 1}, "schema 1, expected 2"),
+        ({"schema": 1}, "schema 1, expected 3"),
         ({"groups": {"": {"threshold": 2}}}, "must be in [0, 1] or null, found 2"),
         ({"groups": {}}, "'groups'"),
         ({"by": "colour"}, "'by'"),

@@ -46,6 +46,7 @@ def test_as_json() -> None:
         "warning": None,
         "decision": None,
         "threshold": None,
+        "unfamiliar": None,
     }
 
 

@@ -201,7 +201,9 @@ def _decision(answer: Answer) -> str:
     if answer.rule is None:
         return ""
     name = "stated" if answer.rule.estimator == VERBALIZED else answer.rule.estimator
-    if answer.rule.confidence is None:
+    if answer.rule.unfamiliar is not None:
+        why = answer.rule.unfamiliar
+    elif answer.rule.confidence is None:
         why = f"no {name} confidence"
     elif answer.rule.threshold is None:
         why = "no threshold keeps the limits"

@@ -77,8 +77,8 @@ def ask(
         json: print one JSON object
         answer_type: kind of question (default: recognised from its words)
         category: category of the question, for thresholds by category
-        abstain: print "review" instead of an answer whose confidence is below the threshold that `vlm-calibration threshold` wrote;
-            JSON has both, and the decision
+        abstain: print "review" instead of an answer whose confidence is below the threshold that `vlm-calibration threshold` wrote, or
+            to a question unlike those that it was chosen on; JSON has the answer, the decision and the reason
 
     Raises:
         ArgumentError: options are missing or contradict each other.
@@ -163,7 +163,7 @@ def _as_text(answer: Answer) -> str:
     if answer.rule is not None:
         limit = answer.rule.threshold
         known = "no threshold" if limit is None else f"{answer.rule.estimator}, from {limit:.1%} on"
-        lines.append(f"  decision             {answer.decision} ({known})")
+        lines.append(f"  decision             {answer.decision} ({answer.rule.unfamiliar or known})")
     return "\n".join(lines)
 
 

@@ -57,6 +57,7 @@ def threshold(
     from vlm_calibration.reporting.evaluated_model import model_of, read_evaluated
     from vlm_calibration.reporting.report.thresholds import choose, realised
     from vlm_calibration.settings import file_digest
+    from vlm_calibration.text.known_questions import KnownQuestions
 
     try:
         limits = Limits(max_error, certainty, max_sent_away)
@@ -94,6 +95,7 @@ def threshold(
             "images": len({a.image for a in evaluated.answers if a.image is not None}) or None,
             "without_group": evaluated.without_group,
         },
+        questions=KnownQuestions.of([answer.question for answer in evaluated.answers]),
     )
     tested = (
         realised(control, estimator, evaluated.system.predictions) if evaluated.split == "calibration" else {}
@@ -167,6 +169,7 @@ def _print(
         cells = [f"{v:.1%} [{low:.1%}, {high:.1%}]" if v == v else "-" for v, low, high in shares]
         table.add_row(label, limit, *cells)
     Console().print(table)
+    print(rule.questions.described())
     if "all" in tested:
         limit, scores = control.limits.max_error, tested["all"]
         given = f"on the test answers {scores.wrong} of {scores.answers} given are wrong"

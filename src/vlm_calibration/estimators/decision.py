@@ -7,17 +7,18 @@ nor a model, so that a rule can be checked before one is loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from vlm_calibration.files import write_json
 from vlm_calibration.models.base import THRESHOLDS, Quantization, adapter_weights_digest, read_object
 from vlm_calibration.records import DataError
+from vlm_calibration.text.known_questions import KnownQuestions
 
 Decision: TypeAlias = Literal["answer", "review"]
 By: TypeAlias = Literal["category"]
-SCHEMA = 2
+SCHEMA = 3
 EVERYTHING = ""
 """The group of a rule that has one threshold for all questions."""
 
@@ -36,6 +37,7 @@ class AppliedRule(NamedTuple):
         confidence: the confidence that was compared, in [0, 1]; None if there is none.
         group: the category that the threshold is for; empty if it is for all questions.
         guarantee: what the rule promises, as a sentence.
+        unfamiliar: how the question differs from those that the rule was chosen on, so that it goes to a person; None: it is like them.
     """
 
     threshold: float | None
@@ -43,11 +45,13 @@ class AppliedRule(NamedTuple):
     confidence: float | None
     group: str
     guarantee: str
+    unfamiliar: str | None = None
 
     @property
     def decision(self) -> Decision:
         """Whether the answer may be given."""
-        return "answer" if may_answer(self.confidence, self.threshold) else "review"
+        may = self.unfamiliar is None and may_answer(self.confidence, self.threshold)
+        return "answer" if may else "review"
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class DecisionRule:
         guarantee: what the rule promises, as a sentence.
         assumptions: what the guarantee rests on.
         answers: the answers that the rule was chosen on: "split", "digest" of their file, "n", "images" and "without_group".
+        questions: their words and forms. A question with others goes to a person.
     """
 
     base: str
@@ -83,6 +88,7 @@ class DecisionRule:
     guarantee: str
     assumptions: list[str]
     answers: Mapping[str, Any]
+    questions: KnownQuestions = field(default_factory=KnownQuestions)
 
     def __post_init__(self) -> None:
         """Check what decisions depend on; ValueError on a threshold that is no confidence, or a value of the wrong type."""
@@ -103,17 +109,21 @@ class DecisionRule:
                     f"the threshold of group {name!r} must be in [0, 1] or null, found {value!r}"
                 )
 
-    def applied(self, confidence: float | None, category: str | None) -> AppliedRule | None:
+    def applied(
+        self, confidence: float | None, category: str | None, unfamiliar: str | None = None
+    ) -> AppliedRule | None:
         """The rule for one answer; None if the rule goes by category and knows no threshold for this one.
 
         Args:
             confidence: what the rule's estimator says, in [0, 1]; None if it says nothing.
             category: the category of the question.
+            unfamiliar: how the question differs from those that the rule was chosen on.
         """
         group = EVERYTHING if self.by is None else category
         if group is None or group not in self.groups:
             return None
-        return AppliedRule(self.groups[group]["threshold"], self.estimator, confidence, group, self.guarantee)
+        threshold = self.groups[group]["threshold"]
+        return AppliedRule(threshold, self.estimator, confidence, group, self.guarantee, unfamiliar)
 
 
 def write_rule(rule: DecisionRule, folder: Path) -> Path:
@@ -133,7 +143,8 @@ def read_rule(folder: Path) -> DecisionRule | None:
     if (schema := content.pop("schema", None)) != SCHEMA:
         raise DataError(f"{path}: schema {schema!r}, expected {SCHEMA}: {again}")
     try:
-        return DecisionRule(**content)
+        questions = KnownQuestions(**{name: tuple(texts) for name, texts in content.pop("questions").items()})
+        return DecisionRule(**content, questions=questions)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise DataError(f"{path}: not a decision rule: {error}: {again}") from error
 

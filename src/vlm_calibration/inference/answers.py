@@ -54,4 +54,5 @@ class Answer:
             "warning": self.warning,
             "decision": self.decision,
             "threshold": None if self.rule is None else self.rule.threshold,
+            "unfamiliar": None if self.rule is None else self.rule.unfamiliar,
         }

@@ -80,6 +80,7 @@ class Asker:
         for name in systems:
             predictions, _, distributions = self._systems[name].answer(batch)
             rule = self.rule if name == self.systems[-1] else None
+            unknown_parts = [self.unknown_part(prediction.question) for prediction in predictions]
             answers[name] = [
                 Answer(
                     text=prediction.text,
@@ -88,10 +89,12 @@ class Asker:
                     expected=prediction.estimates[ExpectedConfidence.name],
                     distribution=distribution,
                     answer_type=prediction.answer_type,
-                    warning=self.unknown_part(prediction.question),
-                    rule=None if rule is None else _apply(rule, prediction),
+                    warning=unknown,
+                    rule=None if rule is None else _apply(rule, prediction, unknown),
                 )
-                for prediction, distribution in zip(predictions, distributions, strict=True)
+                for prediction, distribution, unknown in zip(
+                    predictions, distributions, unknown_parts, strict=True
+                )
             ]
         return answers
 
@@ -209,12 +212,13 @@ def served_model(endpoint: Endpoint, max_new_tokens: int) -> Asker:
     )
 
 
-def _apply(rule: DecisionRule, prediction: EstimatedPrediction) -> AppliedRule | None:
-    """The rule for an answer, with the confidence as an evaluation measures it."""
+def _apply(rule: DecisionRule, prediction: EstimatedPrediction, unknown: str | None) -> AppliedRule | None:
+    """The rule for an answer, with the confidence as an evaluation measures it; `unknown` is what the model does not know."""
     confidence = prediction.confidence_of(rule.estimator)
     if confidence is not None and rule.estimator != VERBALIZED:
         confidence = rounded(confidence)
-    return rule.applied(confidence, prediction.category)
+    unfamiliar = unknown or rule.questions.unfamiliar(prediction.question)
+    return rule.applied(confidence, prediction.category, unfamiliar)
 
 
 _BEGINS_YES_NO = re.compile(

@@ -53,6 +53,16 @@ class KnownQuestions:
             tuple(sorted(forms)) if new_forms <= limit else (),
         )
 
+    def described(self) -> str:
+        """A sentence on what is checked."""
+        checked = [
+            f"{len(self.words):,} words" if self.words else "",
+            f"{len(self.forms):,} forms" if self.forms else "",
+        ]
+        if not any(checked):
+            return "These questions are too different from each other to tell an unfamiliar one."
+        return f"Questions beyond their {' and '.join(filter(None, checked))} go to a person."
+
     def unfamiliar(self, question: str) -> str | None:
         """What is new in a question, as a clause; None if nothing is."""
         words = words_of(question)
