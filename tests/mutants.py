@@ -37,7 +37,177 @@ class Mutant(NamedTuple):
     tests: str
 
 
-MUTANTS: list[Mutant] = []
+MUTANTS = [
+    Mutant(
+        "noise",
+        "perturbation/noise.py",
+        "np.sqrt(1 - alpha_bar)",
+        "(1 - alpha_bar)",
+        "perturbation/test_noise.py",
+    ),
+    Mutant("noise", "perturbation/noise.py", "if step == 0:", "if step <= 1:", "perturbation/test_noise.py"),
+    Mutant(
+        "noise",
+        "perturbation/schedules.py",
+        "/ (1 + self.offset)) ** 2",
+        "/ (1 + self.offset))",
+        "perturbation/test_schedules.py",
+    ),
+    Mutant(
+        "noise",
+        "data/noise.py",
+        'if choice.mask is None or choice.kind == "distractor":',
+        "if choice.mask is None:",
+        "data/test_noise.py",
+    ),
+    Mutant(
+        "noise",
+        "data/noise.py",
+        "policy.wrong_answer_rate * (1.0 - confidence)",
+        "policy.wrong_answer_rate * confidence",
+        "data/test_wrong_answers.py",
+    ),
+    Mutant(
+        "noise",
+        "data/noise.py",
+        "query_rng(policy.seed, epoch, query.id)",
+        "query_rng(policy.seed, 0, query.id)",
+        "data/test_noise.py",
+    ),
+    Mutant(
+        "levels",
+        "perturbation/levels.py",
+        "return self.strengths()[::-1]",
+        "return self.strengths()",
+        "perturbation/test_levels.py",
+    ),
+    Mutant(
+        "levels",
+        "perturbation/levels.py",
+        "cells = 100 // self.grid",
+        "cells = 50 // self.grid",
+        "perturbation/test_levels.py",
+    ),
+    Mutant(
+        "labels",
+        "data/collate.py",
+        "labels[row, start : start + learned] = ids[:learned]",
+        "labels[row, start : start + len(ids)] = ids",
+        "data/test_collate.py",
+    ),
+    Mutant(
+        "labels",
+        "data/collate.py",
+        "confidence_mask[row, start + answer_length : start + learned]",
+        "confidence_mask[row, start : start + learned]",
+        "data/test_collate.py",
+    ),
+    Mutant(
+        "packing",
+        "models/suffix_masks.py",
+        "same_path = ((key == 0) | (key == query)) & (key >= 0)",
+        "same_path = key >= 0",
+        "models/test_shared_prefix.py",
+    ),
+    Mutant(
+        "packing", "models/suffix_masks.py", "positions - shift", "positions", "models/test_shared_prefix.py"
+    ),
+    Mutant(
+        "packing",
+        "models/shared_prefix.py",
+        "positions = [length + shared - 1,",
+        "positions = [length + shared - 2,",
+        "models/test_shared_prefix.py",
+    ),
+    Mutant(
+        "losses",
+        "losses/sequence.py",
+        "(sums / lengths).mean()",
+        "sums.sum() / lengths.sum()",
+        "losses/test_sequence.py",
+    ),
+    Mutant("losses", "losses/sequence.py", "answer * correct)", "answer)", "losses/test_sequence.py"),
+    Mutant(
+        "losses",
+        "losses/preference.py",
+        "loss = -logsigmoid(self.beta * h)",
+        "loss = -logsigmoid(h)",
+        "losses/test_preference.py",
+    ),
+    Mutant(
+        "losses",
+        "losses/preference.py",
+        "self.beta * h - self.gamma",
+        "self.beta * h + self.gamma",
+        "losses/test_preference.py",
+    ),
+    Mutant(
+        "losses",
+        "losses/distribution.py",
+        "log_q.masked_fill(~filled.own, -torch.inf)",
+        "log_q",
+        "losses/test_distribution.py",
+    ),
+    Mutant(
+        "counts",
+        "metrics/table.py",
+        "index = index.mul_(2).add_(correct[part].to(index.device))",
+        "index = index.mul_(2).add_(~correct[part].to(index.device))",
+        "metrics/test_table.py",
+    ),
+    Mutant(
+        "counts",
+        "metrics/functional.py",
+        'return bin_sums(groups, n_bins, "uniform").gap.abs().sum(-1) / groups.total',
+        'return bin_sums(groups, n_bins, "uniform").gap.sum(-1).abs() / groups.total',
+        "metrics/test_exact.py",
+    ),
+    Mutant(
+        "grading",
+        "text/grading.py",
+        "|free|instead|in place) of",
+        "|free|in place) of",
+        "text/test_grading.py",
+    ),
+    Mutant(
+        "grading",
+        "text/grading.py",
+        "reply in accepted or",
+        "any(key in reply for key in accepted) or",
+        "text/test_grading.py",
+    ),
+    Mutant(
+        "resume",
+        "callbacks/run_record.py",
+        "same_content = None in contents or contents[0] == contents[1]",
+        "same_content = True",
+        "callbacks/test_resume.py",
+    ),
+    Mutant(
+        "resume", "append_log.py", "if row.get(name) != value:", "if name not in row:", "test_append_log.py"
+    ),
+    Mutant(
+        "threshold",
+        "metrics/risk_control.py",
+        "p_value(wrong, given, max_error) <= share",
+        "p_value(wrong, given, max_error) <= level",
+        "metrics/test_risk_control.py",
+    ),
+    Mutant(
+        "threshold",
+        "metrics/risk_control.py",
+        "                break",
+        "                continue",
+        "metrics/test_risk_control.py",
+    ),
+    Mutant(
+        "threshold",
+        "text/known_questions.py",
+        "if self.words and (new",
+        "if not self.words and (new",
+        "text/test_known_questions.py",
+    ),
+]
 
 
 def survives(mutant: Mutant, copy: Path) -> bool:
