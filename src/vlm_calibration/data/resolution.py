@@ -123,13 +123,9 @@ def check_resolution(processor: Any) -> None:
             before.shape != after.shape
             or again[-1] != resized.shape[:2]
             or (np.array(again) < resized.shape[:2]).any()
-            or _mean_abs(before - after) > MAX_PROBE_DIFFERENCE * _mean_abs(before - before.mean())
+            or (before - after).abs().mean() > MAX_PROBE_DIFFERENCE * (before - before.mean()).abs().mean()
         ):
             raise _unknown(image_processor)
-
-
-def _mean_abs(values: torch.Tensor) -> float:
-    return float(values.abs().mean())
 
 
 def _textured(height: int, width: int) -> ImageArray:

@@ -187,13 +187,9 @@ class QuerySource(ABC):
         """Whether a region contains an object that the question is not about; does not open the image."""
         return any(not is_evidence(query, label) for label in self.labels(query))
 
-    def unlocated(self, query: Query) -> Sequence[str]:
-        """The key objects without a region of which nothing says that they are absent; does not open the image."""
-        return unlocated_objects(query, self.labels(query))
-
     def presence(self, query: Query) -> Presence:
         """Presence of the key objects. A missing region alone never means that one is absent."""
-        if self.unlocated(query):
+        if unlocated_objects(query, self.labels(query)):
             return "unlocated"
         if self.has_evidence(query):
             return "present"
