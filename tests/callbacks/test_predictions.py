@@ -33,7 +33,7 @@ class Processes:
                 is_global_zero=rank == 0,
                 sanity_checking=sanity_checking,
                 strategy=SimpleNamespace(barrier=lambda name: None),
-                datamodule=SimpleNamespace(validation_set=SimpleNamespace(queries=queries)),
+                datamodule=SimpleNamespace(sets={"validation": SimpleNamespace(queries=queries)}),
             )
             for rank in range(count)
         ]

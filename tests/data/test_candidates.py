@@ -39,11 +39,6 @@ QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no")
 TENTHS = tuple(i / 10 for i in range(10, -1, -1))
 
 
-def test_stated_levels_of_linear_levels() -> None:
-    assert stated_levels([LinearLevels()], "yes_no") == TENTHS
-    assert stated_levels([LinearLevels(n_levels=5)], "open") == (1.0, 0.75, 0.5, 0.25, 0.0)
-
-
 def test_levels_with_the_same_percentage_are_stated_once() -> None:
     levels = stated_levels([LinearLevels(n_levels=201)], "yes_no")
     assert [render_response("Yes", c) for c in levels] == [
@@ -121,11 +116,6 @@ def _prompt(chat: ChatFormat, batch: CandidateBatch, row: int) -> list[int]:
 def _unspaced(text: str) -> str:
     """Remove the space that byte-level tokenizers may put before a text."""
     return re.sub(r"(<\|user\|>|<\|assistant\|>|<image>) ", r"\1", text)
-
-
-def test_the_digits_are_tokens_of_their_own(digit_processor: Any) -> None:
-    ids = digit_processor.tokenizer("Confidence: 85%", add_special_tokens=False)["input_ids"]
-    assert {"8", "5"} <= set(digit_processor.tokenizer.convert_ids_to_tokens(ids))
 
 
 def _check_candidates(
@@ -245,13 +235,6 @@ def _longest(chat: ChatFormat, sample: Sample) -> int:
     return max(int(collator([sample._replace(confidence=c)]).inputs["attention_mask"].sum()) for c in TENTHS)
 
 
-def test_too_long_is_an_error_that_names_the_record(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    length = _longest(chat, samples[3])
-    assert _collate(chat, samples, length=length).skipped == ()
-    with pytest.raises(DataError, match=f"record 'q3': {length} tokens, more than max_length {length - 1}"):
-        _collate(chat, samples, length=length - 1)
-
-
 def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     # The wrong answer makes the first one too long.
     long_answer = [samples[0]._replace(wrong=("No, " * 40,)), *samples[1:]]
@@ -272,16 +255,6 @@ def test_a_batch_whose_samples_are_all_skipped(chat: ChatFormat, samples: Sequen
     assert batch.candidates == batch.queries == batch.levels == batch.is_correct == batch.epochs == ()
     assert batch.skipped == ("q0", "q1", "q2", "q3")
     assert batch.to("cpu").skipped == batch.skipped
-
-
-@pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
-def test_text_with_the_image_token_is_refused(
-    chat: ChatFormat, samples: Sequence[Sample], change: dict[str, str]
-) -> None:
-    query = replace(samples[1].query, **change)  # type: ignore[arg-type]
-    [name] = change
-    with pytest.raises(DataError, match=f"record 'q1': '{name}' holds '<image>'"):
-        _collate(chat, [samples[0], samples[1]._replace(query=query)])
 
 
 @pytest.mark.parametrize("change", [{"wrong_answer": "<image>"}, {"wrong": ("<image>",)}])

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -73,13 +72,6 @@ def _collate(chat: ChatFormat, samples: Sequence[Sample], max_length: int = 400,
 
 def _decode(chat: ChatFormat, ids: torch.Tensor) -> str:
     return chat.processor.tokenizer.decode(ids)
-
-
-def test_one_tokenizer_has_percentages_and_one_has_digits(processor: Any) -> None:
-    percentage = processor.tokenizer("Confidence: 85%", add_special_tokens=False)["input_ids"]
-    digits = _digit_tokenizer()("Confidence: 85%", add_special_tokens=False)["input_ids"]
-    assert processor.tokenizer.decode(percentage[-2:-1]).strip() == "85"
-    assert {"8", "5"} <= set(_digit_tokenizer().convert_ids_to_tokens(digits))
 
 
 def test_labels_are_the_response_and_its_end(chat: ChatFormat, samples: Sequence[Sample]) -> None:
@@ -284,15 +276,6 @@ def test_the_begin_token_appears_at_most_once(samples: Sequence[Sample], adds: b
     assert responses == [render_response(s.query.answer, s.confidence) + "<|end|>" for s in samples]
 
 
-def test_text_after_the_end_of_turn_is_not_learnt(samples: Sequence[Sample]) -> None:
-    chat = ChatFormat(
-        _processor(_digit_tokenizer(), CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")), ElicitationPrompt()
-    )
-    batch = _collate(chat, samples)
-    for row in range(4):
-        assert _decode(chat, batch.labels[row][batch.labels[row] != IGNORE]).endswith("%<|end|>")
-
-
 def test_an_end_of_turn_that_is_not_the_end_of_sequence(samples: Sequence[Sample]) -> None:
     tokenizer = _digit_tokenizer(eos_token="</s>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
@@ -325,15 +308,3 @@ def test_a_processor_that_changes_the_response_is_refused(samples: Sequence[Samp
         setattr(shouting, name, getattr(plain, name))
     with pytest.raises(DataError, match="record 'q0': Shouting changes the text"):
         _collate(ChatFormat(shouting, ElicitationPrompt()), samples)
-
-
-def test_a_custom_prompt(processor: Any, samples: Sequence[Sample]) -> None:
-    chat = ChatFormat(processor, ElicitationPrompt("Look. {question} Say how sure you are."))
-    ids = PromptCollator(chat)(samples[:1]).inputs["input_ids"][0]
-    assert f"Look. {samples[0].query.question} Say how sure you are." in _decode(chat, ids)
-
-
-def test_images_of_any_shape_reach_the_model(processor: Any, samples: Sequence[Sample]) -> None:
-    tall = samples[0]._replace(image=np.zeros((300, 20, 3), dtype=np.uint8))
-    batch = _collate(ChatFormat(processor, ElicitationPrompt()), [tall, samples[3]])
-    assert batch.inputs["pixel_values"].shape == (2, 3, 96, 96)

@@ -15,9 +15,8 @@ from PIL import Image
 
 from vlm_calibration.cli import main
 from vlm_calibration.data.convert.gqa import gqa
-from vlm_calibration.data.convert.hf import hf
+from vlm_calibration.data.convert.hf import hf, rlaif_v
 from vlm_calibration.data.convert.reading import Queries
-from vlm_calibration.data.convert.rlaif_v import rlaif_v
 from vlm_calibration.data.convert.sharegpt import sharegpt
 from vlm_calibration.data.convert.vqav2 import vqav2
 from vlm_calibration.data.convert.writing import QueryWriter

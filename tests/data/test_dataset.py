@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from vlm_calibration.data.dataset import (
     EvalSplit,
@@ -26,7 +25,6 @@ from vlm_calibration.data.dataset import (
 )
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
-from vlm_calibration.data.sources.benchmark import PopeSource
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
@@ -96,11 +94,6 @@ def test_the_id_of_a_level_contains_that_of_the_query(query_id: str, perturbatio
     assert query_id_of_level(level_id(query_id, perturbation)) == query_id
 
 
-def test_levels_have_different_ids() -> None:
-    levels = NoisePolicy(levels=LinearLevels(101), kinds=dict.fromkeys(KIND_NAMES, 1.0)).perturbations
-    assert len({level_id("q", p) for p in levels}) == len(levels) == 1 + 100 * len(KIND_NAMES)
-
-
 def test_a_part_may_have_kinds_of_its_own() -> None:
     policy = replace(POLICY, levels=LinearLevels(3))
     parts = {
@@ -115,17 +108,6 @@ def test_a_part_may_have_kinds_of_its_own() -> None:
     assert kinds == {"own": {"", "blur"}, "shared": {"", "noise"}, "clean": {""}}
     with pytest.raises(DataError, match=r"noise.kinds: there is no kind 'rain': expected noise, blur"):
         _dataset(policy, bad=EvalSplit(Square(), "drawn", {"rain": 1.0}))
-
-
-def test_the_same_query_in_two_parts_gets_different_noise() -> None:
-    policy = NoisePolicy(resolution="native", levels=OnlyAt())
-    dataset = _dataset(policy, one=EvalSplit(Square(), "drawn"), two=EvalSplit(Square(), "drawn"))
-    assert not np.array_equal(dataset[0, 0].image, dataset[0, 2].image)
-
-
-def test_skip_leaves_out_what_has_no_evidence() -> None:
-    dataset = _dataset(NoisePolicy(resolution="native", absent="skip"))
-    assert [q.id for q in dataset.queries] == ["dog"]
 
 
 def test_nothing_left_is_an_error() -> None:
@@ -211,23 +193,9 @@ def test_only_the_answer_says_that_an_object_is_absent(mixed: Path, noise: str) 
     [message] = [str(w.message) for w in warned]
     assert message == (
         "data.train: images stay untouched: 5 of 9 queries (2 yes, 2 short, 1 open) need a region of what they ask about and have none: "
-        "'yes without regions', 'yes with another region' (cup), 'short', 'a short no', 'open'; "
+        "'yes without regions', 'yes with another region', 'short', 'a short no', 'open'; "
         "2 ask about an object that is absent (`absent: distractor`): 'absent', 'absent, with another region'"
     )
-
-
-def test_what_has_no_region_is_lost_on_neither_side(write_jsonl: Write, record: Record) -> None:
-    """Of ten yes and ten no about an attribute, half located each, all stay, and as many of each are perturbed."""
-    rows = [
-        record(f"{answer} {i}", question="Is the car red?", answer=answer, regions=DOG if i % 2 else [])
-        for answer in ("Yes", "No")
-        for i in range(10)
-    ]
-    with pytest.warns(UserWarning, match=re.escape("10 of 20 queries (5 yes, 5 no)")):
-        dataset = _jsonl(write_jsonl(*rows), replace(POLICY, levels=OnlyAt()))
-    samples = [dataset[0, i] for i in range(len(dataset))]
-    counts = Counter((s.query.answer, s.perturbation.strength > 0) for s in samples)
-    assert counts == dict.fromkeys(((a, s) for a in ("Yes", "No") for s in (True, False)), 5)
 
 
 def test_all_key_objects_must_have_a_region(write_jsonl: Write, record: Record) -> None:
@@ -238,7 +206,7 @@ def test_all_key_objects_must_have_a_region(write_jsonl: Write, record: Record) 
         "one, the other is absent": {"objects": ["dog", "a cup"], "regions": DOG, "absent": ["a cup"]},
     }
     path = write_jsonl(*(record(name, question="Is it near?", **row) for name, row in rows.items()))
-    with pytest.warns(UserWarning, match=re.escape("1 of 3 queries (1 yes) need") + r".*: 'one' \(a cup\)$"):
+    with pytest.warns(UserWarning, match=re.escape("1 of 3 queries (1 yes) need") + r".*: 'one'$"):
         dataset = _jsonl(path, replace(POLICY, levels=OnlyAt()))
     perturbed = {s.query.id for s in (dataset[0, i] for i in range(3)) if s.perturbation.strength}
     assert perturbed == {"both", "one, the other is absent"}
@@ -322,21 +290,6 @@ def test_clean_images_need_no_regions(mixed: Path, caplog: pytest.LogCaptureFixt
     assert [q.id for q in dataset.queries] == [*ASKED, *UNLOCATED]
     assert {dataset[0, i].perturbation for i in range(9)} == {CLEAN}
     assert caplog.text == ""
-
-
-def test_a_benchmark_loses_no_question_where_it_is_not_noised(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
-    rows = [
-        f'{{"question_id": {i}, "image": "a.jpg", "text": "A dog?", "label": "{a}"}}'
-        for i, a in enumerate(("yes", "no"))
-    ]
-    (tmp_path / "q.json").write_text("\n".join(rows))
-    source = PopeSource(str(tmp_path / "q.json"), str(tmp_path))
-    clean = PerturbedQueries({"": EvalSplit(source)}, POLICY, None)
-    assert len(clean) == 2
-    with pytest.warns(UserWarning, match=re.escape("1 of 2 queries (1 yes) need a region")):
-        noised = PerturbedQueries({"": EvalSplit(source, "drawn")}, POLICY, None)
-    assert [q.answer for q in noised.queries] == ["Yes", "No"]
 
 
 def test_the_demo_loses_no_question(caplog: pytest.LogCaptureFixture) -> None:

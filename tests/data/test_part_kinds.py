@@ -30,8 +30,8 @@ def test_each_part_draws_its_own_kinds(model_folder: str) -> None:
     module = _module(model_folder, NoisePolicy(), **parts)
     module.setup("test")
     drawn: dict[str, set[str]] = {}
-    for index, query in enumerate(module.test_set.queries):
-        drawn.setdefault(query.id.split(":")[0], set()).add(module.test_set[0, index].perturbation.kind)
+    for index, query in enumerate(module.sets["test"].queries):
+        drawn.setdefault(query.id.split(":")[0], set()).add(module.sets["test"][0, index].perturbation.kind)
     assert {name: kinds - {""} for name, kinds in drawn.items()} == {"noised": {"noise"}, "blurred": {"blur"}}
 
 

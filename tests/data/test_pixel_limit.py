@@ -15,8 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from vlm_calibration.data.module import PerturbedQueryDataModule, load_processor
-from vlm_calibration.data.pixel_limit import limit_pixels
-from vlm_calibration.data.resolution import check_resolution, model_resolution
+from vlm_calibration.data.resolution import check_resolution, limit_pixels, model_resolution
 from vlm_calibration.presets import read_config
 from vlm_calibration.records import DataError
 

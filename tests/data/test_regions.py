@@ -12,8 +12,14 @@ import pytest
 from vlm_calibration.callbacks.regions import write_rows
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.raw import RawBatches, shards_of
-from vlm_calibration.data.regions import Extraction, plan_extraction, read_with_regions, split_with_regions
+from vlm_calibration.data.regions import (
+    Extraction,
+    RawBatches,
+    plan_extraction,
+    read_with_regions,
+    shards_of,
+    split_with_regions,
+)
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.demo.source import DemoSource
@@ -194,7 +200,7 @@ def test_training_and_evaluation_read_the_regions(model_folder: str, tmp_path: P
     assert {dataset[0, i].query.id for i in range(len(dataset))} == {f"t{i}" for i in range(5)}  # type: ignore[arg-type]
     data.calibration = None
     data.setup("test")
-    ids = [query.id for query in data.test_set.queries]
+    ids = [query.id for query in data.sets["test"].queries]
     assert ids == [*(f"clean:c{i}" for i in range(6)), *(f"noised:n{i}" for i in range(5))]
 
 

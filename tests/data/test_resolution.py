@@ -74,17 +74,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "PaliGemma 2": ("Siglip", {"size": _square(448)}),
 }
 DEFAULTS = ("CLIP", "Siglip", "Qwen2VL", "Idefics3", "SmolVLM", "Pixtral", "Llava", "LlavaOnevision", "Blip")
-TILING = (
-    "LlavaNext",  # its stock tiles do not divide its stock grids
-    "Llama4",
-    "Cohere2Vision",
-    "Idefics2",
-    "Mllama",
-    "Aria",
-    "Lfm2Vl",
-    "Siglip2",
-)
-PADDING = ("Janus", "DeepseekVL")
+OTHERS = ("LlavaNext", "Llama4", "Cohere2Vision", "Idefics2", "Aria", "Siglip2", "Janus", "DeepseekVL")
 
 
 def _seen(image_processor: Any, image: np.ndarray) -> dict[str, torch.Tensor]:
@@ -186,31 +176,14 @@ def test_center_crop_comes_after() -> None:
     )
 
 
-def test_older_ways_to_state_a_size() -> None:
-    assert model_resolution(SimpleNamespace(size=48), 100, 150) == (48, 72)
-    assert model_resolution(SimpleNamespace(size={"height": 30, "width": 20}), 100, 150) == (30, 20)
-    assert model_resolution(SimpleNamespace(size=None, do_resize=False), 100, 150) == (100, 150)
-
-
-def test_tiles_that_do_not_divide_the_longest_edge_are_refused() -> None:
+def test_tiles_whose_size_would_not_stay_are_refused() -> None:
     odd = transformers.SmolVLMImageProcessor(size={"longest_edge": 150}, max_image_size={"longest_edge": 40})
-    with pytest.raises(DataError, match="behind SmolVLMImageProcessor"):
-        model_resolution(odd, 60, 80)
-
-
-@pytest.mark.parametrize("change", [{"size": {"height": 40, "width": 48}}, {"max_patches": 16}])
-def test_tiles_whose_size_would_not_stay_are_refused(change: dict[str, Any]) -> None:
-    odd = transformers.GotOcr2ImageProcessor(**{**INTERNVL.to_dict(), **change})
-    with pytest.raises(DataError, match="behind GotOcr2ImageProcessor"):
-        model_resolution(odd, 60, 80)
-
-
-@pytest.mark.parametrize(
-    "size", [None, {}, {"max_height": 5, "max_width": 5}, {"shortest_edge": 5, "longest_edge": 9}]
-)
-def test_unknown_settings_are_refused(size: Any) -> None:
-    with pytest.raises(DataError, match="behind SimpleNamespace: set data.noise.resolution to native"):
-        model_resolution(SimpleNamespace(size=size), 100, 150)
+    with pytest.raises(DataError, match="behind SmolVLMImageProcessor: set data.noise.resolution to native"):
+        check_resolution(SimpleNamespace(image_processor=odd))
+    for change in ({"size": {"height": 40, "width": 48}}, {"max_patches": 16}):
+        odd = transformers.GotOcr2ImageProcessor(**{**INTERNVL.to_dict(), **change})
+        with pytest.raises(DataError, match="behind GotOcr2ImageProcessor"):
+            check_resolution(SimpleNamespace(image_processor=odd))
 
 
 @pytest.mark.parametrize("processor", KNOWN.values(), ids=KNOWN)
@@ -223,18 +196,18 @@ def test_published_settings_pass_the_check(name: str) -> None:
     kind, settings = PUBLISHED[name]
     image_processor = getattr(transformers, f"{kind}ImageProcessor")(**settings)
     check_resolution(SimpleNamespace(image_processor=image_processor))
-    for height, width in ((480, 640), (1333, 800), (90, 100), (3000, 4000), (2160, 480)):
+    for height, width in ((480, 640), (1333, 800), (90, 100), (2160, 480)):
         size = model_resolution(image_processor, height, width)
         assert model_resolution(image_processor, *size) == size
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", DEFAULTS + OTHERS)
 def test_stock_settings_pass_the_check(name: str) -> None:
     check_resolution(SimpleNamespace(image_processor=getattr(transformers, f"{name}ImageProcessor")()))
 
 
-@pytest.mark.parametrize("name", TILING + PADDING)
-def test_tiling_and_padding_processors_are_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["Mllama", "Lfm2Vl"])
+def test_processors_that_cannot_be_followed_are_refused(name: str) -> None:
     processor = getattr(transformers, f"{name}ImageProcessor")()
     with pytest.raises(DataError, match=f"behind {name}ImageProcessor"):
         check_resolution(SimpleNamespace(image_processor=processor))
@@ -251,7 +224,7 @@ def test_settings_of_the_processor_around_count() -> None:
 def test_an_image_that_qwen_refuses_is_refused() -> None:
     for height, width in ((10, 2001), (2001, 10)):
         with pytest.raises(
-            DataError, match=f"an image of {width} x {height} pixels: one side may be at most 200"
+            DataError, match=f"an image of {width} x {height} pixels: .*must be smaller than 200"
         ):
             model_resolution(QWEN2, height, width)
         with pytest.raises(ValueError, match="must be smaller than 200"):

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_calibration.commands.data_split import split
-from vlm_calibration.data import split as module
-from vlm_calibration.data.sources.data_root import SPLITS
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.data.sources.parquet import ParquetSource
-from vlm_calibration.data.split import assign_groups
+from vlm_calibration.data.sources.query_file import SPLITS
+from vlm_calibration.data.split import assign_queries
 from vlm_calibration.records import DataError
 
 from ..command_line import Ended
@@ -119,43 +118,39 @@ def test_a_mark_at_the_begin_and_a_line_without_end(file: Path, lines: list[byte
 
 
 @given(
-    st.lists(st.integers(1, 30), min_size=4, max_size=60),
+    st.lists(st.integers(-1, 60), min_size=4, max_size=200),
     st.lists(st.floats(0.02, 1), min_size=4, max_size=4),
     st.integers(0, 1000),
     st.randoms(use_true_random=False),
 )
 @settings(max_examples=60)
-def test_shares_are_close_whatever_the_groups(
-    sizes: list[int], weights: list[float], seed: int, shuffle: random.Random
+def test_each_split_has_its_share_of_the_groups(
+    groups: list[int], weights: list[float], seed: int, shuffle: random.Random
 ) -> None:
     shares = [w / sum(weights) for w in weights]
-    keys = [f"image {i}" for i in range(len(sizes))]
-    chosen = assign_groups(keys, sizes, shares, seed)
-    counts = [sum(size for size, c in zip(sizes, chosen, strict=True) if c == s) for s in range(4)]
-    assert all(counts)
-    largest = max(sizes)
-    assert all(count <= share * sum(sizes) + largest for count, share in zip(counts, shares, strict=True))
-    order = shuffle.sample(range(len(sizes)), len(sizes))
-    again = assign_groups([keys[i] for i in order], [sizes[i] for i in order], shares, seed)
-    assert again == [chosen[i] for i in order]
+    number = len(set(groups) - {-1})
+    if number < 4:
+        with pytest.raises(DataError, match=f"{number} different images are too few for 4 splits"):
+            assign_queries(np.array(groups), shares, seed)
+        return
+    splits = assign_queries(np.array(groups), shares, seed).tolist()
+    members = [{g for g, s in zip(groups, splits, strict=True) if s == split} for split in range(4)]
+    assert all(members)
+    assert sum(map(len, members)) == number, "no group is in two splits"
+    assert {s for g, s in zip(groups, splits, strict=True) if g < 0} <= {-1}
+    for share, groups_of_split in zip(shares[1:], members[1:], strict=True):
+        assert len(groups_of_split) <= share * number + 1
+    order = shuffle.sample(range(len(groups)), len(groups))
+    again = assign_queries(np.array(groups)[order], shares, seed)
+    assert again.tolist() == [splits[i] for i in order]
 
 
-def test_shares_are_met_where_images_are_many() -> None:
+def test_shares_of_queries_are_close_where_images_are_many() -> None:
     rng = np.random.default_rng(0)
-    sizes = rng.integers(1, 9, 5000).tolist()
-    shares = [0.8, 0.05, 0.05, 0.1]
-    chosen = np.array(assign_groups([str(i) for i in range(5000)], sizes, shares, 0))
-    counts = np.bincount(chosen, weights=sizes) / sum(sizes)
-    assert np.abs(counts - shares).max() < 8 / sum(sizes)
-    means = [np.mean(np.array(sizes)[chosen == s]) for s in range(4)]
-    assert np.ptp(means) < 0.5, "no split has the large groups"
-
-
-def test_large_groups_go_where_there_is_room_for_them() -> None:
-    sizes, shares = [30, 30] + [1] * 40, [0.8, 0.05, 0.05, 0.1]
-    for seed in range(20):
-        chosen = np.array(assign_groups([str(i) for i in range(42)], sizes, shares, seed))
-        assert np.bincount(chosen, weights=sizes).tolist() == [80, 5, 5, 10]
+    groups = np.repeat(np.arange(5000), rng.integers(1, 9, 5000))
+    splits = assign_queries(groups, [0.8, 0.05, 0.05, 0.1], 0)
+    assert [len(np.unique(groups[splits == s])) for s in range(4)] == [4000, 250, 250, 500]
+    assert np.abs(np.bincount(splits) / len(splits) - [0.8, 0.05, 0.05, 0.1]).max() < 0.005
 
 
 def _encoded(i: int) -> dict[str, Any]:
@@ -240,14 +235,14 @@ def test_the_file_to_split_is_never_overwritten(file: Path) -> None:
 def test_all_files_are_written_or_none(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split(file)
     before = _read(file.parent)
-    flushed: list[Path] = []
+    flushed: list[int] = []
 
-    def full(path: Path) -> None:
-        flushed.append(path)
+    def full(file: int) -> None:
+        flushed.append(file)
         if len(flushed) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_flush", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DataError, match="No space left"):
         split(file, seed=5, overwrite=True)
     assert _read(file.parent) == before

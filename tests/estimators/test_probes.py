@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,10 +12,9 @@ import pytest
 import torch
 
 from vlm_calibration.data.collate import ChatFormat
-from vlm_calibration.data.copies import perturbed_copies
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import CopiedRegion, ImageCopy, NoisePolicy, Sample
+from vlm_calibration.data.noise import CopiedRegion, ImageCopy, NoisePolicy, Sample, perturbed_copies
 from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.source import DemoSource
@@ -235,10 +235,9 @@ def test_a_split_without_such_a_region_is_named(
     parts = {"fine": EvalSplit(_Boxes()), "bare": EvalSplit(_Boxes(objects))}
     module = PerturbedQueryDataModule(model_folder, test=parts, workers=0)
     asking = EvaluationModule(BaseModel(model_folder), probes=[region])  # type: ignore[list-item]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(PerturbedQueryDataModule, "_module", asking)
-        with pytest.raises(DataError, match=rf"data\.test\.bare: .*'{region}' out of model\.probes"):
-            module.setup("test")
+    module.trainer = SimpleNamespace(lightning_module=asking)  # type: ignore[assignment]
+    with pytest.raises(DataError, match=rf"data\.test\.bare: .*'{region}' out of model\.probes"):
+        module.setup("test")
 
 
 @pytest.mark.parametrize(

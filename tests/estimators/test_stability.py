@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,9 @@ import pytest
 import torch
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch
-from vlm_calibration.data.copies import perturbed_copies
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
-from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import ImageCopy, NoisePolicy, Sample, query_rng
+from vlm_calibration.data.module import DataNeeds, PerturbedQueryDataModule
+from vlm_calibration.data.noise import ImageCopy, NoisePolicy, Sample, perturbed_copies, query_rng
 from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.source import DemoSource
@@ -92,13 +92,6 @@ def test_the_likelihood_is_the_mean_over_perturbed_images(
 # --- Copies from the data module ----------------------------------------------------------------------------------
 
 
-class _Asking:
-    """Stands for the module of an evaluation."""
-
-    def __init__(self, copies: Sequence[ImageCopy]) -> None:
-        self.copies = {"test": copies}
-
-
 def _batches(
     folder: str, estimator: Stability | None, answered: dict[str, list[int]] | None = None, **settings: Any
 ) -> list[PromptBatch]:
@@ -108,10 +101,10 @@ def _batches(
         "eval_batch_size": 4,
     }
     module = PerturbedQueryDataModule(folder, **{**plain, **settings})  # type: ignore[arg-type]
-    with pytest.MonkeyPatch.context() as patched:
-        asking = _Asking(estimator.copies if estimator else ())
-        patched.setattr(PerturbedQueryDataModule, "_module", asking)
-        module.setup("test")
+    needs = DataNeeds(copies={"test": estimator.copies if estimator else ()})
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(data_needs=needs))  # type: ignore[assignment]
+    module.setup("test")
+    module.trainer = None
     module.leave_out_answered(answered or {})
     return list(module.test_dataloader())  # type: ignore[arg-type]
 

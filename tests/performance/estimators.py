@@ -30,8 +30,7 @@ from tests.performance.preference import SIDE, write_model
 from transformers import AutoProcessor
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator
-from vlm_calibration.data.copies import perturbed_copies
-from vlm_calibration.data.noise import NoisePolicy, Sample
+from vlm_calibration.data.noise import NoisePolicy, Sample, perturbed_copies
 from vlm_calibration.demo.scenes import CLASSES, SCENE_SIZE
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator

@@ -19,8 +19,7 @@ from vlm_calibration.callbacks.contact_sheet import ContactSheet
 from vlm_calibration.callbacks.regions import RegionWriter, _begin, row_of, write_rows
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.raw import RawQuery
-from vlm_calibration.data.regions import read_with_regions
+from vlm_calibration.data.regions import RawQuery, read_with_regions
 from vlm_calibration.data.sources.base import with_regions
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.demo.source import DemoSource

@@ -645,7 +645,7 @@ def test_images_come_back_with_their_perturbation(
         noise=NoisePolicy(kinds=dict.fromkeys(("noise", "blur", "occlusion"), 1.0)),
     )
     data.setup("test")
-    dataset = data.test_set
+    dataset = data.sets["test"]
     place = {query.id: i for i, query in enumerate(dataset.queries)}
     for prediction in shown:
         sample = dataset[0, place[prediction.id]]

@@ -90,7 +90,7 @@ def test_absent_objects_are_noised_as_in_training(model_folder: str, data: Data)
     splits = {"": EvalSplit(TWO, "every_level")}
     queries = data(test=splits, noise=NoisePolicy(distractor_probability=0.5))
     queries.setup("test")
-    dataset = queries.test_set
+    dataset = queries.sets["test"]
     strengths = [dataset[0, i].perturbation.strength for i in range(len(dataset))]
     assert strengths == [s for s in LinearLevels().strengths() for _ in range(6)], (
         "none is lost to a distractor"

@@ -258,7 +258,7 @@ def test_training_states_the_confidence_of_each_query(
     run.fit(SFTModule(BaseModel(model_folder, dtype="float32"), max_new_tokens=3), datamodule=queries)
     for dataset, scale in (
         (queries.train_dataloader().dataset, levels),
-        (queries.validation_set, levels.averaged),
+        (queries.sets["validation"], levels.averaged),
     ):
         for index, query in enumerate(dataset.queries):  # type: ignore[attr-defined]
             sample = dataset[0, index]

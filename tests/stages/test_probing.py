@@ -118,6 +118,6 @@ def test_the_original_confidence_is_the_stated_one(
 def test_the_calibration_set_is_not_copied_for_probes(model_folder: str) -> None:
     stable = Stability()
     module = EvaluationModule(BaseModel(model_folder), estimators=[stable], probes=["image", "answer"])
-    assert [len(copies) for copies in module.copies.values()] == [5, 4]
-    assert module.copies["calibration"] == stable.copies
-    assert EvaluationModule(BaseModel(model_folder)).copies == {"test": [], "calibration": []}
+    assert [len(copies) for copies in module.data_needs.copies.values()] == [5, 4]
+    assert module.data_needs.copies["calibration"] == stable.copies
+    assert EvaluationModule(BaseModel(model_folder)).data_needs.copies == {"test": [], "calibration": []}

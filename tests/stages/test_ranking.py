@@ -19,7 +19,7 @@ from PIL import Image
 
 from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.dataset import EvalSplit
-from vlm_calibration.data.module import LEVELS, PerturbedQueryDataModule
+from vlm_calibration.data.module import LEVELS, DataNeeds, PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.demo.source import DemoSource
@@ -50,7 +50,7 @@ def samples(data: Data) -> list[Sample]:
     """An open query with one wrong answer, a yes/no query, and an open query with two wrong answers."""
     queries = data()
     queries.setup("fit")
-    plain = [queries._sets["train"][0, i] for i in range(3)]
+    plain = [queries.sets["train"][0, i] for i in range(3)]
     return [
         _open(plain[0], "A dog, I think", "cat"),
         plain[1],
@@ -156,7 +156,9 @@ class OpenSource(DemoSource):
 def test_a_query_without_a_wrong_answer_to_rank_is_refused_before_any_is_answered(data: Data) -> None:
     def set_up(scenes: int, grading: Grading) -> None:
         queries = data(levels=OpenSource("test", scenes=scenes), grading=grading)
-        queries.trainer = SimpleNamespace(lightning_module=SimpleNamespace(asks=LEVELS))  # type: ignore[assignment]
+        queries.trainer = SimpleNamespace(  # type: ignore[assignment]
+            lightning_module=SimpleNamespace(data_needs=DataNeeds((LEVELS,), ()))
+        )
         queries.setup("test")
 
     set_up(1, RANKING)
@@ -206,9 +208,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _source(folder: Path, begin: float, end: float) -> dict[str, Any]:
+    """A file with the queries between two shares of all."""
+    queries, path = pq.read_table(folder / "queries.parquet"), folder / f"queries-{begin}-{end}.parquet"
+    first, last = round(begin * len(queries)), round(end * len(queries))
+    pq.write_table(queries.slice(first, last - first), path)
     return {
         "class_path": "vlm_calibration.data.sources.parquet.ParquetSource",
-        "init_args": {"path": str(folder / "queries.parquet"), "begin": begin, "end": end},
+        "init_args": {"path": str(path)},
     }
 
 

@@ -64,10 +64,10 @@ class CalibrationFigures(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._log(trainer, module, trainer.datamodule.validation_set, "val")  # type: ignore[attr-defined]
+            self._log(trainer, module, trainer.datamodule.sets["validation"], "val")  # type: ignore[attr-defined]
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._log(trainer, module, trainer.datamodule.test_set, "test")  # type: ignore[attr-defined]
+        self._log(trainer, module, trainer.datamodule.sets["test"], "test")  # type: ignore[attr-defined]
 
     def _log(
         self, trainer: L.Trainer, module: L.LightningModule, dataset: PerturbedQueries, stage: str

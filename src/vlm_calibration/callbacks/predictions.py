@@ -115,7 +115,7 @@ class PredictionWriter(L.Callback):
 
     def _validation_log(self, trainer: L.Trainer) -> AnswerLog:
         if self._log is None:
-            queries = {VALIDATION: _data(trainer).validation_set.queries}
+            queries = {VALIDATION: _data(trainer).sets["validation"].queries}
             folder = Path(trainer.default_root_dir)
             self._log = AnswerLog(folder, trainer.global_rank, queries, name=VALIDATED)
         return self._log

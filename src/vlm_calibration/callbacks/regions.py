@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from vlm_calibration.append_log import AppendLog, LogLine
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.raw import RawBatch
+from vlm_calibration.data.regions import RawBatch
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
 from vlm_calibration.files import replacing, write_json
 from vlm_calibration.progress import track

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 from jsonargparse.typing import PositiveInt
 
@@ -18,8 +17,6 @@ from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, add_variables, res
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
     from vlm_calibration.data.module import PerturbedQueryDataModule
     from vlm_calibration.data.sources.base import QuerySource
 
@@ -40,7 +37,7 @@ def inspect(
     leaks: bool = True,
     strict: bool = False,
 ) -> None:
-    """Print counts, balance, image sizes, how much of an image regions cover, and bad records of each source, and shared images.
+    """Print one table: counts, balance, image sizes, how much of an image regions cover, bad records of each source, and shared images.
 
     Images that train, validation, levels or calibration, and test share are counted and named: stored in one place, with the same
     content, or nearly the same. For this every image is read, about a millisecond each.
@@ -56,35 +53,63 @@ def inspect(
         CommandError: a file does not exist, or `strict` found something.
     """
     from rich.console import Console
+    from rich.table import Table
 
-    from vlm_calibration.commands.data_leaks import print_leaks
-    from vlm_calibration.data.sources.data_root import MissingFileError
-    from vlm_calibration.reporting.inspection import inspect_source, print_inspection
+    from vlm_calibration.data.near_duplicates import find_leaks
+    from vlm_calibration.data.sources.query_file import MissingFileError
+    from vlm_calibration.files import MAX_NAMED
+    from vlm_calibration.reporting.inspection import inspect_source, table_rows
 
     sources = dict(_sources(read_data(settings)))
     if not sources:
         raise DataError(
             "nothing to inspect: none of data.train, validation, levels, test, calibration and predict is set"
         )
-    console = Console()
+    console, table = Console(), Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def add_rows(name: str, rows: Iterable[tuple[str, str]]) -> None:
+        table.add_row(name, "", style="bold")
+        for heading, text in rows:
+            table.add_row(heading, text.replace("[", "\\["))
+        table.add_section()
+
     missing: dict[str, MissingFileError] = {}
     problems = 0
-    named: set[str] = set()
+    messages: list[str] = []
+    unreadable: dict[str, str] = {}
     for name, source in sources.items():
         try:
             inspection = inspect_source(source, samples)
         except MissingFileError as error:
             missing[name] = error
             continue
-        problems += len(inspection.bad) + len(inspection.unloadable.keys() - named)
-        print_inspection(name, inspection, console, named)
+        problems += len(inspection.bad)
+        messages += inspection.bad[:MAX_NAMED]
+        unreadable = {**inspection.unloadable, **unreadable}
+        add_rows(name, table_rows(inspection))
     if leaks:
-        problems += print_leaks(
-            {name: s for name, s in sources.items() if name not in missing}, console, named
-        )
+        report = find_leaks({name: source for name, source in sources.items() if name not in missing})
+        for kind, first, second, count, examples in report.leaks:
+            shared = f"{count} of {report.images[second]}: {', '.join(examples)}"
+            add_rows(f"{first}, {second}", [(f"shared images, {kind}", shared)])
+            problems += count
+        if report.images and not report.leaks:
+            add_rows(", ".join(report.images), [("shared images", "none")])
+        unreadable |= {
+            image: f"not compared: {image}: {reason}"
+            for image, reason in report.unreadable.items()
+            if image not in unreadable
+        }
+    problems += len(unreadable)
+    console.print(table)
+    named = list(unreadable.values())[:MAX_NAMED]
+    for message in (*messages, *named, *(f"{name}: {error}" for name, error in missing.items())):
+        console.print(message, soft_wrap=True, markup=False, highlight=False)
+    if len(unreadable) > len(named):
+        console.print(f"and {len(unreadable) - len(named)} more images that cannot be read")
     if missing:
-        for name, absent in missing.items():
-            console.print(f"{name}: {absent}", soft_wrap=True, markup=False, highlight=False)
         paths = ", ".join(str(absent.path) for absent in missing.values())
         raise DataError(f"{len(missing)} of the files of {len(sources)} sources do not exist: {paths}")
     if strict and problems:
@@ -106,18 +131,6 @@ def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:
     """
     if not settings:
         raise ArgumentError(None, "data inspect: nothing to inspect: give --config FILE")
-    parser = _data_parser()
-    with explained_errors(parser):
-        parsed = parser.parse_args(with_full_help(resolve_configs(settings, _only_data)))
-    try:
-        data: PerturbedQueryDataModule = parser.instantiate_classes(parsed).data
-    except (ValueError, OSError) as error:
-        raise DataError(f"configuration: {error}") from error
-    return data
-
-
-def _data_parser() -> ArgumentParser:
-    """A parser of the section `data` of configurations."""
     from jsonargparse import ArgumentParser
 
     from vlm_calibration.data.module import PerturbedQueryDataModule
@@ -126,20 +139,22 @@ def _data_parser() -> ArgumentParser:
     parser.add_argument("-c", "--config", action="config")
     add_variables(parser)
     parser.add_class_arguments(PerturbedQueryDataModule, "data")
-    return parser
-
-
-def _only_data(content: dict[str, Any]) -> dict[str, Any]:
-    return {"data": content.get("data") or {}}
+    with explained_errors(parser):
+        only_data = resolve_configs(settings, lambda content: {"data": content.get("data") or {}})
+        parsed = parser.parse_args(with_full_help(only_data))
+    try:
+        data: PerturbedQueryDataModule = parser.instantiate_classes(parsed).data
+    except (ValueError, OSError) as error:
+        raise DataError(f"configuration: {error}") from error
+    return data
 
 
 def _sources(data: PerturbedQueryDataModule) -> Iterator[tuple[str, QuerySource]]:
     """The sources of a data module by the names of their settings, with the regions of `data.regions` if it is set."""
-    from vlm_calibration.data.regions import split_with_regions
+    from vlm_calibration.data.module import setting_of
 
-    for name, eval_split in data.settings.items():
-        if data.regions is not None:
-            eval_split = split_with_regions(Path(data.regions), name, eval_split)
-        yield f"data.{name}", eval_split.source
+    for name in data.splits:
+        for part, eval_split in data.read_splits(name).items():
+            yield f"data.{setting_of(name, part)}", eval_split.source
     if data.predict is not None:
         yield "data.predict", data.predict

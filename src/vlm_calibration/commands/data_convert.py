@@ -10,9 +10,8 @@ from typing import Any
 
 from vlm_calibration.arguments import Subcommands
 from vlm_calibration.data.convert.gqa import gqa
-from vlm_calibration.data.convert.hf import hf
+from vlm_calibration.data.convert.hf import hf, rlaif_v
 from vlm_calibration.data.convert.reading import Source
-from vlm_calibration.data.convert.rlaif_v import rlaif_v
 from vlm_calibration.data.convert.sharegpt import sharegpt
 from vlm_calibration.data.convert.vqav2 import vqav2
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
-    from vlm_calibration.data.split import Source, SplitResult
+    from vlm_calibration.data.split import SplitResult
 
 
 def split(
@@ -32,7 +32,7 @@ def split(
         file: JSON lines (.jsonl) or Parquet (.parquet), one query a line or row
         out: folder to write to (default: the one that image paths are relative to, so that they stay valid)
         root: folder that image paths are relative to (default: the folder of FILE)
-        shares: shares of the queries for train, validation, calibration and test, with sum 1
+        shares: shares of the images for train, validation, calibration and test, with sum 1
         seed: another seed gives another split
         near_identical: keep images together that look nearly the same, e.g. encoded again or resized
         on_bad_record: "raise" stops at a bad record, "skip" leaves it out and names it
@@ -42,42 +42,30 @@ def split(
         DataError: a record or setting cannot be used, or a file exists already.
     """
     # These import torch, which the help does not need.
-    from vlm_calibration.data.split import (
-        ImagesOfQueries,
-        check_shares,
-        open_source,
-        output_paths,
-        split_queries,
-    )
+    from vlm_calibration.data.sources.query_file import SPLITS
+    from vlm_calibration.data.split import open_source, output_paths, split_queries
 
     folder = root or file.parent
-    check_shares(shares)
+    if len(shares) != len(SPLITS) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+        raise DataError(
+            f"--shares: expected {len(SPLITS)} numbers above 0 with sum 1, for {', '.join(SPLITS)}, found "
+            f"{' '.join(f'{share:g}' for share in shares)}"
+        )
     source = open_source(file, folder, on_bad_record)
     paths = output_paths(file, out or folder, overwrite)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bad records are printed below, all of them
-        source.queries()
+        queries = source.queries()
     if out is not None and root is None:
-        _check_images_below(source, out)
-    images = ImagesOfQueries(source, near_identical)
-    result = split_queries(source, paths, shares, seed, images)
-    _print(result, None if out is None or _same(out, folder) else folder)
-
-
-def _check_images_below(source: Source, out: Path) -> None:
-    """Refuse to write files whose image paths would not be valid."""
-    for query in source.queries():
-        file = source.image_file(query)
-        if file is not None and not (out / query.image).is_file():
-            raise DataError(
-                f"--out {out}: image paths are relative to the folder of the file that names them, and there is no {query.image} "
-                f"in {out}: leave out --out to write to {source.root}, or say with --root {source.root} that paths stay "
-                "relative to that folder"
-            )
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve()
+        for query in queries:
+            if source.image_file(query) is not None and not (out / query.image).is_file():
+                raise DataError(
+                    f"--out {out}: image paths are relative to the folder of the file that names them, and there is no "
+                    f"{query.image} in {out}: leave out --out to write to {source.root}, or say with --root {source.root} that "
+                    "paths stay relative to that folder"
+                )
+    result = split_queries(source, paths, shares, seed, near_identical)
+    _print(result, None if out is None or out.resolve() == folder.resolve() else folder)
 
 
 def _print(result: SplitResult, root: Path | None) -> None:

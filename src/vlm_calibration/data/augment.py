@@ -20,22 +20,14 @@ __all__ = ["Augmentation", "BasicTransform"]
 
 
 class Augmentation:
-    """Applies albumentations transforms to an image and its regions.
-
-    Args:
-        transforms: in the order in which they are applied.
-    """
+    """Applies albumentations transforms to an image and its regions, in their order."""
 
     def __init__(self, transforms: Sequence[BasicTransform]) -> None:
         self.transforms = list(transforms)
         self._compose = Compose(self.transforms)
 
     def __call__(self, loaded: LoadedImage, seed: int) -> LoadedImage:
-        """Augment an image. One that would lose the evidence, e.g. by cropping, stays as it is.
-
-        Args:
-            loaded: the image with its regions.
-            seed: of all random choices, in [0, 2**32).
+        """Augment an image, with a seed in [0, 2**32). One that would lose the evidence, e.g. by cropping, stays as it is.
 
         Raises:
             DataError: the result is not a uint8 image of three channels.

@@ -59,9 +59,8 @@ class Candidate(NamedTuple):
     """One response to a query.
 
     Attributes:
-        tokens: token ids after the prompt, through the end of the turn.
-        answer_length: how many leading tokens are the answer.
-        ending_length: how many trailing tokens are the same for every confidence ("%", the end of the turn).
+        tokens: token ids after the prompt, through the end of the turn; the first `answer_length` are the answer, the last
+            `ending_length` the same for every confidence ("%", the end of the turn).
         confidence: the stated confidence, in [0, 1].
         wrong: whether the answer differs from that of the chosen response.
     """
@@ -113,14 +112,9 @@ _EMPTY = CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), (
 def stated_levels(
     levels: Sequence[ConfidenceLevels], answer_type: str, grid: int | None = None
 ) -> tuple[float, ...]:
-    """The confidences that can be stated for an answer type, in falling order.
+    """The confidences of any of these scales that can be stated for an answer type, in falling order.
 
-    Args:
-        levels: confidences of any of these scales count.
-        grid: percent, as in `CandidateSettings`.
-
-    Raises:
-        ValueError: a scale was not measured for the answer type.
+    Raises a ValueError if a scale was not measured for the answer type; `grid` is that of `CandidateSettings`.
     """
     multiples = set() if grid is None else {percent / 100 for percent in range(0, 101, grid)}
     # Confidences that round to the same percentage are one: the last scale's highest.
@@ -146,10 +140,9 @@ class ResponseTokenizer:
         self.grid = grid
 
     def tokenize(self, query: Query, answers: Sequence[str]) -> tuple[int, tuple[Candidate, ...]]:
-        """One response per answer and confidence; answers after the first are wrong.
+        """One response per answer and confidence, and how many tokens at the end of the prompt they replace (mostly 0).
 
-        Returns:
-            How many tokens at the end of the prompt the responses replace (mostly 0), and the responses.
+        Answers after the first are wrong.
         """
         levels = stated_levels(self.levels, query.answer_type, self.grid)
         stated = [(answer, c) for answer in answers for c in levels]
@@ -193,12 +186,7 @@ class CandidateCollator:
                                               Yes . Confidence : 0 % <end>
         levels                2 floats        0.5, 1.0
 
-    Args:
-        chat: renders and tokenizes conversations.
-        levels: the scale of the noise.
-        settings: further confidences, and wrong answers.
-        max_length: limit of a prompt with one response, in tokens.
-        on_too_long: as in `SFTCollator`.
+    `levels` is the scale of the noise, `max_length` limits a prompt with one response; the rest is as in `SFTCollator`.
     """
 
     def __init__(
@@ -252,12 +240,7 @@ class CandidateCollator:
 
 
 class ValidationBatch(NamedTuple):
-    """The same samples as prompts to answer and, in preference optimisation, as candidates.
-
-    Attributes:
-        prompts: prompts to answer.
-        candidates: their candidate responses; None in supervised fine-tuning.
-    """
+    """The same samples as prompts to answer and, in preference optimisation, as candidates."""
 
     prompts: PromptBatch
     candidates: CandidateBatch | None
@@ -268,12 +251,12 @@ class ValidationBatch(NamedTuple):
         )
 
 
+@dataclass
 class ValidationCollator:
     """Collates samples into a `ValidationBatch`."""
 
-    def __init__(self, prompts: PromptCollator, candidates: CandidateCollator | None) -> None:
-        self.prompts = prompts
-        self.candidates = candidates
+    prompts: PromptCollator
+    candidates: CandidateCollator | None
 
     def __call__(self, samples: Sequence[Sample]) -> ValidationBatch:
         return ValidationBatch(self.prompts(samples), self.candidates(samples) if self.candidates else None)

@@ -64,11 +64,9 @@ class SFTBatch(NamedTuple):
 
 
 class RankedAnswers(NamedTuple):
-    """The answers to one query that ranking compares.
+    """The answers to one query that ranking compares: the gold one, then each wrong one of an open query, as token ids.
 
-    Attributes:
-        cut: how many tokens at the end of the prompt the answers replace (mostly 0).
-        tokens: token ids of the gold answer, then of each wrong one; the gold answer alone if the query is not an open one.
+    `cut` tokens at the end of the prompt are replaced by the answers (mostly 0).
     """
 
     cut: int
@@ -78,9 +76,7 @@ class RankedAnswers(NamedTuple):
 class CopiedPrompts(NamedTuple):
     """The prompts of a batch with one perturbed copy of each image.
 
-    Attributes:
-        rows: the queries of the batch whose image has the copy, as indices.
-        inputs: the arguments of `generate` for these queries, empty without any; they stay in main memory.
+    `inputs` are the arguments of `generate` for the queries with indices `rows`, whose image has the copy; they stay in main memory.
     """
 
     rows: tuple[int, ...]
@@ -92,16 +88,16 @@ class PromptBatch(NamedTuple):
 
     Attributes:
         inputs: arguments of `generate` (input_ids int64 [B, L], ...); empty without queries, or if no model here answers.
-        queries: the B queries.
-        perturbations: for each query what happened to its image.
-        noise_steps: for each query the diffusion step of its noise; None for other kinds of perturbation.
-        levels: for each query the confidence in [0, 1] of its perturbation.
+        queries: the B queries, and for each of them:
+        perturbations: what happened to its image.
+        noise_steps: the diffusion step of its noise; None for other kinds of perturbation.
+        levels: the confidence in [0, 1] of its perturbation.
         grading: rule that grades the answers.
-        ranked: for each query the answers to rank; empty without any.
-        copies: the prompts with each perturbed copy of their images that an estimator or a probe asks for.
-        epochs: for each query the epoch that it is drawn in.
+        ranked: the answers to rank; empty without any.
+        copies: the prompts with each perturbed copy of the images.
+        epochs: the epoch that it is drawn in.
         skipped: ids of the samples that were too long.
-        images: for each query its image, uint8 [H, W, 3]; empty unless an endpoint answers.
+        images: its image, uint8 [H, W, 3]; empty unless an endpoint answers.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -129,11 +125,8 @@ class ChatFormat:
     """Renders conversations in a model's format and tokenizes them.
 
     Args:
-        processor: a transformers processor with a chat template, or PaliGemma's.
+        processor: a transformers processor with a chat template, or PaliGemma's; otherwise a DataError is raised.
         prompt: wraps a question into the text of a prompt.
-
-    Raises:
-        DataError: the processor has no chat template.
     """
 
     def __init__(self, processor: Any, prompt: ElicitationPrompt) -> None:
@@ -147,14 +140,12 @@ class ChatFormat:
 
     def conversations(self, question: str, responses: Sequence[str]) -> list[str]:
         """`render` with each response; a template that inserts text unchanged runs only for the first and the last one."""
-        first = self.render(question, responses[0])
-        if first.count(responses[0]) != 1:
-            return [first, *(self.render(question, r) for r in responses[1:])]
-        before, after = first.split(responses[0])
-        last = self.render(question, responses[-1])
-        if last != before + responses[-1] + after:
-            return [first, *(self.render(question, r) for r in responses[1:])]
-        return [before + r + after for r in responses]
+        first, last = (self.render(question, responses[i]) for i in (0, -1))
+        if first.count(responses[0]) == 1:
+            before, after = first.split(responses[0])
+            if last == before + responses[-1] + after:
+                return [before + r + after for r in responses]
+        return [self.render(question, r) for r in responses]
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered conversations, with image tokens not expanded."""
@@ -176,11 +167,7 @@ class ChatFormat:
         return self.layout.inputs(texts, images, side)
 
     def inputs_of(self, samples: Sequence[Sample], texts: list[str], side: Side) -> dict[str, torch.Tensor]:
-        """`inputs` of samples and their rendered texts.
-
-        Raises:
-            DataError: the processor rejects a sample, which the message names.
-        """
+        """`inputs` of samples and their rendered texts; a sample that the processor rejects is named by a DataError."""
         try:
             return self.inputs(texts, [s.image for s in samples], side)
         except ValueError:
@@ -196,12 +183,8 @@ class ChatFormat:
         query = sample.query
         self.check(query, [sample.answer])
         text = self.render(query.question, render_response(sample.answer, sample.confidence))
-        texts = [
-            self.render(query.question),
-            text,
-            self.render(query.question, render_answer(sample.answer)),
-        ]
-        prompt, full, answered = self.token_ids(texts)
+        answer = self.render(query.question, render_answer(sample.answer))
+        prompt, full, answered = self.token_ids([self.render(query.question), text, answer])
         start = common_prefix(prompt, full)
         return text, full[start:], common_prefix(answered, full) - start
 
@@ -222,14 +205,7 @@ class ChatFormat:
         }
 
     def check(self, query: Query, answers: Sequence[str] = ()) -> None:
-        """Reject a query if its question or an answer contains an image token.
-
-        Args:
-            answers: further answers to the query.
-
-        Raises:
-            DataError: a text contains a token that stands for the image or a part of it.
-        """
+        """Reject a query if its question, its answer or one of `answers` contains a token that stands for the image or a part of it."""
         texts = [("question", query.question), ("answer", query.answer)]
         for name, text in [*texts, *(("wrong answer", a) for a in answers)]:
             for token in self.image_tokens:
@@ -304,11 +280,7 @@ class SFTCollator:
 def split_too_long(
     samples: Sequence[Sample], lengths: Sequence[int], max_length: int, on_too_long: TooLong
 ) -> tuple[list[Sample], tuple[str, ...]]:
-    """The samples of at most `max_length` tokens, and the ids of the others.
-
-    Raises:
-        DataError: a sample is too long and `on_too_long` is "raise".
-    """
+    """The samples of at most `max_length` tokens, and the ids of the others, which raise a DataError if `on_too_long` is "raise"."""
     too_long = [i for i, n in enumerate(lengths) if n > max_length]
     if too_long and on_too_long == "raise":
         first = too_long[0]
@@ -324,7 +296,7 @@ class PromptCollator:
     """Collates samples into a `PromptBatch`.
 
     Args:
-        chat: renders and tokenizes conversations.
+        chat: renders and tokenizes conversations; None if only models behind an address answer.
         grading: rule that will grade the answers.
         max_length: limit of a prompt in tokens; None: no limit.
         on_too_long: as in `SFTCollator`.
@@ -334,7 +306,7 @@ class PromptCollator:
 
     def __init__(
         self,
-        chat: ChatFormat,
+        chat: ChatFormat | None,
         grading: Grading = EXACT,
         max_length: int | None = None,
         on_too_long: TooLong = "raise",
@@ -343,73 +315,13 @@ class PromptCollator:
     ) -> None:
         self.chat = chat
         self.grading = grading
-        self.ranks = ranks
         self.max_length = max_length
         self.on_too_long = on_too_long
         self.keep_images = keep_images
+        self.ranks = ranks
 
     def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
-        if not samples:
-            return PromptBatch({}, (), (), (), (), self.grading)
-        for sample in samples:
-            self.chat.check(sample.query)
-        ranking = self.ranks and any(s.query.answer_type == "open" for s in samples)
-        texts = [self.chat.render(s.query.question) for s in samples]
-        inputs = self.chat.inputs_of(samples, texts, "left")
-        if self.max_length is not None:
-            lengths = inputs["attention_mask"].sum(dim=1).tolist()
-            fitting, skipped = split_too_long(samples, lengths, self.max_length, self.on_too_long)
-            if skipped:
-                return self(fitting)._replace(skipped=skipped)
-        return PromptBatch(
-            inputs,
-            tuple(s.query for s in samples),
-            tuple(s.perturbation for s in samples),
-            tuple(s.noise_step for s in samples),
-            tuple(s.confidence for s in samples),
-            self.grading,
-            tuple(self._tokenize_ranked(s) for s in samples) if ranking else (),
-            self._copied(samples, texts),
-            tuple(s.epoch for s in samples),
-            images=tuple(s.image for s in samples) if self.keep_images else (),
-        )
-
-    def _copied(self, samples: Sequence[Sample], texts: Sequence[str]) -> dict[ImageCopy, CopiedPrompts]:
-        copied = {}
-        for copy in samples[0].copies:
-            images = {row: image for row, s in enumerate(samples) if (image := s.copies[copy]) is not None}
-            changed = [samples[row]._replace(image=image) for row, image in images.items()]
-            of_rows = [texts[row] for row in images]
-            inputs = self.chat.inputs_of(changed, of_rows, "left") if changed else {}
-            copied[copy] = CopiedPrompts(tuple(images), inputs)
-        return copied
-
-    def _tokenize_ranked(self, sample: Sample) -> RankedAnswers:
-        query = sample.query
-        wrong = sample.wrong if query.answer_type == "open" else ()
-        self.chat.check(query, wrong)
-        texts = self.chat.conversations(query.question, [render_answer(a) for a in (query.answer, *wrong)])
-        cut, tokens = self.chat.after_prompt(self.chat.render(query.question), texts)
-        return RankedAnswers(cut, tuple(tuple(self._strip_end(ids)) for ids in tokens))
-
-    def _strip_end(self, ids: Sequence[int]) -> Sequence[int]:
-        """The tokens before the end of the turn."""
-        end = self.chat.turn_length(ids, 1)
-        return ids[: end - 1] if ids[end - 1] in self.chat.special_ids else ids[:end]
-
-
-class ImageCollator:
-    """Collates samples into a `PromptBatch` for endpoints alone: images, and no inputs of a model.
-
-    Args:
-        grading: rule that will grade the answers.
-    """
-
-    def __init__(self, grading: Grading = EXACT) -> None:
-        self.grading = grading
-
-    def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
-        return PromptBatch(
+        batch = PromptBatch(
             {},
             tuple(s.query for s in samples),
             tuple(s.perturbation for s in samples),
@@ -417,5 +329,43 @@ class ImageCollator:
             tuple(s.confidence for s in samples),
             self.grading,
             epochs=tuple(s.epoch for s in samples),
-            images=tuple(s.image for s in samples),
+            images=tuple(s.image for s in samples) if self.keep_images else (),
         )
+        chat = self.chat
+        if chat is None or not samples:
+            return batch
+        for sample in samples:
+            chat.check(sample.query)
+        texts = [chat.render(s.query.question) for s in samples]
+        inputs = chat.inputs_of(samples, texts, "left")
+        if self.max_length is not None:
+            lengths = inputs["attention_mask"].sum(dim=1).tolist()
+            fitting, skipped = split_too_long(samples, lengths, self.max_length, self.on_too_long)
+            if skipped:
+                return self(fitting)._replace(skipped=skipped)
+        ranks = self.ranks and any(s.query.answer_type == "open" for s in samples)
+        copies = {}
+        for copy in samples[0].copies:
+            images = {row: image for row, s in enumerate(samples) if (image := s.copies[copy]) is not None}
+            changed = [samples[row]._replace(image=image) for row, image in images.items()]
+            of_rows = [texts[row] for row in images]
+            copied = chat.inputs_of(changed, of_rows, "left") if changed else {}
+            copies[copy] = CopiedPrompts(tuple(images), copied)
+        return batch._replace(
+            inputs=inputs,
+            ranked=tuple(_ranked(chat, s) for s in samples) if ranks else (),
+            copies=copies,
+        )
+
+
+def _ranked(chat: ChatFormat, sample: Sample) -> RankedAnswers:
+    query = sample.query
+    wrong = sample.wrong if query.answer_type == "open" else ()
+    chat.check(query, wrong)
+    texts = chat.conversations(query.question, [render_answer(a) for a in (query.answer, *wrong)])
+    cut, answers = chat.after_prompt(chat.render(query.question), texts)
+    tokens = []
+    for ids in answers:
+        end = chat.turn_length(ids, 1)
+        tokens.append(tuple(ids[: end - 1] if ids[end - 1] in chat.special_ids else ids[:end]))
+    return RankedAnswers(cut, tuple(tokens))

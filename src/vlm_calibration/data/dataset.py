@@ -8,6 +8,7 @@ left out, those about large and easy objects would stand for all.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +20,16 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
-from vlm_calibration.data.copies import perturbed_copies
 from vlm_calibration.data.noise import (
-    CopiedRegion,
     ImageCopy,
     NoisePolicy,
     Sample,
     perturb_query,
+    perturbed_copies,
     query_rng,
 )
 from vlm_calibration.data.sources.base import BadRecords, LazyQueries, Presence, QuerySource
-from vlm_calibration.files import MAX_NAMED
+from vlm_calibration.files import name_some
 from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels, Perturbation
 from vlm_calibration.progress import track
@@ -79,13 +79,13 @@ class EvalSplit:
 
 
 class SampleBatch(NamedTuple):
-    """The samples of a batch, and the problems of its records.
+    """The samples of a batch, and the problems of its records, by their index in the dataset.
 
     Attributes:
         samples: samples of the records that can be loaded.
-        left_out: index in the dataset -> message, for each other record.
-        clipped: indices of samples with a region that is partly outside the image.
-        empty: indices of samples whose image stays untouched, because no pixel of it shows the key object.
+        left_out: index -> message, for each other record.
+        clipped: samples with a region that is partly outside the image.
+        empty: samples whose image stays untouched, because no pixel of it shows the key object.
     """
 
     samples: list[Sample]
@@ -98,63 +98,86 @@ class NoEvidenceError(DataError):
     """No pixel of the image shows the key object, although nothing says that it is absent."""
 
 
-class Selection(NamedTuple):
-    """The N queries of a source that are asked.
+@dataclass(frozen=True)
+class _Part:
+    """The queries of one split that are asked, untouched or drawn, then those that can be perturbed under every other perturbation.
 
     Attributes:
-        indices: of the queries, int64 [N], ascending.
+        name: of the split.
+        split: its settings.
+        policy: how they are perturbed.
+        queries: all queries of the source.
+        indices: of the N that are asked, int64 [N], ascending.
         presence: of the key objects of each.
         shown: indices of queries about present objects, whose regions give absent ones their shapes, int64.
         answers: form of question -> the gold answers to it, for short answers of which the source has no wrong one.
+        perturbations: under which all are asked; None: drawn when a sample is loaded.
     """
-
-    indices: np.ndarray
-    presence: Sequence[Presence]
-    shown: np.ndarray
-    answers: Mapping[str, Sequence[str]]
-
-
-class _Item(NamedTuple):
-    """A query with its split's name, and what happens to its image; None: drawn when the sample is loaded."""
-
-    part: _SplitQueries
-    query: Query
-    presence: Presence
-    perturbation: Perturbation | None
-
-
-@dataclass(frozen=True)
-class _SplitQueries:
-    """The selected queries of one split, untouched or drawn, then those that can be perturbed under every other of `perturbations`."""
 
     name: str
     split: EvalSplit
     policy: NoisePolicy
     queries: Sequence[Query]
-    selection: Selection
+    indices: np.ndarray
+    presence: Sequence[Presence]
+    shown: np.ndarray
+    answers: Mapping[str, Sequence[str]]
     perturbations: Sequence[Perturbation | None]
 
     @cached_property
     def perturbed(self) -> np.ndarray:
-        """Positions in the selection of the queries that can be perturbed, int64."""
+        """Positions in `indices` of the queries that can be perturbed, int64."""
         kinds = ("present", "absent") if self.policy.absent == "distractor" else ("present",)
-        return np.flatnonzero([presence in kinds for presence in self.selection.presence])
+        return np.flatnonzero([presence in kinds for presence in self.presence])
 
     def __len__(self) -> int:
-        return len(self.selection.indices) + len(self.perturbed) * (len(self.perturbations) - 1)
+        return len(self.indices) + len(self.perturbed) * (len(self.perturbations) - 1)
 
-    def item(self, index: int) -> _Item:
+    def item(self, index: int) -> tuple[Query, Presence, Perturbation | None]:
+        """A query with its split's name, the presence of its key objects, and what happens to its image."""
         level, position = 0, index
-        if index >= len(self.selection.indices):
-            level, position = divmod(index - len(self.selection.indices), len(self.perturbed))
+        if index >= len(self.indices):
+            level, position = divmod(index - len(self.indices), len(self.perturbed))
             level, position = level + 1, int(self.perturbed[position])
-        query = with_split_name(self.queries[int(self.selection.indices[position])], self.name)
-        presence, perturbation = self.selection.presence[position], self.perturbations[level]
+        query = with_split_name(self.queries[int(self.indices[position])], self.name)
+        presence, perturbation = self.presence[position], self.perturbations[level]
         if self.split.noise == "every_level" and perturbation is not None:
             query = replace(query, id=level_id(query.id, perturbation))
-        if presence == "unlocated":
-            perturbation = CLEAN
-        return _Item(self, query, presence, perturbation)
+        return query, presence, CLEAN if presence == "unlocated" else perturbation
+
+    def augmented(self, query: Query, epoch: int, augmentation: Augmentation | None) -> LoadedImage:
+        """The image of a query with its regions, as it is before it is perturbed."""
+        loaded = self.split.source.load(query)
+        if augmentation is None:
+            return loaded
+        seed = query_rng(self.policy.seed, epoch, query.id, "augment").integers(2**32)
+        return augmentation(loaded, int(seed))
+
+    def silhouettes(
+        self, query_id: str, epoch: int, augmentation: Augmentation | None
+    ) -> Sequence[np.ndarray]:
+        """The masks of the key objects of a random query about present objects, for one about an absent object; empty without any."""
+        rng = query_rng(self.policy.seed, epoch, query_id, "silhouettes")
+        for index in rng.permutation(self.shown):
+            try:
+                loaded = self.augmented(self.queries[int(index)], epoch, augmentation)
+            except DataError:
+                # It is reported where it is asked itself.
+                if self.split.source.on_bad_record == "raise":
+                    raise
+                continue
+            if loaded.evidence:
+                return loaded.evidence
+        return ()
+
+    def wrong_answers(self, query: Query, epoch: int) -> Sequence[str]:
+        """The source's wrong answers to a query; if it has none to a short one, the gold answer to another question of its form."""
+        wrong = self.split.source.wrong_answers(query)
+        if wrong or query.answer_type != "short":
+            return wrong
+        answers = self.answers.get(question_form(query), ())
+        order = query_rng(self.policy.seed, epoch, query.id, "form").permutation(len(answers))
+        return _first_wrong((answers[i] for i in order), query.answer, query.synonyms)
 
 
 class PerturbedQueries(Dataset[Sample]):
@@ -198,7 +221,7 @@ class PerturbedQueries(Dataset[Sample]):
         self._taught = taught
         self._copies: Sequence[ImageCopy] = ()
         self._parts = [self._select(name, split) for name, split in splits.items()]
-        self._ends = list(accumulate(len(part) for part in self._parts))
+        self._ends = list(accumulate(map(len, self._parts)))
         if not len(self):
             raise DataError(f"{where}: no query is left")
         for part in self._parts:
@@ -209,51 +232,38 @@ class PerturbedQueries(Dataset[Sample]):
                     region_perturbation(kind, policy.schedule)  # imported once here, not in every worker
 
     def check_answer_types(self) -> None:
-        """Make sure that queries of each answer type can be perturbed, so that its levels can be measured.
-
-        Raises:
-            DataError: those of an answer type cannot.
-        """
+        """Raise a DataError if the queries of an answer type cannot be perturbed, so that its levels cannot be measured."""
         for part in self._parts:
             asked, perturbed = (
                 {part.queries[int(index)].answer_type for index in indices}
-                for indices in (part.selection.indices, part.selection.indices[part.perturbed])
+                for indices in (part.indices, part.indices[part.perturbed])
             )
             for answer_type in sorted(asked - perturbed):
                 raise self._nothing_perturbed(part, f"{answer_type} query")
 
-    def _nothing_perturbed(self, part: _SplitQueries, what: str) -> DataError:
+    def _nothing_perturbed(self, part: _Part, what: str) -> DataError:
         return DataError(
             f"{self._setting(part.name)}: no {what} can be perturbed, which needs a region of what it asks about, or an answer that denies "
             "that it exists: find regions with `vlm-calibration predict --config regions`"
         )
 
     def make_copies(self, copies: Sequence[ImageCopy]) -> None:
-        """Give each sample these perturbed copies of its image from now on.
-
-        Raises:
-            DataError: a copy perturbs a region that no query of a split has.
-        """
+        """Give each sample these perturbed copies of its image from now on; a split without such a region is a DataError."""
         for part in self._parts:
-            for region in dict.fromkeys(copy.region for copy in copies):
-                self._check_regions(part, region)
+            source = part.split.source
+            for region in {copy.region: None for copy in copies if copy.region != "image"}:
+                what, has_region = "its key object", source.has_evidence
+                if region == "distractor":
+                    what, has_region = "an object that it does not ask about", source.has_distractor
+                if not any(has_region(part.queries[int(index)]) for index in part.indices):
+                    raise DataError(
+                        f"{self._setting(part.name)}: no query has a region of {what}, which model.probes or an estimator is to "
+                        f"perturb: take {region!r} out of model.probes (`region: image` for Stability), or give records with such regions"
+                    )
         for copy in copies:
             # Imported once here, not in every worker.
             region_perturbation(copy.perturbation.kind, self.policy.schedule)
         self._copies = tuple(copies)
-
-    def _check_regions(self, part: _SplitQueries, region: CopiedRegion) -> None:
-        if region == "image":
-            return
-        source, what = part.split.source, "its key object"
-        has_region: Callable[[Query], bool] = source.has_evidence
-        if region == "distractor":
-            what, has_region = "an object that it does not ask about", source.has_distractor
-        if not any(has_region(part.queries[int(index)]) for index in part.selection.indices):
-            raise DataError(
-                f"{self._setting(part.name)}: no query has a region of {what}, which model.probes or an estimator is to perturb: "
-                f"take {region!r} out of model.probes (`region: image` for Stability), or give records with such regions"
-            )
 
     def _setting(self, name: str) -> str:
         """The setting of a split."""
@@ -269,15 +279,19 @@ class PerturbedQueries(Dataset[Sample]):
 
     @property
     def queries(self) -> Sequence[Query]:
-        return LazyQueries(len(self), lambda index: self._item(index).query)
+        def query(index: int) -> Query:
+            part, own_index = self._part_of(index)
+            return part.item(own_index)[0]
+
+        return LazyQueries(len(self), query)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def _item(self, index: int) -> _Item:
-        number = next(i for i, end in enumerate(self._ends) if index < end)
-        part = self._parts[number]
-        return part.item(index - (self._ends[number] - len(part)))
+    def _part_of(self, index: int) -> tuple[_Part, int]:
+        """The part that holds an item, and the item's index in it."""
+        number = bisect_right(self._ends, index)
+        return self._parts[number], index - (self._ends[number - 1] if number else 0)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample at (epoch, index).
@@ -294,7 +308,7 @@ class PerturbedQueries(Dataset[Sample]):
             try:
                 sample, clipped, is_empty = self._load(epoch, index)
             except DataError as error:
-                source = self._item(index).part.split.source
+                source = self._part_of(index)[0].split.source
                 policy = self.policy.no_region if isinstance(error, NoEvidenceError) else source.on_bad_record
                 if policy == "raise":
                     raise
@@ -307,27 +321,23 @@ class PerturbedQueries(Dataset[Sample]):
 
     def _load(self, epoch: int, index: int) -> tuple[Sample, bool, bool]:
         """A sample, whether one of its regions is partly outside the image, and whether those of its key objects have no pixel."""
-        part, query, presence, perturbation = self._item(index)
+        part, own_index = self._part_of(index)
+        query, presence, perturbation = part.item(own_index)
         policy = part.policy
-        loaded = self._augmented(part, query, epoch)
+        loaded = part.augmented(query, epoch, self._augmentation)
         is_empty = part.split.noise != "none" and presence == "present" and not loaded.evidence
         if is_empty:
             if policy.no_region == "raise" or perturbation not in (None, CLEAN):
                 raise NoEvidenceError(f"record {query.id!r}: no pixel of its image shows what it asks about")
             perturbation = CLEAN
-        silhouettes = partial(self._silhouettes, part, query.id, epoch)
+        silhouettes = None
+        if not part.split.source.annotates_all:
+            silhouettes = partial(part.silhouettes, query.id, epoch, self._augmentation)
         try:
-            wrong = _wrong_answers(part, query, epoch)
+            wrong = part.wrong_answers(query, epoch)
             self._check(query, wrong)
             sample = perturb_query(
-                query,
-                loaded,
-                policy,
-                self.image_processor,
-                epoch,
-                perturbation,
-                wrong,
-                None if part.split.source.annotates_all else silhouettes,
+                query, loaded, policy, self.image_processor, epoch, perturbation, wrong, silhouettes
             )
             if self._copies:
                 copies = perturbed_copies(sample, loaded, self._copies, policy, self.image_processor)
@@ -336,54 +346,79 @@ class PerturbedQueries(Dataset[Sample]):
             raise DataError(f"record {query.id!r}: {error}") from error
         return sample, loaded.clipped, is_empty
 
-    def _augmented(self, part: _SplitQueries, query: Query, epoch: int) -> LoadedImage:
-        """The image of a query with its regions, as it is before it is perturbed."""
-        loaded = part.split.source.load(query)
-        if self._augmentation is None:
-            return loaded
-        seed = query_rng(part.policy.seed, epoch, query.id, "augment").integers(2**32)
-        return self._augmentation(loaded, int(seed))
-
-    def _silhouettes(self, part: _SplitQueries, query_id: str, epoch: int) -> Sequence[np.ndarray]:
-        """The masks of the key objects of a random query about present objects, for one about an absent object; empty if there is none."""
-        rng = query_rng(part.policy.seed, epoch, query_id, "silhouettes")
-        for index in rng.permutation(part.selection.shown):
-            try:
-                loaded = self._augmented(part, part.queries[int(index)], epoch)
-            except DataError:
-                # It is reported where it is asked itself.
-                if part.split.source.on_bad_record == "raise":
-                    raise
-                continue
-            if loaded.evidence:
-                return loaded.evidence
-        return ()
-
-    def _select(self, name: str, split: EvalSplit) -> _SplitQueries:
+    def _select(self, name: str, split: EvalSplit) -> _Part:
         where = self._setting(name)
         try:
             policy = split.policy(self.policy)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-        queries = split.source.queries()
-        perturbed = None if split.noise == "none" else policy
-        selection = select(split.source, queries, perturbed, self._check, where, self._taught)
+        source, queries, is_perturbed = split.source, split.source.queries(), split.noise != "none"
+        bad = BadRecords(source.on_bad_record)
+        asked: dict[int, Presence] = {}
+        shown: dict[bool, list[int]] = {True: [], False: []}
+        answers: dict[str, dict[str, None]] = {}
+        wrongless: list[tuple[str, str, tuple[str, ...]]] = []
+        for index, query in enumerate(track(queries, f"reading {where}", len(queries), "queries")):
+            try:
+                self._check(query, ())
+                if is_perturbed:
+                    _check_levels(policy, source, query)
+            except DataError as error:
+                bad.add(f"{where}: {error}", error)
+                continue
+            asked[index] = source.presence(query) if is_perturbed else "present"
+            if is_perturbed and asked[index] == "present":
+                shown[asked_existence(query.question) is not None].append(index)
+            if is_perturbed and policy.wrong_answer_rate:
+                form = question_form(query) if query.answer_type == "short" else ""
+                if form:
+                    answers.setdefault(form, {})[query.answer] = None
+                if not source.wrong_answers(query):
+                    wrongless.append((form, query.answer, query.synonyms))
+        bad.report(len(asked))
+        # A question about existence is the one that is answered with no about an absent object, so its objects are of the same kinds.
+        shapes = [] if source.annotates_all else shown[True] or shown[False]
+        if is_perturbed:
+            if self._taught and "unlocated" in asked.values():
+                _check_taught(queries, asked, where)
+            _report_regions(policy, queries, asked, where)
+            absent = sum(presence == "absent" for presence in asked.values())
+            if absent and policy.absent == "distractor" and not (shapes or source.annotates_all):
+                rank_zero_warn(
+                    f"{where}: no query has a region whose shape those of {absent} absent objects could have: they are random boxes"
+                )
+            if count := sum(not _first_wrong(answers.get(form, ()), *gold) for form, *gold in wrongless):
+                rank_zero_warn(
+                    f"{where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
+                    "(`wrong_answer_rate`): their source has none, and questions of their form have no other answer"
+                )
+            if policy.absent == "skip":
+                asked = {index: presence for index, presence in asked.items() if presence != "absent"}
         perturbations: dict[str, Sequence[Perturbation | None]] = {
             "every_level": policy.perturbations,
             "drawn": [None],
             "none": [CLEAN],
         }
-        return _SplitQueries(name, split, policy, queries, selection, perturbations[split.noise])
+        return _Part(
+            name,
+            split,
+            policy,
+            queries,
+            np.array(list(asked), dtype=np.int64),
+            list(asked.values()),
+            np.array(shapes, dtype=np.int64),
+            {form: list(golds) for form, golds in answers.items()},
+            perturbations[split.noise],
+        )
 
 
-def _wrong_answers(part: _SplitQueries, query: Query, epoch: int) -> Sequence[str]:
-    """The source's wrong answers to a query; if it has none to a short one, the gold answer to another question of its form."""
-    wrong = part.split.source.wrong_answers(query)
-    if wrong or query.answer_type != "short":
-        return wrong
-    answers = part.selection.answers.get(question_form(query), ())
-    order = query_rng(part.policy.seed, epoch, query.id, "form").permutation(len(answers))
-    return _first_wrong((answers[i] for i in order), query.answer, query.synonyms)
+def _check_levels(policy: NoisePolicy, source: QuerySource, query: Query) -> None:
+    """Make sure that there are levels for a query, of its own question and image."""
+    try:
+        policy.levels.confidence(CLEAN, query.answer_type, query.id)
+        policy.levels.check_content(query.id, partial(source.content_digest, query))
+    except ValueError as error:
+        raise DataError(f"record {query.id!r}: {error}") from error
 
 
 def _first_wrong(answers: Iterable[str], gold: str, synonyms: Sequence[str]) -> tuple[str, ...]:
@@ -410,99 +445,8 @@ def with_split_name(query: Query, split: str) -> Query:
     return replace(query, id=f"{split}:{query.id}", category=category)
 
 
-def select(
-    source: QuerySource,
-    queries: Sequence[Query],
-    policy: NoisePolicy | None,
-    check: Check,
-    where: str,
-    taught: bool = False,
-) -> Selection:
-    """Select the queries of a source that are asked, and report which are left out, stay untouched or have no wrong answer.
-
-    Args:
-        source: the source.
-        queries: all its queries.
-        policy: how they are perturbed; None: not at all, so they need no region.
-        check: refuses queries that cannot be put to the model.
-        where: the setting that names the source, for messages.
-        taught: as for `PerturbedQueries`.
-
-    Raises:
-        DataError: a record is invalid, and is not to be left out, or needs a region that it does not have, and is not to stay
-            untouched; see `_check_taught`.
-    """
-    bad = BadRecords(source.on_bad_record)
-    asked: dict[int, Presence] = {}
-    shown: dict[bool, list[int]] = {True: [], False: []}
-    answers: dict[str, dict[str, None]] = {}
-    wrongless: list[tuple[str, str, tuple[str, ...]]] = []
-    for index, query in enumerate(track(queries, f"reading {where}", len(queries), "queries")):
-        try:
-            check(query, ())
-            if policy is not None:
-                _check_levels(policy, source, query)
-        except DataError as error:
-            bad.add(f"{where}: {error}", error)
-            continue
-        asked[index] = "present" if policy is None else source.presence(query)
-        if policy is None:
-            continue
-        if asked[index] == "present":
-            shown[asked_existence(query.question) is not None].append(index)
-        if policy.wrong_answer_rate:
-            form = question_form(query) if query.answer_type == "short" else ""
-            if form:
-                answers.setdefault(form, {})[query.answer] = None
-            if not source.wrong_answers(query):
-                wrongless.append((form, query.answer, query.synonyms))
-    bad.report(len(queries) - len(bad.messages))
-    if taught and "unlocated" in asked.values():
-        _check_taught(queries, asked, where)
-    # A question about existence is the one that is answered with no about an absent object, so its objects are of the same kinds.
-    shapes = [] if source.annotates_all else shown[True] or shown[False]
-    if policy is not None:
-        _report_regions(policy, source, queries, asked, where)
-        absent = sum(presence == "absent" for presence in asked.values())
-        if absent and policy.absent == "distractor" and not (shapes or source.annotates_all):
-            rank_zero_warn(
-                f"{where}: no query has a region whose shape those of {absent} absent objects could have: they are random boxes"
-            )
-        if count := sum(
-            not _first_wrong(answers.get(form, ()), gold, synonyms) for form, gold, synonyms in wrongless
-        ):
-            rank_zero_warn(
-                f"{where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
-                "(`wrong_answer_rate`): their source has none, and questions of their form have no other answer"
-            )
-        if policy.absent == "skip":
-            asked = {index: presence for index, presence in asked.items() if presence != "absent"}
-    return Selection(
-        np.array(list(asked), dtype=np.int64),
-        list(asked.values()),
-        np.array(shapes, dtype=np.int64),
-        {form: list(golds) for form, golds in answers.items()},
-    )
-
-
-def _check_levels(policy: NoisePolicy, source: QuerySource, query: Query) -> None:
-    """Make sure that there are levels for a query, of its own question and image."""
-    try:
-        policy.levels.confidence(CLEAN, query.answer_type, query.id)
-        policy.levels.check_content(query.id, lambda: source.content_digest(query))
-    except ValueError as error:
-        raise DataError(f"record {query.id!r}: {error}") from error
-
-
 def _check_taught(queries: Sequence[Query], asked: Mapping[int, Presence], where: str) -> None:
-    """Make sure that queries whose images can be perturbed stand for all.
-
-    Args:
-        asked: index of each query that is asked -> presence of its key objects.
-
-    Raises:
-        DataError: most queries are unlocated, or all others of an answer type have one answer, which then goes with perturbed images.
-    """
+    """Raise a DataError if most queries are unlocated, or if all others of an answer type have one answer, which then goes with noise."""
     unlocated: dict[str, set[str]] = {kind: set() for kind in ANSWER_TYPES}
     located: dict[str, set[str]] = {kind: set() for kind in ANSWER_TYPES}
     for index, presence in asked.items():
@@ -523,49 +467,33 @@ def _check_taught(queries: Sequence[Query], asked: Mapping[int, Presence], where
 
 def _report_regions(
     policy: NoisePolicy,
-    source: QuerySource,
     queries: Sequence[Query],
     asked: Mapping[int, Presence],
     where: str,
 ) -> None:
-    """Report the queries without a region of the key object, with the first ids.
+    """Report the queries without a region of the key object, with the first ids, or raise a DataError if `no_region` says so."""
 
-    Args:
-        asked: index of each query that is asked -> presence of its key objects.
+    def named(presence: Presence) -> str:
+        indices = [index for index, found in asked.items() if found == presence]
+        return name_some((queries[index].id for index in indices), len(indices))
 
-    Raises:
-        DataError: queries are unlocated, and are not to stay untouched.
-    """
-
-    def named(presence: Presence) -> tuple[int, str]:
-        """The number of these queries, and the first of them with the objects that have no region."""
-        indices = [index for index, its_presence in asked.items() if its_presence == presence]
-        names = []
-        for query in map(queries.__getitem__, indices[:MAX_NAMED]):
-            objects = ", ".join(source.unlocated(query))
-            names.append(f"{query.id!r} ({objects})" if objects else repr(query.id))
-        more = len(indices) - len(names)
-        return len(indices), ", ".join(names) + (f" and {more} more" if more else "")
-
-    (n_absent, absent), (n_unlocated, unlocated) = named("absent"), named("unlocated")
+    n_absent, n_unlocated = (list(asked.values()).count(presence) for presence in ("absent", "unlocated"))
     if not n_unlocated:
         if n_absent:
             counts = f"{n_absent} of {len(queries)} queries"
             rank_zero_info(f"{where}: absent object in {counts} (`absent: {policy.absent}`)")
         return
-    kinds = Counter(_answer_kind(queries[i]) for i, presence in asked.items() if presence == "unlocated")
+    kinds: Counter[str] = Counter()
+    for query in (queries[index] for index, presence in asked.items() if presence == "unlocated"):
+        yes_or_no = "no" if answer_is_no(query) else "yes"
+        kinds[yes_or_no if query.answer_type == "yes_no" else query.answer_type] += 1
     missing = (
         f"{n_unlocated} of {len(queries)} queries ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}) need a region of "
-        f"what they ask about and have none: {unlocated}"
+        f"what they ask about and have none: {named('unlocated')}"
     )
     if policy.no_region == "raise":
         raise DataError(
             f"{where}: {missing}: {FIND_REGIONS}, or ask such queries with untouched images with `data.noise.no_region: clean`"
         )
-    about_absent = f"; {n_absent} ask about an object that is absent (`absent: {policy.absent}`): {absent}"
-    rank_zero_warn(f"{where}: images stay untouched: {missing}" + (about_absent if n_absent else ""))
-
-
-def _answer_kind(query: Query) -> str:
-    """Yes or no, or else the type of the answer, by which queries are counted."""
-    return ("no" if answer_is_no(query) else "yes") if query.answer_type == "yes_no" else query.answer_type
+    absent = f"; {n_absent} ask about an object that is absent (`absent: {policy.absent}`): {named('absent')}"
+    rank_zero_warn(f"{where}: images stay untouched: {missing}" + (absent if n_absent else ""))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import PaliGemmaProcessor
@@ -29,45 +29,11 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return min(len(a), len(b))
 
 
-class Layout(Protocol):
-    """A text format of conversations.
-
-    Attributes:
-        response_type: token type of a response's tokens; None if token types do not mark the response.
-    """
-
-    response_type: int | None
-
-    def render(self, prompt: str, response: str | None) -> str:
-        """Text with one image token: up to where the model's answer begins, or with a response and the end of its turn."""
-
-    def adds_special(self, text: str) -> bool:
-        """Whether the tokenizer must add special tokens to a rendered text."""
-
-    def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
-        """Padded model inputs of rendered texts with one image each."""
-
-
-def layout_of(processor: Any) -> Layout:
-    """The text format of a processor's conversations.
-
-    Raises:
-        DataError: the processor needs a chat template and has none.
-    """
-    if isinstance(processor, PaliGemmaProcessor):
-        return PaliGemmaLayout(processor)
-    if getattr(processor, "chat_template", None) is None:
-        raise DataError(f"{type(processor).__name__} has no chat template: add one as `chat_template.jinja`")
-    return TemplateLayout(processor)
-
-
 class TemplateOffsets(NamedTuple):
     """Differences between a template's generation prompt and its full conversation, in characters.
 
-    Attributes:
-        prompt_only: characters at the end of the prompt that the full conversation omits.
-        conversation_only: characters that the full conversation has in their place.
-        open_tail: white space after a response whose turn the template leaves open; None if it ends the turn.
+    The conversation omits `prompt_only` at the end of the prompt and has `conversation_only` in their place. `open_tail` is the white
+    space after a response whose turn the template leaves open; None if it ends the turn.
     """
 
     prompt_only: int
@@ -79,11 +45,13 @@ class TemplateLayout:
     """Conversations in the format of the processor's chat template."""
 
     response_type: int | None = None
+    """Token type of a response's tokens; None if token types do not mark the response."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
     def render(self, prompt: str, response: str | None) -> str:
+        """Text with one image token: up to where the model's answer begins, or with a response and the end of its turn."""
         if response is None:
             return self._apply(prompt, None)
         text, offsets = self._apply(prompt, response), self._offsets
@@ -121,11 +89,13 @@ class TemplateLayout:
         return TemplateOffsets(len(prompt) - shared, conversation_only, None if tail.strip() else len(tail))
 
     def adds_special(self, text: str) -> bool:
+        """Whether the tokenizer must add special tokens to a rendered text."""
         # Many templates write the begin-of-sequence token themselves, and it must not appear twice.
         bos = self.processor.tokenizer.bos_token
         return not (bos and text.startswith(bos))
 
     def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
+        """Padded model inputs of rendered texts with one image each."""
         batch = self.processor(
             text=texts,
             images=[[image] for image in images],
@@ -171,3 +141,15 @@ class PaliGemmaLayout:
         )
         pixels = self.processor.image_processor(images=images, return_tensors="pt")
         return {**batch, **pixels, "token_type_ids": torch.zeros_like(batch["input_ids"])}
+
+
+Layout = TemplateLayout | PaliGemmaLayout
+
+
+def layout_of(processor: Any) -> Layout:
+    """The text format of a processor's conversations; raises a DataError if it needs a chat template and has none."""
+    if isinstance(processor, PaliGemmaProcessor):
+        return PaliGemmaLayout(processor)
+    if getattr(processor, "chat_template", None) is None:
+        raise DataError(f"{type(processor).__name__} has no chat template: add one as `chat_template.jinja`")
+    return TemplateLayout(processor)

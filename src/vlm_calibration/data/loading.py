@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -22,16 +23,15 @@ from vlm_calibration.data.noise import Sample
 from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.records import DataError
 
+PROBLEMS = (
+    "could not be loaded and were left out",
+    "have a region that leaves the image, of which only the part inside was used",
+    "have a region without a pixel, so their images stayed untouched",
+)
+
 
 class DataPosition(NamedTuple):
-    """A position in the training data: after `batch` batches of epoch `epoch`.
-
-    Attributes:
-        epoch: from 0.
-        batch: number of finished batches of the epoch.
-        queries: number of queries of an epoch.
-        batch_size: queries per batch, over all processes.
-    """
+    """A position in the training data: after `batch` batches of `epoch`, for so many queries an epoch and in a batch of all processes."""
 
     epoch: int = 0
     batch: int = 0
@@ -49,9 +49,8 @@ class EpochSampler(DistributedSampler):
         rank: of this process.
         num_replicas: number of processes.
         shuffle: a new order each epoch; otherwise in order.
-        even: give every process the same number of samples (training, where a process with fewer would block the others). The
-            remainder of at most `num_replicas` - 1 samples is left out, a different one each epoch if shuffled. Otherwise
-            (evaluation) each sample goes to exactly one process.
+        even: give every process the same number of samples (training, where a process with fewer would block the others), and leave out
+            the rest. Otherwise (evaluation) each sample goes to exactly one process.
         seed: of the order.
         done: indices of samples to skip if not `even`; the distribution of the other samples stays the same.
     """
@@ -108,51 +107,37 @@ class EpochSampler(DistributedSampler):
 
 
 class LoadingLog:
-    """The problems that this process met while loading the records of a dataset.
-
-    Attributes:
-        dataset: the dataset.
-        left_out: int32 [N], 1 for a record that could not be loaded.
-        clipped: int32 [N], 1 for a record with a region that is partly outside its image.
-        empty: int32 [N], 1 for a record without a pixel of its key object, whose image stayed untouched.
-    """
+    """Which records of a dataset had which of `PROBLEMS` in this process: int32 [3, N] of 0 and 1."""
 
     def __init__(self, dataset: PerturbedQueries) -> None:
         self.dataset = dataset
-        self.left_out = torch.zeros(len(dataset), dtype=torch.int32)
-        self.clipped, self.empty = torch.zeros_like(self.left_out), torch.zeros_like(self.left_out)
+        self.problems = torch.zeros((len(PROBLEMS), len(dataset)), dtype=torch.int32)
 
     def add(self, batch: SampleBatch) -> None:
         """Record the problems of a batch, and warn at once about the first few records that are left out."""
+        left_out, clipped, empty = self.problems
         for index, message in batch.left_out.items():
-            if not self.left_out[index] and int(self.left_out.sum()) < MAX_NAMED:
+            if not left_out[index] and int(left_out.sum()) < MAX_NAMED:
                 warnings.warn(f"{self.dataset.where}: left out: {message}", stacklevel=2)
-            self.left_out[index] = 1
-        self.clipped[batch.clipped] = 1
-        self.empty[batch.empty] = 1
+            left_out[index] = 1
+        clipped[batch.clipped] = 1
+        empty[batch.empty] = 1
 
     def report(self, trainer: L.Trainer) -> None:
-        """Report the problems of all processes and reset the log. Every process must call this.
+        """Report the problems of all processes and reset the log; raise a DataError if no record could be loaded.
 
-        Raises:
-            DataError: no record could be loaded.
+        Every process must call this.
         """
         strategy = trainer.strategy
-        logs = (self.left_out, self.clipped, self.empty)
-        reduced = strategy.reduce(torch.stack(logs).to(strategy.root_device), reduce_op="sum")
-        left_out, clipped, empty = torch.as_tensor(reduced).cpu() > 0
-        for log in logs:
-            log.zero_()
+        reduced = strategy.reduce(self.problems.to(strategy.root_device), reduce_op="sum")
+        problems = torch.as_tensor(reduced).cpu() > 0
+        self.problems.zero_()
         where, total = self.dataset.where, len(self.dataset)
-        if bool(left_out.all()):
+        if bool(problems[0].all()):
             raise DataError(
                 f"{where}: none of its {total} records could be loaded; some of them are named above"
             )
-        for mask, problem in (
-            (left_out, "could not be loaded and were left out"),
-            (clipped, "have a region that leaves the image, of which only the part inside was used"),
-            (empty, "have a region without a pixel, so their images stayed untouched"),
-        ):
+        for mask, problem in zip(problems, PROBLEMS, strict=True):
             if count := int(mask.sum()):
                 first = mask.nonzero().flatten()[:MAX_NAMED].tolist()
                 ids = name_some((self.dataset.queries[index].id for index in first), count)
@@ -160,18 +145,10 @@ class LoadingLog:
 
 
 class QueryLoader(DataLoader):
-    """A `DataLoader` of perturbed queries that logs the records that are left out.
+    """A `DataLoader` of perturbed queries that logs the records that are left out; `collate` makes a batch of samples, possibly none."""
 
-    Args:
-        log: log of the dataset to load.
-        collate_fn: makes a batch of samples, possibly none.
-        settings: of `DataLoader`.
-    """
-
-    def __init__(
-        self, log: LoadingLog, collate_fn: Callable[[Sequence[Sample]], Any], **settings: Any
-    ) -> None:
-        super().__init__(log.dataset, collate_fn=_Collator(collate_fn), **settings)  # type: ignore[arg-type]
+    def __init__(self, log: LoadingLog, collate: Callable[[Sequence[Sample]], Any], **settings: Any) -> None:
+        super().__init__(log.dataset, collate_fn=partial(_with_problems, collate), **settings)  # type: ignore[arg-type]
         self.log = log
 
     @property
@@ -185,20 +162,14 @@ class QueryLoader(DataLoader):
         return self.sampler.skipped if isinstance(self.sampler, EpochSampler) else self.total
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        def logged(collated: tuple[Any, SampleBatch]) -> Any:
+            self.log.add(collated[1])
+            return collated[0]
+
         # Not a generator, so that workers start now and not at the first batch.
-        return map(self._log_problems, super().__iter__())
-
-    def _log_problems(self, collated: tuple[Any, SampleBatch]) -> Any:
-        batch, problems = collated
-        self.log.add(problems)
-        return batch
+        return map(logged, super().__iter__())
 
 
-class _Collator:
-    """Collates the samples of a batch, and keeps its problems beside them."""
-
-    def __init__(self, collate: Callable[[Sequence[Sample]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, batch: SampleBatch) -> tuple[Any, SampleBatch]:
-        return self.collate(batch.samples), batch._replace(samples=[])
+def _with_problems(collate: Callable[[Sequence[Sample]], Any], batch: SampleBatch) -> tuple[Any, SampleBatch]:
+    """The collated samples of a batch, and its problems beside them."""
+    return collate(batch.samples), batch._replace(samples=[])

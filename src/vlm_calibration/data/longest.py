@@ -21,13 +21,7 @@ WORDS = 32
 
 @dataclass(frozen=True)
 class LongestQueries(QuerySource):
-    """Copies of one yes/no question about an image of noise.
-
-    Attributes:
-        n: number of queries.
-        side: of the image, in pixels.
-        words: of the question.
-    """
+    """`n` copies of one yes/no question of so many words about an image of noise, with sides of `side` pixels."""
 
     n: int
     side: int
@@ -54,11 +48,7 @@ class LongestQueries(QuerySource):
 
 
 def longest_queries(data: PerturbedQueryDataModule, tokens: int) -> LongestQueries:
-    """The largest image that fits into a row of `tokens` tokens, and text that fills the rest.
-
-    Args:
-        data: whose processor, prompt and `max_pixels` apply.
-        tokens: of a row.
+    """The largest image that fits into a row of `tokens` tokens of some data, and text that fills the rest.
 
     Raises:
         DataError: even the smallest image takes more.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import lightning as L
@@ -17,14 +17,22 @@ from transformers import AutoProcessor
 
 from vlm_calibration.data.augment import Augmentation, BasicTransform
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ValidationCollator
-from vlm_calibration.data.collate import ChatFormat, ImageCollator, PromptCollator, SFTCollator
+from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.loading import DataPosition, EpochSampler, LoadingLog, QueryLoader
-from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.pixel_limit import limit_pixels
-from vlm_calibration.data.raw import RawBatches, Shard, shards_of
-from vlm_calibration.data.regions import RegionPlan, plan_extraction, single_extraction, split_with_regions
-from vlm_calibration.data.resolution import check_resolution
+from vlm_calibration.data.noise import ImageCopy, NoisePolicy
+from vlm_calibration.data.regions import (
+    SINGLE,
+    Extraction,
+    RawBatches,
+    RegionPlan,
+    Shard,
+    contents_of,
+    plan_extraction,
+    shards_of,
+    split_with_regions,
+)
+from vlm_calibration.data.resolution import check_resolution, limit_pixels
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.hub import loading
 from vlm_calibration.records import DataError, Query
@@ -34,12 +42,28 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 TESTED = ("test", "calibration")
 """The data sets of an evaluation, in order."""
 LEVELS = "levels"
-"""The data set that `levels fit` asks instead, and the value of `asks` in a module that does."""
+"""The data set that `levels fit` asks."""
 INSTANCES = "instances"
-_SOURCES = {INSTANCES: "train"}
-"""The queries of `train`, untouched, which `levels fit` asks as well if its module writes their likelihoods."""
+"""The queries of `train`, untouched, which `levels fit` asks as well if it writes their likelihoods."""
 LEVELS_SPLIT = "calibration"
 """Begins the ids of the queries of `levels`, on which the perturbations depend."""
+
+
+class DataNeeds(NamedTuple):
+    """What a LightningModule needs of the data in `test` and `predict`; it says so in its attribute `data_needs`.
+
+    Attributes:
+        asked: the data sets that `test` answers, and those of `if_set` if they are set.
+        copies: data set -> the perturbed copies of each of its images.
+        images: whether batches have the images themselves, for models behind an address.
+        keep_known: whether `predict` leaves sources out in which every query has a region or needs none.
+    """
+
+    asked: tuple[str, ...] = TESTED[:1]
+    if_set: tuple[str, ...] = TESTED[1:]
+    copies: Mapping[str, Sequence[ImageCopy]] = {}
+    images: bool = False
+    keep_known: bool = True
 
 
 class PerturbedQueryDataModule(L.LightningDataModule):
@@ -133,15 +157,16 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.on_too_long = on_too_long
         self.revision = revision
         self.trust_remote_code = trust_remote_code
-        self._read: dict[str, Mapping[str, EvalSplit]] = {}
-        self._sets: dict[str, PerturbedQueries] = {}
+        self._with_regions: dict[str, dict[str, EvalSplit]] = {}
+        self.sets: dict[str, PerturbedQueries] = {}
+        """Data set -> its queries as `setup` has read them, also those that an earlier run answered."""
         self._logs: dict[str, LoadingLog] = {}
         self._position: DataPosition | None = None
+        self._needs = DataNeeds()
         self._tested: tuple[str, ...] = ()
-        self._plans: dict[bool, RegionPlan] = {}
-        self._plan: RegionPlan | None = None
-        self._finished: frozenset[int] = frozenset()
         self._answered: Mapping[str, Collection[int]] = {}
+        self._plans: dict[bool, RegionPlan] = {}
+        self._finished: frozenset[int] = frozenset()
 
     @cached_property
     def processor(self) -> Any:
@@ -170,9 +195,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 splits[name] = {"": EvalSplit(source, noise="drawn")}
         if self.levels is not None:
             splits[LEVELS] = {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_level")}
-        for name, named in zip(TESTED, (self.test, self.calibration), strict=True):
-            if named:
-                splits[name] = named
+        splits |= {
+            name: named for name, named in zip(TESTED, (self.test, self.calibration), strict=True) if named
+        }
         return splits
 
     @property
@@ -186,70 +211,61 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the records that this stage needs, so that an invalid record stops the run before training."""
+        self._needs = getattr(getattr(self.trainer, "lightning_module", None), "data_needs", DataNeeds())
         if stage == "predict":
-            # Modules other than `RegionExtractor` may have no such setting.
-            self._plan = self.plan_extraction(getattr(self._module, "keep_known", True))
+            self.plan_extraction(self._needs.keep_known)
             return
-        required, optional = self._needed(stage)
-        splits = self.splits
-        for name in required:
-            _required(splits.get(_SOURCES.get(name, name)), _SOURCES.get(name, name))
-        needed = [*required, *(name for name in optional if name in splits)]
-        if stage == "test":
-            self._tested, self._answered = tuple(needed), {}
-        noise = self._checked_noise(needed)
-        uses_processor = self._uses_processor
-        for name in needed:
-            if name not in self._sets:
-                self._sets[name] = PerturbedQueries(
-                    self.read_splits(name),
-                    # Levels that depend on the query are known for training queries alone.
-                    noise if name == "train" else replace(noise, levels=noise.levels.averaged),
-                    self.processor.image_processor if uses_processor else None,
-                    self.chat.check if uses_processor else _accept,
-                    f"data.{_SOURCES.get(name, name)}",
-                    named=name in TESTED,
-                    augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
-                    taught=name in ("train", LEVELS),
+        asked, if_set = (self._needs.asked, self._needs.if_set) if stage == "test" else (("validation",), ())
+        if stage == "fit":
+            asked, if_set = ("train",), ("validation",)
+        for name in asked:
+            if not self.splits.get("train" if name == INSTANCES else name):
+                raise DataError(
+                    f"data.{'train' if name == INSTANCES else name} is not set: this command needs it"
                 )
-                self._logs[name] = LoadingLog(self._sets[name])
-            if name == LEVELS:
-                self._sets[name].check_answer_types()
-            if name == LEVELS and self.grading.rank_levels:
-                _check_ranking(self._sets[name].splits)
+        names = [*asked, *(name for name in if_set if name in self.splits)]
         if stage == "test":
-            # Modules other than `EvaluationModule` ask for none.
-            copies = getattr(self._module, "copies", None) or {}
-            for name in self._tested:
-                self._sets[name].make_copies(copies.get(name, ()))
-        if "calibration" in needed:
-            _check_no_shared_images(self._sets["calibration"].splits, self._sets["test"].splits)
-
-    @property
-    def _module(self) -> L.LightningModule | None:
-        return getattr(self.trainer, "lightning_module", None)
-
-    @property
-    def _has_endpoints(self) -> bool:
-        """Whether models behind an address answer, which are sent the images themselves. Only an `EvaluationModule` has them."""
-        return bool(getattr(self._module, "endpoints", None))
+            self._tested, self._answered = tuple(names), {}
+        noise = self._checked_noise(names)
+        for name in names:
+            if name not in self.sets:
+                self.sets[name] = self._new_set(name, noise)
+                self._logs[name] = LoadingLog(self.sets[name])
+            if name == LEVELS:
+                self.sets[name].check_answer_types()
+                if self.grading.rank_levels:
+                    _check_ranking(self.sets[name].splits)
+            if stage == "test":
+                self.sets[name].make_copies(self._needs.copies.get(name, ()))
+        if "calibration" in names:
+            _check_no_shared_images(self.sets["calibration"].splits, self.sets["test"].splits)
 
     @property
     def _uses_processor(self) -> bool:
-        """Whether there is a processor here: with endpoints alone and no base model there is none."""
-        return self.processor_name is not None or not self._has_endpoints
+        """Whether there is a processor: with models behind an address alone and no base model there is none."""
+        return self.processor_name is not None or not self._needs.images
 
-    def _checked_noise(self, needed: Sequence[str]) -> NoisePolicy:
-        """The noise policy, whose resolution is known.
+    def _new_set(self, name: str, noise: NoisePolicy) -> PerturbedQueries:
+        return PerturbedQueries(
+            self.read_splits(name),
+            # Levels that depend on the query are known for training queries alone.
+            noise if name == "train" else replace(noise, levels=noise.levels.averaged),
+            self.processor.image_processor if self._uses_processor else None,
+            self.chat.check if self._uses_processor else _accept,
+            f"data.{'train' if name == INSTANCES else name}",
+            named=name in TESTED,
+            augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
+            taught=name in ("train", LEVELS),
+        )
 
-        Raises:
-            DataError: images are perturbed at the model's resolution, which cannot be found out.
-        """
-        if self.noise.resolution == "model" and self._uses_processor:
-            check_resolution(self.processor)
-        if self.noise.resolution == "native" or self._uses_processor:
+    def _checked_noise(self, names: Sequence[str]) -> NoisePolicy:
+        """The noise policy; images cannot be perturbed at a model's resolution that cannot be found out."""
+        if self.noise.resolution == "native":
             return self.noise
-        if any(split.noise != "none" for name in needed for split in self.splits[name].values()):
+        if self._uses_processor:
+            check_resolution(self.processor)
+            return self.noise
+        if any(split.noise != "none" for name in names for split in self.splits[name].values()):
             raise DataError(
                 "data.noise.resolution: model: the size at which an endpoint sees an image is not known: name its model with "
                 "model.init_args.base.name_or_path, of which only the processor is loaded, or set data.noise.resolution: native"
@@ -257,60 +273,56 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         # Untouched images keep their size, whatever the resolution.
         return replace(self.noise, resolution="native")
 
-    def _needed(self, stage: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The data sets that a stage needs, and those that it uses if they are set."""
-        if stage == "test":
-            if getattr(self._module, "asks", "") != LEVELS:
-                return TESTED[:1], TESTED[1:]
-            return (
-                (LEVELS,) if getattr(self._module, "likelihoods", None) is None else (LEVELS, INSTANCES)
-            ), ()
-        return (("train",), ("validation",)) if stage == "fit" else (("validation",), ())
-
-    def read_splits(self, name: str) -> Mapping[str, EvalSplit]:
-        """The splits of a data set as training and evaluation read them: with the regions of `regions`; empty if it is not set.
+    def read_splits(self, name: str) -> dict[str, EvalSplit]:
+        """The splits of a data set with the regions of `regions`; empty if it is not set.
 
         Raises:
             DataError: there are no regions for a split, or those of other queries.
         """
         if name == INSTANCES:
-            return {"": EvalSplit(self.read_splits(_SOURCES[name])[""].source)}
+            return {"": EvalSplit(self.read_splits("train")[""].source)}
         splits = self.splits.get(name, {})
         if self.regions is None:
             return splits
-        if name not in self._read:
-            self._read[name] = {
+        if name not in self._with_regions:
+            self._with_regions[name] = {
                 split: split_with_regions(Path(self.regions), setting_of(name, split), settings)
                 for split, settings in splits.items()
             }
-        return self._read[name]
+        return self._with_regions[name]
 
     def plan_extraction(self, keep_known: bool = True) -> RegionPlan:
-        """The sources that `predict` extracts regions for, and the files that it writes; see `data.regions.plan_extraction`.
-
-        The queries are read at the first call.
+        """The sources that `predict` extracts regions for, and the files that it writes; the queries are read at the first call.
 
         Raises:
             DataError: no source is set, or its queries cannot be read.
         """
         if keep_known not in self._plans:
-            self._plans[keep_known] = self._new_plan(keep_known)
+            if self.predict is not None:
+                only = Extraction(SINGLE, self.predict, ("predict",), contents_of(self.predict))
+                self._plans[keep_known] = RegionPlan([only], [])
+            elif self.settings:
+                self._plans[keep_known] = plan_extraction(self.settings, keep_known)
+            else:
+                raise DataError(
+                    "data.predict is not set, nor any of data.train, validation, levels, test and calibration"
+                )
         return self._plans[keep_known]
-
-    def _new_plan(self, keep_known: bool) -> RegionPlan:
-        if self.predict is not None:
-            return RegionPlan([single_extraction(self.predict)], [])
-        if not self.settings:
-            raise DataError(
-                "data.predict is not set, nor any of data.train, validation, levels, test and calibration"
-            )
-        return plan_extraction(self.settings, keep_known)
 
     def teardown(self, stage: str) -> None:
         """Report the records that could not be loaded."""
         if self.trainer is not None:
             for log in self._logs.values():
                 log.report(self.trainer)
+
+    @property
+    def candidate_collator(self) -> CandidateCollator | None:
+        """The collator of gold answers for preference optimisation; None without, and where the model's own answers are compared."""
+        if self.candidates is None or self.candidates.answers == "own":
+            return None
+        return CandidateCollator(
+            self.chat, self.noise.levels, self.candidates, self.max_length, self.on_too_long
+        )
 
     def train_dataloader(self) -> DataLoader:
         limits = self.max_length, self.on_too_long
@@ -325,49 +337,30 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         collate = ValidationCollator(PromptCollator(self.chat, self.grading), self.candidate_collator)
         return self._loader("validation", self.eval_batch_size, collate, training=False)
 
-    @property
-    def train_set(self) -> PerturbedQueries:
-        """The queries that are trained on."""
-        return self._sets["train"]
-
-    @property
-    def validation_set(self) -> PerturbedQueries:
-        """The queries that are answered during training."""
-        return self._sets["validation"]
-
-    @property
-    def test_set(self) -> PerturbedQueries:
-        """The queries that `test` scores, including those answered by an earlier run."""
-        return self._sets["test"]
-
-    @property
-    def tested_queries(self) -> dict[str, Sequence[Query]]:
-        """Name of each data set that `test` answers -> its queries, answered before or not."""
-        return {name: self._sets[name].queries for name in self._tested}
-
-    def leave_out_answered(self, answered: Mapping[str, Collection[int]]) -> None:
-        """Leave out queries that an earlier `test` answered: indices in each of `tested_queries`.
-
-        All processes must be given the same indices.
-        """
-        self._answered = answered
-
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         """Batches of the queries that are not answered yet; a process without any gets an empty batch.
 
         A calibration set has a second loader of its own.
         """
-
-        def collator(name: str) -> Callable[..., Any]:
-            if not self._uses_processor:
-                return ImageCollator(self.grading)
-            ranks = name == LEVELS and self.grading.rank_levels
-            return PromptCollator(self.chat, self.grading, keep_images=self._has_endpoints, ranks=ranks)
-
-        loaders = [
-            self._loader(name, self.eval_batch_size, collator(name), training=False) for name in self._tested
-        ]
+        loaders = []
+        for name in self._tested:
+            collate = PromptCollator(
+                self.chat if self._uses_processor else None,
+                self.grading,
+                keep_images=self._needs.images,
+                ranks=name == LEVELS and self.grading.rank_levels,
+            )
+            loaders.append(self._loader(name, self.eval_batch_size, collate, training=False))
         return loaders if len(loaders) > 1 else loaders[0]
+
+    @property
+    def tested_queries(self) -> dict[str, Sequence[Query]]:
+        """Name of each data set that `test` answers -> its queries, answered before or not."""
+        return {name: self.sets[name].queries for name in self._tested}
+
+    def leave_out_answered(self, answered: Mapping[str, Collection[int]]) -> None:
+        """Leave out queries that an earlier `test` answered: indices in each of `tested_queries`, equal in all processes."""
+        self._answered = answered
 
     def leave_out(self, shards: Collection[int]) -> None:
         """Leave out shards of `predict` that an earlier run finished. Must be the same in every process."""
@@ -375,9 +368,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @property
     def region_plan(self) -> RegionPlan:
-        """What `predict` extracts; planned by `setup`."""
-        assert self._plan is not None
-        return self._plan
+        """What `predict` extracts."""
+        return self.plan_extraction(self._needs.keep_known)
 
     @property
     def shards(self) -> list[Shard]:
@@ -387,38 +379,38 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     @property
     def pending_shards(self) -> list[Shard]:
         """The shards of `predict` that are left to this part, and in it to this process."""
-        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, processes = self._process
         own = self.shards[self.part :: self.parts]
         return [shard for shard in own if shard.number not in self._finished][rank::processes]
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of queries with unperturbed images; each part, and in it each process, has its own shards."""
         own = self.shards[self.part :: self.parts]
-        finished, pending = (
-            sum(shard.end - shard.begin for shard in own if (shard.number in self._finished) == is_finished)
-            for is_finished in (True, False)
+        finished = sum(shard.end - shard.begin for shard in own if shard.number in self._finished)
+        batches = RawBatches(
+            [extraction.source for extraction in self.region_plan.extractions],
+            self.pending_shards,
+            self.eval_batch_size,
+            finished,
+            sum(shard.end - shard.begin for shard in own),
         )
-        sources = [extraction.source for extraction in self.region_plan.extractions]
+        # Without a batch size each item is a batch, and is not collated.
         return DataLoader(
-            RawBatches(sources, self.pending_shards, self.eval_batch_size, finished, finished + pending),
+            batches,
             batch_size=None,
-            collate_fn=_identity,
             num_workers=self.workers,
             worker_init_fn=_ignore_signals,
+            collate_fn=_itself,
         )
 
     @property
-    def candidate_collator(self) -> CandidateCollator | None:
-        """The collator of gold answers for preference optimisation; None without, and where the model's own answers are compared."""
-        if self.candidates is None or self.candidates.answers == "own":
-            return None
-        return CandidateCollator(
-            self.chat, self.noise.levels, self.candidates, self.max_length, self.on_too_long
-        )
+    def _process(self) -> tuple[int, int]:
+        """The number of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def state_dict(self) -> dict[str, int]:
         """The `DataPosition` after the batches that were trained on."""
-        if self.trainer is None or "train" not in self._sets:
+        if self.trainer is None or "train" not in self.sets:
             return {}
         trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         epoch, batch = divmod(trained, max(1, int(self.trainer.num_training_batches)))
@@ -429,8 +421,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     def _shape(self) -> tuple[int, int]:
         """Number of queries of an epoch, and of a batch over all processes."""
-        processes = self.trainer.world_size if self.trainer else 1
-        return len(self._sets["train"]), self.batch_size * processes
+        return len(self.sets["train"]), self.batch_size * self._process[1]
 
     def _resume(self, sampler: EpochSampler) -> None:
         """Begin at the position of a checkpoint, once.
@@ -441,8 +432,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if position is None:
             sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
             return
-        if position.batch and self._shape() != (position.queries, position.batch_size):
-            queries, batch_size = self._shape()
+        queries, batch_size = self._shape()
+        if position.batch and (queries, batch_size) != (position.queries, position.batch_size):
             raise DataError(
                 f"the checkpoint was written within an epoch of {position.queries} queries in batches of "
                 f"{position.batch_size}, found {queries} and {batch_size}: keep the data and data.batch_size x processes, or "
@@ -453,8 +444,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def _loader(
         self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool
     ) -> DataLoader:
-        dataset, log = self._sets[name], self._logs[name]
-        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        dataset = self.sets[name]
+        rank, processes = self._process
         sampler = EpochSampler(
             len(dataset),
             rank=rank,
@@ -464,20 +455,19 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             seed=self.noise.seed,
             done=self._answered.get(name, ()),
         )
-        if training and len(sampler) == 0:
-            raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
+        loader = partial(QueryLoader, self._logs[name], collate)
         if training:
+            if len(sampler) == 0:
+                raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
             self._resume(sampler)
         if len(sampler) == 0:
             # Lightning skips the later hooks in a process without a batch, and the others would wait for it.
-            return QueryLoader(log, collate, batch_sampler=[[]])
+            return loader(batch_sampler=[[]])
         if self.workers:
             # OpenCV, which albumentations uses, would take all cores in every worker. Set in a worker, whose threads did not survive
             # the fork, it would wait for them for ever.
             cv2.setNumThreads(1)
-        return QueryLoader(
-            log,
-            collate,
+        return loader(
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.workers,
@@ -521,16 +511,12 @@ def _accept(query: Query, answers: Sequence[str]) -> None:
     """Without a processor there is no image token that a text could contain."""
 
 
-def _identity(batch: Any) -> Any:
+def _itself(batch: Any) -> Any:
     return batch
 
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load the processor of a vision-language model: image processor, tokenizer and chat template.
-
-    Raises:
-        DataError: it does not exist, or does not take images and text.
-    """
+    """Load the processor of a vision-language model: image processor, tokenizer and chat template; otherwise a DataError."""
     with loading("a processor", name):
         processor = AutoProcessor.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
@@ -548,9 +534,3 @@ def _ignore_signals(worker: int) -> None:
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def _required(value: Any, name: str) -> Any:
-    if not value:
-        raise DataError(f"data.{name} is not set: this command needs it")
-    return value

@@ -25,7 +25,7 @@ from vlm_calibration.perturbation.levels import (
     Perturbation,
 )
 from vlm_calibration.perturbation.masks import BoolMask
-from vlm_calibration.perturbation.regions import RegionChoice, choose_region, region_mask
+from vlm_calibration.perturbation.regions import choose_region, region_mask
 from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 from vlm_calibration.records import DataError, LoadedImage, Query
 
@@ -34,13 +34,9 @@ CopiedRegion = Literal["image", "object", "distractor"]
 
 
 class ImageCopy(NamedTuple):
-    """A copy of every image, by which batches name it.
+    """A perturbed copy of every image, by which batches name it; the region is a part of the image or all of it.
 
-    Attributes:
-        perturbation: what happens to the region.
-        region: which part of the image is perturbed.
-        seed: of all random choices.
-        number: of the copy among those of one seed, whose random choices differ.
+    `number` tells apart the copies of one seed, whose random choices differ.
     """
 
     perturbation: Perturbation
@@ -53,7 +49,6 @@ class Sample(NamedTuple):
     """A perturbed query.
 
     Attributes:
-        query: the query.
         image: uint8 [H, W, 3]; a perturbed image has the size set by the policy, an untouched image that of the file.
         confidence: the confidence to state, in [0, 1].
         perturbation: what happened to the evidence; `CLEAN` if it is intact.
@@ -61,8 +56,7 @@ class Sample(NamedTuple):
         epoch: the epoch that the sample is drawn for.
         wrong_answer: a wrong answer for the response to give instead of the gold answer; None: the gold answer.
         wrong: plausible wrong answers.
-        copies: perturbed copies of the image, uint8 [H, W, 3] each; None for one whose region the image lacks. Empty unless an
-            estimator or a probe asks for them.
+        copies: perturbed copies of the image, uint8 [H, W, 3] each; None for one whose region the image lacks.
     """
 
     query: Query
@@ -170,6 +164,10 @@ class NoisePolicy:
         strength = strengths[int(rng.choice(len(strengths), p=np.full(len(strengths), 1 / len(strengths))))]
         return Perturbation(kind, strength) if strength else CLEAN
 
+    def grown(self, masks: Sequence[BoolMask], size: tuple[int, int]) -> list[BoolMask]:
+        """The regions of masks at another size (height, width), with the shape and growth of this policy."""
+        return [region_mask(resize_mask(m, size), shape=self.shape, dilate=self.dilate) for m in masks]
+
     def noise_step(self, perturbation: Perturbation) -> int | None:
         """The diffusion step of noise, 0 for an untouched image; None for other kinds."""
         if perturbation.kind in ("", NOISE):
@@ -203,8 +201,8 @@ def perturb_query(
         epoch: with the policy's seed and the query's id, decides all random choices.
         perturbation: of the evidence, never of a distractor; None: drawn by the policy.
         wrong: plausible wrong answers.
-        silhouettes: masks of the key objects of another query of the data, of any size, by which the region of an absent object
-            has the shape and size of a present one's; empty for a random box. None: the image's other objects have such shapes.
+        silhouettes: masks of the key objects of another query, of any size, by which the region of an absent object has the shape and
+            size of a present one's; empty for a random box. None: the image's other objects have such shapes.
 
     Raises:
         DataError: the input size of `image_processor` is unknown.
@@ -220,7 +218,21 @@ def perturb_query(
         size = model_resolution(image_processor, *size)
     # An untouched image keeps the size of the file, so that the processor resizes it as in use. No region is chosen for it.
     if perturbation.strength > 0:
-        choice = _choose_region(loaded, size, policy, distractor_probability, rng, silhouettes)
+        # Regions are dilated before one is chosen, so that a distractor's perturbation cannot touch the evidence.
+        distractors = policy.grown(loaded.distractors, size)
+        if silhouettes is not None:
+            needed = policy.absent == "distractor" and not loaded.evidence
+            other = policy.grown(silhouettes(), size) if needed else []
+            distractors = [np.logical_or.reduce(other)] if other else []
+        choice = choose_region(
+            policy.grown(loaded.evidence, size),
+            distractors,
+            absent=policy.absent,
+            distractor_probability=distractor_probability,
+            rng=rng,
+            image_shape=size,
+            silhouette=silhouettes is not None,
+        )
         if choice.mask is not None:
             if policy.resolution == "model":
                 image = resize_to_model(image_processor, image)
@@ -231,44 +243,50 @@ def perturb_query(
         if choice.mask is None or choice.kind == "distractor":
             lost = CLEAN
     confidence = policy.levels.confidence(lost, query.answer_type, query.id)
-    wrong_answer = _wrong_answer(query, confidence, policy, epoch, wrong) if wrong else None
+    wrong_answer = None
+    if wrong:
+        wrong_rng = query_rng(policy.seed, epoch, query.id, "mistake")
+        if wrong_rng.random() < policy.wrong_answer_rate * (1.0 - confidence):
+            wrong_answer = wrong[int(wrong_rng.integers(len(wrong)))]
     return Sample(query, image, confidence, lost, policy.noise_step(lost), epoch, wrong_answer, tuple(wrong))
 
 
-def _choose_region(
+def perturbed_copies(
+    sample: Sample,
     loaded: LoadedImage,
-    size: tuple[int, int],
+    copies: Sequence[ImageCopy],
     policy: NoisePolicy,
-    distractor_probability: float,
-    rng: np.random.Generator,
-    silhouettes: Callable[[], Sequence[BoolMask]] | None,
-) -> RegionChoice:
-    """The region to perturb, at the size (height, width) at which the image is perturbed."""
+    image_processor: Any,
+) -> dict[ImageCopy, np.ndarray | None]:
+    """The perturbed copies of a sample's image, uint8 [H, W, 3] each; None for a copy whose region the image lacks.
 
-    def grown(masks: Sequence[BoolMask]) -> list[BoolMask]:
-        return [region_mask(resize_mask(m, size), shape=policy.shape, dilate=policy.dilate) for m in masks]
+    They are made from the image that the model is asked about, whatever has happened to it before, at the resolution at which the
+    model sees it. A distractor is a random one of those that do not touch the key object. `loaded` has the masks of the image's
+    objects, at the size of the file's image; `policy` gives the resolution, the schedule, and the shape and growth of regions.
+    """
+    image = resize_to_model(image_processor, sample.image) if policy.resolution == "model" else sample.image
+    size = image.shape[:2]
 
-    # Regions are dilated before one is chosen, so that a distractor's perturbation cannot touch the evidence.
-    distractors = grown(loaded.distractors)
-    if silhouettes is not None:
-        other = [] if loaded.evidence or policy.absent != "distractor" else grown(silhouettes())
-        distractors = [np.logical_or.reduce(other)] if other else []
-    return choose_region(
-        grown(loaded.evidence),
-        distractors,
-        absent=policy.absent,
-        distractor_probability=distractor_probability,
-        rng=rng,
-        image_shape=size,
-        silhouette=silhouettes is not None,
-    )
-
-
-def _wrong_answer(
-    query: Query, confidence: float, policy: NoisePolicy, epoch: int, wrong: Sequence[str]
-) -> str | None:
-    """The wrong answer of the response in this epoch; None: the gold answer."""
-    rng = query_rng(policy.seed, epoch, query.id, "mistake")
-    if rng.random() >= policy.wrong_answer_rate * (1.0 - confidence):
-        return None
-    return wrong[int(rng.integers(len(wrong)))]
+    regions = {copy.region for copy in copies}
+    evidence = policy.grown([m for m in loaded.evidence if m.any()], size) if regions - {"image"} else []
+    target = np.logical_or.reduce(evidence) if evidence else None
+    apart: list[BoolMask] = []
+    if "distractor" in regions:
+        distractors = policy.grown([m for m in loaded.distractors if m.any()], size)
+        apart = [mask for mask in distractors if target is None or not np.any(mask & target)]
+    made: dict[ImageCopy, np.ndarray | None] = {}
+    for copy in copies:
+        rng = query_rng(copy.seed, copy.number, sample.query.id, "copy")
+        seed = int(rng.integers(2**63))
+        region: BoolMask | None = np.ones(size, dtype=np.bool_)
+        if copy.region == "object":
+            region = target
+        elif copy.region == "distractor":
+            region = apart[int(rng.integers(len(apart)))] if apart else None
+        made[copy] = None
+        if region is not None:
+            transform = region_perturbation(copy.perturbation.kind, policy.schedule)
+            made[copy] = transform(image=image, mask=region, strength=copy.perturbation.strength, seed=seed)[
+                "image"
+            ]
+    return made

@@ -1,15 +1,16 @@
-"""The resolution at which a model sees an image, so that noise has the same effect on a thumbnail and on a photograph.
+"""The resolution at which a model sees an image: perturbing at it, and limiting it by `data.max_pixels`.
 
-Noise on a 12-megapixel photo is averaged away when the processor shrinks it. With `resolution: model` the image is first
-resized to the processor's target size, with the processor's own filter and steps, and then noised. The processor's resize then
-changes nothing, so pixels without noise are the same as in use. For a processor that cuts images into tiles, the target size is
-that of all tiles together; the overview image that some add is computed from the noised image.
+Noise on a 12-megapixel photo is averaged away when the processor shrinks it. With `resolution: model` an image is first resized
+as the model's processor does it, and then noised; the processor's resize then changes nothing. Of an image that is cut into tiles
+that is the size of all tiles together; the overview image that some processors add is computed from the noised image.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,100 +22,79 @@ from vlm_calibration.records import DataError
 
 PROBES = ((60, 84), (700, 400))
 """(height, width) of the images that `check_resolution` processes."""
-
 MAX_PROBE_DIFFERENCE = 0.1
 """Largest mean absolute difference of the pixels, relative to the mean absolute contrast of the probe. The overview image beside
 the tiles is resized twice; another crop or order of the pixels differs by more than 1."""
-
-QWEN_MAX_RATIO = 200
-"""Largest ratio of the sides; Qwen's processors refuse larger ones."""
+MAX_TILES = 15
+"""Of InternVL: with more, an image of 3 x 3 tiles would become 4 x 4 when it is resized again."""
 
 
 def model_resolution(image_processor: Any, height: int, width: int) -> tuple[int, int]:
-    """The size (height, width) of an image after the image processor's resize, before any crop.
-
-    Args:
-        image_processor: a transformers image processor.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+    """The size (height, width) in pixels of an image after the image processor's resize, before any crop.
 
     Raises:
-        DataError: as `resize_steps`.
+        DataError: the processor refuses the image, or resizes in a way that cannot be followed (use `resolution: native`).
     """
-    return resize_steps(image_processor, height, width)[-1]
+    return _resizes(image_processor, height, width)[-1]
 
 
 def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
-    """Resize an image to its `model_resolution` with the image processor's own resize.
-
-    Args:
-        image_processor: a transformers image processor with the torchvision or PIL backend.
-        image: uint8 [H, W, 3].
-
-    Raises:
-        DataError: as `resize_steps`.
-    """
+    """Resize an image, uint8 [H, W, 3], to its `model_resolution` with the image processor's own resize."""
     from transformers.image_utils import SizeDict  # deferred: slow to import, and loaded with any processor
 
     check_image(image)
-    # Take the method of the base class: those of Qwen and Pixtral choose the size, which `resize_steps` did.
+    # Take the method of the base class: those of Qwen and Pixtral choose the size, which is known.
     resize = next(vars(c)["resize"] for c in reversed(type(image_processor).__mro__) if "resize" in vars(c))
     pixels: Any = image.transpose(2, 0, 1)
     if image_processor.backend != "pil":
         # Left channels-last, which torchvision resizes several times faster than a copy by channels, to the same pixels.
         pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
-    for height, width in resize_steps(image_processor, *image.shape[:2]):
+    for height, width in _resizes(image_processor, *image.shape[:2]):
         if pixels.shape[1:] != (height, width):
             size = SizeDict(height=height, width=width)
             pixels = resize(image_processor, pixels, size=size, resample=image_processor.resample)
     return np.array(np.asarray(pixels).transpose(1, 2, 0), order="C")
 
 
-def resize_steps(image_processor: Any, height: int, width: int) -> list[tuple[int, int]]:
-    """The sizes (height, width) of the image processor's successive resizes; the last one is the target size.
-
-    Args:
-        image_processor: a transformers image processor; its settings define the resizes.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-
-    Raises:
-        DataError: unknown settings (use `resolution: native` with such a processor), or an image that the processor refuses.
-    """
+@lru_cache(maxsize=10_000)
+def _resizes(image_processor: Any, height: int, width: int) -> list[tuple[int, int]]:
+    """The sizes of the image processor's successive resizes: it processes a black image, and its resize is watched."""
     if not getattr(image_processor, "do_resize", True):
         return [(height, width)]
-    size = as_mapping(getattr(image_processor, "size", None))
-    shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
-    if grids := tile_grids(image_processor):
-        return [_fit_within(height, width, *_best_grid(height, width, grids))]
-    if getattr(image_processor, "crop_to_patches", False):
-        tiles = range(int(image_processor.min_patches), int(image_processor.max_patches) + 1)
-        # With more tiles, a resized image of 3 x 3 tiles would become 4 x 4; and aspect ratios assume square tiles.
-        if tiles.stop > 16 or size.get("height") != size.get("width"):
-            raise _unknown(image_processor)
-        return [_fit_canvas(height, width, int(size["height"]), tiles)]
-    if shortest and longest and hasattr(image_processor, "merge_size"):
-        return [_fit_pixels(height, width, shortest, longest, merge_factor(image_processor))]
-    tile = split_side(image_processor)
-    if longest and not shortest and tile and longest % tile == 0:
-        return _fit_tiles(height, width, longest, tile, bool(image_processor.do_image_splitting))
-    if longest and not shortest and hasattr(image_processor, "patch_size"):
-        return [_fit_patches(height, width, longest, *patch_sides(image_processor.patch_size))]
-    if size.get("height") and size.get("width"):
-        return [(int(size["height"]), int(size["width"]))]
-    if shortest and not longest:
-        # transformers truncates and does not round.
-        if height <= width:
-            return [(shortest, int(shortest * width / height))]
-        return [(int(shortest * height / width), shortest)]
-    raise _unknown(image_processor)
+    results: list[tuple[int, int]] = []
+    steps: dict[tuple[int, int], list[tuple[int, int]]] = {}
+
+    def resize(*args: Any, **settings: Any) -> Any:
+        [before] = [v for v in (*args, *settings.values()) if isinstance(v, np.ndarray | torch.Tensor)]
+        resized = image_processor.resize(*args, **settings)
+        after = resized.shape[-2], resized.shape[-1]
+        steps[after] = [*steps.get((before.shape[-2], before.shape[-1]), []), after]
+        results.append(after)
+        return resized
+
+    watched = copy.copy(image_processor)
+    watched.resize = resize
+    try:
+        seen = watched(images=[np.zeros((height, width, 3), np.uint8)], return_tensors="pt")["pixel_values"]
+    except ValueError as error:
+        raise DataError(f"an image of {width} x {height} pixels: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _unknown(image_processor) from error
+    if not results:
+        raise _unknown(image_processor)
+    tile = tuple(seen.shape[-2:])
+    has_tiles = seen.ndim > 3 and seen.numel() > 3 * math.prod(tile)
+    # Neither an image that is shrunk further, nor an overview beside the tiles; a crop leaves only images that are larger.
+    targets = [
+        size for size in results if 3 * math.prod(size) <= seen.numel() and not (has_tiles and size == tile)
+    ]
+    return steps[max(reversed(targets or results), key=math.prod)]
 
 
 def check_resolution(processor: Any) -> None:
     """Process two textured images with and without `resize_to_model`, and compare the results.
 
-    Settings alone do not identify every processor that cuts or pads images. Settings that a processor passes to its image
-    processor on each call (InternVL's tiling) are copied to the image processor.
+    Settings that a processor passes to its image processor on each call (InternVL's tiling) are copied to the image processor.
 
     Args:
         processor: a transformers processor with an `image_processor`.
@@ -123,29 +103,29 @@ def check_resolution(processor: Any) -> None:
         DataError: the results differ; use `resolution: native` with this processor.
     """
     image_processor = processor.image_processor
-    settings = getattr(processor, "images_kwargs", None) or {}
-    for name, value in settings.items():
+    _resizes.cache_clear()
+    for name, value in (getattr(processor, "images_kwargs", None) or {}).items():
         if hasattr(image_processor, name):
             setattr(image_processor, name, value)
-
-    def pixel_values(image: ImageArray) -> Any:
-        return image_processor(images=[image], return_tensors="pt", **settings).get("pixel_values")
-
+    if getattr(image_processor, "crop_to_patches", False):
+        size = _sizes(image_processor.size)
+        if image_processor.max_patches > MAX_TILES or size.get("height") != size.get("width"):
+            raise _unknown(image_processor)
     for probe in PROBES:
         image = _textured(*probe)
         resized = resize_to_model(image_processor, image)
-        before, after = pixel_values(image), pixel_values(resized)
+        again = _resizes(image_processor, *resized.shape[:2])
+        before, after = (
+            image_processor(images=[pixels], return_tensors="pt")["pixel_values"]
+            for pixels in (image, resized)
+        )
         if (
-            before is None
-            or before.numel() != 3 * _pixels(image_processor, resized.shape[:2])
-            or before.shape != after.shape
-            or _mean_abs(before - after) > MAX_PROBE_DIFFERENCE * _mean_abs(before - before.mean())
+            before.shape != after.shape
+            or again[-1] != resized.shape[:2]
+            or (np.array(again) < resized.shape[:2]).any()
+            or (before - after).abs().mean() > MAX_PROBE_DIFFERENCE * (before - before.mean()).abs().mean()
         ):
             raise _unknown(image_processor)
-
-
-def _mean_abs(values: torch.Tensor) -> float:
-    return float(values.abs().mean())
 
 
 def _textured(height: int, width: int) -> ImageArray:
@@ -167,126 +147,76 @@ def _unknown(image_processor: Any) -> DataError:
     )
 
 
-def as_mapping(size: Any) -> Mapping[str, Any]:
-    if size is None:
-        return {}
+def limit_pixels(processor: Any, max_pixels: int) -> None:
+    """Set a processor so that no image has more pixels after its resize; smaller images keep their size.
+
+    Each family bounds the size by another setting of its image processor, which a saved processor carries: an adapter is served at
+    the size that it was trained at. Of an image that is cut into tiles the pixels of all tiles count, without the overview image.
+    A limit above the processor's own changes nothing. Of an image that is one patch high or wide, Qwen's processors keep that
+    patch, and so may exceed a low limit.
+
+    Args:
+        processor: a transformers processor with an `image_processor`; changed in place.
+        max_pixels: height times width, at least 1.
+
+    Raises:
+        DataError: the processor gives all images one larger size, its smallest image is larger, or its settings are unknown.
+    """
+    if max_pixels < 1:
+        raise DataError(f"data.max_pixels must be at least 1, found {max_pixels}")
+    _resizes.cache_clear()
+    image_processor = processor.image_processor
+    size = _sizes(getattr(image_processor, "size", None))
+    shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
+    tile = _sizes(getattr(image_processor, "max_image_size", None)).get("longest_edge")
+    patch = _sides(getattr(image_processor, "patch_size", None) or 0)
+    # InternVL's processor asks for its tiles on each call of its image processor.
+    settings = getattr(processor, "images_kwargs", None) or {}
+    kind = type(image_processor).__name__
+
+    def check(smallest: int) -> None:
+        if max_pixels < smallest:
+            raise DataError(
+                f"data.max_pixels: the smallest image of {kind} has {smallest} pixels, found {max_pixels}: give at least {smallest}"
+            )
+
+    def unlimited(reason: str) -> DataError:
+        return DataError(
+            f"data.max_pixels: {kind} cannot be limited to {max_pixels} pixels, {reason}: leave the setting out, or take another model"
+        )
+
+    if getattr(image_processor, "image_grid_pinpoints", None):
+        raise unlimited("its grids of tiles are also part of the model's configuration")
+    if settings.get("crop_to_patches", getattr(image_processor, "crop_to_patches", False)):
+        pixels = math.prod(_sides(size))
+        check(int(image_processor.min_patches) * pixels)
+        image_processor.max_patches = min(int(image_processor.max_patches), max_pixels // pixels)
+    elif shortest and longest and hasattr(image_processor, "merge_size"):  # areas, of Qwen
+        check((int(image_processor.patch_size) * int(image_processor.merge_size)) ** 2)
+        limits = {"longest_edge": min(longest, max_pixels), "shortest_edge": min(shortest, max_pixels)}
+        image_processor.size = {**size, **limits}
+    elif longest and not shortest and (step := tile if tile and longest % tile == 0 else max(patch)):
+        # Idefics 3 and SmolVLM have tiles, Pixtral patches, of which both sides are multiples.
+        check(step**2)
+        image_processor.size = {**size, "longest_edge": min(longest, math.isqrt(max_pixels) // step * step)}
+    else:
+        if getattr(image_processor, "do_center_crop", False):
+            pixels = math.prod(_sides(image_processor.crop_size))
+        elif size.get("height") and size.get("width"):
+            pixels = int(size["height"]) * int(size["width"])
+        else:
+            raise unlimited("it has no setting for the size of its images")
+        if pixels > max_pixels:
+            raise unlimited(f"it gives every image {pixels} pixels")
+
+
+def _sizes(size: Any) -> Mapping[str, Any]:
+    """A size as its set keys; one number is the shortest edge."""
     if isinstance(size, int):
         return {"shortest_edge": size}
-    return {k: v for k, v in dict(size).items() if v is not None}
+    return {key: value for key, value in dict(size or {}).items() if value is not None}
 
 
-def patch_sides(size: Any) -> tuple[int, int]:
+def _sides(size: Any) -> tuple[int, int]:
     """(height, width) of a patch or crop, which may be set as one number."""
     return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
-
-
-def merge_factor(image_processor: Any) -> int:
-    return int(image_processor.patch_size) * int(image_processor.merge_size)
-
-
-def split_side(image_processor: Any) -> int:
-    """Side of the square tiles of Idefics 3 and SmolVLM; 0 for other processors."""
-    return int(as_mapping(getattr(image_processor, "max_image_size", None)).get("longest_edge", 0))
-
-
-def tile_grids(image_processor: Any) -> list[tuple[int, int]]:
-    """The sizes (height, width) of the tile grids of LLaVA-NeXT and LLaVA-OneVision; empty for other processors."""
-    return [(int(h), int(w)) for h, w in getattr(image_processor, "image_grid_pinpoints", None) or ()]
-
-
-def _pixels(image_processor: Any, size: tuple[int, int]) -> int:
-    """Number of pixels that the model receives for an image of this size, the overview image included."""
-    mapping = as_mapping(image_processor.size)
-    if grids := tile_grids(image_processor):
-        # A tile is as large as the overview; the rest of the grid is filled with black.
-        height, width = mapping.get("height"), mapping.get("width")
-        tile = height * width if height and width else mapping["shortest_edge"] ** 2
-        return math.prod(_best_grid(*size, grids)) + int(tile)
-    if getattr(image_processor, "do_center_crop", False):
-        return math.prod(patch_sides(image_processor.crop_size))
-    pixels, tile = math.prod(size), split_side(image_processor) ** 2
-    if getattr(image_processor, "crop_to_patches", False):
-        tile = math.prod(patch_sides(mapping))
-    if tile and pixels > tile:
-        pixels += tile
-    return pixels * int(getattr(image_processor, "temporal_patch_size", 1))
-
-
-def _fit_pixels(height: int, width: int, low: int, high: int, factor: int) -> tuple[int, int]:
-    """Sides rounded to multiples of `factor`, area within [low, high], aspect ratio kept approximately (Qwen2-VL)."""
-    if max(height, width) > QWEN_MAX_RATIO * min(height, width):
-        raise DataError(
-            f"an image of {width} x {height} pixels: one side may be at most {QWEN_MAX_RATIO} times as long as the other"
-        )
-    h, w = round(height / factor) * factor, round(width / factor) * factor
-    if h * w > high:
-        scale = math.sqrt(height * width / high)
-        h = max(factor, math.floor(height / scale / factor) * factor)
-        w = max(factor, math.floor(width / scale / factor) * factor)
-    elif h * w < low:
-        scale = math.sqrt(low / (height * width))
-        h = math.ceil(height * scale / factor) * factor
-        w = math.ceil(width * scale / factor) * factor
-    return h, w
-
-
-def _fit_tiles(height: int, width: int, longest: int, tile: int, splitting: bool) -> list[tuple[int, int]]:
-    """Longest side `longest`, then both sides rounded up to whole tiles; one tile without splitting (Idefics 3, SmolVLM)."""
-    ratio = width / height
-    h, w = (int(longest / ratio), longest) if ratio >= 1 else (longest, int(longest * ratio))
-    first = h, w = max(1, h + h % 2), max(1, w + w % 2)
-    if not splitting:
-        return [first, (tile, tile)]
-    ratio = w / h
-    if ratio >= 1:
-        w = math.ceil(w / tile) * tile
-        h = int(w / ratio)
-    else:
-        h = math.ceil(h / tile) * tile
-        w = int(h * ratio)
-    return [first, (math.ceil(h / tile) * tile, math.ceil(w / tile) * tile)]
-
-
-def _fit_patches(
-    height: int, width: int, longest: int, patch_height: int, patch_width: int
-) -> tuple[int, int]:
-    """Longest side at most `longest`, never enlarged, then both sides rounded up to whole patches (Pixtral)."""
-    shrink = max(height / longest, width / longest, 1.0)
-    rows = math.ceil(math.floor(height / shrink) / patch_height)
-    columns = math.ceil(math.floor(width / shrink) / patch_width)
-    return rows * patch_height, columns * patch_width
-
-
-def _fit_canvas(height: int, width: int, tile: int, tiles: range) -> tuple[int, int]:
-    """Whole tiles, in the arrangement whose aspect ratio is nearest to the image's (InternVL).
-
-    Of several arrangements with that ratio the largest, unless the image covers at most half of its area.
-    """
-    arrangements = [(c, r) for c in range(1, tiles.stop) for r in range(1, tiles.stop) if c * r in tiles]
-    best, nearest = (1, 1), math.inf
-    for columns, rows in sorted(arrangements, key=math.prod):
-        difference = abs(width / height - columns / rows)
-        larger = 2 * height * width > tile**2 * columns * rows
-        if difference < nearest or (difference == nearest and larger):
-            best, nearest = (columns, rows), difference
-    columns, rows = best
-    return rows * tile, columns * tile
-
-
-def _best_grid(height: int, width: int, grids: list[tuple[int, int]]) -> tuple[int, int]:
-    """The grid that preserves the most pixels of an image; of several, the one with the least padding."""
-
-    def pixels_and_padding(grid: tuple[int, int]) -> tuple[int, int]:
-        scale = min(grid[1] / width, grid[0] / height)
-        pixels = min(int(width * scale) * int(height * scale), width * height)
-        return pixels, pixels - math.prod(grid)
-
-    return max(grids, key=pixels_and_padding)
-
-
-def _fit_within(height: int, width: int, grid_height: int, grid_width: int) -> tuple[int, int]:
-    """The largest size that fits into the grid, aspect ratio kept (LLaVA-NeXT, LLaVA-OneVision)."""
-    by_width, by_height = grid_width / width, grid_height / height
-    if by_width < by_height:
-        return min(math.ceil(height * by_width), grid_height), grid_width
-    return grid_height, min(math.ceil(width * by_height), grid_width)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vlm_calibration.data.collate import ImageCollator
+from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.endpoint.settings import Endpoint
 from vlm_calibration.endpoint.system import EXPECTED, EndpointSystem
@@ -39,7 +39,7 @@ class ServedModel(Asker):
         self._system.close()
 
     def answers(self, samples: Sequence[Sample], systems: Sequence[str]) -> dict[str, list[Answer]]:
-        served = self._system.answer(ImageCollator()(samples))
+        served = self._system.answer(PromptCollator(None, keep_images=True)(samples))
         answers = [
             Answer(
                 text=prediction.text,

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from vlm_calibration.data.raw import RawQuery
+from vlm_calibration.data.regions import RawQuery
 from vlm_calibration.perturbation.masks import bounding_box, mask_to_rle
 from vlm_calibration.records import DataError, Query, Region
 from vlm_calibration.regions.describer import Describer, Description

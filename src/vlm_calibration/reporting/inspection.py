@@ -1,4 +1,4 @@
-"""What a query source holds, as counts and as a table on the terminal; nothing is trained."""
+"""What a query source holds, as counts and as rows of a table; nothing is trained."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.perturbation.images import ImageError
-from vlm_calibration.records import SMALL_BOX, DataError, Query
+from vlm_calibration.records import SMALL_BOX, DataError
 from vlm_calibration.text.grading import parse_answer
 
 MAX_VALUES = 8
@@ -74,48 +72,40 @@ def inspect_source(source: QuerySource, sample: int) -> Inspection:
                 raise
             raise DataError(f"{error}: {first}") from error
     inspection.bad = list(getattr(getattr(source, "bad", None), "messages", []))
+    inspection.queries = len(queries)
     for query in queries:
-        _count_query(inspection, query)
+        answer = {
+            "yes_no": parse_answer(query.answer, query.answer_type),
+            "short": query.answer,
+            "open": str(len(query.answer.split())),
+        }[query.answer_type]
+        inspection.answers.setdefault(query.answer_type, Counter())[str(answer)] += 1
+        if query.category is not None:
+            inspection.categories[query.category] += 1
         presence = source.presence(query)
         inspection.with_evidence += presence == "present"
         if presence != "present":
             (inspection.absent if presence == "absent" else inspection.unlocated).append(query.id)
     chosen = np.unique(np.linspace(0, len(queries) - 1, min(sample, len(queries))).round().astype(int))
-    for index in chosen.tolist():
-        _open_image(inspection, source, queries[index])
+    for query in (queries[index] for index in chosen.tolist()):
+        inspection.opened += 1
+        try:
+            loaded = source.load(query)
+        except DataError as error:
+            culprit = source.image_id(query) if isinstance(error.__cause__, ImageError) else query.id
+            inspection.unloadable.setdefault(culprit, str(error))
+            continue
+        if loaded.clipped:
+            inspection.clipped.append(query.id)
+        height, width = loaded.image.shape[:2]
+        inspection.sizes.append((width, height))
+        if loaded.evidence:
+            inspection.shares.append(float(np.logical_or.reduce(loaded.evidence).mean()))
     return inspection
 
 
-def _count_query(inspection: Inspection, query: Query) -> None:
-    inspection.queries += 1
-    answer = {
-        "yes_no": parse_answer(query.answer, query.answer_type),
-        "short": query.answer,
-        "open": str(len(query.answer.split())),
-    }[query.answer_type]
-    inspection.answers.setdefault(query.answer_type, Counter())[str(answer)] += 1
-    if query.category is not None:
-        inspection.categories[query.category] += 1
-
-
-def _open_image(inspection: Inspection, source: QuerySource, query: Query) -> None:
-    inspection.opened += 1
-    try:
-        loaded = source.load(query)
-    except DataError as error:
-        culprit = source.image_id(query) if isinstance(error.__cause__, ImageError) else query.id
-        inspection.unloadable.setdefault(culprit, str(error))
-        return
-    if loaded.clipped:
-        inspection.clipped.append(query.id)
-    height, width = loaded.image.shape[:2]
-    inspection.sizes.append((width, height))
-    if loaded.evidence:
-        inspection.shares.append(float(np.logical_or.reduce(loaded.evidence).mean()))
-
-
-def _table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
-    """The rows of the table: a heading and its text."""
+def table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    """The rows of the table about an inspection: a heading and its text."""
     yield "queries", str(inspection.queries)
     for kind, answers in inspection.answers.items():
         total = sum(answers.values())
@@ -124,7 +114,10 @@ def _table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
             yield "open answers", f"{total}: median {np.median(words):.0f} words, at most {words.max()}"
             continue
         frequent = answers.most_common(MAX_VALUES)
-        balance = ", ".join(f"{_shorten(answer)} {count / total:.1%}" for answer, count in frequent)
+        balance = ", ".join(
+            f"{answer if len(answer) <= 30 else answer[:27] + '...'} {count / total:.1%}"
+            for answer, count in frequent
+        )
         yield f"{kind} answers", f"{total}: {balance}{_rest(answers, 'other answers')}"
     if inspection.categories:
         frequent = inspection.categories.most_common(MAX_VALUES)
@@ -165,25 +158,3 @@ def _table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
 
 def _rest(counter: Counter[str], name: str) -> str:
     return f", {len(counter) - MAX_VALUES} {name}" if len(counter) > MAX_VALUES else ""
-
-
-def _shorten(answer: str) -> str:
-    return answer if len(answer) <= 30 else f"{answer[:27]}..."
-
-
-def print_inspection(name: str, inspection: Inspection, console: Console, named: set[str]) -> None:
-    """Print an inspection as a table, and the first messages about bad records and images below it.
-
-    Args:
-        named: culprits of `unloadable` that have been named, which are not named again; those named here are added.
-    """
-    table = Table(title=name, show_header=False, title_justify="left")
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for heading, text in _table_rows(inspection):
-        table.add_row(heading, text.replace("[", "\\["))
-    console.print(table)
-    new = [culprit for culprit in inspection.unloadable if culprit not in named][:MAX_NAMED]
-    named.update(new)
-    for message in (*inspection.bad[:MAX_NAMED], *(inspection.unloadable[culprit] for culprit in new)):
-        console.print(message, soft_wrap=True, markup=False, highlight=False)

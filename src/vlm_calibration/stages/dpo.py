@@ -246,7 +246,8 @@ class DPOModule(L.LightningModule):
         if self.pairs.target == "fitted" and self.fitted is None:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             taught, held_out = (
-                {q.answer_type for q in split.queries} for split in (data.train_set, data.validation_set)
+                {q.answer_type for q in split.queries}
+                for split in (data.sets["train"], data.sets["validation"])
             )
             if missing := sorted(taught - held_out):
                 raise DataError(

@@ -17,7 +17,7 @@ import lightning as L
 from torch import nn
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
+from vlm_calibration.data.module import TESTED, DataNeeds, PerturbedQueryDataModule
 from vlm_calibration.data.noise import ImageCopy
 from vlm_calibration.endpoint.settings import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem
@@ -204,13 +204,16 @@ class EvaluationModule(L.LightningModule):
         return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]
 
     @property
-    def copies(self) -> dict[str, list[ImageCopy]]:
-        """Data set -> the perturbed copies of each of its images that estimators and probes need, which the data module makes."""
-        if not self.local:
-            return {}
-        of_estimators = [copy for e in self.estimators.values() for copy in e.copies]
-        # No score includes the calibration set, so it is not probed.
-        return {name: of_estimators + (copies_of(self.probes) if name == SCORED else []) for name in TESTED}
+    def data_needs(self) -> DataNeeds:
+        """The copies of images that estimators and probes need, and whether endpoints are sent the images."""
+        copies: dict[str, list[ImageCopy]] = {}
+        if self.local:
+            of_estimators = [copy for e in self.estimators.values() for copy in e.copies]
+            # No score includes the calibration set, so it is not probed.
+            copies = {
+                name: of_estimators + (copies_of(self.probes) if name == SCORED else []) for name in TESTED
+            }
+        return DataNeeds(copies=copies, images=bool(self.endpoints))
 
     def on_test_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -219,7 +222,7 @@ class EvaluationModule(L.LightningModule):
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
         if self.estimators and self.local:
             self.answer_tokenizer = AnswerTokenizer(data.chat)
-        groups = {g for query in data.test_set.queries for g in category_groups(query.category)}
+        groups = {g for query in data.sets["test"].queries for g in category_groups(query.category)}
         for _, scorer in self._scored():
             scorer.set_groups(groups)
             scorer.to(self.device)

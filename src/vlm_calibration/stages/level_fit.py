@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.dataset import EvalSplit, query_id_of_level
-from vlm_calibration.data.module import INSTANCES, LEVELS, PerturbedQueryDataModule
+from vlm_calibration.data.module import INSTANCES, LEVELS, DataNeeds, PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer, right_padded
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.generating import GenerationRecorder
@@ -60,8 +60,6 @@ class LevelFitModule(L.LightningModule):
 
     model: Any
     answers: AnswerLog
-    asks = LEVELS
-    """The data set that the data module provides for `test`."""
     run_digest: str | None = None
     """Of the record of this run, whose answers it resumes from; None: it does not resume."""
     start_over = False
@@ -79,6 +77,11 @@ class LevelFitModule(L.LightningModule):
         self.out = out
         self.likelihoods = likelihoods
         self.max_new_tokens = max_new_tokens
+
+    @property
+    def data_needs(self) -> DataNeeds:
+        """The queries whose levels are measured, and those whose likelihoods are written."""
+        return DataNeeds((LEVELS,) if self.likelihoods is None else (LEVELS, INSTANCES), ())
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         """The files that a finished run has written."""

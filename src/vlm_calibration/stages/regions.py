@@ -6,7 +6,8 @@ from typing import Literal
 
 import lightning as L
 
-from vlm_calibration.data.raw import RawBatch
+from vlm_calibration.data.module import DataNeeds
+from vlm_calibration.data.regions import RawBatch
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector
@@ -39,6 +40,7 @@ class RegionExtractor(L.LightningModule):
         super().__init__()
         self.pipeline = Pipeline(describer, detector, segmenter, gates, keep_known)
         self.keep_known = keep_known
+        self.data_needs = DataNeeds(keep_known=keep_known)
         self.on_bad_image = on_bad_image
 
     def configure_model(self) -> None:

@@ -53,6 +53,8 @@ def hf(
                 f"--columns: no key {key!r} of a query{did_you_mean(key, keys)}; there are {', '.join(keys)}"
             )
     dataset = _open(path, name, split, revision)
+    from datasets import Image, List
+
     there = list(dataset.features)
     for key in (*columns, *REQUIRED):
         if (column := columns.get(key, key)) not in there:
@@ -60,7 +62,13 @@ def hf(
                 f"{path}: --columns: no column {column!r} for {key!r}{did_you_mean(column, there)}; there are {', '.join(there)}"
             )
     names = {key: columns.get(key, key) for key in keys if columns.get(key, key) in there}
-    dataset = _undecoded(dataset.select_columns(sorted(set(names.values()))))
+    dataset = dataset.select_columns(sorted(set(names.values())))
+    for column, feature in dataset.features.items():
+        # Images stay {bytes, path}: they are written as they are.
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
     labels = {column: f.names for column, f in dataset.features.items() if hasattr(f, "names")}
     for row, values in enumerate(dataset):
         yield f"{path}: row {row}", partial(_query, row, values, names, labels, answer_type)
@@ -176,13 +184,14 @@ def _open(path: str, name: str | None, split: str | None, revision: str | None) 
     return loaded[split]
 
 
-def _undecoded(dataset: Any) -> Any:
-    """The data set with images as {bytes, path}: they are written as they are."""
-    from datasets import Image, List
+def rlaif_v(path: str = "openbmb/RLAIF-V-Dataset") -> Source:
+    """Convert RLAIF-V (Yu et al., arXiv 2405.17220; not for commercial use; pip install 'vlm-calibration[datasets]').
 
-    for column, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            dataset = dataset.cast_column(column, List(Image(decode=False)))
-    return dataset
+    The preferred response is the gold answer, the rejected one a wrong answer. Other data sets of pairs: `data convert hf` with
+    --columns '{answer: CHOSEN, wrong_answers: REJECTED}' --answer-type open.
+
+    Args:
+        path: the folder of its Parquet files, or its name on the Hub
+    """
+    columns = {"answer": "chosen", "wrong_answers": "rejected", "category": "origin_dataset"}
+    return hf(path, split="train", columns=columns, answer_type="open")

@@ -22,11 +22,7 @@ Source: TypeAlias = Iterator[tuple[str, Queries]]
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """Turn what goes wrong with a record into an error that begins with its place.
-
-    Raises:
-        DataError: the block raised a `RecordError`, did not find a key or index, or used a value of another type.
-    """
+    """Turn a `RecordError`, a missing key or a value of another type into a DataError that begins with the record's place."""
     try:
         yield
     except DataError:
@@ -42,8 +38,7 @@ def explained(where: str) -> Iterator[None]:
 def json_values(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
     """The place and value of all values in a JSON file at a prefix of ijson: "item" of an array, "questions.item" of one at a key.
 
-    Raises:
-        DataError: the file cannot be read, is not JSON, or has no such value.
+    Like the other readers, raises a DataError if the file cannot be read, is not JSON, or has no such value.
     """
     place, index = prefix.removesuffix("item").removesuffix("."), -1
     with _opened(path) as file:
@@ -54,11 +49,7 @@ def json_values(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def json_members(path: Path) -> Iterator[tuple[str, Any]]:
-    """The keys and values of a file that is one JSON object.
-
-    Raises:
-        DataError: the file cannot be read, is not JSON, or is no object.
-    """
+    """The keys and values of a file that is one JSON object."""
     key = None
     with _opened(path) as file:
         for key, value in ijson.kvitems(file, "", use_float=True):
@@ -68,23 +59,15 @@ def json_members(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def json_records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The place of each record of a JSON array or of JSON lines, and a function that decodes it.
-
-    Raises:
-        DataError: the file cannot be read, or is an array that is not JSON.
-    """
+    """The place of each record of a JSON array or of JSON lines, and a function that decodes it."""
     with _opened(path) as file:
         start = next((line for line in file if line.strip()), b"").lstrip()
     if start.startswith(b"["):
         for where, value in json_values(path, "item"):
-            yield where, partial(_same, value)
+            yield where, lambda value=value: value
     else:
         for line in json_lines(path):
             yield line.where, partial(parse_json, line.content)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 @contextmanager

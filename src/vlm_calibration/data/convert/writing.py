@@ -17,8 +17,8 @@ from typing import Any, TextIO, TypeVar
 from PIL import Image
 
 from vlm_calibration.data.convert.reading import Queries, explained
-from vlm_calibration.data.sources.checks import RecordChecks
 from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.data.sources.query_file import RecordChecks
 from vlm_calibration.files import replacing
 from vlm_calibration.records import DataError, RecordError, query_from_dict
 
@@ -34,21 +34,16 @@ class QueryWriter:
     Images that a record embeds go to the folder OUT_images, each once, named by a digest of their content.
 
     Args:
-        out: the file to write, .jsonl.
+        out: the file to write; another suffix than .jsonl, or a file that may not be overwritten, is a DataError.
         images: folder that names of image files are relative to; None: that of `out`.
         skip_bad: count and leave out bad records; otherwise the first one is an error.
         overwrite: replace an existing file, and an existing folder of embedded images.
 
     Attributes:
         root: the folder that image paths in `out` are relative to: that of `out`, or `images` if it is not below that.
-        queries: number of queries written.
+        queries: number of queries written, `regions` of those with regions, and `answer_types` of each type.
         image_names: the images that they are about.
-        answer_types: how many there are of each.
-        regions: number of queries with regions.
         skipped: kind of mistake -> how many records were left out, and the message about the first.
-
-    Raises:
-        DataError: `out` has another suffix, or exists.
     """
 
     def __init__(
@@ -71,11 +66,7 @@ class QueryWriter:
         self._unfinished: Path | None = None
 
     def write(self, source: Iterable[tuple[str, Queries]]) -> None:
-        """Check and write all queries.
-
-        Raises:
-            DataError: a record is bad, none is usable, or a file cannot be read or written.
-        """
+        """Check and write all queries; a bad record, if none may be left out, or no usable one is a DataError."""
         with ExitStack() as stack:
             file = stack.enter_context(
                 stack.enter_context(replacing(self.out)).open("w", encoding="utf-8", newline="\n")

@@ -31,7 +31,7 @@ def opposite(query: Query) -> tuple[str, ...]:
 
 
 def with_regions(query: Query, image: np.ndarray) -> LoadedImage:
-    """Add the masks of a query's regions to its image, uint8 [H, W, 3]. Boxes are clipped to the image.
+    """Add the masks of a query's regions to its image, uint8 [H, W, 3]; boxes are clipped to the image.
 
     Raises:
         RecordError: a mask has another size than the image, or a region lies outside the image.
@@ -47,25 +47,14 @@ def with_regions(query: Query, image: np.ndarray) -> LoadedImage:
 
 
 class BadRecords:
-    """Collects the error messages of a source's invalid records.
-
-    Args:
-        policy: "raise" raises at the first invalid record, "skip" collects messages.
-
-    Attributes:
-        messages: one a skipped record.
-    """
+    """Collects the error messages of a source's invalid records, one a skipped record; under the policy "raise" the first is raised."""
 
     def __init__(self, policy: OnBadRecord) -> None:
         self.policy = policy
         self.messages: list[str] = []
 
     def add(self, message: str, cause: Exception | None = None) -> None:
-        """Skip a record.
-
-        Raises:
-            DataError: the policy is "raise".
-        """
+        """Skip a record, or raise a DataError."""
         if self.policy == "raise":
             raise self.error(message) from cause
         self.messages.append(message)
@@ -76,23 +65,14 @@ class BadRecords:
         return DataError(message + (advice if self.policy == "raise" else ""))
 
     def report(self, usable: int) -> None:
-        """Warn about the skipped records.
-
-        Args:
-            usable: number of records that were not skipped.
-        """
+        """Warn about the skipped records, given the number of those that were not skipped."""
         if self.messages:
             first = "; ".join(self.messages[:MAX_NAMED])
             rank_zero_warn(f"left out {len(self.messages)} of {len(self.messages) + usable} records: {first}")
 
 
 class LazyQueries(Sequence[Query]):
-    """A sequence that builds each query on access, so that a million queries take no memory.
-
-    Args:
-        length: number of queries.
-        make: returns the query at an index from 0 to `length` - 1.
-    """
+    """A sequence of `length` queries; `make` builds the one at an index on access, so that a million take no memory."""
 
     def __init__(self, length: int, make: Callable[[int], Query]) -> None:
         self._length = length
@@ -165,25 +145,17 @@ class QuerySource(ABC):
         return self.load(query).image if file is None else file
 
     def image_digest(self, query: Query) -> str:
-        """A text that differs between images, and not between copies of one image, which is not decoded.
-
-        Raises:
-            DataError: the image cannot be read.
-        """
+        """A text that differs between images, and not between copies of one image, which is read and not decoded."""
         content = self.image_content(query)
-        if isinstance(content, Path):
-            try:
-                return file_digest(content)
-            except OSError as error:
-                raise DataError(f"record {query.id!r}: {content}: {error.strerror}") from error
-        return digest([content if isinstance(content, bytes) else content.tobytes()])
+        if not isinstance(content, Path):
+            return digest([content if isinstance(content, bytes) else content.tobytes()])
+        try:
+            return file_digest(content)
+        except OSError as error:
+            raise DataError(f"record {query.id!r}: {content}: {error.strerror}") from error
 
     def content_digest(self, query: Query) -> int:
-        """The digest of what a model is asked, in [0, 2^64): question, answer type and image; reads the image's file.
-
-        Raises:
-            DataError: the image cannot be read.
-        """
+        """The digest of what a model is asked, in [0, 2^64): question, answer type and image."""
         return int(digest([query.question, "\0", query.answer_type, "\0", self.image_digest(query)])[:16], 16)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
@@ -215,13 +187,9 @@ class QuerySource(ABC):
         """Whether a region contains an object that the question is not about; does not open the image."""
         return any(not is_evidence(query, label) for label in self.labels(query))
 
-    def unlocated(self, query: Query) -> Sequence[str]:
-        """The key objects without a region of which nothing says that they are absent; does not open the image."""
-        return unlocated_objects(query, self.labels(query))
-
     def presence(self, query: Query) -> Presence:
         """Presence of the key objects. A missing region alone never means that one is absent."""
-        if self.unlocated(query):
+        if unlocated_objects(query, self.labels(query)):
             return "unlocated"
         if self.has_evidence(query):
             return "present"

@@ -34,7 +34,7 @@ class BenchmarkSource(QuerySource):
         self.images = ImageFolder(Path(root))
 
     @abstractmethod
-    def _read(self) -> list[Query]:
+    def read(self) -> list[Query]:
         """Read the queries; images are not checked."""
 
     @abstractmethod
@@ -43,22 +43,15 @@ class BenchmarkSource(QuerySource):
 
     @abstractmethod
     def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
-        """Input files of the benchmark's own script: suffix of the file name -> rows.
-
-        Args:
-            replies: text and confidence of the answers to all queries, in order.
-        """
+        """Input files of the benchmark's own script for the text and confidence of all answers, in order: suffix of the name -> rows."""
 
     def queries(self) -> Sequence[Query]:
         return self._queries
 
     @cached_property
     def _queries(self) -> list[Query]:
-        queries = self._read()
-        self._check_images(dict.fromkeys(query.image for query in queries))
-        return queries
-
-    def _check_images(self, names: dict[str, None]) -> None:
+        queries = self.read()
+        names = dict.fromkeys(query.image for query in queries)
         missing: list[str] = []
         for name in names:
             try:
@@ -70,6 +63,7 @@ class BenchmarkSource(QuerySource):
                 f"{self.path}: {len(missing)} of {len(names)} images are not in {self.root}: "
                 f"{name_some(missing, len(missing))}"
             )
+        return queries
 
     def image_file(self, query: Query) -> Path:
         return self.images.path(query.image)
@@ -104,7 +98,7 @@ class PopeSource(BenchmarkSource):
             raise DataError(f"{self.path}: the files of `exclude` name the image of every question")
         return replace(questions, questions=rest)
 
-    def _read(self) -> list[Query]:
+    def read(self) -> list[Query]:
         for asked in self._questions.questions:
             if not asked.image or not asked.question:
                 raise DataError(f"{asked.where}: a question needs an image and a text")
@@ -154,7 +148,7 @@ class AmberSource(BenchmarkSource):
             rank_zero_warn(f"{self.path}: {amber.GENERATIVE_NOTE.format(n=generative)}")
         return pairs
 
-    def _read(self) -> list[Query]:
+    def read(self) -> list[Query]:
         return [query for query, _ in self._pairs]
 
     def count(self, texts: Sequence[str]) -> amber.AmberCounts:

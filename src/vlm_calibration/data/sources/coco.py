@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pycocotools import mask as rle
 
 from vlm_calibration.data.sources.base import LazyQueries, QuerySource, opposite
 from vlm_calibration.data.sources.images import ExcludedImages, ImageFolder
-from vlm_calibration.data.sources.instances import AnnotatedImage, Instance, object_mask, read_instances
+from vlm_calibration.files import read_json
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
@@ -41,12 +43,83 @@ IRREGULAR_PLURALS = {
 }
 
 
-class AbsentObjects:
-    """Draws objects that are not in an image, by POPE's rules.
+class Instance(NamedTuple):
+    """An annotated object: its category, box (x, y, width, height) in pixels, polygons or run lengths, and whether it is a crowd."""
 
-    Args:
-        objects_by_image: image -> names of its objects, each once.
-    """
+    name: str
+    box: tuple[float, float, float, float]
+    segmentation: Any
+    crowd: bool
+
+
+class AnnotatedImage(NamedTuple):
+    """An image with its annotations, and its size in pixels."""
+
+    file: str
+    height: int
+    width: int
+    instances: tuple[Instance, ...]
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """Names of the annotated objects, each once."""
+        return tuple(dict.fromkeys(i.name for i in self.instances))
+
+
+def read_instances(path: Path) -> list[AnnotatedImage]:
+    """The images of an annotation file that have annotations, in the order of their file names; another format is a DataError."""
+    content = read_json(path)
+    try:
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        instances: dict[int, list[Instance]] = {}
+        for a in content.pop("annotations"):
+            x, y, width, height = map(float, a["bbox"])
+            shape = a["segmentation"]
+            if isinstance(shape, list):
+                # Polygons as arrays take a tenth of the memory of lists.
+                shape = [np.asarray(polygon, dtype=np.float64) for polygon in shape]
+            instance = Instance(names[a["category_id"]], (x, y, width, height), shape, bool(a.get("iscrowd")))
+            instances.setdefault(a["image_id"], []).append(instance)
+        pictures = [
+            AnnotatedImage(i["file_name"], i["height"], i["width"], tuple(instances[i["id"]]))
+            for i in content["images"]
+            if i["id"] in instances
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not COCO instance annotations: {type(error).__name__}: {error}") from error
+    if not pictures:
+        raise DataError(f"{path}: no image with annotations")
+    return sorted(pictures, key=lambda p: p.file)
+
+
+def instance_mask(instance: Instance, height: int, width: int) -> np.ndarray:
+    """The mask of one annotation, bool [height, width], drawn by pycocotools; a RecordError if it cannot be drawn."""
+    shape = instance.segmentation
+    try:
+        if isinstance(shape, list):
+            encoded = rle.merge(rle.frPyObjects([p.tolist() for p in shape], height, width))
+        elif isinstance(shape["counts"], list):
+            encoded = rle.frPyObjects(shape, height, width)
+        else:
+            encoded = shape
+        if list(encoded["size"]) != [height, width]:
+            raise ValueError(f"made for {encoded['size']}, the image has {[height, width]}")
+        return rle.decode(encoded).astype(bool)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise RecordError(f"the segmentation of a {instance.name} cannot be drawn: {error}") from error
+
+
+def object_mask(picture: AnnotatedImage, name: str) -> np.ndarray:
+    """The union of the masks of all instances of an object, bool [height, width]."""
+    union = np.zeros((picture.height, picture.width), dtype=bool)
+    for instance in picture.instances:
+        if instance.name == name:
+            union |= instance_mask(instance, picture.height, picture.width)
+    return union
+
+
+class AbsentObjects:
+    """Draws objects that are not in an image, by POPE's rules, from the names of each image's objects."""
 
     def __init__(self, objects_by_image: Mapping[str, Sequence[str]]) -> None:
         frequency: Counter[str] = Counter()
@@ -66,11 +139,7 @@ class AbsentObjects:
     ) -> str | None:
         """Draw an absent object; None if there is none.
 
-        Args:
-            rule: how to draw.
-            present: the object asked about before.
-            taken: the objects in the image, and the absent objects already asked about.
-            rng: generator for a random choice.
+        `present` is the object asked about before, `taken` the objects in the image and the absent ones already asked about.
         """
         excluded = set(taken)
         ranked = {"random": [], "popular": self.popular, "adversarial": self.adversarial.get(present, [])}
@@ -82,16 +151,7 @@ class AbsentObjects:
 
 
 class Plan(NamedTuple):
-    """The fields of a query that is built on access.
-
-    Attributes:
-        image_index: index of the annotated image.
-        suffix: end of the id.
-        question: as in `Query`.
-        answer: as in `Query`.
-        objects: as in `Query`.
-        category: as in `Query`.
-    """
+    """The index of an annotated image, the end of an id, and the fields of a `Query` that is built on access."""
 
     image_index: int
     suffix: str
@@ -175,10 +235,10 @@ class CocoSource(QuerySource):
             rng = np.random.default_rng([self.seed, i])
             if "existence" in self.kinds:
                 plans += self._existence(i, image, absent, rng)
-            if "counting" in self.kinds:
-                plans += _sample(list(_counting(i, image)), self.per_image, rng)
-            if "spatial" in self.kinds:
-                plans += _sample(list(_spatial(i, image, rng)), self.per_image, rng)
+            for kind in ("counting", "spatial"):
+                if kind in self.kinds:
+                    possible = list(_counting(i, image) if kind == "counting" else _spatial(i, image, rng))
+                    plans += [possible[j] for j in sorted(rng.permutation(len(possible))[: self.per_image])]
         if not plans:
             raise DataError(f"{self.annotations}: no question of these kinds can be asked about these images")
         return plans
@@ -267,26 +327,16 @@ def _spatial(index: int, image: AnnotatedImage, rng: np.random.Generator) -> Ite
     single = [
         i for i in image.instances if [o.name for o in image.instances].count(i.name) == 1 and not i.crowd
     ]
-    for a in single:
-        for b in single:
-            for axis, (before, after) in enumerate((SIDES[:2], SIDES[2:])):
-                if a.name < b.name and _are_disjoint(a, b, axis):
-                    true = before if a.box[axis] < b.box[axis] else after
-                    asked = (before, after)[int(rng.integers(2))]
-                    question = f"Is the {a.name} {asked} the {b.name}?"
-                    answer = "Yes" if asked == true else "No"
-                    suffix = f"{asked.split()[-2] if axis == 0 else asked}-{a.name}-{b.name}"
-                    yield Plan(index, suffix, question, answer, (a.name, b.name), "spatial")
-
-
-def _are_disjoint(a: Instance, b: Instance, axis: int) -> bool:
-    """Whether the boxes do not overlap along an axis (0: x, 1: y)."""
-    first, second = sorted((i.box[axis], i.box[axis] + i.box[axis + 2]) for i in (a, b))
-    return first[1] <= second[0]
-
-
-def _sample(plans: list[Plan], n: int, rng: np.random.Generator) -> list[Plan]:
-    return [plans[i] for i in sorted(rng.permutation(len(plans))[:n])]
+    for a, b in product(single, single):
+        for axis, (before, after) in enumerate((SIDES[:2], SIDES[2:])):
+            first, second = sorted((i.box[axis], i.box[axis] + i.box[axis + 2]) for i in (a, b))
+            if a.name < b.name and first[1] <= second[0]:
+                true = before if a.box[axis] < b.box[axis] else after
+                asked = (before, after)[int(rng.integers(2))]
+                question = f"Is the {a.name} {asked} the {b.name}?"
+                answer = "Yes" if asked == true else "No"
+                suffix = f"{asked.split()[-2] if axis == 0 else asked}-{a.name}-{b.name}"
+                yield Plan(index, suffix, question, answer, (a.name, b.name), "spatial")
 
 
 def _existence_question(name: str) -> str:

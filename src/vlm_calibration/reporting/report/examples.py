@@ -148,4 +148,4 @@ def _dataset(config: Mapping[str, Any] | None, predictions: Sequence[EstimatedPr
     prefixes = tuple(f"{name}:" if name else "" for name in data.test or ())
     is_test = bool(prefixes) and all(p.id.startswith(prefixes) for p in predictions)
     data.setup("test" if is_test else "validate")
-    return data.test_set if is_test else data.validation_set
+    return data.sets["test"] if is_test else data.sets["validation"]

@@ -1,26 +1,26 @@
-"""Perceptual hashes against the package `imagehash`, and the search for nearly equal images against all pairs and made copies."""
+"""The search for nearly equal images, against made copies and all pairs."""
 
 from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import imagehash
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageDraw, ImageEnhance
 from sklearn.datasets import load_sample_images
 
-from vlm_calibration.data import image_hash
-from vlm_calibration.data.image_hash import ImageHash, hash_image, hash_images, near_groups, perceptual_hash
+from vlm_calibration.data import near_duplicates
+from vlm_calibration.data.near_duplicates import ImageHash, group_images, hash_image, hash_images, near_groups
+from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.questions import scene_seed
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.perturbation.images import load_image, load_reduced
+from vlm_calibration.records import LoadedImage, Query
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
@@ -47,22 +47,11 @@ def _crops(n: int) -> list[Image.Image]:
 
 
 def _groups(hashes: list[ImageHash]) -> np.ndarray:
-    return near_groups(np.array([h.bits for h in hashes]), np.stack([h.copy for h in hashes]))
+    return group_images(hashes, near=True)
 
 
 def _scene(index: int) -> Image.Image:
     return Image.fromarray(render_scene(scene_seed("test", index)).image)
-
-
-@pytest.mark.parametrize("image", [*PHOTOS, *_crops(10), *map(_scene, range(5))])
-def test_the_bits_are_those_of_imagehash(image: Image.Image) -> None:
-    assert f"{int(perceptual_hash(np.asarray(image))):016x}" == str(imagehash.phash(image))
-
-
-@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))))
-@settings(max_examples=50)
-def test_the_bits_are_those_of_imagehash_on_any_pixels(pixels: np.ndarray) -> None:
-    assert f"{int(perceptual_hash(pixels)):016x}" == str(imagehash.phash(Image.fromarray(pixels)))
 
 
 COPIES: dict[str, Callable[[Image.Image], bytes]] = {
@@ -139,10 +128,10 @@ def _by_all_pairs(bits: np.ndarray, copies: np.ndarray) -> set[frozenset[int]]:
             difference = np.abs(flat[i] - flat[j])
             x, y = flat[i] - flat[i].mean(), flat[j] - flat[j].mean()
             if (
-                bin(int(bits[i] ^ bits[j])).count("1") <= image_hash.MAX_BITS
-                and difference.mean() <= image_hash.MAX_MEAN
-                and difference.max() <= image_hash.MAX_PIXEL
-                and x @ y >= image_hash.MIN_CORRELATION * np.sqrt((x @ x) * (y @ y))
+                bin(int(bits[i] ^ bits[j])).count("1") <= near_duplicates.MAX_BITS
+                and difference.mean() <= near_duplicates.MAX_MEAN
+                and difference.max() <= near_duplicates.MAX_PIXEL
+                and x @ y >= near_duplicates.MIN_CORRELATION * np.sqrt((x @ x) * (y @ y))
             ):
                 merged = groups[i] | groups[j]
                 groups |= dict.fromkeys(merged, merged)
@@ -180,21 +169,42 @@ def test_many_images_are_searched_in_seconds() -> None:
     assert len(set(labels.tolist())) == 95_001
 
 
+class Files(QuerySource):
+    """Queries about the images 0.jpg to 39.jpg of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def queries(self) -> Sequence[Query]:
+        return [Query(str(i), f"{i}.jpg", "A dog?", "Yes", "yes_no") for i in range(40)]
+
+    def load(self, query: Query) -> LoadedImage:
+        raise NotImplementedError
+
+    def image_file(self, query: Query) -> Path:
+        return self.folder / query.image
+
+
 def test_results_are_in_order_and_name_what_cannot_be_read(tmp_path: Path) -> None:
     for i, image in enumerate(_crops(40)):
         image.save(tmp_path / f"{i}.jpg")
     (tmp_path / "7.jpg").write_bytes((tmp_path / "7.jpg").read_bytes()[:300])
     (tmp_path / "9.jpg").unlink()
-    paths = [tmp_path / f"{i}.jpg" for i in range(40)]
-    results = list(hash_images([lambda p=p: p for p in paths]))  # type: ignore[misc]
+    source = Files(tmp_path)
+    results = hash_images([(source, query) for query in source.queries()])
     assert len(results) == 40
     for i, result in enumerate(results):
         if i in (7, 9):
             assert isinstance(result, str)
         else:
             assert isinstance(result, ImageHash)
-            assert result.digest == hash_image(paths[i].read_bytes()).digest
+            assert result.digest == hash_image((tmp_path / f"{i}.jpg").read_bytes()).digest
     assert "9.jpg" in str(results[9])
+    groups = group_images(results, near=True)
+    assert [i for i, group in enumerate(groups) if group < 0] == [7, 9]
+    order = random.Random(0).sample(range(40), 40)
+    again = group_images([results[i] for i in order], near=True)
+    assert again.tolist() == groups[order].tolist(), "whatever the order of the images"
 
 
 @pytest.mark.parametrize("kind", ["upright", "turned", "grey", "cmyk", "alpha", "small"])

@@ -1,0 +1,159 @@
+"""What files of queries have in common: every record is checked once, then read on access, so that a million take little memory."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vlm_calibration.data.sources.base import (
+    BadRecords,
+    LazyQueries,
+    OnBadRecord,
+    QuerySource,
+    with_regions,
+)
+from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.files import name_some
+from vlm_calibration.perturbation.images import ImageError
+from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
+from vlm_calibration.text.labels import check_answer
+
+SPLITS = ("train", "validation", "calibration", "test")
+"""Names of the files of a data root, without their suffix; the images that they name are beside them."""
+PRESETS = {".jsonl": "data/jsonl", ".parquet": "data/parquet"}
+"""Suffix of the files -> the preset that reads them."""
+MAX_KNOWN = 100_000
+"""Number of image names and of answers that are remembered as good."""
+
+
+class MissingFileError(DataError):
+    """A file of queries does not exist. The message says what the folder has instead and how to make the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        folder, parts = path.parent, [f"{path}: no such file"]
+        if not folder.is_dir():
+            parts.append(f"there is no folder {folder} either: give the folder of your data with --data-root")
+        else:
+            files = sorted(
+                p.name for p in folder.iterdir() if p.suffix in (*PRESETS, ".json") and p.is_file()
+            )
+            parts.append(f"{folder} has {name_some(files, len(files)) or 'no file of queries'}")
+            others = [s for s in PRESETS if s != path.suffix and path.with_suffix(s).name in files]
+            if others:
+                other = path.with_suffix(others[0])
+                parts.append(f"read {other.name} with `--config {PRESETS[other.suffix]}`")
+            elif path.stem in SPLITS:
+                parts.append(f"`vlm-calibration data split FILE` makes {', '.join(SPLITS)} from one file")
+        super().__init__("; ".join(parts))
+
+
+class RecordChecks:
+    """Checks of a file's records beyond their own fields: the answer can be graded, the image exists, no id occurs twice.
+
+    `place` is where a record is, followed by its number: "on line", "in row".
+    """
+
+    def __init__(self, images: ImageFolder, place: str) -> None:
+        self._images = images
+        self._place = place
+        self._first: dict[str, int] = {}
+        self._answers: set[tuple[str, str]] = set()
+        self._existing: set[str] = set()
+
+    def check(self, query: Query, number: int, has_file: bool = True) -> None:
+        """Raise a RecordError if the record with this number, whose image may be a file, fails a check."""
+        answer = query.answer, query.answer_type
+        if answer not in self._answers:
+            check_answer(query)
+            if len(self._answers) < MAX_KNOWN:
+                self._answers.add(answer)
+        if has_file and query.image not in self._existing:
+            try:
+                self._images.check(query.image)
+            except RecordError as error:
+                raise RecordError(f"record {query.id!r}: {error}") from error
+            if len(self._existing) < MAX_KNOWN:
+                self._existing.add(query.image)
+        if query.id in self._first:
+            raise RecordError(f"duplicate id {query.id!r}, first seen {self._place} {self._first[query.id]}")
+        self._first[query.id] = number
+
+
+class QueryFile(QuerySource):
+    """The queries of a file, which are read at their positions in it.
+
+    Args:
+        path: the file.
+        root: folder that image paths are relative to; None: that of the file. No image may lie outside it.
+        on_bad_record: "raise" stops at the first invalid record; "skip" leaves such records out, with a warning.
+
+    Attributes:
+        bad: the records that were left out.
+    """
+
+    place: str
+    """Where a record is, followed by its number."""
+    has_image_files = True
+    """Whether images are files below `root`."""
+
+    def __init__(self, path: str, root: Path | None, on_bad_record: OnBadRecord) -> None:
+        self.path = Path(path)
+        self.root = root or self.path.parent
+        self.on_bad_record = on_bad_record
+        self.images_below = ImageFolder(self.root)
+        self.bad = BadRecords(on_bad_record)
+        self._positions: np.ndarray | None = None
+
+    @abstractmethod
+    def records(self) -> Iterator[tuple[int, int, str, Callable[[], Query]]]:
+        """Position, number and place of each record of the file, and a function that reads it."""
+
+    @abstractmethod
+    def read(self, position: int) -> Query:
+        """The query at a position."""
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The position of each of `queries`, int64 [N]; all records are read at the first call."""
+        if self._positions is None:
+            if not self.path.exists():
+                raise MissingFileError(self.path)
+            self.bad = BadRecords(self.on_bad_record)
+            checks = RecordChecks(self.images_below, self.place)
+            positions = array("q")
+            for position, number, where, read in self.records():
+                try:
+                    checks.check(read(), number, self.has_image_files)
+                except RecordError as error:
+                    self.bad.add(f"{where}: {error}", error)
+                else:
+                    positions.append(position)
+            self.bad.report(len(positions))
+            if not positions:
+                raise DataError(f"{self.path}: no usable query in this file")
+            self._positions = np.array(positions, dtype=np.int64)
+        return self._positions
+
+    def queries(self) -> Sequence[Query]:
+        return LazyQueries(len(self.positions), self._query)
+
+    def _query(self, index: int) -> Query:
+        return self.read(int(self.positions[index]))
+
+    def image_file(self, query: Query) -> Path | None:
+        return self.images_below.path(query.image)
+
+    def image(self, query: Query) -> np.ndarray:
+        """The image of a query, uint8 [H, W, 3]; raises a RecordError or ImageError."""
+        return self.images_below.load(query.image)
+
+    def load(self, query: Query) -> LoadedImage:
+        try:
+            return with_regions(query, self.image(query))
+        except (RecordError, ImageError) as error:
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
