@@ -168,18 +168,6 @@ def test_pickling_and_copying(filled):
     assert next(iter(renamed.compute())) == "test/n"
 
 
-def test_state_dict(filled):
-    assert filled.state_dict() == {}
-    filled.persistent(True)
-    state = filled.state_dict()
-    fresh = CalibrationMetrics(prefix="val/", categories=["a", "b"])
-    fresh.persistent(True)
-    fresh.load_state_dict(copy.deepcopy(state))
-    assert floats(fresh.compute()) == floats(filled.compute())
-    fresh.update(*batches(1)[0])
-    assert floats(fresh.compute()) == expected([*batches(), batches(1)[0]], "val/")
-
-
 @pytest.mark.parametrize(
     "cast",
     [
@@ -221,24 +209,6 @@ def test_inference_mode_then_training():
     assert int(metrics.compute()["n"]) == 40
 
 
-def test_bfloat16_autocast():
-    """A bfloat16 model's confidences, under autocast: the counts of the float64 ones."""
-    metrics, reference = CalibrationMetrics(), CalibrationMetrics()
-    confidence, correct, _ = joined(batches())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        metrics.update(confidence.bfloat16(), correct)
-        value = metrics.compute()
-    reference.update(confidence, correct)
-    assert floats(value) == floats(reference.compute())
-
-
-def test_a_finer_grid():
-    metrics = CalibrationMetrics(grid_steps=10_000)
-    confidence, correct = torch.tensor([0.12341, 0.98765]), torch.tensor([True, False])
-    metrics.update(confidence, correct)
-    assert float(metrics.compute()["mean_confidence"]) == pytest.approx((0.1234 + 0.9876) / 2, abs=1e-4)
-
-
 def test_task_metrics():
     rng = np.random.default_rng(0)
     metrics = TaskMetrics(positive="no", prefix="test/", categories=["a", "b"])
@@ -266,18 +236,6 @@ def test_task_metrics():
         batch = metrics(["no"], ["no"], torch.tensor([True]), ["a"])
     assert batch["test/precision"] == 1
     assert pickle.loads(pickle.dumps(metrics)).compute().keys() == values.keys()
-
-
-def test_both_in_one_module_and_collection():
-    """As attributes of a LightningModule, they are moved and cast with it."""
-    module = torch.nn.Module()
-    module.calibration, module.task = CalibrationMetrics(), TaskMetrics()
-    module.to(torch.bfloat16)
-    module.calibration.update(torch.tensor([0.9, 0.2]), torch.tensor([True, False]))
-    module.task.update(["yes", "no"], ["yes", "yes"], torch.tensor([True, False]))
-    values = module.calibration.compute() | module.task.compute()
-    assert len(values) == 20
-    assert values["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from vlm_calibration.metrics.groups import ConfidenceGroups, GapNorm, MetricSpec
+from vlm_calibration.metrics.groups import CalibrationSpec, ConfidenceGroups, GapNorm
 
 LEVEL = 0.95
 """Nominal coverage."""
@@ -51,7 +51,7 @@ def bootstrap_replicates(groups: ConfidenceGroups, function: Callable[[Confidenc
 
 
 def interval_of(
-    metric: MetricSpec,
+    metric: CalibrationSpec,
     groups: ConfidenceGroups,
     draws: ConfidenceGroups,
     replicates: Tensor | None = None,

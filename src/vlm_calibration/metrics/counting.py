@@ -55,6 +55,8 @@ class CountingMetric(Metric):
 
     def __init__(self, shape: Sequence[int], categories: Iterable[str] | None, **kwargs: Any) -> None:
         kwargs.setdefault("dist_sync_fn", sum_across_processes)
+        # A process without new answers would else return its last value and leave the others waiting for its counts.
+        kwargs.setdefault("compute_with_cache", False)
         super().__init__(**kwargs)
         if isinstance(categories, str):
             raise ValueError(f"categories must be a list of names, got the string {categories!r}")

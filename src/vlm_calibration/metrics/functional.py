@@ -23,16 +23,16 @@ from torch import Tensor
 from vlm_calibration.metrics import smooth
 from vlm_calibration.metrics.groups import (
     Binning,
+    CalibrationSpec,
     ConfidenceGroups,
     GapNorm,
-    MetricSpec,
     bin_index,
     bin_sums,
     group_values,
     warn_undefined,
 )
 
-METRICS: dict[str, MetricSpec] = {}
+METRICS: dict[str, CalibrationSpec] = {}
 """The declarations of all metrics by flat name, those of `metrics.json` first and in their order there."""
 UNPARSED = "there is no answer with a readable confidence"
 
@@ -73,7 +73,7 @@ def metric(
         name: flat name, not yet taken.
         heading: short name for table columns.
         undefined: when the value is NaN.
-        declaration: further fields of `MetricSpec`.
+        declaration: further fields of `CalibrationSpec`.
 
     Raises:
         ValueError: if the name is taken.
@@ -82,7 +82,9 @@ def metric(
     def declare(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in METRICS:
             raise ValueError(f"the metric {name!r} is declared twice")
-        METRICS[name] = MetricSpec(name, formula, heading, undefined, **declaration)
+        METRICS[name] = CalibrationSpec(
+            name=name, heading=heading, undefined=undefined, function=formula, **declaration
+        )
         return of_values(formula, undefined)
 
     return declare
@@ -345,4 +347,4 @@ def brier_decomposition(groups: ConfidenceGroups) -> BrierDecomposition:
     return BrierDecomposition(*(METRICS[f"brier_{part}"](groups) for part in BrierDecomposition._fields))
 
 
-__doc__ = (__doc__ or "") + "".join(f"\n- `{name}`: {s.summary} {s.range}" for name, s in METRICS.items())
+__doc__ = (__doc__ or "") + "".join(f"\n- `{name}`: {s.summary}" for name, s in METRICS.items())

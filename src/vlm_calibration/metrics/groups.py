@@ -107,31 +107,40 @@ class GapNorm(NamedTuple):
     of_bin: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MetricSpec:
     """The declaration of a metric.
 
     Attributes:
         name: flat name, the key in `metrics.json`.
-        function: the formula, of `ConfidenceGroups` or of a `TaskTable`; NaN where undefined.
         heading: short name for table columns.
         undefined: when the value is NaN, as the end of a sentence.
         higher_is_better: None where neither direction is better by itself.
         lower: smallest possible value.
         upper: largest possible value; infinity if there is none.
-        gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
         format: format of the value in tables.
     """
 
     name: str
-    function: Callable[..., Any]
     heading: str
     undefined: str
     higher_is_better: bool | None = None
     lower: float = 0.0
     upper: float = 1.0
-    gaps: GapNorm | None = None
     format: str = ".3f"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSpec(MetricSpec):
+    """The declaration of a calibration metric.
+
+    Attributes:
+        function: the formula, a function of `ConfidenceGroups`; NaN where undefined.
+        gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
+    """
+
+    function: Callable[..., Tensor]
+    gaps: GapNorm | None = None
 
     def __call__(self, table: HasGroups, **options: Any) -> Tensor:
         """The value on a table or a batch of replicates, float64, NaN where undefined, without a warning."""
@@ -139,16 +148,12 @@ class MetricSpec:
 
     @property
     def summary(self) -> str:
-        """The first line of the formula's docstring."""
-        return (self.function.__doc__ or "").split("\n", 1)[0]
-
-    @property
-    def range(self) -> str:
-        """Bounds, direction and when the value is undefined, as one sentence."""
+        """The first line of the formula's docstring, with bounds, direction and when the value is undefined."""
+        first = (self.function.__doc__ or "").split("\n", 1)[0]
         direction = {True: ", higher is better", False: ", lower is better", None: ""}[self.higher_is_better]
         end = ")" if self.upper == float("inf") else "]"
         undefined = f"; NaN where {self.undefined}" if self.undefined else ""
-        return f"In [{self.lower:g}, {self.upper:g}{end}{direction}{undefined}."
+        return f"{first} In [{self.lower:g}, {self.upper:g}{end}{direction}{undefined}."
 
 
 def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:

@@ -31,17 +31,7 @@ def probe_difference(probed: Probed, probe: str) -> float | None:
 def count_probes(
     probed: Iterable[Probed], probes: Sequence[str], rows: Iterable[Sequence[int]], n_rows: int
 ) -> Tensor:
-    """Count N answers.
-
-    Args:
-        probed: the confidences of each answer.
-        probes: names of P probes.
-        rows: for each answer the rows in which it counts.
-        n_rows: number of rows R.
-
-    Returns:
-        int64 [R, P, 5], see `FELL` and the others.
-    """
+    """Count N answers at P probes, each answer in some of R rows: int64 [R, P, 5], see `FELL` and the others."""
     counts = [[[0] * 5 for _ in probes] for _ in range(n_rows)]
     for confidences, of_answer in zip(probed, rows, strict=True):
         for number, probe in enumerate(probes):

@@ -5,10 +5,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 from vlm_calibration.metrics.functional import METRICS, REPORTED
-from vlm_calibration.metrics.groups import HasGroups, UndefinedMetricWarning
+from vlm_calibration.metrics.groups import HasGroups, MetricSpec, UndefinedMetricWarning
 from vlm_calibration.metrics.task import TASK_METRICS, TaskTable, task_scores
 
-ALL_METRICS = {**TASK_METRICS, **METRICS}
+ALL_METRICS: dict[str, MetricSpec] = {**TASK_METRICS, **METRICS}
 """The declarations of task and calibration metrics by flat name."""
 
 

@@ -98,64 +98,32 @@ class TaskTable:
         """Count N answers; see `count_answers`."""
         return cls(count_answers(predicted, answer, as_correct_tensor(correct))[0])
 
-    @property
-    def yes_no(self) -> Tensor:
-        """Answers to yes/no questions by gold class (yes, no) and predicted class (yes, no, other), int64 [2, 3]."""
-        return self.counts.sum(-1)[:OTHER]
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> float:
-    return float(numerator.double() / denominator) if int(denominator) else math.nan
-
-
-def accuracy(table: TaskTable, positive: str = "yes") -> float:
-    """Share of correct answers, over all of them."""
-    return _ratio(table.counts[..., 1].sum(), table.counts.sum())
-
-
-def precision(table: TaskTable, positive: str = "yes") -> float:
-    """Precision of the positive class over the yes/no questions."""
-    k = CLASSES.index(positive)
-    return _ratio(table.yes_no[k, k], table.yes_no[:, k].sum())
-
-
-def recall(table: TaskTable, positive: str = "yes") -> float:
-    """Recall of the positive class over the yes/no questions."""
-    k = CLASSES.index(positive)
-    return _ratio(table.yes_no[k, k], table.yes_no[k].sum())
-
-
-def f1(table: TaskTable, positive: str = "yes") -> float:
-    """F1 of the positive class over the yes/no questions."""
-    k = CLASSES.index(positive)
-    return _ratio(2 * table.yes_no[k, k], table.yes_no[:, k].sum() + table.yes_no[k].sum())
-
-
-def yes_ratio(table: TaskTable, positive: str = "yes") -> float:
-    """Share of the yes/no questions that are answered yes, whatever the positive class."""
-    return _ratio(table.yes_no[:, 0].sum(), table.yes_no.sum())
-
 
 TASK_METRICS: dict[str, MetricSpec] = {
-    spec.name: spec
-    for spec in (
-        MetricSpec("accuracy", accuracy, "accuracy", "there is no answer", True),
-        MetricSpec(
-            "precision",
-            precision,
-            "precision",
-            "the positive class was never predicted on a yes/no question",
-            True,
-        ),
-        MetricSpec("recall", recall, "recall", "the positive class is the gold answer of no question", True),
-        MetricSpec("f1", f1, "F1", "the positive class was neither predicted nor a gold answer", True),
-        MetricSpec("yes_ratio", yes_ratio, "yes ratio", "there is no yes/no question"),
+    name: MetricSpec(name=name, heading=heading, undefined=undefined, higher_is_better=higher_is_better)
+    for name, heading, undefined, higher_is_better in (
+        ("accuracy", "accuracy", "there is no answer", True),
+        ("precision", "precision", "the positive class was never predicted on a yes/no question", True),
+        ("recall", "recall", "the positive class is the gold answer of no question", True),
+        ("f1", "F1", "the positive class was neither predicted nor a gold answer", True),
+        ("yes_ratio", "yes ratio", "there is no yes/no question", None),
     )
 }
-"""The declarations of the task metrics by flat name; their functions take (table, positive)."""
+"""The declarations of the task metrics by flat name."""
 
 
 def task_scores(table: TaskTable, *, positive: str = "yes") -> dict[str, float]:
     """The task metrics of a table by flat name, NaN where undefined, without a warning; ValueError unless `positive` is yes or no."""
     check_positive(positive)
-    return {name: spec.function(table, positive) for name, spec in TASK_METRICS.items()}
+    k = CLASSES.index(positive)
+    # Answers to yes/no questions by gold class (yes, no) and predicted class (yes, no, other).
+    yes_no = table.counts.sum(-1)[:OTHER]
+    hits, predicted, gold = yes_no[k, k], yes_no[:, k].sum(), yes_no[k].sum()
+    ratios = {
+        "accuracy": (table.counts[..., 1].sum(), table.counts.sum()),
+        "precision": (hits, predicted),
+        "recall": (hits, gold),
+        "f1": (2 * hits, predicted + gold),
+        "yes_ratio": (yes_no[:, 0].sum(), yes_no.sum()),
+    }
+    return {name: float(part.double() / n) if int(n) else math.nan for name, (part, n) in ratios.items()}
