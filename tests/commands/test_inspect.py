@@ -16,7 +16,7 @@ from vlm_calibration.cli import main
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.inspection import _table_rows, inspect_source
+from vlm_calibration.reporting.inspection import inspect_source, table_rows
 
 from ..command_line import Ended
 
@@ -87,7 +87,7 @@ def test_boxes_that_are_normalised_are_counted(jsonl: Path, scale: float, says: 
             region["box"] = [scale * side for side in region["box"]]
         lines.append(json.dumps(line))
     jsonl.write_text("\n".join(lines))
-    rows = _table_rows(inspect_source(JsonlSource(str(jsonl)), sample=1))
+    rows = table_rows(inspect_source(JsonlSource(str(jsonl)), sample=1))
     assert [text for heading, text in rows if "box" in heading] == says
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from rich.table import Table
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.files import MAX_NAMED, name_some
 from vlm_calibration.perturbation.images import ImageError
-from vlm_calibration.records import SMALL_BOX, DataError, Query
+from vlm_calibration.records import SMALL_BOX, DataError
 from vlm_calibration.text.grading import parse_answer
 
 MAX_VALUES = 8
@@ -74,73 +74,60 @@ def inspect_source(source: QuerySource, sample: int) -> Inspection:
                 raise
             raise DataError(f"{error}: {first}") from error
     inspection.bad = list(getattr(getattr(source, "bad", None), "messages", []))
+    inspection.queries = len(queries)
     for query in queries:
-        _count_query(inspection, query)
+        answer = {
+            "yes_no": parse_answer(query.answer, query.answer_type),
+            "short": query.answer,
+            "open": str(len(query.answer.split())),
+        }[query.answer_type]
+        inspection.answers.setdefault(query.answer_type, Counter())[str(answer)] += 1
+        if query.category is not None:
+            inspection.categories[query.category] += 1
         presence = source.presence(query)
         inspection.with_evidence += presence == "present"
         if presence != "present":
             (inspection.absent if presence == "absent" else inspection.unlocated).append(query.id)
     chosen = np.unique(np.linspace(0, len(queries) - 1, min(sample, len(queries))).round().astype(int))
-    for index in chosen.tolist():
-        _open_image(inspection, source, queries[index])
+    for query in (queries[index] for index in chosen.tolist()):
+        inspection.opened += 1
+        try:
+            loaded = source.load(query)
+        except DataError as error:
+            culprit = source.image_id(query) if isinstance(error.__cause__, ImageError) else query.id
+            inspection.unloadable.setdefault(culprit, str(error))
+            continue
+        if loaded.clipped:
+            inspection.clipped.append(query.id)
+        height, width = loaded.image.shape[:2]
+        inspection.sizes.append((width, height))
+        if loaded.evidence:
+            inspection.shares.append(float(np.logical_or.reduce(loaded.evidence).mean()))
     return inspection
 
 
-def _count_query(inspection: Inspection, query: Query) -> None:
-    inspection.queries += 1
-    answer = {
-        "yes_no": parse_answer(query.answer, query.answer_type),
-        "short": query.answer,
-        "open": str(len(query.answer.split())),
-    }[query.answer_type]
-    inspection.answers.setdefault(query.answer_type, Counter())[str(answer)] += 1
-    if query.category is not None:
-        inspection.categories[query.category] += 1
-
-
-def _open_image(inspection: Inspection, source: QuerySource, query: Query) -> None:
-    inspection.opened += 1
-    try:
-        loaded = source.load(query)
-    except DataError as error:
-        culprit = source.image_id(query) if isinstance(error.__cause__, ImageError) else query.id
-        inspection.unloadable.setdefault(culprit, str(error))
-        return
-    if loaded.clipped:
-        inspection.clipped.append(query.id)
-    height, width = loaded.image.shape[:2]
-    inspection.sizes.append((width, height))
-    if loaded.evidence:
-        inspection.shares.append(float(np.logical_or.reduce(loaded.evidence).mean()))
-
-
-def _table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
+def table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
     """The rows of the table: a heading and its text."""
+
+    def named(ids: list[str]) -> str:
+        return f"{len(ids)}: {name_some(ids, len(ids))}"
+
     yield "queries", str(inspection.queries)
     for kind, answers in inspection.answers.items():
         total = sum(answers.values())
         if kind == "open":
             words = np.repeat([int(n) for n in answers], list(answers.values()))
             yield "open answers", f"{total}: median {np.median(words):.0f} words, at most {words.max()}"
-            continue
-        frequent = answers.most_common(MAX_VALUES)
-        balance = ", ".join(f"{_shorten(answer)} {count / total:.1%}" for answer, count in frequent)
-        yield f"{kind} answers", f"{total}: {balance}{_rest(answers, 'other answers')}"
+        else:
+            shares = _most_common(answers, lambda n, total=total: f"{n / total:.1%}", "other answers")
+            yield f"{kind} answers", f"{total}: {shares}"
     if inspection.categories:
-        frequent = inspection.categories.most_common(MAX_VALUES)
-        counts = ", ".join(f"{name} {count}" for name, count in frequent)
-        yield "categories", counts + _rest(inspection.categories, "others")
+        yield "categories", _most_common(inspection.categories, str, "others")
     yield "with a region of their object", f"{inspection.with_evidence / max(1, inspection.queries):.1%}"
     if inspection.absent:
-        yield (
-            "about an absent object",
-            f"{len(inspection.absent)}: {name_some(inspection.absent, len(inspection.absent))}",
-        )
+        yield "about an absent object", named(inspection.absent)
     if inspection.unlocated:
-        yield (
-            "without a region, and stay untouched",
-            f"{len(inspection.unlocated)}: {name_some(inspection.unlocated, len(inspection.unlocated))}",
-        )
+        yield "without a region, and stay untouched", named(inspection.unlocated)
     if inspection.sizes:
         widths, heights = zip(*inspection.sizes, strict=True)
         yield (
@@ -152,10 +139,9 @@ def _table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         low, middle, high = np.quantile(inspection.shares, (0.1, 0.5, 0.9))
         yield "regions' share of the image", f"median {middle:.1%}, 80% within {low:.1%} to {high:.1%}"
     if inspection.clipped:
-        yield (
-            "with a region that leaves the image",
-            f"{len(inspection.clipped)} of {inspection.opened} opened: {name_some(inspection.clipped, len(inspection.clipped))}",
-        )
+        of_opened = f"{len(inspection.clipped)} of {inspection.opened} opened"
+        names = name_some(inspection.clipped, len(inspection.clipped))
+        yield "with a region that leaves the image", f"{of_opened}: {names}"
     yield "bad records", str(len(inspection.bad))
     if small := sum(SMALL_BOX in message for message in inspection.bad):
         yield f"with a box that {SMALL_BOX}", f"{small} of the bad records"
@@ -163,12 +149,15 @@ def _table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "images or regions that cannot be loaded", str(len(inspection.unloadable))
 
 
-def _rest(counter: Counter[str], name: str) -> str:
-    return f", {len(counter) - MAX_VALUES} {name}" if len(counter) > MAX_VALUES else ""
-
-
-def _shorten(answer: str) -> str:
-    return answer if len(answer) <= 30 else f"{answer[:27]}..."
+def _most_common(counter: Counter[str], form: Callable[[int], str], others: str) -> str:
+    """The most frequent values with their counts, and how many values are not among them."""
+    parts = [
+        f"{value if len(value) <= 30 else f'{value[:27]}...'} {form(count)}"
+        for value, count in counter.most_common(MAX_VALUES)
+    ]
+    if len(counter) > MAX_VALUES:
+        parts.append(f"{len(counter) - MAX_VALUES} {others}")
+    return ", ".join(parts)
 
 
 def print_inspection(name: str, inspection: Inspection, console: Console, named: set[str]) -> None:
@@ -180,7 +169,7 @@ def print_inspection(name: str, inspection: Inspection, console: Console, named:
     table = Table(title=name, show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for heading, text in _table_rows(inspection):
+    for heading, text in table_rows(inspection):
         table.add_row(heading, text.replace("[", "\\["))
     console.print(table)
     new = [culprit for culprit in inspection.unloadable if culprit not in named][:MAX_NAMED]
