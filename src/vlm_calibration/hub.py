@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,31 +57,15 @@ def is_hub_name(name: str) -> bool:
 def loading(what: str, name: str) -> Iterator[None]:
     """Context in which `what` is loaded from the folder or Hub name `name`; without a network only from the cache.
 
+    It shows how long loading takes; on a terminal, downloads have the bars of `huggingface_hub` instead.
+
     Raises:
         DataError: loading failed; the message tells whether the Hub was unreachable.
     """
-    offline = _why_offline() if is_hub_name(name) else None
-    try:
-        with _shown(what, name):
-            yield
-    except DataError:
-        raise
-    except (OSError, ValueError, ImportError, HTTPError) as error:
-        if offline is not None and isinstance(error, OSError):
-            cause = f"there is no such folder, {offline}, and it is not in the cache {constants.HF_HUB_CACHE}"
-        elif isinstance(error, OSError) and not is_hub_name(name) and not Path(name).exists():
-            cause = "there is no such folder, and a name on the Hub has the form owner/model"
-        elif isinstance(error, HTTPError):
-            cause = shorten_message(error)  # The first line has only the status.
-        else:
-            cause = first_line(error)
-        raise DataError(f"cannot load {what} from {name!r}: {cause}") from error
-
-
-def _shown(what: str, name: str) -> AbstractContextManager[Any]:
-    """Show how long loading takes; on a terminal, downloads have the bars of `huggingface_hub` instead."""
+    on_hub = is_hub_name(name)
+    offline = _why_offline() if on_hub else None
     is_download = (
-        is_hub_name(name)
+        on_hub
         and not constants.HF_HUB_OFFLINE
         and not isinstance(try_to_load_from_cache(name, "config.json"), str)
     )
@@ -90,7 +74,21 @@ def _shown(what: str, name: str) -> AbstractContextManager[Any]:
     if (switch := sys.modules.get("transformers.utils.logging")) is not None:
         (switch.enable_progress_bar if bars else switch.disable_progress_bar)()
     doing = "downloading and loading" if is_download else "loading"
-    return nullcontext() if bars else working(f"{doing} {what} from {name}")
+    try:
+        with nullcontext() if bars else working(f"{doing} {what} from {name}"):
+            yield
+    except DataError:
+        raise
+    except (OSError, ValueError, ImportError, HTTPError) as error:
+        if offline is not None and isinstance(error, OSError):
+            cause = f"there is no such folder, {offline}, and it is not in the cache {constants.HF_HUB_CACHE}"
+        elif isinstance(error, OSError) and not on_hub and not Path(name).exists():
+            cause = "there is no such folder, and a name on the Hub has the form owner/model"
+        elif isinstance(error, HTTPError):
+            cause = shorten_message(error)  # The first line has only the status.
+        else:
+            cause = first_line(error)
+        raise DataError(f"cannot load {what} from {name!r}: {cause}") from error
 
 
 def download(what: str, name: str, revision: str | None = None) -> Path:
@@ -108,8 +106,8 @@ def base_license(name: str, revision: str | None = None, *, download: bool = Fal
 
     Args:
         name: folder of the model, or its name on the Hub.
-        revision: branch, tag or commit on the Hub.
-        download: download the card if it is not in the cache.
+        revision: on the Hub.
+        download: the card if it is not in the cache.
 
     Raises:
         DataError: the card cannot be read, or not be downloaded.
@@ -134,14 +132,10 @@ def base_license(name: str, revision: str | None = None, *, download: bool = Fal
 
 
 def check_upload(name: str, base: str) -> None:
-    """Check what can be checked of an upload before any work is done, without the network.
-
-    Args:
-        name: the repository to upload to.
-        base: the base model, as the model card names it.
+    """Check an upload to the repository `name` before any work is done, without the network.
 
     Raises:
-        DataError: one of them is not a name on the Hub, or nobody is logged in.
+        DataError: it or the base model, as the card names it, is not a name on the Hub, or nobody is logged in.
     """
     try:
         validate_repo_id(name)

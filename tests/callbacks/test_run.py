@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
-from vlm_calibration.reporting.wandb_login import logged_in
+from vlm_calibration.reporting.dashboard import logged_in
 
 from ..command_line import LIMIT, inherited_environment
 from ..graphql_server import GraphQLServer

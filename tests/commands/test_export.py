@@ -374,17 +374,8 @@ def test_a_failed_export_leaves_the_old_one(
         ),
         (["run", "--out", "x", "--evaluation", "run"], "run: no run.json: give the run directory", 1),
         (["run"], "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both", 2),
-        ([], "adapter", 2),
-        (["run", "--out", "x", "--merg"], "--merg", 2),
         (["run", "--out", "x", "--dtype", "int4"], "dtype", 2),
         (["run", "--out", "run/config.yaml"], "--out run/config.yaml is a file", 1),
-        (["broken", "--out", "x"], "broken/adapter_config.json:1: not JSON", 1),
-        (["list", "--out", "x"], "list/adapter_config.json: expected a JSON object", 1),
-        (
-            ["nameless", "--out", "x"],
-            "nameless/adapter_config.json: the configuration names no base model: give one",
-            1,
-        ),
         (["run", "--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: Repo id must be", 1),
         (
             ["run", "--push-to-hub", "org/x"],
@@ -402,9 +393,6 @@ def test_a_mistake_in_the_call(
     says: str,
     status: int,
 ) -> None:
-    for name, content in (("broken", "{"), ("list", "[]"), ("nameless", "{}")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / CONFIG).write_text(content)
     ended, _, error = call(*arguments)
     assert says.format(base=model_folder) in error
     assert ended == status

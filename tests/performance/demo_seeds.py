@@ -4,8 +4,8 @@ Settings are chosen on development scenes, by this rule: of the settings with at
 point of the base model's on every part, the one whose stated confidence has the lowest Brier score on the whole split, averaged over
 the seeds. With `--test`, the systems of the README alone answer the test scenes, so that nothing can be chosen on them.
 
-`--test` also compares with what needs no training: maps of the base model's own estimates, fitted on a calibration set. Its p-values are
-those of a paired bootstrap over images. Each seed changes training noise, order of data, adapter initialisation and test noise; the
+`--test` also compares with what needs no training: maps of the base model's own estimates, fitted on the calibration set and on the
+labelled answers that stage 2 uses. Its p-values are those of a paired bootstrap over images. Each seed changes training noise, order of data, adapter initialisation and test noise; the
 base model, its levels and the test scenes are fixed. Values are mean ± standard deviation over seeds.
 """
 
@@ -86,6 +86,15 @@ REPORTED = ("base", "sft", "dpo", "oracle")
 """The systems that answer the test scenes, once their settings are chosen."""
 DEVELOPMENT = ["--config", "configs/eval/demo_development.yaml"]
 NO_PROBES = ["--model.init_args.probes", "[]"]
+TEACHER = {
+    "source": {
+        "class_path": "vlm_calibration.demo.source.DemoSource",
+        "init_args": {"split": "calibration", "scenes": 400, "first": 10_000, "hard": 0.3},
+    },
+    "noise": "drawn",
+}
+"""The labelled answers that stage 2 fits its teacher on, for every system's maps as well."""
+TEST = [*NO_PROBES, f"--data.calibration.teacher={json.dumps(TEACHER)}"]
 STATED_ALONE = ["--model.init_args.estimators", "[]", "--data.calibration", "null"]
 SYSTEMS = {
     "base": "base",
@@ -194,8 +203,7 @@ def run_seed(seed: int, root: Path, systems: Sequence[str], *, resume: bool, tes
             *([] if test else DEVELOPMENT),
             *(*own, *into(evaluated)),
             *("--model.init_args.adapters", adapters),
-            *NO_PROBES,
-            *([] if test else STATED_ALONE),
+            *(TEST if test else [*NO_PROBES, *STATED_ALONE]),
             threads=2,
         )
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import lightning as L
 import numpy as np
@@ -18,7 +17,7 @@ from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.files import replacing
 from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.images import resize_image, resize_mask
-from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.records import DataError, LoadedImage
 
 THUMB = 168
 MARGIN, LINE, LABEL, TEXT_WIDTH = 6, 15, 20, 260
@@ -71,29 +70,43 @@ def contact_sheet(
     """
     queries = [(source, index) for source in sources for index in range(len(source.queries()))]
     chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
-    rows = []
-    for index in chosen:
-        source, position = queries[int(index)]
+    strengths = {kind: [s for s in policy.levels.strengths(kind) if s] for kind in policy.used_kinds}
+    columns, rows = 2 + max(map(len, strengths.values())), len(strengths) * len(chosen)
+    font = ImageFont.load_default(12)
+    sheet = Image.new("RGB", (TEXT_WIDTH + CELL_WIDTH * columns, CELL_HEIGHT * rows), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def paste(top: int, column: int, label: str, picture: np.ndarray) -> None:
+        left = TEXT_WIDTH + column * CELL_WIDTH
+        draw.text((left + THUMB // 2, top + LABEL // 2), label, "black", font, anchor="mm")
+        sheet.paste(Image.fromarray(picture), (left, top + LABEL))
+
+    for place, index in enumerate(chosen.tolist()):
+        source, position = queries[index]
         query = source.queries()[position]
+        top = place * len(strengths) * CELL_HEIGHT
+        draw.line((0, top, sheet.width, top), LINE_COLOUR)
+        caption: list[str] = []
+        for text in (query.question, f"-> {query.answer}", f"[{', '.join(query.objects)}]", query.id):
+            caption += textwrap.wrap(text, 40)[:4]
+        for line, text in enumerate(caption[: THUMB // LINE]):
+            draw.text((MARGIN, top + LABEL + line * LINE), text, "black", font)
         loaded = _thumbnail(source.load(query))
-        beginning = _Row(query, [("regions", _draw_regions(loaded)), ("untouched", loaded.image)])
-        for number, kind in enumerate(policy.used_kinds):
-            row = beginning if number == 0 else _Row(None, [None, None])
-            row.cells.extend(_perturbed(loaded, policy, kind, query, seed))
-            rows.append(row)
-    return _sheet(rows)
-
-
-class _Row(NamedTuple):
-    """A row of the sheet.
-
-    Attributes:
-        query: the query whose first row this is; None in its other rows.
-        cells: label and picture of each column, uint8 [H, W, 3]; None for an empty one.
-    """
-
-    query: Query | None
-    cells: list[tuple[str, np.ndarray] | None]
+        image = loaded.image
+        paste(top, 0, "regions", _draw_regions(loaded))
+        paste(top, 1, "untouched", image)
+        masks = loaded.evidence or loaded.distractors
+        mask = np.logical_or.reduce([*masks, np.zeros(image.shape[:2], dtype=bool)])
+        own_seed = int(query_rng(seed, 0, query.id).integers(2**63))
+        for row, (kind, values) in enumerate(strengths.items()):
+            transform = region_perturbation(kind, policy.schedule)
+            for column, strength in enumerate(values, start=2):
+                shown = image
+                if mask.any():
+                    shown = transform(image=image, mask=mask, strength=strength, seed=own_seed)["image"]
+                label = f"{kind.replace('_', ' ')} {strength:g}"
+                paste(top + row * CELL_HEIGHT, column, label, shown)
+    return sheet
 
 
 def _thumbnail(loaded: LoadedImage) -> LoadedImage:
@@ -108,29 +121,6 @@ def _thumbnail(loaded: LoadedImage) -> LoadedImage:
     )
 
 
-def _union(masks: Sequence[np.ndarray], image: np.ndarray) -> np.ndarray:
-    return np.logical_or.reduce([*masks, np.zeros(image.shape[:2], dtype=bool)])
-
-
-def _perturbed(
-    loaded: LoadedImage, policy: NoisePolicy, kind: str, query: Query, seed: int
-) -> list[tuple[str, np.ndarray]]:
-    """The image at each strength of a kind above 0, with its label."""
-    mask = _union(loaded.evidence or loaded.distractors, loaded.image)
-    own_seed = int(query_rng(seed, 0, query.id).integers(2**63))
-    transform = region_perturbation(kind, policy.schedule)
-    return [
-        (
-            f"{kind.replace('_', ' ')} {strength:g}",
-            transform(image=loaded.image, mask=mask, strength=strength, seed=own_seed)["image"]
-            if mask.any()
-            else loaded.image,
-        )
-        for strength in policy.levels.strengths(kind)
-        if strength
-    ]
-
-
 def _draw_regions(loaded: LoadedImage) -> np.ndarray:
     """The image with its regions tinted and outlined."""
     pixels = loaded.image.astype(np.float32)
@@ -139,31 +129,3 @@ def _draw_regions(loaded: LoadedImage) -> np.ndarray:
             pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour, dtype=np.float32)
             pixels[mask & ~binary_erosion(mask)] = colour
     return pixels.round().astype(np.uint8)
-
-
-def _sheet(rows: Sequence[_Row]) -> Image.Image:
-    """The sheet: captions at the left, thumbnails with their labels above them at the right."""
-    font = ImageFont.load_default(12)
-    columns = max(len(row.cells) for row in rows)
-    sheet = Image.new("RGB", (TEXT_WIDTH + CELL_WIDTH * columns, CELL_HEIGHT * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (query, cells) in enumerate(rows):
-        top = number * CELL_HEIGHT
-        if query is not None:
-            draw.line((0, top, sheet.width, top), LINE_COLOUR)
-            for line, text in enumerate(_caption(query)[: THUMB // LINE]):
-                draw.text((MARGIN, top + LABEL + line * LINE), text, "black", font)
-        for column, cell in enumerate(cells):
-            if cell is not None:
-                label, picture = cell
-                left = TEXT_WIDTH + column * CELL_WIDTH
-                draw.text((left + THUMB // 2, top + LABEL // 2), label, "black", font, anchor="mm")
-                sheet.paste(Image.fromarray(picture), (left, top + LABEL))
-    return sheet
-
-
-def _caption(query: Query) -> list[str]:
-    wrapped: list[str] = []
-    for text in (query.question, f"-> {query.answer}", f"[{', '.join(query.objects)}]", query.id):
-        wrapped += textwrap.wrap(text, 40)[:4]
-    return wrapped

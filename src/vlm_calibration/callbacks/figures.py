@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -78,7 +79,14 @@ class CalibrationFigures(L.Callback):
         results, folder = cast(HasResults, module).results, Path(trainer.default_root_dir)
         answers = {system: read_predictions(folder / system / PREDICTIONS) for system in results}
         with staged(logger):
-            media = {"test/comparison": comparison_table(results)} if stage == "test" else {}
+            media: dict[str, Any] = {}
+            if stage == "test":
+                names = ("n", *COLUMNS)
+                rows = [
+                    [system, *(None if math.isnan(values[name]) else values[name] for name in names)]
+                    for system, values in results.items()
+                ]
+                media["test/comparison"] = _table(["system", *names], rows)
             for system, predictions in answers.items():
                 prefix = f"{stage}/{system}" if system else stage
                 tables = tables_by_perturbation(predictions, dataset)
@@ -152,16 +160,6 @@ def sample_table(
     columns += ["earned_confidence"] if taught else []
     columns += [f"{system}_{name}" if system else name for system in by_id for name in ANSWER_COLUMNS]
     return _table(columns, rows)
-
-
-def comparison_table(results: Mapping[str, Mapping[str, float]]) -> Any:
-    """The overall metrics, a row a system; None where undefined."""
-    names = ["n", *COLUMNS]
-    rows = [
-        [system, *(None if values[name] != values[name] else values[name] for name in names)]
-        for system, values in results.items()
-    ]
-    return _table(["system", *names], rows)
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> Any:

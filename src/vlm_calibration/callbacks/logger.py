@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from vlm_calibration.files import first_line, writing
-from vlm_calibration.reporting.wandb_login import PROJECT, logged_in
+from vlm_calibration.reporting.dashboard import PROJECT, logged_in
 
 TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
 """Seconds to wait for the server at the start and the end of a run, so that a run without network ends too."""

@@ -7,7 +7,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.wandb_login import PROJECT
+from vlm_calibration.reporting.dashboard import PROJECT, build, outline, sections
 
 SYSTEMS = ("base", "sft", "dpo")
 
@@ -35,18 +35,17 @@ def dashboard(
         raise ArgumentError(
             None, "missing: the team or user that owns the project; give --entity NAME, or --print"
         )
+    content = sections(systems)
+    if print:
+        sys.stdout.write(f"{outline(content)}\n")
+        return
     try:
-        from vlm_calibration.reporting.dashboard import build, outline, sections
+        urls = build(entity or "", project, content)
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("wandb_workspaces"):
             raise
         raise DataError(
             "wandb-workspaces is not installed: pip install 'vlm-calibration[dashboard]'"
         ) from error
-    content = sections(systems)
-    lines = (
-        [outline(content)]
-        if print
-        else [f"{name}: {url}" for name, url in build(entity or "", project, content).items()]
-    )
-    sys.stdout.write("\n".join(lines) + "\n")
+    for name, url in urls.items():
+        sys.stdout.write(f"{name}: {url}\n")

@@ -38,14 +38,13 @@ def score_pope(
     questions = pope.read_questions(labels)
     replies = pope.read_answers(answers, questions)
     counts = pope.count_answers(questions.questions, [r.text for r in replies])
-    pairs = [(r.text, r.confidence) for r in replies]
-    files = {
-        "answers.jsonl": pope.official_answers(questions.questions, pairs),
-        "labels.jsonl": pope.official_labels(questions.questions),
-    }
     graded = [_grade(q.query(), r) for q, r in zip(questions.questions, replies, strict=True)]
     if write_official:
-        _write_official(write_official, files)
+        pairs = [(r.text, r.confidence) for r in replies]
+        rows = pope.official_answers(questions.questions, pairs)
+        path = _write(write_official, "answers.jsonl", rows)
+        beside = path.with_name(f"{path.stem}.labels.jsonl")
+        _write(beside, beside.name, pope.official_labels(questions.questions))
     _print_scores(answers, graded, counts.scores(), json)
 
 
@@ -79,9 +78,9 @@ def score_amber(
         _note(f"{answers}: {others} answers are left out: they are not about {only}")
     counts = amber.count_answers(truths, [r.text for r in replies])
     graded = [_grade(truth.query(), r) for truth, r in zip(truths, replies, strict=True)]
-    files = {"answers.json": amber.official_answers(truths, [(r.text, r.confidence) for r in replies])}
     if write_official:
-        _write_official(write_official, files)
+        pairs = [(r.text, r.confidence) for r in replies]
+        _write(write_official, "answers.json", amber.official_answers(truths, pairs))
     _print_scores(answers, graded, counts.scores(dimensions), json)
 
 
@@ -96,18 +95,9 @@ def score_jsonl(answers: Path, *, labels: Path | None = None, json: bool = False
     Raises:
         DataError: a file or a record of it cannot be used.
     """
-    graded = read_predictions(answers) if labels is None else _graded_by_queries(answers, labels)
-    _print_scores(answers, graded, {}, json)
-
-
-SUBCOMMANDS = Subcommands(
-    "Score a file of answers under a benchmark's own rules and ours; no model is needed.",
-    {"pope": score_pope, "amber": score_amber, "jsonl": score_jsonl},
-)
-
-
-def _graded_by_queries(answers: Path, labels: Path) -> list[EstimatedPrediction]:
-    """Grade the answers in a file by the queries in another."""
+    if labels is None:
+        _print_scores(answers, read_predictions(answers), {}, json)
+        return
     queries: dict[str, Query] = {}
     for record in read_records(labels):
         try:
@@ -119,7 +109,14 @@ def _graded_by_queries(answers: Path, labels: Path) -> list[EstimatedPrediction]
         queries[query.id] = query
     replies = [reply(r, r.text("id"), r.text("text")) for r in read_records(answers)]
     ordered = in_order_of(replies, list(queries), answers, labels)
-    return [_grade(q, r) for q, r in zip(queries.values(), ordered, strict=True)]
+    graded = [_grade(q, r) for q, r in zip(queries.values(), ordered, strict=True)]
+    _print_scores(answers, graded, {}, json)
+
+
+SUBCOMMANDS = Subcommands(
+    "Score a file of answers under a benchmark's own rules and ours; no model is needed.",
+    {"pope": score_pope, "amber": score_amber, "jsonl": score_jsonl},
+)
 
 
 def _print_scores(
@@ -149,16 +146,12 @@ def _grade(query: Query, answer: Reply) -> EstimatedPrediction:
         raise DataError(f"record {query.id!r}: {error}") from error
 
 
-def _write_official(path: Path, files: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Write the answers to a path, or into a folder, and the other files of the benchmark's script beside them."""
-    (first, answers), *other_files = files.items()
-    path = path / first if path.is_dir() else path
-    write_rows(path, answers, lines=first.endswith(".jsonl"))
+def _write(path: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write rows to a path, or under a name into a folder; returns the path of the file."""
+    path = path / name if path.is_dir() else path
+    write_rows(path, rows, lines=name.endswith(".jsonl"))
     _note(f"wrote {path}")
-    for end, rows in other_files:
-        beside = path.with_name(f"{path.stem}.{end}")
-        write_rows(beside, rows, lines=end.endswith(".jsonl"))
-        _note(f"wrote {beside}")
+    return path
 
 
 def _note(message: str) -> None:

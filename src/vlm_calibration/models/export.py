@@ -17,7 +17,6 @@ from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vlm_calibration.files import first_line
@@ -86,7 +85,12 @@ def merge_adapter(folder: str, base: BaseModel, dtype: Dtype = "auto") -> Merged
             raise ValueError("it has trained biases, and only weights are merged: train it with `bias: none`")
         layers = {unwrapped_name(n): m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
         _check_tied_weights(wrapped, layers)
-        weights = find_weights(_changed_weights(wrapped, layers), checkpoint)
+        changed = {f"{name}.weight": layer.get_base_layer().weight for name, layer in layers.items()}
+        for name, module in wrapped.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                parameters = module.original_module.named_parameters()
+                changed |= {unwrapped_name(f"{name}.{n}"): parameter for n, parameter in parameters}
+        weights = find_weights(changed, checkpoint)
         dtypes = {name: target or stored.dtype for name, stored in weights.items()}
         _merge_layers(layers, dtypes)
         with warnings.catch_warnings():
@@ -102,16 +106,6 @@ def merge_adapter(folder: str, base: BaseModel, dtype: Dtype = "auto") -> Merged
     return Merged(merged, tuple(layers), weights, checkpoint, target, base.trust_remote_code)
 
 
-def _changed_weights(wrapped: PeftModel, layers: dict[str, LoraLayer]) -> dict[str, Tensor]:
-    """Name in the base model of each weight that merging will change -> the weight as it is before."""
-    changed = {f"{name}.weight": layer.get_base_layer().weight for name, layer in layers.items()}
-    for name, module in wrapped.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            parameters = module.original_module.named_parameters()
-            changed |= {unwrapped_name(f"{name}.{n}"): parameter for n, parameter in parameters}
-    return changed
-
-
 def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
     """Refuse layers with tied weights: an adapter changes one of the two modules, merging changes both."""
     by_weight = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
@@ -124,14 +118,10 @@ def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
 
 @torch.no_grad()
 def _merge_layers(layers: dict[str, LoraLayer], dtypes: dict[str, torch.dtype]) -> None:
-    """Merge each layer and compare its weights before and after.
+    """Merge each layer, by its name in the base model, and compare its weight before and after.
 
-    Args:
-        layers: name in the base model -> layer.
-        dtypes: name of the weight in the base model -> the dtype in which it is written.
-
-    Raises:
-        ValueError: a layer with an update or all layers are unchanged, or a change is lost in the dtype.
+    `dtypes` are those in which the weights are written. A ValueError says that a layer with an update or all layers are unchanged, or
+    that a change is lost in the dtype.
     """
     unchanged, stuck, lost = [], [], []
     for name, layer in layers.items():

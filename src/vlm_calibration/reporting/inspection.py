@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,35 +105,27 @@ def inspect_source(source: QuerySource, sample: int) -> Inspection:
 
 
 def table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
-    """The rows of the table about an inspection: a heading and its text."""
+    """The rows of the table: a heading and its text."""
+
+    def named(ids: list[str]) -> str:
+        return f"{len(ids)}: {name_some(ids, len(ids))}"
+
     yield "queries", str(inspection.queries)
     for kind, answers in inspection.answers.items():
         total = sum(answers.values())
         if kind == "open":
             words = np.repeat([int(n) for n in answers], list(answers.values()))
             yield "open answers", f"{total}: median {np.median(words):.0f} words, at most {words.max()}"
-            continue
-        frequent = answers.most_common(MAX_VALUES)
-        balance = ", ".join(
-            f"{answer if len(answer) <= 30 else answer[:27] + '...'} {count / total:.1%}"
-            for answer, count in frequent
-        )
-        yield f"{kind} answers", f"{total}: {balance}{_rest(answers, 'other answers')}"
+        else:
+            shares = _most_common(answers, lambda n, total=total: f"{n / total:.1%}", "other answers")
+            yield f"{kind} answers", f"{total}: {shares}"
     if inspection.categories:
-        frequent = inspection.categories.most_common(MAX_VALUES)
-        counts = ", ".join(f"{name} {count}" for name, count in frequent)
-        yield "categories", counts + _rest(inspection.categories, "others")
+        yield "categories", _most_common(inspection.categories, str, "others")
     yield "with a region of their object", f"{inspection.with_evidence / max(1, inspection.queries):.1%}"
     if inspection.absent:
-        yield (
-            "about an absent object",
-            f"{len(inspection.absent)}: {name_some(inspection.absent, len(inspection.absent))}",
-        )
+        yield "about an absent object", named(inspection.absent)
     if inspection.unlocated:
-        yield (
-            "without a region, and stay untouched",
-            f"{len(inspection.unlocated)}: {name_some(inspection.unlocated, len(inspection.unlocated))}",
-        )
+        yield "without a region, and stay untouched", named(inspection.unlocated)
     if inspection.sizes:
         widths, heights = zip(*inspection.sizes, strict=True)
         yield (
@@ -145,10 +137,9 @@ def table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         low, middle, high = np.quantile(inspection.shares, (0.1, 0.5, 0.9))
         yield "regions' share of the image", f"median {middle:.1%}, 80% within {low:.1%} to {high:.1%}"
     if inspection.clipped:
-        yield (
-            "with a region that leaves the image",
-            f"{len(inspection.clipped)} of {inspection.opened} opened: {name_some(inspection.clipped, len(inspection.clipped))}",
-        )
+        of_opened = f"{len(inspection.clipped)} of {inspection.opened} opened"
+        names = name_some(inspection.clipped, len(inspection.clipped))
+        yield "with a region that leaves the image", f"{of_opened}: {names}"
     yield "bad records", str(len(inspection.bad))
     if small := sum(SMALL_BOX in message for message in inspection.bad):
         yield f"with a box that {SMALL_BOX}", f"{small} of the bad records"
@@ -156,5 +147,12 @@ def table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "images or regions that cannot be loaded", str(len(inspection.unloadable))
 
 
-def _rest(counter: Counter[str], name: str) -> str:
-    return f", {len(counter) - MAX_VALUES} {name}" if len(counter) > MAX_VALUES else ""
+def _most_common(counter: Counter[str], form: Callable[[int], str], others: str) -> str:
+    """The most frequent values with their counts, and how many values are not among them."""
+    parts = [
+        f"{value if len(value) <= 30 else f'{value[:27]}...'} {form(count)}"
+        for value, count in counter.most_common(MAX_VALUES)
+    ]
+    if len(counter) > MAX_VALUES:
+        parts.append(f"{len(counter) - MAX_VALUES} {others}")
+    return ", ".join(parts)

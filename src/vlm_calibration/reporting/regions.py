@@ -36,7 +36,7 @@ class RegionSummary:
             self.located += len({r["label"] for r in row["regions"]} & set(row["objects"]))
         if row["outcome"] == "found":
             evidence = [r for r in row["regions"] if not row["objects"] or r["label"] in row["objects"]]
-            self.shares.append(union_share(evidence))
+            self.shares.append(_union_share(evidence))
         if row["note"] and len(self.notes) < MAX_NOTES:
             self.notes.append(row["note"])
 
@@ -52,7 +52,7 @@ class RegionSummary:
         }
 
 
-def union_share(regions: list[Mapping[str, Any]]) -> float:
+def _union_share(regions: list[Mapping[str, Any]]) -> float:
     """The share of the image, in [0, 1], that the union of the regions' masks covers."""
     masks = [{**r["mask"], "counts": r["mask"]["counts"].encode()} for r in regions if r["mask"] is not None]
     if not masks:
@@ -71,43 +71,34 @@ def print_summary(
         files: the summary of each file that was written.
         complete: the settings of the sources that need no extraction.
     """
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     if files:
-        _print_counts(console, summary)
+        n = summary.outcomes.total()
+        table = Table(title=f"Regions of {n} queries")
+        table.add_column("")
+        table.add_column("queries", justify="right")
+        table.add_column("share", justify="right")
+        for name in OUTCOMES:
+            if count := summary.outcomes[name]:
+                table.add_row(name, str(count), f"{count / n:.1%}")
+        console.print(table)
+        if summary.named:
+            console.print(f"phrases: {summary.located} of {summary.named} located")
+        if summary.shares:
+            low, median, high = np.quantile(summary.shares, (0.1, 0.5, 0.9))
+            console.print(
+                f"share of the image: median {median:.1%}, 80% of queries within {low:.1%} to {high:.1%}"
+            )
+        for reason, count in sorted(summary.reasons.items()):
+            console.print(f"regions left out ({reason}): {count}")
+        for note in summary.notes:
+            console.print(f"unreadable: {note}")
     for path, of_file in files.items():
         counts = of_file.outcomes
         console.print(
-            f"wrote {path}: {counts.total() - counts['unreadable']} queries, {counts['found'] + counts['known']} with regions",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
+            f"wrote {path}: {counts.total() - counts['unreadable']} queries, {counts['found'] + counts['known']} with regions"
         )
     if complete:
         console.print(
-            f"nothing to extract for {', '.join(complete)}: each query has a region, or an answer that says that its object is absent",
-            soft_wrap=True,
+            f"nothing to extract for {', '.join(complete)}: each query has a region, or an answer that says that its object is absent"
         )
-
-
-def _print_counts(console: Console, summary: RegionSummary) -> None:
-    values = summary.to_dict()
-    total = max(1, values["queries"])
-    table = Table(title=f"Regions of {values['queries']} queries")
-    for column in ("", "queries", "share"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, count in values["outcomes"].items():
-        if count:
-            table.add_row(name, str(count), f"{count / total:.1%}")
-    console.print(table)
-    phrases, shares = values["phrases"], values["share_of_image"]
-    if phrases["named"]:
-        console.print(f"phrases: {phrases['located']} of {phrases['named']} located")
-    if shares["median"] is not None:
-        console.print(
-            f"share of the image: median {shares['median']:.1%}, 80% of queries within "
-            f"{shares['p10']:.1%} to {shares['p90']:.1%}"
-        )
-    for reason, count in values["rejected_regions"].items():
-        console.print(f"regions left out ({reason}): {count}")
-    for note in summary.notes:
-        console.print(f"unreadable: {note}", soft_wrap=True, markup=False)

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
-from vlm_calibration.files import is_held, read_json
+from vlm_calibration.files import is_held
+from vlm_calibration.models.base import read_object
 from vlm_calibration.progress import stage_name
 from vlm_calibration.records import DataError
 
@@ -62,13 +63,14 @@ def find_runs(folder: Path) -> list[Run]:
 def _read_run(folder: Path) -> Run:
     run = Run(folder, datetime.fromtimestamp((folder / RECORD).stat().st_mtime).astimezone())
     try:
-        record = _object(folder / RECORD)
+        record = read_object(folder / RECORD)
         run.stage = stage_name(record["stage"]) if "stage" in record else record["command"]
         run.model = record.get("settings", {}).get("model.init_args.base.name_or_path") or ""
         for path in (folder / METRICS, *sorted(folder.glob(f"*/{METRICS}"))):
-            if path.is_file() and not (path.parent != folder and (path.parent / RECORD).exists()):
-                metrics = _object(path)
-                system = "" if path.parent == folder else path.parent.name
+            system = "" if path.parent == folder else path.parent.name
+            # A folder with a record of its own is another run.
+            if path.is_file() and not (system and (path.parent / RECORD).exists()):
+                metrics = read_object(path)
                 run.figures[system] = {name: metrics[name] for name in HEADLINE if name in metrics}
         if record["finished"]:
             run.state = "finished"
@@ -83,13 +85,6 @@ def _read_run(folder: Path) -> Run:
     except (DataError, OSError, TypeError, AttributeError) as error:
         run.detail = " ".join(str(error).split())
     return run
-
-
-def _object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object")
-    return content
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
