@@ -119,8 +119,8 @@ def _loader(processor: LlavaProcessor, count: int, batch_size: int) -> Iterable[
 
 
 def _collate(rows: list[tuple[Tensor, Tensor, Tensor, Scene]]) -> PatchBatch:
-    *columns, scenes = zip(*rows, strict=True)
-    return PatchBatch(*map(torch.stack, columns), list(scenes))
+    pixels, words, corners, scenes = zip(*rows, strict=True)
+    return PatchBatch(torch.stack(pixels), torch.stack(words), torch.stack(corners), list(scenes))
 
 
 def _train(
