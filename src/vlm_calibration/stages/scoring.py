@@ -146,7 +146,6 @@ class Scorer(nn.Module):
             warnings.simplefilter("ignore", UndefinedMetricWarning)
             by_confidence = {name: metrics.compute() for name, metrics in self._calibration().items()}
             values = by_confidence.pop(VERBALIZED) | self.task.compute()
-            of_probes = self.probes.compute() if self.probe_names else {}
         results = {name: float(values[name]) for name in sorted(values, key=lambda name: "/" in name)}
         if self.counted:
             costs = zip(self.counted, self.passes.compute().tolist(), strict=True)
@@ -155,4 +154,6 @@ class Scorer(nn.Module):
             for key, value in values.items():
                 metric, slash, group = key.partition("/")
                 results[f"{metric}@{estimator}{slash}{group}"] = float(value)
-        return results | {name: float(value) for name, value in of_probes.items()}
+        if self.probe_names:
+            results |= {name: float(value) for name, value in self.probes.compute().items()}
+        return results
