@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from functools import partial
 
 WARNINGS = (
     # peft asks every model for this property of transformers.
@@ -35,7 +36,11 @@ def quiet_libraries() -> None:
         # Lightning's, wherever SLURM is installed; only the processes of a job need srun.
         warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
     for name, beginning in LOGGED.items():
-        logging.getLogger(name).addFilter(lambda r, text=beginning: not r.getMessage().startswith(text))
+        logging.getLogger(name).addFilter(partial(_begins_otherwise, beginning))
+
+
+def _begins_otherwise(text: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(text)
 
 
 def quiet_lightning() -> None:

@@ -160,7 +160,7 @@ def query_from_dict(data: Any) -> Query:
     if unknown := sorted(set(data) - _KEYS):
         raise RecordError(f"unknown key {unknown[0]!r}; a query has the keys {', '.join(sorted(_KEYS))}")
     data = {**data, "id": id_text(data.get("id"))} if "id" in data else data
-    text = {key: _text(data, key) for key in ("id", "image", "question", "answer")}
+    text = [_text(data, key) for key in ("id", "image", "question", "answer")]
     answer_type = data.get("answer_type")
     if answer_type not in ANSWER_TYPES:
         raise RecordError(
@@ -171,9 +171,11 @@ def query_from_dict(data: Any) -> Query:
     if not isinstance(regions, list):
         raise RecordError(f"'regions' must be a list of objects, found {short_repr(regions)}")
     return Query(
-        **text,
-        **{key: _texts(data, key) for key in ("objects", "synonyms", "absent")},
-        answer_type=answer_type,
+        *text,
+        answer_type,
+        objects=_texts(data, "objects"),
+        synonyms=_texts(data, "synonyms"),
+        absent=_texts(data, "absent"),
         regions=tuple(_region(r, i) for i, r in enumerate(regions)),
         category=category,
         wrong_answers=None if data.get("wrong_answers") is None else _texts(data, "wrong_answers"),

@@ -83,7 +83,7 @@ class Progress(ProgressBar):
     def on_exception(self, *_: Any) -> None:
         self._close(finished=False)
 
-    def teardown(self, *_: Any, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         self._close(finished=False)
 
     def _begin(self, part: str, total: Any, unit: str = "batches", done: int = 0) -> None:

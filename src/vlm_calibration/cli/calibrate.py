@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from vlm_calibration.arguments import Forwarded
 from vlm_calibration.cli import main
@@ -62,7 +62,7 @@ def calibrate(
         DataError: settings contradict each other.
         CommandError: a stage failed; the later ones are not run.
     """
-    overlays = {}
+    overlays: dict[str, Any] = {}
     for name, text in {"model": model, "data": data, "preset": preset, "trainer": trainer}.items():
         try:
             overlays[name] = shlex.split(text)

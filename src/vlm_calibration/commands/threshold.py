@@ -171,15 +171,15 @@ def _print(
     Console().print(table)
     print(rule.questions.described())
     if "all" in tested:
-        limit, scores = control.limits.max_error, tested["all"]
+        max_error, scores = control.limits.max_error, tested["all"]
         given = f"on the test answers {scores.wrong} of {scores.answers} given are wrong"
         verdict = ""
-        if scores.error.low > limit:
+        if scores.error.low > max_error:
             verdict = (
                 ": more than promised, so these questions are not like those that the threshold was chosen on"
             )
-        elif scores.error.value > limit:
+        elif scores.error.value > max_error:
             verdict = ": above it, but no more than chance explains"
         elif scores.answers:
             verdict = ": within the promise"
-        print(f"Promised: at most {percent(limit)} wrong; {given}{verdict}.")
+        print(f"Promised: at most {percent(max_error)} wrong; {given}{verdict}.")

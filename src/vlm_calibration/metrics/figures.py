@@ -50,22 +50,22 @@ def wilson_interval(correct: Tensor, answers: Tensor, z: float = _Z95) -> tuple[
 
 
 def reliability_diagram(
-    table: ConfidenceTable, *, n_bins: int = 10, title: str | None = None, ax: "Axes | None" = None
+    table: ConfidenceTable, *, title: str | None = None, ax: "Axes | None" = None
 ) -> "Figure":
-    """Accuracy against mean confidence of each equal-width bin, with bin counts and a 95% Wilson band.
+    """Accuracy against mean confidence of ten bins of equal width, those of the ECE, with bin counts and a 95% Wilson band.
 
     Bins with fewer than `FEW` answers are faint, and neither the line nor the band leads to them.
     """
     ax = new_axes() if ax is None else ax
     _percent_axis(ax, "x", "Stated confidence (%)")
     _percent_axis(ax, "y", "Accuracy (%)")
-    ax.set_title(title or f"Reliability: ECE {_percent(table, 'ece', n_bins=n_bins)}, {_answers(table)}")
+    ax.set_title(title or f"Reliability: ECE {_text(table, 'ece', '.1%')}, {_answers(table)}")
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="Perfectly calibrated")
     if not table.parsed:
         _note_empty(ax)
         ax.legend(loc="upper left", frameon=False)
         return _figure(ax)
-    sums = bin_sums(table.groups(), n_bins, "uniform")
+    sums = bin_sums(table.groups(), 10, "uniform")
     occupied = sums.answers > 0
     answers, correct = sums.answers[occupied], sums.correct[occupied]
     x, y = 100 * sums.confidence[occupied] / answers, 100 * correct / answers
@@ -83,30 +83,28 @@ def reliability_diagram(
         ax.plot(x[few], y[few], "o", color=BLUE, markersize=5, fillstyle="none", alpha=0.4, label=label)
     ax.legend(loc="upper left", frameon=False)
 
-    # A strip under 0% has the number of answers in each bin as bars, with the numbers above them if they fit.
-    floor, height = -38.0, 20.0
-    width = 100 / n_bins
-    centre = (torch.arange(n_bins) + 0.5) * width
-    size = height * sums.answers / sums.answers.max()
-    ax.bar(centre.numpy(), size.numpy(), 0.9 * width, bottom=floor, color=GREY, alpha=0.6)
+    # A strip under 0% has the number of answers in each bin, as bars.
+    floor = -38.0
+    centre = 10 * torch.arange(10) + 5.0
+    size = 20 * sums.answers / sums.answers.max()
+    ax.bar(centre.numpy(), size.numpy(), 9.0, bottom=floor, color=GREY, alpha=0.6)
     ax.axhline(-5, color="black", linewidth=0.8)
     ax.text(-1, -7, "Answers in each bin", va="top", fontsize=9)
     ax.set_ylim(floor, 103)
-    if n_bins <= 12:
-        for middle, top, count in zip(centre.tolist(), size.tolist(), sums.answers.tolist(), strict=True):
-            if count:
-                ax.text(middle, floor + top + 0.5, _short(int(count)), ha="center", va="bottom", fontsize=9)
+    for middle, top, count in zip(centre.tolist(), size.tolist(), sums.answers.tolist(), strict=True):
+        if count:
+            ax.text(middle, floor + top + 0.5, _short(int(count)), ha="center", va="bottom", fontsize=9)
     return _figure(ax)
 
 
 def confidence_histogram(
-    table: ConfidenceTable, *, n_bins: int = 20, title: str | None = None, ax: "Axes | None" = None
+    table: ConfidenceTable, *, title: str | None = None, ax: "Axes | None" = None
 ) -> "Figure":
-    """Histogram of the stated confidences: correct answers upwards, wrong ones downwards; a bar a level if there are at most `n_bins`."""
+    """Histogram of the stated confidences: correct answers upwards, wrong ones downwards; a bar a level if there are at most 20."""
     from matplotlib.ticker import MaxNLocator
 
     ax = new_axes() if ax is None else ax
-    ax.set_title(title or f"Stated confidence: AUROC {_number(table, 'auroc')}, {_answers(table)}")
+    ax.set_title(title or f"Stated confidence: AUROC {_text(table, 'auroc')}, {_answers(table)}")
     _percent_axis(ax, "x", "Stated confidence (%)")
     ax.set_ylabel("Answers (wrong below, right above)")
     if not table.parsed:
@@ -114,11 +112,11 @@ def confidence_histogram(
         return _figure(ax)
     groups = table.groups()
     gap = float(groups.value.diff().min()) if len(groups.value) > 1 else 1.0
-    if len(groups.value) <= n_bins and gap > 0.009:
+    if len(groups.value) <= 20 and gap > 0.009:
         centre, width, correct, wrong = 100 * groups.value, min(80 * gap, 4.0), groups.correct, groups.wrong
     else:
-        sums = bin_sums(groups, n_bins, "uniform")
-        centre, width = (torch.arange(n_bins) + 0.5) * (100 / n_bins), 90 / n_bins
+        sums = bin_sums(groups, 20, "uniform")
+        centre, width = 5 * torch.arange(20) + 2.5, 4.5
         correct, wrong = sums.correct, sums.answers - sums.correct
     ax.bar(centre.numpy(), correct.numpy(), width, color=BLUE, label="Right")
     ax.bar(
@@ -132,12 +130,12 @@ def confidence_histogram(
         label="Wrong",
     )
     ax.axhline(0, color="black", linewidth=0.8)
-    mean, accuracy = _percent(table, "mean_confidence"), _percent(table, "parsed_accuracy")
-    ax.axvline(
-        100 * _value(table, "mean_confidence"), color="black", linewidth=1.6, label=f"Mean confidence {mean}"
-    )
-    x = 100 * _value(table, "parsed_accuracy")
-    ax.axvline(x, color=GREEN, linestyle="--", linewidth=1.8, label=f"Accuracy {accuracy}")
+    for name, heading, color, style, line_width in (
+        ("mean_confidence", "Mean confidence", "black", "-", 1.6),
+        ("parsed_accuracy", "Accuracy", GREEN, "--", 1.8),
+    ):
+        x, label = 100 * float(METRICS[name](table)), f"{heading} {_text(table, name, '.1%')}"
+        ax.axvline(x, color=color, linestyle=style, linewidth=line_width, label=label)
     top, bottom = float(correct.max()), float(wrong.max())
     margin = 0.08 * (top + bottom)
     ax.set_ylim(-bottom - margin, top + margin)
@@ -156,7 +154,7 @@ def risk_coverage_figure(
     possible ranking of the same answers and a random ranking are drawn for comparison.
     """
     ax = new_axes() if ax is None else ax
-    ax.set_title(title or f"Risk and coverage: AURC {_number(table, 'aurc')}, {_answers(table)}")
+    ax.set_title(title or f"Risk and coverage: AURC {_text(table, 'aurc')}, {_answers(table)}")
     _percent_axis(ax, "x", "Coverage: most confident answers given (%)")
     ax.set_ylabel("Risk: error rate of the answers given (%)")
     if not table.parsed:
@@ -254,7 +252,8 @@ def _draw_response(ax: "Axes", curve: Mapping[float, ConfidenceTable], name: str
     answers = torch.tensor([table.parsed for table in rows], dtype=torch.float64)
     low, high = (100 * bound for bound in wilson_interval(correct, answers))
     accuracy, confidence = (
-        [100 * _value(table, metric) for table in rows] for metric in ("parsed_accuracy", "mean_confidence")
+        [100 * float(METRICS[metric](table)) for table in rows]
+        for metric in ("parsed_accuracy", "mean_confidence")
     )
     is_panel = ax.get_title() == ""
     size = 3.5 if is_panel else 6
@@ -294,18 +293,9 @@ def _short(count: int) -> str:
     return str(count)
 
 
-def _value(table: ConfidenceTable, name: str, **options: Any) -> float:
-    return float(METRICS[name](table, **options))
-
-
-def _percent(table: ConfidenceTable, name: str, **options: Any) -> str:
-    value = _value(table, name, **options)
-    return "undefined" if math.isnan(value) else f"{100 * value:.1f}%"
-
-
-def _number(table: ConfidenceTable, name: str) -> str:
-    value = _value(table, name)
-    return "undefined" if math.isnan(value) else f"{value:.3f}"
+def _text(table: ConfidenceTable, name: str, format: str = ".3f") -> str:
+    value = float(METRICS[name](table))
+    return "undefined" if math.isnan(value) else f"{value:{format}}"
 
 
 def _answers(table: ConfidenceTable) -> str:

@@ -19,14 +19,12 @@ def check_category(category: str) -> None:
 
 
 def warn_undefined_values(values: Mapping[str, float]) -> None:
-    """Issue one warning that names all values that are NaN, and why they are."""
+    """Issue one warning that names all values of declared metrics that are NaN, and why they are."""
     by_reason: dict[str, list[str]] = {}
     for name, value in values.items():
-        if math.isnan(value):
-            spec = ALL_METRICS.get(name.split("/", 1)[0])
-            by_reason.setdefault(spec.undefined if spec else "it has no value on these answers", []).append(
-                name
-            )
+        spec = ALL_METRICS.get(name.split("/", 1)[0])
+        if spec is not None and math.isnan(value):
+            by_reason.setdefault(spec.undefined, []).append(name)
     if by_reason:
         message = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
         warnings.warn(f"undefined (NaN): {message}", UndefinedMetricWarning, stacklevel=3)

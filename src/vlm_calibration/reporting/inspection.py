@@ -117,10 +117,9 @@ def table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
             words = np.repeat([int(n) for n in answers], list(answers.values()))
             yield "open answers", f"{total}: median {np.median(words):.0f} words, at most {words.max()}"
         else:
-            shares = _most_common(answers, lambda n, total=total: f"{n / total:.1%}", "other answers")
-            yield f"{kind} answers", f"{total}: {shares}"
+            yield f"{kind} answers", f"{total}: {_most_common(answers, 'other answers', total)}"
     if inspection.categories:
-        yield "categories", _most_common(inspection.categories, str, "others")
+        yield "categories", _most_common(inspection.categories, "others")
     yield "with a region of their object", f"{inspection.with_evidence / max(1, inspection.queries):.1%}"
     if inspection.absent:
         yield "about an absent object", named(inspection.absent)
@@ -147,10 +146,10 @@ def table_rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "images or regions that cannot be loaded", str(len(inspection.unloadable))
 
 
-def _most_common(counter: Counter[str], form: Callable[[int], str], others: str) -> str:
-    """The most frequent values with their counts, and how many values are not among them."""
+def _most_common(counter: Counter[str], others: str, total: int | None = None) -> str:
+    """The most frequent values with their counts, or shares of a total, and how many values are not among them."""
     parts = [
-        f"{value if len(value) <= 30 else f'{value[:27]}...'} {form(count)}"
+        f"{value if len(value) <= 30 else f'{value[:27]}...'} {count if total is None else f'{count / total:.1%}'}"
         for value, count in counter.most_common(MAX_VALUES)
     ]
     if len(counter) > MAX_VALUES:

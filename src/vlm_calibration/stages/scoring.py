@@ -137,7 +137,6 @@ class Scorer(nn.Module):
             warnings.simplefilter("ignore", UndefinedMetricWarning)
             stated, *others = (cast(CalibrationMetrics, metrics).compute() for metrics in self.calibration)
             values = stated | self.task.compute()
-            of_probes = self.probes.compute() if self.probe_names else {}
         results = {name: float(values[name]) for name in sorted(values, key=lambda name: "/" in name)}
         costs = self.passes.compute().tolist() if self.counted else []
         for name, cost in zip(self.counted, costs, strict=True):
@@ -146,4 +145,6 @@ class Scorer(nn.Module):
             for key, value in values.items():
                 metric, slash, group = key.partition("/")
                 results[f"{metric}@{estimator}{slash}{group}"] = float(value)
-        return results | {name: float(value) for name, value in of_probes.items()}
+        if self.probe_names:
+            results |= {name: float(value) for name, value in self.probes.compute().items()}
+        return results

@@ -64,7 +64,7 @@ def json_records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         start = next((line for line in file if line.strip()), b"").lstrip()
     if start.startswith(b"["):
         for where, value in json_values(path, "item"):
-            yield where, lambda value=value: value
+            yield where, lambda value=value: value  # type: ignore[misc]
     else:
         for line in json_lines(path):
             yield line.where, partial(parse_json, line.content)

@@ -98,8 +98,11 @@ class QueryFile(QuerySource):
 
     place: str
     """Where a record is, followed by its number."""
-    has_image_files = True
-    """Whether images are files below `root`."""
+
+    @property
+    def has_image_files(self) -> bool:
+        """Whether images are files below `root`."""
+        return True
 
     def __init__(self, path: str, root: Path | None, on_bad_record: OnBadRecord) -> None:
         self.path = Path(path)
