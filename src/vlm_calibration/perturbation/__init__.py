@@ -7,13 +7,21 @@ from vlm_calibration.perturbation.by_kind import KIND_NAMES, perturb, region_per
 from vlm_calibration.perturbation.images import load_image, resize_image, resize_mask
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.perturbation.regions import region_mask
-from vlm_calibration.perturbation.schedules import schedule_by_name
+from vlm_calibration.perturbation.schedules import (
+    CosineSchedule,
+    LinearSchedule,
+    SigmoidSchedule,
+    schedule_by_name,
+)
 
 __all__ = [
     "KIND_NAMES",
     "AnchoredLevels",
+    "CosineSchedule",
     "LinearLevels",
+    "LinearSchedule",
     "Perturbation",
+    "SigmoidSchedule",
     "load_image",
     "perturb",
     "region_mask",
