@@ -13,7 +13,7 @@ from vlm_calibration.errors import CommandError
 if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
     from vlm_calibration.metrics.risk_control import RiskControl, ThresholdScores
-    from vlm_calibration.reporting.evaluated_model import Evaluated, EvaluatedModel
+    from vlm_calibration.reporting.report.thresholds import Evaluated, EvaluatedModel
 
 NOT_FOUND = 3
 """Exit status if no threshold keeps the limits."""
@@ -55,8 +55,7 @@ def threshold(
     from vlm_calibration.estimators.decision import read_rule, write_rule
     from vlm_calibration.metrics.risk_control import Limits
     from vlm_calibration.reporting.card import state_guarantee
-    from vlm_calibration.reporting.evaluated_model import model_of, read_evaluated
-    from vlm_calibration.reporting.report.thresholds import choose, realised
+    from vlm_calibration.reporting.report.thresholds import choose, model_of, read_evaluated, realised
 
     try:
         limits = Limits(max_error, certainty, max_sent_away)
