@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from itertools import combinations
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -63,7 +62,7 @@ class Query:
             query's evidence (see `text.labels.is_evidence`), all others are distractors; without `objects`, every region
             is evidence.
         regions: where objects are in the image.
-        category: group for breaking down results; "a/b" counts in a, in b and in a/b (see `category_groups`).
+        category: group for breaking down results; "a/b" counts in a and in b (see `category_groups`).
         synonyms: further correct answers.
         absent: objects that the answer says are not in the image, repeated from `objects` or not. Without any, the form of the
             question and its answer decide (see `text.labels.absent_objects`).
@@ -140,13 +139,12 @@ class LoadedImage(NamedTuple):
 
 
 def category_groups(category: str | None) -> tuple[str, ...]:
-    """The groups that a category counts in: its parts, and their combinations in order.
+    """The groups that a category counts in: its parts, in order and each once.
 
     >>> category_groups("shifted/existence")
-    ('shifted', 'existence', 'shifted/existence')
+    ('shifted', 'existence')
     """
-    parts = dict.fromkeys(part for part in (category or "").split("/") if part)
-    return tuple("/".join(c) for size in range(1, len(parts) + 1) for c in combinations(parts, size))
+    return tuple(dict.fromkeys(part for part in (category or "").split("/") if part))
 
 
 def query_from_dict(data: Any) -> Query:

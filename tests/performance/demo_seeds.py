@@ -314,7 +314,7 @@ def as_a_table(seeds: list[dict[Confidence, Measured]]) -> str:
     heads = " | ".join(METRICS.get(name, "mean confidence") for name in names)
     lines = [f"| whole split | {heads} |", "|---" * (len(names) + 1) + "|"]
     for confidence, title in CONFIDENCES.items():
-        cells = [spread([measured[confidence].values[name] for measured in seeds]) for name in names]
+        cells = [spread([measured[confidence].intervals[name].value for measured in seeds]) for name in names]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -326,7 +326,7 @@ def against_likelihood(seeds: list[dict[Confidence, Measured]]) -> str:
         stated, likelihood = measured[Confidence("dpo")], measured[LIKELIHOOD]
         cells = []
         for name in ("brier", "auroc"):
-            difference = stated.values[name] - likelihood.values[name]
+            difference = stated.intervals[name].value - likelihood.intervals[name].value
             cells += [f"{difference:+.3f}", f"{p_value(stated, likelihood, name):.3f}"]
         lines.append(f"| run {seed + 1} | {' | '.join(cells)} |")
     return "\n".join(lines)

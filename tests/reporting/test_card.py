@@ -14,7 +14,7 @@ import yaml
 
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import EXAMPLE, Card, card_text, load_card, save_card, state_guarantee
-from vlm_calibration.reporting.tables import COLUMNS, column
+from vlm_calibration.reporting.tables import COLUMNS, heading
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE, ElicitationPrompt
 
 FULL = Card(
@@ -56,12 +56,11 @@ def _table(text: str, heading: str) -> list[list[str]]:
 
 
 def test_the_metadata_is_what_the_hub_reads() -> None:
-    data = _metadata(replace(FULL, datasets=["org/data"]))
+    data = _metadata(FULL)
     assert data.pop("tags") == [
         *("vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848", "lora")
     ]
     assert data == {
-        "datasets": ["org/data"],
         "base_model": "org/Model-7B",
         "base_model_relation": "adapter",
         "base_model_revision": "0123456789abcdef",
@@ -92,7 +91,7 @@ def test_levels_and_results_are_tables() -> None:
         ["noise", "1", "50%", "0%"],
     ]
     rows = _table(text, "## Validation")
-    assert rows[0] == ["", *(column(name)[0] for name in COLUMNS)]
+    assert rows[0] == ["", *(heading(name) for name in COLUMNS)]
     assert [row[:4] for row in rows[1:]] == [
         ["before training", "0.500", "0.500", "0.500"],
         ["after training", "0.250", "0.250", "0.250"],

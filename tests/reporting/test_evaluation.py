@@ -13,8 +13,15 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData, model_index_to_eval_results
 
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import Card, card_text, load_card, results_text, save_card
-from vlm_calibration.reporting.evaluation import Evaluation, read_evaluation
+from vlm_calibration.reporting.card import (
+    Card,
+    Evaluation,
+    card_text,
+    load_card,
+    read_evaluation,
+    results_text,
+    save_card,
+)
 from vlm_calibration.reporting.tables import COLUMNS
 
 SFT, DPO = "0" * 32, "1" * 32
@@ -25,7 +32,6 @@ FOUND = Evaluation(
     adapter=DPO,
     system="dpo",
     dataset="demo",
-    config=None,
     split="development",
     revision="2" * 32,
     parts=["clean", "hard (key object perturbed)"],

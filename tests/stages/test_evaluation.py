@@ -84,7 +84,7 @@ def test_systems_side_by_side(
         expected = {k: None if v != v else v for k, v in scorer.compute().items()}
         assert json.loads((folder / system / "metrics.json").read_text(encoding="utf-8")) == expected
         assert expected["n"] == len(samples)
-    assert {"clean", "noised", "shifted", "existence", "clean/position"} <= set(module.scorers[0].groups)
+    assert {"clean", "noised", "shifted", "existence", "position"} <= set(module.scorers[0].groups)
     assert {p.name for p in folder.iterdir()} == set(SYSTEMS)
 
     # A second run is the same.

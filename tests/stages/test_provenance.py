@@ -27,7 +27,7 @@ from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
 from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
-from vlm_calibration.reporting.report.origin import origin_of
+from vlm_calibration.reporting.report.data import origin_of
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.provenance import check_levels, differences_from_training

@@ -77,8 +77,7 @@ def export(
     from vlm_calibration.callbacks.adapter import shown_path
     from vlm_calibration.estimators.decision import rule_of_adapter
     from vlm_calibration.hub import base_license, check_upload, is_hub_name, upload
-    from vlm_calibration.reporting.card import Card, load_card
-    from vlm_calibration.reporting.evaluation import read_evaluation
+    from vlm_calibration.reporting.card import Card, load_card, read_evaluation, renew_card
 
     source = find_adapter(adapter)
     model = base_of_adapter(source) if base is None else BaseModel(base)
@@ -111,7 +110,15 @@ def export(
             if merge:
                 _write_merged(source, model, card, dtype, written)
             else:
-                _write_adapter(source, model, card, written)
+                shutil.copytree(source, written, dirs_exist_ok=True)
+                config = read_object(source / CONFIG)
+                names = {"base_model_name_or_path": model.name_or_path, "revision": model.revision}
+                if any(config.get(key) != value for key, value in names.items()):
+                    write_json(written / CONFIG, {**config, **names})
+                # The same weights, whose configuration may name the base model otherwise.
+                digest = adapter_digest(written)
+                shown = [replace(evaluation, adapter=digest) for evaluation in card.evaluations]
+                renew_card(written, replace(card, evaluations=shown))
         if out is not None:
             print(f"wrote {out}")
         if push_to_hub is not None:
@@ -130,19 +137,6 @@ def _check_out(out: Path, adapter: Path, base: str, overwrite: bool) -> None:
         raise DataError(f"--out {out} lies within the adapter's folder: choose another folder")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise DataError(f"--out {out} is not empty: choose another folder, or give --overwrite")
-
-
-def _write_adapter(adapter: Path, base: BaseModel, card: Card, folder: Path) -> None:
-    from vlm_calibration.reporting.card import renew_card
-
-    shutil.copytree(adapter, folder, dirs_exist_ok=True)
-    config = read_object(adapter / CONFIG)
-    names = {"base_model_name_or_path": base.name_or_path, "revision": base.revision}
-    if any(config.get(key) != value for key, value in names.items()):
-        write_json(folder / CONFIG, {**config, **names})
-    # The same weights, whose configuration may name the base model otherwise.
-    digest = adapter_digest(folder)
-    renew_card(folder, replace(card, evaluations=[replace(e, adapter=digest) for e in card.evaluations]))
 
 
 def _write_merged(adapter: Path, base: BaseModel, card: Card, dtype: Dtype, folder: Path) -> None:

@@ -23,8 +23,8 @@ def report(
 ) -> None:
     """Write a page on whether the confidence of evaluated models can be trusted, with its numbers beside it.
 
-    `report.csv` and `report.json` beside `report.html` hold every confidence of every system, raw and recalibrated, with intervals, and
-    the stated one for each group and range of confidence.
+    `report.csv` beside `report.html` holds every confidence of every system, raw and recalibrated, with intervals, and the stated one
+    for each group and range of confidence.
 
     What it prints is the result in brief: a table, the weakest group, the page and what to try next.
 
@@ -47,8 +47,7 @@ def report(
     from vlm_calibration.reporting.report.data import read_calibration, read_systems
     from vlm_calibration.reporting.report.page import render_page
     from vlm_calibration.reporting.report.summary import largest_error, subject_of
-    from vlm_calibration.reporting.report.table import Comparison, compare, write_tables
-    from vlm_calibration.reporting.report.thresholds import promises_of
+    from vlm_calibration.reporting.report.table import compare, write_table
     from vlm_calibration.reporting.runs import commands_with
     from vlm_calibration.reporting.tables import print_results
 
@@ -57,14 +56,13 @@ def report(
         raise DataError(f"--system: no system {system!r}; there are {', '.join(s.name for s in systems)}")
     if calibration is not None:
         systems = read_calibration(str(calibration), systems)
-    comparison = Comparison(replicates, seed)
-    compared = compare(systems, comparison)
+    about = subject_of(systems, system)
+    compared = compare(systems, replicates, seed)
     page = out if out is not None else Path(runs[0]) / PAGE
-    promises = promises_of(systems)
-    html = render_page(systems, compared, comparison, promises, system, images, page)
+    table = page.with_suffix(".csv")
+    html = render_page(systems, compared, about, table, images=images, replicates=replicates, seed=seed)
     write_text(page, html)
-    write_tables(compared, page)
-    about = next((s for s in systems if s.name == system), subject_of(systems))
+    write_table(compared, table)
     worst = largest_error(compared.groups[about.name])
     print_results(
         {s.name: s.values for s in systems},

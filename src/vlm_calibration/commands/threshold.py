@@ -14,7 +14,7 @@ from vlm_calibration.errors import CommandError
 if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
     from vlm_calibration.metrics.risk_control import RiskControl, ThresholdScores
-    from vlm_calibration.reporting.evaluated_model import Evaluated
+    from vlm_calibration.reporting.report.thresholds import Evaluated
 
 NOT_FOUND = 3
 """Exit status if no threshold keeps the limits."""
@@ -54,8 +54,7 @@ def threshold(
     from vlm_calibration.estimators.decision import DecisionRule, read_rule, write_rule
     from vlm_calibration.metrics.risk_control import ASSUMPTIONS, Limits, guarantee
     from vlm_calibration.reporting.card import state_guarantee
-    from vlm_calibration.reporting.evaluated_model import model_of, read_evaluated
-    from vlm_calibration.reporting.report.thresholds import choose, realised
+    from vlm_calibration.reporting.report.thresholds import choose, model_of, read_evaluated, realised
     from vlm_calibration.settings import file_digest
     from vlm_calibration.text.known_questions import KnownQuestions
 

@@ -1,6 +1,7 @@
 """The model card of an adapter or of a merged model: `README.md` from a template, and its facts in `calibration.json`.
 
-An export writes its own card from the facts, and programs can read them. A `README.md` that a person has edited is left alone.
+An export writes its own card from the facts, and programs can read them. A `README.md` that a person has edited is left alone. Results
+on test data are those of the very adapter that was evaluated, which `run.json` of an evaluation names by digest.
 """
 
 from __future__ import annotations
@@ -9,25 +10,84 @@ import hashlib
 import re
 import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlm_calibration.files import write_json, write_text
 from vlm_calibration.models.base import FACTS, read_object
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.evaluation import TASK, Evaluation, eval_results
-from vlm_calibration.reporting.tables import COLUMNS, column
+from vlm_calibration.reporting.runs import CONFIG, METRICS, RECORD, read_config, systems_of
+from vlm_calibration.reporting.tables import COLUMNS, heading, shown
+from vlm_calibration.settings import digest
 
 TEXT = "README.md"
 DIGEST = "readme_sha256"
 EXAMPLE = "Is there a dog in the image?"
 """The question in the examples of cards."""
 TAGS = ("vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848")
+TASK = "image-text-to-text"
+"""The task of such a model on the Hub."""
+ADAPTERS = "model.init_args.adapters."
+"""Prefix of the inputs in `run.json` that are adapters."""
+HUB_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "ece": ("expected_calibration_error", "Expected calibration error of the stated confidence"),
+    "brier": ("brier_score", "Brier score of the stated confidence"),
+    "auroc": ("roc_auc", "AUROC of the stated confidence"),
+}
+"""Metric -> its type and name in the metadata of the Hub."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of one evaluation.
+
+    Attributes:
+        adapter: digest of the evaluated adapter that the card describes.
+        system: its name in the evaluation.
+        dataset: the kinds of its sources, e.g. "demo" or "jsonl".
+        split: the split that the source reads; "test" for sources without splits.
+        revision: the digest of the queries.
+        parts: the parts of the test set by name.
+        results: "base" and the name of each adapter -> the metrics that tables show, None if undefined.
+    """
+
+    adapter: str
+    system: str
+    dataset: str
+    split: str
+    revision: str
+    parts: list[str]
+    results: dict[str, dict[str, float | None]]
+
+    @property
+    def n(self) -> int:
+        """The number of queries."""
+        return int(self.results[self.system]["n"] or 0)
+
+    def hub_results(self) -> list[EvalResult]:
+        """The defined headline metrics of the adapter as the Hub's metadata."""
+        values = self.results[self.system]
+        return [
+            EvalResult(
+                task_type=TASK,
+                dataset_type=self.dataset,
+                dataset_name=f"{self.dataset}: {', '.join(self.parts)}",
+                dataset_split=self.split,
+                dataset_revision=self.revision,
+                dataset_args={"queries": self.n},
+                metric_type=kind,
+                metric_name=title,
+                metric_value=values[name],
+            )
+            for name, (kind, title) in HUB_METRICS.items()
+            if values.get(name) is not None
+        ]
 
 
 @dataclass(frozen=True)
@@ -48,7 +108,6 @@ class Card:
         results: "before" and "after" training -> metrics of the validation queries, None if undefined.
         evaluations: results on test data.
         guarantee: what the thresholds beside the weights promise, as a sentence; empty without thresholds.
-        datasets: names on the Hub of the data sets that it was trained on.
         license: metadata of the licence: `license` and, for one that the Hub has no name for, `license_name` and `license_link`.
         template: the prompt, with `{question}` in it.
         conversation: the prompt with `EXAMPLE`, as the chat template formats it.
@@ -71,7 +130,6 @@ class Card:
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
     guarantee: str = ""
-    datasets: list[str] = field(default_factory=list)
     license: dict[str, Any] = field(default_factory=dict)
     template: str | None = None
     conversation: str | None = None
@@ -85,7 +143,7 @@ def card_text(card: Card) -> str:
     """Render the card as Markdown, with the Hub's metadata in front. What is not known is left out."""
     title = f"{card.base.rstrip('/').rsplit('/', 1)[-1]}, calibrated"
     # The weights of a merged model are not the ones that were evaluated.
-    results = [] if card.merged else [result for e in card.evaluations for result in eval_results(e)]
+    results = [] if card.merged else [result for e in card.evaluations for result in e.hub_results()]
     relation = "finetune" if card.merged else "adapter"
     metadata = ModelCardData(
         **card.license,
@@ -94,7 +152,6 @@ def card_text(card: Card) -> str:
         base_model_revision=card.revision if card.base_on_hub else None,
         library_name="transformers" if card.merged else "peft",
         pipeline_tag=TASK,
-        datasets=card.datasets or None,
         tags=[*TAGS, *([] if card.merged else ["lora"])],
         model_name=title if results else None,
         eval_results=results or None,
@@ -131,19 +188,75 @@ def _render(template: str, card: Card, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     rule = "| --- " * (1 + len(COLUMNS)) + "|"
-    head = f"{_line('', [column(name)[0] for name in COLUMNS])}\n{rule}"
+    head = f"{_line('', map(heading, COLUMNS))}\n{rule}"
     helpers = {"repr": repr, "quote": shlex.quote, "head": head, "row": _row}
     return environment.get_template(template).render(card=card, **helpers, **values)
 
 
 def _row(label: str, metrics: Mapping[str, float | None]) -> str:
     """A row of a table of metrics; a dash where one is undefined."""
-    values = [(metrics.get(name), column(name)[1]) for name in COLUMNS]
-    return _line(label, ["-" if value is None else format(value, form) for value, form in values])
+    return _line(label, (shown(name, metrics.get(name)) for name in COLUMNS))
 
 
-def _line(label: str, cells: list[str]) -> str:
+def _line(label: str, cells: Iterable[str]) -> str:
     return "| " + " | ".join([label.replace("|", r"\|"), *cells]) + " |"
+
+
+# --- Results of an evaluation ---------------------------------------------------------------------------------------
+
+
+def read_evaluation(folder: Path, adapter: str) -> Evaluation:
+    """Read the results of an adapter, with those of the base model and of other adapters beside it.
+
+    Args:
+        folder: run directory of a finished `vlm-calibration test`.
+        adapter: digest of the adapter's files, as in `run.json`.
+
+    Raises:
+        DataError: the folder holds no finished evaluation of a whole test set, or not of this adapter.
+    """
+    if not (folder / RECORD).is_file():
+        raise DataError(f"{folder}: no {RECORD}: give the run directory of `vlm-calibration test`")
+    record, config = read_object(folder / RECORD), read_config(folder / CONFIG)
+    if config is None or record.get("command") != "test" or not record.get("finished"):
+        raise DataError(f"{folder}: not a finished `vlm-calibration test`: evaluate first")
+    if ((config.get("trainer") or {}).get("limit_test_batches") or 1.0) != 1.0:
+        raise DataError(f"{folder}: a part of the test set: run `vlm-calibration test` without limits")
+    inputs = record["inputs"]
+    adapters = {
+        key.removeprefix(ADAPTERS): value for key, value in inputs.items() if key.startswith(ADAPTERS)
+    }
+    system = next((name for name, value in adapters.items() if value == adapter), None)
+    if system is None:
+        raise DataError(
+            f"{folder}: this adapter was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'}): "
+            "evaluate it again"
+        )
+    evaluated = systems_of(config)
+    results: dict[str, dict[str, float | None]] = {}
+    for name in ("base", *adapters):
+        if name in evaluated:
+            metrics = read_object(folder / name / METRICS)
+            results[name] = {key: metrics.get(key) for key in ("n", *COLUMNS)}
+    counts = {values["n"] for values in results.values()}
+    if len(counts) > 1 or None in counts:
+        raise DataError(f"{folder}: the systems did not answer the same queries: evaluate again")
+    splits = config["data"]["test"]
+    sources = [split["source"] for split in splits.values()]
+    kinds = {str(source["class_path"]).rsplit(".", 1)[-1].removesuffix("Source") for source in sources}
+    queries = (f"{key} {value}\n" for key, value in sorted(inputs.items()) if key.startswith("data.test"))
+    return Evaluation(
+        adapter=adapter,
+        system=system,
+        dataset="+".join(sorted(kind.lower() for kind in kinds)),
+        split="+".join(sorted({str((s.get("init_args") or {}).get("split") or "test") for s in sources})),
+        revision=digest(queries),
+        parts=[
+            name if split.get("noise", "none") == "none" else f"{name} (key object perturbed)"
+            for name, split in splits.items()
+        ],
+        results=results,
+    )
 
 
 # --- Files ----------------------------------------------------------------------------------------------------------
@@ -192,16 +305,20 @@ def load_card(folder: Path) -> Card | None:
     if not path.is_file():
         return None
     facts = read_object(path)
-    facts.pop(DIGEST, None)
     try:
-        levels = {
+        facts["levels"] = {
             answer_type: [(kind, strength, confidence) for kind, strength, confidence in rows]
-            for answer_type, rows in facts.pop("levels", {}).items()
+            for answer_type, rows in facts.get("levels", {}).items()
         }
-        evaluations = [Evaluation(**evaluation) for evaluation in facts.pop("evaluations", [])]
-        return Card(levels=levels, evaluations=evaluations, **facts)
+        facts["evaluations"] = [Evaluation(**_known(Evaluation, e)) for e in facts.get("evaluations", [])]
+        return Card(**_known(Card, facts))
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not the facts of a model card: {error}") from error
+
+
+def _known(kind: type[Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that a class has fields for; those of another version may have more."""
+    return {f.name: facts[f.name] for f in fields(kind) if f.name in facts}
 
 
 def is_edited(folder: Path) -> bool:

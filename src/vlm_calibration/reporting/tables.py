@@ -1,11 +1,11 @@
-"""Metrics as tables on the terminal."""
+"""Metrics as text: the one format of each, and tables on the terminal."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,48 +23,26 @@ COLUMNS = ("accuracy", "ece", "brier", "auroc", "mean_confidence", "overconfiden
 PRINTED = ("mean_confidence", "accuracy", "ece", "auroc")
 """Those of them that fit beside each other on a terminal of 80 columns."""
 BROKEN_DOWN = ("accuracy", "ece", "auroc")
+SHARES = ("accuracy", "ece", "smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate")
+"""Metrics that the report page shows in percent."""
+OFFICIAL_COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
-def column(name: str) -> tuple[str, str]:
-    """Heading and number format of a metric, as declared with it."""
+def heading(name: str) -> str:
+    """The heading of a metric, as declared with it."""
     from vlm_calibration.metrics.summary import ALL_METRICS  # imports torch, which no help page needs
 
-    return ALL_METRICS[name].heading, ALL_METRICS[name].format
+    return ALL_METRICS[name].heading
 
 
-def overall_table(results: Results) -> Table:
-    """A table of the `PRINTED` metrics over all answers, one row a system; with unparsed answers if there are any."""
-    any_unparsed = any(values["parse_failure_rate"] for values in results.values())
-    names = (*PRINTED, "parse_failure_rate") if any_unparsed else PRINTED
-    n = int(next(iter(results.values()))["n"])
-    table = Table(title=f"All {n} answers", title_justify="left", title_style="bold")
-    table.add_column("system")
-    for name in names:
-        table.add_column(column(name)[0], justify="right")
-    for system, values in results.items():
-        table.add_row(system, *(_cell(values[name], column(name)[1]) for name in names))
-    return table
+def shown(name: str, value: float | None, *, percent: bool = False) -> str:
+    """A metric as text in its declared format, or those of `SHARES` in percent; a dash where it is undefined."""
+    from vlm_calibration.metrics.summary import ALL_METRICS
 
-
-def group_table(results: Results, metric: str, groups: Sequence[str]) -> Table:
-    """A table of one metric: one row a group of answers, one column a system."""
-    heading, form = column(metric)
-    table = Table(title=f"{heading} by group", title_justify="left", title_style="bold")
-    table.add_column("group")
-    table.add_column("n", justify="right")
-    for system in results:
-        table.add_column(system, justify="right")
-    first = next(iter(results.values()))
-    for group in groups:
-        cells = [_cell(values[f"{metric}/{group}"], form) for values in results.values()]
-        table.add_row(group, str(int(first[f"n/{group}"])), *cells)
-    return table
-
-
-def groups_of(results: Results, max_parts: int = 2) -> list[str]:
-    """The groups of answers in the results with at most `max_parts` parts in their names, coarse groups first."""
-    names = [k.split("/", 1)[1] for k in next(iter(results.values())) if k.startswith("n/")]
-    return sorted((n for n in names if n.count("/") < max_parts), key=lambda n: (n.count("/"), n))
+    if value is None or math.isnan(value):
+        return "-"
+    form = ALL_METRICS[name].format
+    return format(value, form.replace(".3f", ".1%") if percent and name in SHARES else form)
 
 
 def print_results(
@@ -86,10 +64,22 @@ def print_results(
     """
     console = Console(highlight=False)
     if results:
-        console.print(overall_table(results))
-        groups = groups_of(results) if by_group else []
-        for metric in BROKEN_DOWN if groups else ():
-            console.print(group_table(results, metric, groups))
+        first = next(iter(results.values()))
+        any_unparsed = any(values["parse_failure_rate"] for values in results.values())
+        names = (*PRINTED, "parse_failure_rate") if any_unparsed else PRINTED
+        rows = [(system, *(shown(m, values[m]) for m in names)) for system, values in results.items()]
+        console.print(_table(f"All {int(first['n'])} answers", ["system", *map(heading, names)], rows))
+        groups = sorted(name.removeprefix("n/") for name in first if name.startswith("n/"))
+        for metric in BROKEN_DOWN if by_group and groups else ():
+            rows = [
+                (
+                    group,
+                    str(int(first[f"n/{group}"])),
+                    *(shown(metric, values[f"{metric}/{group}"]) for values in results.values()),
+                )
+                for group in groups
+            ]
+            console.print(_table(f"{heading(metric)} by group", ["group", "n", *results], rows))
     if words:
         console.print(Text(words))
     for name, path in files.items():
@@ -113,39 +103,33 @@ def _as_typed(command: str) -> str:
     return f"{path} {arguments}"
 
 
-def _cell(value: float, form: str) -> str:
-    return "-" if value != value else format(value, form)
-
-
-OFFICIAL_COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-
-
 def official_table(results: Results) -> Table:
     """A table of the scores under a benchmark's own rules, `official/...`: one row for each system and block."""
-    blocks = {system: blocks_of(official_of(values)) for system, values in results.items()}
-    keys = {key for by_block in blocks.values() for scores in by_block.values() for key in scores}
-    columns = [key for key in OFFICIAL_COLUMNS if key in keys]
-    table = Table(
-        title="Official scores",
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        caption="Under the benchmark's own rules, without the stated confidence. -: its script divides by zero.",
+    rows: list[tuple[str, str, Mapping[str, float]]] = []
+    for system, values in results.items():
+        official = {name: value for name, value in values.items() if name.startswith(f"{OFFICIAL}/")}
+        rows += [(system, block or "all", scores) for block, scores in blocks_of(official).items()]
+    columns = [key for key in OFFICIAL_COLUMNS if any(key in scores for _, _, scores in rows)]
+    cells = []
+    for system, part, scores in rows:
+        # POPE's scores are unrounded fractions, AMBER's are percentages with one decimal.
+        form = ".4f" if "yes_ratio" in scores else ".1f"
+        texts = [format(scores.get(key, math.nan), form) for key in columns]
+        cells.append((system, part, *("-" if text == "nan" else text for text in texts)))
+    table = _table("Official scores", ["system", "part", *map(heading, columns)], cells)
+    table.columns[1].justify = "left"
+    table.caption_justify = "left"
+    table.caption = (
+        "Under the benchmark's own rules, without the stated confidence. -: its script divides by zero."
     )
-    table.add_column("system")
-    table.add_column("part")
-    for key in columns:
-        table.add_column(column(key)[0], justify="right")
-    for system, by_block in blocks.items():
-        for block, scores in by_block.items():
-            # POPE's scores are unrounded fractions, AMBER's are percentages with one decimal.
-            form = ".4f" if "yes_ratio" in scores else ".1f"
-            table.add_row(
-                system, block or "all", *(_cell(scores.get(key, math.nan), form) for key in columns)
-            )
     return table
 
 
-def official_of(values: Mapping[str, float]) -> dict[str, float]:
-    """The official scores among the metrics."""
-    return {name: value for name, value in values.items() if name.startswith(f"{OFFICIAL}/")}
+def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table whose first column is aligned to the left, and all others to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, name in enumerate(headings):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -7,7 +7,6 @@ the same questions are measured on the same draws, which pairs them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -40,11 +39,6 @@ class Measured(NamedTuple):
     intervals: Mapping[str, Interval]
     drawn: Mapping[str, Tensor]
 
-    @property
-    def values(self) -> dict[str, float]:
-        """The metrics of the answers as they are."""
-        return {name: interval.value for name, interval in self.intervals.items()}
-
 
 def p_value(first: Measured, second: Measured, name: str) -> float:
     """Two-sided p-value of the difference in a metric between two confidences that were measured on the same draws.
@@ -52,7 +46,7 @@ def p_value(first: Measured, second: Measured, name: str) -> float:
     The share of draws whose difference is as far from the observed one as that is from 0 (Hall & Wilson, 1991); at least
     1 / (draws + 1), NaN if a metric is undefined.
     """
-    observed = first.values[name] - second.values[name]
+    observed = first.intervals[name].value - second.intervals[name].value
     deviations = (first.drawn[name] - second.drawn[name] - observed).abs()
     deviations = deviations[~deviations.isnan()]
     if observed != observed or len(deviations) == 0:
@@ -72,60 +66,42 @@ class ImageBootstrap:
     def __init__(
         self, predictions: Sequence[EstimatedPrediction], replicates: int = 1000, seed: int = 0
     ) -> None:
-        self.units = [("id", p.id) if p.image is None else ("image", p.image) for p in predictions]
+        units = [("id", p.id) if p.image is None else ("image", p.image) for p in predictions]
+        index = {unit: i for i, unit in enumerate(sorted(set(units)))}
+        n = len(index)
         self.correct = np.array([p.correct for p in predictions])
-        self.replicates = replicates
-        self.seed = seed
-
-    @cached_property
-    def _unit_of(self) -> np.ndarray:
-        """Index of each answer's unit among the sorted units, int [N]."""
-        index = {unit: i for i, unit in enumerate(sorted(set(self.units)))}
-        return np.array([index[unit] for unit in self.units])
-
-    @cached_property
-    def weights(self) -> np.ndarray:
-        """How often each draw contains each unit, int [units, B]."""
-        n = len(set(self.units))
-        return np.random.default_rng(self.seed).multinomial(n, np.full(n, 1 / n), size=self.replicates).T
-
-    @cached_property
-    def _rarer(self) -> int:
-        """Number of units with a correct answer, or with a wrong one, whichever is smaller."""
-        return min(len(np.unique(self._unit_of[self.correct == kind])) for kind in (True, False))
+        self.unit_of = np.array([index[unit] for unit in units])
+        """Number of each answer's image, int [N]."""
+        self.weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates).T
+        """How often each draw contains each image, int [images, B]."""
+        self.rarer = min(len(np.unique(self.unit_of[self.correct == kind])) for kind in (True, False))
+        """Number of images with a correct answer, or with a wrong one, whichever is smaller."""
 
     def measure(self, confidence: Sequence[float | None]) -> Measured:
         """Measure one confidence in each of the answers; None counts as unparsed."""
         levels, drawn = self._levels(confidence)
-        correct, n = (
-            np.bincount(self._unit_of, weights=w, minlength=len(self.weights))
-            for w in (self.correct.astype(np.float64), np.ones(len(self.correct)))
-        )
-        accuracy = torch.from_numpy((correct @ self.weights) / (n @ self.weights))
-        of_draws = {name: bootstrap_replicates(drawn, METRICS[name]) for name in MEASURED[1:]}
-        intervals = {
-            name: interval_of(METRICS[name], levels, drawn, values, self._rarer)
-            for name, values in of_draws.items()
-        }
-        return Measured(
-            {"accuracy": percentile_interval(float(self.correct.mean()), accuracy, self._rarer), **intervals},
-            {"accuracy": accuracy, **of_draws},
-        )
+        accuracy = self._drawn_sums(self.correct) / self._drawn_sums(np.ones(len(self.correct)))
+        of_draws = {"accuracy": torch.from_numpy(accuracy)}
+        value = float(self.correct.mean())
+        intervals = {"accuracy": percentile_interval(value, of_draws["accuracy"], self.rarer)}
+        for name in MEASURED[1:]:
+            of_draws[name] = bootstrap_replicates(drawn, METRICS[name])
+            intervals[name] = interval_of(METRICS[name], levels, drawn, of_draws[name], self.rarer)
+        return Measured(intervals, of_draws)
 
     def mean(self, values: Sequence[float | None]) -> Interval:
-        """The mean of one number for each answer with its 95% interval; None is left out, NaN without any number."""
+        """The mean of one number for each answer with its 95% interval; None is left out, and there is at least one number."""
         used = np.array([value is not None for value in values])
-        if not used.any():
-            return Interval(*[float("nan")] * 3)
         numbers = np.array([0.0 if value is None else value for value in values])
-        total, n = (
-            np.bincount(self._unit_of, weights=w, minlength=len(self.weights))
-            for w in (numbers, used.astype(np.float64))
-        )
-        drawn = n @ self.weights
-        means = torch.from_numpy((total @ self.weights) / np.where(drawn > 0, drawn, np.nan))
-        units = len(np.unique(self._unit_of[used]))
+        drawn = self._drawn_sums(used)
+        means = torch.from_numpy(self._drawn_sums(numbers) / np.where(drawn > 0, drawn, np.nan))
+        units = len(np.unique(self.unit_of[used]))
         return percentile_interval(float(numbers[used].mean()), means, units)
+
+    def _drawn_sums(self, numbers: np.ndarray) -> np.ndarray:
+        """The sum of one number for each answer in each draw, float64 [B]."""
+        of_units = np.bincount(self.unit_of, weights=numbers.astype(np.float64), minlength=len(self.weights))
+        return of_units @ self.weights
 
     def _levels(self, confidence: Sequence[float | None]) -> tuple[ConfidenceGroups, ConfidenceGroups]:
         """The confidence groups of the answers, and those of every draw."""
@@ -133,12 +109,12 @@ class ImageBootstrap:
         parsed = ~np.isnan(values)
         confidences = torch.from_numpy(values[parsed])
         levels = group_values(confidences, torch.from_numpy(self.correct[parsed]))
-        unparsed = torch.tensor(int((~parsed).sum()))
         # The cell of each answer: two for each level, wrong and correct, and one for unparsed answers.
         cell = np.full(len(values), 2 * len(levels.value))
         cell[parsed] = 2 * torch.searchsorted(levels.value, confidences).numpy() + self.correct[parsed]
         shape = (2 * len(levels.value) + 1, len(self.weights))
-        per_unit = csr_matrix((np.ones(len(values), dtype=np.int64), (cell, self._unit_of)), shape=shape)
+        per_unit = csr_matrix((np.ones(len(values), dtype=np.int64), (cell, self.unit_of)), shape=shape)
         counts = torch.from_numpy(np.ascontiguousarray((per_unit @ self.weights).T))
-        drawn = counts[:, :-1].reshape(self.replicates, -1, 2)
+        drawn = counts[:, :-1].reshape(len(counts), -1, 2)
+        unparsed = torch.tensor(int((~parsed).sum()))
         return levels._replace(unparsed=unparsed), levels._replace(counts=drawn, unparsed=counts[:, -1])

@@ -1,17 +1,17 @@
-"""The systems that a report compares, read from the prediction files and configurations of evaluations and runs."""
+"""The systems that a report compares, and what they are: read from the files of evaluations and runs."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from vlm_calibration.estimators.decision import DecisionRule, read_rule, rule_of_adapter
 from vlm_calibration.estimators.predictions import (
     CALIBRATION,
     PREDICTIONS,
@@ -21,27 +21,41 @@ from vlm_calibration.estimators.predictions import (
     probes_of,
     read_predictions,
 )
-from vlm_calibration.files import name_some, read_json
-from vlm_calibration.metrics import TaskTable, UndefinedMetricWarning, summarize
+from vlm_calibration.files import name_some
+from vlm_calibration.metrics import TaskTable
 from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
 from vlm_calibration.metrics.probes import count_probes, probe_values
 from vlm_calibration.metrics.summary import table_values
-from vlm_calibration.models.base import ADAPTER
+from vlm_calibration.metrics.task import task_scores
+from vlm_calibration.models.base import ADAPTER, read_object
+from vlm_calibration.models.base import CONFIG as WEIGHTS
 from vlm_calibration.records import DataError, category_groups
-from vlm_calibration.reporting.report.origin import (
-    BASE,
-    CONFIG,
-    ORACLE,
-    Origin,
-    adapters_of,
-    origin_of,
-    read_config,
-    read_versions,
-)
-from vlm_calibration.reporting.runs import systems_of
+from vlm_calibration.reporting.card import load_card
+from vlm_calibration.reporting.runs import CONFIG, METRICS, RECORD, read_config, systems_of
+from vlm_calibration.settings import file_digest
 
-METRICS = "metrics.json"
+BASE, ORACLE = "base", "oracle"
+LABELS = {
+    BASE: "the base model, not fine-tuned",
+    ORACLE: "the base model's answers, stated with its measured accuracy at the true kind and strength of perturbation",
+}
+NOTES = "notes.json"
+RECORDED = {"stage": "stage", "steps": "steps", "adapter": "adapter settings"}
+"""Facts of an adapter's card that are shown -> their headings."""
+
+
+class Origin(NamedTuple):
+    """What a system is.
+
+    Attributes:
+        label: how it was trained, in a few words; empty if that is not known.
+        facts: heading -> text: base model, adapter, the training as far as the adapter's card and its run recorded it, the
+            guarantee of the thresholds beside the weights, and the notes of the evaluation.
+    """
+
+    label: str = ""
+    facts: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +83,6 @@ class System:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def estimators(self) -> tuple[str, ...]:
-        """The estimators of all its answers, the verbalized confidence first."""
-        return estimators_of(self.predictions)
-
-    @cached_property
-    def by_id(self) -> dict[str, EstimatedPrediction]:
-        return {p.id: p for p in self.predictions}
-
-    @cached_property
     def values(self) -> dict[str, float]:
         """All metrics of the answers, as in `metrics.json`; NaN if undefined."""
         return summarize_predictions(self.predictions)
@@ -85,15 +90,13 @@ class System:
     @property
     def adapter(self) -> str | None:
         """Its adapter as commands take it: a run, the folder of an adapter or a name on the Hub; None for a base model."""
-        named = adapters_of(self.config).get(self.name.removeprefix(f"{self.folder}/"))
+        named = _model_settings(self.config, "adapters").get(self.name.removeprefix(f"{self.folder}/"))
         if named is not None:
-            return named.removesuffix(f"/{ADAPTER}")
-        is_run = (self.folder / ADAPTER).is_dir()
-        return str(self.folder) if is_run else None
+            return str(named).removesuffix(f"/{ADAPTER}")
+        return str(self.folder) if (self.folder / ADAPTER).is_dir() else None
 
-    def passes(self, estimator: str) -> float | None:
-        """Forward passes of an estimator for each query, None if they were not counted."""
-        return self.metrics.get(f"forward_passes@{estimator}")
+
+# --- Reading --------------------------------------------------------------------------------------------------------
 
 
 def read_systems(folders: Sequence[str]) -> list[System]:
@@ -102,33 +105,27 @@ def read_systems(folders: Sequence[str]) -> list[System]:
     Raises:
         DataError: a folder holds no predictions, a file in it cannot be used, or two systems answered different questions.
     """
-    by_folder = [_read_folder(Path(folder)) for folder in dict.fromkeys(folders)]
-    if not by_folder:
+    systems = [system for folder in dict.fromkeys(folders) for system in _read_folder(Path(folder))]
+    if not systems:
         raise DataError("give at least one folder of a run or an evaluation")
-    first, *others = (s for systems in by_folder for s in systems)
+    first, *others = systems
+    asked = {p.id: (p.question, p.answer) for p in first.predictions}
     for other in others:
-        _check_same_questions(first, other)
-    count = Counter(s.name for systems in by_folder for s in systems)
-    return [
-        replace(s, name=f"{s.folder}/{s.name}") if count[s.name] > 1 else s
-        for systems in by_folder
-        for s in systems
-    ]
-
-
-def _check_same_questions(first: System, other: System) -> None:
-    asked, also = ({p.id: (p.question, p.answer) for p in s.predictions} for s in (first, other))
-    if asked != also:
-        differing = [i for i in {**asked, **also} if asked.get(i) != also.get(i)]
-        raise DataError(
-            f"{first.name!r} in {first.folder} and {other.name!r} in {other.folder} did not answer the same questions: "
-            f"{name_some(differing, len(differing))}: evaluate them together, or report on each alone"
-        )
+        also = {p.id: (p.question, p.answer) for p in other.predictions}
+        if asked != also:
+            differing = [i for i in {**asked, **also} if asked.get(i) != also.get(i)]
+            raise DataError(
+                f"{first.name!r} in {first.folder} and {other.name!r} in {other.folder} did not answer the same questions: "
+                f"{name_some(differing, len(differing))}: evaluate them together, or report on each alone"
+            )
+    count = Counter(s.name for s in systems)
+    return [replace(s, name=f"{s.folder}/{s.name}") if count[s.name] > 1 else s for s in systems]
 
 
 def _read_folder(folder: Path) -> list[System]:
     """Read the systems that the configuration of an evaluation names; without one those in `folder`, the base model first."""
-    config, versions = read_config(folder / CONFIG), read_versions(folder)
+    config, record = read_config(folder / CONFIG), folder / RECORD
+    versions = read_object(record).get("versions", {}) if record.is_file() else {}
     if named := systems_of(config or {}):
         paths = [folder / name for name in named]
     else:
@@ -143,7 +140,7 @@ def _read_folder(folder: Path) -> list[System]:
         System(
             path.resolve().name,
             read_predictions(path / PREDICTIONS),
-            _read_metrics(path / METRICS),
+            read_object(path / METRICS) if (path / METRICS).is_file() else {},
             folder,
             config,
             read_predictions(path / CALIBRATION) if (path / CALIBRATION).is_file() else None,
@@ -152,13 +149,6 @@ def _read_folder(folder: Path) -> list[System]:
         )
         for path in paths
     ]
-
-
-def _read_metrics(path: Path) -> dict[str, float | None]:
-    if not path.is_file():
-        return {}
-    metrics = read_json(path)
-    return metrics if isinstance(metrics, dict) else {}
 
 
 def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
@@ -176,11 +166,92 @@ def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
     return [replace(s, calibration=by_name.get(s.name)) for s in systems]
 
 
+# --- What a system is -----------------------------------------------------------------------------------------------
+
+
+def origin_of(path: Path, folder: Path, config: Mapping[str, Any] | None) -> Origin:
+    """Read what a system is. Its adapter may be gone, or on the Hub; then only its name is known.
+
+    Args:
+        path: folder of its predictions.
+        folder: folder of the whole evaluation, or of the run if `path` is the same.
+        config: configuration in `folder`, None if there is none.
+
+    Raises:
+        DataError: the card of its adapter, its thresholds, the notes on it, or the configuration of its training, cannot be read.
+    """
+    adapters: Mapping[str, str] = _model_settings(config, "adapters")
+    base = _model_settings(config, "base").get("name_or_path")
+    label, facts = "", {}
+    if path == folder or path.name in adapters:
+        is_run = path == folder
+        adapter = folder / ADAPTER if is_run else _adapter_folder(adapters[path.name])
+        name = str(adapter) if (adapter / WEIGHTS).is_file() else ""
+        card = load_card(adapter)
+        training = read_config(adapter.parent / CONFIG) if adapter.name == ADAPTER else None
+        optimizer = _model_settings(training, "optimizer")
+        rule = rule_of_adapter(adapter) or (None if is_run else _rule_in(path))
+        label = _training_label(training)
+        base = base or (card.base if card else None) or _model_settings(training, "base").get("name_or_path")
+        facts["adapter"] = name if is_run else str(adapters[path.name])
+        for key, heading in RECORDED.items():
+            facts[heading] = card.training.get(key, "") if card else ""
+        if "name" in optimizer and "lr" in optimizer:
+            facts["optimizer"] = f"{optimizer['name']}, learning rate {optimizer['lr']}"
+    elif path.name in LABELS:
+        cards = (load_card(_adapter_folder(adapter)) for adapter in adapters.values())
+        rule = _rule_in(path)
+        label = LABELS[path.name]
+        base = base or next((card.base for card in cards if card), None)
+    else:
+        rule, base = None, None
+    facts = {"base model": base, **facts, "guarantee": rule.guarantee if rule else ""}
+    notes = read_object(path / NOTES) if (path / NOTES).is_file() else {}
+    return Origin(label, {heading: text for heading, text in facts.items() if text} | notes)
+
+
+def _rule_in(path: Path) -> DecisionRule | None:
+    """The rule in a system's folder, where no adapter lies on this machine; None if it was chosen on other answers than those."""
+    rule = read_rule(path)
+    if rule is None:
+        return None
+    answers = path / (CALIBRATION if rule.answers.get("split") == "calibration" else PREDICTIONS)
+    return rule if answers.is_file() and rule.answers.get("digest") == file_digest(answers) else None
+
+
+def _adapter_folder(path: str) -> Path:
+    """The folder of an adapter that is named by itself or by its run; it may not exist."""
+    return next((p for p in (Path(path), Path(path) / ADAPTER) if (p / WEIGHTS).is_file()), Path(path))
+
+
+def _training_label(config: Mapping[str, Any] | None) -> str:
+    """How a run was trained, in a few words; empty if the configuration is not that of a training run."""
+    model, data = (config or {}).get("model") or {}, (config or {}).get("data") or {}
+    stage, settings = _class_name(model), model.get("init_args") or {}
+    if stage not in ("SFTModule", "DPOModule"):
+        return ""
+    how = "SFT" if stage == "SFTModule" else f"SFT + {_class_name(settings.get('loss')) or 'DPO'}"
+    noise = data.get("noise") or {}
+    levels = _class_name(noise.get("levels")).removesuffix("Levels").lower()
+    kinds = [str(kind).replace("_", " ") for kind, weight in (noise.get("kinds") or {}).items() if weight]
+    return ", ".join(filter(None, (how, levels and f"{levels} levels", " + ".join(kinds))))
+
+
+def _class_name(settings: Any) -> str:
+    path = settings.get("class_path", "") if isinstance(settings, Mapping) else ""
+    return str(path).rsplit(".", 1)[-1]
+
+
+def _model_settings(config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    """A group of the model's settings; empty if the configuration lacks it."""
+    return (((config or {}).get("model") or {}).get("init_args") or {}).get(name) or {}
+
+
 # --- Metrics --------------------------------------------------------------------------------------------------------
 
 
 def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
-    """Compute every metric over all predictions, and as `METRIC/GROUP` over each group of categories.
+    """Compute every metric over all predictions, and as `METRIC/GROUP` over each part of their categories.
 
     Further estimators that all predictions have are scored as `METRIC@ESTIMATOR`, their probes as `probe_NAME_change` and others.
     Confidences are not rounded to a grid.
@@ -188,34 +259,28 @@ def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[st
     Returns:
         Name -> value, NaN if undefined.
     """
-    groups: dict[str, list[EstimatedPrediction]] = {}
+    groups: dict[str, list[EstimatedPrediction]] = {"": list(predictions)}
     for prediction in predictions:
         for group in category_groups(prediction.category):
-            groups.setdefault(group, []).append(prediction)
-    ordered = dict(sorted(groups.items()))
-    with warnings.catch_warnings():
-        # Undefined metrics are expected here: tables show a dash, files null.
-        warnings.simplefilter("ignore", UndefinedMetricWarning)
-        values = summarize(
-            _confidence_groups(predictions, VERBALIZED),
-            _task_table(predictions),
-            categories={group: _confidence_groups(members, VERBALIZED) for group, members in ordered.items()},
-            task_categories={group: _task_table(members) for group, members in ordered.items()},
-        )
-    for name in estimators_of(predictions)[1:]:
-        for suffix, members in {
-            "": predictions,
-            **{f"/{g}": members for g, members in ordered.items()},
-        }.items():
+            groups.setdefault(f"/{group}", []).append(prediction)
+    estimators, probes = estimators_of(predictions)[1:], probes_of(predictions)
+    values: dict[str, float] = {}
+    for suffix, members in sorted(groups.items()):
+        values |= {f"{name}{suffix}": value for name, value in metrics_of(members).items()}
+        for name in estimators:
             values |= table_values(_confidence_groups(members, name), REPORTED[1:], f"@{name}{suffix}")
-    probes = probes_of(predictions)
-    if probes:
-        row_of = {group: row for row, group in enumerate(ordered, start=1)}
-        rows = [[0, *(row_of[g] for g in category_groups(p.category))] for p in predictions]
-        counts = count_probes((p.probes for p in predictions), probes, rows, 1 + len(ordered))
-        for suffix, counted in zip(["", *(f"/{group}" for group in ordered)], counts, strict=True):
-            values |= probe_values(counted, probes, suffix)
+        if probes:
+            [counts] = count_probes((p.probes for p in members), probes, [[0]] * len(members), 1)
+            values |= probe_values(counts, probes, suffix)
     return values
+
+
+def metrics_of(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
+    """The metrics of answers and of their stated confidence by name, NaN if undefined."""
+    table = TaskTable.from_predictions(
+        [p.predicted for p in predictions], [p.answer for p in predictions], [p.correct for p in predictions]
+    )
+    return {**table_values(_confidence_groups(predictions, VERBALIZED), REPORTED), **task_scores(table)}
 
 
 def _confidence_groups(predictions: Sequence[EstimatedPrediction], estimator: str) -> ConfidenceGroups:
@@ -227,9 +292,3 @@ def _confidence_groups(predictions: Sequence[EstimatedPrediction], estimator: st
         torch.tensor([correct for _, correct in parsed], dtype=torch.bool),
     )
     return levels._replace(unparsed=torch.tensor(len(rows) - len(parsed)))
-
-
-def _task_table(predictions: Sequence[EstimatedPrediction]) -> TaskTable:
-    return TaskTable.from_predictions(
-        [p.predicted for p in predictions], [p.answer for p in predictions], [p.correct for p in predictions]
-    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -18,50 +18,47 @@ from jinja2 import Environment, StrictUndefined
 
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.metrics.summary import ALL_METRICS
-from vlm_calibration.reporting.report.agreement import TOLERANCE, Group
 from vlm_calibration.reporting.report.data import System
-from vlm_calibration.reporting.report.examples import examples_of, thumbnails
-from vlm_calibration.reporting.report.figures import FigurePanel, panels_of
-from vlm_calibration.reporting.report.listening import probe_sentences
+from vlm_calibration.reporting.report.pictures import examples_of, panels_of, thumbnails
 from vlm_calibration.reporting.report.summary import (
     MIN_CHECKED,
     ROUGH,
     TRUSTED,
-    subject_of,
+    probe_sentences,
     summarize_system,
     weakest_group,
 )
-from vlm_calibration.reporting.report.table import HEADINGS, RAW, Compared, Comparison, Row
+from vlm_calibration.reporting.report.table import RAW, TOLERANCE, Compared, Row, confidence_name
 from vlm_calibration.reporting.report.thresholds import (
     CERTAINTY,
     MAX_ERRORS,
-    SystemPromises,
-    ThresholdCell,
+    Promise,
     broken_sentence,
-    coverage_cell,
-    error_cell,
+    promises_of,
     uncalibrated_sentence,
 )
+from vlm_calibration.reporting.tables import heading, shown
 
 TEMPLATE = "page.html.j2"
-SHARES = frozenset(
-    ("accuracy", "ece", "smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate")
+METRICS = (
+    *("accuracy", "ece", "brier", "auroc", "aurc", "smooth_ece"),
+    *("mean_confidence", "overconfidence", "parse_failure_rate"),
 )
-"""Metrics that are shown in percent."""
+"""The metrics that the page shows; the CSV file holds all."""
 
 
 class Cell(NamedTuple):
-    """A metric in a table.
+    """A cell of a table.
 
     Attributes:
         value: as text.
-        interval: its 95% interval as text.
-        mark: "better" or "worse" if it differs significantly from the first system, else empty.
+        notes: lines below it, such as its interval.
+        mark: "better" or "worse" than the first system beyond chance, or "differs" from what is promised; else empty.
         why: the p-value as text.
     """
 
     value: str
-    interval: str = ""
+    notes: Sequence[str] = ()
     mark: str = ""
     why: str = ""
 
@@ -69,57 +66,82 @@ class Cell(NamedTuple):
 def render_page(
     systems: Sequence[System],
     compared: Compared,
-    comparison: Comparison,
-    promises: Sequence[SystemPromises],
-    subject: str | None,
+    about: System,
+    table: Path,
+    *,
     images: bool,
-    page: Path,
+    replicates: int,
+    seed: int,
 ) -> str:
     """Render the page as HTML.
 
     Args:
         systems: all systems are compared with the first one.
-        compared: the comparison of all systems, made with the settings `comparison`.
-        promises: what thresholds of the systems promise and do.
-        subject: name of the system that the summary and the examples describe; None: the last trained one.
+        compared: the comparison of all systems.
+        about: the system that the summary and the examples describe.
+        table: file of all numbers, which lies beside the page.
         images: whether to show images.
-        page: file of the page; the table that it links to lies beside it.
+        replicates: number of bootstrap draws of the comparison.
+        seed: seed of the draws.
     """
-    about = next((s for s in systems if s.name == subject), subject_of(systems))
-    first = [about, *(s for s in (systems[0],) if s is not about)]
-    ordered = [*first, *(s for s in systems if s not in first)]
-    examples = examples_of(about, first[1:])
-    pictures, missing = thumbnails(about, examples.predictions) if images else ({}, "")
+    ordered = sorted(systems, key=lambda s: (s is not about, s is not systems[0]))
+    examples = examples_of(about, [s for s in ordered[1:2] if s is systems[0]])
+    answers = [example.answer for part in examples.values() for example in part]
+    pictures, missing = thumbnails(about, answers) if images else ({}, "")
+    panels, summary = panels_of(systems), summarize_system(about, compared)
+    probed = [(s.name, sentences) for s in ordered if (sentences := probe_sentences(s.values))]
+    grouped = [(s.name, compared.groups[s.name]) for s in ordered if compared.groups[s.name]]
+    promises = promises_of(systems)
+    contents = {
+        "confidence": "What it says, and how often that is right" if compared.bands[about.name] else "",
+        "systems": "The systems",
+        "comparison": "Side by side",
+        "thresholds": "What to send to a person",
+        **{panel.anchor: panel.heading for panel in panels},
+        "probes": "What confidence listens to" if probed else "",
+        "groups": "By category" if grouped else "",
+        "overconfident": "Most confident wrong answers",
+        "underconfident": "Least confident correct answers",
+        "numbers": "What the numbers mean",
+        "made": "How this was made",
+    }
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    groups = {s.name: compared.groups[s.name] for s in ordered}
-    panels, summary = panels_of(systems), summarize_system(about, compared)
-    spoken = [(s.name, probe_sentences(compared.probed.get(s.name, {}))) for s in ordered]
-    probed = [(name, sentences) for name, sentences in spoken if sentences]
-    present = {"confidence": summary.bands, "probes": probed, "groups": any(groups.values())}
     return environment.from_string(source).render(
-        contents=_contents(panels, {name for name, content in present.items() if not content}),
-        csv=quote(page.with_suffix(".csv").name),
+        contents={anchor: title for anchor, title in contents.items() if title},
+        csv=quote(table.name),
         summary=summary,
-        label=about.origin.label,
+        about=about,
+        bands=compared.bands[about.name],
         rule={"trusted": TRUSTED, "rough": ROUGH, "answers": MIN_CHECKED, "points": TOLERANCE},
-        cards=[(s.name, s.origin, weakest_group(groups[s.name])) for s in systems],
-        headings=HEADINGS,
+        cards=[(s.name, s.origin, weakest_group(compared.groups[s.name])) for s in systems],
+        headings=[heading(name) for name in METRICS],
         raw=[
-            (row.name, [cell_of(row, metric) for metric in HEADINGS])
+            (confidence_name(row.system, row.estimator), [metric_cell(row, metric) for metric in METRICS])
             for row in compared.rows
             if row.recalibration == RAW
         ],
         promised=[(row.name, [coverage_cell(promise) for promise in row.promises]) for row in promises],
         max_errors=[percent(limit) for limit in MAX_ERRORS],
         certainty=percent(CERTAINTY),
-        tested=_tested(promises, about),
+        tested=[
+            (
+                row.name,
+                broken_sentence(row),
+                {
+                    part: [error_cell(promise, part) for promise in row.promises]
+                    for promise in row.promises
+                    for part in promise.tested
+                },
+            )
+            for row in sorted(promises, key=lambda row: row.system != about.name)
+        ],
         uncalibrated=uncalibrated_sentence(systems),
         panels=panels,
         probed=probed,
-        grouped=[(name, _group_rows(rows)) for name, rows in groups.items() if rows],
+        grouped=grouped,
         fitted_on="; ".join(dict.fromkeys(_fitted_on(s) for s in systems if s.calibration)),
         notes=compared.notes,
         examples=examples,
@@ -127,40 +149,13 @@ def render_page(
         missing=missing,
         made_from=[(s.name, len(s.predictions)) for s in systems],
         versions={str(s.folder): s.versions for s in systems},
-        configs=_configs(systems),
-        comparison=comparison,
+        configs={
+            str(s.folder): yaml.safe_dump(s.config, sort_keys=False) for s in systems if s.config is not None
+        },
+        replicates=replicates,
+        seed=seed,
+        shown=shown,
     )
-
-
-def _contents(panels: Sequence[FigurePanel], empty: Set[str]) -> dict[str, str]:
-    """The sections of the page, without the empty ones: anchor -> heading."""
-    sections = {
-        "confidence": "What it says, and how often that is right",
-        "systems": "The systems",
-        "comparison": "Side by side",
-        "thresholds": "What to send to a person",
-        **{panel.anchor: panel.heading for panel in panels},
-        "probes": "What confidence listens to",
-        "groups": "By category",
-        "overconfident": "Most confident wrong answers",
-        "underconfident": "Least confident correct answers",
-        "numbers": "What the numbers mean",
-        "made": "How this was made",
-    }
-    return {anchor: heading for anchor, heading in sections.items() if anchor not in empty}
-
-
-def _tested(
-    promises: Sequence[SystemPromises], about: System
-) -> list[tuple[str, str, list[tuple[str, list[ThresholdCell]]]]]:
-    """Each confidence with what contradicts its promises, and the cells of each part of the test; that of `about` first."""
-    ordered = sorted(promises, key=lambda row: row.system != about.name)
-    tested = []
-    for row in ordered:
-        parts = dict.fromkeys(part for promise in row.promises for part in promise.tested)
-        cells = [(part, [error_cell(promise, part) for promise in row.promises]) for part in parts]
-        tested.append((row.name, broken_sentence(row), cells))
-    return tested
 
 
 def _fitted_on(system: System) -> str:
@@ -179,38 +174,39 @@ def _fitted_on(system: System) -> str:
     )
 
 
-def cell_of(row: Row, name: str) -> Cell:
-    """Format a metric of a row for the page."""
-    interval, p = row.metrics[name], row.p[name]
-    if math.isnan(interval.value):
-        return Cell("–")
-    between = " to " if ALL_METRICS[name].lower < 0 else "–"  # where a dash may be a minus
-    bounds = between.join(number(bound, name).removesuffix("%") for bound in interval[1:])
-    if p is None or math.isnan(p):
-        return Cell(number(interval.value, name), bounds)
-    higher = ALL_METRICS[name].higher_is_better
-    mark = ""
-    if p < 0.05 and higher is not None:
-        mark = "better" if (row.difference[name] > 0) == higher else "worse"
-    return Cell(number(interval.value, name), bounds, mark, f"p = {p:.3f}")
-
-
-def number(value: float, name: str) -> str:
-    """Format a value; shares in percent."""
+def metric_cell(row: Row, name: str) -> Cell:
+    """A metric of a row, with its interval."""
+    (value, *bounds), p, spec = row.metrics[name], row.p[name], ALL_METRICS[name]
     if math.isnan(value):
-        return "–"
-    sign = "+" if ALL_METRICS[name].lower < 0 else ""
-    return f"{100 * value:{sign}.1f}%" if name in SHARES else f"{value:.3f}"
+        return Cell("–")
+    between = " to " if spec.lower < 0 else "–"  # where a dash may be a minus
+    interval = between.join(shown(name, bound, percent=True).removesuffix("%") for bound in bounds)
+    cell = Cell(shown(name, value, percent=True), [interval])
+    if p is None or math.isnan(p):
+        return cell
+    mark = ""
+    if p < 0.05 and spec.higher_is_better is not None:
+        mark = "better" if (row.difference[name] > 0) == spec.higher_is_better else "worse"
+    return cell._replace(mark=mark, why=f"p = {p:.3f}")
 
 
-def _group_rows(groups: Sequence[Group]) -> list[tuple[Group, str, str, str]]:
-    """Each group with its number of answers, ECE and AUROC as text."""
-    return [
-        (g, f"{g.n:,}", number(g.metrics["ece"], "ece"), number(g.metrics["auroc"], "auroc")) for g in groups
-    ]
+def coverage_cell(promise: Promise) -> Cell:
+    """The share of the calibration answers that a threshold gives."""
+    choice = promise.choice
+    if choice.scores is None or choice.threshold is None:
+        return Cell("no threshold gives this")
+    value, low, high = choice.scores.coverage
+    return Cell(f"{value:.1%}", [f"{100 * low:.1f}–{high:.1%}", f"from {percent(choice.threshold)} on"])
 
 
-def _configs(systems: Sequence[System]) -> list[tuple[str, str]]:
-    """Folder and YAML of each configuration."""
-    configs = {str(s.folder): s.config for s in systems if s.config is not None}
-    return [(folder, yaml.safe_dump(config, sort_keys=False)) for folder, config in configs.items()]
+def error_cell(promise: Promise, part: str) -> Cell:
+    """The share of wrong answers among those given on a part of the test."""
+    if part not in promise.tested:
+        return Cell("–")
+    scores = promise.tested[part]
+    given = f"{scores.answers:,} of {scores.n:,} given"
+    if not scores.answers:
+        return Cell("–", [given])
+    value, low, high = scores.error
+    interval = f"{100 * low:.1f}–{high:.1%}"
+    return Cell(f"{value:.1%}", [interval, given], "differs" if part in promise.broken else "")

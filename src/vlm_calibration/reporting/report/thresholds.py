@@ -7,11 +7,18 @@ report and `vlm-calibration threshold` both compute with these functions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from vlm_calibration.estimators.decision import EVERYTHING, By, may_answer
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, estimators_of
+from vlm_calibration.estimators.predictions import (
+    CALIBRATION,
+    PREDICTIONS,
+    VERBALIZED,
+    EstimatedPrediction,
+    estimators_of,
+)
 from vlm_calibration.metrics.risk_control import (
     Choice,
     GradedAnswers,
@@ -22,8 +29,21 @@ from vlm_calibration.metrics.risk_control import (
     graded_answers,
     percent,
 )
-from vlm_calibration.reporting.report.data import BASE, System
+from vlm_calibration.models.base import (
+    BaseModel,
+    adapter_digest,
+    adapter_weights_digest,
+    base_of_adapters,
+    find_adapter,
+    read_object,
+)
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.report.data import BASE, ORACLE, System, read_systems
+from vlm_calibration.reporting.report.summary import listed, subject_of
+from vlm_calibration.reporting.report.table import confidence_name
+from vlm_calibration.reporting.runs import RECORD, systems_of
 from vlm_calibration.settings import digest
+from vlm_calibration.text.prompts import ElicitationPrompt
 
 MAX_ERRORS = (0.01, 0.02, 0.05, 0.10)
 """The limits of the error in the tables of the report."""
@@ -46,9 +66,9 @@ class Promise(NamedTuple):
     tested: Mapping[str, ThresholdScores]
 
     @property
-    def broken(self) -> dict[str, ThresholdScores]:
+    def broken(self) -> list[str]:
         """The parts where the interval of the error lies above the limit."""
-        return {name: s for name, s in self.tested.items() if s.error.low > self.limits.max_error}
+        return [name for name, s in self.tested.items() if s.error.low > self.limits.max_error]
 
 
 class SystemPromises(NamedTuple):
@@ -56,20 +76,13 @@ class SystemPromises(NamedTuple):
 
     Attributes:
         system: name of the system.
-        estimator: estimator of the confidence.
-        n: number of calibration answers that count.
+        name: the same with the estimator, if that is not the stated confidence.
         promises: one for each of `MAX_ERRORS`, each by itself.
     """
 
     system: str
-    estimator: str
-    n: int
+    name: str
     promises: Sequence[Promise]
-
-    @property
-    def name(self) -> str:
-        """The system, with the estimator if it is not the stated confidence."""
-        return self.system if self.estimator == VERBALIZED else f"{self.system}, {self.estimator}"
 
 
 # --- Parts of the answers -------------------------------------------------------------------------------------------
@@ -83,10 +96,7 @@ def part_of(answer: EstimatedPrediction) -> str | None:
 
 def category_of(answer: EstimatedPrediction) -> str | None:
     """The category of the question itself, without the name of its split; None if it has none."""
-    part = part_of(answer)
-    category = (
-        answer.category if part is None else (answer.category or "").removeprefix(part).removeprefix("/")
-    )
+    category = (answer.category or "").removeprefix(part_of(answer) or "").removeprefix("/")
     return category or None
 
 
@@ -157,23 +167,29 @@ def realised(
 
     An answer in a category without a threshold is not given.
     """
-    of_groups = {} if EVERYTHING in control.choices else grouped(answers, "category")
+    is_one = EVERYTHING in control.choices
     scores = {}
-    for name, part in {ALL: answers, **parts_of(answers), **of_groups}.items():
+    for name, part in {
+        ALL: answers,
+        **parts_of(answers),
+        **({} if is_one else grouped(answers, "category")),
+    }.items():
         counted = one_an_image(part)
-        given = [answer.correct for answer in counted if _is_given(control, estimator, answer)]
+        given = []
+        for answer in counted:
+            choice = control.choices.get(EVERYTHING if is_one else category_of(answer) or "")
+            if choice is not None and may_answer(answer.confidence_of(estimator), choice.threshold):
+                given.append(answer.correct)
         correct = sum(answer.correct for answer in counted)
-        wrong = given.count(False)
         scores[name] = ThresholdScores.of(
-            len(counted), len(given), wrong, correct, correct - given.count(True), control.limits.certainty
+            n=len(counted),
+            answers=len(given),
+            wrong=given.count(False),
+            correct=correct,
+            sent_away=correct - given.count(True),
+            certainty=control.limits.certainty,
         )
     return scores
-
-
-def _is_given(control: RiskControl, estimator: str, answer: EstimatedPrediction) -> bool:
-    group = EVERYTHING if EVERYTHING in control.choices else category_of(answer)
-    choice = control.choices.get(group or "")
-    return choice is not None and may_answer(answer.confidence_of(estimator), choice.threshold)
 
 
 def promises_of(systems: Sequence[System]) -> list[SystemPromises]:
@@ -182,63 +198,21 @@ def promises_of(systems: Sequence[System]) -> list[SystemPromises]:
     for system in systems:
         if system.calibration is None:
             continue
-        estimators = [VERBALIZED]
+        known = {*estimators_of(system.predictions)} & {*estimators_of(system.calibration)}
         is_base = system.name.removeprefix(f"{system.folder}/") == BASE
-        known = {*system.estimators} & {*estimators_of(system.calibration)}
-        if is_base and AnswerLikelihood.name in known:
-            estimators.append(AnswerLikelihood.name)
-        rows += [_promises(system, estimator, system.calibration) for estimator in estimators]
+        has_likelihood = is_base and AnswerLikelihood.name in known
+        for estimator in (VERBALIZED, AnswerLikelihood.name) if has_likelihood else (VERBALIZED,):
+            promises = []
+            for max_error in MAX_ERRORS:
+                limits = Limits(max_error, CERTAINTY)
+                control = choose({EVERYTHING: system.calibration}, estimator, limits)
+                tested = realised(control, estimator, system.predictions) if control.found else {}
+                promises.append(Promise(limits, control.choices[EVERYTHING], tested))
+            rows.append(SystemPromises(system.name, confidence_name(system.name, estimator), promises))
     return rows
 
 
-def _promises(system: System, estimator: str, calibration: Sequence[EstimatedPrediction]) -> SystemPromises:
-    promises = []
-    for max_error in MAX_ERRORS:
-        control = choose(grouped(calibration, None), estimator, Limits(max_error, CERTAINTY))
-        tested = realised(control, estimator, system.predictions) if control.found else {}
-        promises.append(Promise(control.limits, control.choices[EVERYTHING], tested))
-    return SystemPromises(system.name, estimator, len(one_an_image(calibration)), promises)
-
-
 # --- In words -------------------------------------------------------------------------------------------------------
-
-
-class ThresholdCell(NamedTuple):
-    """A cell of the report's tables of thresholds.
-
-    Attributes:
-        value: coverage or error as text, or why there is none.
-        notes: lines below it: the interval, and the threshold or the number of answers.
-        is_broken: whether the interval of the error lies above the limit.
-    """
-
-    value: str
-    notes: Sequence[str] = ()
-    is_broken: bool = False
-
-
-def coverage_cell(promise: Promise) -> ThresholdCell:
-    """The share of the calibration answers that are given."""
-    choice = promise.choice
-    if choice.scores is None or choice.threshold is None:
-        return ThresholdCell("no threshold gives this")
-    _, low, high = choice.scores.coverage
-    return ThresholdCell(
-        f"{choice.scores.coverage.value:.1%}",
-        [f"{100 * low:.1f}–{high:.1%}", f"from {percent(choice.threshold)} on"],
-    )
-
-
-def error_cell(promise: Promise, part: str) -> ThresholdCell:
-    """The share of wrong answers among those given on a part of the test."""
-    if part not in promise.tested:
-        return ThresholdCell("–")
-    scores = promise.tested[part]
-    given = f"{scores.answers:,} of {scores.n:,} given"
-    if not scores.answers:
-        return ThresholdCell("–", [given])
-    interval = f"{100 * scores.error.low:.1f}–{scores.error.high:.1%}"
-    return ThresholdCell(f"{scores.error.value:.1%}", [interval, given], part in promise.broken)
 
 
 def broken_sentence(row: SystemPromises) -> str:
@@ -248,24 +222,13 @@ def broken_sentence(row: SystemPromises) -> str:
         return "No limit has a threshold, so there is nothing to check."
     by_parts: dict[tuple[str, ...], list[str]] = {}
     for promise in kept:
-        if names := tuple(name for name in promise.broken if name != ALL) or tuple(promise.broken):
-            by_parts.setdefault(names, []).append(percent(promise.limits.max_error))
+        if broken := promise.broken:
+            parts = [f"“{name}”" for name in broken if name != ALL] or ["the test answers as a whole"]
+            by_parts.setdefault(tuple(parts), []).append(percent(promise.limits.max_error))
     if not by_parts:
         return "On no part does the interval of the error lie above the limit."
-    places = [
-        f"{_listed([_part_in_words(name) for name in names])} (limit {_listed(limits)})"
-        for names, limits in by_parts.items()
-    ]
+    places = [f"{listed(parts)} (limit {listed(limits)})" for parts, limits in by_parts.items()]
     return f"The guarantee does not hold on {'; on '.join(places)}: the whole interval of the error lies above the limit."
-
-
-def _part_in_words(part: str) -> str:
-    return "the test answers as a whole" if part == ALL else f"“{part}”"
-
-
-def _listed(names: Sequence[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def uncalibrated_sentence(systems: Sequence[System]) -> str:
@@ -274,11 +237,118 @@ def uncalibrated_sentence(systems: Sequence[System]) -> str:
     if not names:
         return ""
     one = len(names) == 1
+    who = "The system" if one else "The systems"
     if len(names) < len(systems):
-        who = f"{_listed(names)} {'has' if one else 'have'}"
-    else:
-        who = "The system has" if one else "The systems have"
+        who = listed(names)
     return (
-        f"{who} no answers to a calibration set, and a threshold that is chosen on the answers it is tested on proves nothing: evaluate "
-        "with data.calibration, or name such an evaluation with --calibration."
+        f"{who} {'has' if one else 'have'} no answers to a calibration set, and a threshold that is chosen on the answers it is tested on "
+        "proves nothing: evaluate with data.calibration, or name such an evaluation with --calibration."
     )
+
+
+# --- The system that `vlm-calibration threshold` chooses a rule for -------------------------------------------------
+
+
+class Evaluated(NamedTuple):
+    """The answers that a threshold is chosen on.
+
+    Attributes:
+        system: the model that answered.
+        path: file of the answers.
+        split: "calibration", or "predictions" without a calibration split.
+        answers: the answers.
+        groups: group -> its answers.
+        without_group: how many answers have no group and are left out.
+    """
+
+    system: System
+    path: Path
+    split: Literal["calibration", "predictions"]
+    answers: Sequence[EstimatedPrediction]
+    groups: Mapping[str, list[EstimatedPrediction]]
+    without_group: int
+
+    @property
+    def questions(self) -> str:
+        """Which questions the answers are to, as `guarantee` names them."""
+        return "those of the calibration split" if self.split == "calibration" else "the evaluated ones"
+
+
+class EvaluatedModel(NamedTuple):
+    """The model that a rule is for.
+
+    Attributes:
+        base: its base model.
+        weights: digest of the weights, as `DecisionRule` has it.
+        prompt: template of the evaluation's prompt.
+        folder: where the rule belongs.
+        has_adapter: whether that is an adapter's folder.
+    """
+
+    base: BaseModel
+    weights: str
+    prompt: str
+    folder: Path
+    has_adapter: bool
+
+
+def read_evaluated(run: Path, name: str | None, estimator: str, by: By | None) -> Evaluated:
+    """The answers of one system of an evaluation, in groups.
+
+    Raises:
+        DataError: there are none, there is no such system, or they lack the estimator or a category.
+    """
+    systems = {s.name: s for s in read_systems([str(run)]) if s.name != ORACLE}
+    if not systems:
+        raise DataError(f"{run}: holds no answers of a model")
+    if name is not None and name not in systems:
+        raise DataError(f"--system: no system {name!r} that is a model; there are {', '.join(systems)}")
+    system = subject_of(list(systems.values()), name)
+    if system.name not in systems_of(system.config or {}):
+        raise DataError(
+            f"{run}: not an evaluation of `vlm-calibration test`, whose configuration names the adapters"
+        )
+    split: Literal["calibration", "predictions"] = "calibration"
+    answers, path = system.calibration, system.folder / system.name / CALIBRATION
+    if answers is None:
+        split, answers, path = "predictions", system.predictions, path.with_name(PREDICTIONS)
+    if estimator not in (known := estimators_of(answers)):
+        raise DataError(f"{path}: no estimator {estimator!r}; it has {', '.join(known)}")
+    groups = grouped(answers, by)
+    if not groups:
+        raise DataError(f"{path}: no answer has a category: leave --by out")
+    left_out = len(answers) - sum(map(len, groups.values()))
+    return Evaluated(system, path, split, answers, groups, left_out)
+
+
+def model_of(system: System) -> EvaluatedModel:
+    """The model behind a system, as the evaluation's configuration names it.
+
+    Raises:
+        DataError: the adapter is gone or was trained again since.
+    """
+    config = system.config or {}
+    settings = config["model"].get("init_args") or {}
+    adapters, endpoints = (settings.get(kind) or {} for kind in ("adapters", "endpoints"))
+    if system.name not in (BASE, *adapters, *endpoints):
+        raise DataError(f"{system.folder}: its configuration names no adapter {system.name!r}")
+    template = ((config.get("data") or {}).get("prompt") or {}).get("template")
+    prompt, folder = template or ElicitationPrompt().template, system.folder / system.name
+    if system.name in endpoints:
+        # Nobody knows the weights behind an address.
+        return EvaluatedModel(BaseModel(endpoints[system.name]["model"]), "", prompt, folder, False)
+    base = BaseModel(**settings["base"]) if settings.get("base") else base_of_adapters(adapters)
+    if system.name == BASE:
+        # It imports transformers, which no adapter needs.
+        from vlm_calibration.models.loading import weights_digest
+
+        return EvaluatedModel(base, weights_digest(base) or "", prompt, folder, False)
+    adapter, record = find_adapter(adapters[system.name]), system.folder / RECORD
+    inputs = read_object(record).get("inputs", {}) if record.is_file() else {}
+    recorded = inputs.get(f"model.init_args.adapters.{system.name}")
+    if recorded not in (None, adapter_digest(adapter)):
+        raise DataError(f"{adapter}: not the adapter that {system.folder} evaluated: evaluate it first")
+    # A download in the Hub's cache belongs to the cache.
+    is_local = Path(adapters[system.name]).exists()
+    folder = adapter if is_local else folder
+    return EvaluatedModel(base, adapter_weights_digest(adapter), prompt, folder, True)

@@ -1,0 +1,209 @@
+"""The report's pictures in data URIs that the page embeds: figures of each system, and examples with the images as the model saw them.
+
+Images are loaded from the data of the run. The perturbation is a function of (seed, epoch, query id), so the configuration reproduces it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jsonargparse import ArgumentError, ArgumentParser
+from PIL import Image
+
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.files import first_line
+from vlm_calibration.metrics.figures import FEW, ResponseTables, reliability_diagram, response_curve
+from vlm_calibration.metrics.table import PROBABILITY_STEPS, ConfidenceTable
+from vlm_calibration.perturbation.levels import Perturbation
+from vlm_calibration.records import DataError
+from vlm_calibration.reporting.report.data import System
+
+SIZE = (5.2, 4.4)
+"""Width and height of a figure in inches: small, so that its text stays readable on a phone."""
+MAX_EXAMPLES = 8
+THUMBNAIL_SIDE = 320
+"""Pixels of a thumbnail's longer side."""
+PIXEL_ART_SIDE = 128
+"""Images up to this size are stored losslessly, as PNG."""
+
+
+class FigurePanel(NamedTuple):
+    """Figures of one kind side by side.
+
+    Attributes:
+        anchor: name of their section.
+        heading: what they show.
+        how: how to read them.
+        kind: what one figure is.
+        pictures: name of each system -> its figure as a data URI.
+    """
+
+    anchor: str
+    heading: str
+    how: str
+    kind: str
+    pictures: dict[str, str]
+
+
+def panels_of(systems: Sequence[System]) -> list[FigurePanel]:
+    """Draw every kind of figure for each system whose answers allow it."""
+    panels = [
+        FigurePanel(
+            "reliability",
+            "Reliability",
+            "Answers are binned by their stated confidence. A calibrated model lies on the dashed line, an overconfident one "
+            f"below it. Bins with fewer than {FEW} answers are drawn faint, and no line leads to them.",
+            "reliability diagram",
+            {s.name: _draw(reliability_diagram, _table(s.predictions)) for s in systems},
+        ),
+    ]
+    responses = {s.name: _tables_by_perturbation(s.predictions) for s in systems}
+    curves = {name: _draw(response_curve, tables) for name, tables in responses.items() if len(tables) > 1}
+    if curves:
+        how = (
+            "The key object is perturbed, more strongly to the right, until nothing of it is left. For each kind of perturbation "
+            "both curves should fall together: stated confidence follows what the model can see."
+        )
+        panels.append(
+            FigurePanel("response", "Response to lost evidence", how, "response to perturbation", curves)
+        )
+    return panels
+
+
+def _draw(draw: Callable[..., Any], data: Any) -> str:
+    """Draw a figure and encode it as SVG in a data URI; the same drawing gives the same bytes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(
+        {"svg.hashsalt": "report", "font.size": 10, "axes.titlesize": 11, "legend.fontsize": 8.5}
+    ):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        draw(data, ax=figure.subplots())
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return _data_uri("image/svg+xml", out)
+
+
+def _data_uri(kind: str, file: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def _table(predictions: Sequence[EstimatedPrediction]) -> ConfidenceTable:
+    """Counts on the fine grid: a level oracle's confidences are not whole percents, and figures must agree with the table."""
+    return ConfidenceTable.from_predictions(
+        [p.confidence for p in predictions], [p.correct for p in predictions], grid_steps=PROBABILITY_STEPS
+    )
+
+
+def _tables_by_perturbation(predictions: Sequence[EstimatedPrediction]) -> ResponseTables:
+    """A table for each kind and strength of perturbation, over the evaluation splits with perturbed images."""
+    split_of = {p.id: (p.category or "").split("/")[0] for p in predictions}
+    perturbed = {split_of[p.id] for p in predictions if p.strength}
+    groups: dict[tuple[str, float], list[EstimatedPrediction]] = {}
+    for prediction in predictions:
+        if prediction.strength is not None and split_of[prediction.id] in perturbed:
+            key = (prediction.perturbation or "", prediction.strength)
+            groups.setdefault(key, []).append(prediction)
+    return {key: _table(answers) for key, answers in sorted(groups.items())}
+
+
+# --- Examples -------------------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """An answer as the page shows it.
+
+    Attributes:
+        answer: the prediction.
+        perturbation: what happened to the image, in words; empty if that is not known.
+        others: name of another system -> its output.
+    """
+
+    answer: EstimatedPrediction
+    perturbation: str
+    others: dict[str, str]
+
+
+def examples_of(system: System, others: Sequence[System]) -> dict[str, list[Example]]:
+    """The most confident wrong answers, "overconfident", and the least confident correct ones, "underconfident"; one an image."""
+    texts = {s.name: {p.id: p.text for p in s.predictions} for s in others}
+    examples = {}
+    for name, is_correct, sign in (("overconfident", False, -1), ("underconfident", True, 1)):
+        confident = [p for p in system.predictions if p.confidence is not None and p.correct == is_correct]
+        by_image: dict[str, EstimatedPrediction] = {}
+        for prediction in sorted(confident, key=lambda p: (sign * (p.confidence or 0.0), p.id)):
+            by_image.setdefault(prediction.image or prediction.id, prediction)
+        examples[name] = []
+        for answer in list(by_image.values())[:MAX_EXAMPLES]:
+            perturbation = ""
+            if answer.perturbation is not None and answer.strength is not None:
+                perturbation = str(Perturbation(answer.perturbation, answer.strength))
+            others_text = {other: by_id[answer.id] for other, by_id in texts.items()}
+            examples[name].append(Example(answer, perturbation, others_text))
+    return examples
+
+
+def thumbnails(system: System, predictions: Sequence[EstimatedPrediction]) -> tuple[dict[str, str], str]:
+    """Make thumbnails of the images behind some predictions.
+
+    Returns:
+        Query id -> data URI, and why images are missing, empty if none is.
+    """
+    try:
+        dataset = _dataset(system.config, predictions)
+        index = {query.id: i for i, query in enumerate(dataset.queries)}
+        images = {}
+        for prediction in predictions:
+            if prediction.id not in index:
+                continue
+            sample = dataset[0, index[prediction.id]]
+            # With another noise policy than the run's, the image would be perturbed in another way.
+            shown = (sample.query.question, *sample.perturbation)
+            if (prediction.question, prediction.perturbation, prediction.strength) == shown:
+                images[prediction.id] = thumbnail(sample.image)
+    except (DataError, ArgumentError, OSError, ValueError, TypeError, ImportError) as error:
+        return {}, f"The images could not be loaded: {first_line(error)}"
+    missing = len(predictions) - len(images)
+    words = f"{missing} of the images are missing: the data have changed since the run."
+    return images, words if missing else ""
+
+
+def thumbnail(image: np.ndarray) -> str:
+    """Encode an image, uint8 [H, W, 3], as a data URI, its longer side at most `THUMBNAIL_SIDE` pixels."""
+    picture, file = Image.fromarray(image), io.BytesIO()
+    if max(picture.size) <= PIXEL_ART_SIDE:
+        picture.save(file, format="PNG", optimize=True)
+        return _data_uri("image/png", file)
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    picture.save(file, format="JPEG", quality=85)
+    return _data_uri("image/jpeg", file)
+
+
+def _dataset(config: Mapping[str, Any] | None, predictions: Sequence[EstimatedPrediction]) -> Any:
+    """The data set that a run answered, built from the run's configuration.
+
+    Raises:
+        DataError: there is no configuration, or it has no such data.
+    """
+    from vlm_calibration.data.module import PerturbedQueryDataModule
+
+    if not config or not isinstance(config.get("data"), Mapping):
+        raise DataError("there is no config.yaml with the data beside the predictions")
+    base = ((config.get("model") or {}).get("init_args") or {}).get("base") or {}
+    # The command line links these settings to the model's.
+    linked = {"processor": base.get("name_or_path"), "revision": base.get("revision")}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PerturbedQueryDataModule, "data")
+    # Never run code that comes with a checkpoint only to show images.
+    settings = parser.parse_object({"data": {**config["data"], **linked, "trust_remote_code": False}})
+    data = parser.instantiate_classes(settings).data
+    # A stage of training may have a test set in its configuration as well, and it answers the validation set.
+    prefixes = tuple(f"{name}:" if name else "" for name in data.test or ())
+    is_test = bool(prefixes) and all(p.id.startswith(prefixes) for p in predictions)
+    data.setup("test" if is_test else "validate")
+    return data.sets["test" if is_test else "validation"]
