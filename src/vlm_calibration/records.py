@@ -158,7 +158,7 @@ def query_from_dict(data: Any) -> Query:
     if unknown := sorted(set(data) - _KEYS):
         raise RecordError(f"unknown key {unknown[0]!r}; a query has the keys {', '.join(sorted(_KEYS))}")
     data = {**data, "id": id_text(data.get("id"))} if "id" in data else data
-    text = [_text(data, key) for key in ("id", "image", "question", "answer")]
+    name, image, question, answer = (_text(data, key) for key in ("id", "image", "question", "answer"))
     answer_type = data.get("answer_type")
     if answer_type not in ANSWER_TYPES:
         raise RecordError(
@@ -169,7 +169,10 @@ def query_from_dict(data: Any) -> Query:
     if not isinstance(regions, list):
         raise RecordError(f"'regions' must be a list of objects, found {short_repr(regions)}")
     return Query(
-        *text,
+        name,
+        image,
+        question,
+        answer,
         answer_type,
         objects=_texts(data, "objects"),
         synonyms=_texts(data, "synonyms"),

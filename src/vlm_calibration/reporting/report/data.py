@@ -205,7 +205,7 @@ def origin_of(path: Path, folder: Path, config: Mapping[str, Any] | None) -> Ori
         base = base or next((card.base for card in cards if card), None)
     else:
         rule, base = None, None
-    facts = {"base model": base, **facts, "guarantee": rule.guarantee if rule else ""}
+    facts = {"base model": base or "", **facts, "guarantee": rule.guarantee if rule else ""}
     notes = read_object(path / NOTES) if (path / NOTES).is_file() else {}
     return Origin(label, {heading: text for heading, text in facts.items() if text} | notes)
 

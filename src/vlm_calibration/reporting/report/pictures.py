@@ -132,7 +132,7 @@ class Example(NamedTuple):
 def examples_of(system: System, others: Sequence[System]) -> dict[str, list[Example]]:
     """The most confident wrong answers, "overconfident", and the least confident correct ones, "underconfident"; one an image."""
     texts = {s.name: {p.id: p.text for p in s.predictions} for s in others}
-    examples = {}
+    examples: dict[str, list[Example]] = {}
     for name, is_correct, sign in (("overconfident", False, -1), ("underconfident", True, 1)):
         confident = [p for p in system.predictions if p.confidence is not None and p.correct == is_correct]
         by_image: dict[str, EstimatedPrediction] = {}
