@@ -62,9 +62,8 @@ def _changed(sample: Sample, before: np.ndarray = IMAGE) -> np.ndarray:
     return (sample.image != before).any(axis=-1)
 
 
-def test_a_sample_is_a_pure_function_of_seed_epoch_and_id() -> None:
-    kinds = {"noise": 1.0, "occlusion": 1.0, "darkness": 1.0}
-
+@pytest.mark.parametrize("kinds", [{"noise": 1.0}, {"noise": 1.0, "occlusion": 1.0, "darkness": 1.0}])
+def test_a_sample_is_a_pure_function_of_seed_epoch_and_id(kinds: dict[str, float]) -> None:
     def key(sample: Sample) -> tuple[bytes, float, Perturbation]:
         return sample.image.tobytes(), sample.confidence, sample.perturbation
 
