@@ -196,7 +196,8 @@ def test_responses_that_replace_unlike_parts_of_the_prompt_have_the_rest_in_fron
     for tokens, conversation in zip(tokenized.tokens, conversations, strict=True):
         whole = [*prompt[: len(prompt) - tokenized.cut], *tokens]
         assert whole == conversation[: len(whole)]
-    answer = tokenized.tokens[0][tokenized.answer]
+    start = tokenized.offset
+    answer = tokenized.tokens[0][start : start + tokenized.candidates[0].answer_length]
     assert chat.processor.tokenizer.decode(answer).strip() == "A cat."
 
 
