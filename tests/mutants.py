@@ -165,8 +165,8 @@ MUTANTS = [
     Mutant(
         "grading",
         "text/grading.py",
-        "|free|instead|in place) of",
-        "|free|in place) of",
+        "(?:free|instead|in place) of",
+        "(?:free|in place) of",
         "text/test_grading.py",
     ),
     Mutant(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
+from vlm_calibration.losses.sequence import AnswerWeight, response_nll, token_log_likelihood, token_weights
 
 
 def _by_hand(log_likelihood: list[float], rows: list[int], weights: list[float], n_rows: int) -> float:
@@ -80,3 +80,16 @@ def test_a_response_without_tokens_is_refused(rows: list[int], n_rows: int) -> N
     ones = torch.ones(len(rows))
     with pytest.raises(ValueError, match="at least one label token"):
         response_nll(-ones, torch.tensor(rows, dtype=torch.int64), ones, n_rows)
+
+
+@pytest.mark.parametrize("answer_weight", ["constant", "confidence"])
+def test_tokens_of_a_wrong_answer_weigh_nothing_and_its_confidence_as_much_as_any(
+    answer_weight: AnswerWeight,
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    mask, correct = (torch.rand(60, generator=draw) < 0.5 for _ in range(2))
+    confidence = torch.rand(60, generator=draw)
+    weights = token_weights(mask, confidence, correct, answer_weight, confidence_weight=0.25)
+    for weight, states, c, is_correct in zip(weights, mask, confidence, correct, strict=True):
+        answer = (1.0 if answer_weight == "constant" else c) if is_correct else 0.0
+        assert weight == (0.25 if states else answer)
