@@ -133,6 +133,7 @@ RUN_BY: dict[str, str] = {
     **dict.fromkeys(
         (
             "python -m tests.performance.drift",
+            "python -m tests.performance.thresholds",
             "python -m tests.performance.data_path",
             "python -m tests.performance.preference --rounds 3 --no-memory",
             'make bench ARGS="--only preference"',

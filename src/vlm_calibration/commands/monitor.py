@@ -77,10 +77,10 @@ def monitor(
     # A false alarm anywhere is at most as probable as the sum of the errors.
     error = (1 - certainty) / (1 + len(known))
     overall = _compare(answers, new_answers, error)
-    groups = {
-        group: _compare(_of_group(answers, group), _of_group(new_answers, group), error)
-        for group in sorted(known)
-    }
+    groups = {}
+    for group in sorted(known):
+        old, asked = ([a for a in some if group in a.groups] for some in (answers, new_answers))
+        groups[group] = _compare(old, asked, error)
     has_drifted = any(figures["drift"] for figures in (overall, *groups.values()))
     result = {
         "reference": str(reference),
@@ -105,10 +105,6 @@ def monitor(
         raise CommandError("", DRIFT_STATUS)
 
 
-def _of_group(answers: Sequence[MonitoredAnswer], group: str) -> list[MonitoredAnswer]:
-    return [answer for answer in answers if group in answer.groups]
-
-
 def _listed(groups: set[str]) -> str:
     return ", ".join(map(repr, sorted(groups))) or "none"
 
@@ -123,11 +119,11 @@ def _compare(
     from vlm_calibration.reporting.report.thresholds import one_an_image
 
     # Sorted, so that not even the last digit of a mean depends on the order of the lines.
-    before, now = (np.sort([a.confidence for a in one_an_image(answers)]) for answers in (reference, new))
+    before, after = (np.sort([a.confidence for a in one_an_image(answers)]) for answers in (reference, new))
     # Twice as many as make a p-value of this error possible.
-    test = drift_test(before, now, permutations=max(999, math.ceil(2 / error))) if new else None
+    test = drift_test(before, after, permutations=max(999, math.ceil(2 / error))) if new else None
     figures: dict[str, Any] = {}
-    for name, values in (("reference", before), ("new", now)):
+    for name, values in (("reference", before), ("new", after)):
         parsed = values[~np.isnan(values)]
         figures |= {
             f"{name}_n": len(values),

@@ -163,10 +163,10 @@ def _print(
             label = f"{evaluated.split} (chosen on)" + (f": {name}" if name else "")
             rows.append((label, percent(choice.threshold), choice.scores))
     rows += [("test" if name == "all" else f"test: {name}", "", scores) for name, scores in tested.items()]
-    for label, limit, scores in rows:
+    for label, from_on, scores in rows:
         shares = (scores.coverage, scores.error, scores.sent_away_share)
         cells = [f"{v:.1%} [{low:.1%}, {high:.1%}]" if v == v else "-" for v, low, high in shares]
-        table.add_row(label, limit, *cells)
+        table.add_row(label, from_on, *cells)
     Console().print(table)
     print(rule.questions.described())
     if "all" in tested:
