@@ -387,7 +387,9 @@ class PerturbedQueries(Dataset[Sample]):
                 rank_zero_warn(
                     f"{where}: no query has a region whose shape those of {absent} absent objects could have: they are random boxes"
                 )
-            if count := sum(not _first_wrong(answers.get(form, ()), *gold) for form, *gold in wrongless):
+            if count := sum(
+                not _first_wrong(answers.get(form, ()), gold, synonyms) for form, gold, synonyms in wrongless
+            ):
                 rank_zero_warn(
                     f"{where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
                     "(`wrong_answer_rate`): their source has none, and questions of their form have no other answer"

@@ -148,7 +148,7 @@ class QueryLoader(DataLoader):
     """A `DataLoader` of perturbed queries that logs the records that are left out; `collate` makes a batch of samples, possibly none."""
 
     def __init__(self, log: LoadingLog, collate: Callable[[Sequence[Sample]], Any], **settings: Any) -> None:
-        super().__init__(log.dataset, collate_fn=partial(_with_problems, collate), **settings)  # type: ignore[arg-type]
+        super().__init__(log.dataset, collate_fn=partial(_with_problems, collate), **settings)
         self.log = log
 
     @property
