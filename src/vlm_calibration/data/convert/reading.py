@@ -64,10 +64,14 @@ def json_records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         start = next((line for line in file if line.strip()), b"").lstrip()
     if start.startswith(b"["):
         for where, value in json_values(path, "item"):
-            yield where, lambda value=value: value  # type: ignore[misc]
+            yield where, partial(_same, value)
     else:
         for line in json_lines(path):
             yield line.where, partial(parse_json, line.content)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 @contextmanager

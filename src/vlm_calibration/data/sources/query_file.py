@@ -99,11 +99,6 @@ class QueryFile(QuerySource):
     place: str
     """Where a record is, followed by its number."""
 
-    @property
-    def has_image_files(self) -> bool:
-        """Whether images are files below `root`."""
-        return True
-
     def __init__(self, path: str, root: Path | None, on_bad_record: OnBadRecord) -> None:
         self.path = Path(path)
         self.root = root or self.path.parent
@@ -119,6 +114,11 @@ class QueryFile(QuerySource):
     @abstractmethod
     def read(self, position: int) -> Query:
         """The query at a position."""
+
+    @property
+    def has_image_files(self) -> bool:
+        """Whether images are files below `root`."""
+        return True
 
     @property
     def positions(self) -> np.ndarray:
