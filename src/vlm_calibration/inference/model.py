@@ -210,7 +210,9 @@ class CalibratedModel(Asker):
         rule: DecisionRule | None = None,
     ) -> None:
         tokenizer, estimators = AnswerTokenizer(chat), [ExpectedConfidence()]
-        adapters = {BASE: None, CALIBRATED: CALIBRATED} if hasattr(model, "peft_config") else {BASE: None}
+        adapters: dict[str, str | None] = {BASE: None}
+        if hasattr(model, "peft_config"):
+            adapters[CALIBRATED] = CALIBRATED
         systems = {
             system: LocalSystem(model, adapter, tokenizer, max_new_tokens, estimators)
             for system, adapter in adapters.items()
