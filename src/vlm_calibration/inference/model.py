@@ -214,7 +214,9 @@ class CalibratedModel(Asker):
         estimators: list[Estimator] = [ExpectedConfidence()]
         if rule is not None and rule.estimator == AnswerLikelihood.name:
             estimators.append(AnswerLikelihood())
-        adapters = {BASE: None, CALIBRATED: CALIBRATED} if hasattr(model, "peft_config") else {BASE: None}
+        adapters: dict[str, str | None] = {BASE: None}
+        if hasattr(model, "peft_config"):
+            adapters[CALIBRATED] = CALIBRATED
         systems = {
             system: LocalSystem(model, adapter, tokenizer, max_new_tokens, estimators)
             for system, adapter in adapters.items()
