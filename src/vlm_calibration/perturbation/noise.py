@@ -84,7 +84,7 @@ def seed_sequence(seed: Seed) -> np.random.SeedSequence:
     """Check a seed. Noise uses PCG64, since `default_rng` may change its generator between numpy versions."""
     if isinstance(seed, np.random.SeedSequence):
         return seed
-    entropy = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, bytes) else [seed]
+    entropy: list[Any] = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, bytes) else [seed]
     if not entropy or not all(isinstance(s, int | np.integer) for s in entropy):
         raise TypeError(f"seed must be a non-negative integer or a sequence of them, got {seed!r}")
     if min(entropy) < 0:
