@@ -128,7 +128,7 @@ def _repair_question(words: list[Word]) -> bool:
 
 
 def _tell_last(words: list[Word], verb: int, index: int, kind: str) -> bool:
-    """Give the last of the content words around `index` a tag if it may have it.
+    """Give the last of the content words around `index` a tag if it may have it, and those before it that are joined by "or".
 
     Returns:
         False if it may not, and no other word lies behind the verb: then it may be the noun of a compound subject, or a predicate.
@@ -138,6 +138,9 @@ def _tell_last(words: list[Word], verb: int, index: int, kind: str) -> bool:
         begin -= 1
     while stop < len(words) and words[stop].tag.startswith(_CONTENT):
         stop += 1
+    if stop - begin == 1 and begin > verb + 1 and words[begin - 1].text in ("or", "and"):
+        words[begin] = Word(words[begin].text, kind)
+        return _tell_last(words, verb, begin - 2, kind)
     if stop - begin < 2:
         return True
     text, tagged = words[stop - 1]
