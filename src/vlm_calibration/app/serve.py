@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; frame-ancestors 'self'"
+    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; frame-ancestors 'self'"
 )
 """Browsers load nothing from elsewhere. Gradio's pages use inline scripts and styles."""
 
@@ -52,15 +51,9 @@ def build(handlers: PageHandlers, port: int) -> tuple[Any, dict[str, Any]]:
     """Build the page, and the arguments of its `launch`."""
     import gradio as gr
     from starlette.middleware import Middleware
-    from starlette.middleware.base import BaseHTTPMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from vlm_calibration.app.page import build_page
-
-    async def add_policy(request: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-        response = await call_next(request)
-        response.headers.setdefault("content-security-policy", POLICY)
-        return response
 
     settings = {
         "server_name": HOST,
@@ -80,8 +73,26 @@ def build(handlers: PageHandlers, port: int) -> tuple[Any, dict[str, Any]]:
             "middleware": [
                 # Against DNS rebinding.
                 Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False),
-                Middleware(BaseHTTPMiddleware, dispatch=add_policy),
+                Middleware(SecurityPolicy),
             ]
         },
     }
     return build_page(handlers), settings
+
+
+class SecurityPolicy:
+    """ASGI middleware that adds `POLICY` to responses without a policy of their own."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", []))
+                if b"content-security-policy" not in {name.lower() for name, _ in headers}:
+                    headers.append((b"content-security-policy", POLICY))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
