@@ -30,6 +30,7 @@ from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import ZeroShotDetector
 from vlm_calibration.regions.phrases import RuleDescriber
 from vlm_calibration.regions.segmenter import PromptedSegmenter
+from vlm_calibration.regions.tagger import load_tagger
 
 from ..regions.conftest import tiny as tiny
 from ..regions.truth import ExactDetector, ExactSegmenter, Truth
@@ -119,5 +120,6 @@ def test_without_the_tagger_no_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
+    load_tagger.cache_clear()
     assert main(["app", "--base", "no/model", "--detector", "no/model", "--segmenter", "no/model"]) == 1
     assert "pip install 'vlm-calibration[regions]'" in capsys.readouterr().err
