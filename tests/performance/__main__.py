@@ -15,7 +15,6 @@ from tests.performance.machine import processor, setting
 BENCHMARKS = {
     "perturbation": "Region noise",
     "data_path": "A query on its way to the model",
-    "vision_share": "Share of the vision tower in a step",
     "metrics": "Calibration metrics",
     "startup": "Start-up time of help pages",
     "streaming": "A million records in the data module",
@@ -25,7 +24,6 @@ BENCHMARKS = {
     "serving": "Answers a second, in process and from servers (vLLM needs tests/serving/setup)",
     "long_rows": "Long packed rows, dense masks and block masks",
     "preference": "Training steps, against TRL's",
-    "scale": "Time and cost of a million queries, computed",
     "intervals": "Coverage of 95% intervals",
     "thresholds": "Thresholds: broken promises, and power beside MAPIE's",
     "drift": "Drift: false alarms, and the demo's questions (needs an evaluation of the demo)",
