@@ -45,7 +45,7 @@ values = {
     "functional": functional.mean_doubt(confidence, correct),
     "collection": metrics.compute()["doubt"],
     "summary": summarize(table)["doubt"],
-    "interval": ImageBootstrap(answers, replicates=10).measure(confidence.tolist()).values["doubt"],
+    "interval": ImageBootstrap(answers, replicates=10).measure(confidence.tolist()).intervals["doubt"].value,
     "evaluation": scorer.compute()["doubt"],
     "group": scorer.compute()["doubt/a"],
     "estimator": scorer.compute()["doubt@other/a"],
