@@ -49,3 +49,6 @@ class OnlyAt(LinearLevels):
         self, perturbation: Perturbation, answer_type: str = "", query_id: str | None = None
     ) -> float:
         return LinearLevels(self.n_levels).confidence(perturbation)
+
+    def confidences(self, answer_type: str = "") -> tuple[float, ...]:
+        return LinearLevels(self.n_levels).confidences()

@@ -85,7 +85,7 @@ class OwnStep:
         self.written: dict[str, str] = {}
         self._texts: dict[tuple[str, bool], str] = {}
         loader = queries.train_dataloader()
-        self.collate: Any = loader.collate_fn.collate
+        self.collate: Any = loader.collate_fn.args[0]
         self.samples: list[Sample] = [loader.dataset[0, i] for i in range(n)]
         self.levels = queries.noise.levels.confidences("yes_no")
 
