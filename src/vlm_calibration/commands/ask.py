@@ -77,8 +77,8 @@ def ask(
         json: print one JSON object
         answer_type: kind of question (default: recognised from its words)
         category: category of the question, for thresholds by category
-        abstain: print "review" instead of an answer whose confidence is below the threshold that `vlm-calibration threshold` wrote, or
-            to a question unlike those that it was chosen on; JSON has the answer, the decision and the reason
+        abstain: print "review" below the threshold that `vlm-calibration threshold` wrote, and for questions unlike those that it was
+            chosen on; JSON has both
 
     Raises:
         ArgumentError: options are missing or contradict each other.
