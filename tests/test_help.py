@@ -206,6 +206,7 @@ def test_bash_completes(script: Path, tmp_path: Path) -> None:
     assert not any(missing.values()), missing
 
 
+@pytest.mark.nightly
 def test_zsh_gets_a_script_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "zsh"]) == 0
     assert capsys.readouterr().out.startswith("#compdef vlm-calibration")

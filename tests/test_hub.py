@@ -162,6 +162,7 @@ def _digest(content: bytes) -> str:
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+@pytest.mark.nightly
 def test_an_adapter_by_its_name_on_the_hub(
     serve: Callable[[str, Path], str], new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def _comparison(ended: Ended) -> list[str]:
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
 
 
+@pytest.mark.nightly
 def test_killed_and_stopped_in_two_processes_with_dropout_and_resumed(
     start: Start, new_adapter: Callable[..., str], root: Path, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ vlm_calibration.load_calibratd
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_editors_and_type_checkers_see_the_signature(root: Path, tmp_path: Path) -> None:
     (tmp_path / "snippet.py").write_text(SNIPPET)

@@ -141,6 +141,7 @@ def _extracted(folder: Path) -> dict[str, Any]:
     return {"rows": rows, "summary": json.loads(summary), "sheet": pixels}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
     root: Path, tmp_path: Path, queries: Path, extraction: Callable[[str, Path], list[str]]
