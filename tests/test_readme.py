@@ -138,6 +138,7 @@ RUN_BY: dict[str, str] = {
             "python -m tests.performance.preference --rounds 3 --no-memory",
             'make bench ARGS="--only preference"',
             "python -m tests.performance.long_rows --rounds 3",
+            "python -m tests.mutants",
         ),
         "takes minutes",
     ),
