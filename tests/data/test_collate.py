@@ -308,3 +308,12 @@ def test_a_processor_that_changes_the_response_is_refused(samples: Sequence[Samp
         setattr(shouting, name, getattr(plain, name))
     with pytest.raises(DataError, match="record 'q0': Shouting changes the text"):
         _collate(ChatFormat(shouting, ElicitationPrompt()), samples)
+
+
+def test_text_after_the_end_of_turn_is_not_learnt(samples: Sequence[Sample]) -> None:
+    chat = ChatFormat(
+        _processor(_digit_tokenizer(), CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")), ElicitationPrompt()
+    )
+    batch = _collate(chat, samples)
+    for row in range(4):
+        assert _decode(chat, batch.labels[row][batch.labels[row] != IGNORE]).endswith("%<|end|>")

@@ -310,3 +310,13 @@ def test_queries_survive_a_file(queries: list[Query], ascii_only: bool) -> None:
         lines = [json.dumps(asdict(q), ensure_ascii=ascii_only) for q in queries]
         path.write_bytes("\n".join(lines).encode())
         assert list(JsonlSource(str(path)).queries()) == queries
+
+
+def test_a_name_that_only_starts_like_the_root_is_outside(
+    write_jsonl: Write, record: Record, tmp_path: Path
+) -> None:
+    (tmp_path / "data-private").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data-private" / "a.png")
+    path = write_jsonl(record("1", image="../data-private/a.png"))
+    with pytest.raises(DataError, match="leaves the data root"):
+        JsonlSource(str(path)).queries()

@@ -387,3 +387,9 @@ def test_albumentations_is_imported_where_images_are_noised_and_nowhere_else() -
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert result.stdout.split() == ["False", "True"]
+
+
+def test_the_image_given_is_left_alone() -> None:
+    before = IMAGE.copy()
+    _perturbed(SCENE, strength=1)
+    assert np.array_equal(IMAGE, before)

@@ -271,3 +271,10 @@ def test_a_wrong_answer_that_the_source_lacks_is_right_to_a_question_of_the_same
                 assert not grade(sample.answer, query.answer, "short").correct
                 given.setdefault(query.id.partition("|")[0], set()).add(sample.answer)
     assert given == {form: set(golds) for form, golds in FORMS.items() if "{}" in form}
+
+
+def test_without_wrong_answers_to_give_none_are_reported(recwarn: pytest.WarningsRecorder) -> None:
+    policy = NoisePolicy(levels=OnlyAt(), resolution="native")
+    dataset = PerturbedQueries({"": EvalSplit(Short(), "drawn")}, policy, None)
+    assert {dataset[0, i].wrong for i in range(12)} == {()}
+    assert not recwarn.list

@@ -159,3 +159,13 @@ def test_wrong_arguments_are_refused_in_words(image, mask, change, error, messag
 def test_a_step_outside_the_schedule_is_refused(image, mask, step, error):
     with pytest.raises(error, match="step must be"):
         add_region_noise(image, mask, step, SCHEDULE, 0)
+
+
+def test_pure_noise_keeps_nothing_of_the_object():
+    mask = np.ones((100, 100), bool)
+    black, white = np.zeros((100, 100, 3), np.uint8), np.full((100, 100, 3), 255, np.uint8)
+    for schedule, most in (("linear", 2.0), ("cosine", 1.0)):
+        results = [
+            perturb(image, mask, 0.0, schedule=schedule, seed=1).astype(float) for image in (black, white)
+        ]
+        assert np.abs(results[0] - results[1]).mean() < most

@@ -673,3 +673,16 @@ def test_names_that_occur_twice_get_their_folder(evaluation: Path, tmp_path: Pat
     report([str(evaluation), str(tmp_path / "other")], replicates=5, images=False)
     names = list(dict.fromkeys(r["system"] for r in csv.DictReader((evaluation / "report.csv").open())))
     assert names == ["base", f"{evaluation}/tuned", f"{tmp_path / 'other'}/tuned"]
+
+
+@pytest.mark.slow
+def test_recalibration_is_fitted_on_the_calibration_set_alone(evaluation: Path) -> None:
+    """Inverting the correctness of the test answers changes none of their recalibrated confidences."""
+    confidence = []
+    for right in (True, False):
+        rows = [replace(p, correct=p.correct == right) for p in answers(0)]
+        write_rows(evaluation / "tuned" / "predictions.jsonl", [p.to_dict() for p in rows], lines=True)
+        report([str(evaluation)], replicates=5, images=False)
+        table = csv.DictReader((evaluation / "report.csv").open())
+        confidence.append([r["mean_confidence"] for r in table if r["recalibration"] != "raw"])
+    assert confidence[0] == confidence[1]

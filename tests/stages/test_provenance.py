@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from vlm_calibration.callbacks.results_table import ResultsTable
@@ -319,3 +320,35 @@ def test_levels_by_ranking_are_taught_as_what_they_are_and_are_no_oracle(
         DataError, match="levels.json ranks given answers and does not say how often an answer is"
     ):
         module.check_data(data(grading=ranking))
+
+
+def test_the_oracle_of_an_evaluation_is_checked(
+    run: Callable[..., Ended], root: Path, tmp_path: Path
+) -> None:
+    """The shipped table with another prompt; the demo's model is the same by whichever path it is named."""
+    demo = root / "src/vlm_calibration/demo"
+    overlay = {
+        "trainer": {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path / "run")},
+        "model": {
+            "init_args": {
+                "base": {"name_or_path": str(demo / "model")},
+                "adapters": None,
+                "oracle_levels": str(demo / "levels.json"),
+                "estimators": None,
+            }
+        },
+        "data": {"prompt": {"template": "{question}"}},
+    }
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    ended = run(
+        *(
+            "test",
+            "--config",
+            str(root / "configs/eval/demo.yaml"),
+            "--config",
+            str(tmp_path / "overlay.yaml"),
+        )
+    )
+    assert "data.prompt.template was '{question}\\nAnswer briefly" in ended.error()
+    assert "and is '{question}': use the conditions of the measurement" in ended.error()
+    assert not (tmp_path / "run").exists()
