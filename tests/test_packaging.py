@@ -336,3 +336,13 @@ def test_own_configuration_and_own_interpreter(checkout: Path) -> None:
         "-m vlm_calibration.cli calibrate sft --config mine.yaml --runs runs --trainer.max_steps 3"
     )
     assert not (checkout / ".venv").exists()
+
+
+def test_new_requirements_are_noticed(checkout: Path) -> None:
+    _make(checkout, "train-sft")
+    _calls(checkout)
+    soon = time.time() + 5
+    os.utime(checkout / "pyproject.toml", (soon, soon))
+    _make(checkout, "train-sft")
+    calls = _calls(checkout)
+    assert [c for c in calls if "pip install" in c]

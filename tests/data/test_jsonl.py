@@ -320,3 +320,9 @@ def test_a_name_that_only_starts_like_the_root_is_outside(
     path = write_jsonl(record("1", image="../data-private/a.png"))
     with pytest.raises(DataError, match="leaves the data root"):
         JsonlSource(str(path)).queries()
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_file_of_only_bad_records_is_refused_even_when_skipping(write_jsonl: Write) -> None:
+    with pytest.raises(DataError, match="no usable query"):
+        JsonlSource(str(write_jsonl("{")), on_bad_record="skip").queries()

@@ -318,3 +318,9 @@ def test_what_is_left_of_the_data_behind_a_place(
     resumed.load_state_dict({"epoch": epoch, "batch": batch, "queries": 12, "batch_size": 4})
     assert order(resumed, epoch) == order(complete, epoch)[batch:]
     assert len(order(resumed, epoch + 1)) == 3, "later ones are whole"
+
+
+def test_without_validation_there_is_no_loader(model_folder: str) -> None:
+    module = _module(model_folder)
+    module.setup("fit")
+    assert module.val_dataloader() == []

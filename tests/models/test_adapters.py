@@ -442,3 +442,14 @@ def test_the_demo_s_model_of_another_checkout_that_exists_is_used(
     (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert BaseModel(name).name_or_path == str(tmp_path / name)
+
+
+def test_the_base_comes_back_after_an_error(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch
+) -> None:
+    model = load_adapters(load_model(), {"one": new_adapter(1)})
+    with using_adapter(model, "one"):
+        adapted = _logits(model, prompts)
+    with pytest.raises(RuntimeError, match="stop"), using_adapter(model, None):
+        raise RuntimeError("stop")
+    assert torch.equal(_logits(model, prompts), adapted)

@@ -296,3 +296,9 @@ def test_wrong_sizes_and_arrays_are_refused(rgb):
         resize_mask(rgb[..., 0].astype(float), (5, 5))
     with pytest.raises(ValueError, match="mask must have shape"):
         resize_mask(rgb, (5, 5))
+
+
+def test_an_impossible_orientation_counts_as_upright(rgb):
+    exif = Image.Exif()
+    exif[0x0112] = 17
+    np.testing.assert_array_equal(load_image(encoded(Image.fromarray(rgb), exif=exif)), rgb)

@@ -686,3 +686,17 @@ def test_recalibration_is_fitted_on_the_calibration_set_alone(evaluation: Path) 
         table = csv.DictReader((evaluation / "report.csv").open())
         confidence.append([r["mean_confidence"] for r in table if r["recalibration"] != "raw"])
     assert confidence[0] == confidence[1]
+
+
+def test_versions_are_those_of_the_run(evaluation: Path) -> None:
+    report([str(evaluation)], replicates=5, images=False)
+    assert (
+        f"Versions of the run in {evaluation}: not recorded."
+        in Page((evaluation / "report.html").read_text()).text
+    )
+    record = {"finished": True, "versions": {"Python": "3.99.1", "torch": "0.0.7"}}
+    (evaluation / "run.json").write_text(json.dumps(record))
+    report([str(evaluation)], replicates=5, images=False)
+    page = Page((evaluation / "report.html").read_text())
+    assert f"Versions of the run in {evaluation}: Python 3.99.1, torch 0.0.7." in page.text
+    assert torch.__version__ not in page.text
