@@ -189,15 +189,15 @@ MUTANTS = [
     Mutant(
         "threshold",
         "metrics/risk_control.py",
-        "p_value(wrong, given, max_error) <= share",
-        "p_value(wrong, given, max_error) <= level",
+        "+= level / 2",
+        "+= level",
         "metrics/test_risk_control.py",
     ),
     Mutant(
         "threshold",
         "metrics/risk_control.py",
-        "                break",
-        "                continue",
+        "            available = 0.0",
+        "            pass",
         "metrics/test_risk_control.py",
     ),
     Mutant(

@@ -180,7 +180,7 @@ def test_a_threshold_for_each_category(call: Call, evaluation: Path, tmp_path: P
     rule = read_rule(tmp_path / "runs/dpo/adapter")
     assert rule is not None
     assert (rule.by, list(rule.groups)) == ("category", ["colour", "size"])
-    assert "Bonferroni over 4" in rule.correction
+    assert "Bonferroni over 2" in rule.correction
     assert "test: colour" in ended.out
     assert rule.applied(1.0, "colour") is not None
     assert rule.applied(1.0, None) is None

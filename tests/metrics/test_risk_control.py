@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from mapie.risk_control import BinaryClassificationController, precision
+from mapie.risk_control.fwer_control import FWERFixedSequenceTesting
 from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy.stats import binom, binomtest
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.risk_control import (
     GRID_STEPS,
-    STARTS,
+    LATER_START,
     Limits,
     control_risk,
     exact_interval,
@@ -24,7 +24,7 @@ from vlm_calibration.metrics.risk_control import (
 )
 from vlm_calibration.reporting.report.thresholds import one_an_image
 
-from ..performance.thresholds import LIMIT, POPULATIONS, Population, broken
+from ..performance.thresholds import LEVEL, LIMIT, POPULATIONS, Population, broken
 
 DRAWS = 300
 
@@ -53,34 +53,39 @@ def test_p_values_are_those_of_mapie(limit: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_threshold_is_that_of_a_loop_and_not_above_that_of_mapie(seed: int) -> None:
-    """The lower one of those from the two starts, each with half of the error probability; MAPIE's counts may be rounded up by one."""
+def test_the_threshold_is_that_of_a_loop_over_the_answers(seed: int) -> None:
     confidence, correct = _random_answers(seed)
     limit, level = (0.05, 0.1)[seed % 2], 0.1
     falling = np.unique(confidence)[::-1]
-    found: list[float] = []
-    passed: list[float] = []
-    for multiple in STARTS:
-        start = multiple * fewest_answers(limit, level / len(STARTS))
-        for t in falling:
-            given = correct[confidence >= t]
-            if len(given) >= start:
-                if binom.cdf((~given).sum(), len(given), limit) > level / len(STARTS):
-                    break
-                passed.append(t)
-        controller = BinaryClassificationController(
-            lambda x: np.stack([1 - x, x], -1),
-            precision,
-            1 - limit,
-            1 - level / len(STARTS),
-            list_predict_params=np.array([t for t in falling if (confidence >= t).sum() >= start]),
-            fwer_method="fixed_sequence",
-        )
-        controller.calibrate(confidence, correct.astype(int))
-        found += list(controller.valid_predict_params)
+    at_once = (confidence >= falling[0]).sum() >= fewest_answers(limit, level)
+    starts = [(0, level)]
+    if not at_once:
+        starts = [
+            (fewest_answers(limit, level / 2), level / 2),
+            (LATER_START * fewest_answers(limit, level), level / 2),
+        ]
+    passed, alpha = [], 0.0
+    for t in falling:
+        given = correct[confidence >= t]
+        alpha += sum(share for start, share in starts if len(given) >= start)
+        starts = [(start, share) for start, share in starts if len(given) < start]
+        if alpha and binom.cdf((~given).sum(), len(given), limit) <= alpha:
+            passed.append(t)
+        else:
+            alpha = 0.0
     chosen = lowest_controlled(graded_answers(list(confidence), list(correct)), limit, level)
     assert chosen == min(passed, default=None)
-    assert not found or (chosen is not None and chosen <= min(found))
+
+
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_the_threshold_is_never_above_that_of_a_fixed_sequence(name: str) -> None:
+    """MAPIE's controller begins its sequence at the lowest threshold where the measured error rises; here it begins at the highest."""
+    for n in (100, 300, 1000):
+        for answers in POPULATIONS[name].draw(n, np.random.default_rng(n), 20):
+            wrong, given = answers.counts[:, 0].cumsum(), answers.counts.sum(1).cumsum()
+            passed = FWERFixedSequenceTesting().run(p_value(wrong, given, LIMIT), LEVEL)
+            ours = lowest_controlled(answers, LIMIT, LEVEL)
+            assert not len(passed) or (ours is not None and ours <= answers.threshold[passed[-1]])
 
 
 # --- By hand ----------------------------------------------------------------------------------------------------
@@ -127,13 +132,18 @@ def test_counts_of_a_threshold_with_unparsed_answers() -> None:
     )
 
 
-def test_a_threshold_without_a_wrong_answer_needs_72_of_them() -> None:
-    for n, threshold in ((71, None), (72, 0.8)):
-        control = control_risk({"": graded_answers([0.8] * n, [True] * n)}, Limits(0.05))
-        assert control.choices[""].threshold == threshold
-    assert control.choices[""].p_error == pytest.approx(0.95**72)
-    few = control_risk({"": graded_answers([0.8] * 71, [True] * 71)}, Limits(0.05)).choices[""].reason
-    assert "it takes 72" in few
+@pytest.mark.parametrize(("top", "fewest"), [([0.8], 59), ([0.9, 0.85, 0.8], 72)])
+def test_a_threshold_without_a_wrong_answer(top: list[float], fewest: int) -> None:
+    """It takes 59 answers of one confidence, 72 of several."""
+    for n, threshold in ((fewest - 1, None), (fewest, 0.8)):
+        confidence = top + [0.8] * (n - len(top))
+        choice = control_risk({"": graded_answers(confidence, [True] * n)}, Limits(0.05)).choices[""]
+        assert choice.threshold == threshold
+        assert (
+            choice.p_error == pytest.approx(0.95**fewest)
+            if threshold
+            else f"it takes {fewest}" in choice.reason
+        )
 
 
 def test_poor_answers_take_no_threshold_away() -> None:
@@ -144,20 +154,20 @@ def test_poor_answers_take_no_threshold_away() -> None:
 
 
 def test_a_sequence_ends_at_the_first_threshold_that_fails() -> None:
-    # 0.9 fails from either start, 0.5 would pass alone.
+    # 0.9 fails, 0.5 would pass alone.
     answers = graded_answers([0.9] * 300 + [0.5] * 2000, [True] * 270 + [False] * 30 + [True] * 2000)
     assert binom.cdf(30, 2300, 0.05) < 0.02
     assert control_risk({"": answers}, Limits(0.05)).choices[""].threshold is None
 
 
 def test_groups_share_the_error_probability() -> None:
-    part = graded_answers([0.8] * 72, [True] * 72)
+    part = graded_answers([0.8] * 59, [True] * 59)
     assert control_risk({"a": part}, Limits(0.05)).found
     two = control_risk({"a": part, "b": part}, Limits(0.05))
     assert not two.found
     assert two.level == pytest.approx(0.025)
-    assert "Bonferroni over 4" in two.correction
-    more = graded_answers([0.8] * 86, [True] * 86)
+    assert "Bonferroni over 2" in two.correction
+    more = graded_answers([0.8] * 72, [True] * 72)
     assert [c.threshold for c in control_risk({"a": more, "b": part}, Limits(0.05)).choices.values()] == [
         0.8,
         None,

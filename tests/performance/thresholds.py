@@ -2,7 +2,8 @@
 
 In the first, answers are drawn from populations in which the error rate of each threshold is known, several about each image, which are wrong together
 with a given correlation; the bar is 5% of the draws, the promise having 95% certainty. In the second, the share of draws in which a threshold is found and the mean share
-of answers that it gives, beside MAPIE's fixed sequence on the same draws, which tests every confidence from the highest down.
+of answers that it gives, beside MAPIE's fixed sequence on the same draws. MAPIE tests every confidence from the highest down, or from the lowest up if
+the measured error rates rise with the confidence.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def power(population: Population, n: int, draws: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--draws", type=int, default=600)
+    parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--power-draws", type=int, default=60)
     args = parser.parse_args()
     heads = [f"{q} questions, correlation {c}" for q in (1, 4, 18) for c in (0.0, 0.25)]

@@ -2,8 +2,8 @@
 
 A threshold t gives the answers whose confidence is at least t and sends the others to a person. Its selective risk R(t) is the
 probability that an answer given is wrong. Learn then test (Angelopoulos et al., arXiv 2110.01052) tests, for one threshold after
-another, the hypothesis that R(t) exceeds the limit, with an exact binomial p-value, and stops at the first that it cannot reject. A
-threshold that breaks the limit is therefore chosen with a probability of at most 1 - certainty.
+another, the hypothesis that R(t) exceeds the limit, with an exact binomial p-value. A threshold that breaks the limit is chosen with
+a probability of at most 1 - certainty.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,8 @@ Counts: TypeAlias = npt.NDArray[np.int64]
 
 GRID_STEPS = 1000
 """Thresholds are tenths of a percent, fine enough for confidences that crowd near 100%."""
-STARTS = (1, 3)
-"""Where the sequences of tests begin, in multiples of the fewest answers that can pass. They do not depend on the number of all answers,
-so that further answers with little confidence cannot take a threshold away. The first finds a few answers that are all right, the second
-many of which some are wrong; the error probability is shared between them."""
+LATER_START = 4
+"""Where the second half of the error probability enters, in multiples of the fewest answers that can pass: there some may be wrong."""
 ASSUMPTIONS = (
     "The images that a threshold is chosen on, and those that it is used on, are independent draws from one source: the same kind of "
     "images and questions, in the same proportions. Of several questions about one image one counts.",
@@ -144,8 +142,8 @@ class RiskControl(NamedTuple):
     @property
     def correction(self) -> str:
         """How the tests share the error probability, in words."""
-        sequences = len(self.choices) * (len(STARTS) + (self.limits.max_sent_away is not None))
-        return f"fixed sequence testing of thresholds; Bonferroni over {sequences} sequences"
+        sequences = len(self.choices) * (1 + (self.limits.max_sent_away is not None))
+        return f"fallback testing of thresholds from the highest down; Bonferroni over {sequences} sequences"
 
 
 # --- Counts and tests -----------------------------------------------------------------------------------------------
@@ -209,28 +207,37 @@ def fewest_answers(limit: float, level: float) -> int:
 def lowest_controlled(answers: GradedAnswers, max_error: float, level: float) -> float | None:
     """The lowest threshold at which "the error rate among the answers given exceeds `max_error`" is rejected; None if there is none.
 
-    Each of the sequences of `STARTS` begins at the highest threshold with enough answers, goes down, and ends at the first that is not
-    rejected at its share of `level`. Where they begin depends on the confidences alone. The error probability is at most `level` if the error
-    rate does not fall when the threshold is lowered: each level of confidence below the first threshold that breaks the limit
-    then has at least the error rate `max_error`, and so the number of wrong answers is, given all numbers of answers, at least
-    binomial.
+    Thresholds are tested from the highest down, each at the error probability that the one above it hands on after a rejection (the fallback
+    procedure, Wiens, 2003). All of it enters at the highest confidence if enough answers have it to pass; otherwise a half enters
+    at the first threshold with enough answers, and the other half at `LATER_START` times as many. Where it enters depends on the
+    confidences alone, and not on how many answers there are in all, so further answers with little confidence take no threshold
+    away. The probability of a wrong rejection is at most `level` if the error rate does not fall when the threshold is lowered:
+    each level of confidence below the first threshold that breaks the limit then has at least the error rate `max_error`, and so the
+    number of wrong answers is, given all numbers of answers, at least binomial.
 
     Args:
         answers: independent ones.
         max_error: in (0, 1).
         level: of the test, in (0, 1).
     """
-    share = level / len(STARTS)
     wrong, given = answers.counts[:, 0].cumsum(), answers.counts.sum(1).cumsum()
-    rejected = p_value(wrong, given, max_error) <= share
-    passed = []
-    for multiple in STARTS:
-        start = np.searchsorted(given, multiple * fewest_answers(max_error, share))
-        for threshold, is_rejected in zip(answers.threshold[start:], rejected[start:], strict=True):
-            if not is_rejected:
-                break
-            passed.append(float(threshold))
-    return min(passed, default=None)
+    fewest = fewest_answers(max_error, level)
+    entering = np.zeros(len(given) + 1)
+    if len(given) and given[0] >= fewest:
+        entering[0] = level
+    else:
+        for enough in (fewest_answers(max_error, level / 2), LATER_START * fewest):
+            entering[np.searchsorted(given, enough)] += level / 2
+    lowest, available = None, 0.0
+    for threshold, p, enters in zip(
+        answers.threshold, p_value(wrong, given, max_error), entering, strict=False
+    ):
+        available += enters
+        if 0 < available >= p:
+            lowest = float(threshold)
+        else:
+            available = 0.0
+    return lowest
 
 
 # --- Choice ---------------------------------------------------------------------------------------------------------
@@ -295,7 +302,8 @@ def percent(share: float) -> str:
 
 
 def _why_none(answers: GradedAnswers, max_error: float, level: float) -> str:
-    given, fewest = answers.counts.sum(1).cumsum(), fewest_answers(max_error, level / len(STARTS))
+    given = answers.counts.sum(1).cumsum()
+    fewest = fewest_answers(max_error, level if len(given) == 1 else level / 2)
     if not len(given):
         return "no answer has a confidence"
     if given[-1] < fewest:
