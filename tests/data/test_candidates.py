@@ -286,14 +286,6 @@ def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(
         _check_candidates(chat, batch, row, [samples[row].query.answer])
 
 
-def test_text_after_the_end_of_turn_is_left_out(processor: Any, samples: Sequence[Sample]) -> None:
-    breaking = copy(processor)
-    breaking.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")
-    batch = _collate(ChatFormat(breaking, ElicitationPrompt()), samples)
-    texts = [processor.tokenizer.decode(c.tokens) for row in batch.candidates for c in row]
-    assert all(text.endswith("%<|end|>") for text in texts)
-
-
 @pytest.mark.parametrize("paired", [True, False])
 def test_validation_is_prompts_and_candidates_of_the_same_samples(
     chat: ChatFormat, samples: Sequence[Sample], paired: bool

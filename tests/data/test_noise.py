@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -81,14 +79,6 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_id(kinds: dict[str, float
     assert len({expected, *changed}) == 4
 
 
-def test_epochs_and_queries_have_unrelated_streams() -> None:
-    draws = [
-        query_rng(s, e, q).random() for s in range(5) for e in range(5) for q in ("a", "b", "ab", "é", "")
-    ]
-    assert len(set(draws)) == len(draws)
-    assert query_rng(0, 1, "x").random() == query_rng(0, 1, "x").random()
-
-
 @pytest.mark.parametrize("kind", KIND_NAMES)
 @pytest.mark.parametrize("resolution", ["native", "model"])
 def test_every_kind_changes_the_evidence_alone(processor: Any, resolution: str, kind: str) -> None:
@@ -104,14 +94,10 @@ def test_every_kind_changes_the_evidence_alone(processor: Any, resolution: str, 
     assert not changed[~DOG].any()
     assert changed[DOG].mean() > 0.5
     assert (sample.perturbation, sample.confidence) == ((kind, 0.7), pytest.approx(0.3))
+    clean = _perturbed(SCENE, strength=0, kind=kind)
+    assert np.array_equal(clean.image, IMAGE)
+    assert clean.confidence == 1.0
     assert sample.noise_step == (700 if kind == "noise" else None)
-
-
-def test_at_full_confidence_nothing_changes() -> None:
-    for kind in KIND_NAMES:
-        sample = _perturbed(SCENE, strength=0, kind=kind)
-        assert np.array_equal(sample.image, IMAGE)
-        assert sample.confidence == 1.0
 
 
 def test_a_box_and_a_grown_region_cover_more() -> None:
@@ -125,12 +111,6 @@ def test_a_box_and_a_grown_region_cover_more() -> None:
     assert areas[0] < areas[2] < areas[3]
 
 
-def test_all_evidence_is_noised_together() -> None:
-    changed = _changed(_perturbed(LoadedImage(IMAGE, (DOG, CAT), ()), strength=1))
-    assert changed[DOG].mean() > 0.9
-    assert changed[CAT].mean() > 0.9
-
-
 def test_a_distractor_keeps_the_clean_confidence_and_the_evidence() -> None:
     samples = [
         _perturbed(SCENE, query=f"q{i}", distractor_probability=1.0, levels=OnlyAt()) for i in range(10)
@@ -139,14 +119,6 @@ def test_a_distractor_keeps_the_clean_confidence_and_the_evidence() -> None:
         assert np.array_equal(sample.image[DOG], IMAGE[DOG])
         assert _changed(sample)[CAT].mean() > 0.9
         assert (sample.perturbation, sample.noise_step, sample.confidence) == (CLEAN, 0, 1.0)
-
-
-def test_distractors_come_as_often_as_asked() -> None:
-    noised = [
-        _perturbed(SCENE, query=f"q{i}", distractor_probability=0.3, levels=OnlyAt()) for i in range(300)
-    ]
-    share = np.mean([s.perturbation == CLEAN for s in noised])
-    assert abs(share - 0.3) < 0.09
 
 
 def test_a_given_perturbation_never_goes_to_a_distractor() -> None:
@@ -177,13 +149,6 @@ def test_absent_objects_clean() -> None:
 def _draws(n: int = 2000, **policy: Any) -> Counter[Perturbation]:
     noise = NoisePolicy(**policy)
     return Counter(noise.draw(0, f"q{i}", query_rng(noise.seed, 0, f"q{i}")) for i in range(n))
-
-
-def test_levels_come_alike_often() -> None:
-    counts = _draws()
-    assert sorted(s for _, s in counts) == list(LinearLevels().strengths())
-    assert counts[CLEAN]
-    assert chisquare(list(counts.values())).pvalue > 1e-3
 
 
 def test_a_share_stays_clean() -> None:
@@ -371,25 +336,3 @@ def test_masks_follow_the_image_to_the_models_resolution(processor: Any) -> None
     changed = (sample.image != 128).any(axis=-1)
     assert not changed[~expected].any()
     assert changed[expected].mean() > 0.9
-
-
-@pytest.mark.nightly
-def test_albumentations_is_imported_where_images_are_noised_and_nowhere_else() -> None:
-    code = (
-        "import sys\n"
-        "from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries\n"
-        "from vlm_calibration.data.noise import NoisePolicy\n"
-        "from vlm_calibration.demo.source import DemoSource\n"
-        "for noise in ('none', 'drawn'):\n"
-        "    data = PerturbedQueries({'': EvalSplit(DemoSource(scenes=1), noise)}, NoisePolicy(resolution='native'), None)\n"
-        "    data[0, 0] if noise == 'none' else None\n"
-        "    print('albumentations' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert result.stdout.split() == ["False", "True"]
-
-
-def test_the_image_given_is_left_alone() -> None:
-    before = IMAGE.copy()
-    _perturbed(SCENE, strength=1)
-    assert np.array_equal(IMAGE, before)

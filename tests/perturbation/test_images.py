@@ -106,20 +106,23 @@ def test_exif_orientation_is_undone(rgb, orientation):
     )
 
 
+def exif_orientation(kind, value):
+    """EXIF data with one entry, the orientation as a value of this type."""
+    return b"Exif\0\0MM\0*" + struct.pack(">IHHHI4sI", 8, 1, 0x0112, kind, len(value), value, 0)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(
-    "exif", [b"", b"Exif\x00\x00", b"Exif\x00\x00garbage!", b"Exif\x00\x00MM\x00*\x00\x00\xff\xff"]
+    "exif",
+    [
+        *(b"", b"Exif\x00\x00", b"Exif\x00\x00garbage!", b"Exif\x00\x00MM\x00*\x00\x00\xff\xff"),
+        exif_orientation(2, b"up\0"),
+        b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 17, 0, 0),
+    ],
+    ids=["none", "empty", "garbage", "cut", "in words", "impossible"],
 )
-def test_broken_exif_counts_as_upright(rgb, exif):
+def test_an_orientation_that_cannot_be_read_counts_as_upright(rgb, exif):
     data = encoded(Image.fromarray(rgb), "JPEG")
-    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
-    np.testing.assert_array_equal(load_image(data[:2] + segment + data[2:]), load_image(data))
-
-
-def test_an_orientation_in_words_counts_as_upright(rgb):
-    data = encoded(Image.fromarray(rgb), "JPEG")
-    entry = struct.pack(">HHI4s", 0x0112, 2, 3, b"up")
-    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + struct.pack(">I", 0)
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     np.testing.assert_array_equal(load_image(data[:2] + segment + data[2:]), load_image(data))
 
@@ -145,15 +148,6 @@ def test_thirty_two_bits_are_refused_unless_they_fit_sixteen():
         load_image(encoded(does_not, "TIFF"))
 
 
-def test_an_image_error_is_a_value_error_in_one_line(tmp_path):
-    path = tmp_path / "absent.png"
-    with pytest.raises(ValueError, match="no such file; check the path") as error:
-        load_image(path)
-    assert isinstance(error.value, ImageError)
-    assert str(error.value).startswith(str(path))
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_a_truncated_file_is_named(rgb, tmp_path, image_format):
     data = encoded(Image.fromarray(np.kron(rgb, np.ones((8, 8, 1), np.uint8))), image_format)
@@ -165,14 +159,13 @@ def test_a_truncated_file_is_named(rgb, tmp_path, image_format):
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
-def test_what_is_no_image_is_said_to_be_none(data):
+def test_what_is_no_image_is_said_to_be_none(data, tmp_path):
     with pytest.raises(ImageError, match=f"image of {len(data)} bytes: not an image"):
         load_image(data)
-
-
-def test_a_folder_is_no_image(tmp_path):
     with pytest.raises(ImageError, match="cannot be opened: Is a directory"):
         load_image(tmp_path)
+    with pytest.raises(ImageError, match=f"^{tmp_path}/absent.png: no such file; check the path"):
+        load_image(tmp_path / "absent.png")
 
 
 def png_header(width, height):
@@ -279,10 +272,6 @@ def test_coverage_is_the_exact_area(height, width, new_height, new_width, seed):
     np.testing.assert_array_equal(resize_mask(mask, (new_height, new_width)), expected)
 
 
-def test_an_empty_mask_stays_empty():
-    assert not resize_mask(np.zeros((10, 10), bool), (3, 30)).any()
-
-
 def test_wrong_sizes_and_arrays_are_refused(rgb):
     mask = rgb[..., 0] > 127
     for size in ((0, 5), (5, -1)):
@@ -296,9 +285,3 @@ def test_wrong_sizes_and_arrays_are_refused(rgb):
         resize_mask(rgb[..., 0].astype(float), (5, 5))
     with pytest.raises(ValueError, match="mask must have shape"):
         resize_mask(rgb, (5, 5))
-
-
-def test_an_impossible_orientation_counts_as_upright(rgb):
-    exif = Image.Exif()
-    exif[0x0112] = 17
-    np.testing.assert_array_equal(load_image(encoded(Image.fromarray(rgb), exif=exif)), rgb)

@@ -231,16 +231,3 @@ def test_a_damaged_file_of_likelihoods_is_named(file):
         with pytest.raises(ValueError, match="is not a file of likelihoods") as error:
             read_likelihoods(file, PROVENANCE, "levels.json")
         assert str(file) in str(error.value)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(file, monkeypatch):
-    before = file.read_bytes()
-
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(pq, "write_table", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_likelihoods(file, measured_likelihoods({"q": 0.5}), PROVENANCE)
-    assert file.read_bytes() == before
-    assert list(file.parent.iterdir()) == [file]

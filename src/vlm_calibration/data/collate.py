@@ -54,13 +54,9 @@ class SFTBatch(NamedTuple):
         return self.confidence_mask[self.labels != IGNORE]
 
     def to(self, device: torch.device | str) -> SFTBatch:
-        return self._replace(
-            inputs=move(self.inputs, device),
-            labels=self.labels.to(device),
-            confidence_mask=self.confidence_mask.to(device),
-            confidence=self.confidence.to(device),
-            is_correct=self.is_correct.to(device),
-        )
+        names = ("labels", "confidence_mask", "confidence", "is_correct")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return self._replace(inputs=move(self.inputs, device), **moved)
 
 
 class RankedAnswers(NamedTuple):

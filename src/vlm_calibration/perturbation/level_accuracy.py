@@ -10,7 +10,7 @@ from scipy.optimize import isotonic_regression
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, KindCounts
 
 Accuracies = Mapping[str, np.ndarray]
-"""Kind of perturbation -> fitted accuracies in [0, 1] by strength, float64; the first is that of untouched images."""
+"""Kind of perturbation -> accuracies in [0, 1] by strength, float64; the first is that of untouched images."""
 
 
 class AccuracyCurves(NamedTuple):

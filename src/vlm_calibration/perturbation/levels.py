@@ -168,11 +168,9 @@ class AnchoredLevels(ConfidenceLevels):
         self.grid = grid
         self.groups = groups
         self.likelihoods = None if likelihoods is None else os.fspath(likelihoods)
-        self._likelihoods = (
-            None
-            if likelihoods is None
-            else read_likelihoods(Path(likelihoods), self.table.provenance, self.source)
-        )
+        self._likelihoods = None
+        if likelihoods is not None:
+            self._likelihoods = read_likelihoods(Path(likelihoods), self.table.provenance, self.source)
         self._fits = {answer_type: AnswerTypeFit(counts) for answer_type, counts in self.table.counts.items()}
         first, *_ = fits = list(self._fits.values())
         self._strengths = {
@@ -189,7 +187,7 @@ class AnchoredLevels(ConfidenceLevels):
         provenance: Mapping[str, Any] | None = None,
         grid: int = 5,
     ) -> "AnchoredLevels":
-        """Create levels from measurements: answer type -> its counts; `provenance` and `grid` as in `LevelTable` and the constructor."""
+        """Create levels from measurements by answer type, see `LevelTable`."""
         return cls(table=LevelTable(dict(counts), dict(provenance or {})), grid=grid)
 
     def save(self, path: str | os.PathLike[str]) -> None:
