@@ -13,7 +13,7 @@ import pytest
 from vlm_calibration.callbacks.regions import write_rows
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.regions import Extraction, RegionPlan, read_with_regions, split_with_regions
+from vlm_calibration.data.regions import Extraction, RegionPlan, read_with_regions
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.demo.source import DemoSource
@@ -148,8 +148,6 @@ def test_a_missing_file_is_an_error_only_where_queries_need_it(tmp_path: Path) -
     complete = Plain("b", located=6)
     assert read_with_regions(tmp_path, "levels", complete) is complete
     assert read_with_regions(tmp_path / "nowhere", "levels", complete) is complete
-    clean = EvalSplit(Plain())
-    assert split_with_regions(tmp_path, "test.clean", clean) is clean
 
 
 def test_a_file_of_regions_made_elsewhere_is_no_one_s(tmp_path: Path) -> None:

@@ -66,30 +66,10 @@ def test_the_names_are_those_of_the_transforms():
 
 
 @EVERY_KIND
-def test_only_pixels_under_the_mask_change_and_the_argument_does_not(kind, image, mask):
-    before = image.copy()
-    for strength in (0.1, 0.5, 1.0):
-        result = perturbed(kind, image, mask, strength)
-        np.testing.assert_array_equal(result[~mask], image[~mask])
-        assert np.any(result[mask] != image[mask])
-        assert result.dtype == np.uint8
-        assert result.flags.c_contiguous
-    np.testing.assert_array_equal(image, before)
-
-
-@EVERY_KIND
 def test_strength_0_leaves_the_image_as_it_is(kind, image, mask):
     result = perturbed(kind, image, mask, 0.0)
     np.testing.assert_array_equal(result, image)
     assert result is not image
-
-
-@NOISELESS
-def test_strength_1_leaves_nothing_of_the_object(kind, image, mask):
-    result = perturbed(kind, image, mask, 1.0)
-    for other in (texture(60, 80, 2), np.zeros_like(image), np.full_like(image, 255)):
-        changed = np.where(mask[..., None], other, image)
-        np.testing.assert_array_equal(perturbed(kind, changed, mask, 1.0), result)
 
 
 @NOISELESS
@@ -176,14 +156,16 @@ def images_and_masks(draw):
 @settings(max_examples=40, deadline=None)
 def test_any_region_of_any_image(kind, image_and_mask, strength, seed):
     image, mask = image_and_mask
+    before = image.copy()
     result = perturbed(kind, image, mask, strength, seed)
-    assert result.shape == image.shape
+    assert (result.shape, result.dtype, result.flags.c_contiguous) == (image.shape, np.uint8, True)
     np.testing.assert_array_equal(result[~mask], image[~mask])
     if kind != "noise":
-        other = np.where(mask[..., None], 255 - image, image)
-        np.testing.assert_array_equal(
-            perturbed(kind, image, mask, 1.0, seed), perturbed(kind, other, mask, 1.0, seed)
-        )
+        nothing = perturbed(kind, image, mask, 1.0, seed)
+        for other in (255 - image, np.zeros_like(image), np.full_like(image, 255)):
+            changed = np.where(mask[..., None], other, image)
+            np.testing.assert_array_equal(perturbed(kind, changed, mask, 1.0, seed), nothing)
+    np.testing.assert_array_equal(image, before)
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.3, 0.45])
@@ -299,14 +281,9 @@ def test_a_strength_takes_about_as_much_from_a_small_object_as_from_a_large_one(
     ("change", "error", "message"),
     [
         ({"mask": np.zeros((60, 80), bool)}, ValueError, "mask is empty"),
-        ({"mask": np.ones((80, 60), bool)}, ValueError, r"mask has shape \(80, 60\)"),
-        ({"mask": np.full((60, 80), 255, np.uint8)}, ValueError, "values up to 255"),
         ({"image": np.zeros((60, 80, 3), np.float32)}, TypeError, "got float32"),
         ({"strength": 1.5}, ValueError, r"strength must be in \[0, 1\], got 1.5"),
-        ({"strength": float("nan")}, ValueError, "got nan"),
-        ({"mask": None}, TypeError, "mask must be a numpy array"),
         ({"seed": -3}, ValueError, "got -3"),
-        ({"seed": "one"}, TypeError, "got 'one'"),
     ],
 )
 def test_wrong_calls_are_refused(kind, image, mask, change, error, message):

@@ -1,9 +1,4 @@
-"""The dataset that loads and perturbs queries on access.
-
-It first selects the queries that can be asked, without opening an image, so that an invalid record stops the run before training. A
-query without a region of a key object is about an absent one only if the answer denies that it exists or the data say so. The image of
-any other stays untouched, or it stops the run: if such queries were left out, those about large and easy objects would stand for all.
-"""
+"""The dataset: selects the queries that can be asked without opening an image, then loads and perturbs them on access."""
 
 from __future__ import annotations
 

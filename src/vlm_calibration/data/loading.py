@@ -1,8 +1,4 @@
-"""Loading batches: the order of samples, and a log of the records that could not be loaded.
-
-The order is a pure function of (seed, epoch, number of processes). The sampler yields (epoch, index), so that workers, which
-persist over epochs, know the epoch of a sample's noise.
-"""
+"""Loading batches: their order, a pure function of (seed, epoch, number of processes), and a log of the records that could not be loaded."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.loading import DataPosition, EpochSampler, LoadingLog, QueryLoader
 from vlm_calibration.data.noise import ImageCopy, NoisePolicy
-from vlm_calibration.data.regions import RegionPlan, split_with_regions
+from vlm_calibration.data.regions import RegionPlan, read_with_regions
 from vlm_calibration.data.resolution import check_resolution, limit_pixels
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.hub import loading
@@ -155,11 +155,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @cached_property
     def processor(self) -> Any:
-        """The model's processor: image processor, tokenizer and chat template, with `max_pixels` applied.
-
-        Raises:
-            DataError: it is not set, does not exist, does not take images and text, or cannot keep to `max_pixels`.
-        """
+        """The model's processor with `max_pixels` applied; a DataError if it is not set, not one of a VLM, or cannot keep to the limit."""
         if self.processor_name is None:
             raise DataError("data.processor is not set: give the model's name or folder")
         processor = load_processor(self.processor_name, self.revision, self.trust_remote_code)
@@ -175,14 +171,16 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def splits(self) -> dict[str, dict[str, EvalSplit]]:
         """Each data set that is set -> its splits by name, as configured; `predict` is none."""
         splits: dict[str, dict[str, EvalSplit]] = {}
-        for name, source in (("train", self.train), ("validation", self.validation)):
-            if source is not None:
-                splits[name] = {"": EvalSplit(source, noise="drawn")}
+        if self.train is not None:
+            splits["train"] = {"": EvalSplit(self.train, noise="drawn")}
+        if self.validation is not None:
+            splits["validation"] = {"": EvalSplit(self.validation, noise="drawn")}
         if self.levels is not None:
             splits[LEVELS] = {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_level")}
-        splits |= {
-            name: named for name, named in zip(TESTED, (self.test, self.calibration), strict=True) if named
-        }
+        if self.test:
+            splits["test"] = self.test
+        if self.calibration:
+            splits["calibration"] = self.calibration
         return splits
 
     @property
@@ -200,14 +198,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if stage == "predict":
             self.plan_extraction(self._needs.keep_known)
             return
-        asked, if_set = (self._needs.asked, self._needs.if_set) if stage == "test" else (("validation",), ())
-        if stage == "fit":
-            asked, if_set = ("train",), ("validation",)
-        for name in asked:
-            if not self.splits.get("train" if name == INSTANCES else name):
-                raise DataError(
-                    f"data.{'train' if name == INSTANCES else name} is not set: this command needs it"
-                )
+        of_stage = {"fit": (("train",), ("validation",)), "validate": (("validation",), ())}
+        asked, if_set = of_stage.get(stage, (self._needs.asked, self._needs.if_set))
+        for name in map(setting_of, asked):
+            if name not in self.splits:
+                raise DataError(f"data.{name} is not set: this command needs it")
         names = [*asked, *(name for name in if_set if name in self.splits)]
         if stage == "test":
             self._tested, self._answered = tuple(names), {}
@@ -237,7 +232,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             noise if name == "train" else replace(noise, levels=noise.levels.averaged),
             self.processor.image_processor if self._uses_processor else None,
             self.chat.check if self._uses_processor else _accept,
-            f"data.{'train' if name == INSTANCES else name}",
+            f"data.{setting_of(name)}",
             named=name in TESTED,
             augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
             taught=name in ("train", LEVELS),
@@ -259,29 +254,25 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return replace(self.noise, resolution="native")
 
     def read_splits(self, name: str) -> dict[str, EvalSplit]:
-        """The splits of a data set with the regions of `regions`; empty if it is not set.
-
-        Raises:
-            DataError: there are no regions for a split, or those of other queries.
-        """
+        """The splits of a data set with the regions of `regions`, empty if it is not set; a DataError if there are none for a split."""
         if name == INSTANCES:
             return {"": EvalSplit(self.read_splits("train")[""].source)}
         splits = self.splits.get(name, {})
         if self.regions is None:
             return splits
         if name not in self._with_regions:
-            self._with_regions[name] = {
-                split: split_with_regions(Path(self.regions), setting_of(name, split), settings)
+            self._with_regions[name] = splits | {
+                split: replace(
+                    settings,
+                    source=read_with_regions(Path(self.regions), setting_of(name, split), settings.source),
+                )
                 for split, settings in splits.items()
+                if settings.noise != "none"
             }
         return self._with_regions[name]
 
     def plan_extraction(self, keep_known: bool = True) -> RegionPlan:
-        """What `predict` extracts; the queries are read at the first call.
-
-        Raises:
-            DataError: no source is set, or its queries cannot be read.
-        """
+        """What `predict` extracts; the queries are read at the first call. A DataError if no source is set, or one cannot be read."""
         if keep_known not in self._plans:
             splits, leave_out_complete = self.settings, keep_known
             if self.predict is not None:
@@ -448,8 +439,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         )
 
 
-def setting_of(name: str, split: str) -> str:
-    """The setting of a split below `data`; only the data sets of an evaluation name their splits."""
+def setting_of(name: str, split: str = "") -> str:
+    """The setting of a data set or its split below `data`; only the data sets of an evaluation name their splits."""
+    name = "train" if name == INSTANCES else name
     return f"{name}.{split}" if name in TESTED and split else name
 
 

@@ -1,7 +1,4 @@
-"""Perturbation of one query: its kind, strength, region and seed are a pure function of (seed, epoch, query id).
-
-There is no random stream, so a sample is the same in any worker, on any rank and after any restart.
-"""
+"""Perturbation of one query, a pure function of (seed, epoch, query id): the same in any worker, on any rank, after any restart."""
 
 from __future__ import annotations
 
@@ -184,7 +181,7 @@ def perturb_query(
     wrong: Sequence[str] = (),
     silhouettes: Callable[[], Sequence[BoolMask]] | None = None,
 ) -> Sample:
-    """Perturb one query.
+    """Perturb one query; a DataError if the input size of `image_processor` is unknown.
 
     Args:
         query: the query.
@@ -196,9 +193,6 @@ def perturb_query(
         wrong: plausible wrong answers.
         silhouettes: masks of the key objects of another query, of any size, by which the region of an absent object has the shape and
             size of a present one's; empty for a random box. None: the image's other objects have such shapes.
-
-    Raises:
-        DataError: the input size of `image_processor` is unknown.
     """
     rng = query_rng(policy.seed, epoch, query.id)
     drawn = policy.draw(epoch, query.id, rng)

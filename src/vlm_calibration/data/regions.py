@@ -1,8 +1,4 @@
-"""Extracted regions: which sources need them, the batches that `predict` reads, and reading a source with its regions.
-
-`vlm-calibration predict` writes one Parquet file for each source that is perturbed and has a query without a region that it needs. The
-file notes a digest of the queries from which the regions were extracted: a later stage finds the file by it, whatever its name.
-"""
+"""Extracted regions: which sources need them, the batches that `predict` reads, and reading a source with its regions."""
 
 from __future__ import annotations
 
@@ -101,9 +97,6 @@ class RegionPlan(Dataset[RawBatch]):
         complete: the settings of those that are left out.
         shards: all shards; their index is their number.
         finished: numbers of the shards that an earlier run finished.
-
-    Raises:
-        DataError: the queries of a source cannot be read.
     """
 
     def __init__(self, splits: Mapping[str, EvalSplit], shard_size: int, keep_known: bool) -> None:

@@ -1,7 +1,4 @@
-"""Perturbing by the name of a kind, without importing albumentations before it is needed.
-
-The import takes about two seconds, which help pages, configurations and the evaluation of untouched images need not wait for.
-"""
+"""Perturbing by the name of a kind; albumentations, which takes two seconds to import, is imported when it is needed."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def load_image(
     name: str | None = None,
     least: int | None = None,
 ) -> ImageArray:
-    """Read an image file as 8-bit RGB.
+    """Read an image file as 8-bit RGB, uint8 [H, W, 3], contiguous and writable.
 
     | file | result |
     |---|---|
@@ -59,12 +59,8 @@ def load_image(
         least: read a JPEG at a half, a quarter or an eighth of its size, which is several times faster, if both sides still have as
             many pixels as this; None: at its size.
 
-    Returns:
-        uint8 [H, W, 3], contiguous and writable.
-
     Raises:
-        ImageError: the file is missing, not an image, truncated, damaged or too large, or its pixels have no unique
-            conversion to 8-bit RGB.
+        ImageError: the file is missing, not an image, truncated, damaged or too large, or its pixels have no unique conversion.
     """
     if name is None:
         name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
@@ -97,11 +93,7 @@ def load_image(
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
-    """Resize an image to `size = (height, width)`, bicubic with antialiasing. Always returns a copy.
-
-    Raises:
-        TypeError, ValueError: the image is not uint8 [H, W, 3] or the size is not positive.
-    """
+    """Resize an image, uint8 [H, W, 3], to `size = (height, width)`, bicubic with antialiasing; always a copy."""
     check_image(image)
     _check_size(size)
     height, width = size
@@ -109,16 +101,9 @@ def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
 
 
 def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> BoolMask:
-    """Resize a mask to `size = (height, width)`: a pixel is marked if the mask covers at least half of its area.
+    """Resize a mask, bool or uint8 [H, W], to `size = (height, width)`: a pixel is marked if the mask covers at least half of its area.
 
     If a non-empty mask covers half of no pixel, the pixels with the largest coverage are marked, so that no object vanishes.
-
-    Args:
-        mask: bool [H, W], or uint8 of 0 and 1.
-        size: (height, width).
-
-    Raises:
-        TypeError, ValueError: the mask has another type or shape, or the size is not positive.
     """
     mask = check_mask(mask, getattr(mask, "shape", ()), allow_empty=True)
     _check_size(size)

@@ -1,10 +1,4 @@
-"""The ways in which a photograph loses the evidence of an object, and the albumentations transform that applies one to a region.
-
-A kind is a function of a `Crop`, a strength and a seed. What it does is proportional to the region's size, so that a strength takes
-about as much from a small object as from a large one, and scaled so that the evidence is lost over the whole range and not by 0.2.
-
-Importing albumentations is slow, so this module is imported when an image is perturbed (`vlm_calibration.perturbation.by_kind`).
-"""
+"""The ways in which a photograph loses the evidence of an object, and the albumentations transform that applies one to a region."""
 
 import os
 from collections.abc import Callable
@@ -188,7 +182,7 @@ def overexposure(crop: Crop, strength: float, seed: np.random.SeedSequence) -> I
 
 
 class Kind(NamedTuple):
-    """A kind of perturbation.
+    """A kind of perturbation, scaled so that the evidence is lost over the whole range of strengths and not by 0.2.
 
     Attributes:
         perturb: function of a crop, a strength in (0, 1] and the only source of randomness that returns uint8 [h, w, 3], C-contiguous;

@@ -1,9 +1,4 @@
-"""What `levels fit` measures, and the two files that it writes for `AnchoredLevels`.
-
-A level table counts how often the base model is correct, by answer type, kind and strength of perturbation, and by how likely the
-model holds its own answer to the untouched image; `level_accuracy` fits accuracies to the counts. The file of likelihoods has that
-likelihood for each training query. pyarrow is imported where it is used, since it is slow to import.
-"""
+"""What `levels fit` measures, and the two files that it writes for `AnchoredLevels`; pyarrow, slow to import, is imported where it is used."""
 
 import json
 import math
@@ -139,11 +134,7 @@ def _strengths(counts: KindCounts) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class LevelTable:
-    """Measured counts by answer type, and their provenance: model, schedule, seed, number of queries, ...
-
-    Raises:
-        ValueError: no counts, or kinds or strengths that differ between answer types.
-    """
+    """Measured counts by answer type, of the same kinds and strengths, and their provenance: model, schedule, seed, ..."""
 
     counts: Mapping[str, AnswerTypeCounts]
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -169,15 +160,12 @@ class LevelTable:
         return "ranking" in self.provenance.get("grading", {}).values()
 
     def check_usable(self) -> None:
-        """Refuse counts from which no useful confidence can be learned.
+        """Refuse counts from which no useful confidence can be learned, with a ValueError that says what to do.
 
         Every answer type must pass two one-sided tests at the 5% level: a binomial test that the accuracy on untouched images
         exceeds a blind guess (1/2 for yes/no and ranking, 1/20 for other answers, our choice), and for each kind of
         perturbation a Cochran-Armitage test that accuracy falls with the strength. The second test is conservative, since the
         same queries are asked at every strength.
-
-        Raises:
-            ValueError: a test fails; names the answer type, the kind, its counts and what to do.
         """
         for answer_type, counts in self.counts.items():
             has_two_answers = answer_type == "yes_no" or (self.ranked and answer_type == "open")
@@ -240,12 +228,7 @@ def trend_p_value(rows: Sequence[LevelCount]) -> float:
 
 
 def read_table(path: Path) -> LevelTable:
-    """Read a level table that `LevelTable.save` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a level table, or not a usable one (`LevelTable.check_usable`).
-    """
+    """Read a level table that `LevelTable.save` wrote; a ValueError if it is none, or not a usable one (`LevelTable.check_usable`)."""
     if not path.is_file():
         raise FileNotFoundError(f"no level table at {path}; write one with `vlm-calibration levels fit`")
     try:
@@ -322,10 +305,8 @@ def write_likelihoods(path: Path, likelihoods: Mapping[str, Measured], provenanc
 def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> dict[str, Measured]:
     """Read a file of `write_likelihoods`: query id -> what was measured.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not one of likelihoods, or was measured with another model or prompt than the level table that has
-            this provenance and is called `table` in messages.
+    A ValueError if it is none, or was measured with another model or prompt than the level table that has this provenance and is called
+    `table` in messages.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,8 +1,4 @@
-"""The region to perturb: its shape, and the choice of one for a query.
-
-The presence of noise alone must not reveal the answer, so some noise goes to objects that the question is not about, and
-questions about absent objects get noise as well.
-"""
+"""The region to perturb: its shape, and the choice of one for a query."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -31,9 +27,6 @@ def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilat
 
     Returns:
         A new mask, bool [H, W], that contains the given mask.
-
-    Raises:
-        ValueError: an empty mask, an unknown shape, or a `dilate` that is negative or not finite.
     """
     if shape not in ("mask", "box"):
         raise ValueError(f"region shape must be 'mask' or 'box', got {shape!r}")

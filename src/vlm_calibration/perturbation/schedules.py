@@ -44,12 +44,7 @@ class Schedule(ABC):
         """The share of variance that each step replaces by noise, float64 [steps] in (0, 0.999]."""
 
     def alpha_bar(self, step: int) -> float:
-        """Share of the signal's variance left after `step` steps, in [0, steps]: exactly 1.0 at 0, strictly decreasing.
-
-        Raises:
-            TypeError: the step is not an integer.
-            ValueError: the step is outside [0, steps].
-        """
+        """Share of the signal's variance left after `step` steps, an integer in [0, steps]: exactly 1.0 at 0, strictly decreasing."""
         if isinstance(step, bool) or not isinstance(step, int | np.integer):
             raise TypeError(f"step must be an integer, got {step!r}")
         if not 0 <= step <= self.steps:
