@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlm_calibration.perturbation.level_accuracy import fit_pooled
+from vlm_calibration.perturbation.level_accuracy import fit_bins
 from vlm_calibration.perturbation.level_table import (
     LIKELIHOODS_FORMAT,
     Measured,
@@ -138,7 +138,7 @@ def test_averaged_levels_are_also_averaged_when_they_are_sent_to_a_worker(by_que
 
 def test_the_average_is_the_fit_of_all_queries(by_query):
     levels, table = by_query(), instance_table()
-    fit = fit_pooled(table.counts["short"])
+    (fit,) = fit_bins(table.counts["short"].merged)
     for kind, strengths in KINDS.items():
         found = [levels.accuracy(Perturbation(kind, s), "short") for s in strengths]
         assert found == pytest.approx(fit[kind].tolist())

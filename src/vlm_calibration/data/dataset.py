@@ -110,13 +110,8 @@ class _Part:
             raise DataError(f"{where}: {error}") from error
         self.queries = self.source.queries()
         self.augmentation = augmentation
-        self._golds: dict[
-            str, dict[str, None]
-        ] = {}  # form of question -> gold answers to it, as an ordered set
-        self._shown: dict[bool, list[int]] = {
-            True: [],
-            False: [],
-        }  # is about existence -> about present objects
+        # Form of a question -> the gold answers to it, as an ordered set.
+        self._golds: dict[str, dict[str, None]] = {}
         asked = self._select(check)
         if self.is_perturbed:
             self._check_regions(asked, taught)
@@ -132,40 +127,36 @@ class _Part:
         if self.names_levels:
             self.perturbations = self.policy.perturbations
 
-    @property
-    def shown(self) -> Sequence[int]:
-        """Indices of queries whose regions give those of absent objects their shapes."""
-        # A question about existence is the one that is answered with no about an absent object, so its objects are of the same kinds.
-        return [] if self.source.annotates_all else self._shown[True] or self._shown[False]
-
     def _select(self, check: Check) -> dict[int, Presence]:
         """The queries that can be asked, with the presence of their key objects."""
         bad = BadRecords(self.source.on_bad_record)
         levels, asked = self.policy.levels, dict[int, Presence]()
         wrongless: list[int] = []
-        for index, query in enumerate(
-            track(self.queries, f"reading {self.where}", len(self.queries), "queries")
-        ):
+        shown: dict[bool, list[int]] = {True: [], False: []}
+        tracked = track(self.queries, f"reading {self.where}", len(self.queries), "queries")
+        for index, query in enumerate(tracked):
             try:
                 check(query, ())
                 if self.is_perturbed:
-                    try:
-                        levels.confidence(CLEAN, query.answer_type, query.id)
-                        levels.check_content(query.id, partial(self.source.content_digest, query))
-                    except ValueError as error:
-                        raise DataError(f"record {query.id!r}: {error}") from error
-            except DataError as error:
-                bad.add(f"{self.where}: {error}", error)
+                    levels.confidence(CLEAN, query.answer_type, query.id)
+                    levels.check_content(query.id, partial(self.source.content_digest, query))
+            except ValueError as error:
+                reason = error if isinstance(error, DataError) else f"record {query.id!r}: {error}"
+                bad.add(f"{self.where}: {reason}", error)
                 continue
             asked[index] = self.source.presence(query) if self.is_perturbed else "present"
             if self.is_perturbed and asked[index] == "present":
-                self._shown[asked_existence(query.question) is not None].append(index)
+                shown[asked_existence(query.question) is not None].append(index)
             if self.is_perturbed and self.policy.wrong_answer_rate:
                 if query.answer_type == "short" and (form := question_form(query)):
                     self._golds.setdefault(form, {})[query.answer] = None
                 if not self.source.wrong_answers(query):
                     wrongless.append(index)
         bad.report(len(asked))
+        # A question about existence is the one that is answered with no about an absent object, so its objects are of the same kinds.
+        indices = [] if self.source.annotates_all else shown[True] or shown[False]
+        self.shown = np.array(indices, dtype=np.int64)
+        """Indices of queries whose regions give those of absent objects their shapes."""
         if count := sum(not self._other_gold(self.queries[index]) for index in wrongless):
             rank_zero_warn(
                 f"{self.where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
@@ -205,7 +196,11 @@ class _Part:
         elif absent:
             counts = f"{len(absent)} of {len(self.queries)} queries"
             rank_zero_info(f"{self.where}: absent object in {counts} (`absent: {self.policy.absent}`)")
-        if absent and self.policy.absent == "distractor" and not (self.shown or self.source.annotates_all):
+        if (
+            absent
+            and self.policy.absent == "distractor"
+            and not (len(self.shown) or self.source.annotates_all)
+        ):
             rank_zero_warn(
                 f"{self.where}: no query has a region whose shape those of {len(absent)} absent objects could have: they are random boxes"
             )
@@ -264,7 +259,7 @@ class _Part:
     def silhouettes(self, query_id: str, epoch: int) -> Sequence[np.ndarray]:
         """The masks of the key objects of a random query about present objects, for one about an absent object; empty without any."""
         rng = query_rng(self.policy.seed, epoch, query_id, "silhouettes")
-        for index in rng.permutation(np.array(self.shown, dtype=np.int64)):
+        for index in rng.permutation(self.shown):
             try:
                 loaded = self.augmented(self.queries[int(index)], epoch)
             except DataError:
