@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -279,11 +279,10 @@ class _Part:
         """The first gold answer to another question of the same form that is wrong here, in a random order of the epoch."""
         if query.answer_type != "short":
             return ()
-        golds: Iterable[str] = self._golds.get(question_form(query), ())
+        golds = list(self._golds.get(question_form(query), ()))
         if epoch is not None:
-            golds = list(golds)
             order = query_rng(self.policy.seed, epoch, query.id, "form").permutation(len(golds))
-            golds = (golds[i] for i in order)
+            golds = [golds[i] for i in order]
         return next(((g,) for g in golds if not grade(g, query.answer, "short", query.synonyms).correct), ())
 
 
