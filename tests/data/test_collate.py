@@ -174,20 +174,22 @@ def test_the_batch_carries_queries_confidences_and_perturbations(
 
 
 def test_the_answer_can_contain_numbers_and_markup(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    for answer in ("80%", "Confidence: 10%", "7", "two\nlines", "<b>dog</b>", "é日本", "Yes!", "a. b. c"):
+    for answer in (
+        "80%",
+        "Confidence: 10%",
+        "7",
+        "two\nlines",
+        "<b>dog</b>",
+        "é日本",
+        "Yes!",
+        "a. b. c",
+        "Yes <|end|> no",
+    ):
         query = replace(samples[0].query, answer=answer, answer_type="open")
         batch = _collate(chat, [Sample(query, samples[0].image, 0.8, CLEAN, 0)])
         response = _decode(chat, batch.labels[0][batch.labels[0] != IGNORE]).strip()
         assert response == render_response(answer, 0.8) + "<|end|>"
         assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]).lstrip() == "Confidence: 80%<|end|>"
-
-
-def test_an_answer_that_contains_the_end_of_turn_is_learnt_whole(
-    chat: ChatFormat, samples: Sequence[Sample]
-) -> None:
-    query = replace(samples[0].query, answer="Yes <|end|> no")
-    batch = _collate(chat, [samples[0]._replace(query=query)])
-    assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]).lstrip() == "Confidence: 100%<|end|>"
 
 
 @pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
@@ -201,38 +203,23 @@ def test_text_with_the_image_token_is_refused(
         collator(chat)([samples[0], samples[1]._replace(query=query)])
 
 
-def _lengths(chat: ChatFormat, samples: Sequence[Sample]) -> list[int]:
-    return [int(_collate(chat, [s]).inputs["attention_mask"].sum()) for s in samples]
-
-
-def test_too_long_is_an_error_that_names_the_record(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    lengths = _lengths(chat, samples)
+def test_too_long_is_an_error_that_names_the_record_or_skipped_and_listed(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
+    lengths = [int(_collate(chat, [s]).inputs["attention_mask"].sum()) for s in samples]
     assert max(lengths) == lengths[3]
-    with pytest.raises(
-        DataError, match=f"record 'q3': {lengths[3]} tokens, more than max_length {lengths[3] - 1}"
-    ):
-        _collate(chat, samples, lengths[3] - 1)
     assert _collate(chat, samples, lengths[3]).skipped == ()
-
-
-def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    lengths = _lengths(chat, samples)
-    batch = _collate(chat, samples, max(lengths) - 1, on_too_long="skip")
-    fitting = [s for s, n in zip(samples, lengths, strict=True) if n < max(lengths)]
-    expected = _collate(chat, fitting)
-    assert batch.skipped == tuple(s.query.id for s in samples if s not in fitting)
-    assert batch.queries == expected.queries
+    says = f"record 'q3': {lengths[3]} tokens, more than max_length {lengths[3] - 1}"
+    with pytest.raises(DataError, match=says):
+        _collate(chat, samples, lengths[3] - 1)
+    batch = _collate(chat, samples, lengths[3] - 1, on_too_long="skip")
+    expected = _collate(chat, samples[:3])
+    assert (batch.skipped, batch.queries) == (("q3",), expected.queries)
     assert torch.equal(batch.labels, expected.labels)
     assert all(torch.equal(batch.inputs[k], expected.inputs[k]) for k in expected.inputs)
-
-
-def test_a_batch_whose_samples_are_all_skipped(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    batch = _collate(chat, samples, IMAGE_TOKENS, on_too_long="skip")
-    assert batch.inputs == {}
-    assert batch.queries == ()
-    assert batch.skipped == ("q0", "q1", "q2", "q3")
-    assert batch.labels.numel() == batch.confidence_mask.numel() == batch.confidence.numel() == 0
-    assert batch.to("cpu").skipped == batch.skipped
+    nothing = _collate(chat, samples, IMAGE_TOKENS, on_too_long="skip").to("cpu")
+    assert (nothing.inputs, nothing.queries, nothing.skipped) == ({}, (), ("q0", "q1", "q2", "q3"))
+    assert nothing.labels.numel() == nothing.confidence_mask.numel() == nothing.confidence.numel() == 0
 
 
 def test_nothing_is_truncated_even_if_the_tokenizer_would(processor: Any, samples: Sequence[Sample]) -> None:

@@ -179,10 +179,8 @@ def test_a_missing_region_is_never_an_absent_object(
         assert (sample.perturbation, sample.confidence) == (CLEAN, 1.0)
         assert (sample.image == (255, 0, 0)).all()
     [message] = [str(w.message) for w in warned]
-    assert message == (
-        f"data.train: images stay untouched: 200 of 201 queries (200 {answer.lower()}) need a region of what they ask about and have "
-        "none: 'q 0', 'q 1', 'q 2', 'q 3', 'q 4' and 195 more"
-    )
+    assert f"200 of 201 queries (200 {answer.lower()}) need a region" in message
+    assert message.endswith(": 'q 0', 'q 1', 'q 2', 'q 3', 'q 4' and 195 more")
 
 
 @pytest.mark.parametrize("noise", ["drawn", "every_level"])
@@ -409,14 +407,3 @@ def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any, noise: Any, a
         assert (dog.perturbation, dog.confidence, drawn.empty) == (CLEAN, 1.0, [0])
         assert list(drawn.left_out) == [i for i, q in enumerate(dataset.queries) if "dog@" in q.id and i]
     assert len(_dataset(policy, some=EvalSplit(Empty())).__getitems__([(0, 0)]).samples) == 1
-
-
-def test_the_same_query_in_two_parts_gets_different_noise() -> None:
-    policy = NoisePolicy(resolution="native", levels=OnlyAt())
-    dataset = _dataset(policy, one=EvalSplit(Square(), "drawn"), two=EvalSplit(Square(), "drawn"))
-    assert not np.array_equal(dataset[0, 0].image, dataset[0, 2].image)
-
-
-def test_skip_leaves_out_what_has_no_evidence() -> None:
-    dataset = _dataset(NoisePolicy(resolution="native", absent="skip"))
-    assert [q.id for q in dataset.queries] == ["dog"]
