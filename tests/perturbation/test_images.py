@@ -33,21 +33,40 @@ def test_rgb_files_come_back_as_they_are_from_paths_and_bytes(rgb, tmp_path):
         assert loaded.flags.c_contiguous
 
 
-def test_greyscale_and_one_bit_become_three_equal_channels(rgb):
-    grey = rgb[..., 0]
-    np.testing.assert_array_equal(load_image(encoded(Image.fromarray(grey))), np.stack([grey] * 3, axis=-1))
-    bits = Image.fromarray(grey > 127)
-    assert bits.mode == "1"
-    expected = np.where(grey > 127, 255, 0)
-    np.testing.assert_array_equal(load_image(encoded(bits)), np.stack([expected] * 3, axis=-1))
+def palette(colours, indices):
+    image = Image.new("P", (len(indices), 1))
+    image.putpalette([value for colour in colours for value in colour])
+    image.putdata(indices)
+    return image
 
 
-def test_palettes_become_their_colours():
-    palette = Image.new("P", (4, 2))
-    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    palette.putdata([0, 1, 2, 0, 1, 1, 1, 2])
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
-    np.testing.assert_array_equal(load_image(encoded(palette)), colours[[[0, 1, 2, 0], [1, 1, 1, 2]]])
+GREY = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+SIXTEEN = Image.fromarray(np.array([[0, 65535, 257, 128, 129, 32768]], dtype=np.uint16))
+FRAMES = [Image.new("L", (1, 1), value) for value in (10, 200)]
+RED, GREEN, WHITE = [255, 0, 0], [0, 255, 0], [255, 255, 255]
+CONVERTED = {
+    "greyscale": (encoded(Image.fromarray(GREY)), np.stack([GREY] * 3, -1).tolist()),
+    "one bit": (encoded(Image.fromarray(GREY > 127)), np.stack([255 * (GREY > 127)] * 3, -1).tolist()),
+    "palette": (encoded(palette([RED, GREEN], [0, 1, 1])), [[RED, GREEN, GREEN]]),
+    "transparent palette": (encoded(palette([RED, GREEN], [0, 1]), transparency=0), [[WHITE, GREEN]]),
+    "grey and alpha": (
+        encoded(Image.fromarray(np.array([[[10, 0], [10, 255]]], dtype=np.uint8), "LA")),
+        [[WHITE, [10] * 3]],
+    ),
+    "transparent colour": (
+        encoded(Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8)), transparency=(1, 2, 3)),
+        [[WHITE, [4, 5, 6]]],
+    ),
+    "16 bits": (encoded(SIXTEEN), [[[v] * 3 for v in (0, 255, 1, 0, 1, 128)]]),
+    "16 bits, TIFF": (encoded(SIXTEEN, "TIFF"), [[[v] * 3 for v in (0, 255, 1, 0, 1, 128)]]),
+    "frames": (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), [[[10] * 3]]),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_other_files_are_converted(kind):
+    data, expected = CONVERTED[kind]
+    assert load_image(data).tolist() == expected
 
 
 def test_alpha_is_composited_on_white(rgb):
@@ -58,25 +77,6 @@ def test_alpha_is_composited_on_white(rgb):
     assert np.abs(loaded - (rgb * share + 255 * (1 - share))).max() <= 1
     assert np.all(loaded[:5] == 255)
     np.testing.assert_array_equal(loaded[5:10], rgb[5:10])
-
-
-def test_transparent_grey_palette_and_colour_key_are_composited_on_white():
-    grey_alpha = Image.fromarray(np.array([[[10, 0], [10, 255]]], dtype=np.uint8), "LA")
-    assert load_image(encoded(grey_alpha)).tolist() == [[[255] * 3, [10] * 3]]
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([255, 0, 0, 0, 255, 0])
-    palette.putdata([0, 1])
-    assert load_image(encoded(palette, transparency=0)).tolist() == [[[255] * 3, [0, 255, 0]]]
-    keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
-    assert load_image(encoded(keyed, transparency=(1, 2, 3))).tolist() == [[[255] * 3, [4, 5, 6]]]
-
-
-@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
-def test_sixteen_bits_are_scaled_to_eight(image_format):
-    values = np.array([[0, 65535, 257, 128, 129, 32768]], dtype=np.uint16)
-    loaded = load_image(encoded(Image.fromarray(values), image_format))
-    assert loaded[..., 0].tolist() == [[0, 255, 1, 0, 1, 128]]
-    assert np.all(loaded == loaded[..., :1])
 
 
 def test_cmyk_is_converted():
@@ -125,11 +125,6 @@ def test_an_orientation_that_cannot_be_read_counts_as_upright(rgb, exif):
     data = encoded(Image.fromarray(rgb), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     np.testing.assert_array_equal(load_image(data[:2] + segment + data[2:]), load_image(data))
-
-
-def test_of_several_frames_the_first_is_taken():
-    frames = [Image.new("L", (3, 3), value) for value in (10, 200)]
-    assert load_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).max() == 10
 
 
 def test_floating_point_and_lab_are_refused(rgb):
