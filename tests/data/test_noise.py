@@ -310,3 +310,9 @@ def test_masks_follow_the_image_to_the_models_resolution(processor: Any) -> None
     changed = (sample.image != 128).any(axis=-1)
     assert not changed[~expected].any()
     assert changed[expected].mean() > 0.9
+
+
+def test_the_image_given_is_left_alone() -> None:
+    before = IMAGE.copy()
+    _perturbed(SCENE, strength=1)
+    assert np.array_equal(IMAGE, before)

@@ -54,8 +54,8 @@ TRAINER = {
 """Command -> settings of `trainer` that can change its result, beside the precision and the number of processes."""
 LOADING = frozenset({"batch_size", "parts", "part", "workers", "regions"})
 """Settings of `data` that change no result, or whose effect is compared otherwise: batch size, and content of regions."""
-BATCHES = frozenset({"eval_batch_size"})
-"""What decides which queries an extraction looks at together."""
+BATCHES = frozenset({"eval_batch_size", "shard_size"})
+"""Those that decide which queries an extraction looks at together."""
 TRAINING = frozenset({"augment", "candidates", "max_length", "on_too_long"})
 IGNORED_DATA = {
     "fit": LOADING | BATCHES,

@@ -48,7 +48,11 @@ class LongestQueries(QuerySource):
 
 
 def longest_queries(data: PerturbedQueryDataModule, tokens: int) -> LongestQueries:
-    """The largest image that fits into a row of `tokens` tokens of some data, and text that fills the rest; a DataError if none fits."""
+    """The largest image that fits into a row of `tokens` tokens of some data, and text that fills the rest.
+
+    Raises:
+        DataError: even the smallest image takes more.
+    """
     side = math.isqrt(data.max_pixels or SIDE**2)
     while (shortest := LongestQueries(1, side, 1).tokens(data)) > tokens:
         side = side * 7 // 8
