@@ -276,7 +276,7 @@ def test_wrong_sizes_and_arrays_are_refused(rgb):
             resize_mask(mask, size)
     with pytest.raises(TypeError, match="image must be a uint8 array"):
         resize_image(rgb.astype(float), (5, 5))
-    with pytest.raises(TypeError, match="mask must be bool"):
+    with pytest.raises(TypeError, match="mask must be a bool array"):
         resize_mask(rgb[..., 0].astype(float), (5, 5))
-    with pytest.raises(ValueError, match="mask must have shape"):
+    with pytest.raises(ValueError, match=r"mask has shape \(20, 30, 3\)"):
         resize_mask(rgb, (5, 5))

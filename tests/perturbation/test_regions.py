@@ -71,14 +71,10 @@ def test_a_mask_of_zeros_and_ones_is_accepted_as_uint8():
         (np.zeros(SHAPE, bool), ValueError, "mask is empty"),
         (np.zeros(SHAPE, np.uint8), ValueError, "mask is empty"),
         (np.ones((40, 61), bool), ValueError, r"mask has shape \(40, 61\), but the image has \(40, 60\)"),
-        (np.ones((60, 40), bool), ValueError, "mask has shape"),
-        (np.ones((40, 60, 1), bool), ValueError, r"mask must have shape \(height, width\)"),
-        (np.ones(2400, bool), ValueError, r"mask must have shape \(height, width\)"),
+        (np.ones((40, 60, 1), bool), ValueError, r"mask has shape \(40, 60, 1\)"),
         (np.full(SHAPE, 255, np.uint8), ValueError, "values up to 255"),
-        (np.ones(SHAPE, np.float32), TypeError, "must be bool or uint8 .* got dtype float32"),
-        (np.ones(SHAPE, np.int64), TypeError, "got dtype int64"),
-        ([[True]], TypeError, "must be a numpy array, got list"),
-        (None, TypeError, "must be a numpy array, got NoneType"),
+        (np.ones(SHAPE, np.float32), TypeError, "must be a bool array, or uint8 .* got dtype float32"),
+        ([[True]], TypeError, "must be a bool array, .* got list"),
     ],
 )
 def test_a_wrong_mask_is_refused_in_words(mask, error, message):

@@ -54,22 +54,18 @@ def check_mask(
         name: name of the mask in messages.
         allow_empty: accept a mask without a marked pixel.
     """
-    if not isinstance(mask, np.ndarray):
-        raise TypeError(f"{name} must be a numpy array, got {type(mask).__name__}")
-    if mask.ndim != 2:
-        raise ValueError(f"{name} must have shape (height, width), got {mask.shape}")
+    if not isinstance(mask, np.ndarray) or mask.dtype not in (np.bool_, np.uint8):
+        found = f"dtype {mask.dtype}" if isinstance(mask, np.ndarray) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool array, or uint8 with values 0 and 1, got {found}")
     if mask.shape != tuple(image_shape[:2]):
-        raise ValueError(
-            f"{name} has shape {mask.shape}, but the image has {tuple(image_shape[:2])} (height, width)"
-        )
+        expected = tuple(image_shape[:2])
+        raise ValueError(f"{name} has shape {mask.shape}, but the image has {expected} (height, width)")
     if mask.dtype == np.uint8:
         if mask.size and mask.max() > 1:
             raise ValueError(
                 f"{name} is uint8 with values up to {mask.max()}; expected 0 and 1 (or a bool array: use mask > 127)"
             )
         mask = mask.view(np.bool_)
-    elif mask.dtype != np.bool_:
-        raise TypeError(f"{name} must be bool or uint8 with values 0 and 1, got dtype {mask.dtype}")
     if not allow_empty and not mask.any():
         raise ValueError(f"{name} is empty: no pixel is marked, so there is nothing to perturb")
     return mask
