@@ -198,7 +198,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if stage == "predict":
             self.plan_extraction(self._needs.keep_known)
             return
-        of_stage = {"fit": (("train",), ("validation",)), "validate": (("validation",), ())}
+        of_stage: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+            "fit": (("train",), ("validation",)),
+            "validate": (("validation",), ()),
+        }
         asked, if_set = of_stage.get(stage, (self._needs.asked, self._needs.if_set))
         for name in map(setting_of, asked):
             if name not in self.splits:
