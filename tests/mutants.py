@@ -56,8 +56,8 @@ MUTANTS = [
     Mutant(
         "noise",
         "data/noise.py",
-        'if choice.mask is None or choice.kind == "distractor":',
-        "if choice.mask is None:",
+        "if not takes_evidence:",
+        "if region is None:",
         "data/test_noise.py",
     ),
     Mutant(

@@ -88,8 +88,7 @@ def predict(
                     "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
                     "init_args": {"path": str(queries)},
                 },
-                "eval_batch_size": 3,
-                "shard_size": 4,
+                "eval_batch_size": 4,
                 "workers": 1,
             },
         }
@@ -186,7 +185,7 @@ def test_all_sources_are_extracted_in_one_run_and_trained_on(
     ended = run(*of_all("one"))
     assert ended.status == 0, ended.err
     one = _content(tmp_path / "one")
-    files = {"train.parquet", "validation.parquet", "calibration.parquet"}
+    files = {"train.parquet", "validation.parquet", "levels.parquet"}
     assert set(one) == {*files, "summary.json", "run.json", *range(6)}
     lines = [json.loads(line) for line in queries.read_text().splitlines()]
     extracted = [
@@ -264,7 +263,7 @@ def test_a_limited_run_says_what_is_missing(
     run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     ended = run(*predict("run"), "--trainer.limit_predict_batches", "2")
-    assert ended.error().startswith(f"{tmp_path}/run/shards: 4 of 5 shards are missing")
+    assert ended.error().startswith(f"{tmp_path}/run/shards: 3 of 5 shards are missing")
     assert not (tmp_path / "run/queries.parquet").exists()
 
 

@@ -26,7 +26,7 @@ from vlm_calibration.callbacks.run_record import (
 )
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.regions import plan_extraction
+from vlm_calibration.data.regions import RegionPlan
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.loading import model_identity
 from vlm_calibration.perturbation.level_table import write_likelihoods
@@ -255,7 +255,7 @@ def test_the_regions_of_a_source_are_its_content(tmp_path: Path) -> None:
 
     def inputs(width: float, *, with_regions: bool) -> dict[str, str]:
         source = JsonlSource(str(tmp_path / "train.jsonl"))
-        [extraction] = plan_extraction({"train": EvalSplit(source, "drawn")}, keep_known=True).extractions
+        [extraction] = RegionPlan({"train": EvalSplit(source, "drawn")}, 8, keep_known=True).extractions
         found = replace(query, regions=(Region("dog", (0.0, 0.0, width, 4.0)),))
         write_rows(tmp_path / extraction.file, [[asdict(found)]], extraction.note)
         data = PerturbedQueryDataModule(train=source, regions=str(tmp_path))

@@ -117,28 +117,6 @@ def test_epoch_and_query_decide_what_training_sees(model_folder: str) -> None:
     assert _samples(model_folder, 0, noise=NoisePolicy(seed=1)) != first
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_make_no_difference(model_folder: str, workers: int) -> None:
-    assert _samples(model_folder, 1, workers=workers) == _samples(model_folder, 1)
-
-
-def test_a_resumed_epoch_goes_on_with_the_same_samples(model_folder: str) -> None:
-    expected = _samples(model_folder, 1)
-    module = PerturbedQueryDataModule(
-        model_folder, train=SOURCE, augment=list(RANDOM), batch_size=3, workers=0, max_length=300
-    )
-    module.load_state_dict({"epoch": 1, "batch": 1, "queries": 9, "batch_size": 3})
-    module.setup("fit")
-    rest = {
-        query.id: pixels.numpy().tobytes()
-        for batch in module.train_dataloader()
-        for query, pixels in zip(batch.queries, batch.inputs["pixel_values"], strict=True)
-    }
-    assert len(rest) == 6
-    assert rest == {query: expected[query] for query in rest}
-
-
 def test_perturbation_follows_the_augmentation() -> None:
     """The object moves with the flip, and its new place is perturbed."""
     policy = NoisePolicy(resolution="native", distractor_probability=0.0, kinds={"fade": 1.0})

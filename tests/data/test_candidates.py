@@ -24,7 +24,7 @@ from vlm_calibration.data.candidates import (
     ValidationCollator,
     stated_levels,
 )
-from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
+from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 from vlm_calibration.perturbation.level_table import LevelTable
@@ -52,22 +52,12 @@ def test_stated_levels_of_anchored_levels_are_those_of_the_answer_type() -> None
         kind: noise_counts(*((i / 5, 100, n_correct) for i, n_correct in enumerate(n_corrects)))
         for kind, n_corrects in accuracies.items()
     }
-    table = LevelTable(counts)
-    plain = AnchoredLevels(table=table, grid=5)
-    for kind in accuracies:
-        stated = {plain.confidence(Perturbation(NOISE, s), kind) for s in plain.strengths(NOISE)}
-        assert stated_levels([plain], kind) == tuple(sorted(stated, reverse=True))
-    assert stated_levels([plain], "yes_no")[0] == 1.0
-    assert stated_levels([plain], "short")[-1] == 0.05
-    grouped = AnchoredLevels(table=table, grid=1, groups=3)
-    for kind in accuracies:
-        levels = stated_levels([grouped], kind)
-        assert len(levels) == 3
-        assert sorted(levels, reverse=True) == list(levels)
-        assert set(levels) == {
-            grouped.confidence(Perturbation(NOISE, s), kind) for s in grouped.strengths(NOISE)
-        }
-    assert len(stated_levels([AnchoredLevels(table=table, groups=1)], "short")) == 1
+    for settings, most in ({"grid": 5}, 6), ({"grid": 1, "groups": 3}, 3), ({"groups": 1}, 1):
+        levels = AnchoredLevels(table=LevelTable(counts), **settings)
+        for kind in accuracies:
+            stated = {levels.confidence(Perturbation(NOISE, s), kind) for s in levels.strengths(NOISE)}
+            assert stated_levels([levels], kind) == tuple(sorted(stated, reverse=True))
+            assert len(stated) <= most
 
 
 def test_the_levels_of_several_scales_are_taken_together() -> None:
@@ -229,32 +219,29 @@ def test_a_sample_does_not_depend_on_the_rest_of_the_batch(
         assert together.inputs["attention_mask"][row].sum() == length, "padded on the right"
 
 
-def _longest(chat: ChatFormat, sample: Sample) -> int:
-    """Tokens of the longest conversation, counted by the collator of stage 1."""
-    collator = SFTCollator(chat, 10_000)
-    return max(int(collator([sample._replace(confidence=c)]).inputs["attention_mask"].sum()) for c in TENTHS)
-
-
 def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    # The wrong answer makes the first one too long.
-    long_answer = [samples[0]._replace(wrong=("No, " * 40,)), *samples[1:]]
-    length = _longest(chat, samples[3])
-    batch = _collate(chat, long_answer, wrong_answers=True, length=length - 1, on_too_long="skip")
-    expected = _collate(chat, samples[1:3], wrong_answers=True)
-    assert batch.skipped == ("q0", "q3")
-    assert batch.queries == expected.queries
-    assert batch.candidates == expected.candidates
-    assert batch.levels == expected.levels
-    assert torch.equal(batch.lengths, expected.lengths)
+    # The wrong answer alone makes the first one too long.
+    long_answer = [samples[0]._replace(wrong=("No, " * 200,)), *samples[1:]]
+    whole = _collate(chat, samples)
+    rows = zip(whole.lengths.tolist(), whole.candidates, strict=True)
+    longest = max(prompt + len(c.tokens) for prompt, row in rows for c in row)
+    assert _collate(chat, samples, length=longest, on_too_long="skip").skipped == ()
+    assert _collate(chat, samples, length=longest - 1, on_too_long="skip").skipped == ("q3",)
+    batch = _collate(chat, long_answer, wrong_answers=True, length=longest, on_too_long="skip")
+    expected = _collate(chat, samples[1:], wrong_answers=True)
+    assert batch.skipped == ("q0",)
+    assert (batch.queries, batch.candidates, batch.levels) == (
+        expected.queries,
+        expected.candidates,
+        expected.levels,
+    )
     assert all(torch.equal(batch.inputs[k], expected.inputs[k]) for k in expected.inputs)
-
-
-def test_a_batch_whose_samples_are_all_skipped(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    batch = _collate(chat, samples, length=IMAGE_TOKENS, on_too_long="skip")
-    assert batch.inputs == {}
-    assert batch.candidates == batch.queries == batch.levels == batch.is_correct == batch.epochs == ()
-    assert batch.skipped == ("q0", "q1", "q2", "q3")
-    assert batch.to("cpu").skipped == batch.skipped
+    nothing = _collate(chat, samples, length=IMAGE_TOKENS, on_too_long="skip").to("cpu")
+    assert nothing.inputs == {}
+    assert (
+        nothing.candidates == nothing.queries == nothing.levels == nothing.is_correct == nothing.epochs == ()
+    )
+    assert nothing.skipped == ("q0", "q1", "q2", "q3")
 
 
 @pytest.mark.parametrize("change", [{"wrong_answer": "<image>"}, {"wrong": ("<image>",)}])
@@ -284,14 +271,6 @@ def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(
     _check_candidates(chat, batch, 0, ["Yes", "A cat"])
     for row in (1, 2, 3):
         _check_candidates(chat, batch, row, [samples[row].query.answer])
-
-
-def test_text_after_the_end_of_turn_is_left_out(processor: Any, samples: Sequence[Sample]) -> None:
-    breaking = copy(processor)
-    breaking.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")
-    batch = _collate(ChatFormat(breaking, ElicitationPrompt()), samples)
-    texts = [processor.tokenizer.decode(c.tokens) for row in batch.candidates for c in row]
-    assert all(text.endswith("%<|end|>") for text in texts)
 
 
 @pytest.mark.parametrize("paired", [True, False])

@@ -74,29 +74,24 @@ def _decode(chat: ChatFormat, ids: torch.Tensor) -> str:
     return chat.processor.tokenizer.decode(ids)
 
 
-def test_labels_are_the_response_and_its_end(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    batch = _collate(chat, samples)
-    for row, sample in enumerate(samples):
-        labels = batch.labels[row]
-        assert torch.equal(labels[labels != IGNORE], batch.inputs["input_ids"][row][labels != IGNORE])
-        response = _decode(chat, labels[labels != IGNORE])
-        assert response.lstrip() == render_response(sample.query.answer, sample.confidence) + "<|end|>"
-        positions = (labels != IGNORE).nonzero()[:, 0]
-        assert positions.diff().eq(1).all(), "in one piece"
-        assert positions[-1] == batch.inputs["attention_mask"][row].sum() - 1, "at the end"
-
-
-def test_the_confidence_mask_covers_the_confidence_and_the_end(
+def test_labels_are_the_answer_then_the_masked_confidence_and_the_end(
     chat: ChatFormat, samples: Sequence[Sample]
 ) -> None:
     batch = _collate(chat, samples)
     assert not batch.confidence_mask[batch.labels == IGNORE].any()
     for row, sample in enumerate(samples):
-        stated = _decode(chat, batch.labels[row][batch.confidence_mask[row]])
-        answer = _decode(chat, batch.labels[row][(batch.labels[row] != IGNORE) & ~batch.confidence_mask[row]])
-        assert answer.strip() == render_answer(sample.query.answer)
+        labels, mask = batch.labels[row], batch.confidence_mask[row]
+        learned = labels != IGNORE
+        assert torch.equal(labels[learned], batch.inputs["input_ids"][row][learned])
+        response = render_response(sample.query.answer, sample.confidence) + "<|end|>"
+        assert _decode(chat, labels[learned]).lstrip() == response
+        assert _decode(chat, labels[learned & ~mask]).strip() == render_answer(sample.query.answer)
+        stated = _decode(chat, labels[mask])
         assert re.fullmatch(r"\s*Confidence: \d+%<\|end\|>", stated)
         assert parse_confidence(stated) == sample.confidence
+        positions = learned.nonzero()[:, 0]
+        assert positions.diff().eq(1).all(), "in one piece"
+        assert positions[-1] == batch.inputs["attention_mask"][row].sum() - 1, "at the end"
 
 
 def test_prompt_and_response_are_the_whole_conversation(chat: ChatFormat, samples: Sequence[Sample]) -> None:
@@ -179,20 +174,22 @@ def test_the_batch_carries_queries_confidences_and_perturbations(
 
 
 def test_the_answer_can_contain_numbers_and_markup(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    for answer in ("80%", "Confidence: 10%", "7", "two\nlines", "<b>dog</b>", "é日本", "Yes!", "a. b. c"):
+    for answer in (
+        "80%",
+        "Confidence: 10%",
+        "7",
+        "two\nlines",
+        "<b>dog</b>",
+        "é日本",
+        "Yes!",
+        "a. b. c",
+        "Yes <|end|> no",
+    ):
         query = replace(samples[0].query, answer=answer, answer_type="open")
         batch = _collate(chat, [Sample(query, samples[0].image, 0.8, CLEAN, 0)])
         response = _decode(chat, batch.labels[0][batch.labels[0] != IGNORE]).strip()
         assert response == render_response(answer, 0.8) + "<|end|>"
         assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]).lstrip() == "Confidence: 80%<|end|>"
-
-
-def test_an_answer_that_contains_the_end_of_turn_is_learnt_whole(
-    chat: ChatFormat, samples: Sequence[Sample]
-) -> None:
-    query = replace(samples[0].query, answer="Yes <|end|> no")
-    batch = _collate(chat, [samples[0]._replace(query=query)])
-    assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]).lstrip() == "Confidence: 100%<|end|>"
 
 
 @pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
@@ -206,38 +203,23 @@ def test_text_with_the_image_token_is_refused(
         collator(chat)([samples[0], samples[1]._replace(query=query)])
 
 
-def _lengths(chat: ChatFormat, samples: Sequence[Sample]) -> list[int]:
-    return [int(_collate(chat, [s]).inputs["attention_mask"].sum()) for s in samples]
-
-
-def test_too_long_is_an_error_that_names_the_record(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    lengths = _lengths(chat, samples)
+def test_too_long_is_an_error_that_names_the_record_or_skipped_and_listed(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
+    lengths = [int(_collate(chat, [s]).inputs["attention_mask"].sum()) for s in samples]
     assert max(lengths) == lengths[3]
-    with pytest.raises(
-        DataError, match=f"record 'q3': {lengths[3]} tokens, more than max_length {lengths[3] - 1}"
-    ):
-        _collate(chat, samples, lengths[3] - 1)
     assert _collate(chat, samples, lengths[3]).skipped == ()
-
-
-def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    lengths = _lengths(chat, samples)
-    batch = _collate(chat, samples, max(lengths) - 1, on_too_long="skip")
-    fitting = [s for s, n in zip(samples, lengths, strict=True) if n < max(lengths)]
-    expected = _collate(chat, fitting)
-    assert batch.skipped == tuple(s.query.id for s in samples if s not in fitting)
-    assert batch.queries == expected.queries
+    says = f"record 'q3': {lengths[3]} tokens, more than max_length {lengths[3] - 1}"
+    with pytest.raises(DataError, match=says):
+        _collate(chat, samples, lengths[3] - 1)
+    batch = _collate(chat, samples, lengths[3] - 1, on_too_long="skip")
+    expected = _collate(chat, samples[:3])
+    assert (batch.skipped, batch.queries) == (("q3",), expected.queries)
     assert torch.equal(batch.labels, expected.labels)
     assert all(torch.equal(batch.inputs[k], expected.inputs[k]) for k in expected.inputs)
-
-
-def test_a_batch_whose_samples_are_all_skipped(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    batch = _collate(chat, samples, IMAGE_TOKENS, on_too_long="skip")
-    assert batch.inputs == {}
-    assert batch.queries == ()
-    assert batch.skipped == ("q0", "q1", "q2", "q3")
-    assert batch.labels.numel() == batch.confidence_mask.numel() == batch.confidence.numel() == 0
-    assert batch.to("cpu").skipped == batch.skipped
+    nothing = _collate(chat, samples, IMAGE_TOKENS, on_too_long="skip").to("cpu")
+    assert (nothing.inputs, nothing.queries, nothing.skipped) == ({}, (), ("q0", "q1", "q2", "q3"))
+    assert nothing.labels.numel() == nothing.confidence_mask.numel() == nothing.confidence.numel() == 0
 
 
 def test_nothing_is_truncated_even_if_the_tokenizer_would(processor: Any, samples: Sequence[Sample]) -> None:
@@ -276,20 +258,19 @@ def test_the_begin_token_appears_at_most_once(samples: Sequence[Sample], adds: b
     assert responses == [render_response(s.query.answer, s.confidence) + "<|end|>" for s in samples]
 
 
-def test_an_end_of_turn_that_is_not_the_end_of_sequence(samples: Sequence[Sample]) -> None:
-    tokenizer = _digit_tokenizer(eos_token="</s>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
-    chat = ChatFormat(
-        _processor(tokenizer, CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")), ElicitationPrompt()
-    )
-    batch = _collate(chat, samples)
-    for row in range(4):
-        assert _decode(chat, batch.labels[row][batch.labels[row] != IGNORE]).endswith("%<|end|>")
-
-
 def test_a_processor_without_a_template_is_refused() -> None:
     with pytest.raises(DataError, match="LlavaProcessor has no chat template"):
         ChatFormat(_processor(_digit_tokenizer(), None), ElicitationPrompt())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("eos", ["<|end|>", "</s>"])
+def test_text_after_the_end_of_turn_is_not_learnt(samples: Sequence[Sample], eos: str) -> None:
+    tokenizer = _digit_tokenizer(eos_token=eos)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    template = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")
+    batch = _collate(ChatFormat(_processor(tokenizer, template), ElicitationPrompt()), samples)
+    for labels in batch.labels:
+        assert tokenizer.decode(labels[labels != IGNORE]).endswith("%<|end|>")
 
 
 def test_a_processor_that_changes_the_response_is_refused(samples: Sequence[Sample]) -> None:
@@ -297,23 +278,7 @@ def test_a_processor_that_changes_the_response_is_refused(samples: Sequence[Samp
         def __call__(self, text: Any = None, **rest: Any) -> Any:
             return super().__call__(text=[t.replace("Confidence", "CONFIDENCE") for t in text], **rest)
 
-    plain = _processor(_digit_tokenizer())
-    shouting = Shouting(**{k: getattr(plain, k) for k in ("image_processor", "tokenizer", "patch_size")})
-    for name in (
-        "vision_feature_select_strategy",
-        "image_token",
-        "num_additional_image_tokens",
-        "chat_template",
-    ):
-        setattr(shouting, name, getattr(plain, name))
+    shouting = _processor(_digit_tokenizer())
+    shouting.__class__ = Shouting
     with pytest.raises(DataError, match="record 'q0': Shouting changes the text"):
         _collate(ChatFormat(shouting, ElicitationPrompt()), samples)
-
-
-def test_text_after_the_end_of_turn_is_not_learnt(samples: Sequence[Sample]) -> None:
-    chat = ChatFormat(
-        _processor(_digit_tokenizer(), CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")), ElicitationPrompt()
-    )
-    batch = _collate(chat, samples)
-    for row in range(4):
-        assert _decode(chat, batch.labels[row][batch.labels[row] != IGNORE]).endswith("%<|end|>")

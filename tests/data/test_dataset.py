@@ -108,7 +108,9 @@ def test_a_part_may_have_kinds_of_its_own() -> None:
     for index, query in enumerate(dataset.queries):
         kinds.setdefault(query.id.split(":")[0], set()).add(dataset[0, index].perturbation.kind)
     assert kinds == {"own": {"", "blur"}, "shared": {"", "noise"}, "clean": {""}}
-    with pytest.raises(DataError, match=r"noise.kinds: there is no kind 'rain': expected noise, blur"):
+    with pytest.raises(
+        DataError, match=r"^data\.bad: noise.kinds: there is no kind 'rain': expected noise, blur"
+    ):
         _dataset(policy, bad=EvalSplit(Square(), "drawn", {"rain": 1.0}))
 
 
@@ -179,10 +181,8 @@ def test_a_missing_region_is_never_an_absent_object(
         assert (sample.perturbation, sample.confidence) == (CLEAN, 1.0)
         assert (sample.image == (255, 0, 0)).all()
     [message] = [str(w.message) for w in warned]
-    assert message == (
-        f"data.train: images stay untouched: 200 of 201 queries (200 {answer.lower()}) need a region of what they ask about and have "
-        "none: 'q 0', 'q 1', 'q 2', 'q 3', 'q 4' and 195 more"
-    )
+    assert f"200 of 201 queries (200 {answer.lower()}) need a region" in message
+    assert message.endswith(": 'q 0', 'q 1', 'q 2', 'q 3', 'q 4' and 195 more")
 
 
 @pytest.mark.parametrize("noise", ["drawn", "every_level"])

@@ -78,20 +78,17 @@ def test_all_queries_are_drawn_and_epochs_differ(expected_epochs: list[Drawn]) -
     assert len({level for _, level in expected_epochs[0].values()}) > 4
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_make_no_difference(model_folder: str, expected_epochs: list[Drawn], workers: int) -> None:
-    module = _module(model_folder, workers=workers)
+@pytest.mark.parametrize("settings", [{"workers": 1}, {"workers": 3}, {"batch_size": 1}, {"batch_size": 3}])
+def test_workers_and_batch_size_make_no_difference(
+    model_folder: str, expected_epochs: list[Drawn], settings: dict[str, int]
+) -> None:
+    module = _module(model_folder, **settings)
     module.setup("fit")
     loader = module.train_dataloader()
     for epoch in (0, 1):
         # Workers persist from epoch to epoch.
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         assert _drawn(loader) == expected_epochs[epoch]
-
-
-def test_batch_size_makes_no_difference(model_folder: str, expected_epochs: list[Drawn]) -> None:
-    for batch_size in (1, 3, 12):
-        assert _epoch(_module(model_folder, batch_size=batch_size), 1) == expected_epochs[1]
 
 
 @pytest.mark.parametrize("processes", [2, 5])
@@ -117,7 +114,9 @@ def test_another_seed_is_other_noise(model_folder: str, expected_epochs: list[Dr
 
 
 def test_the_last_training_batch_is_whole_or_the_only_one(model_folder: str) -> None:
-    assert len(_epoch(_module(model_folder, batch_size=5), 0)) == 10
+    module = _module(model_folder, batch_size=5)
+    assert len(_epoch(module, 0)) == 10
+    assert module.val_dataloader() == [], "without validation"
     assert len(_epoch(_module(model_folder, batch_size=50), 0)) == 12
 
 
@@ -212,11 +211,9 @@ def test_what_is_missing_is_named(model_folder: str, settings: dict[str, Any], s
         module.setup(stage)
 
 
-@pytest.mark.parametrize("name", ["nowhere/at-all", "{tmp}"])
-def test_a_missing_processor_is_named(tmp_path: Path, name: str) -> None:
-    module = _module(name.format(tmp=tmp_path))
-    with pytest.raises(DataError, match=f"cannot load a processor from '{name.format(tmp=tmp_path)}'"):
-        module.setup("fit")
+def test_a_missing_processor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"cannot load a processor from '{tmp_path}'"):
+        _module(str(tmp_path)).setup("fit")
 
 
 def test_fewer_queries_than_processes(model_folder: str) -> None:
@@ -266,9 +263,8 @@ class Failing(QuerySource):
         return LoadedImage(image, (np.ones((8, 8), dtype=bool),), ())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_in_a_worker_names_the_record(model_folder: str, workers: int) -> None:
-    module = _module(model_folder, train=Failing(), workers=workers, batch_size=1)
+def test_an_error_in_a_worker_names_the_record(model_folder: str) -> None:
+    module = _module(model_folder, train=Failing(), workers=1, batch_size=1)
     module.setup("fit")
     with pytest.raises(DataError, match="record 'q1': damaged"):
         list(module.train_dataloader())
@@ -318,9 +314,3 @@ def test_what_is_left_of_the_data_behind_a_place(
     resumed.load_state_dict({"epoch": epoch, "batch": batch, "queries": 12, "batch_size": 4})
     assert order(resumed, epoch) == order(complete, epoch)[batch:]
     assert len(order(resumed, epoch + 1)) == 3, "later ones are whole"
-
-
-def test_without_validation_there_is_no_loader(model_folder: str) -> None:
-    module = _module(model_folder)
-    module.setup("fit")
-    assert module.val_dataloader() == []

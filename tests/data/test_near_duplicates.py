@@ -19,7 +19,7 @@ from vlm_calibration.data.near_duplicates import ImageHash, group_images, hash_i
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.questions import scene_seed
 from vlm_calibration.demo.scenes import render_scene
-from vlm_calibration.perturbation.images import load_image, load_reduced
+from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.records import LoadedImage, Query
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
@@ -221,7 +221,7 @@ def test_a_reduced_image_shows_the_whole_image(tmp_path: Path, kind: str) -> Non
         photo.resize((50, 30)).save(path)
     else:
         photo.convert({"upright": "RGB", "grey": "L", "cmyk": "CMYK"}[kind]).save(path)
-    whole, reduced = load_image(path), load_reduced(path, 100)
+    whole, reduced = load_image(path), load_image(path, least=100)
     assert reduced.dtype == np.uint8
     assert min(reduced.shape[:2]) >= min(100, *whole.shape[:2])
     if kind not in ("alpha", "small"):

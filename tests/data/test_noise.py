@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelTabl
 from vlm_calibration.perturbation.levels import (
     CLEAN,
     AnchoredLevels,
-    ConfidenceLevels,
     LinearLevels,
     Perturbation,
 )
@@ -81,14 +78,6 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_id(kinds: dict[str, float
     assert len({expected, *changed}) == 4
 
 
-def test_epochs_and_queries_have_unrelated_streams() -> None:
-    draws = [
-        query_rng(s, e, q).random() for s in range(5) for e in range(5) for q in ("a", "b", "ab", "é", "")
-    ]
-    assert len(set(draws)) == len(draws)
-    assert query_rng(0, 1, "x").random() == query_rng(0, 1, "x").random()
-
-
 @pytest.mark.parametrize("kind", KIND_NAMES)
 @pytest.mark.parametrize("resolution", ["native", "model"])
 def test_every_kind_changes_the_evidence_alone(processor: Any, resolution: str, kind: str) -> None:
@@ -104,14 +93,10 @@ def test_every_kind_changes_the_evidence_alone(processor: Any, resolution: str, 
     assert not changed[~DOG].any()
     assert changed[DOG].mean() > 0.5
     assert (sample.perturbation, sample.confidence) == ((kind, 0.7), pytest.approx(0.3))
+    clean = _perturbed(SCENE, strength=0, kind=kind)
+    assert np.array_equal(clean.image, IMAGE)
+    assert clean.confidence == 1.0
     assert sample.noise_step == (700 if kind == "noise" else None)
-
-
-def test_at_full_confidence_nothing_changes() -> None:
-    for kind in KIND_NAMES:
-        sample = _perturbed(SCENE, strength=0, kind=kind)
-        assert np.array_equal(sample.image, IMAGE)
-        assert sample.confidence == 1.0
 
 
 def test_a_box_and_a_grown_region_cover_more() -> None:
@@ -125,12 +110,6 @@ def test_a_box_and_a_grown_region_cover_more() -> None:
     assert areas[0] < areas[2] < areas[3]
 
 
-def test_all_evidence_is_noised_together() -> None:
-    changed = _changed(_perturbed(LoadedImage(IMAGE, (DOG, CAT), ()), strength=1))
-    assert changed[DOG].mean() > 0.9
-    assert changed[CAT].mean() > 0.9
-
-
 def test_a_distractor_keeps_the_clean_confidence_and_the_evidence() -> None:
     samples = [
         _perturbed(SCENE, query=f"q{i}", distractor_probability=1.0, levels=OnlyAt()) for i in range(10)
@@ -139,14 +118,6 @@ def test_a_distractor_keeps_the_clean_confidence_and_the_evidence() -> None:
         assert np.array_equal(sample.image[DOG], IMAGE[DOG])
         assert _changed(sample)[CAT].mean() > 0.9
         assert (sample.perturbation, sample.noise_step, sample.confidence) == (CLEAN, 0, 1.0)
-
-
-def test_distractors_come_as_often_as_asked() -> None:
-    noised = [
-        _perturbed(SCENE, query=f"q{i}", distractor_probability=0.3, levels=OnlyAt()) for i in range(300)
-    ]
-    share = np.mean([s.perturbation == CLEAN for s in noised])
-    assert abs(share - 0.3) < 0.09
 
 
 def test_a_given_perturbation_never_goes_to_a_distractor() -> None:
@@ -177,13 +148,6 @@ def test_absent_objects_clean() -> None:
 def _draws(n: int = 2000, **policy: Any) -> Counter[Perturbation]:
     noise = NoisePolicy(**policy)
     return Counter(noise.draw(0, f"q{i}", query_rng(noise.seed, 0, f"q{i}")) for i in range(n))
-
-
-def test_levels_come_alike_often() -> None:
-    counts = _draws()
-    assert sorted(s for _, s in counts) == list(LinearLevels().strengths())
-    assert counts[CLEAN]
-    assert chisquare(list(counts.values())).pvalue > 1e-3
 
 
 def test_a_share_stays_clean() -> None:
@@ -264,45 +228,20 @@ def test_kinds_without_levels_are_refused_at_once() -> None:
 def test_levels_of_a_query_are_stated_for_it(tmp_path: Path) -> None:
     """Untouched, perturbed, and with a perturbed distractor."""
     provenance = {"weights": "w", "prompt": "p", "max_pixels": None}
-    bins = (
-        {"noise": [(0, 100, 60), (1, 100, 20)], "blur": [(0, 100, 60), (1, 100, 40)]},
-        {"noise": [(0, 100, 100), (1, 100, 30)], "blur": [(0, 100, 100), (1, 100, 50)]},
-    )
+    bins = ({"noise": [(0, 100, 60), (1, 100, 20)]}, {"noise": [(0, 100, 100), (1, 100, 30)]})
     table = LevelTable({"yes_no": AnswerTypeCounts(bins, (0.5,))}, provenance)
     write_likelihoods(tmp_path / "l.parquet", measured_likelihoods({"hard": 0.1, "easy": 0.9}), provenance)
     levels = AnchoredLevels(table=table, grid=1, likelihoods=tmp_path / "l.parquet")
-    kinds = {"noise": 1.0, "blur": 1.0}
-    for query, stated in (("hard", (0.6, 0.2, 0.4)), ("easy", (1.0, 0.3, 0.5))):
-        found = [
-            _perturbed(
-                SCENE, query=query, strength=strength, kind=kind, levels=levels, kinds=kinds
-            ).confidence
-            for kind, strength in ((CLEAN.kind, 0), ("noise", 1), ("blur", 1))
+    for query, untouched, perturbed in (("hard", 0.6, 0.2), ("easy", 1.0, 0.3)):
+        stated = [_perturbed(SCENE, query=query, strength=s, levels=levels).confidence for s in (0, 1)]
+        assert stated == [untouched, perturbed]
+        distracted = [
+            _perturbed(SCENE, epoch, query, levels=levels, distractor_probability=1.0) for epoch in range(5)
         ]
-        assert tuple(found) == stated
-        distracted = _perturbed(
-            SCENE, query=query, levels=OnlyStrong(levels), kinds=kinds, distractor_probability=1.0
-        )
-        assert _changed(distracted)[CAT].any()
-        assert distracted.confidence == stated[0]
+        assert {sample.confidence for sample in distracted} == {untouched}
+        assert any(_changed(sample)[CAT].any() for sample in distracted)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "l.parquet"))):
         _perturbed(SCENE, query="unknown", levels=levels)
-
-
-class OnlyStrong(ConfidenceLevels):
-    """Other levels, of which only strength 1 is drawn."""
-
-    def __init__(self, levels: ConfidenceLevels) -> None:
-        self.levels = levels
-
-    def strengths(self, kind: str) -> tuple[float, ...]:
-        return self.levels.strengths(kind)[-1:]
-
-    def confidence(self, *arguments: Any) -> float:
-        return self.levels.confidence(*arguments)
-
-    def confidences(self, answer_type: str) -> tuple[float, ...]:
-        return self.levels.confidences(answer_type)
 
 
 @pytest.mark.parametrize(
@@ -371,22 +310,6 @@ def test_masks_follow_the_image_to_the_models_resolution(processor: Any) -> None
     changed = (sample.image != 128).any(axis=-1)
     assert not changed[~expected].any()
     assert changed[expected].mean() > 0.9
-
-
-@pytest.mark.nightly
-def test_albumentations_is_imported_where_images_are_noised_and_nowhere_else() -> None:
-    code = (
-        "import sys\n"
-        "from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries\n"
-        "from vlm_calibration.data.noise import NoisePolicy\n"
-        "from vlm_calibration.demo.source import DemoSource\n"
-        "for noise in ('none', 'drawn'):\n"
-        "    data = PerturbedQueries({'': EvalSplit(DemoSource(scenes=1), noise)}, NoisePolicy(resolution='native'), None)\n"
-        "    data[0, 0] if noise == 'none' else None\n"
-        "    print('albumentations' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert result.stdout.split() == ["False", "True"]
 
 
 def test_the_image_given_is_left_alone() -> None:

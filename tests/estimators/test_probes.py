@@ -30,8 +30,8 @@ from vlm_calibration.estimators.probes import (
 )
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation import perturb
 from vlm_calibration.perturbation.images import resize_mask
-from vlm_calibration.perturbation.kinds import RegionFade
 from vlm_calibration.records import ORIGINAL, DataError, LoadedImage, Query
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.text.confidence import render_response
@@ -92,7 +92,7 @@ def blanked(row: int, image: np.ndarray, region: str, processor: Any) -> np.ndar
     if not masks:
         return None
     mask = resize_mask(masks[0], image.shape[:2])
-    return RegionFade()(image=image, mask=mask, strength=1.0, seed=0)["image"]
+    return perturb(image, mask, 0.0, seed=0, kind="fade")
 
 
 def naive_log_p(model: Any, chat: ChatFormat, image: np.ndarray, question: str, answer: str) -> list[float]:

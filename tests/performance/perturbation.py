@@ -16,7 +16,8 @@ from collections.abc import Callable
 import numpy as np
 from tests.performance.machine import setting
 
-from vlm_calibration.perturbation.kinds import KINDS, RegionNoise
+from vlm_calibration.perturbation.by_kind import KIND_NAMES
+from vlm_calibration.perturbation.kinds import RegionPerturbation
 from vlm_calibration.perturbation.noise import add_region_noise
 from vlm_calibration.perturbation.schedules import LinearSchedule
 
@@ -62,14 +63,14 @@ def contestants(share: float) -> dict[str, Callable[[int], object]]:
     mask = ellipse_mask(share)
     schedule = LinearSchedule()
     alpha_bar = schedule.alpha_bar(STEP)
-    noise = RegionNoise(schedule)
+    noise = RegionPerturbation("noise", schedule)
     transform = A.Compose([noise])
     spread = float(np.sqrt(1 - alpha_bar) / 2)
     gauss = A.Compose([A.GaussNoise(std_range=(spread, spread), p=1)])
     return {
         "`add_region_noise`": lambda i: add_region_noise(image, mask, STEP, schedule, i),
-        "`RegionNoise`, as in training": lambda i: noise(image=image, mask=mask, strength=0.5, seed=i),
-        "`RegionNoise` in a `Compose`": lambda i: transform(image=image, mask=mask, strength=0.5, seed=i),
+        "noise, as in training": lambda i: noise(image=image, mask=mask, strength=0.5, seed=i),
+        "noise in a `Compose`": lambda i: transform(image=image, mask=mask, strength=0.5, seed=i),
         "albumentations `GaussNoise`, whole image": lambda i: gauss(image=image),
         "plain numpy, float64": lambda i: plain_numpy(image, mask, alpha_bar, i),
     }
@@ -79,8 +80,8 @@ def kind_contestants() -> dict[str, Callable[[int], object]]:
     """Each kind on a mask of each size, at a strength that changes from call to call, and its peer on the whole image."""
     image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     runs: dict[str, Callable[[int], object]] = {}
-    for kind, make in KINDS.items():
-        transform, peer = make(), PEERS[kind]
+    for kind in KIND_NAMES:
+        transform, peer = RegionPerturbation(kind), PEERS[kind]
         for size, box in BOXES.items():
             mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
             mask[box] = True

@@ -33,21 +33,40 @@ def test_rgb_files_come_back_as_they_are_from_paths_and_bytes(rgb, tmp_path):
         assert loaded.flags.c_contiguous
 
 
-def test_greyscale_and_one_bit_become_three_equal_channels(rgb):
-    grey = rgb[..., 0]
-    np.testing.assert_array_equal(load_image(encoded(Image.fromarray(grey))), np.stack([grey] * 3, axis=-1))
-    bits = Image.fromarray(grey > 127)
-    assert bits.mode == "1"
-    expected = np.where(grey > 127, 255, 0)
-    np.testing.assert_array_equal(load_image(encoded(bits)), np.stack([expected] * 3, axis=-1))
+def palette(colours, indices):
+    image = Image.new("P", (len(indices), 1))
+    image.putpalette([value for colour in colours for value in colour])
+    image.putdata(indices)
+    return image
 
 
-def test_palettes_become_their_colours():
-    palette = Image.new("P", (4, 2))
-    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    palette.putdata([0, 1, 2, 0, 1, 1, 1, 2])
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
-    np.testing.assert_array_equal(load_image(encoded(palette)), colours[[[0, 1, 2, 0], [1, 1, 1, 2]]])
+GREY = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+SIXTEEN = Image.fromarray(np.array([[0, 65535, 257, 128, 129, 32768]], dtype=np.uint16))
+FRAMES = [Image.new("L", (1, 1), value) for value in (10, 200)]
+RED, GREEN, WHITE = [255, 0, 0], [0, 255, 0], [255, 255, 255]
+CONVERTED = {
+    "greyscale": (encoded(Image.fromarray(GREY)), np.stack([GREY] * 3, -1).tolist()),
+    "one bit": (encoded(Image.fromarray(GREY > 127)), np.stack([255 * (GREY > 127)] * 3, -1).tolist()),
+    "palette": (encoded(palette([RED, GREEN], [0, 1, 1])), [[RED, GREEN, GREEN]]),
+    "transparent palette": (encoded(palette([RED, GREEN], [0, 1]), transparency=0), [[WHITE, GREEN]]),
+    "grey and alpha": (
+        encoded(Image.fromarray(np.array([[[10, 0], [10, 255]]], dtype=np.uint8), "LA")),
+        [[WHITE, [10] * 3]],
+    ),
+    "transparent colour": (
+        encoded(Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8)), transparency=(1, 2, 3)),
+        [[WHITE, [4, 5, 6]]],
+    ),
+    "16 bits": (encoded(SIXTEEN), [[[v] * 3 for v in (0, 255, 1, 0, 1, 128)]]),
+    "16 bits, TIFF": (encoded(SIXTEEN, "TIFF"), [[[v] * 3 for v in (0, 255, 1, 0, 1, 128)]]),
+    "frames": (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), [[[10] * 3]]),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_other_files_are_converted(kind):
+    data, expected = CONVERTED[kind]
+    assert load_image(data).tolist() == expected
 
 
 def test_alpha_is_composited_on_white(rgb):
@@ -58,25 +77,6 @@ def test_alpha_is_composited_on_white(rgb):
     assert np.abs(loaded - (rgb * share + 255 * (1 - share))).max() <= 1
     assert np.all(loaded[:5] == 255)
     np.testing.assert_array_equal(loaded[5:10], rgb[5:10])
-
-
-def test_transparent_grey_palette_and_colour_key_are_composited_on_white():
-    grey_alpha = Image.fromarray(np.array([[[10, 0], [10, 255]]], dtype=np.uint8), "LA")
-    assert load_image(encoded(grey_alpha)).tolist() == [[[255] * 3, [10] * 3]]
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([255, 0, 0, 0, 255, 0])
-    palette.putdata([0, 1])
-    assert load_image(encoded(palette, transparency=0)).tolist() == [[[255] * 3, [0, 255, 0]]]
-    keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
-    assert load_image(encoded(keyed, transparency=(1, 2, 3))).tolist() == [[[255] * 3, [4, 5, 6]]]
-
-
-@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
-def test_sixteen_bits_are_scaled_to_eight(image_format):
-    values = np.array([[0, 65535, 257, 128, 129, 32768]], dtype=np.uint16)
-    loaded = load_image(encoded(Image.fromarray(values), image_format))
-    assert loaded[..., 0].tolist() == [[0, 255, 1, 0, 1, 128]]
-    assert np.all(loaded == loaded[..., :1])
 
 
 def test_cmyk_is_converted():
@@ -106,27 +106,25 @@ def test_exif_orientation_is_undone(rgb, orientation):
     )
 
 
+def exif_orientation(kind, value):
+    """EXIF data with one entry, the orientation as a value of this type."""
+    return b"Exif\0\0MM\0*" + struct.pack(">IHHHI4sI", 8, 1, 0x0112, kind, len(value), value, 0)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(
-    "exif", [b"", b"Exif\x00\x00", b"Exif\x00\x00garbage!", b"Exif\x00\x00MM\x00*\x00\x00\xff\xff"]
+    "exif",
+    [
+        *(b"", b"Exif\x00\x00", b"Exif\x00\x00garbage!", b"Exif\x00\x00MM\x00*\x00\x00\xff\xff"),
+        exif_orientation(2, b"up\0"),
+        b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 17, 0, 0),
+    ],
+    ids=["none", "empty", "garbage", "cut", "in words", "impossible"],
 )
-def test_broken_exif_counts_as_upright(rgb, exif):
+def test_an_orientation_that_cannot_be_read_counts_as_upright(rgb, exif):
     data = encoded(Image.fromarray(rgb), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     np.testing.assert_array_equal(load_image(data[:2] + segment + data[2:]), load_image(data))
-
-
-def test_an_orientation_in_words_counts_as_upright(rgb):
-    data = encoded(Image.fromarray(rgb), "JPEG")
-    entry = struct.pack(">HHI4s", 0x0112, 2, 3, b"up")
-    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + struct.pack(">I", 0)
-    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
-    np.testing.assert_array_equal(load_image(data[:2] + segment + data[2:]), load_image(data))
-
-
-def test_of_several_frames_the_first_is_taken():
-    frames = [Image.new("L", (3, 3), value) for value in (10, 200)]
-    assert load_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).max() == 10
 
 
 def test_floating_point_and_lab_are_refused(rgb):
@@ -145,15 +143,6 @@ def test_thirty_two_bits_are_refused_unless_they_fit_sixteen():
         load_image(encoded(does_not, "TIFF"))
 
 
-def test_an_image_error_is_a_value_error_in_one_line(tmp_path):
-    path = tmp_path / "absent.png"
-    with pytest.raises(ValueError, match="no such file; check the path") as error:
-        load_image(path)
-    assert isinstance(error.value, ImageError)
-    assert str(error.value).startswith(str(path))
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_a_truncated_file_is_named(rgb, tmp_path, image_format):
     data = encoded(Image.fromarray(np.kron(rgb, np.ones((8, 8, 1), np.uint8))), image_format)
@@ -165,14 +154,13 @@ def test_a_truncated_file_is_named(rgb, tmp_path, image_format):
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
-def test_what_is_no_image_is_said_to_be_none(data):
+def test_what_is_no_image_is_said_to_be_none(data, tmp_path):
     with pytest.raises(ImageError, match=f"image of {len(data)} bytes: not an image"):
         load_image(data)
-
-
-def test_a_folder_is_no_image(tmp_path):
     with pytest.raises(ImageError, match="cannot be opened: Is a directory"):
         load_image(tmp_path)
+    with pytest.raises(ImageError, match=f"^{tmp_path}/absent.png: no such file; check the path"):
+        load_image(tmp_path / "absent.png")
 
 
 def png_header(width, height):
@@ -279,10 +267,6 @@ def test_coverage_is_the_exact_area(height, width, new_height, new_width, seed):
     np.testing.assert_array_equal(resize_mask(mask, (new_height, new_width)), expected)
 
 
-def test_an_empty_mask_stays_empty():
-    assert not resize_mask(np.zeros((10, 10), bool), (3, 30)).any()
-
-
 def test_wrong_sizes_and_arrays_are_refused(rgb):
     mask = rgb[..., 0] > 127
     for size in ((0, 5), (5, -1)):
@@ -292,13 +276,7 @@ def test_wrong_sizes_and_arrays_are_refused(rgb):
             resize_mask(mask, size)
     with pytest.raises(TypeError, match="image must be a uint8 array"):
         resize_image(rgb.astype(float), (5, 5))
-    with pytest.raises(TypeError, match="mask must be bool"):
+    with pytest.raises(TypeError, match="mask must be a bool array"):
         resize_mask(rgb[..., 0].astype(float), (5, 5))
-    with pytest.raises(ValueError, match="mask must have shape"):
+    with pytest.raises(ValueError, match=r"mask has shape \(20, 30, 3\)"):
         resize_mask(rgb, (5, 5))
-
-
-def test_an_impossible_orientation_counts_as_upright(rgb):
-    exif = Image.Exif()
-    exif[0x0112] = 17
-    np.testing.assert_array_equal(load_image(encoded(Image.fromarray(rgb), exif=exif)), rgb)

@@ -11,7 +11,6 @@ from scipy.optimize import lsq_linear
 from vlm_calibration.perturbation.level_accuracy import (
     fit_bins,
     fit_kinds,
-    fit_pooled,
     group_means,
     spread_strengths,
 )
@@ -75,7 +74,7 @@ def test_the_fit_of_several_kinds_is_that_of_a_general_solver(cells):
 @given(st.tuples(CELL, st.lists(st.lists(CELL, min_size=0, max_size=5), min_size=1, max_size=4)))
 def test_a_fit_falls_with_the_strength_from_one_value_and_keeps_the_mean(cells):
     counts = counts_of(cells)
-    fit = fit_pooled(counts)
+    (fit,) = fit_bins(counts)
     assert len({values[0] for values in fit.values()}) == 1
     for values in fit.values():
         assert (np.diff(values) <= 1e-12).all()
@@ -131,13 +130,6 @@ def test_measurements_in_order_are_their_own_fit():
             assert fit[kind] == pytest.approx([row.n_correct / row.n for row in rows])
 
 
-def test_one_bin_is_the_pooled_fit():
-    counts = counts_of(((50, 40), [[(50, 45), (50, 20)], [(20, 10)]]))
-    (only,) = fit_bins(counts)
-    for kind, values in fit_pooled(counts).items():
-        np.testing.assert_array_equal(only[kind], values)
-
-
 FALLING = st.lists(st.integers(0, 1000), min_size=2, max_size=11, unique=True).map(
     lambda values: np.sort(np.array(values) / 1000)[::-1]
 )
@@ -186,7 +178,7 @@ def test_no_strength_is_beyond_the_measured_ones():
 def test_the_strengths_of_levels_are_spread_by_all_answer_types():
     table = LevelTable({"yes_no": instance_counts(), "short": instance_counts(0.1, ease=(0.4, 0.7, 0.95))})
     levels = AnchoredLevels(table=table)
-    fits = [fit_pooled(counts) for counts in table.counts.values()]
+    fits = [fit_bins(counts.merged)[0] for counts in table.counts.values()]
     for kind in table.kinds:
         measured = [row.strength for row in table.counts["short"].bins[0][kind]]
         assert levels.strengths(kind) == spread_strengths(measured, [fit[kind] for fit in fits])

@@ -2,8 +2,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vlm_calibration.perturbation.by_kind import perturb
 from vlm_calibration.perturbation.noise import add_region_noise
@@ -61,32 +59,12 @@ def test_it_is_the_papers_formula_rounded_to_the_nearest(image, mask, schedule, 
     assert np.mean(noisy == np.rint(expected)) > 0.999
 
 
-def test_at_step_zero_the_image_is_bit_identical_and_a_copy(image, mask):
-    for noisy in (
-        add_region_noise(image, mask, 0, SCHEDULE, 0),
-        perturb(image, mask, 1.0, schedule="linear", seed=0),
-    ):
-        np.testing.assert_array_equal(noisy, image)
-        assert not np.shares_memory(noisy, image)
-
-
-@given(st.integers(0, 2**64), st.integers(0, 1000))
-@settings(max_examples=50)
-def test_noise_is_a_function_of_the_seed(seed, step):
-    image = np.random.default_rng(1).integers(0, 256, (12, 17, 3), dtype=np.uint8)
-    mask = np.random.default_rng(2).random((12, 17)) < 0.4
-    first = add_region_noise(image, mask, step, SCHEDULE, seed)
-    np.testing.assert_array_equal(first, add_region_noise(image, mask, step, SCHEDULE, seed))
-    np.testing.assert_array_equal(first, add_region_noise(image, mask, step, SCHEDULE, [seed]))
-    np.testing.assert_array_equal(first, add_region_noise(image, mask.astype(np.uint8), step, SCHEDULE, seed))
-
-
 def test_other_seeds_give_other_noise(image, mask):
-    seen = {
-        add_region_noise(image, mask, 500, SCHEDULE, seed).tobytes()
-        for seed in (0, 1, 2**63, (0, 1), (1, 1), (0, 1, 5), np.random.SeedSequence(99))
-    }
-    assert len(seen) == 7
+    def noisy(seed):
+        return add_region_noise(image, mask, 500, SCHEDULE, seed).tobytes()
+
+    assert len({noisy(s) for s in (0, 1, 2**63, (0, 1), (1, 1), (0, 1, 5), np.random.SeedSequence(99))}) == 7
+    assert noisy(2**64) == noisy([2**64]) == noisy(np.random.SeedSequence(2**64))
 
 
 def test_the_stream_of_noise_has_not_changed():
@@ -111,41 +89,17 @@ def test_perturb_goes_to_the_linear_level_of_the_confidence(image, mask, confide
         np.testing.assert_array_equal(noisy, add_region_noise(image, mask, step, resolved, 9))
 
 
-def test_images_that_are_not_contiguous_or_read_only(image, mask):
-    flipped = image[:, ::-1]
-    expected = add_region_noise(np.ascontiguousarray(flipped), mask, 500, SCHEDULE, 0)
-    np.testing.assert_array_equal(add_region_noise(flipped, mask, 500, SCHEDULE, 0), expected)
-    image.flags.writeable = False
-    assert add_region_noise(image, mask, 500, SCHEDULE, 0).flags.writeable
-
-
-@pytest.mark.parametrize("pixels", [[(0, 0)], [(59, 79)], [(0, 0), (59, 79)], [(3, y) for y in range(80)]])
-def test_masks_at_the_edges(image, pixels):
-    mask = np.zeros((60, 80), bool)
-    mask[tuple(zip(*pixels, strict=True))] = True
-    noisy = add_region_noise(image, mask, 1000, SCHEDULE, 0)
-    changed = np.any(noisy != image, axis=-1)
-    np.testing.assert_array_equal(changed, mask)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"image": np.zeros((60, 80), np.uint8)}, ValueError, r"image must have shape \(height, width, 3\)"),
-        ({"image": np.zeros((60, 80, 4), np.uint8)}, ValueError, r"image must have shape"),
         ({"image": np.zeros((60, 80, 3), np.float32)}, TypeError, "image must be a uint8 array, got float32"),
-        ({"image": [[1]]}, TypeError, "image must be a uint8 array, got list"),
-        ({"mask": np.zeros((60, 80), bool)}, ValueError, "mask is empty"),
         ({"mask": np.ones((80, 60), bool)}, ValueError, "mask has shape"),
-        ({"mask": np.ones((60, 80), int)}, TypeError, "mask must be bool"),
         ({"confidence": 1.01}, ValueError, r"confidence must be in \[0, 1\], got 1.01"),
-        ({"confidence": -0.01}, ValueError, r"confidence must be in \[0, 1\]"),
         ({"confidence": float("nan")}, ValueError, r"confidence must be in \[0, 1\], got nan"),
         ({"schedule": "exponential"}, ValueError, "unknown noise schedule 'exponential'"),
         ({"seed": -1}, ValueError, "seed must not be negative"),
         ({"seed": None}, TypeError, "seed must be a non-negative integer"),
-        ({"seed": 0.5}, TypeError, "seed must be a non-negative integer"),
-        ({"seed": "abc"}, TypeError, "seed must be a non-negative integer"),
         ({"seed": []}, TypeError, "seed must be a non-negative integer"),
     ],
 )
@@ -153,12 +107,6 @@ def test_wrong_arguments_are_refused_in_words(image, mask, change, error, messag
     arguments = {"image": image, "mask": mask, "confidence": 1.0, "schedule": "linear", "seed": 0} | change
     with pytest.raises(error, match=message):
         perturb(arguments.pop("image"), arguments.pop("mask"), arguments.pop("confidence"), **arguments)
-
-
-@pytest.mark.parametrize(("step", "error"), [(-1, ValueError), (1001, ValueError), (0.5, TypeError)])
-def test_a_step_outside_the_schedule_is_refused(image, mask, step, error):
-    with pytest.raises(error, match="step must be"):
-        add_region_noise(image, mask, step, SCHEDULE, 0)
 
 
 def test_pure_noise_keeps_nothing_of_the_object():

@@ -1,5 +1,4 @@
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -96,12 +95,3 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
         ValueError, match="unknown noise schedule 'quadratic'; known: linear, cosine, sigmoid"
     ):
         schedule_by_name("quadratic")
-
-
-@pytest.mark.parametrize("schedule", [LinearSchedule(), CosineSchedule(500), SigmoidSchedule()])
-def test_schedules_are_frozen_picklable_values(schedule):
-    copy = pickle.loads(pickle.dumps(schedule))
-    assert copy == schedule
-    assert hash(copy) == hash(schedule)
-    with pytest.raises(AttributeError):
-        schedule.steps = 3

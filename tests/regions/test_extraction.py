@@ -293,12 +293,11 @@ def test_all_sources_of_a_configuration_are_extracted_and_read(
         "calibration": {"own": EvalSplit(Unlocated("test", scenes=2, first=4))},
         "test": {"own": EvalSplit(Unlocated("test", scenes=2, first=6))},
         "eval_batch_size": 3,
-        "shard_size": 5,
         "workers": 0,
     }
     data = PerturbedQueryDataModule(model_folder, **settings)  # type: ignore[arg-type]
     _predict(data, tmp_path, ExactDetector(truth), ExactSegmenter(truth))
-    files = {"train": "train.parquet", "validation": "validation.parquet", "levels": "calibration.parquet"}
+    files = {"train": "train.parquet", "validation": "validation.parquet", "levels": "levels.parquet"}
     module = RegionExtractor(RuleDescriber(), ExactDetector(truth), ExactSegmenter(truth))
     expected_files = RegionWriter().outputs(tmp_path, module, PerturbedQueryDataModule(**settings))  # type: ignore[arg-type]
     written = {path.name for path in tmp_path.iterdir()} - {"shards", "contact_sheet.png"}
@@ -308,7 +307,7 @@ def test_all_sources_of_a_configuration_are_extracted_and_read(
     assert {name: counts["queries"] for name, counts in summary["files"].items()} == {
         "train.parquet": 9,
         "validation.parquet": 6,
-        "calibration.parquet": 6,
+        "levels.parquet": 6,
     }
     for setting, original in parts.items():
         source = read_with_regions(tmp_path, setting, original)

@@ -177,7 +177,7 @@ def _settings_of_extraction(tiny: Callable[[str], str]) -> list[str]:
         *("--regions.model.init_args.segmenter.init_args.name_or_path", tiny("sam")),
         *("--regions.model.init_args.detector.init_args.threshold", "0"),
         *("--regions.model.init_args.gates", json.dumps({"min_score": 0.02, "min_area": 0, "max_area": 1})),
-        *("--regions.data.shard_size", "4"),
+        *("--regions.data.eval_batch_size", "4"),
     ]
 
 

@@ -122,8 +122,7 @@ def extraction(tiny: Callable[[str], str]) -> Callable[[str, Path], list[str]]:
             "model.init_args.detector.init_args": {"name_or_path": tiny("grounding_dino"), "threshold": 0.0},
             "model.init_args.segmenter.init_args.name_or_path": tiny("sam"),
             "model.init_args.gates": {"min_score": 0.02, "min_area": 0.0, "max_area": 1.0},
-            "data.eval_batch_size": 3,
-            "data.shard_size": 4,
+            "data.eval_batch_size": 4,
             "data.workers": 0,
         }
         words = [w for name, value in settings.items() for w in (f"--{name}", json.dumps(value).strip('"'))]

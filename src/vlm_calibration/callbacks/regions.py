@@ -53,7 +53,6 @@ class RegionWriter(L.Callback):
     def __init__(self) -> None:
         self.start_over = False
         """Whether all shards are extracted again, whatever an earlier run finished."""
-        self._rows: list[dict[str, Any]] = []
         self._log: AppendLog | None = None
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
@@ -67,11 +66,13 @@ class RegionWriter(L.Callback):
         path = folder / SHARDS / f"{data.part}.{trainer.global_rank}.jsonl"
         remedy = f"remove {folder}, or give another trainer.default_root_dir"
         log = self._log = AppendLog(path, {"run": run}, remedy, "*.jsonl")
-        self._rows.clear()
         if self.start_over or run is None:
             broadcast_from_first(trainer, lambda: self._clear(trainer, pl_module))
         if data.region_plan.extractions:
-            data.leave_out(broadcast_from_first(trainer, lambda: [row["shard"] for _, row in log.lines()]))
+            # The same in every process.
+            data.region_plan.finished = broadcast_from_first(
+                trainer, lambda: {row["shard"] for _, row in log.lines()}
+            )
 
     def _clear(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if _data(trainer).parts > 1:
@@ -93,10 +94,8 @@ class RegionWriter(L.Callback):
         *_: Any,
     ) -> None:
         assert self._log is not None
-        self._rows += [row_of(extracted) for extracted in outputs]
-        if batch.last:
-            self._log.append({"shard": batch.shard, "rows": self._rows})
-            self._rows.clear()
+        if batch.rows:
+            self._log.append({"shard": batch.shard, "rows": [row_of(extracted) for extracted in outputs]})
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._log is not None
@@ -106,15 +105,16 @@ class RegionWriter(L.Callback):
             data, folder = _data(trainer), Path(trainer.default_root_dir)
             # This part's lines are complete before it reads the others', so the last part to end finds all shards.
             lines = {row["shard"]: line._replace(content=b"") for line, row in self._log.lines()}
-            missing = sum(shard.number not in lines for shard in data.shards)
+            shards = len(data.region_plan.shards)
+            missing = sum(number not in lines for number in range(shards))
             if missing and data.parts == 1:
                 raise DataError(
-                    f"{folder / SHARDS}: {missing} of {len(data.shards)} shards are missing: run again without "
+                    f"{folder / SHARDS}: {missing} of {shards} shards are missing: run again without "
                     "trainer.limit_predict_batches"
                 )
             if missing:
                 print(
-                    f"part {data.part} of {data.parts} is done; {missing} of {len(data.shards)} shards are other parts': the "
+                    f"part {data.part} of {data.parts} is done; {missing} of {shards} shards are other parts': the "
                     f"last to end writes {', '.join(map(str, self.outputs(folder, pl_module, data)))}"
                 )
             else:
@@ -125,15 +125,16 @@ class RegionWriter(L.Callback):
         """Write the rows of each source as one file, and the summary of all."""
         assert self._log is not None
         total, files = RegionSummary(), {}
-        for source, extraction in enumerate(data.region_plan.extractions):
+        plan = data.region_plan
+        for index, extraction in enumerate(plan.extractions):
             summary = files[folder / extraction.file] = RegionSummary()
-            own = [lines[shard.number] for shard in data.shards if shard.source == source]
+            own = [lines[number] for number, shard in enumerate(plan.shards) if shard.extraction == index]
             tracked = track(own, f"writing {folder / extraction.file}", len(own), "shards")
             shards = (self._log.reread(line)["rows"] for line in tracked)
             write_rows(
                 folder / extraction.file, (_usable(rows, summary, total) for rows in shards), extraction.note
             )
-        complete = [f"data.{setting}" for setting in data.region_plan.complete]
+        complete = [f"data.{setting}" for setting in plan.complete]
         by_name = {path.name: summary.to_dict() for path, summary in files.items()}
         content = {**total.to_dict(), "unreadable": total.notes, "files": by_name, "complete": complete}
         write_json(folder / SUMMARY, content)

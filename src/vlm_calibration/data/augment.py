@@ -1,8 +1,4 @@
-"""The user's augmentations of training images, by albumentations; regions move with the pixels.
-
-They come before the perturbation, and are a pure function of (seed, epoch, query id) like it. Importing albumentations is slow, but
-every training run needs it for the perturbation as well.
-"""
+"""The user's augmentations of training images, by albumentations; regions move with the pixels."""
 
 from __future__ import annotations
 
@@ -27,10 +23,9 @@ class Augmentation:
         self._compose = Compose(self.transforms)
 
     def __call__(self, loaded: LoadedImage, seed: int) -> LoadedImage:
-        """Augment an image, with a seed in [0, 2**32). One that would lose the evidence, e.g. by cropping, stays as it is.
+        """Augment an image, with a seed in [0, 2**32); a DataError if the result is not a uint8 image of three channels.
 
-        Raises:
-            DataError: the result is not a uint8 image of three channels.
+        One that would lose the evidence, e.g. by cropping, stays as it is.
         """
         regions = [*loaded.evidence, *loaded.distractors]
         self._compose.set_random_seed(seed)

@@ -1,8 +1,4 @@
-"""Batches for preference optimisation: every prompt with one candidate response per confidence that can be stated.
-
-`ResponseTokenizer` tokenizes the responses, also for the estimators. Which candidate is chosen and which are rejected is
-decided in the training step (`stages.preference_targets`), because it can depend on the reference model.
-"""
+"""Batches for preference optimisation: every prompt with one candidate response per confidence that can be stated."""
 
 from __future__ import annotations
 
@@ -125,6 +121,7 @@ def stated_levels(
     return tuple(sorted(by_text.values(), reverse=True))
 
 
+@dataclass
 class ResponseTokenizer:
     """Tokenizes an answer to a query with every confidence that can be stated after it.
 
@@ -134,10 +131,9 @@ class ResponseTokenizer:
         grid: percent, as in `CandidateSettings`.
     """
 
-    def __init__(self, chat: ChatFormat, levels: Sequence[ConfidenceLevels], grid: int | None = None) -> None:
-        self.chat = chat
-        self.levels = levels
-        self.grid = grid
+    chat: ChatFormat
+    levels: Sequence[ConfidenceLevels]
+    grid: int | None = None
 
     def tokenize(self, query: Query, answers: Sequence[str]) -> tuple[int, tuple[Candidate, ...]]:
         """One response per answer and confidence, and how many tokens at the end of the prompt they replace (mostly 0).

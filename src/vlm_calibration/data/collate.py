@@ -1,13 +1,9 @@
-"""Batches for supervised fine-tuning and for generation, and `ChatFormat`, which renders and tokenizes conversations.
-
-The response's tokens are found by construction: prompt and full conversation are both rendered and tokenized, and the response
-is what follows their longest common prefix. The same comparison separates the stated confidence from the answer. Processors
-expand the image token, but always before the response, so positions are counted from the end.
-"""
+"""Batches for supervised fine-tuning and for generation, and `ChatFormat`, which renders and tokenizes conversations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -54,13 +50,9 @@ class SFTBatch(NamedTuple):
         return self.confidence_mask[self.labels != IGNORE]
 
     def to(self, device: torch.device | str) -> SFTBatch:
-        return self._replace(
-            inputs=move(self.inputs, device),
-            labels=self.labels.to(device),
-            confidence_mask=self.confidence_mask.to(device),
-            confidence=self.confidence.to(device),
-            is_correct=self.is_correct.to(device),
-        )
+        names = ("labels", "confidence_mask", "confidence", "is_correct")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return self._replace(inputs=move(self.inputs, device), **moved)
 
 
 class RankedAnswers(NamedTuple):
@@ -152,6 +144,8 @@ class ChatFormat:
         tokenizer = self.processor.tokenizer
         return tokenizer(texts, add_special_tokens=self.layout.adds_special(texts[0]))["input_ids"]
 
+    # Prompt and full conversation are both tokenized, and the response is what follows their longest common prefix. Processors expand the
+    # image token before the response, so positions are counted from the end.
     def after_prompt(self, prompt: str, conversations: Sequence[str]) -> tuple[int, list[list[int]]]:
         """Token ids of conversations after the prefix that all of them share with their prompt.
 
@@ -221,6 +215,7 @@ class ChatFormat:
         return [token for token in dict.fromkeys(tokens) if token]
 
 
+@dataclass
 class SFTCollator:
     """Collates samples into an `SFTBatch`.
 
@@ -236,10 +231,9 @@ class SFTCollator:
         on_too_long: "raise" an error that names the sample, or "skip" it and list it in `skipped`.
     """
 
-    def __init__(self, chat: ChatFormat, max_length: int, on_too_long: TooLong = "raise") -> None:
-        self.chat = chat
-        self.max_length = max_length
-        self.on_too_long = on_too_long
+    chat: ChatFormat
+    max_length: int
+    on_too_long: TooLong = "raise"
 
     def __call__(self, samples: Sequence[Sample]) -> SFTBatch:
         if not samples:
@@ -292,6 +286,7 @@ def split_too_long(
     return fitting, tuple(samples[i].query.id for i in too_long)
 
 
+@dataclass
 class PromptCollator:
     """Collates samples into a `PromptBatch`.
 
@@ -304,21 +299,12 @@ class PromptCollator:
         ranks: whether batches have the answers to rank of open queries.
     """
 
-    def __init__(
-        self,
-        chat: ChatFormat | None,
-        grading: Grading | None = EXACT,
-        max_length: int | None = None,
-        on_too_long: TooLong = "raise",
-        keep_images: bool = False,
-        ranks: bool = False,
-    ) -> None:
-        self.chat = chat
-        self.grading = grading
-        self.max_length = max_length
-        self.on_too_long = on_too_long
-        self.keep_images = keep_images
-        self.ranks = ranks
+    chat: ChatFormat | None
+    grading: Grading | None = EXACT
+    max_length: int | None = None
+    on_too_long: TooLong = "raise"
+    keep_images: bool = False
+    ranks: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> PromptBatch:
         batch = PromptBatch(
@@ -343,19 +329,15 @@ class PromptCollator:
             fitting, skipped = split_too_long(samples, lengths, self.max_length, self.on_too_long)
             if skipped:
                 return self(fitting)._replace(skipped=skipped)
-        ranks = self.ranks and any(s.query.answer_type == "open" for s in samples)
+        if self.ranks and any(s.query.answer_type == "open" for s in samples):
+            batch = batch._replace(ranked=tuple(_ranked(chat, s) for s in samples))
         copies = {}
         for copy in samples[0].copies:
             images = {row: image for row, s in enumerate(samples) if (image := s.copies[copy]) is not None}
             changed = [samples[row]._replace(image=image) for row, image in images.items()]
-            of_rows = [texts[row] for row in images]
-            copied = chat.inputs_of(changed, of_rows, "left") if changed else {}
+            copied = chat.inputs_of(changed, [texts[row] for row in images], "left") if changed else {}
             copies[copy] = CopiedPrompts(tuple(images), copied)
-        return batch._replace(
-            inputs=inputs,
-            ranked=tuple(_ranked(chat, s) for s in samples) if ranks else (),
-            copies=copies,
-        )
+        return batch._replace(inputs=inputs, copies=copies)
 
 
 def _ranked(chat: ChatFormat, sample: Sample) -> RankedAnswers:

@@ -1,19 +1,13 @@
-"""The dataset that loads and perturbs queries on access.
-
-It first selects the queries that can be asked, without opening an image, so that an invalid record stops the run before
-training. A perturbation needs a region of each key object. One without a region counts as absent only if the answer denies that it exists or
-the data say so; any other query could only be perturbed somewhere else, so its image stays untouched or it stops the run. If such queries were
-left out, those about large and easy objects would stand for all.
-"""
+"""The dataset: selects the queries that can be asked without opening an image, then loads and perturbs them on access."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import accumulate, islice
+from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -67,11 +61,7 @@ class EvalSplit:
             )
 
     def policy(self, policy: NoisePolicy) -> NoisePolicy:
-        """The noise policy of this part, given that of the data.
-
-        Raises:
-            DataError: the levels are not known for a kind.
-        """
+        """The noise policy of this part, given that of the data; a DataError if the levels are not known for a kind."""
         if self.noise == "none":
             # On untouched images, levels need not be measured and no query is left out for an absent object.
             return replace(policy, levels=LinearLevels(), absent="clean")
@@ -98,72 +88,183 @@ class NoEvidenceError(DataError):
     """No pixel of the image shows the key object, although nothing says that it is absent."""
 
 
-@dataclass(frozen=True)
 class _Part:
-    """The queries of one split that are asked, untouched or drawn, then those that can be perturbed under every other perturbation.
+    """The queries of one split that are asked, untouched or drawn, then those that can be perturbed under every other perturbation."""
 
-    Attributes:
-        name: of the split.
-        split: its settings.
-        policy: how they are perturbed.
-        queries: all queries of the source.
-        indices: of the N that are asked, int64 [N], ascending.
-        presence: of the key objects of each.
-        shown: indices of queries about present objects, whose regions give absent ones their shapes, int64.
-        answers: form of question -> the gold answers to it, for short answers of which the source has no wrong one.
-        perturbations: under which all are asked; None: drawn when a sample is loaded.
-    """
-
-    name: str
-    split: EvalSplit
-    policy: NoisePolicy
-    queries: Sequence[Query]
-    indices: np.ndarray
-    presence: Sequence[Presence]
-    shown: np.ndarray
-    answers: Mapping[str, Sequence[str]]
-    perturbations: Sequence[Perturbation | None]
-
-    @cached_property
-    def perturbed(self) -> np.ndarray:
-        """Positions in `indices` of the queries that can be perturbed, int64."""
+    def __init__(
+        self,
+        name: str,
+        split: EvalSplit,
+        where: str,
+        policy: NoisePolicy,
+        check: Check,
+        augmentation: Augmentation | None,
+        taught: bool,
+    ) -> None:
+        self.name, self.where, self.source = name, where, split.source
+        self.is_perturbed = split.noise != "none"
+        self.names_levels = split.noise == "every_level"
+        try:
+            self.policy = split.policy(policy)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        self.queries = self.source.queries()
+        self.augmentation = augmentation
+        # Form of a question -> the gold answers to it, as an ordered set.
+        self._golds: dict[str, dict[str, None]] = {}
+        asked = self._select(check)
+        if self.is_perturbed:
+            self._check_regions(asked, taught)
+            if self.policy.absent == "skip":
+                asked = {index: presence for index, presence in asked.items() if presence != "absent"}
+        self.indices = np.array(list(asked), dtype=np.int64)
+        """Of the N queries that are asked, int64 [N], ascending."""
+        self.presence = list(asked.values())
         kinds = ("present", "absent") if self.policy.absent == "distractor" else ("present",)
-        return np.flatnonzero([presence in kinds for presence in self.presence])
+        self.perturbed = np.flatnonzero([presence in kinds for presence in self.presence])
+        """Positions in `indices` of the queries that can be perturbed, int64."""
+        self.perturbations: Sequence[Perturbation | None] = [None if self.is_perturbed else CLEAN]
+        if self.names_levels:
+            self.perturbations = self.policy.perturbations
+
+    def _select(self, check: Check) -> dict[int, Presence]:
+        """The queries that can be asked, with the presence of their key objects."""
+        bad = BadRecords(self.source.on_bad_record)
+        levels, asked = self.policy.levels, dict[int, Presence]()
+        wrongless: list[int] = []
+        shown: dict[bool, list[int]] = {True: [], False: []}
+        tracked = track(self.queries, f"reading {self.where}", len(self.queries), "queries")
+        for index, query in enumerate(tracked):
+            try:
+                check(query, ())
+                if self.is_perturbed:
+                    levels.confidence(CLEAN, query.answer_type, query.id)
+                    levels.check_content(query.id, partial(self.source.content_digest, query))
+            except ValueError as error:
+                reason = error if isinstance(error, DataError) else f"record {query.id!r}: {error}"
+                bad.add(f"{self.where}: {reason}", error)
+                continue
+            asked[index] = self.source.presence(query) if self.is_perturbed else "present"
+            if self.is_perturbed and asked[index] == "present":
+                shown[asked_existence(query.question) is not None].append(index)
+            if self.is_perturbed and self.policy.wrong_answer_rate:
+                if query.answer_type == "short" and (form := question_form(query)):
+                    self._golds.setdefault(form, {})[query.answer] = None
+                if not self.source.wrong_answers(query):
+                    wrongless.append(index)
+        bad.report(len(asked))
+        # A question about existence is the one that is answered with no about an absent object, so its objects are of the same kinds.
+        indices = [] if self.source.annotates_all else shown[True] or shown[False]
+        self.shown = np.array(indices, dtype=np.int64)
+        """Indices of queries whose regions give those of absent objects their shapes."""
+        if count := sum(not self._other_gold(self.queries[index]) for index in wrongless):
+            rank_zero_warn(
+                f"{self.where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
+                "(`wrong_answer_rate`): their source has none, and questions of their form have no other answer"
+            )
+        return asked
+
+    def _check_regions(self, asked: Mapping[int, Presence], taught: bool) -> None:
+        """Report queries without a region, with the first ids; a DataError if they stop the run, or others cannot stand for them."""
+        by_presence: dict[Presence, list[int]] = {"present": [], "absent": [], "unlocated": []}
+        for index, presence in asked.items():
+            by_presence[presence].append(index)
+        absent, unlocated = by_presence["absent"], by_presence["unlocated"]
+        if unlocated and taught:
+            self._check_taught(unlocated, [*by_presence["present"], *absent])
+
+        def named(indices: Sequence[int]) -> str:
+            return name_some((self.queries[index].id for index in indices), len(indices))
+
+        if unlocated:
+            kinds: Counter[str] = Counter()
+            for query in (self.queries[index] for index in unlocated):
+                yes_or_no = "no" if answer_is_no(query) else "yes"
+                kinds[yes_or_no if query.answer_type == "yes_no" else query.answer_type] += 1
+            missing = (
+                f"{len(unlocated)} of {len(self.queries)} queries ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}) need "
+                f"a region of what they ask about and have none: {named(unlocated)}"
+            )
+            if self.policy.no_region == "raise":
+                raise DataError(
+                    f"{self.where}: {missing}: {FIND_REGIONS}, or ask such queries with untouched images with "
+                    "`data.noise.no_region: clean`"
+                )
+            if absent:
+                missing += f"; {len(absent)} ask about an object that is absent (`absent: {self.policy.absent}`): {named(absent)}"
+            rank_zero_warn(f"{self.where}: images stay untouched: {missing}")
+        elif absent:
+            counts = f"{len(absent)} of {len(self.queries)} queries"
+            rank_zero_info(f"{self.where}: absent object in {counts} (`absent: {self.policy.absent}`)")
+        if (
+            absent
+            and self.policy.absent == "distractor"
+            and not (len(self.shown) or self.source.annotates_all)
+        ):
+            rank_zero_warn(
+                f"{self.where}: no query has a region whose shape those of {len(absent)} absent objects could have: they are random boxes"
+            )
+
+    def _check_taught(self, unlocated: Sequence[int], located: Sequence[int]) -> None:
+        """Raise a DataError if most queries are unlocated, or if all others of an answer type have one answer, which then goes with noise."""
+
+        def answers(indices: Sequence[int]) -> dict[str, set[str]]:
+            of_type: dict[str, set[str]] = {answer_type: set() for answer_type in ANSWER_TYPES}
+            for query in (self.queries[index] for index in indices):
+                answer = (
+                    "No" if answer_is_no(query) else "Yes" if query.answer_type == "yes_no" else query.answer
+                )
+                of_type[query.answer_type].add(answer)
+            return of_type
+
+        lost, kept = answers(unlocated), answers(located)
+        only = [repr(*kept[t]) for t in ANSWER_TYPES if len(kept[t]) == 1 and lost[t] - kept[t]]
+        total = len(unlocated) + len(located)
+        if only or 2 * len(unlocated) > total:
+            counts = f"{len(unlocated)} of {total} queries have no region of what they ask about"
+            alone = f", and all others of their type have the answer {' or '.join(only)}" if only else ""
+            raise DataError(
+                f"{self.where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out of the data"
+            )
+
+    def nothing_perturbed(self, what: str) -> DataError:
+        return DataError(
+            f"{self.where}: no {what} can be perturbed, which needs a region of what it asks about, or an answer that denies "
+            "that it exists: find regions with `vlm-calibration predict --config regions`"
+        )
 
     def __len__(self) -> int:
         return len(self.indices) + len(self.perturbed) * (len(self.perturbations) - 1)
 
     def item(self, index: int) -> tuple[Query, Presence, Perturbation | None]:
-        """A query with its split's name, the presence of its key objects, and what happens to its image."""
+        """A query with its split's name, the presence of its key objects, and what happens to its image; None: it is drawn."""
         level, position = 0, index
         if index >= len(self.indices):
             level, position = divmod(index - len(self.indices), len(self.perturbed))
             level, position = level + 1, int(self.perturbed[position])
         query = with_split_name(self.queries[int(self.indices[position])], self.name)
         presence, perturbation = self.presence[position], self.perturbations[level]
-        if self.split.noise == "every_level" and perturbation is not None:
+        if self.names_levels and perturbation is not None:
             query = replace(query, id=level_id(query.id, perturbation))
         return query, presence, CLEAN if presence == "unlocated" else perturbation
 
-    def augmented(self, query: Query, epoch: int, augmentation: Augmentation | None) -> LoadedImage:
+    def augmented(self, query: Query, epoch: int) -> LoadedImage:
         """The image of a query with its regions, as it is before it is perturbed."""
-        loaded = self.split.source.load(query)
-        if augmentation is None:
+        loaded = self.source.load(query)
+        if self.augmentation is None:
             return loaded
         seed = query_rng(self.policy.seed, epoch, query.id, "augment").integers(2**32)
-        return augmentation(loaded, int(seed))
+        return self.augmentation(loaded, int(seed))
 
-    def silhouettes(
-        self, query_id: str, epoch: int, augmentation: Augmentation | None
-    ) -> Sequence[np.ndarray]:
+    def silhouettes(self, query_id: str, epoch: int) -> Sequence[np.ndarray]:
         """The masks of the key objects of a random query about present objects, for one about an absent object; empty without any."""
         rng = query_rng(self.policy.seed, epoch, query_id, "silhouettes")
         for index in rng.permutation(self.shown):
             try:
-                loaded = self.augmented(self.queries[int(index)], epoch, augmentation)
+                loaded = self.augmented(self.queries[int(index)], epoch)
             except DataError:
                 # It is reported where it is asked itself.
-                if self.split.source.on_bad_record == "raise":
+                if self.source.on_bad_record == "raise":
                     raise
                 continue
             if loaded.evidence:
@@ -172,12 +273,17 @@ class _Part:
 
     def wrong_answers(self, query: Query, epoch: int) -> Sequence[str]:
         """The source's wrong answers to a query; if it has none to a short one, the gold answer to another question of its form."""
-        wrong = self.split.source.wrong_answers(query)
-        if wrong or query.answer_type != "short":
-            return wrong
-        answers = self.answers.get(question_form(query), ())
-        order = query_rng(self.policy.seed, epoch, query.id, "form").permutation(len(answers))
-        return _first_wrong((answers[i] for i in order), query.answer, query.synonyms)
+        return self.source.wrong_answers(query) or self._other_gold(query, epoch)
+
+    def _other_gold(self, query: Query, epoch: int | None = None) -> tuple[str, ...]:
+        """The first gold answer to another question of the same form that is wrong here, in a random order of the epoch."""
+        if query.answer_type != "short":
+            return ()
+        golds = list(self._golds.get(question_form(query), ()))
+        if epoch is not None:
+            order = query_rng(self.policy.seed, epoch, query.id, "form").permutation(len(golds))
+            golds = [golds[i] for i in order]
+        return next(((g,) for g in golds if not grade(g, query.answer, "short", query.synonyms).correct), ())
 
 
 class PerturbedQueries(Dataset[Sample]):
@@ -215,19 +321,27 @@ class PerturbedQueries(Dataset[Sample]):
         self.policy = policy
         self.image_processor = image_processor
         self.where = where
-        self._named = named
         self._check = check
-        self._augmentation = augmentation
-        self._taught = taught
         self._copies: Sequence[ImageCopy] = ()
-        self._parts = [self._select(name, split) for name, split in splits.items()]
+        self._parts = [
+            _Part(
+                name,
+                split,
+                f"{where}.{name}" if name and named else where,
+                policy,
+                check,
+                augmentation,
+                taught,
+            )
+            for name, split in splits.items()
+        ]
         self._ends = list(accumulate(map(len, self._parts)))
         if not len(self):
             raise DataError(f"{where}: no query is left")
         for part in self._parts:
-            if part.split.noise != "none":
+            if part.is_perturbed:
                 if not len(part.perturbed):
-                    raise self._nothing_perturbed(part, "query")
+                    raise part.nothing_perturbed("query")
                 for kind in part.policy.used_kinds:
                     region_perturbation(kind, policy.schedule)  # imported once here, not in every worker
 
@@ -239,42 +353,31 @@ class PerturbedQueries(Dataset[Sample]):
                 for indices in (part.indices, part.indices[part.perturbed])
             )
             for answer_type in sorted(asked - perturbed):
-                raise self._nothing_perturbed(part, f"{answer_type} query")
-
-    def _nothing_perturbed(self, part: _Part, what: str) -> DataError:
-        return DataError(
-            f"{self._setting(part.name)}: no {what} can be perturbed, which needs a region of what it asks about, or an answer that denies "
-            "that it exists: find regions with `vlm-calibration predict --config regions`"
-        )
+                raise part.nothing_perturbed(f"{answer_type} query")
 
     def make_copies(self, copies: Sequence[ImageCopy]) -> None:
         """Give each sample these perturbed copies of its image from now on; a split without such a region is a DataError."""
         for part in self._parts:
-            source = part.split.source
-            for region in {copy.region: None for copy in copies if copy.region != "image"}:
-                what, has_region = "its key object", source.has_evidence
-                if region == "distractor":
-                    what, has_region = "an object that it does not ask about", source.has_distractor
+            for region, what, has_region in (
+                ("object", "its key object", part.source.has_evidence),
+                ("distractor", "an object that it does not ask about", part.source.has_distractor),
+            ):
+                if all(copy.region != region for copy in copies):
+                    continue
                 if not any(has_region(part.queries[int(index)]) for index in part.indices):
                     raise DataError(
-                        f"{self._setting(part.name)}: no query has a region of {what}, which model.probes or an estimator is to "
+                        f"{part.where}: no query has a region of {what}, which model.probes or an estimator is to "
                         f"perturb: take {region!r} out of model.probes (`region: image` for Stability), or give records with such regions"
                     )
         for copy in copies:
-            # Imported once here, not in every worker.
-            region_perturbation(copy.perturbation.kind, self.policy.schedule)
+            region_perturbation(copy.perturbation.kind, self.policy.schedule)  # imported once here
         self._copies = tuple(copies)
-
-    def _setting(self, name: str) -> str:
-        """The setting of a split."""
-        return f"{self.where}.{name}" if name and self._named else self.where
 
     def is_noised(self, query_id: str) -> bool:
         """Whether the policy perturbs the split that contains a query."""
         return any(
-            query_id.startswith(f"{name}:" if name else "")
-            for name, split in self.splits.items()
-            if split.noise != "none"
+            part.is_perturbed and query_id.startswith(f"{part.name}:" if part.name else "")
+            for part in self._parts
         )
 
     @property
@@ -294,11 +397,7 @@ class PerturbedQueries(Dataset[Sample]):
         return self._parts[number], index - (self._ends[number - 1] if number else 0)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample at (epoch, index).
-
-        Raises:
-            DataError: the record cannot be loaded.
-        """
+        """The sample at (epoch, index); a DataError if the record cannot be loaded."""
         return self._load(*key)[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> SampleBatch:
@@ -308,7 +407,7 @@ class PerturbedQueries(Dataset[Sample]):
             try:
                 sample, clipped, is_empty = self._load(epoch, index)
             except DataError as error:
-                source = self._part_of(index)[0].split.source
+                source = self._part_of(index)[0].source
                 policy = self.policy.no_region if isinstance(error, NoEvidenceError) else source.on_bad_record
                 if policy == "raise":
                     raise
@@ -323,109 +422,25 @@ class PerturbedQueries(Dataset[Sample]):
         """A sample, whether one of its regions is partly outside the image, and whether those of its key objects have no pixel."""
         part, own_index = self._part_of(index)
         query, presence, perturbation = part.item(own_index)
-        policy = part.policy
-        loaded = part.augmented(query, epoch, self._augmentation)
-        is_empty = part.split.noise != "none" and presence == "present" and not loaded.evidence
+        loaded = part.augmented(query, epoch)
+        is_empty = part.is_perturbed and presence == "present" and not loaded.evidence
         if is_empty:
-            if policy.no_region == "raise" or perturbation not in (None, CLEAN):
+            if part.policy.no_region == "raise" or perturbation not in (None, CLEAN):
                 raise NoEvidenceError(f"record {query.id!r}: no pixel of its image shows what it asks about")
             perturbation = CLEAN
-        silhouettes = None
-        if not part.split.source.annotates_all:
-            silhouettes = partial(part.silhouettes, query.id, epoch, self._augmentation)
+        silhouettes = None if part.source.annotates_all else partial(part.silhouettes, query.id, epoch)
         try:
             wrong = part.wrong_answers(query, epoch)
             self._check(query, wrong)
             sample = perturb_query(
-                query, loaded, policy, self.image_processor, epoch, perturbation, wrong, silhouettes
+                query, loaded, part.policy, self.image_processor, epoch, perturbation, wrong, silhouettes
             )
             if self._copies:
-                copies = perturbed_copies(sample, loaded, self._copies, policy, self.image_processor)
+                copies = perturbed_copies(sample, loaded, self._copies, part.policy, self.image_processor)
                 sample = sample._replace(copies=copies)
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
         return sample, loaded.clipped, is_empty
-
-    def _select(self, name: str, split: EvalSplit) -> _Part:
-        where = self._setting(name)
-        try:
-            policy = split.policy(self.policy)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-        source, queries, is_perturbed = split.source, split.source.queries(), split.noise != "none"
-        bad = BadRecords(source.on_bad_record)
-        asked: dict[int, Presence] = {}
-        shown: dict[bool, list[int]] = {True: [], False: []}
-        answers: dict[str, dict[str, None]] = {}
-        wrongless: list[tuple[str, str, tuple[str, ...]]] = []
-        for index, query in enumerate(track(queries, f"reading {where}", len(queries), "queries")):
-            try:
-                self._check(query, ())
-                if is_perturbed:
-                    _check_levels(policy, source, query)
-            except DataError as error:
-                bad.add(f"{where}: {error}", error)
-                continue
-            asked[index] = source.presence(query) if is_perturbed else "present"
-            if is_perturbed and asked[index] == "present":
-                shown[asked_existence(query.question) is not None].append(index)
-            if is_perturbed and policy.wrong_answer_rate:
-                form = question_form(query) if query.answer_type == "short" else ""
-                if form:
-                    answers.setdefault(form, {})[query.answer] = None
-                if not source.wrong_answers(query):
-                    wrongless.append((form, query.answer, query.synonyms))
-        bad.report(len(asked))
-        # A question about existence is the one that is answered with no about an absent object, so its objects are of the same kinds.
-        shapes = [] if source.annotates_all else shown[True] or shown[False]
-        if is_perturbed:
-            if self._taught and "unlocated" in asked.values():
-                _check_taught(queries, asked, where)
-            _report_regions(policy, queries, asked, where)
-            absent = sum(presence == "absent" for presence in asked.values())
-            if absent and policy.absent == "distractor" and not (shapes or source.annotates_all):
-                rank_zero_warn(
-                    f"{where}: no query has a region whose shape those of {absent} absent objects could have: they are random boxes"
-                )
-            if count := sum(
-                not _first_wrong(answers.get(form, ()), gold, synonyms) for form, gold, synonyms in wrongless
-            ):
-                rank_zero_warn(
-                    f"{where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
-                    "(`wrong_answer_rate`): their source has none, and questions of their form have no other answer"
-                )
-            if policy.absent == "skip":
-                asked = {index: presence for index, presence in asked.items() if presence != "absent"}
-        perturbations: dict[str, Sequence[Perturbation | None]] = {
-            "every_level": policy.perturbations,
-            "drawn": [None],
-            "none": [CLEAN],
-        }
-        return _Part(
-            name,
-            split,
-            policy,
-            queries,
-            np.array(list(asked), dtype=np.int64),
-            list(asked.values()),
-            np.array(shapes, dtype=np.int64),
-            {form: list(golds) for form, golds in answers.items()},
-            perturbations[split.noise],
-        )
-
-
-def _check_levels(policy: NoisePolicy, source: QuerySource, query: Query) -> None:
-    """Make sure that there are levels for a query, of its own question and image."""
-    try:
-        policy.levels.confidence(CLEAN, query.answer_type, query.id)
-        policy.levels.check_content(query.id, partial(source.content_digest, query))
-    except ValueError as error:
-        raise DataError(f"record {query.id!r}: {error}") from error
-
-
-def _first_wrong(answers: Iterable[str], gold: str, synonyms: Sequence[str]) -> tuple[str, ...]:
-    """The first of some short answers that is wrong where `gold` and `synonyms` are correct; empty if none is."""
-    return tuple(islice((a for a in answers if not grade(a, gold, "short", synonyms).correct), 1))
 
 
 def level_id(query_id: str, perturbation: Perturbation) -> str:
@@ -445,57 +460,3 @@ def with_split_name(query: Query, split: str) -> Query:
         return query
     category = f"{split}/{query.category}" if query.category else split
     return replace(query, id=f"{split}:{query.id}", category=category)
-
-
-def _check_taught(queries: Sequence[Query], asked: Mapping[int, Presence], where: str) -> None:
-    """Raise a DataError if most queries are unlocated, or if all others of an answer type have one answer, which then goes with noise."""
-    unlocated: dict[str, set[str]] = {kind: set() for kind in ANSWER_TYPES}
-    located: dict[str, set[str]] = {kind: set() for kind in ANSWER_TYPES}
-    for index, presence in asked.items():
-        query = queries[index]
-        answer = "No" if answer_is_no(query) else "Yes" if query.answer_type == "yes_no" else query.answer
-        (unlocated if presence == "unlocated" else located)[query.answer_type].add(answer)
-    n_unlocated = sum(presence == "unlocated" for presence in asked.values())
-    only = [
-        repr(*located[kind])
-        for kind in ANSWER_TYPES
-        if len(located[kind]) == 1 and unlocated[kind] - located[kind]
-    ]
-    if only or 2 * n_unlocated > len(asked):
-        counts = f"{n_unlocated} of {len(asked)} queries have no region of what they ask about"
-        alone = f", and all others of their type have the answer {' or '.join(only)}" if only else ""
-        raise DataError(f"{where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out of the data")
-
-
-def _report_regions(
-    policy: NoisePolicy,
-    queries: Sequence[Query],
-    asked: Mapping[int, Presence],
-    where: str,
-) -> None:
-    """Report the queries without a region of the key object, with the first ids, or raise a DataError if `no_region` says so."""
-
-    def named(presence: Presence) -> str:
-        indices = [index for index, found in asked.items() if found == presence]
-        return name_some((queries[index].id for index in indices), len(indices))
-
-    n_absent, n_unlocated = (list(asked.values()).count(presence) for presence in ("absent", "unlocated"))
-    if not n_unlocated:
-        if n_absent:
-            counts = f"{n_absent} of {len(queries)} queries"
-            rank_zero_info(f"{where}: absent object in {counts} (`absent: {policy.absent}`)")
-        return
-    kinds: Counter[str] = Counter()
-    for query in (queries[index] for index, presence in asked.items() if presence == "unlocated"):
-        yes_or_no = "no" if answer_is_no(query) else "yes"
-        kinds[yes_or_no if query.answer_type == "yes_no" else query.answer_type] += 1
-    missing = (
-        f"{n_unlocated} of {len(queries)} queries ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}) need a region of "
-        f"what they ask about and have none: {named('unlocated')}"
-    )
-    if policy.no_region == "raise":
-        raise DataError(
-            f"{where}: {missing}: {FIND_REGIONS}, or ask such queries with untouched images with `data.noise.no_region: clean`"
-        )
-    absent = f"; {n_absent} ask about an object that is absent (`absent: {policy.absent}`): {named('absent')}"
-    rank_zero_warn(f"{where}: images stay untouched: {missing}" + (absent if n_absent else ""))

@@ -1,9 +1,4 @@
-"""Text formats of conversations: a processor's chat template, or PaliGemma's only format.
-
-In training, the text before a response is exactly the generation prompt, even if the template writes a given response
-differently, because that is what the model reads before it answers. And every response ends its turn, even if the template
-leaves it open, so that the model learns to stop.
-"""
+"""Text formats of conversations: a processor's chat template, or PaliGemma's only format."""
 
 from __future__ import annotations
 
@@ -42,7 +37,11 @@ class TemplateOffsets(NamedTuple):
 
 
 class TemplateLayout:
-    """Conversations in the format of the processor's chat template."""
+    """Conversations in the format of the processor's chat template.
+
+    The text before a response is exactly the generation prompt, which the model reads before it answers, even if the template writes a
+    given response differently; and every response ends its turn, so that the model learns to stop.
+    """
 
     response_type: int | None = None
     """Token type of a response's tokens; None if token types do not mark the response."""

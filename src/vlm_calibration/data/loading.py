@@ -1,9 +1,4 @@
-"""Loading batches: the order of samples, and a log of the records that could not be loaded.
-
-The order is a pure function of (seed, epoch, number of processes). The sampler yields (epoch, index), so that workers, which
-persist over epochs, know the epoch of a sample's noise. Workers load the records, so problems travel with the batch to the
-process that trains or evaluates, and are summed over all processes at the end.
-"""
+"""Loading batches: their order, a pure function of (seed, epoch, number of processes), and a log of the records that could not be loaded."""
 
 from __future__ import annotations
 
@@ -94,11 +89,6 @@ class EpochSampler(DistributedSampler):
         first_epoch, done = self.begin
         return iter([(epoch, int(i)) for i in self.indices()[done if epoch == first_epoch else 0 :]])
 
-    @property
-    def skipped(self) -> int:
-        """Number of samples that are done, of all processes."""
-        return int((~self._pending).sum())
-
     def __len__(self) -> int:
         """Number of samples of a complete epoch."""
         if self.even:
@@ -150,16 +140,6 @@ class QueryLoader(DataLoader):
     def __init__(self, log: LoadingLog, collate: Callable[[Sequence[Sample]], Any], **settings: Any) -> None:
         super().__init__(log.dataset, collate_fn=partial(_with_problems, collate), **settings)
         self.log = log
-
-    @property
-    def total(self) -> int:
-        """Number of samples of all processes, including those that an earlier run finished."""
-        return len(self.log.dataset)
-
-    @property
-    def done(self) -> int:
-        """Number of samples that an earlier run finished; all of them in a process that has none left."""
-        return self.sampler.skipped if isinstance(self.sampler, EpochSampler) else self.total
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         def logged(collated: tuple[Any, SampleBatch]) -> Any:

@@ -21,17 +21,7 @@ from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.loading import DataPosition, EpochSampler, LoadingLog, QueryLoader
 from vlm_calibration.data.noise import ImageCopy, NoisePolicy
-from vlm_calibration.data.regions import (
-    SINGLE,
-    Extraction,
-    RawBatches,
-    RegionPlan,
-    Shard,
-    contents_of,
-    plan_extraction,
-    shards_of,
-    split_with_regions,
-)
+from vlm_calibration.data.regions import RegionPlan, read_with_regions
 from vlm_calibration.data.resolution import check_resolution, limit_pixels
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.hub import loading
@@ -87,9 +77,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         prompt: how a question is put to the model.
         grading: how answers are graded, in `levels fit`, validation and `test`.
         batch_size: queries per training step and process.
-        eval_batch_size: queries per batch of answers.
-        shard_size: queries per shard of `predict`, which is written as a whole; an interrupted run loses at most one shard a
-            process.
+        eval_batch_size: queries per batch of answers, and per shard of `predict`.
         parts: number of `predict` runs that share the shards of one run directory.
         part: index of this run among them, from 0.
         workers: number of data workers a process.
@@ -118,7 +106,6 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         grading: Grading = EXACT,
         batch_size: PositiveInt = PositiveInt(8),
         eval_batch_size: PositiveInt = PositiveInt(32),
-        shard_size: PositiveInt = PositiveInt(512),
         parts: int = 1,
         part: int = 0,
         workers: NonNegativeInt = NonNegativeInt(4),
@@ -148,7 +135,6 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.grading = grading
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.shard_size = shard_size
         self.parts = parts
         self.part = part
         self.workers = workers
@@ -166,15 +152,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self._tested: tuple[str, ...] = ()
         self._answered: Mapping[str, Collection[int]] = {}
         self._plans: dict[bool, RegionPlan] = {}
-        self._finished: frozenset[int] = frozenset()
 
     @cached_property
     def processor(self) -> Any:
-        """The model's processor: image processor, tokenizer and chat template, with `max_pixels` applied.
-
-        Raises:
-            DataError: it is not set, does not exist, does not take images and text, or cannot keep to `max_pixels`.
-        """
+        """The model's processor with `max_pixels` applied; a DataError if it is not set, not one of a VLM, or cannot keep to the limit."""
         if self.processor_name is None:
             raise DataError("data.processor is not set: give the model's name or folder")
         processor = load_processor(self.processor_name, self.revision, self.trust_remote_code)
@@ -190,14 +171,16 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def splits(self) -> dict[str, dict[str, EvalSplit]]:
         """Each data set that is set -> its splits by name, as configured; `predict` is none."""
         splits: dict[str, dict[str, EvalSplit]] = {}
-        for name, source in (("train", self.train), ("validation", self.validation)):
-            if source is not None:
-                splits[name] = {"": EvalSplit(source, noise="drawn")}
+        if self.train is not None:
+            splits["train"] = {"": EvalSplit(self.train, noise="drawn")}
+        if self.validation is not None:
+            splits["validation"] = {"": EvalSplit(self.validation, noise="drawn")}
         if self.levels is not None:
             splits[LEVELS] = {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_level")}
-        splits |= {
-            name: named for name, named in zip(TESTED, (self.test, self.calibration), strict=True) if named
-        }
+        if self.test:
+            splits["test"] = self.test
+        if self.calibration:
+            splits["calibration"] = self.calibration
         return splits
 
     @property
@@ -215,14 +198,14 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if stage == "predict":
             self.plan_extraction(self._needs.keep_known)
             return
-        asked, if_set = (self._needs.asked, self._needs.if_set) if stage == "test" else (("validation",), ())
-        if stage == "fit":
-            asked, if_set = ("train",), ("validation",)
-        for name in asked:
-            if not self.splits.get("train" if name == INSTANCES else name):
-                raise DataError(
-                    f"data.{'train' if name == INSTANCES else name} is not set: this command needs it"
-                )
+        of_stage: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+            "fit": (("train",), ("validation",)),
+            "validate": (("validation",), ()),
+        }
+        asked, if_set = of_stage.get(stage, (self._needs.asked, self._needs.if_set))
+        for name in map(setting_of, asked):
+            if name not in self.splits:
+                raise DataError(f"data.{name} is not set: this command needs it")
         names = [*asked, *(name for name in if_set if name in self.splits)]
         if stage == "test":
             self._tested, self._answered = tuple(names), {}
@@ -252,7 +235,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             noise if name == "train" else replace(noise, levels=noise.levels.averaged),
             self.processor.image_processor if self._uses_processor else None,
             self.chat.check if self._uses_processor else _accept,
-            f"data.{'train' if name == INSTANCES else name}",
+            f"data.{setting_of(name)}",
             named=name in TESTED,
             augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
             taught=name in ("train", LEVELS),
@@ -274,39 +257,35 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return replace(self.noise, resolution="native")
 
     def read_splits(self, name: str) -> dict[str, EvalSplit]:
-        """The splits of a data set with the regions of `regions`; empty if it is not set.
-
-        Raises:
-            DataError: there are no regions for a split, or those of other queries.
-        """
+        """The splits of a data set with the regions of `regions`, empty if it is not set; a DataError if there are none for a split."""
         if name == INSTANCES:
             return {"": EvalSplit(self.read_splits("train")[""].source)}
         splits = self.splits.get(name, {})
         if self.regions is None:
             return splits
         if name not in self._with_regions:
-            self._with_regions[name] = {
-                split: split_with_regions(Path(self.regions), setting_of(name, split), settings)
+            self._with_regions[name] = splits | {
+                split: replace(
+                    settings,
+                    source=read_with_regions(Path(self.regions), setting_of(name, split), settings.source),
+                )
                 for split, settings in splits.items()
+                if settings.noise != "none"
             }
         return self._with_regions[name]
 
     def plan_extraction(self, keep_known: bool = True) -> RegionPlan:
-        """The sources that `predict` extracts regions for, and the files that it writes; the queries are read at the first call.
-
-        Raises:
-            DataError: no source is set, or its queries cannot be read.
-        """
+        """What `predict` extracts; the queries are read at the first call. A DataError if no source is set, or one cannot be read."""
         if keep_known not in self._plans:
+            splits, leave_out_complete = self.settings, keep_known
             if self.predict is not None:
-                only = Extraction(SINGLE, self.predict, ("predict",), contents_of(self.predict))
-                self._plans[keep_known] = RegionPlan([only], [])
-            elif self.settings:
-                self._plans[keep_known] = plan_extraction(self.settings, keep_known)
-            else:
+                # The file, queries.parquet, has the queries whatever is known of them.
+                splits, leave_out_complete = {"queries": EvalSplit(self.predict, "drawn")}, False
+            elif not splits:
                 raise DataError(
                     "data.predict is not set, nor any of data.train, validation, levels, test and calibration"
                 )
+            self._plans[keep_known] = RegionPlan(splits, self.eval_batch_size, leave_out_complete)
         return self._plans[keep_known]
 
     def teardown(self, stage: str) -> None:
@@ -362,42 +341,27 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         """Leave out queries that an earlier `test` answered: indices in each of `tested_queries`, equal in all processes."""
         self._answered = answered
 
-    def leave_out(self, shards: Collection[int]) -> None:
-        """Leave out shards of `predict` that an earlier run finished. Must be the same in every process."""
-        self._finished = frozenset(shards)
-
     @property
     def region_plan(self) -> RegionPlan:
-        """What `predict` extracts."""
+        """What this run of `predict` extracts."""
         return self.plan_extraction(self._needs.keep_known)
 
     @property
-    def shards(self) -> list[Shard]:
-        """The shards of `predict`, of all sources and parts, in the order of their numbers."""
-        return shards_of([e.contents.queries for e in self.region_plan.extractions], self.shard_size)
-
-    @property
-    def pending_shards(self) -> list[Shard]:
-        """The shards of `predict` that are left to this part, and in it to this process."""
+    def pending_shards(self) -> list[int]:
+        """The numbers of the shards of `predict` that are left to this part, and in it to this process."""
         rank, processes = self._process
-        own = self.shards[self.part :: self.parts]
-        return [shard for shard in own if shard.number not in self._finished][rank::processes]
+        return self.region_plan.pending(self.part, self.parts)[rank::processes]
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of queries with unperturbed images; each part, and in it each process, has its own shards."""
-        own = self.shards[self.part :: self.parts]
-        finished = sum(shard.end - shard.begin for shard in own if shard.number in self._finished)
-        batches = RawBatches(
-            [extraction.source for extraction in self.region_plan.extractions],
-            self.pending_shards,
-            self.eval_batch_size,
-            finished,
-            sum(shard.end - shard.begin for shard in own),
-        )
+        """Batches of queries with unperturbed images; each part, and in it each process, has its own shards.
+
+        A process without a shard gets one empty batch, so that it takes part in the hooks after the last batch.
+        """
         # Without a batch size each item is a batch, and is not collated.
         return DataLoader(
-            batches,
+            self.region_plan,
             batch_size=None,
+            sampler=self.pending_shards or [None],
             num_workers=self.workers,
             worker_init_fn=_ignore_signals,
             collate_fn=_itself,
@@ -478,8 +442,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         )
 
 
-def setting_of(name: str, split: str) -> str:
-    """The setting of a split below `data`; only the data sets of an evaluation name their splits."""
+def setting_of(name: str, split: str = "") -> str:
+    """The setting of a data set or its split below `data`; only the data sets of an evaluation name their splits."""
+    name = "train" if name == INSTANCES else name
     return f"{name}.{split}" if name in TESTED and split else name
 
 

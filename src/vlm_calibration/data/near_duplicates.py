@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.files import MAX_NAMED
-from vlm_calibration.perturbation.images import ImageError, load_reduced
+from vlm_calibration.perturbation.images import ImageError, load_image
 from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.settings import digest
@@ -69,7 +69,7 @@ def hash_image(content: Content) -> ImageHash:
             encoded = content.read_bytes() if isinstance(content, Path) else content
         except OSError as error:
             raise ImageError(f"{content!s}: cannot be opened: {error.strerror}") from error
-        pixels = load_reduced(encoded, SIDE)
+        pixels = load_image(encoded, least=SIDE)
     image = Image.fromarray(pixels)
     bits = np.packbits(imagehash.phash(image).hash).view(">u8")[0].astype(np.uint64)
     copy = image.resize((COPY_SIDE, COPY_SIDE), Image.Resampling.BOX)

@@ -1,8 +1,4 @@
-"""Perturbation of one query: its kind, strength, region and seed are a pure function of (seed, epoch, query id).
-
-There is no random stream, so a sample is the same in any worker, on any rank and after any restart. What is done to the pixels
-is one of the albumentations transforms of `perturbation.kinds`.
-"""
+"""Perturbation of one query, a pure function of (seed, epoch, query id): the same in any worker, on any rank, after any restart."""
 
 from __future__ import annotations
 
@@ -15,15 +11,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vlm_calibration.data.resolution import model_resolution, resize_to_model
-from vlm_calibration.perturbation.by_kind import KIND_NAMES, region_perturbation
+from vlm_calibration.perturbation.by_kind import KIND_NAMES, perturb_region
 from vlm_calibration.perturbation.images import resize_mask
-from vlm_calibration.perturbation.levels import (
-    CLEAN,
-    NOISE,
-    ConfidenceLevels,
-    LinearLevels,
-    Perturbation,
-)
+from vlm_calibration.perturbation.levels import CLEAN, NOISE, ConfidenceLevels, LinearLevels, Perturbation
 from vlm_calibration.perturbation.masks import BoolMask
 from vlm_calibration.perturbation.regions import choose_region, region_mask
 from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
@@ -191,7 +181,7 @@ def perturb_query(
     wrong: Sequence[str] = (),
     silhouettes: Callable[[], Sequence[BoolMask]] | None = None,
 ) -> Sample:
-    """Perturb one query.
+    """Perturb one query; a DataError if the input size of `image_processor` is unknown.
 
     Args:
         query: the query.
@@ -203,9 +193,6 @@ def perturb_query(
         wrong: plausible wrong answers.
         silhouettes: masks of the key objects of another query, of any size, by which the region of an absent object has the shape and
             size of a present one's; empty for a random box. None: the image's other objects have such shapes.
-
-    Raises:
-        DataError: the input size of `image_processor` is unknown.
     """
     rng = query_rng(policy.seed, epoch, query.id)
     drawn = policy.draw(epoch, query.id, rng)
@@ -216,7 +203,7 @@ def perturb_query(
     if policy.resolution == "model":
         # For an untouched image too, so that one that the processor refuses is named in every epoch.
         size = model_resolution(image_processor, *size)
-    # An untouched image keeps the size of the file, so that the processor resizes it as in use. No region is chosen for it.
+    # An untouched image keeps the size of the file, so that the processor resizes it as in use.
     if perturbation.strength > 0:
         # Regions are dilated before one is chosen, so that a distractor's perturbation cannot touch the evidence.
         distractors = policy.grown(loaded.distractors, size)
@@ -224,23 +211,20 @@ def perturb_query(
             needed = policy.absent == "distractor" and not loaded.evidence
             other = policy.grown(silhouettes(), size) if needed else []
             distractors = [np.logical_or.reduce(other)] if other else []
-        choice = choose_region(
+        region, takes_evidence = choose_region(
             policy.grown(loaded.evidence, size),
             distractors,
-            absent=policy.absent,
+            perturb_absent=policy.absent == "distractor",
             distractor_probability=distractor_probability,
             rng=rng,
             image_shape=size,
             silhouette=silhouettes is not None,
         )
-        if choice.mask is not None:
+        if region is not None:
             if policy.resolution == "model":
                 image = resize_to_model(image_processor, image)
-            transform = region_perturbation(perturbation.kind, policy.schedule)
-            image = transform(
-                image=image, mask=choice.mask, strength=perturbation.strength, seed=int(rng.integers(2**63))
-            )["image"]
-        if choice.mask is None or choice.kind == "distractor":
+            image = perturb_region(image, region, perturbation, policy.schedule, int(rng.integers(2**63)))
+        if not takes_evidence:
             lost = CLEAN
     confidence = policy.levels.confidence(lost, query.answer_type, query.id)
     wrong_answer = None
@@ -266,7 +250,6 @@ def perturbed_copies(
     """
     image = resize_to_model(image_processor, sample.image) if policy.resolution == "model" else sample.image
     size = image.shape[:2]
-
     regions = {copy.region for copy in copies}
     evidence = policy.grown([m for m in loaded.evidence if m.any()], size) if regions - {"image"} else []
     target = np.logical_or.reduce(evidence) if evidence else None
@@ -285,8 +268,5 @@ def perturbed_copies(
             region = apart[int(rng.integers(len(apart)))] if apart else None
         made[copy] = None
         if region is not None:
-            transform = region_perturbation(copy.perturbation.kind, policy.schedule)
-            made[copy] = transform(image=image, mask=region, strength=copy.perturbation.strength, seed=seed)[
-                "image"
-            ]
+            made[copy] = perturb_region(image, region, copy.perturbation, policy.schedule, seed)
     return made

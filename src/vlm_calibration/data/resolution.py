@@ -1,9 +1,4 @@
-"""The resolution at which a model sees an image: perturbing at it, and limiting it by `data.max_pixels`.
-
-Noise on a 12-megapixel photo is averaged away when the processor shrinks it. With `resolution: model` an image is first resized
-as the model's processor does it, and then noised; the processor's resize then changes nothing. Of an image that is cut into tiles
-that is the size of all tiles together; the overview image that some processors add is computed from the noised image.
-"""
+"""The resolution at which a model sees an image: perturbing at it, and limiting it by `data.max_pixels`."""
 
 from __future__ import annotations
 
@@ -30,7 +25,9 @@ MAX_TILES = 15
 
 
 def model_resolution(image_processor: Any, height: int, width: int) -> tuple[int, int]:
-    """The size (height, width) in pixels of an image after the image processor's resize, before any crop.
+    """The size (height, width) in pixels of an image after the image processor's resize, before any crop; of all tiles together.
+
+    Noise on a 12-megapixel photo is averaged away when the processor shrinks it, so images are resized before they are noised.
 
     Raises:
         DataError: the processor refuses the image, or resizes in a way that cannot be followed (use `resolution: native`).
@@ -92,15 +89,9 @@ def _resizes(image_processor: Any, height: int, width: int) -> list[tuple[int, i
 
 
 def check_resolution(processor: Any) -> None:
-    """Process two textured images with and without `resize_to_model`, and compare the results.
+    """Process two textured images with and without `resize_to_model`; a DataError if the results differ (use `resolution: native`).
 
     Settings that a processor passes to its image processor on each call (InternVL's tiling) are copied to the image processor.
-
-    Args:
-        processor: a transformers processor with an `image_processor`.
-
-    Raises:
-        DataError: the results differ; use `resolution: native` with this processor.
     """
     image_processor = processor.image_processor
     _resizes.cache_clear()
@@ -154,10 +145,6 @@ def limit_pixels(processor: Any, max_pixels: int) -> None:
     the size that it was trained at. Of an image that is cut into tiles the pixels of all tiles count, without the overview image.
     A limit above the processor's own changes nothing. Of an image that is one patch high or wide, Qwen's processors keep that
     patch, and so may exceed a low limit.
-
-    Args:
-        processor: a transformers processor with an `image_processor`; changed in place.
-        max_pixels: height times width, at least 1.
 
     Raises:
         DataError: the processor gives all images one larger size, its smallest image is larger, or its settings are unknown.

@@ -1,7 +1,4 @@
-"""Semantic perturbation: kinds and strengths, levels (the confidence after a perturbation), noise schedules, and regions.
-
-The kinds themselves are in `vlm_calibration.perturbation.kinds`, which is not imported here, since importing albumentations is slow.
-"""
+"""Semantic perturbation: kinds and strengths, levels (the confidence after a perturbation), noise schedules, and regions."""
 
 from vlm_calibration.perturbation.by_kind import KIND_NAMES, perturb, region_perturbation
 from vlm_calibration.perturbation.images import load_image, resize_image, resize_mask

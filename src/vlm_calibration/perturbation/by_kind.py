@@ -1,7 +1,4 @@
-"""Perturbing by the name of a kind, without importing albumentations before it is needed.
-
-The import takes about two seconds, which help pages, configurations and the evaluation of untouched images need not wait for.
-"""
+"""Perturbing by the name of a kind; albumentations, which takes two seconds to import, is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from vlm_calibration.perturbation.levels import NOISE
+from vlm_calibration.perturbation.levels import NOISE, Perturbation
 from vlm_calibration.perturbation.noise import ImageArray, Seed, add_region_noise, check_share
 from vlm_calibration.perturbation.schedules import Schedule, schedule_by_name
 
@@ -28,7 +25,7 @@ KIND_NAMES = (
     "darkness",
     "overexposure",
 )
-"""The names of all kinds: the keys of `kinds.KINDS`."""
+"""The names of all kinds: noise, and the keys of `kinds.KINDS`."""
 
 
 @lru_cache(maxsize=32)
@@ -36,9 +33,9 @@ def region_perturbation(kind: str, schedule: Schedule) -> RegionPerturbation:
     """The transform of a kind in `KIND_NAMES`, ValueError for another; `schedule` is that of noise. The first call imports albumentations."""
     if kind not in KIND_NAMES:
         raise ValueError(f"unknown kind of perturbation {kind!r}; known: {', '.join(KIND_NAMES)}")
-    from vlm_calibration.perturbation.kinds import KINDS, RegionNoise  # deferred: slow to import
+    from vlm_calibration.perturbation.kinds import RegionPerturbation  # deferred: slow to import
 
-    return RegionNoise(schedule) if kind == NOISE else KINDS[kind]()
+    return RegionPerturbation(kind, schedule)
 
 
 def perturb(
@@ -70,7 +67,14 @@ def perturb(
     strength = 1.0 - check_share("confidence", confidence)
     if isinstance(schedule, str):
         schedule = schedule_by_name(schedule)
-    if kind == NOISE:
+    if kind == NOISE:  # without albumentations
         return add_region_noise(image, mask, round(strength * schedule.steps), schedule, seed)
-    transform = region_perturbation(kind, schedule)
-    return transform(image=image, mask=mask, strength=strength, seed=seed)["image"]
+    return perturb_region(image, mask, Perturbation(kind, strength), schedule, seed)
+
+
+def perturb_region(
+    image: ImageArray, mask: NDArray[Any], perturbation: Perturbation, schedule: Schedule, seed: Seed
+) -> ImageArray:
+    """The image with a perturbed region; see `RegionPerturbation`."""
+    transform = region_perturbation(perturbation.kind, schedule)
+    return transform(image=image, mask=mask, strength=perturbation.strength, seed=seed)["image"]

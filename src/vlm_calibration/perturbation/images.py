@@ -33,9 +33,13 @@ class ImageError(ValueError):
 
 
 def load_image(
-    source: str | os.PathLike[str] | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None
+    source: str | os.PathLike[str] | bytes,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    name: str | None = None,
+    least: int | None = None,
 ) -> ImageArray:
-    """Read an image file as 8-bit RGB.
+    """Read an image file as 8-bit RGB, uint8 [H, W, 3], contiguous and writable.
 
     | file | result |
     |---|---|
@@ -52,30 +56,12 @@ def load_image(
         source: a path, or the bytes of a file.
         max_pixels: larger images are refused by their header, before they are decoded.
         name: name of the image in messages; by default the path.
-
-    Returns:
-        uint8 [H, W, 3], contiguous and writable.
+        least: read a JPEG at a half, a quarter or an eighth of its size, which is several times faster, if both sides still have as
+            many pixels as this; None: at its size.
 
     Raises:
-        ImageError: the file is missing, not an image, truncated, damaged or too large, or its pixels have no unique
-            conversion to 8-bit RGB.
+        ImageError: the file is missing, not an image, truncated, damaged or too large, or its pixels have no unique conversion.
     """
-    return _load(source, max_pixels, name)
-
-
-def load_reduced(
-    source: str | os.PathLike[str] | bytes, least: int, *, max_pixels: int = DEFAULT_MAX_PIXELS
-) -> ImageArray:
-    """`load_image`, but a JPEG at a half, a quarter or an eighth of its size, which is several times faster.
-
-    Both sides of a reduced image have at least `least` pixels.
-    """
-    return _load(source, max_pixels, None, least)
-
-
-def _load(
-    source: str | os.PathLike[str] | bytes, max_pixels: int, name: str | None, least: int | None = None
-) -> ImageArray:
     if name is None:
         name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     too_large = f"more than the {max_pixels} allowed; shrink it, or raise max_pixels if you trust it"
@@ -107,30 +93,21 @@ def _load(
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
-    """Resize an image to `size = (height, width)`, bicubic with antialiasing. Always returns a copy.
-
-    Raises:
-        TypeError, ValueError: the image is not uint8 [H, W, 3] or the size is not positive.
-    """
+    """Resize an image, uint8 [H, W, 3], to `size = (height, width)`, bicubic with antialiasing; always a copy."""
     check_image(image)
-    height, width = _check_size(size)
+    _check_size(size)
+    height, width = size
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> BoolMask:
-    """Resize a mask to `size = (height, width)`: a pixel is marked if the mask covers at least half of its area.
+    """Resize a mask, bool or uint8 [H, W], to `size = (height, width)`: a pixel is marked if the mask covers at least half of its area.
 
     If a non-empty mask covers half of no pixel, the pixels with the largest coverage are marked, so that no object vanishes.
-
-    Args:
-        mask: bool [H, W], or uint8 of 0 and 1.
-        size: (height, width).
-
-    Raises:
-        TypeError, ValueError: the mask has another type or shape, or the size is not positive.
     """
     mask = check_mask(mask, getattr(mask, "shape", ()), allow_empty=True)
-    height, width = _check_size(size)
+    _check_size(size)
+    height, width = size
     if mask.shape == (height, width):
         return mask.copy()
     resized = np.zeros((height, width), dtype=np.bool_)
@@ -190,8 +167,6 @@ def _transposition(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _check_size(size: tuple[int, int]) -> tuple[int, int]:
-    height, width = size
-    if height < 1 or width < 1:
+def _check_size(size: tuple[int, int]) -> None:
+    if min(size) < 1:
         raise ValueError(f"size must be a positive (height, width), got {size}")
-    return height, width

@@ -1,16 +1,8 @@
-"""The ways in which a photograph loses the evidence of an object, each an albumentations transform on the object's region alone.
-
-`RegionPerturbation` does what all kinds share: it cuts the region out with the context that the kind needs, and writes back the
-pixels under the mask and no others. The paper's kind is `RegionNoise`; the others use albumentations' functions without its random
-stream. What a kind does is proportional to the region's size, so that a strength takes about as much from a small object as from a
-large one, and the strength is scaled so that the evidence is lost over the whole range and not by 0.2. `KINDS` names them.
-
-Importing albumentations is slow, so this module is imported when an image is perturbed (`vlm_calibration.perturbation.by_kind`).
-"""
+"""The ways in which a photograph loses the evidence of an object, and the albumentations transform that applies one to a region."""
 
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no look for updates on the network
 
@@ -22,6 +14,7 @@ from albumentations.augmentations.pixel import functional as pixels
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from vlm_calibration.perturbation.levels import NOISE
 from vlm_calibration.perturbation.masks import BoolMask, bounding_box, check_mask
 from vlm_calibration.perturbation.noise import (
     ImageArray,
@@ -32,10 +25,17 @@ from vlm_calibration.perturbation.noise import (
     seed_sequence,
 )
 from vlm_calibration.perturbation.schedules import Schedule, schedule_by_name
-from vlm_calibration.perturbation.surroundings import mixed, surroundings
 
 FADE_POWER = 8
-"""A kind that `fades` is mixed with the surroundings by `strength ** FADE_POWER`: 0.4% at 0.5, 43% at 0.9, all at 1."""
+"""A kind that fades is mixed with the surroundings by `strength ** FADE_POWER`: 0.4% at 0.5, 43% at 0.9, all at 1."""
+
+OCCLUDER = (0.2, 0.5)
+"""Range of the sides of an occluding rectangle as a share of those of the region's bounding box."""
+ELECTRONS = 1000.0
+"""Electrons of a white pixel."""
+READ_NOISE = 4.0
+"""Standard deviation of the noise of reading out, in electrons."""
+MAX_GAIN = 32.0
 
 _QUANTILES = ndtri((np.arange(256, dtype=np.float32) + 0.5) / 256)
 """256 equally probable values of a standard normal variable."""
@@ -44,8 +44,15 @@ _LONGEST_KERNEL = 31
 """In pixels; a wider kernel is applied to a smaller image, which takes less time and looks the same."""
 
 
+GREY = 128
+"""What surroundings are assumed to be if there is no pixel outside the region."""
+
+_CELLS = 64  # the estimate is smooth: it is computed on a grid of at most so many cells a side, and enlarged
+_LEAST_KNOWN = 0.05  # a smaller share of known pixels is averaged in floating point, which takes longer
+
+
 class Crop(NamedTuple):
-    """A region with its context.
+    """A region with its context, cut off at the image's border; functions do not change it.
 
     Attributes:
         image: uint8 [h, w, 3], C-contiguous.
@@ -58,44 +65,174 @@ class Crop(NamedTuple):
     size: float
 
 
+def blur(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+    """Gaussian blur, as of an object out of focus; sigma is `0.35 * strength` times the region's size."""
+    sigma = 0.35 * strength * crop.size
+
+    def blurred(image: ImageArray, scale: float) -> ImageArray:
+        # Shrinking and enlarging blur as well: by a box of `scale` pixels and a triangle of twice that.
+        rest = np.sqrt((sigma / scale) ** 2 - 0.25) if scale > 1 else sigma
+        return pixels.separable_convolve(image, blurs.create_gaussian_kernel_1d(rest))
+
+    return _at_size(crop.image, 7 * sigma / _LONGEST_KERNEL, blurred)
+
+
+def motion_blur(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+    """The mean along lines of a random direction; their length is `1.8 * strength` times the region's size."""
+    angle = float(_generator(seed).uniform(0, 180))
+    length = 1.8 * strength * crop.size
+
+    def moved(image: ImageArray, scale: float) -> ImageArray:
+        # A line of constant weight is a box filter of the turned image, whose time does not depend on the length.
+        height, width = image.shape[:2]
+        side = int(np.ceil(np.hypot(height, width)))
+        turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
+        turn[:, 2] += (side - width) / 2, (side - height) / 2
+        turned = cv2.warpAffine(image, turn, (side, side), borderMode=cv2.BORDER_REFLECT_101)
+        odd = 2 * round((length / scale - 1) / 2) + 1
+        filtered = cv2.blur(turned, (max(1, odd), 1))
+        back = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        return _uint8(cv2.warpAffine(filtered, turn, (width, height), flags=back))
+
+    return _at_size(crop.image, min(length / 12, crop.size / 100), moved)
+
+
+def pixelation(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+    """Square blocks of one colour, as in a mosaic; their side is `0.8 * strength` times the region's size."""
+    block = 0.8 * strength * crop.size
+    scale = min(1.0, max(1 / block, 1 / min(crop.region.shape)))
+    return pixels.downscale(crop.image, scale, cv2.INTER_AREA, cv2.INTER_NEAREST)
+
+
+def occlusion(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+    """Opaque rectangles of random colours that cover the share `strength` of the region's pixels, to the pixel.
+
+    With the same seed, a stronger occlusion contains the weaker ones.
+    """
+    generator = _generator(seed)
+    result = crop.image.copy()
+    uncovered = crop.region.copy()
+    places = np.flatnonzero(uncovered)
+    missing = round(strength * places.size)
+    shape = np.array(uncovered.shape)
+    while missing > 0:
+        # A rectangle starts from an uncovered pixel, so that each covers something.
+        for attempt in range(9):
+            if attempt == 8:
+                places = np.flatnonzero(uncovered)
+            index = int(places[generator.integers(places.size)])
+            if uncovered.flat[index]:
+                break
+        place = np.array(divmod(index, uncovered.shape[1]))
+        sides = np.maximum(1, np.rint(generator.uniform(*OCCLUDER, 2) * shape)).astype(int)
+        start = np.maximum(0, place - (generator.random(2) * sides).astype(int))
+        colour = generator.integers(0, 256, 3, dtype=np.uint8)
+        box = tuple(slice(a, a + n) for a, n in zip(start, sides, strict=True))
+        new = uncovered[box].copy()
+        surplus = np.count_nonzero(new) - missing
+        if surplus > 0:
+            new.ravel()[np.flatnonzero(new)[-surplus:]] = False
+        result[box][new] = colour
+        uncovered[box] &= ~new
+        missing -= int(np.count_nonzero(new))
+    return result
+
+
+def fade(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+    """Fade into the surroundings, as in haze or behind a dirty window: `(1 - strength) * image + strength * surroundings`."""
+    return mixed(crop.image, surroundings(crop.image, crop.region), strength)
+
+
+def jpeg(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+    """JPEG compression of a reduced image, as of pictures that are shared again and again.
+
+    The image is reduced until the region's size is `10 / strength` pixels, since the blocks of JPEG have 8 pixels on any image.
+    """
+    quality = round(1 + 30 * (1 - strength) ** 3)
+    shrink = crop.size * strength / 10
+    return _at_size(crop.image, shrink, lambda image, _: pixels.image_compression(image, quality, ".jpg"))
+
+
+def darkness(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+    """Less light, as at dusk, and the noise of a sensor that makes up for most of it.
+
+    A pixel of value `v` has collected `ELECTRONS * (v / 255) ** 2` electrons. Each is kept with the probability
+    `exposure = (1 - strength) ** 3`; reading out adds noise; and the camera multiplies what is left by `exposure ** -0.75`, three
+    quarters of the stops, up to `MAX_GAIN`. Nothing but amplified noise is left at strength 1. The noise is independent for each
+    pixel, so that a large object bears more of it, as with diffusion noise.
+    """
+    exposure = (1 - strength) ** 3
+    gain = min(exposure**-0.75, MAX_GAIN) if exposure else MAX_GAIN
+    light = (np.arange(256, dtype=np.float32)[:, None] / 255) ** 2
+    electrons = ELECTRONS * exposure * light
+    # The variance of light that is lost (binomial), not of all light: nothing changes where nothing is lost.
+    spread = np.sqrt((1 - exposure) * (electrons + READ_NOISE**2))
+    seen = np.clip(gain / ELECTRONS * (electrons + spread * _QUANTILES), 0, 1)
+    # A random byte is one of 256 quantiles of the noise, so a table has the result for each value and byte.
+    table = np.rint(255 * np.sqrt(seen)).astype(np.uint8).ravel()
+    noise = np.frombuffer(_generator(seed).bytes(crop.image.size), np.uint8).reshape(crop.image.shape)
+    return table[crop.image.astype(np.uint16) << 8 | noise]
+
+
+def overexposure(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+    """Too much light, as against the sun: a gain and a veil, growing until every pixel is white."""
+    light = (np.arange(256) / 255) ** 2 * (1 + 4 * strength**2.5) + strength**8
+    table = np.rint(255 * np.sqrt(np.minimum(light, 1))).astype(np.uint8)
+    return table[crop.image]
+
+
+class Kind(NamedTuple):
+    """A kind of perturbation, scaled so that the evidence is lost over the whole range of strengths and not by 0.2.
+
+    Attributes:
+        perturb: function of a crop, a strength in (0, 1] and the only source of randomness that returns uint8 [h, w, 3], C-contiguous;
+            what it returns outside the region is not used.
+        context: width of the context around the region's bounding box, as a multiple of `Crop.size`.
+        fades: whether the result fades into the surroundings, because the kind alone leaves a trace of the object at strength 1.
+    """
+
+    perturb: Callable[[Crop, float, np.random.SeedSequence], ImageArray]
+    context: float = 0.0
+    fades: bool = False
+
+
+KINDS = {
+    "blur": Kind(blur, 1.0, fades=True),
+    "motion_blur": Kind(motion_blur, 0.9, fades=True),
+    "pixelation": Kind(pixelation, 0.25, fades=True),
+    "occlusion": Kind(occlusion),
+    "fade": Kind(fade, 0.25),
+    "jpeg": Kind(jpeg, 0.25, fades=True),
+    "darkness": Kind(darkness),
+    "overexposure": Kind(overexposure),
+}
+"""Name -> kind, beside diffusion noise."""
+
+
 class RegionPerturbation(A.ImageOnlyTransform):
     """Perturb the pixels under `mask`; leave all other pixels, and the mask, unchanged.
 
     The result is a pure function of the keys of the call: `image`, uint8 [H, W, 3]; `mask`, bool [H, W] or uint8 of 0 and 1, not
     empty; `strength` in [0, 1]; and `seed`, an integer or a sequence of integers:
 
-        A.Compose([RegionBlur()])(image=image, mask=mask, strength=0.3, seed=(seed, epoch, query))
+        A.Compose([RegionPerturbation("blur")])(image=image, mask=mask, strength=0.3, seed=(seed, epoch, query))
 
-    Strength 0 leaves the image unchanged; at strength 1 the result does not depend on the pixels under the mask.
+    Strength 0 leaves the image unchanged; at strength 1 the result does not depend on the pixels under the mask, except for what the
+    schedule of noise leaves: nothing visible with "linear" and "cosine", more with "sigmoid".
 
     Args:
+        kind: "noise" of step `round(strength * schedule.steps)`, see `add_region_noise`; or one of `KINDS`.
+        schedule: the schedule of noise, or its name: "linear", "cosine" or "sigmoid".
         p: probability of applying the transform.
 
     Raises:
         TypeError, ValueError: an invalid image, mask, strength or seed; named.
     """
 
-    context: ClassVar[float] = 0.0
-    """Width of the context around the region's bounding box, as a multiple of `Crop.size`."""
-
-    fades: ClassVar[bool] = False
-    """Whether the result fades into the surroundings, because the kind alone leaves a trace of the object at strength 1."""
-
-    def __init__(self, p: float = 1.0) -> None:
+    def __init__(self, kind: str = NOISE, schedule: Schedule | str = "linear", p: float = 1.0) -> None:
         super().__init__(p=p)
-
-    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        """Perturb a region; what it returns outside the region is not used.
-
-        Args:
-            crop: the region with the context that the kind asks for, cut off at the image's border. Not to be changed.
-            strength: in (0, 1].
-            seed: the only source of randomness.
-
-        Returns:
-            uint8 [h, w, 3], C-contiguous.
-        """
-        raise NotImplementedError
+        self.kind = kind
+        self.schedule = schedule_by_name(schedule) if isinstance(schedule, str) else schedule
 
     @property
     def targets_as_params(self) -> list[str]:
@@ -107,200 +244,26 @@ class RegionPerturbation(A.ImageOnlyTransform):
     def apply(
         self, img: ImageArray, *, region: NDArray[Any], strength: float, seed: Seed, **params: Any
     ) -> ImageArray:
+        strength = check_share("strength", strength)
+        if self.kind == NOISE:
+            return add_region_noise(img, region, round(strength * self.schedule.steps), self.schedule, seed)
+        kind = KINDS[self.kind]
         check_image(img)
         region = check_mask(region, img.shape)
-        strength = check_share("strength", strength)
         sequence = seed_sequence(seed)
         result = np.array(img, order="C")
         if strength == 0:
             return result
         size = float(np.sqrt(np.count_nonzero(region)))
-        box = bounding_box(region).grown(int(np.ceil(self.context * size)), img.shape).slices
+        box = bounding_box(region).grown(int(np.ceil(kind.context * size)), img.shape).slices
         crop = Crop(np.ascontiguousarray(img[box]), region[box], size)
-        perturbed = self.perturb_crop(crop, strength, sequence)
+        perturbed = kind.perturb(crop, strength, sequence)
         weight = strength**FADE_POWER
-        if self.fades and 255 * weight >= 0.5:  # less changes no value
+        if kind.fades and 255 * weight >= 0.5:  # less changes no value
             perturbed = mixed(perturbed, surroundings(crop.image, crop.region), weight)
         # As one three-byte item per pixel, boolean indexing is several times faster than on rows of three.
         result.view("V3")[..., 0][box][crop.region] = perturbed.view("V3")[..., 0][crop.region]
         return result
-
-
-class RegionNoise(RegionPerturbation):
-    """Add diffusion noise of step `round(strength * schedule.steps)`, see `add_region_noise`.
-
-    The last step leaves what the schedule leaves of the image: nothing visible with "linear" and "cosine", more with "sigmoid".
-
-    Args:
-        schedule: a schedule, or its name: "linear", "cosine" or "sigmoid".
-        p: probability of applying the transform.
-    """
-
-    def __init__(self, schedule: Schedule | str = "linear", p: float = 1.0) -> None:
-        super().__init__(p=p)
-        self.schedule = schedule_by_name(schedule) if isinstance(schedule, str) else schedule
-
-    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        step = round(strength * self.schedule.steps)
-        return add_region_noise(crop.image, crop.region, step, self.schedule, seed)
-
-
-class RegionBlur(RegionPerturbation):
-    """Gaussian blur, as of an object out of focus; sigma is `0.35 * strength` times the region's size."""
-
-    context = 1.0
-    fades = True
-
-    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        sigma = 0.35 * strength * crop.size
-
-        def blur(image: ImageArray, scale: float) -> ImageArray:
-            # Shrinking and enlarging blur as well: by a box of `scale` pixels and a triangle of twice that.
-            rest = np.sqrt((sigma / scale) ** 2 - 0.25) if scale > 1 else sigma
-            return pixels.separable_convolve(image, blurs.create_gaussian_kernel_1d(rest))
-
-        return _at_size(crop.image, 7 * sigma / _LONGEST_KERNEL, blur)
-
-
-class RegionMotionBlur(RegionPerturbation):
-    """Motion blur along a line of random direction; its length is `1.8 * strength` times the region's size."""
-
-    context = 0.9
-    fades = True
-
-    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        angle = float(_generator(seed).uniform(0, 180))
-        length = 1.8 * strength * crop.size
-        # A line of constant weight is a box filter of the turned image, whose time does not depend on the length.
-        shrink = min(length / 12, crop.size / 100)
-        return _at_size(crop.image, shrink, lambda image, scale: _moved(image, length / scale, angle))
-
-
-class RegionPixelation(RegionPerturbation):
-    """Square blocks of one colour, as in a mosaic; their side is `0.8 * strength` times the region's size."""
-
-    context = 0.25
-    fades = True
-
-    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        block = 0.8 * strength * crop.size
-        scale = min(1.0, max(1 / block, 1 / min(crop.region.shape)))
-        return pixels.downscale(crop.image, scale, cv2.INTER_AREA, cv2.INTER_NEAREST)
-
-
-class RegionOcclusion(RegionPerturbation):
-    """Opaque rectangles of random colours that cover the share `strength` of the region's pixels, to the pixel.
-
-    With the same seed, a stronger occlusion contains the weaker ones.
-    """
-
-    sides = (0.2, 0.5)
-    """Range of the sides of a rectangle as a share of those of the region's bounding box."""
-
-    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        generator = _generator(seed)
-        result = crop.image.copy()
-        uncovered = crop.region.copy()
-        places = np.flatnonzero(uncovered)
-        missing = round(strength * places.size)
-        shape = np.array(uncovered.shape)
-        while missing > 0:
-            # A rectangle starts from an uncovered pixel, so that each covers something.
-            for attempt in range(9):
-                if attempt == 8:
-                    places = np.flatnonzero(uncovered)
-                index = int(places[generator.integers(places.size)])
-                if uncovered.flat[index]:
-                    break
-            place = np.array(divmod(index, uncovered.shape[1]))
-            sides = np.maximum(1, np.rint(generator.uniform(*self.sides, 2) * shape)).astype(int)
-            start = np.maximum(0, place - (generator.random(2) * sides).astype(int))
-            colour = generator.integers(0, 256, 3, dtype=np.uint8)
-            box = tuple(slice(a, a + n) for a, n in zip(start, sides, strict=True))
-            new = uncovered[box].copy()
-            surplus = np.count_nonzero(new) - missing
-            if surplus > 0:
-                new.ravel()[np.flatnonzero(new)[-surplus:]] = False
-            result[box][new] = colour
-            uncovered[box] &= ~new
-            missing -= int(np.count_nonzero(new))
-        return result
-
-
-class RegionFade(RegionPerturbation):
-    """Fade into the surroundings, as in haze or behind a dirty window: `(1 - strength) * image + strength * surroundings`."""
-
-    context = 0.25
-
-    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        return mixed(crop.image, surroundings(crop.image, crop.region), strength)
-
-
-class RegionJpeg(RegionPerturbation):
-    """JPEG compression of a reduced image, as of pictures that are shared again and again.
-
-    The image is reduced until the region's size is `10 / strength` pixels, since the blocks of JPEG have 8 pixels on any image.
-    """
-
-    context = 0.25
-    fades = True
-
-    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        quality = round(1 + 30 * (1 - strength) ** 3)
-        shrink = crop.size * strength / 10
-        return _at_size(crop.image, shrink, lambda image, _: pixels.image_compression(image, quality, ".jpg"))
-
-
-class RegionDarkness(RegionPerturbation):
-    """Less light, as at dusk, and the noise of a sensor that makes up for most of it.
-
-    A pixel of value `v` has collected `ELECTRONS * (v / 255) ** 2` electrons. Each is kept with the probability
-    `exposure = (1 - strength) ** 3`; reading out adds noise; and the camera multiplies what is left by `exposure ** -0.75`, three
-    quarters of the stops, up to `MAX_GAIN`. Nothing but amplified noise is left at strength 1. The noise is independent for each
-    pixel, so that a large object bears more of it, as with `RegionNoise`.
-    """
-
-    ELECTRONS = 1000.0
-    """Electrons of a white pixel."""
-    READ_NOISE = 4.0
-    """Standard deviation of the noise of reading out, in electrons."""
-    MAX_GAIN = 32.0
-
-    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        exposure = (1 - strength) ** 3
-        gain = min(exposure**-0.75, self.MAX_GAIN) if exposure else self.MAX_GAIN
-        light = (np.arange(256, dtype=np.float32)[:, None] / 255) ** 2
-        electrons = self.ELECTRONS * exposure * light
-        # The variance of light that is lost (binomial), not of all light: nothing changes where nothing is lost.
-        spread = np.sqrt((1 - exposure) * (electrons + self.READ_NOISE**2))
-        seen = np.clip(gain / self.ELECTRONS * (electrons + spread * _QUANTILES), 0, 1)
-        # A random byte is one of 256 quantiles of the noise, so a table has the result for each value and byte.
-        table = np.rint(255 * np.sqrt(seen)).astype(np.uint8).ravel()
-        noise = np.frombuffer(_generator(seed).bytes(crop.image.size), np.uint8).reshape(crop.image.shape)
-        return table[crop.image.astype(np.uint16) << 8 | noise]
-
-
-class RegionOverexposure(RegionPerturbation):
-    """Too much light, as against the sun: a gain and a veil, growing until every pixel is white."""
-
-    def perturb_crop(self, crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
-        light = (np.arange(256) / 255) ** 2 * (1 + 4 * strength**2.5) + strength**8
-        table = np.rint(255 * np.sqrt(np.minimum(light, 1))).astype(np.uint8)
-        return table[crop.image]
-
-
-KINDS: dict[str, type[RegionPerturbation]] = {
-    "noise": RegionNoise,
-    "blur": RegionBlur,
-    "motion_blur": RegionMotionBlur,
-    "pixelation": RegionPixelation,
-    "occlusion": RegionOcclusion,
-    "fade": RegionFade,
-    "jpeg": RegionJpeg,
-    "darkness": RegionDarkness,
-    "overexposure": RegionOverexposure,
-}
-"""Name -> transform."""
 
 
 def _generator(seed: np.random.SeedSequence) -> np.random.Generator:
@@ -327,18 +290,61 @@ def _at_size(
     return _uint8(enlarged[:height, :width])
 
 
-def _moved(image: ImageArray, length: float, angle: float) -> ImageArray:
-    """The mean of an image along lines of `length` pixels in direction `angle`, in degrees."""
-    height, width = image.shape[:2]
-    side = int(np.ceil(np.hypot(height, width)))
-    turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1)
-    turn[:, 2] += (side - width) / 2, (side - height) / 2
-    turned = cv2.warpAffine(image, turn, (side, side), borderMode=cv2.BORDER_REFLECT_101)
-    odd = 2 * round((length - 1) / 2) + 1
-    moved = cv2.blur(turned, (max(1, odd), 1))
-    return _uint8(cv2.warpAffine(moved, turn, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP))
-
-
 def _uint8(image: NDArray[Any]) -> ImageArray:
     """A C-contiguous image of the type that OpenCV's signatures leave open."""
     return np.ascontiguousarray(image, dtype=np.uint8)
+
+
+def surroundings(image: ImageArray, region: BoolMask) -> ImageArray:
+    """Estimate the image, uint8 [H, W, 3], without the content of a region, bool [H, W].
+
+    Pixels outside the region are averaged to ever coarser grids, and the region is filled from the finest grid that knows something about
+    a place ("push-pull" interpolation; Gortler et al., The Lumigraph, 1996).
+
+    Returns:
+        uint8 [H, W, 3], the same whatever the region's pixels are; uniformly `GREY` if the region is the whole image. Outside
+        the region it is a smoothed image.
+    """
+    height, width = region.shape
+    outside = (~region).view(np.uint8) * np.uint8(255)
+    count = np.count_nonzero(outside)
+    if not count:
+        return np.full_like(image, GREY)
+    known = cv2.bitwise_and(image, image, mask=outside)
+    if count < _LEAST_KNOWN * outside.size:
+        known, outside = known.astype(np.float32), outside.astype(np.float32)
+    cell = -(-max(height, width) // _CELLS)
+    # Whole cells: OpenCV averages them several times faster. The last ones of each row and column are the region's.
+    bottom, right = -height % cell, -width % cell
+    size = ((width + right) // cell, (height + bottom) // cell)
+    known, weight = (
+        _reduced(cv2.copyMakeBorder(a, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=0), size).astype(
+            np.float32
+        )
+        for a in (known, outside)
+    )
+    fill = np.clip(np.rint(_push_pull(known, weight / 255)), 0, 255).astype(np.uint8)
+    enlarged = cv2.resize(fill, (width + right, height + bottom), interpolation=cv2.INTER_LINEAR)
+    return np.ascontiguousarray(enlarged[:height, :width])
+
+
+def mixed(image: ImageArray, background: ImageArray, weight: float) -> ImageArray:
+    """`(1 - weight) * image + weight * background`, rounded; exactly `background` at weight 1."""
+    return cv2.addWeighted(image, 1 - weight, background, weight, 0).astype(np.uint8, copy=False)
+
+
+def _push_pull(known: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Fill in what is unknown: float32 [h, w, 3], from values multiplied by their weights, the known share of each cell in [0, 1]."""
+    height, width = weight.shape
+    if height == width == 1:
+        return known / weight[..., None]
+    half = ((width + 1) // 2, (height + 1) // 2)
+    coarse = _push_pull(_reduced(known, half), _reduced(weight, half))
+    return known + (1 - weight)[..., None] * cv2.resize(
+        coarse, (width, height), interpolation=cv2.INTER_LINEAR
+    )
+
+
+def _reduced(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The means of the cells of a coarser grid of `size` (width, height)."""
+    return cv2.resize(values, size, interpolation=cv2.INTER_AREA)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from vlm_calibration.perturbation.level_table import AnswerTypeCounts, KindCounts
+from vlm_calibration.perturbation.level_table import AnswerTypeCounts
 
 Accuracies = Mapping[str, np.ndarray]
-"""Kind of perturbation -> fitted accuracies in [0, 1] by strength, float64; the first is that of untouched images."""
+"""Kind of perturbation -> accuracies in [0, 1] by strength, float64; the first is that of untouched images."""
 
 
 class AccuracyCurves(NamedTuple):
@@ -37,8 +37,8 @@ class AnswerTypeFit:
 
     def __init__(self, counts: AnswerTypeCounts) -> None:
         self.strengths = {kind: [row.strength for row in rows] for kind, rows in counts.bins[0].items()}
-        (self.pooled,) = _curves([fit_pooled(counts)], counts.merged)
-        self.bins = _curves(fit_bins(counts), counts)
+        (self.pooled,) = _curves(counts.merged)
+        self.bins = _curves(counts)
         self.edges = counts.edges
 
 
@@ -74,31 +74,24 @@ def fit_kinds(accuracy: Accuracies, n: Accuracies) -> dict[str, np.ndarray]:
 
 def fit_bins(counts: AnswerTypeCounts) -> list[dict[str, np.ndarray]]:
     """`fit_kinds` in each bin of the likelihood, after accuracies were made to rise with the likelihood at every strength."""
-    accuracy, n = zip(*map(_columns, counts.bins), strict=True)
-    rising: list[dict[str, np.ndarray]] = [{} for _ in accuracy]
+    accuracy: dict[str, np.ndarray] = {}
+    n: dict[str, np.ndarray] = {}
     for kind in counts.bins[0]:
-        cells = np.stack([a[kind] for a in accuracy])  # [bins, strengths]
-        weights = np.stack([w[kind] for w in n])
-        for column in range(cells.shape[1]):
-            cells[:, column] = isotonic_regression(cells[:, column], weights=weights[:, column]).x
-        for bin_, values in zip(rising, cells, strict=True):
-            bin_[kind] = values
-    return [fit_kinds(a, w) for a, w in zip(rising, n, strict=True)]
+        rows = np.array([bin_[kind] for bin_ in counts.bins], dtype=np.float64)  # [bins, strengths, 3]
+        n[kind] = rows[..., 1]
+        accuracy[kind] = rows[..., 2] / rows[..., 1]
+        for column in range(rows.shape[1]):
+            fit = isotonic_regression(accuracy[kind][:, column], weights=n[kind][:, column])
+            accuracy[kind][:, column] = fit.x
+    return [
+        fit_kinds({kind: a[i] for kind, a in accuracy.items()}, {kind: w[i] for kind, w in n.items()})
+        for i in range(len(counts.bins))
+    ]
 
 
-def fit_pooled(counts: AnswerTypeCounts) -> dict[str, np.ndarray]:
-    """`fit_kinds` of all bins together."""
-    return fit_kinds(*_columns(counts.pooled))
-
-
-def _columns(counts: KindCounts) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Measured accuracies and numbers of answers, by kind."""
-    accuracy = {kind: np.array([row.n_correct / row.n for row in rows]) for kind, rows in counts.items()}
-    return accuracy, {kind: np.array([float(row.n) for row in rows]) for kind, rows in counts.items()}
-
-
-def _curves(fits: Sequence[Accuracies], counts: AnswerTypeCounts) -> list[AccuracyCurves]:
+def _curves(counts: AnswerTypeCounts) -> list[AccuracyCurves]:
     """The fits of all bins with the accuracy on untouched images, to which queries that are never perturbed contribute as measured."""
+    fits = fit_bins(counts)
     untouched = np.array([next(iter(fit.values()))[0] for fit in fits])
     others = np.array([row.n for row in counts.never_perturbed])
     if others.any():

@@ -1,9 +1,4 @@
-"""What `levels fit` measures, and the two files that it writes for `AnchoredLevels`.
-
-A level table counts how often the base model is correct, by answer type, kind and strength of perturbation, and by how likely the
-model holds its own answer to the untouched image; `level_accuracy` fits accuracies to the counts. The file of likelihoods has that
-likelihood for each training query. pyarrow is imported where it is used, since it is slow to import.
-"""
+"""What `levels fit` measures, and the two files that it writes for `AnchoredLevels`; pyarrow, slow to import, is imported where it is used."""
 
 import json
 import math
@@ -60,8 +55,8 @@ class AnswerTypeCounts:
             under `absent: clean`; empty: there are none.
 
     Raises:
-        ValueError: no counts, impossible counts, kinds that differ between bins, strengths that are repeated, outside [0, 1],
-            without 0, or different between bins, or edges that do not rise within [0, 1].
+        ValueError: no counts, impossible counts, kinds or strengths that differ between bins, strengths that do not begin at 0, are
+            repeated or above 1, or edges that do not rise within [0, 1].
     """
 
     bins: tuple[KindCounts, ...]
@@ -69,22 +64,27 @@ class AnswerTypeCounts:
     never_perturbed: tuple[LevelCount, ...] = ()
 
     def __post_init__(self) -> None:
-        bins = tuple({kind: _read_rows(kind, rows) for kind, rows in counts.items()} for counts in self.bins)
+        bins = tuple(
+            {kind: tuple(sorted(_count(kind, row) for row in rows)) for kind, rows in counts.items()}
+            for counts in self.bins
+        )
         edges = tuple(map(float, self.edges))
-        others = tuple(LevelCount(0.0, _whole(n), _whole(correct)) for _, n, correct in self.never_perturbed)
+        others = tuple(_count("no kind", (0, *row[1:]), least=0) for row in self.never_perturbed)
         others = others or (LevelCount(0.0, 0, 0),) * len(bins)
         for name, value in (("bins", bins), ("edges", edges), ("never_perturbed", others)):
             object.__setattr__(self, name, value)
         if not bins or not bins[0]:
             raise ValueError("no counts")
-        if len(edges) != len(bins) - 1 or not all(a <= b for a, b in pairwise([0.0, *edges, 1.0])):
+        rising = all(a < b for a, b in pairwise(edges)) and all(0 <= edge <= 1 for edge in edges)
+        if not len(edges) + 1 == len(bins) == len(others) or not rising:
             raise ValueError(
                 f"{len(bins)} bins need as many edges less one, rising in [0, 1], found {list(edges)}"
             )
-        if len(set(edges)) < len(edges):
-            raise ValueError(f"edges are repeated: {list(edges)}")
-        if len(others) != len(bins) or not all(0 <= row.n_correct <= row.n for row in others):
-            raise ValueError(f"impossible counts of queries that are never perturbed: {others}")
+        for kind, strengths in _strengths(bins[0]).items():
+            if strengths[:1] != [0] or not strengths[-1] <= 1 or len(set(strengths)) < len(strengths):
+                raise ValueError(
+                    f"counts of {kind!r} must begin at strength 0, the untouched image, repeat none and end at 1 or below; got {strengths}"
+                )
         for counts in bins:
             if _strengths(counts) != _strengths(bins[0]):
                 raise ValueError("bins were measured at different kinds or strengths")
@@ -116,31 +116,16 @@ class AnswerTypeCounts:
         return tuple(map(_sum, zip(perturbed, self.never_perturbed, strict=True)))
 
 
+def _count(kind: str, row: Sequence[float], least: int = 1) -> LevelCount:
+    strength, n, n_correct = row
+    if not (float(n).is_integer() and float(n_correct).is_integer() and least <= n >= n_correct >= 0):
+        raise ValueError(f"impossible count of {kind!r}: {n_correct} correct of {n}")
+    return LevelCount(float(strength), int(n), int(n_correct))
+
+
 def _sum(rows: Sequence[LevelCount]) -> LevelCount:
     """The counts of several sets of queries at one strength."""
     return LevelCount(rows[0].strength, sum(row.n for row in rows), sum(row.n_correct for row in rows))
-
-
-def _read_rows(kind: str, rows: Sequence[Sequence[float]]) -> tuple[LevelCount, ...]:
-    """Sort and check the counts of a kind."""
-    counts = sorted(LevelCount(float(s), _whole(n), _whole(correct)) for s, n, correct in rows)
-    strengths = [row.strength for row in counts]
-    if not strengths or strengths[0] != 0 or not all(0 <= strength <= 1 for strength in strengths):
-        raise ValueError(
-            f"counts of {kind!r} must begin at strength 0, the untouched image, and end at 1 or below; got {strengths}"
-        )
-    if len(set(strengths)) != len(strengths):
-        raise ValueError(f"counts of {kind!r} repeat a strength: {strengths}")
-    for row in counts:
-        if row.n < 1 or not 0 <= row.n_correct <= row.n:
-            raise ValueError(f"impossible count of {kind!r}: {row}")
-    return tuple(counts)
-
-
-def _whole(count: float) -> int:
-    if not float(count).is_integer():
-        raise ValueError(f"a count must be a whole number, found {count!r}")
-    return int(count)
 
 
 def _strengths(counts: KindCounts) -> dict[str, list[float]]:
@@ -149,11 +134,7 @@ def _strengths(counts: KindCounts) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class LevelTable:
-    """Measured counts by answer type, and their provenance: model, schedule, seed, number of queries, ...
-
-    Raises:
-        ValueError: no counts, or kinds or strengths that differ between answer types.
-    """
+    """Measured counts by answer type, of the same kinds and strengths, and their provenance: model, schedule, seed, ..."""
 
     counts: Mapping[str, AnswerTypeCounts]
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -179,22 +160,29 @@ class LevelTable:
         return "ranking" in self.provenance.get("grading", {}).values()
 
     def check_usable(self) -> None:
-        """Refuse counts from which no useful confidence can be learned.
+        """Refuse counts from which no useful confidence can be learned, with a ValueError that says what to do.
 
         Every answer type must pass two one-sided tests at the 5% level: a binomial test that the accuracy on untouched images
         exceeds a blind guess (1/2 for yes/no and ranking, 1/20 for other answers, our choice), and for each kind of
         perturbation a Cochran-Armitage test that accuracy falls with the strength. The second test is conservative, since the
         same queries are asked at every strength.
-
-        Raises:
-            ValueError: a test fails; names the answer type, the kind, its counts and what to do.
         """
         for answer_type, counts in self.counts.items():
             has_two_answers = answer_type == "yes_no" or (self.ranked and answer_type == "open")
+            guess = 0.5 if has_two_answers else FREE_GUESS
             (clean,) = counts.merged.untouched
             for kind, rows in counts.pooled.items():
-                reason = _why_unusable(kind, clean, rows, 0.5 if has_two_answers else FREE_GUESS)
-                if reason is None:
+                if guess**clean.n > SIGNIFICANCE:
+                    needed = math.ceil(math.log(SIGNIFICANCE) / math.log(guess))
+                    reason = f"{clean.n} clean queries are too few, at least {needed} are needed"
+                elif binomtest(clean.n_correct, clean.n, guess, "greater").pvalue > SIGNIFICANCE:
+                    reason = (
+                        f"the base model is correct on {clean.n_correct} of {clean.n} clean images, not significantly more than "
+                        f"the {guess:.0%} of a blind guess"
+                    )
+                elif trend_p_value(rows) > SIGNIFICANCE:
+                    reason = f"{kind} does not significantly lower the base model's accuracy: leave it out of data.noise.kinds"
+                else:
                     continue
                 shown = ", ".join(f"{row.n_correct}/{row.n} at {row.strength:g}" for row in rows)
                 advice = "measure more or other queries, ask with another prompt (data.prompt)"
@@ -208,11 +196,7 @@ class LevelTable:
                 )
 
     def save(self, path: Path) -> None:
-        """Write the table as JSON, atomically.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
+        """Write the table as JSON, atomically; a DataError if the file cannot be written."""
         answer_types = {}
         for answer_type, counts in self.counts.items():
             by_kind = {kind: zip(*(bin_[kind] for bin_ in counts.bins), strict=True) for kind in self.kinds}
@@ -232,23 +216,6 @@ def _by_bin(rows: Sequence[LevelCount]) -> dict[str, list[int]]:
     return {"n": [row.n for row in rows], "n_correct": [row.n_correct for row in rows]}
 
 
-def _why_unusable(kind: str, clean: LevelCount, rows: Sequence[LevelCount], guess: float) -> str | None:
-    """Which test the counts fail; None if they pass."""
-    if guess**clean.n > SIGNIFICANCE:
-        needed = math.ceil(math.log(SIGNIFICANCE) / math.log(guess))
-        return f"{clean.n} clean queries are too few, at least {needed} are needed"
-    if binomtest(clean.n_correct, clean.n, guess, "greater").pvalue > SIGNIFICANCE:
-        return (
-            f"the base model is correct on {clean.n_correct} of {clean.n} clean images, not significantly more than the "
-            f"{guess:.0%} of a blind guess"
-        )
-    if trend_p_value(rows) > SIGNIFICANCE:
-        return (
-            f"{kind} does not significantly lower the base model's accuracy: leave it out of data.noise.kinds"
-        )
-    return None
-
-
 def trend_p_value(rows: Sequence[LevelCount]) -> float:
     """One-sided p-value of the Cochran-Armitage test that accuracy falls with the strength (Armitage, 1955)."""
     strengths, n, correct = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
@@ -261,12 +228,7 @@ def trend_p_value(rows: Sequence[LevelCount]) -> float:
 
 
 def read_table(path: Path) -> LevelTable:
-    """Read a level table that `LevelTable.save` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a level table, or not a usable one (`LevelTable.check_usable`).
-    """
+    """Read a level table that `LevelTable.save` wrote; a ValueError if it is none, or not a usable one (`LevelTable.check_usable`)."""
     if not path.is_file():
         raise FileNotFoundError(f"no level table at {path}; write one with `vlm-calibration levels fit`")
     try:
@@ -291,19 +253,26 @@ def read_table(path: Path) -> LevelTable:
 
 
 def _read_counts(content: Mapping[str, Any]) -> AnswerTypeCounts:
-    edges, kinds, others = content["likelihood_edges"], content["kinds"], content["never_perturbed"]
+    edges = content["likelihood_edges"]
+    kinds = {
+        kind: [(row["strength"], row["n"], row["n_correct"]) for row in rows]
+        for kind, rows in content["kinds"].items()
+    }
+    others = content["never_perturbed"]
+    lists = [
+        others["n"],
+        others["n_correct"],
+        *(ns for rows in kinds.values() for _, *both in rows for ns in both),
+    ]
     n_bins = len(edges) + 1
-
-    def in_bins(row: Mapping[str, Any], strength: float) -> list[LevelCount]:
-        if len(row["n"]) != n_bins or len(row["n_correct"]) != n_bins:
-            raise ValueError(f"every count must have {n_bins} bins, one more than there are likelihood_edges")
-        return [LevelCount(strength, *pair) for pair in zip(row["n"], row["n_correct"], strict=True)]
-
-    by_kind = {kind: [in_bins(row, row["strength"]) for row in rows] for kind, rows in kinds.items()}
+    if any(len(ns) != n_bins for ns in lists):
+        raise ValueError(f"every count must have {n_bins} bins, one more than there are likelihood_edges")
     bins = tuple(
-        {kind: tuple(row[i] for row in rows) for kind, rows in by_kind.items()} for i in range(n_bins)
+        {kind: [(s, n[i], n_correct[i]) for s, n, n_correct in rows] for kind, rows in kinds.items()}
+        for i in range(n_bins)
     )
-    return AnswerTypeCounts(bins, tuple(edges), tuple(in_bins(others, 0.0)))
+    never = [(0, *pair) for pair in zip(others["n"], others["n_correct"], strict=True)]
+    return AnswerTypeCounts(bins, tuple(edges), tuple(never))  # type: ignore[arg-type]
 
 
 class Measured(NamedTuple):
@@ -319,11 +288,7 @@ class Measured(NamedTuple):
 
 
 def write_likelihoods(path: Path, likelihoods: Mapping[str, Measured], provenance: Mapping[str, Any]) -> None:
-    """Write likelihoods by query id as Parquet, atomically: the columns `id`, `likelihood` and `content`, the provenance as metadata.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
+    """Write likelihoods by query id as Parquet, atomically: the columns `id`, `likelihood` and `content`, the provenance as metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -340,10 +305,8 @@ def write_likelihoods(path: Path, likelihoods: Mapping[str, Measured], provenanc
 def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> dict[str, Measured]:
     """Read a file of `write_likelihoods`: query id -> what was measured.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not one of likelihoods, or was measured with another model or prompt than the level table that has
-            this provenance and is called `table` in messages.
+    A ValueError if it is none, or was measured with another model or prompt than the level table that has this provenance and is called
+    `table` in messages.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,9 +1,4 @@
-"""Confidence levels: the mapping from a perturbation to the confidence to state.
-
-`LinearLevels` is the paper's mapping: the confidence falls linearly with the strength. `AnchoredLevels` states the base model's
-measured accuracy, per answer type, kind and strength, since a yes/no question is answered correctly half of the time even if
-the object is invisible; and, if it knows how likely the base model holds its answer to an untouched image, for this very image.
-"""
+"""Confidence levels: the mapping from a perturbation to the confidence to state."""
 
 import copy
 import math
@@ -58,15 +53,9 @@ class ConfidenceLevels(ABC):
 
     @abstractmethod
     def confidence(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
-        """The confidence in [0, 1] after a perturbation.
+        """The confidence in [0, 1] after a perturbation of any strength; a ValueError if it is not known.
 
-        Args:
-            perturbation: its strength need not be one of `strengths`.
-            answer_type: type of the answer.
-            query_id: the query, for levels that depend on it; None: the average over queries.
-
-        Raises:
-            ValueError: levels are not known for this.
+        `query_id` is the query, for levels that depend on it; None: the average over queries.
         """
 
     @abstractmethod
@@ -90,10 +79,7 @@ class LinearLevels(ConfidenceLevels):
     """The paper's levels: evenly spaced strengths 0, ..., 1 of any kind, each with the confidence `1 - strength`.
 
     Args:
-        n_levels: number of levels; 11 gives 100%, 90%, ..., 0%.
-
-    Raises:
-        ValueError: fewer than two levels.
+        n_levels: number of levels, at least 2; 11 gives 100%, 90%, ..., 0%.
     """
 
     n_levels: int = 11
@@ -122,8 +108,7 @@ class AnchoredLevels(ConfidenceLevels):
 
     A fit makes the accuracies fall with the strength of each kind (`fit_kinds`); between measured strengths they are
     interpolated linearly. The levels' own strengths are chosen so that these accuracies are evenly spread (`spread_strengths`).
-    `accuracy` is the fit; `confidence` rounds it to a grid, ties up. The default grid of 5% gives few, round targets, which a
-    model learns more easily than 101 near-synonymous numbers, and accuracies measured on a few hundred queries are no finer.
+    `accuracy` is the fit; `confidence` rounds it to a grid, ties up: a model learns few, round targets more easily.
 
     `groups` reduces the number of targets without rounding: the accuracies at the levels' strengths, and as often those of
     untouched images, are split into groups that differ least from their means (`group_means`), and each states its mean.
@@ -168,11 +153,9 @@ class AnchoredLevels(ConfidenceLevels):
         self.grid = grid
         self.groups = groups
         self.likelihoods = None if likelihoods is None else os.fspath(likelihoods)
-        self._likelihoods = (
-            None
-            if likelihoods is None
-            else read_likelihoods(Path(likelihoods), self.table.provenance, self.source)
-        )
+        self._likelihoods = None
+        if likelihoods is not None:
+            self._likelihoods = read_likelihoods(Path(likelihoods), self.table.provenance, self.source)
         self._fits = {answer_type: AnswerTypeFit(counts) for answer_type, counts in self.table.counts.items()}
         first, *_ = fits = list(self._fits.values())
         self._strengths = {
@@ -189,7 +172,7 @@ class AnchoredLevels(ConfidenceLevels):
         provenance: Mapping[str, Any] | None = None,
         grid: int = 5,
     ) -> "AnchoredLevels":
-        """Create levels from measurements: answer type -> its counts; `provenance` and `grid` as in `LevelTable` and the constructor."""
+        """Create levels from measurements by answer type, see `LevelTable`."""
         return cls(table=LevelTable(dict(counts), dict(provenance or {})), grid=grid)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -214,11 +197,7 @@ class AnchoredLevels(ConfidenceLevels):
         return self._strengths[kind]
 
     def accuracy(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
-        """The fitted accuracy in [0, 1], unrounded, interpolated linearly between measured strengths.
-
-        Raises:
-            ValueError: a kind, an answer type or a query that was not measured, or a strength above the measured ones.
-        """
+        """The fitted accuracy in [0, 1], unrounded, interpolated linearly; a ValueError for what was not measured."""
         fit = self._fit(answer_type)
         curves = fit.pooled
         if query_id is not None and self._likelihoods is not None:

@@ -45,49 +45,34 @@ class MaskBox(NamedTuple):
 def check_mask(
     mask: NDArray[Any], image_shape: tuple[int, ...], *, name: str = "mask", allow_empty: bool = False
 ) -> BoolMask:
-    """Check a mask and return it as bool.
+    """A mask as bool [H, W], not a copy; a TypeError or ValueError unless it is one of an image of `image_shape`, [H, W, ...].
 
     Args:
         mask: bool [H, W], or uint8 [H, W] with values 0 and 1 as pycocotools decodes. Masks with values 0 and 255 are
             refused: the meaning of grey values is ambiguous, so the caller must apply a threshold.
-        image_shape: [H, W, ...] of the image.
+        image_shape: of the image.
         name: name of the mask in messages.
         allow_empty: accept a mask without a marked pixel.
-
-    Returns:
-        bool [H, W], not a copy (a view of uint8).
-
-    Raises:
-        TypeError: the mask is not an array of bool or uint8.
-        ValueError: the mask has another size than the image, other values than 0 and 1, or no marked pixel.
     """
-    if not isinstance(mask, np.ndarray):
-        raise TypeError(f"{name} must be a numpy array, got {type(mask).__name__}")
-    if mask.ndim != 2:
-        raise ValueError(f"{name} must have shape (height, width), got {mask.shape}")
+    if not isinstance(mask, np.ndarray) or mask.dtype not in (np.bool_, np.uint8):
+        found = f"dtype {mask.dtype}" if isinstance(mask, np.ndarray) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool array, or uint8 with values 0 and 1, got {found}")
     if mask.shape != tuple(image_shape[:2]):
-        raise ValueError(
-            f"{name} has shape {mask.shape}, but the image has {tuple(image_shape[:2])} (height, width)"
-        )
+        expected = tuple(image_shape[:2])
+        raise ValueError(f"{name} has shape {mask.shape}, but the image has {expected} (height, width)")
     if mask.dtype == np.uint8:
         if mask.size and mask.max() > 1:
             raise ValueError(
                 f"{name} is uint8 with values up to {mask.max()}; expected 0 and 1 (or a bool array: use mask > 127)"
             )
         mask = mask.view(np.bool_)
-    elif mask.dtype != np.bool_:
-        raise TypeError(f"{name} must be bool or uint8 with values 0 and 1, got dtype {mask.dtype}")
     if not allow_empty and not mask.any():
         raise ValueError(f"{name} is empty: no pixel is marked, so there is nothing to perturb")
     return mask
 
 
 def bounding_box(mask: BoolMask) -> MaskBox:
-    """The smallest box that contains every marked pixel of a mask [H, W].
-
-    Raises:
-        ValueError: the mask is empty.
-    """
+    """The smallest box that contains every marked pixel of a mask [H, W]; a ValueError if there is none."""
     rows = np.flatnonzero(mask.any(axis=1))
     if rows.size == 0:
         raise ValueError("an empty mask has no bounding box")
@@ -97,11 +82,7 @@ def bounding_box(mask: BoolMask) -> MaskBox:
 
 
 def region_to_mask(region: Region, height: int, width: int) -> np.ndarray:
-    """The mask of a region, bool [height, width]. A region without a mask is its box, clipped to the image.
-
-    Raises:
-        RecordError: the mask has another size than the image or cannot be decoded, or the region lies outside the image.
-    """
+    """The mask of a region, bool [height, width]: without one its box, clipped to the image. A RecordError if none of it is inside."""
     if region.mask is None:
         x0, y0, x1, y1 = region.box
         mask = np.zeros((height, width), dtype=bool)

@@ -1,8 +1,4 @@
-"""The paper's perturbation: diffusion noise on the pixels of a region.
-
-`x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * eps` on pixels scaled to [-1, 1], `v = m * x_t + (1 - m) * x_0`
-(Zhao et al., arXiv 2504.14848).
-"""
+"""The paper's perturbation: diffusion noise on the pixels of a region (Zhao et al., arXiv 2504.14848)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +16,7 @@ Seed = int | Sequence[int] | np.random.SeedSequence
 def add_region_noise(
     image: ImageArray, mask: NDArray[Any], step: int, schedule: Schedule, seed: Seed
 ) -> ImageArray:
-    """Add noise of diffusion step `step` to the masked pixels.
+    """Add noise of diffusion step `step` to the masked pixels: `sqrt(abar) * x_0 + sqrt(1 - abar) * eps`, with `x_0` in [-1, 1].
 
     The noise is a pure function of the seed and the mask: the same in every call, process and machine, with the same `eps` at
     every step. Values are rounded to the nearest integer and clipped to [0, 255].
@@ -36,8 +32,7 @@ def add_region_noise(
         A new array, bit-identical to the image outside the mask, and everywhere at step 0.
 
     Raises:
-        TypeError: the image is not a uint8 array, the mask is not bool, or the step or seed is not an integer.
-        ValueError: shapes differ, the mask is empty, the step is outside the schedule, or a seed is negative.
+        TypeError, ValueError: an invalid image, mask, step or seed; named.
     """
     check_image(image)
     mask = check_mask(mask, image.shape)

@@ -1,21 +1,13 @@
-"""The region to noise: its shape, and the policy that chooses one for a query.
-
-The presence of noise alone must not reveal the answer, so some noise goes to objects that the question is not about, and
-questions about absent objects get noise as well.
-"""
+"""The region to perturb: its shape, and the choice of one for a query."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from scipy.ndimage import maximum_filter1d
 
 from vlm_calibration.perturbation.images import resize_mask
 from vlm_calibration.perturbation.masks import BoolMask, bounding_box, check_mask
-
-AbsentPolicy = Literal["distractor", "clean", "skip"]
-RegionShape = Literal["mask", "box"]
-RegionKind = Literal["target", "distractor", "absent", "none"]
 
 PLAUSIBLE_AREA = (0.02, 0.25)
 """Range of the area of a random region, as a share of the image, if there is no object to take the size from."""
@@ -24,34 +16,17 @@ PLAUSIBLE_ASPECT = (0.5, 2.0)
 """Range of width over height of a random region."""
 
 
-class RegionChoice(NamedTuple):
-    """The region to noise, and its kind, which decides the confidence to state.
-
-    Attributes:
-        mask: bool [H, W]; None: the image stays clean.
-        kind: "target": the key object; "absent": the question is about an absent object, which the noise could hide: state the
-            confidence of the noise level. "distractor": a region that the question is not about; "none": no region: state the
-            confidence of the clean image.
-    """
-
-    mask: BoolMask | None
-    kind: RegionKind
-
-
-def region_mask(mask: BoolMask, *, shape: RegionShape = "mask", dilate: float = 0.0) -> BoolMask:
+def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilate: float = 0.0) -> BoolMask:
     """Dilate a mask or fill its bounding box, which hides the silhouette of the object.
 
     Args:
         mask: bool [H, W], not empty.
         shape: "mask" keeps the outline; "box" fills the bounding box of the whole mask.
-        dilate: growth in each direction as a fraction of the longer side of the bounding box, hence independent of the image
-            size; at least one pixel if positive. The structuring element is square.
+        dilate: growth in each direction, by a square, as a fraction of the longer side of the bounding box, hence independent of the
+            image size; at least one pixel if positive.
 
     Returns:
         A new mask, bool [H, W], that contains the given mask.
-
-    Raises:
-        ValueError: an empty mask, an unknown shape, or a `dilate` that is negative or not finite.
     """
     if shape not in ("mask", "box"):
         raise ValueError(f"region shape must be 'mask' or 'box', got {shape!r}")
@@ -75,62 +50,47 @@ def region_mask(mask: BoolMask, *, shape: RegionShape = "mask", dilate: float = 
 
 
 def choose_region(
-    target_masks: Sequence[BoolMask],
-    distractor_masks: Sequence[BoolMask],
+    targets: Sequence[BoolMask],
+    distractors: Sequence[BoolMask],
     *,
-    absent: AbsentPolicy,
+    perturb_absent: bool,
     distractor_probability: float,
     rng: np.random.Generator,
     image_shape: tuple[int, ...],
     silhouette: bool = False,
-) -> RegionChoice:
-    """Choose the region to noise for one query.
+) -> tuple[BoolMask | None, bool]:
+    """Choose the region to perturb for one query.
 
-    With key objects, the region is their union ("target"), or with `distractor_probability` a region that the question is not
-    about ("distractor"): a random distractor mask that does not touch the target, or if there is none a box of the target's
-    size, or its silhouette, at a random position off the target (smaller if it does not fit). If the target covers the whole
-    image, it is noised.
-
-    Without key objects, `absent` decides: "distractor" noises a random distractor or, if there is none, a random box of
-    plausible size ("absent"); "clean" noises nothing ("none"). Queries under "skip" must be removed before.
+    With key objects, the region is their union, or with `distractor_probability` a region that the question is not about: a random
+    distractor that does not touch the target, or if there is none a box of the target's size, or its silhouette, at a random position
+    off the target (smaller if it does not fit). If the target covers the whole image, it is perturbed. Without key objects, it is a
+    random distractor or, if there is none, a random box of plausible size.
 
     Args:
-        target_masks: masks of the key objects, bool [H, W], not empty; none for an absent object.
-        distractor_masks: masks of the other objects.
-        absent: policy for queries without a key object.
+        targets: masks of the key objects, bool [H, W], not empty; none for an absent object.
+        distractors: masks of other objects, alike.
+        perturb_absent: whether there is a region without a key object.
         distractor_probability: in [0, 1].
         rng: the only source of randomness.
         image_shape: [H, W, ...].
-        silhouette: off the target, noise the target's silhouette instead of its box, so that the shape does not tell them apart.
+        silhouette: off the target, perturb the target's silhouette instead of its box, so that the shape does not tell them apart.
 
-    Raises:
-        TypeError, ValueError: a mask that is empty, not bool or of another size, a probability outside [0, 1], an unknown
-            policy, or a query without a key object under "skip".
+    Returns:
+        The region, bool [H, W], or None for an image that stays clean; and whether the confidence to state is that of the perturbation,
+        since the region has, or could hide, a key object.
     """
-    if absent not in ("distractor", "clean", "skip"):
-        raise ValueError(f"absent must be 'distractor', 'clean' or 'skip', got {absent!r}")
-    if not 0.0 <= distractor_probability <= 1.0:
-        raise ValueError(f"distractor_probability must be in [0, 1], got {distractor_probability!r}")
-    targets, distractors = (
-        [check_mask(m, image_shape, name=f"{name} mask {i}") for i, m in enumerate(masks)]
-        for name, masks in (("target", target_masks), ("distractor", distractor_masks))
-    )
     if targets:
         target = np.logical_or.reduce(targets)
         if rng.random() < distractor_probability:
             off_target = _region_off(target, distractors, silhouette, rng)
             if off_target is not None:
-                return RegionChoice(off_target, "distractor")
-        return RegionChoice(target, "target")
-    if absent == "skip":
-        raise ValueError(
-            "absent: skip leaves out queries without a key-object region; drop them before choosing"
-        )
-    if absent == "clean":
-        return RegionChoice(None, "none")
+                return off_target, False
+        return target, True
+    if not perturb_absent:
+        return None, False
     if distractors:
-        return RegionChoice(distractors[int(rng.integers(len(distractors)))], "absent")
-    return RegionChoice(_plausible_box(image_shape, rng), "absent")
+        return distractors[int(rng.integers(len(distractors)))], True
+    return _plausible_box(image_shape, rng), True
 
 
 def _region_off(

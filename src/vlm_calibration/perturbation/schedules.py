@@ -14,26 +14,37 @@ MAX_BETA = 0.999
 """Largest share of the variance that one step may remove (Nichol & Dhariwal, section 3.2)."""
 
 
+@dataclass(frozen=True)
 class Schedule(ABC):
     """Variance-preserving forward process `x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * eps`.
 
     Step 0 is the clean image, `steps` the noisiest. Step `t` is `t - 1` in libraries that index an array of betas from 0
     (diffusers, visual contrastive decoding).
+
+    Args:
+        steps: number of steps `T`.
+
+    Raises:
+        ValueError: `steps` is not positive, or a beta is outside (0, 0.999].
     """
 
-    steps: int
+    steps: int = REFERENCE_STEPS
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be a positive integer, got {self.steps!r}")
+        betas = self.betas()
+        if not 0 < betas.min() <= betas.max() <= MAX_BETA:
+            raise ValueError(
+                f"betas must be in (0, {MAX_BETA}], got {betas.min():g} to {betas.max():g} for {self.steps} steps; use more steps"
+            )
 
     @abstractmethod
     def betas(self) -> NDArray[np.float64]:
         """The share of variance that each step replaces by noise, float64 [steps] in (0, 0.999]."""
 
     def alpha_bar(self, step: int) -> float:
-        """Share of the signal's variance left after `step` steps, in [0, steps]: exactly 1.0 at 0, strictly decreasing.
-
-        Raises:
-            TypeError: the step is not an integer.
-            ValueError: the step is outside [0, steps].
-        """
+        """Share of the signal's variance left after `step` steps, an integer in [0, steps]: exactly 1.0 at 0, strictly decreasing."""
         if isinstance(step, bool) or not isinstance(step, int | np.integer):
             raise TypeError(f"step must be an integer, got {step!r}")
         if not 0 <= step <= self.steps:
@@ -51,40 +62,26 @@ def _alpha_bars(schedule: Schedule) -> NDArray[np.float64]:
 class LinearSchedule(Schedule):
     """The linear schedule of DDPM (Ho et al., arXiv 2006.11239): betas increase linearly.
 
-    `alpha_bar(T) = 4.0e-5`, an amplitude of 0.6% of the image, which is invisible.
-
-    With another number of steps than 1000 both betas are scaled by `1000 / steps`, as in Nichol & Dhariwal's implementation,
-    so that the last step has the same amount of noise. (Unscaled, 100 steps would leave a third of the variance.)
+    `alpha_bar(T) = 4.0e-5`, an amplitude of 0.6% of the image, which is invisible. With another number of steps than 1000 both betas
+    are scaled by `1000 / steps`, as in Nichol & Dhariwal's implementation, so that the last step has the same amount of noise.
 
     Args:
         steps: number of steps `T`.
         beta_start: variance replaced by the first step, *for 1000 steps*.
         beta_end: variance replaced by the last step, *for 1000 steps*.
-
-    Raises:
-        ValueError: `steps` is not positive, or a beta is outside (0, 0.999].
     """
 
-    steps: int = REFERENCE_STEPS
     beta_start: float = 1e-4
     beta_end: float = 0.02
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
-        low, high = self._range()
-        if not 0 < low <= high <= MAX_BETA:
-            raise ValueError(
-                f"betas must satisfy 0 < beta_start <= beta_end <= {MAX_BETA} after scaling by "
-                f"{REFERENCE_STEPS}/steps, got {low:g} and {high:g} for {self.steps} steps; use more steps"
-            )
-
-    def _range(self) -> tuple[float, float]:
-        scale = REFERENCE_STEPS / self.steps
-        return self.beta_start * scale, self.beta_end * scale
+        super().__post_init__()
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"betas must not fall, got {self.beta_start:g} to {self.beta_end:g}")
 
     def betas(self) -> NDArray[np.float64]:
-        low, high = self._range()
-        return np.linspace(low, high, self.steps, dtype=np.float64)
+        scale = REFERENCE_STEPS / self.steps
+        return np.linspace(self.beta_start * scale, self.beta_end * scale, self.steps, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -96,19 +93,15 @@ class CosineSchedule(Schedule):
 
     Args:
         steps: number of steps `T`.
-        offset: keeps the first betas from vanishing, >= 0.
-
-    Raises:
-        ValueError: `steps` is not positive, or `offset` is negative or not finite.
+        offset: keeps the first betas from vanishing, >= 0; otherwise, or if it is not finite, a ValueError.
     """
 
-    steps: int = REFERENCE_STEPS
     offset: float = 0.008
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps)
         if not 0 <= self.offset < float("inf"):
             raise ValueError(f"offset must be finite and >= 0, got {self.offset}")
+        super().__post_init__()
 
     def betas(self) -> NDArray[np.float64]:
         t = np.arange(self.steps + 1, dtype=np.float64) / self.steps
@@ -120,23 +113,10 @@ class CosineSchedule(Schedule):
 class SigmoidSchedule(Schedule):
     """The sigmoid schedule of visual contrastive decoding (Leng et al., arXiv 2311.16922; `vcd_add_noise.py`).
 
-    `beta = sigmoid(linspace(-6, 6, T)) * (0.5e-2 - 1e-5) + 1e-5`. The last step leaves signal: `alpha_bar(T) = 0.081`, an
-    amplitude of 28% of the image, so large objects stay faintly visible at "0%". Use it to compare with that work; `linear`
-    and `cosine` end in pure noise.
-
-    Args:
-        steps: number of steps `T`. As in `LinearSchedule`, betas are scaled by `1000 / steps`.
-
-    Raises:
-        ValueError: `steps` is less than 6 (a beta would exceed 0.999).
+    `beta = sigmoid(linspace(-6, 6, T)) * (0.5e-2 - 1e-5) + 1e-5`, scaled as in `LinearSchedule`, for at least 6 steps. The last step
+    leaves signal: `alpha_bar(T) = 0.081`, an amplitude of 28% of the image, so large objects stay faintly visible at "0%". Use it to
+    compare with that work.
     """
-
-    steps: int = REFERENCE_STEPS
-
-    def __post_init__(self) -> None:
-        _check_steps(self.steps)
-        if self.betas().max() > MAX_BETA:
-            raise ValueError(f"the sigmoid schedule needs more steps, got {self.steps}")
 
     def betas(self) -> NDArray[np.float64]:
         ramp = 1 / (1 + np.exp(-np.linspace(-6, 6, self.steps, dtype=np.float64)))
@@ -155,9 +135,4 @@ def schedule_by_name(name: str, steps: int = REFERENCE_STEPS) -> Schedule:
     """Create a schedule by its name: "linear", "cosine" or "sigmoid"; ValueError if there is no such schedule."""
     if name not in SCHEDULES:
         raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](steps=steps)  # type: ignore[call-arg]
-
-
-def _check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    return SCHEDULES[name](steps=steps)
