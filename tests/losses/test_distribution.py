@@ -74,17 +74,6 @@ QUERY = table(
 )
 
 
-def test_one_query_spelled_out() -> None:
-    # pi = 5/8, 3/8 and Z = log 0.8
-    assert float(TokenizedBrier()(QUERY)) == pytest.approx(5 / 8 * 0.04 + 3 / 8 * 0.64 - math.log(0.8))
-    assert float(ExpectedBrier()(QUERY)) == pytest.approx((5 / 8 - 0.8) ** 2 - math.log(0.8))
-    near, far = math.exp(-((0.2 / 0.5) ** 2) / 2), math.exp(-((0.8 / 0.5) ** 2) / 2)
-    expected = -(near * math.log(0.5) + far * math.log(0.3)) / (near + far)
-    assert float(SoftLabel(width=0.5)(QUERY)) == pytest.approx(expected)
-    # P = 0.5, 0.3, 0.2, and the rewards are 1 - 0, 1 - 1 and 0 - 1
-    assert float(RLCR()(QUERY)) == pytest.approx(-(0.5 * 1 + 0.3 * 0 + 0.2 * -1) - math.log(0.5))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "loss", [*DISTRIBUTION_LOSSES[:-1], pytest.param(RLCR(), id="RLCR, own answer alone")]

@@ -34,22 +34,6 @@ def softplus(x: float) -> float:
 PAIR = table([[-2, -5]], [[-2.5, -4]], [[2, 4]], [[0, 0.3]])
 
 
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        (DPO(beta=0.1), softplus(-0.15)),
-        # per token: -2 / 2 = -1 and -5 / 4 = -1.25
-        (SimPO(beta=2.0, gamma=1.0), softplus(-(2 * (-1 + 1.25) - 1))),
-        (IPO(beta=0.1), (1.5 - 1 / 0.2) ** 2),
-        (Ordinal(beta=0.1, offset=2.0), softplus(-(0.15 - 0.6))),
-        (Listwise(beta=0.1), -math.log(math.exp(0.05) / (math.exp(0.05) + math.exp(-0.1)))),
-    ],
-    ids=repr,
-)
-def test_one_pair_spelled_out(loss: PreferenceLoss, expected: float) -> None:
-    assert float(loss(PAIR)) == pytest.approx(expected, abs=1e-12)
-
-
 def _pair_by_loop(loss: PreferenceLoss, scores: CandidateScores, b: int, k: int) -> float:
     """The loss of the pair of candidates 0 and k of query b."""
     policy, lengths = scores.policy[b].tolist(), scores.lengths[b].tolist()
