@@ -189,8 +189,8 @@ def test_each_command_asks_its_own_queries_of_one_data_module(data: Data) -> Non
     splits = {"held": EvalSplit(DemoSource("calibration", 1, first=50))}
     queries = data(levels=FOUR, calibration=splits, noise=NoisePolicy(levels=LinearLevels(n_levels=3)))
     for module, asked in (
-        (LevelFitModule(BaseModel("")), ["levels"]),
-        (EvaluationModule(BaseModel("")), ["test", "calibration"]),
+        (LevelFitModule(BaseModel("nowhere")), ["levels"]),
+        (EvaluationModule(BaseModel("nowhere")), ["test", "calibration"]),
     ):
         queries.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
         queries.setup("test")
