@@ -130,8 +130,8 @@ MUTANTS = [
     Mutant(
         "losses",
         "losses/preference.py",
-        "loss = -logsigmoid(self.beta * h)",
-        "loss = -logsigmoid(h)",
+        "return -logsigmoid(self.beta * h)\n",
+        "return -logsigmoid(h)\n",
         "losses/test_preference.py",
     ),
     Mutant(
@@ -144,7 +144,7 @@ MUTANTS = [
     Mutant(
         "losses",
         "losses/distribution.py",
-        "log_q.masked_fill(~filled.own, -torch.inf)",
+        "log_q.masked_fill(~scores.own, -torch.inf)",
         "log_q",
         "losses/test_distribution.py",
     ),

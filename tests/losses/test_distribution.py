@@ -56,10 +56,10 @@ def _by_loop(loss: CandidateLoss, scores: CandidateScores) -> float:
 
 
 @each_loss
-@pytest.mark.parametrize("seed", range(6))
-def test_loss_is_the_loop(loss: CandidateLoss, seed: int) -> None:
-    scores = random_table(seed, n_candidates=6)
-    assert float(loss(scores)) == pytest.approx(_by_loop(loss, scores), rel=1e-9)
+def test_loss_is_the_loop(loss: CandidateLoss) -> None:
+    for seed in range(6):
+        scores = random_table(seed, n_candidates=6)
+        assert float(loss(scores)) == pytest.approx(_by_loop(loss, scores), rel=1e-9)
 
 
 # One query: half and three tenths of the mass on the confidences 100% and 0% of the own answer, one tenth on another answer. The
@@ -72,17 +72,6 @@ QUERY = table(
     correct=[[True, True, False]],
     own=[[True, True, False]],
 )
-
-
-def test_one_query_spelled_out() -> None:
-    # pi = 5/8, 3/8 and Z = log 0.8
-    assert float(TokenizedBrier()(QUERY)) == pytest.approx(5 / 8 * 0.04 + 3 / 8 * 0.64 - math.log(0.8))
-    assert float(ExpectedBrier()(QUERY)) == pytest.approx((5 / 8 - 0.8) ** 2 - math.log(0.8))
-    near, far = math.exp(-((0.2 / 0.5) ** 2) / 2), math.exp(-((0.8 / 0.5) ** 2) / 2)
-    expected = -(near * math.log(0.5) + far * math.log(0.3)) / (near + far)
-    assert float(SoftLabel(width=0.5)(QUERY)) == pytest.approx(expected)
-    # P = 0.5, 0.3, 0.2, and the rewards are 1 - 0, 1 - 1 and 0 - 1
-    assert float(RLCR()(QUERY)) == pytest.approx(-(0.5 * 1 + 0.3 * 0 + 0.2 * -1) - math.log(0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -278,7 +267,6 @@ def test_rewards_are_log_likelihoods(loss: CandidateLoss) -> None:
     scores = random_table(6)
     without = scores._replace(reference=None)
     assert float(loss(without)) == float(loss(scores))
-    assert torch.equal(loss.rewards(without), torch.where(scores.valid, scores.policy, 0.0))
     statistics = preference_statistics(loss, without)
     margin = statistics["logp_chosen"] - statistics["logp_rejected"]
     assert float(statistics["reward_margin"]) == pytest.approx(float(margin))

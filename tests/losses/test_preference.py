@@ -34,31 +34,6 @@ def softplus(x: float) -> float:
 PAIR = table([[-2, -5]], [[-2.5, -4]], [[2, 4]], [[0, 0.3]])
 
 
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        (DPO(beta=0.1), softplus(-0.15)),
-        (DPO(beta=2.0), softplus(-3.0)),
-        (DPO(beta=0.1, label_smoothing=0.2), 0.8 * softplus(-0.15) + 0.2 * softplus(0.15)),
-        (DPO(beta=0.1, reference_free=True), softplus(-0.1 * (-2 + 5))),
-        (DPO(beta=0.1, label_smoothing=0.2, reference_free=True), 0.8 * softplus(-0.3) + 0.2 * softplus(0.3)),
-        # per token: -2 / 2 = -1 and -5 / 4 = -1.25
-        (SimPO(beta=2.0, gamma=1.0), softplus(-(2 * (-1 + 1.25) - 1))),
-        (SimPO(beta=10.0, gamma=0.0), softplus(-2.5)),
-        (IPO(beta=0.1), (1.5 - 1 / 0.2) ** 2),
-        # per token: 0.5 / 2 + 1 / 4 = 0.5
-        (IPO(beta=0.1, average=True), (0.5 - 1 / 0.2) ** 2),
-        (IPO(beta=1.0, average=True), 0.0),
-        (Ordinal(beta=0.1, offset=1.0), softplus(-(0.15 - 0.3))),
-        (Ordinal(beta=0.1, offset=2.0), softplus(-(0.15 - 0.6))),
-        (Listwise(beta=0.1), -math.log(math.exp(0.05) / (math.exp(0.05) + math.exp(-0.1)))),
-    ],
-    ids=repr,
-)
-def test_one_pair_spelled_out(loss: PreferenceLoss, expected: float) -> None:
-    assert float(loss(PAIR)) == pytest.approx(expected, abs=1e-12)
-
-
 def _pair_by_loop(loss: PreferenceLoss, scores: CandidateScores, b: int, k: int) -> float:
     """The loss of the pair of candidates 0 and k of query b."""
     policy, lengths = scores.policy[b].tolist(), scores.lengths[b].tolist()
@@ -66,14 +41,11 @@ def _pair_by_loop(loss: PreferenceLoss, scores: CandidateScores, b: int, k: int)
     reference = scores.reference[b].tolist()
     h = policy[0] - reference[0] - policy[k] + reference[k]
     match loss:
-        case DPO(beta, smoothing, free):
-            margin = beta * (policy[0] - policy[k] if free else h)
-            return (1 - smoothing) * softplus(-margin) + smoothing * softplus(margin)
+        case DPO(beta):
+            return softplus(-beta * h)
         case SimPO(beta, gamma):
             return softplus(gamma - beta / lengths[0] * policy[0] + beta / lengths[k] * policy[k])
-        case IPO(beta, average):
-            if average:
-                h = (policy[0] - reference[0]) / lengths[0] - (policy[k] - reference[k]) / lengths[k]
+        case IPO(beta):
             return (h - 0.5 / beta) ** 2
         case Ordinal(beta, offset):
             return softplus(-(beta * h - offset * float(scores.distance[b, k])))
@@ -108,10 +80,10 @@ def _by_loop(loss: PreferenceLoss, scores: CandidateScores) -> float:
 
 
 @each_loss
-@pytest.mark.parametrize("seed", range(4))
-def test_loss_is_the_loop(loss: PreferenceLoss, seed: int) -> None:
-    scores = random_table(seed)
-    assert float(loss(scores)) == pytest.approx(_by_loop(loss, scores), abs=1e-10)
+def test_loss_is_the_loop(loss: PreferenceLoss) -> None:
+    for seed in range(4):
+        scores = random_table(seed)
+        assert float(loss(scores)) == pytest.approx(_by_loop(loss, scores), abs=1e-10)
 
 
 @each_loss
@@ -176,36 +148,6 @@ def test_levels_equally_far_on_both_sides_tie_in_floats(dtype: torch.dtype) -> N
     assert policy.grad[0, 1] == policy.grad[0, 2]
 
 
-def test_special_cases_agree() -> None:
-    scores = random_table(11)
-    assert float(Ordinal(beta=0.3, offset=0)(scores)) == pytest.approx(float(DPO(beta=0.3)(scores)))
-    per_token = scores._replace(policy=scores.policy / scores.lengths)
-    free = DPO(beta=0.9, reference_free=True)
-    assert float(SimPO(beta=0.9, gamma=0)(scores)) == pytest.approx(float(free(per_token)))
-    two = random_table(11, n_candidates=2)
-    assert float(Listwise(beta=0.3)(two)) == pytest.approx(float(DPO(beta=0.3)(two)))
-    ten = two._replace(lengths=torch.full_like(two.lengths, 10))
-    assert float(IPO(beta=0.3, average=True)(ten)) == pytest.approx(float(IPO(beta=0.03)(ten)) / 100)
-
-
-def test_label_smoothing_keeps_an_already_certain_preference_from_growing() -> None:
-    # The minimum of the smoothed loss is at sigmoid(beta h) = 1 - e.
-    best = math.log(0.9 / 0.1) / 0.5
-    policy = torch.tensor([[best, 0.0]], dtype=torch.float64, requires_grad=True)
-    DPO(beta=0.5, label_smoothing=0.1)(table([[0, 0]])._replace(policy=policy)).backward()
-    assert policy.grad is not None
-    assert policy.grad.tolist() == [pytest.approx([0.0, 0.0], abs=1e-12)]
-
-
-def test_rewards() -> None:
-    assert DPO(beta=0.1).rewards(PAIR).tolist() == [pytest.approx([0.05, -0.1])]
-    assert Listwise(beta=0.1).rewards(PAIR).tolist() == [pytest.approx([0.05, -0.1])]
-    assert DPO(beta=0.1, reference_free=True).rewards(PAIR).tolist() == [pytest.approx([-0.2, -0.5])]
-    assert SimPO(beta=2.0).rewards(PAIR).tolist() == [pytest.approx([-2.0, -2.5])]
-    assert IPO(beta=0.1).rewards(PAIR).tolist() == [pytest.approx([0.05, -0.1])]
-    assert IPO(beta=0.1, average=True).rewards(PAIR).tolist() == [pytest.approx([0.025, -0.025])]
-
-
 def test_statistics_spelled_out() -> None:
     scores = table(
         [[-1, -2, 1], [-1, -4, 7], [-8, 7, 7]],
@@ -231,15 +173,17 @@ def test_statistics_spelled_out() -> None:
     assert float(preference_statistics(loss, table([[-1, -1]]))["reward_accuracy"]) == 0
 
 
+def test_rewards() -> None:
+    for loss in (DPO(beta=0.1), IPO(beta=0.1), Listwise(beta=0.1)):
+        assert loss.rewards(PAIR).tolist() == [pytest.approx([0.05, -0.1])]
+    assert SimPO(beta=2.0).rewards(PAIR).tolist() == [pytest.approx([-2.0, -2.5])]
+
+
 def test_which_losses_need_the_reference() -> None:
     without = random_table(1)._replace(reference=None)
-    for loss in PREFERENCE_LOSSES:
-        if loss.needs_reference:
-            for call in (loss, loss.rewards):
-                with pytest.raises(
-                    ValueError, match=f"{type(loss).__name__} needs the log-likelihoods of the reference"
-                ):
-                    call(without)
-        else:
-            assert float(loss(without)) == float(loss(random_table(1)))
-    assert [type(x) for x in PREFERENCE_LOSSES if not x.needs_reference] == [DPO, DPO, SimPO, SimPO]
+    assert float(SimPO()(without)) == float(SimPO()(random_table(1)))
+    assert not SimPO.needs_reference
+    for loss in (loss for loss in PREFERENCE_LOSSES if loss.needs_reference):
+        for call in (loss, loss.rewards):
+            with pytest.raises(ValueError, match=f"{type(loss).__name__} needs the log-likelihoods"):
+                call(without)

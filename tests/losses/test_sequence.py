@@ -54,20 +54,6 @@ def test_response_nll_is_the_loop(batch: tuple[list[float], list[int], list[floa
     assert float(loss) == pytest.approx(_by_hand(values, rows, weights, n_rows), abs=1e-9)
 
 
-def test_a_batch_of_four_is_the_mean_of_two_of_two() -> None:
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3])
-    values = -torch.rand(11, generator=generator, dtype=torch.float64)
-    weights = torch.rand(11, generator=generator, dtype=torch.float64)
-    batch_loss = response_nll(values, rows, weights, 4)
-    first, second = rows < 2, rows >= 2
-    halves = [
-        response_nll(values[first], rows[first], weights[first], 2),
-        response_nll(values[second], rows[second] - 2, weights[second], 2),
-    ]
-    assert float(batch_loss) == pytest.approx(float(sum(halves)) / 2, abs=1e-12)
-
-
 def test_gradient_of_each_token() -> None:
     values = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     response_nll(values, torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0, 0.5]), 2).backward()

@@ -24,7 +24,7 @@ from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.sft import SFTModule
 
 from ..level_tables import measured
-from .preference import NOISE, Data, MakeModule
+from .preference import NOISE, Data, MakeModule, Observed
 
 STAGE_1_LR, STAGE_1_STEPS = 5e-3, 25
 
@@ -177,3 +177,18 @@ def candidates(data: Data) -> Data:
         return data(**{"noise": NOISE, "candidates": candidates, **settings})
 
     return make
+
+
+@pytest.fixture
+def observe(
+    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Observed]:
+    """A module outside a Trainer on the first `n` samples; `data` are settings of the data, all others of the module."""
+
+    def observe(
+        n: int = 4, wrong_answer: bool = False, data: dict[str, Any] | None = None, **settings: Any
+    ) -> Observed:
+        queries = candidates(CandidateSettings(wrong_answer=wrong_answer), **(data or {}))
+        return Observed(make_module(**settings), queries, monkeypatch, n)
+
+    return observe

@@ -23,18 +23,14 @@ from .preference import NOISE, Data, MakeModule, Steps
 
 Module = SFTModule | Any
 Run = Callable[..., tuple[list[float], Tensor]]
-STAGES = ("stage 1", "gold answers", "own answers")
 
 
 def configured(stage: str, demo_folder: str, make_module: MakeModule) -> Module:
     """A stage with its model; stage 2 has a loss of all candidates, which share their prefix, and all further terms."""
     if stage == "stage 1":
         torch.manual_seed(0)
-        module: Module = SFTModule(
-            BaseModel(demo_folder, dtype="float32"),
-            LoraSettings(r=4, alpha=8, dropout=0.0),
-            answer_weight="confidence",
-        )
+        lora = LoraSettings(r=4, alpha=8, dropout=0.0)
+        module: Module = SFTModule(BaseModel(demo_folder, dtype="float32"), lora, answer_weight="confidence")
     else:
         module = make_module(
             loss=SoftLabel(width=0.05),
@@ -57,7 +53,7 @@ def run(demo_folder: str, make_module: MakeModule, data: Data, trainer: Callable
         module, seen = configured(stage, demo_folder, make_module), Steps()
         if prepare is not None:
             prepare(module)
-        answers: Any = None if stage == "stage 1" else CandidateSettings(answers=stage.split()[0])  # type: ignore[arg-type]
+        answers = None if stage == "stage 1" else CandidateSettings(answers="own")
         queries = data(
             train=DemoSource("train", scenes=2), noise=NOISE, candidates=answers, batch_size=batch_size
         )
@@ -76,7 +72,7 @@ def compile_layers(module: Module) -> None:
         layer.compile(backend="aot_eager", dynamic=True)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["stage 1", "own answers"])
 def test_accumulated_batches_are_one_large_batch(run: Run, stage: str) -> None:
     (loss,), large = run(stage)
     losses, accumulated = run(stage, batch_size=3, accumulated=2)

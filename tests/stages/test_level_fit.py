@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 
-from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, query_rng
@@ -160,42 +160,41 @@ class Absent(DemoSource):
         return [query for query in super().queries() if query.answer == "No"]
 
 
-def test_a_level_without_queries_is_an_error(
-    model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
-) -> None:
-    module = LevelFitModule(
-        BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
-    )
-    queries = data(levels=Absent("calibration", scenes=1), noise=NoisePolicy(absent="clean"))
-    with pytest.raises(DataError, match=r"^data\.levels: no query can be perturbed"):
-        trainer().test(module, datamodule=queries, verbose=False)
-    assert not (tmp_path / "l.json").exists()
-
-
-def test_without_levels_nothing_is_loaded(data: Data, trainer: Callable[..., L.Trainer]) -> None:
-    """The test set is not measured in their place."""
-    module = LevelFitModule(BaseModel("no/such-model"))
-    with pytest.raises(DataError, match=r"data\.levels is not set"):
-        trainer().test(module, datamodule=data(), verbose=False)
-
-
-def test_one_data_module_serves_levels_and_evaluation(
-    model_folder: str,
+@pytest.mark.parametrize(
+    ("settings", "likelihoods", "culprit"),
+    [
+        (
+            {"levels": Absent("calibration", scenes=1), "noise": NoisePolicy(absent="clean")},
+            None,
+            r"^data\.levels: no query can be perturbed",
+        ),
+        ({}, None, r"data\.levels is not set"),
+        ({"levels": FOUR, "train": None}, "l.parquet", r"data\.train is not set"),
+    ],
+)
+def test_without_queries_nothing_is_loaded(
     data: Data,
     trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
-    answers: list[Prediction],
+    settings: dict[str, Any],
+    likelihoods: str | None,
+    culprit: str,
 ) -> None:
-    """Each command asks its own queries, whatever else is set."""
+    """The test set is not measured in their place."""
+    module = LevelFitModule(BaseModel("no/such-model"), likelihoods=likelihoods)
+    with pytest.raises(DataError, match=culprit):
+        trainer().test(module, datamodule=data(**settings), verbose=False)
+
+
+def test_each_command_asks_its_own_queries_of_one_data_module(data: Data) -> None:
     splits = {"held": EvalSplit(DemoSource("calibration", 1, first=50))}
     queries = data(levels=FOUR, calibration=splits, noise=NoisePolicy(levels=LinearLevels(n_levels=3)))
-    base = BaseModel(model_folder, dtype="float32")
-    module = LevelFitModule(base, str(tmp_path / "l.json"), max_new_tokens=5)
-    trainer().test(module, datamodule=queries, verbose=False)
-    assert list(queries.tested_queries) == ["levels"]
-    evaluation = EvaluationModule(base, max_new_tokens=3)
-    trainer(PredictionWriter()).test(evaluation, datamodule=queries, verbose=False)
-    assert list(queries.tested_queries) == ["test", "calibration"]
+    for module, asked in (
+        (LevelFitModule(BaseModel("nowhere")), ["levels"]),
+        (EvaluationModule(BaseModel("nowhere")), ["test", "calibration"]),
+    ):
+        queries.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
+        queries.setup("test")
+        assert list(queries.tested_queries) == asked
 
 
 # --- Interruptions ---------------------------------------------------------------------------------------------------------
@@ -255,27 +254,19 @@ def test_an_interrupted_measurement_resumes_and_ends_as_an_uninterrupted_one(
         assert len(answers) == len({p.id for p in answers}) == TOTAL
 
 
-@pytest.mark.parametrize("changes", [{"start_over": True}, {"max_new_tokens": 4}])
-def test_a_measurement_of_other_settings_or_with_overwrite_starts_over(
+@pytest.mark.parametrize("changes", [{"start_over": True}, {"max_new_tokens": 4}, {}])
+def test_a_measurement_of_other_settings_or_images_or_with_overwrite_starts_over(
     fit_levels: Callable[..., dict[str, bytes]],
     answers: list[Prediction],
     monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
 ) -> None:
+    """An image may be edited after the interruption, under the same name."""
     interrupt(monkeypatch, fit_levels, 4)
     answers.clear()
+    if not changes:
+        monkeypatch.setattr(DemoSource, "image_digest", lambda self, query: "edited")
     fit_levels(**changes)
-    assert len(answers) == TOTAL
-
-
-def test_a_measurement_of_other_images_starts_over(
-    fit_levels: Callable[..., dict[str, bytes]], answers: list[Prediction], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An image was edited after the interruption, under the same name."""
-    interrupt(monkeypatch, fit_levels, 4)
-    answers.clear()
-    monkeypatch.setattr(DemoSource, "image_digest", lambda self, query: "edited")
-    fit_levels()
     assert len(answers) == TOTAL
 
 

@@ -17,20 +17,15 @@ from vlm_calibration.callbacks.checkpoint import RunCheckpoint
 from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.p_true import TEMPLATE
 from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import RLCR, ExpectedBrier, SoftLabel, TokenizedBrier
-from vlm_calibration.losses.preference import DPO, Listwise, SimPO
+from vlm_calibration.losses.preference import DPO, Listwise
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages import dpo
 from vlm_calibration.stages.preference_targets import PairPolicy
-from vlm_calibration.stages.teachers import (
-    ESTIMATORS,
-    FittedTeacher,
-    TeacherSettings,
-)
+from vlm_calibration.stages.teachers import ESTIMATORS, FittedTeacher, TeacherSettings
 from vlm_calibration.stages.training import trained_parameters
 
 from .own import OwnStep, loss_by_hand, nearest
@@ -38,7 +33,6 @@ from .preference import LEVELS, Data, MakeModule, Steps, adapter_weights
 
 OWN = CandidateSettings(answers="own")
 WITH_OPPOSITE = CandidateSettings(answers="own", wrong_answer=True)
-TARGETS = ("level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct")
 EMPTY, UNCLEAR = "Confidence: 50%", "It is white. Confidence: 50%"
 MAPS = {"yes_no": ((0.7, 0.4), -0.3), "short": ((-0.2, 0.9), 0.6)}
 
@@ -68,7 +62,7 @@ def make_step(make_module: MakeModule, candidates: Data, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"reference": "base"}, {"scoring": "plain"}], ids=repr)
+@pytest.mark.parametrize("settings", [{}, {"reference": "base", "scoring": "plain"}], ids=repr)
 def test_candidates_give_what_the_reference_generates_and_are_scored_as_if_alone(
     make_step: MakeStep, settings: dict[str, Any]
 ) -> None:
@@ -111,9 +105,8 @@ def test_own_answers_follow_the_reference_not_the_policy(make_step: MakeStep) ->
     assert len(predictions) == 3
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_the_reference_answers_in_eval_mode_with_a_cache(
-    make_step: MakeStep, monkeypatch: pytest.MonkeyPatch, gradient_checkpointing: bool
+    make_step: MakeStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = make_step().compare()[1]
     seen: list[tuple[bool, bool, bool]] = []
@@ -126,7 +119,7 @@ def test_the_reference_answers_in_eval_mode_with_a_cache(
         return answered
 
     monkeypatch.setattr(dpo, "own_answers", recorded)
-    step = make_step(gradient_checkpointing=gradient_checkpointing)
+    step = make_step(gradient_checkpointing=True)
     for name, layer in step.module.model.named_modules():
         if name.endswith("lora_dropout"):
             layer["reference"] = nn.Dropout(0.9)
@@ -170,7 +163,7 @@ def _target(step: OwnStep, row: int, target: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [t for t in TARGETS if t != "self_consistency"])
+@pytest.mark.parametrize("target", ["level", "expected", "p_true", "fitted", "correct"])
 def test_targets_are_what_is_computed_for_each_query_alone(make_step: MakeStep, target: Any) -> None:
     step = make_step(pairs=PairPolicy(target=target))
     _, comparison = step.compare()
@@ -183,15 +176,16 @@ def test_targets_are_what_is_computed_for_each_query_alone(make_step: MakeStep, 
 
 
 @pytest.mark.slow
-def test_the_target_self_consistency_is_that_of_each_query_alone(make_step: MakeStep) -> None:
-    step = make_step(pairs=PairPolicy(target="self_consistency"), loss=DPO())
+@pytest.mark.parametrize("target", ["likelihood", "self_consistency"])
+def test_a_target_is_the_estimate_of_each_query_alone(make_step: MakeStep, target: Any) -> None:
+    step = make_step(pairs=PairPolicy(target=target), loss=DPO())
     _, comparison = step.compare()
     alone = []
     for sample in step.samples:
         with torch.no_grad(), step.module.as_reference():
             answered = step.module._answer(step.collate([sample]))
-            alone += SelfConsistency().estimate(answered).confidence
-    assert list(comparison.targets) == alone
+            alone += ESTIMATORS[target]().estimate(answered).confidence
+    assert list(comparison.targets) == pytest.approx(alone, abs=1e-4)
     assert len(set(alone)) > 1
 
 
@@ -241,9 +235,7 @@ def test_the_other_terms_by_hand(make_step: MakeStep) -> None:
     assert losses[0.0, 0.3] - losses[0.0, 0.0] == pytest.approx(0.3 * np.mean(drift), rel=2e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "loss", [SoftLabel(), TokenizedBrier(), ExpectedBrier(), RLCR(), DPO(), Listwise()], ids=repr
-)
+@pytest.mark.parametrize("loss", [ExpectedBrier(), RLCR(), Listwise()], ids=repr)
 def test_steps_lower_the_loss_of_a_repeated_batch(make_step: MakeStep, loss: CandidateLoss) -> None:
     step = make_step(WITH_OPPOSITE, loss=loss, n=4)
     parameters = trained_parameters(step.module)
@@ -267,13 +259,8 @@ def test_steps_lower_the_loss_of_a_repeated_batch(make_step: MakeStep, loss: Can
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "target", "text"),
-    [
-        (SoftLabel(), "expected", EMPTY),
-        (RLCR(), "correct", EMPTY),
-        (DPO(), "likelihood", UNCLEAR),
-        (SimPO(), "fitted", UNCLEAR),
-    ],
-    ids=["SoftLabel", "RLCR", "DPO", "SimPO"],
+    [(RLCR(), "correct", EMPTY), (SoftLabel(), "fitted", UNCLEAR), (DPO(), "likelihood", UNCLEAR)],
+    ids=["RLCR", "SoftLabel", "DPO"],
 )
 def test_a_query_without_an_answer_to_rate_does_not_count(
     make_step: MakeStep, loss: CandidateLoss, target: Any, text: str
@@ -404,13 +391,11 @@ def test_a_wrong_answer_is_not_preferred_over_its_opposite(make_step: MakeStep) 
 @pytest.mark.parametrize(
     ("answers", "settings"),
     [
-        (WITH_OPPOSITE, {"loss": RLCR(), "pairs": PairPolicy(target="correct")}),
         (OWN, {"loss": SoftLabel(), "pairs": PairPolicy(target="fitted"), "gradient_checkpointing": True}),
         (
             WITH_OPPOSITE,
-            {"loss": DPO(), "pairs": PairPolicy("expected", "far", 2), "reference": "base"},
+            {"loss": DPO(), "pairs": PairPolicy("expected", "uniform", 2), "reference": "base"},
         ),
-        (OWN, {"loss": SimPO(), "nll_weight": 1.0, "drift_weight": 1.0}),
     ],
     ids=repr,
 )
@@ -421,9 +406,10 @@ def test_a_run_logs_before_and_after(
     answers: CandidateSettings,
     settings: dict[str, Any],
 ) -> None:
+    """From the adapter of stage 1, and from the base model with a new adapter."""
     base = settings.get("reference") == "base"
-    lora = {"folder": None, "lora": LoraSettings(r=2, alpha=4, dropout=0.0)} if base else {}
-    module, seen = make_module(**lora, **settings), Steps()
+    new = {"folder": None, "lora": LoraSettings(r=2, alpha=4, dropout=0.5, parts=["language", "projector"])}
+    module, seen = make_module(**(new if base else {}), **settings), Steps()
     run = trainer(seen, max_epochs=1, num_sanity_val_steps=-1)
     run.fit(module, datamodule=candidates(answers))
     assert len(seen.losses) == 3
@@ -437,6 +423,12 @@ def test_a_run_logs_before_and_after(
     assert before["val/kl"] == pytest.approx(0, abs=1e-5), "the policy is the reference at first"
     assert after["val/logp_chosen"] != pytest.approx(before["val/logp_chosen"], abs=1e-3)
     assert base or after["val/kl"] > 1e-6, "the base model is sure of one level"
+    if base:
+        assert {name: c.lora_dropout for name, c in module.model.peft_config.items()} == {"default": 0}
+        trained = adapter_weights(module, "default")
+        assert trained
+        assert all(p.any() for p in trained.values())
+        assert not any("vision_tower" in name for name in trained)
 
 
 def test_validating_alone_needs_no_fitted_teacher(
@@ -465,10 +457,7 @@ def test_a_resumed_run_keeps_its_teacher(
     assert uninterrupted.target.fitted is not None
     assert torch.load(first, weights_only=True)["teacher"] == uninterrupted.target.fitted.state()
 
-    def refuse(module: Any) -> FittedTeacher:
-        raise AssertionError("a resumed run keeps its teacher")
-
-    monkeypatch.setattr(dpo.DPOModule, "_fit_teacher", refuse)
+    monkeypatch.setattr(dpo.DPOModule, "_fit_teacher", None)
     resumed, rest = make_module(**settings), Steps()
     run = trainer(rest, max_epochs=2, limit_val_batches=0)
     run.fit(resumed, datamodule=candidates(OWN), ckpt_path=str(first))
@@ -486,11 +475,7 @@ def test_a_resumed_run_keeps_its_teacher(
 @pytest.mark.parametrize(
     ("answers", "settings", "match"),
     [
-        (
-            CandidateSettings(),
-            {"pairs": PairPolicy(target="likelihood")},
-            r"likelihood.*data\.candidates\.answers",
-        ),
+        (CandidateSettings(), {"pairs": PairPolicy("likelihood")}, r"likelihood.*data\.candidates\.answers"),
         (OWN, {"loss": SoftLabel(), "reference": "none"}, r"data\.candidates.*model\.reference"),
         (None, {}, r"data\.candidates is not set"),
     ],
@@ -499,14 +484,13 @@ def test_a_resumed_run_keeps_its_teacher(
 def test_data_that_does_not_fit_the_module_is_rejected(
     make_module: MakeModule,
     candidates: Data,
-    trainer: Callable[..., L.Trainer],
     answers: CandidateSettings | None,
     settings: dict[str, Any],
     match: str,
 ) -> None:
     module = make_module(**{"pairs": PairPolicy(target="correct"), **settings})
     with pytest.raises(DataError, match=match):
-        trainer(max_steps=1).fit(module, datamodule=candidates(answers))
+        module.check_data(candidates(answers))
 
 
 def test_a_teacher_needs_every_answer_type_in_the_validation_set(

@@ -119,12 +119,9 @@ def test_killed_again_and_again(
 
     # (disaster, whether it comes behind the writer, exit status), batches answered before and asked in this run
     runs: list[tuple[Any, bool, int, int, int]] = [
-        (_kill(1, "answered"), False, -signal.SIGKILL, 0, 2),
-        (_kill(1, "writing"), False, -signal.SIGXFSZ, 1, 2),
-        (_kill(0, "answered", number=int(signal.SIGTERM)), False, 143, 2, 1),
-        (_kill(0, "answered"), True, -signal.SIGKILL, 3, 1),
-        (_kill(0, "ending"), False, -signal.SIGKILL, 4, 1),
-        (_kill(0, "ending"), True, -signal.SIGKILL, 5, 0),
+        (_kill(1, "writing"), False, -signal.SIGXFSZ, 0, 2),
+        (_kill(0, "answered", number=int(signal.SIGTERM)), False, 143, 1, 1),
+        (_kill(0, "ending"), True, -signal.SIGKILL, 2, 3),
         (None, False, 0, 5, 0),
     ]
     for number, (disaster, behind, status, before, asked) in enumerate(runs):
@@ -134,17 +131,10 @@ def test_killed_again_and_again(
         expected = [f"resuming: {3 * before} of 15 queries were answered before"] if before else []
         assert _messages(ended) == expected, number
         assert log.read_text().splitlines() == ids[3 * before : 3 * (before + asked)], number
-        if number == 1:
+        if number == 0:
             written = (tmp_path / "cut/.answered.0.jsonl").read_bytes()
-            assert written.count(b"\n") == 2
+            assert written.count(b"\n") == 1
             assert not written.endswith(b"\n"), "this was killed while it wrote"
-    assert _files(tmp_path / "cut") == whole
-
-    log.write_text("")
-    ended = run(*test("cut"), "--overwrite")
-    assert ended.status == 0, ended.err
-    assert _messages(ended) == []
-    assert log.read_text().splitlines() == ids, "answered queries are asked again"
     assert _files(tmp_path / "cut") == whole
 
 
@@ -177,23 +167,10 @@ def test_two_processes_and_then_one(
     assert sorted(whole) == sorted(FILES)
 
     # One process is killed; the other one fails when it has answered its own queries.
-    first, second = run_two(*test("cut", _kill(2, "answered", rank=1), batch=2))
+    first, second = run_two(*test("one", _kill(2, "answered", rank=1), batch=2))
     assert second.status == -signal.SIGKILL, second.err
     assert first.status not in (0, -signal.SIGKILL), first.err
-    shutil.copytree(tmp_path / "cut", tmp_path / "one")
-    with (tmp_path / "cut/.answered.1.jsonl").open("a") as part:
-        part.write('{"split": "te')
-    for path in tmp_path.glob("cut.asked.*"):
-        path.unlink()
-    first, second = run_two(*test("cut", batch=2))
-    assert (first.status, second.status) == (0, 0), first.err + second.err
-    assert _messages(first) == ["resuming: 12 of 15 queries were answered before"]
-    assert _messages(second) == []
-    asked = [(tmp_path / f"cut.asked.{n}").read_text().count("\n") for n in range(2)]
-    assert asked == [0, 3], "the first process had no query left"
-    assert "before the ``update`` method" not in first.err + second.err
-    assert _files(tmp_path / "cut") == whole
-
+    (tmp_path / "one.asked.0").unlink()
     ended = run(*test("one", batch=4))
     assert ended.status == 0, ended.err
     assert _messages(ended) == ["resuming: 12 of 15 queries were answered before"]
@@ -303,15 +280,3 @@ def test_where_nothing_is_asked_nothing_is_lost(evaluate: Callable[..., None], t
     with pytest.raises(ValueError, match="no adapter at"):
         evaluate("cut")
     assert _files(tmp_path / "cut") == before
-
-
-def test_a_part_does_not_go_on_from_a_part(
-    evaluate: Callable[..., None], caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    caplog.set_level(logging.INFO)
-    with pytest.raises(ZeroDivisionError):
-        evaluate("cut", Stop(1, ZeroDivisionError), limit=2)
-    evaluate("cut", limit=2)
-    assert "starting over" in caplog.text
-    assert ": trainer.limit_test_batches is set" in caplog.text
-    assert len(read_predictions(tmp_path / "cut/one/predictions.jsonl")) == 8

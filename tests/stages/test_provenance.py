@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-import yaml
 from safetensors.torch import load_file, save_file
 
 from vlm_calibration.callbacks.results_table import ResultsTable
@@ -53,13 +52,13 @@ ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
             "data.noise.schedule was 'CosineSchedule(steps=1000, offset=0.008)' and is "
             "'LinearSchedule(steps=1000, beta_start=0.0001, beta_end=0.02)'",
         ),
-        (
-            {},
-            {"noise": NoisePolicy(resolution="native")},
-            "data.noise.resolution was 'model' and is 'native'",
-        ),
         ({"noise": NoisePolicy(shape="box")}, {}, "data.noise.shape was 'box' and is 'mask'"),
         ({"noise": NoisePolicy(dilate=0.2)}, {}, "data.noise.dilate was 0.2 and is 0.0"),
+        (
+            {"noise": NoisePolicy(resolution="native")},
+            {},
+            "data.noise.resolution was 'native' and is 'model'",
+        ),
         ({}, {"noise": NoisePolicy(absent="clean")}, "data.noise.absent was 'distractor' and is 'clean'"),
         (
             {"prompt": ElicitationPrompt("{question}\nHow sure are you?")},
@@ -100,28 +99,13 @@ def test_settings_without_effect_on_the_measurement_may_differ(
     check_levels(measured(model_folder), BaseModel(model_folder), data(**used_with))
 
 
-def test_a_table_without_a_limit_of_pixels_was_measured_without_one(model_folder: str, data: Data) -> None:
-    levels = measured(model_folder)
-    old = {k: v for k, v in levels.table.provenance.items() if k != "max_pixels"}
-    earlier = AnchoredLevels(table=replace(levels.table, provenance=old))
-    check_levels(earlier, BaseModel(model_folder), data())
-    with pytest.raises(DataError, match=r"data\.max_pixels was None and is 5000"):
-        check_levels(earlier, BaseModel(model_folder), data(max_pixels=5000))
-
-
 TEMPLATE = ElicitationPrompt().template
 
 
 @pytest.mark.parametrize(
     ("trained", "used", "differs"),
     [
-        ({"max_pixels": 5000}, {}, "data.max_pixels is None and was 5000"),
         ({"max_pixels": None}, {"max_pixels": 5000}, "data.max_pixels is 5000 and was None"),
-        (
-            {"template": "{question} Sure?"},
-            {},
-            f"data.prompt.template is {TEMPLATE!r} and was '{{question}} Sure?'",
-        ),
         (
             {"template": "{question} Sure?", "max_pixels": 1},
             {"prompt": ElicitationPrompt("{question}"), "max_pixels": 2},
@@ -219,24 +203,12 @@ def test_shards_are_one_model_if_none_is_missing(model_folder: str, tmp_path: Pa
     assert weights_digest(base) is not None
 
 
-@pytest.mark.parametrize(
-    ("was", "now", "same"),
-    [
-        (BaseModel("org/model"), BaseModel("org/model"), True),
-        (BaseModel("org/model", revision="a"), BaseModel("org/model", revision="b"), False),
-        (BaseModel("org/model"), BaseModel("org/other"), False),
-    ],
-)
-def test_a_model_that_is_not_here_is_compared_by_name_and_revision(
-    data: Data, was: BaseModel, now: BaseModel, same: bool
-) -> None:
+def test_a_model_that_is_not_here_is_compared_by_name_and_revision(data: Data) -> None:
     levels = measured("org/model")
-    table = replace(levels.table, provenance={**levels.table.provenance, "revision": was.revision})
-    if same:
-        check_levels(AnchoredLevels(table=table), now, data())
-        return
-    with pytest.raises(DataError, match=r"model\.base was 'org/model' .*and is 'org/(other|model)' "):
-        check_levels(AnchoredLevels(table=table), now, data())
+    check_levels(levels, BaseModel("org/model"), data())
+    for other in (BaseModel("org/model", revision="b"), BaseModel("org/other")):
+        with pytest.raises(DataError, match=rf"model\.base was 'org/model' .*and is '{other.name_or_path}' "):
+            check_levels(levels, other, data())
 
 
 def test_another_quantisation_is_a_warning(model_folder: str, data: Data) -> None:
@@ -256,13 +228,12 @@ def _modules(model: str, levels: Path) -> dict[str, Callable[[], L.LightningModu
     base = BaseModel(model, dtype="float32")
     return {
         "fit": lambda: SFTModule(base),
-        "validate": lambda: SFTModule(base),
         "fit stage 2": lambda: DPOModule(base, reference="base"),
         "test": lambda: EvaluationModule(base, oracle_levels=str(levels)),
     }
 
 
-@pytest.mark.parametrize("use", ["fit", "validate", "fit stage 2", "test"])
+@pytest.mark.parametrize("use", ["fit", "fit stage 2", "test"])
 def test_every_use_is_checked_before_a_model_is_loaded(
     model_folder: str,
     data: Data,
@@ -320,35 +291,3 @@ def test_levels_by_ranking_are_taught_as_what_they_are_and_are_no_oracle(
         DataError, match="levels.json ranks given answers and does not say how often an answer is"
     ):
         module.check_data(data(grading=ranking))
-
-
-def test_the_oracle_of_an_evaluation_is_checked(
-    run: Callable[..., Ended], root: Path, tmp_path: Path
-) -> None:
-    """The shipped table with another prompt; the demo's model is the same by whichever path it is named."""
-    demo = root / "src/vlm_calibration/demo"
-    overlay = {
-        "trainer": {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path / "run")},
-        "model": {
-            "init_args": {
-                "base": {"name_or_path": str(demo / "model")},
-                "adapters": None,
-                "oracle_levels": str(demo / "levels.json"),
-                "estimators": None,
-            }
-        },
-        "data": {"prompt": {"template": "{question}"}},
-    }
-    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
-    ended = run(
-        *(
-            "test",
-            "--config",
-            str(root / "configs/eval/demo.yaml"),
-            "--config",
-            str(tmp_path / "overlay.yaml"),
-        )
-    )
-    assert "data.prompt.template was '{question}\\nAnswer briefly" in ended.error()
-    assert "and is '{question}': use the conditions of the measurement" in ended.error()
-    assert not (tmp_path / "run").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
-from PIL import Image
 
 from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.dataset import EvalSplit
@@ -26,18 +21,14 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation
+from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.stages.level_fit import LevelFitModule, rank_answers
 from vlm_calibration.text.confidence import render_answer
-from vlm_calibration.text.grading import Grading, grade
-
-from ..command_line import Ended
+from vlm_calibration.text.grading import Grading
 
 Data = Callable[..., PerturbedQueryDataModule]
 RANKING = Grading(rank_levels=True)
-GRADING = {"open": "token_f1", "rank_levels": True}
-SCENES = 30
 
 
 def _open(sample: Sample, answer: str, *wrong: str) -> Sample:
@@ -114,9 +105,7 @@ def test_other_queries_and_stages_rank_nothing(
     [
         (Grading(), "short", False),
         (Grading(short="contains"), "short", True),
-        (Grading(short="token_f1"), "short", False),
         (Grading(short="token_f1", min_f1=0.3), "short", True),
-        (Grading(open="contains"), "short", False),
         (Grading(open="contains"), "open", True),
         (RANKING, "open", False),
     ],
@@ -172,185 +161,32 @@ def test_a_query_without_a_wrong_answer_to_rank_is_refused_before_any_is_answere
     assert batch.ranked == (), "an evaluation ranks nothing"
 
 
-def _label(name: str) -> str:
-    # The demo's model words its answers differently, so none matches exactly.
-    return f"{name} {name}."
+class Pairs(OpenSource):
+    """Each corner question with a wrong answer."""
 
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the demo's images, and open queries about them with regions and a rejected answer, as of RLAIF-V."""
-    folder = tmp_path_factory.mktemp("pairs")
-    source = DemoSource("calibration", scenes=SCENES, first=500)
-    queries = []
-    corners = [q for q in source.queries() if q.answer_type == "short"]
-    for i, query in enumerate(corners):
-        loaded = source.load(query)
-        Image.fromarray(loaded.image).save(folder / f"{i}.png")
-        (mask,) = loaded.evidence
-        ys, xs = mask.nonzero()
-        box = [float(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)]
-        queries.append(
-            {
-                "id": f"row-{i}",
-                "image": f"{i}.png",
-                "question": query.question,
-                "answer": _label(query.answer),
-                "answer_type": "open",
-                "objects": [query.answer],
-                "regions": [{"label": query.answer, "box": box, "mask": None, "score": 0.9}],
-                "category": "demo",
-                "wrong_answers": [_label(next(iter(source.wrong_answers(query))))],
-            }
-        )
-    pq.write_table(pa.Table.from_pylist(queries), folder / "queries.parquet")
-    return folder
-
-
-def _source(folder: Path, begin: float, end: float) -> dict[str, Any]:
-    """A file with the queries between two shares of all."""
-    queries, path = pq.read_table(folder / "queries.parquet"), folder / f"queries-{begin}-{end}.parquet"
-    first, last = round(begin * len(queries)), round(end * len(queries))
-    pq.write_table(queries.slice(first, last - first), path)
-    return {
-        "class_path": "vlm_calibration.data.sources.parquet.ParquetSource",
-        "init_args": {"path": str(path)},
-    }
-
-
-def _configured(root: Path, folder: Path, name: str, *configs: str, **sections: dict[str, Any]) -> list[str]:
-    """Arguments: shipped configurations, then a user's overlay."""
-    overlay = {
-        "trainer": {
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_progress_bar": False,
-            "callbacks": [],
-            "default_root_dir": str(folder / name),
-            **sections.get("trainer", {}),
-        },
-        "model": {
-            "init_args": {
-                "base": {"name_or_path": str(root / "src/vlm_calibration/demo/model"), "dtype": "float32"},
-                "max_new_tokens": 16,
-                **sections.get("model", {}),
-            }
-        },
-        "data": {"workers": 0, "eval_batch_size": 64, "grading": GRADING, **sections.get("data", {})},
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
-    files = [*(str(root / "configs" / f"{config}.yaml") for config in configs), str(path)]
-    return [argument for file in files for argument in ("--config", file)]
-
-
-def _is_graded(answered: dict[str, Any]) -> bool:
-    """Whether an answer counts as correct by the rule of `GRADING`."""
-    grading = Grading(open="token_f1")
-    return grade(answered["text"], answered["answer"], "open", grading=grading).correct is answered["correct"]
-
-
-def _callbacks(*names: str) -> list[dict[str, str]]:
-    return [{"class_path": f"vlm_calibration.callbacks.{name}"} for name in names]
-
-
-@pytest.mark.nightly
-def test_pairs_of_answers_from_levels_to_evaluation(
-    run: Callable[..., Ended], root: Path, pairs: Path, tmp_path: Path
-) -> None:
-    levels = str(tmp_path / "levels.json")
-    held_out = _source(pairs, 0.0, 0.8)
-    measuring = ("levels", "data/jsonl")
-
-    # By exact match no answer is correct, and no table is written.
-    exact = {"levels": held_out, "grading": {"open": "exact", "rank_levels": False}}
-    command = _configured(
-        root, tmp_path, "exact", *measuring, model={"out": levels, "likelihoods": None}, data=exact
-    )
-    ended = run("levels", "fit", *command)
-    assert (
-        f"{levels} is not written: open answers teach no confidence: the base model is correct on 0 of 24"
-        in ended.error()
-    )
-    assert not Path(levels).exists()
-
-    command = _configured(
-        *(root, tmp_path, "levels", *measuring),
-        model={"out": levels, "likelihoods": None},
-        data={"levels": held_out},
-    )
-    ended = run("levels", "fit", *command)
-    assert ended.status == 0, ended.err
-    table = AnchoredLevels(levels)
-    assert table.table.provenance["grading"] == {"open": "ranking"}
-    assert table.accuracy(CLEAN, "open") >= 0.9
-    assert 0.2 <= table.accuracy(Perturbation("noise", 1.0), "open") <= 0.7, "two answers to choose between"
-
-    trained = {
-        "train": _source(pairs, 0.0, 0.8),
-        "validation": _source(pairs, 0.8, 1.0),
-        "batch_size": 8,
-        "noise": {
-            "levels": {
-                "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
-                "init_args": {"path": levels, "likelihoods": None, "grid": 1, "groups": 3},
-            }
-        },
-    }
-    writers = _callbacks("adapter.AdapterWriter", "predictions.PredictionWriter")
-    trainer = {"callbacks": writers}
-    presets = ("data/jsonl", "experiment/anchored")
-    ended = run("fit", *_configured(root, tmp_path, "sft", "sft", *presets, data=trained, trainer=trainer))
-    assert ended.status == 0, ended.err
-    card = json.loads((tmp_path / "sft/adapter/calibration.json").read_text())
-    taught = {(kind, strength): confidence for kind, strength, confidence in card["levels"]["open"]}
-    assert taught["", 0] >= 0.9
-    assert 0.2 <= taught["noise", 1] <= 0.7
-    assert card["training"]["levels"].endswith("open answers by ranking")
-    assert "not how often its answer is correct by data.grading (token_f1 >= 0.5)" in ended.err
-
-    stage_2 = {"adapter": str(tmp_path / "sft/adapter")}
-    command = _configured(
-        *(root, tmp_path, "dpo", "dpo", *presets, "experiment/anchored_dpo"),
-        data=trained,
-        trainer={**trainer, "num_sanity_val_steps": 0},
-        model=stage_2,
-    )
-    ended = run("fit", *command)
-    assert ended.status == 0, ended.err
-    for stage in ("sft", "dpo"):
-        answered = [
-            json.loads(line) for line in (tmp_path / stage / "predictions.jsonl").open(encoding="utf-8")
-        ]
-        assert len(answered) == 6
-        assert all(map(_is_graded, answered)), "what is generated is graded in validation"
-
-    evaluated = {"adapters": {"dpo": str(tmp_path / "dpo/adapter")}}
-    parts = {"test": (0.0, 0.8), "calibration": (0.8, 1.0)}
-    graded = {name: {"own": {"source": _source(pairs, *part)}} for name, part in parts.items()}
-    settings: dict[str, Any] = {"trainer": {"callbacks": writers[1:]}, "model": evaluated, "data": graded}
-    command = _configured(root, tmp_path, "eval", "eval/jsonl", "data/jsonl", **settings)
-    ended = run("test", *command)
-    assert ended.status == 0, ended.err
-    for system in ("base", "dpo"):
-        for name, count in (("predictions", 24), ("calibration", 6)):
-            lines = (tmp_path / "eval" / system / f"{name}.jsonl").read_text().splitlines()
-            assert len(lines) == count
-            assert all(_is_graded(json.loads(line)) for line in lines)
+    def wrong_answers(self, query: Query) -> list[str]:
+        return list(DemoSource.wrong_answers(self, replace(query, answer_type="short")))[:1]
 
 
 def test_ranking_measures_levels_without_generation(
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    model_folder: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    demo_folder: str, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     passes: list[int] = []
-    module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"))
+    path = tmp_path / "levels.json"
+    module = LevelFitModule(BaseModel(demo_folder, dtype="float32"), str(path))
     module.configure_model()
     unwrap_peft(module.model).get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
-    queries = data(levels=OpenSource("test", scenes=1), grading=RANKING, noise=NoisePolicy())
-    with pytest.raises(DataError, match="open answers teach no confidence"):
-        trainer().test(module, datamodule=queries, verbose=False)
-    assert len(passes) == 3, "one for each batch of four of eleven steps"
+    queries = PerturbedQueryDataModule(
+        demo_folder,
+        levels=Pairs("calibration", scenes=24, first=500),
+        grading=RANKING,
+        noise=NoisePolicy(levels=LinearLevels(n_levels=3), distractor_probability=0.0),
+        eval_batch_size=24,
+        workers=0,
+    )
+    trainer().test(module, datamodule=queries, verbose=False)
+    assert len(passes) == 3, "one for each batch of 24 of three levels"
+    table = AnchoredLevels(path)
+    assert table.table.provenance["grading"] == {"open": "ranking"}
+    assert table.accuracy(CLEAN, "open") >= 0.9
+    assert 0.2 <= table.accuracy(Perturbation("noise", 1.0), "open") <= 0.7, "two answers to choose between"

@@ -16,7 +16,6 @@ from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.level_fit import LevelFitModule
 from vlm_calibration.stages.sft import SFTModule
-from vlm_calibration.stages.training import has_samples
 
 from .preference import Data
 
@@ -69,8 +68,8 @@ def test_settings_of_training_are_refused(
 
 
 def test_a_process_without_samples_ends_training(trainer: Callable[..., L.Trainer]) -> None:
-    module = _sharded(SFTModule)
+    module: Any = _sharded(SFTModule)
     module.trainer = trainer()
-    assert has_samples(module, SimpleNamespace(inputs={"input_ids": 1}))
+    assert module.has_samples(SimpleNamespace(inputs={"input_ids": 1}))
     with pytest.raises(DataError, match="FSDP2 needs a sample of each process"):
-        has_samples(module, SimpleNamespace(inputs={}))
+        module.has_samples(SimpleNamespace(inputs={}))

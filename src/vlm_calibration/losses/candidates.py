@@ -52,7 +52,7 @@ def fill_padding(scores: CandidateScores) -> CandidateScores:
     Raises:
         ValueError: see `CandidateLoss.__call__`.
     """
-    shape, valid = scores.policy.shape, scores.valid
+    shape, valid, own = scores.policy.shape, scores.valid, scores.own
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"candidates must be a table of queries x candidates, found shape {tuple(shape)}")
     for name, values in scores._asdict().items():
@@ -61,8 +61,7 @@ def fill_padding(scores: CandidateScores) -> CandidateScores:
             raise ValueError(
                 f"{name} has shape {tuple(values.shape)}, but policy has {tuple(shape)}: expected {tuple(expected)}"
             )
-    own = valid & scores.own
-    if not bool(own[:, 0].all()):
+    if not bool((valid & own)[:, 0].all()):
         raise ValueError("column 0 is the chosen response: it must be valid and give the query's answer")
 
     dtype = torch.promote_types(scores.policy.dtype, torch.float32)
@@ -80,10 +79,8 @@ def fill_padding(scores: CandidateScores) -> CandidateScores:
         confidence=fill(scores.confidence),
         target=scores.target.to(dtype),
         correct=valid & scores.correct,
-        own=own,
+        own=valid & own,
     )
-    if bool((filled.lengths < 1).any()):
-        raise ValueError("every valid candidate needs a length of at least 1 token")
     confidences = torch.cat([filled.confidence, filled.target[:, None]], 1)
     if not bool(((confidences - 0.5).abs() <= 0.5 + 1e-5).all()):  # a mean may exceed 1 by rounding
         raise ValueError("every valid confidence and every target must be in [0, 1]")
@@ -92,7 +89,6 @@ def fill_padding(scores: CandidateScores) -> CandidateScores:
 
 _RULES = {
     "beta": (lambda value: 0 < value < math.inf, "a finite number above 0"),
-    "label_smoothing": (lambda value: 0 <= value < 0.5, "in [0, 0.5)"),
     "gamma": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
     "offset": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
     "width": (lambda value: 0.001 <= value <= 1, "in [0.001, 1]"),
@@ -110,15 +106,19 @@ class CandidateLoss(ABC):
             if name in _RULES and not _RULES[name][0](value):
                 raise DataError(f"loss.{name} must be {_RULES[name][1]}, found {value}")
 
-    @abstractmethod
     def __call__(self, scores: CandidateScores) -> Tensor:
         """The loss, a scalar of at least float32.
 
         Raises:
-            ValueError: the scores are not [B, K], a chosen response is invalid or gives another answer, a length is 0, a
-                confidence or target is outside [0, 1], or a needed reference is missing.
+            ValueError: the scores are not [B, K], a chosen response is invalid or gives another answer, a confidence or target
+                is outside [0, 1], or a needed reference is missing.
         """
+        return self.forward(fill_padding(scores))
+
+    @abstractmethod
+    def forward(self, scores: CandidateScores) -> Tensor:
+        """The loss of scores whose padding is filled (`fill_padding`)."""
 
     def rewards(self, scores: CandidateScores) -> Tensor:
-        """Reward of each candidate, float [B, K]: its log-likelihood; 0 for padding."""
-        return fill_padding(scores).policy
+        """Reward of each candidate, float [B, K]: its log-likelihood; 0 for padding, which is filled."""
+        return scores.policy

@@ -6,9 +6,9 @@ For one query with the target t, over the candidates k that give the query's own
     pi  = softmax_k(s), the policy's distribution over these confidences
     Z   = logsumexp_k(s), the log-probability that any of their texts follows the answer; at most 0
 
-The text of a confidence includes its format and the end of the turn. pi does not change when all its texts become unlikely. So
-each loss adds -Z, which is least at Z = 0, where every answer is followed by a readable confidence, whatever pi is. All
-probabilities are relative to the candidates compared: give all confidences that can be stated (`pairs.rejected: all`).
+The text of a confidence includes its format and the end of the turn. pi does not change when all its texts become unlikely, so
+each loss adds -Z, which is least at Z = 0, where every answer is followed by a readable confidence. All probabilities are relative
+to the candidates compared: give all confidences that can be stated (`pairs.rejected: all`).
 
 The answer's tokens cancel in s: `SoftLabel`, `TokenizedBrier` and `ExpectedBrier` teach the confidence, not the answer.
 """
@@ -20,14 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores, fill_padding
+from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores
 
 
-def _stated(filled: CandidateScores) -> tuple[Tensor, Tensor, Tensor]:
-    """s, pi and Z: float [B, K], [B, K] and [B]. pi is 0 for candidates that do not give the own answer."""
-    s = filled.policy - filled.answer
-    own = s.masked_fill(~filled.own, -torch.inf)
-    return s, own.softmax(-1), own.logsumexp(-1)
+def _distribution(scores: CandidateScores) -> tuple[Tensor, Tensor]:
+    """pi, float [B, K], which is 0 for candidates that do not give the own answer, and Z, float [B]."""
+    s = (scores.policy - scores.answer).masked_fill(~scores.own, -torch.inf)
+    return s.softmax(-1), s.logsumexp(-1)
 
 
 class DistributionLoss(CandidateLoss):
@@ -49,11 +48,10 @@ class SoftLabel(DistributionLoss):
 
     width: float = 0.05
 
-    def __call__(self, scores: CandidateScores) -> Tensor:
-        filled = fill_padding(scores)
-        s, _, _ = _stated(filled)
-        log_q = -(((filled.confidence - filled.target[:, None]) / self.width) ** 2) / 2
-        q = log_q.masked_fill(~filled.own, -torch.inf).softmax(-1)
+    def forward(self, scores: CandidateScores) -> Tensor:
+        s = scores.policy - scores.answer
+        log_q = -(((scores.confidence - scores.target[:, None]) / self.width) ** 2) / 2
+        q = log_q.masked_fill(~scores.own, -torch.inf).softmax(-1)
         return -(q * s).sum(-1).mean()
 
 
@@ -67,10 +65,9 @@ class TokenizedBrier(DistributionLoss):
     and -Z is not needed. Optimum: all of pi on the confidence nearest to E[t] at the same input, and Z = 0.
     """
 
-    def __call__(self, scores: CandidateScores) -> Tensor:
-        filled = fill_padding(scores)
-        _, pi, z = _stated(filled)
-        error = filled.confidence - filled.target[:, None]
+    def forward(self, scores: CandidateScores) -> Tensor:
+        pi, z = _distribution(scores)
+        error = scores.confidence - scores.target[:, None]
         return ((pi * error**2).sum(-1) - z).mean()
 
 
@@ -84,11 +81,10 @@ class ExpectedBrier(DistributionLoss):
     leaves open which pi has this mean, so the most likely confidence may be another one: read the mean out, not the mode.
     """
 
-    def __call__(self, scores: CandidateScores) -> Tensor:
-        filled = fill_padding(scores)
-        _, pi, z = _stated(filled)
-        mean = (pi * filled.confidence).sum(-1)
-        return ((mean - filled.target) ** 2 - z).mean()
+    def forward(self, scores: CandidateScores) -> Tensor:
+        pi, z = _distribution(scores)
+        mean = (pi * scores.confidence).sum(-1)
+        return ((mean - scores.target) ** 2 - z).mean()
 
 
 @dataclass(frozen=True)
@@ -105,23 +101,19 @@ class RLCR(DistributionLoss):
 
     The gradient of the first term is exactly the expectation, over a response k drawn from P, of REINFORCE's estimate
     -R_k grad log P_k: the policy gradient of one on-policy step, restricted to the candidates, without sampling noise, clipping,
-    division by the reward's deviation or a KL penalty. The second term is -log p(any candidate is written); it teaches the
-    format, and is least where that is 0, whatever P is.
+    division by the reward's deviation or a KL penalty. The second term is -log p(any candidate is written) and teaches the format.
 
     A query whose candidates all give its own answer (an open question) has nothing to choose an answer from. There L_k is
-    s_k = log p(text of c_k | answer): P is the same, and the answer's tokens get no gradient, which the second term would give
-    them even for a wrong answer. `target` is not used.
+    s_k = log p(text of c_k | answer): P is the same, and the answer's tokens get no gradient. `target` is not used.
 
-    Optimum: an answer that is correct with the probability p, stated with the confidence c, has the expected reward
-    p^2 - (c - p)^2. All of P is on the response for which this is largest: the confidence nearest to p, after the answer that is
-    most likely to be correct (if the confidences are dense enough to tell its p from that of the next answer).
+    Optimum: all of P on the confidence nearest to p, after the answer with the highest probability p of being correct (if the
+    confidences are dense enough to tell its p from that of the next answer).
     """
 
-    def __call__(self, scores: CandidateScores) -> Tensor:
-        filled = fill_padding(scores)
-        others = (filled.valid & ~filled.own).any(-1, keepdim=True)
-        log_p = torch.where(others, filled.policy, filled.policy - filled.answer)
-        log_p = log_p.masked_fill(~filled.valid, -torch.inf)
-        correct = filled.correct.to(log_p.dtype)
-        reward = correct - (filled.confidence - correct) ** 2
+    def forward(self, scores: CandidateScores) -> Tensor:
+        others = (scores.valid & ~scores.own).any(-1, keepdim=True)
+        log_p = torch.where(others, scores.policy, scores.policy - scores.answer)
+        log_p = log_p.masked_fill(~scores.valid, -torch.inf)
+        correct = scores.correct.to(log_p.dtype)
+        reward = correct - (scores.confidence - correct) ** 2
         return -((log_p.softmax(-1) * reward).sum(-1) + log_p.logsumexp(-1)).mean()

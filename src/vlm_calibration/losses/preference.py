@@ -24,12 +24,7 @@ TIE = 1e-5
 
 
 def _mean_over_queries(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean over the counted values of each query, then over the queries that have any; 0 if no query has.
-
-    Args:
-        values: float [B, K].
-        counted: bool [B, K].
-    """
+    """Mean over the counted values, [B, K], of each query, then over the queries that have any; 0 if no query has."""
     n = counted.sum(-1)
     means = torch.where(counted, values, 0.0).sum(-1) / n.clamp(min=1)
     return means.sum() / (n > 0).sum().clamp(min=1)
@@ -42,25 +37,20 @@ class PreferenceLoss(CandidateLoss):
 
     Attributes:
         beta: scale of the implicit reward.
-        per_token: whether log-likelihoods are divided by the number of tokens.
     """
 
     beta: float
     needs_reference = True
-    per_token = False
 
     def rewards(self, scores: CandidateScores) -> Tensor:
-        """Implicit reward of each candidate, float [B, K]: beta times its log-ratio; 0 for padding."""
-        return self.beta * self.log_ratios(fill_padding(scores))
+        """Implicit reward of each candidate, float [B, K]: beta times its log-ratio; 0 for padding, which is filled."""
+        return self.beta * self.log_ratios(scores)
 
-    def log_ratios(self, filled: CandidateScores) -> Tensor:
-        """log p - log p_ref of each candidate, float [B, K]; the reference is 0 for a loss without one."""
-        scale = filled.lengths if self.per_token else torch.ones_like(filled.lengths)
-        if not self.needs_reference:
-            return filled.policy / scale
-        if filled.reference is None:
+    def log_ratios(self, scores: CandidateScores) -> Tensor:
+        """log p - log p_ref of each candidate, float [B, K]."""
+        if scores.reference is None:
             raise ValueError(f"{type(self).__name__} needs the log-likelihoods of the reference, found None")
-        return filled.policy / scale - filled.reference / scale
+        return scores.policy - scores.reference
 
 
 class PairwiseLoss(PreferenceLoss):
@@ -70,39 +60,24 @@ class PairwiseLoss(PreferenceLoss):
     def pair_losses(self, h: Tensor, distance: Tensor) -> Tensor:
         """The loss of each pair, float [B, K - 1]; `distance`, float [B, K - 1], is that of the rejected response."""
 
-    def __call__(self, scores: CandidateScores) -> Tensor:
-        filled = fill_padding(scores)
-        ratios = self.log_ratios(filled)
+    def forward(self, scores: CandidateScores) -> Tensor:
+        ratios = self.log_ratios(scores)
         h = ratios[:, :1] - ratios[:, 1:]
-        return _mean_over_queries(self.pair_losses(h, filled.distance[:, 1:]), filled.valid[:, 1:])
+        return _mean_over_queries(self.pair_losses(h, scores.distance[:, 1:]), scores.valid[:, 1:])
 
 
 @dataclass(frozen=True)
 class DPO(PairwiseLoss):
     """Direct preference optimisation (arXiv 2305.18290, equation 7): -log sigmoid(beta h).
 
-    With label smoothing e: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
-
     Args:
         beta: strength of the regularisation towards the reference; scale of the reward.
-        label_smoothing: assumed share of flipped preferences in [0, 0.5); above 0 this is conservative DPO (Mitchell,
-            "A note on DPO with noisy preferences & relationship to IPO", 2023).
-        reference_free: use a reference that prefers no response.
     """
 
     beta: float = 0.1
-    label_smoothing: float = 0.0
-    reference_free: bool = False
-
-    @property
-    def needs_reference(self) -> bool:  # type: ignore[override]
-        return not self.reference_free
 
     def pair_losses(self, h: Tensor, distance: Tensor) -> Tensor:
-        loss = -logsigmoid(self.beta * h)
-        if self.label_smoothing:
-            loss = (1 - self.label_smoothing) * loss - self.label_smoothing * logsigmoid(-self.beta * h)
-        return loss
+        return -logsigmoid(self.beta * h)
 
 
 @dataclass(frozen=True)
@@ -121,7 +96,10 @@ class SimPO(PairwiseLoss):
     gamma: float = 1.0
 
     needs_reference = False
-    per_token = True
+
+    def log_ratios(self, scores: CandidateScores) -> Tensor:
+        """log p per token of each candidate, float [B, K]."""
+        return scores.policy / scores.lengths
 
     def pair_losses(self, h: Tensor, distance: Tensor) -> Tensor:
         return -logsigmoid(self.beta * h - self.gamma)
@@ -129,20 +107,13 @@ class SimPO(PairwiseLoss):
 
 @dataclass(frozen=True)
 class IPO(PairwiseLoss):
-    """Identity preference optimisation (arXiv 2310.12036, equation 17): (h - 1 / (2 beta))^2.
+    """Identity preference optimisation (arXiv 2310.12036, equation 17): (h - 1 / (2 beta))^2, of whole responses.
 
     Args:
         beta: the paper's tau.
-        average: use log-likelihoods per token, as TRL does. The default is the paper's equation, on whole responses. If all
-            responses have n tokens, the loss of averages with beta is 1 / n^2 of the loss of sums with beta / n.
     """
 
     beta: float = 0.1
-    average: bool = False
-
-    @property
-    def per_token(self) -> bool:  # type: ignore[override]
-        return self.average
 
     def pair_losses(self, h: Tensor, distance: Tensor) -> Tensor:
         return (h - 1 / (2 * self.beta)) ** 2
@@ -177,8 +148,7 @@ class Listwise(PreferenceLoss):
         log( exp s_i + sum_{j: d_j > d_i} exp s_j ) - s_i
 
     Equally distant candidates (see `TIE`) are never in each other's denominator: the order of two levels just above and
-    just below the target is unknown, so neither is pushed below the other. A query's loss is the mean of its terms, so that it
-    is comparable across numbers of candidates; with two candidates it is DPO.
+    just below the target is unknown. A query's loss is the mean of its terms; with two candidates it is DPO.
 
     Args:
         beta: as in `DPO`.
@@ -186,9 +156,8 @@ class Listwise(PreferenceLoss):
 
     beta: float = 0.1
 
-    def __call__(self, scores: CandidateScores) -> Tensor:
-        filled = fill_padding(scores)
-        s, d, valid = self.beta * self.log_ratios(filled), filled.distance, filled.valid
+    def forward(self, scores: CandidateScores) -> Tensor:
+        s, d, valid = self.rewards(scores), scores.distance, scores.valid
         further = d[:, None, :] > d[:, :, None] + TIE
         further = further & valid[:, None, :] & valid[:, :, None]
         pool = further | torch.eye(s.shape[1], dtype=torch.bool, device=s.device)

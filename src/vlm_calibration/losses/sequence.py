@@ -15,12 +15,7 @@ AnswerWeight = Literal["constant", "confidence"]
 
 
 def token_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p of each target token, float32 [N].
-
-    Args:
-        logits: float [N, V], the scores that predict each target.
-        targets: int64 [N].
-    """
+    """log p of each target token, float32 [N], from the logits that predict it, float [N, V], and the targets, int64 [N]."""
     return -F.cross_entropy(logits.float(), targets, reduction="none")
 
 
@@ -37,8 +32,8 @@ def token_weights(
 
     Args:
         confidence_mask: bool, whether the token belongs to the stated confidence; else it belongs to the answer.
-        confidence: float32 in [0, 1], the target confidence; like `correct`, bool, it broadcasts to `confidence_mask`.
-        correct: whether the answer is correct.
+        confidence: float32 in [0, 1], the target confidence; like `correct`, it broadcasts to `confidence_mask`.
+        correct: bool, whether the answer is correct.
         answer_weight, confidence_weight: weights of the tokens of a correct answer and of a confidence.
     """
     answer = torch.ones_like(confidence) if answer_weight == "constant" else confidence
@@ -57,10 +52,7 @@ def response_nll(log_likelihood: Tensor, rows: Tensor, weights: Tensor, n_rows: 
         log_likelihood: float [N], of all label tokens of a batch.
         rows: int64 [N], the response that each token belongs to.
         weights: float [N]; 1 for the plain mean.
-        n_rows: number of responses B.
-
-    Raises:
-        ValueError: a response has no tokens.
+        n_rows: number of responses B, each of which needs a token (ValueError).
     """
     lengths = log_likelihood.new_zeros(n_rows).index_add(0, rows, log_likelihood.new_ones(len(rows)))
     if n_rows == 0 or not bool((lengths > 0).all()):

@@ -65,10 +65,10 @@ class AnswerLog(AppendLog):
         }
 
     def find(self, *, complete: bool = True) -> ResumeState:
-        """Find the answers of an interrupted run; one that is not to ask all queries (`complete`) does not resume.
+        """Find the answers of an interrupted run; raises a DataError for a damaged file or answers to other queries.
 
-        Raises:
-            DataError: a file is damaged, or holds answers to other queries.
+        Args:
+            complete: whether this run asks all queries; else it does not resume.
         """
         if self.settings["run"] is None:
             return ResumeState()
@@ -88,25 +88,21 @@ class AnswerLog(AppendLog):
             return ResumeState(message=f"{over}: trainer.limit_test_batches is set")
         for split, answered in ids.items():
             if len(set(answered)) != len(answered) or not self._index[split].keys() >= set(answered):
-                queries = f"the {len(self.queries[split])} queries of data.{split}"
-                raise self.damaged(
-                    f"{self.folder / self.pattern}", f"these are not answers to {queries}, each once"
-                )
+                reason = f"not answers to the {len(self.queries[split])} queries of data.{split}, each once"
+                raise self.damaged(str(self.folder / self.pattern), reason)
         message = f"{self.folder}: resuming: {count} of {total} queries were answered before"
         return ResumeState({split: [self._index[split][i] for i in ids[split]] for split in ids}, message)
 
     def batches(self, split: str) -> Iterator[BatchAnswers]:
         """The batches of a split that any process has answered so far."""
         for where, row in self._rows():
-            if row["split"] == split:
-                try:
-                    answers = {
-                        system: [prediction_from_dict(answer) for answer in rows]
-                        for system, rows in row["answers"].items()
-                    }
-                except ValueError as error:
-                    raise self.damaged(where, error) from error
-                yield BatchAnswers(answers=answers, passes=row["passes"])
+            if row["split"] != split:
+                continue
+            try:
+                answers = {s: [*map(prediction_from_dict, rows)] for s, rows in row["answers"].items()}
+            except ValueError as error:
+                raise self.damaged(where, error) from error
+            yield BatchAnswers(answers=answers, passes=row["passes"])
 
     def add(self, split: str, batch: BatchAnswers) -> None:
         """Append a batch, unless it is empty; raises a DataError if it cannot be written."""

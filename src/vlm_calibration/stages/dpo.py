@@ -1,21 +1,19 @@
 """Stage 2: teach the stated confidence with several responses to one image and question, starting from the adapter of stage 1.
 
 A response that states the target confidence is preferred over responses that state others (CSP, arXiv 2504.14848; `losses.preference`),
-or the distribution over all confidences is taught (`losses.distribution`). The responses give the gold answer, or what the reference
-itself answers. A training step reads: candidates and their target (`compare`), scores (`score`: one pass over image and prompt for
-all candidates, and one of the frozen vision tower for policy and reference), loss.
+or the distribution over all confidences is taught (`losses.distribution`). A training step reads: candidates and their target
+(`compare`), scores (`score`), loss.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -26,7 +24,6 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores
 from vlm_calibration.losses.distribution import DistributionLoss, SoftLabel
@@ -45,31 +42,31 @@ from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.records import DataError
-from vlm_calibration.stages import training
 from vlm_calibration.stages.dpo_terms import (
-    answer_statistics,
+    answer_log_likelihood,
     candidate_scores,
     chosen_nll,
     shared_text_drift,
 )
-from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
-from vlm_calibration.stages.own_answers import eval_mode, own_answers, own_candidates
+from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import (
     OF_GOLD_ANSWERS,
     Comparison,
-    LevelDistribution,
     PairPolicy,
     choose_candidates,
+    kl_divergence,
+    own_answers,
+    own_candidates,
     picked,
 )
 from vlm_calibration.stages.provenance import check_levels, differences_from_training
-from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.teachers import FittedTeacher, TargetChooser, TaughtAnswer, TeacherSettings
+from vlm_calibration.stages.training import TrainingStage, device_of
 
 PAIR_STATISTICS = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer", "kl")
 
 
-class DPOModule(L.LightningModule):
+class DPOModule(TrainingStage):
     """Trains the stated confidence by preferences or by its distribution, starting from a trained adapter.
 
     Args:
@@ -99,9 +96,6 @@ class DPOModule(L.LightningModule):
             cuts off is not rated.
     """
 
-    model: Any
-    results: Results
-
     def __init__(
         self,
         base: BaseModel,
@@ -121,36 +115,40 @@ class DPOModule(L.LightningModule):
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 64,
     ) -> None:
-        super().__init__()
-        weights = {
-            "nll_weight": nll_weight,
-            "confidence_weight": confidence_weight,
-            "drift_weight": drift_weight,
-        }
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise DataError(f"model.{name} must be a finite number of at least 0, found {weight}")
-        if reference == "adapter" and adapter is None:
-            raise DataError(
-                "model.reference: adapter, but model.adapter is not set: set it to the adapter of stage 1, or compare with "
-                "the base model (`reference: base`)"
-            )
-        if isinstance(loss, DistributionLoss) and pairs.rejected != "all":
-            raise DataError(
-                f"model.loss: {type(loss).__name__} is of the distribution over all candidates, but model.pairs has "
-                f"`rejected: {pairs.rejected}`: set it to all"
-            )
-        if parts is not None and adapter is None:
-            raise DataError("model.parts needs a given adapter: set model.lora.parts for a new one")
-        if reference == "none" and loss.needs_reference:
-            raise DataError(f"model.reference: {type(loss).__name__} needs one, found none")
-        if reference == "none" and drift_weight:
-            raise DataError("model.drift_weight compares with the reference, but model.reference is none")
-        if reference == "none" and pairs.target == "expected":
-            raise DataError(
-                "model.pairs: `target: expected` needs the reference, but model.reference is none"
-            )
-        self.base = base
+        super().__init__(
+            *(base, optimizer, gradient_checkpointing, max_new_tokens),
+            nll_weight=nll_weight,
+            confidence_weight=confidence_weight,
+            drift_weight=drift_weight,
+        )
+        without, name = reference == "none", type(loss).__name__
+        for is_refused, message in (
+            (
+                reference == "adapter" and adapter is None,
+                "model.reference: adapter, but model.adapter is not set: set it to the adapter of stage 1, or compare with the base "
+                "model (`reference: base`)",
+            ),
+            (
+                isinstance(loss, DistributionLoss) and pairs.rejected != "all",
+                f"model.loss: {name} is of the distribution over all candidates, but model.pairs has `rejected: {pairs.rejected}`: "
+                "set it to all",
+            ),
+            (
+                parts is not None and adapter is None,
+                "model.parts needs a given adapter: set model.lora.parts for a new one",
+            ),
+            (without and loss.needs_reference, f"model.reference: {name} needs one, found none"),
+            (
+                without and bool(drift_weight),
+                "model.drift_weight compares with the reference, but model.reference is none",
+            ),
+            (
+                without and pairs.target == "expected",
+                "model.pairs: `target: expected` needs the reference, but model.reference is none",
+            ),
+        ):
+            if is_refused:
+                raise DataError(message)
         self.adapter = adapter
         self.lora = lora
         self.loss = loss
@@ -158,42 +156,32 @@ class DPOModule(L.LightningModule):
         self.teacher = teacher
         self.reference = reference
         self.parts = parts
-        self.optimizer_settings = optimizer
         self.nll_weight = nll_weight
         self.confidence_weight = confidence_weight
         self.answer_weight = answer_weight
         self.drift_weight = drift_weight
         self.scoring = scoring
-        self.gradient_checkpointing = gradient_checkpointing
-        self.max_new_tokens = max_new_tokens
-        self.scorer = Scorer()
-        # A metric per name, because the processes need not have values for the same names.
-        self.pair_means = nn.ModuleDict({name: MeanMetric() for name in PAIR_STATISTICS})
-        self.skipped = self.cut_off = 0
+        # A metric per name: a process need not have values for each.
+        self.pair_means = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in PAIR_STATISTICS})
+        self.cut_off = 0
         self.target = TargetChooser(pairs.target, teacher)
-        # Checkpoints hold the trained weights alone; base and reference are loaded again.
-        self.strict_loading = False
+
+    def title(self, data: PerturbedQueryDataModule) -> str:
+        taught = "soft labels" if isinstance(self.loss, SoftLabel) else type(self.loss).__name__
+        answers = "gold" if data.candidates is None else data.candidates.answers
+        return f"stage 2: {taught} on {answers} answers"
 
     def setup(self, stage: str) -> None:
-        training.check_strategy(self, stage, self.base.quantization)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.check_data(data)
-        if self.device_mesh is not None and not (
-            data.candidates.answers == "gold" and self.scoring == "shared"
-        ):
+        super().setup(stage)
+        assert self.data.candidates is not None
+        same_passes = self.data.candidates.answers == "gold" and self.scoring == "shared"
+        if self.device_mesh is not None and not same_passes:
             raise DataError(
                 "FSDP2 needs the same passes in each process: set data.candidates.answers to gold (experiment/level_dpo) and "
                 "model.scoring to shared, or use trainer/ddp"
             )
 
-    def title(self, data: PerturbedQueryDataModule) -> str:
-        """What is taught, and on which answers: "stage 2: soft labels on own answers"."""
-        taught = "soft labels" if isinstance(self.loss, SoftLabel) else type(self.loss).__name__
-        answers = "gold" if data.candidates is None else data.candidates.answers
-        return f"stage 2: {taught} on {answers} answers"
-
     def check_data(self, data: PerturbedQueryDataModule) -> None:
-        """Reject data without candidates, or with levels that were measured differently, before the model is loaded."""
         if data.candidates is None:
             raise DataError("data.candidates is not set: preference optimisation needs it")
         if data.candidates.answers == "own":
@@ -211,31 +199,24 @@ class DPOModule(L.LightningModule):
         if self.adapter is not None:
             differences_from_training({self.adapter: str(find_adapter(self.adapter))}, data)
 
-    def configure_model(self) -> None:
-        if hasattr(self, "model"):
-            return
-        model = load_for_training(self.base, training.device_of(self))
+    def load_adapted(self) -> Any:
+        model = load_for_training(self.base, device_of(self))
         if self.adapter is None:
-            adapted = attach_lora(model, replace(self.lora, dropout=0.0))
-        else:
-            adapted = continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
-        self.model = training.prepare_for_training(self, adapted, self.gradient_checkpointing)
+            return attach_lora(model, replace(self.lora, dropout=0.0))
+        return continue_adapter(model, self.adapter, self.parts, self.reference == "adapter")
 
     @cached_property
     def answer_tokenizer(self) -> AnswerTokenizer:
         """Tokenizes own answers with every confidence that can be stated."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        assert data.candidates is not None
-        return AnswerTokenizer(
-            data.chat, [data.noise.levels], data.candidates.grid, data.candidates.wrong_answer
-        )
+        data, candidates = self.data, self.data.candidates
+        assert candidates is not None
+        return AnswerTokenizer(data.chat, [data.noise.levels], candidates.grid, candidates.wrong_answer)
 
     def on_fit_start(self) -> None:
         if self.target.is_ready:
             return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
         taught, held_out = (
-            {q.answer_type for q in split.queries} for split in (data.sets["train"], data.sets["validation"])
+            {q.answer_type for q in self.data.sets[name].queries} for name in ("train", "validation")
         )
         if missing := sorted(taught - held_out):
             raise DataError(
@@ -244,30 +225,25 @@ class DPOModule(L.LightningModule):
             )
         self._fit_teacher()
 
-    @torch.no_grad()
     def _fit_teacher(self) -> None:
         """Fit the teacher on the reference's answers to the validation queries: all processes answer their share, and fit the same."""
         rows: list[TaughtAnswer] = []
-        for batch in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+        for batch in self.data.val_dataloader():
             if not batch.prompts.queries:
                 continue
             with (
                 self.trainer.precision_plugin.val_step_context(),  # as in the steps, which use the features
                 shared_vision(self.model),
                 self.as_reference(),
-                eval_mode(self.model),
             ):
                 rows += self.target.taught(self._answer(batch.prompts.to(self.device)))
         self.target.fit(rows)
         rank_zero_info(f"teacher: {self.target.fitted!r}")
 
-    def on_train_batch_start(self, batch: CandidateBatch | PromptBatch, batch_idx: int) -> None:
-        training.seed_batch(self, batch_idx)
-
     def training_step(self, batch: CandidateBatch | PromptBatch, batch_idx: int) -> Tensor:
         self.skipped += len(batch.skipped)
-        if not training.has_samples(self, batch):
-            return training.zero_loss(self)
+        if not self.has_samples(batch):
+            return self.zero_loss()
         with shared_vision(self.model):
             prompts, comparison = self.compare(batch)
             policy = self.score(prompts, comparison.compared)  # of K candidates of B queries, [B, K, T]
@@ -275,21 +251,18 @@ class DPOModule(L.LightningModule):
         self.cut_off += prompts.n_cut_off
         if not comparison.picks:
             return policy.log_likelihood.sum() * 0.0
-        compared, reference, is_correct = comparison.compared, comparison.reference, comparison.is_correct
-        scores = candidate_scores(
-            policy, reference, compared, comparison.targets, comparison.correct
-        )  # [B, K]
+        scores = candidate_scores(policy, comparison)  # [B, K]
         loss = self.loss(scores)
         if self.nll_weight:
-            nll = chosen_nll(policy, compared, is_correct, self.answer_weight, self.confidence_weight)
+            nll = chosen_nll(policy, comparison, self.answer_weight, self.confidence_weight)
             loss = loss + self.nll_weight * nll
         if self.drift_weight:
-            assert reference is not None
-            loss = loss + self.drift_weight * shared_text_drift(policy, reference, compared)
-        size = len(compared)
+            loss = loss + self.drift_weight * shared_text_drift(policy, comparison)
+        size = len(comparison.picks)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         for name, value in self._statistics(scores, policy, comparison).items():
-            self.log(f"train/{name}", value, prog_bar=name == "reward_accuracy", batch_size=size)
+            if not bool(value.isnan()):
+                self.log(f"train/{name}", value, prog_bar=name == "reward_accuracy", batch_size=size)
         self.log("train/skipped", float(self.skipped), batch_size=size)
         self.log("train/cut_off", float(self.cut_off), batch_size=size)
         return loss
@@ -297,16 +270,15 @@ class DPOModule(L.LightningModule):
     def _statistics(
         self, scores: CandidateScores, policy: ResponseScores, comparison: Comparison
     ) -> dict[str, Tensor]:
-        """The statistics that are defined, of the compared candidates and the policy's scores of them."""
-        statistics = preference_statistics(self.loss, scores)
-        statistics |= answer_statistics(policy, comparison.compared, comparison.is_correct)
-        return {name: value for name, value in statistics.items() if not bool(value.isnan())}
+        """Statistics of the policy's scores of the compared candidates; NaN where undefined."""
+        logp_answer = answer_log_likelihood(policy, comparison)
+        return {**preference_statistics(self.loss, scores), "logp_answer": logp_answer}
 
     def compare(self, batch: CandidateBatch | PromptBatch) -> tuple[CandidateBatch, Comparison]:
         """The prompts with all their candidates, and what is compared of these. Call it within `shared_vision`."""
         if isinstance(batch, CandidateBatch):
             return batch, self.choose(batch)
-        with torch.no_grad(), self.as_reference(), eval_mode(self.model):
+        with self.as_reference():
             answered = self._answer(batch)
             candidates = own_candidates(answered)
             return candidates, self.choose(candidates, answered)
@@ -314,18 +286,17 @@ class DPOModule(L.LightningModule):
     def choose(self, batch: CandidateBatch, answered: AnsweredBatch | None = None) -> Comparison:
         """For each query the target, the chosen candidate and the rejected ones, and their scores under the reference if needed.
 
-        Args:
-            answered: the reference's own answers, if the candidates give these; the reference is active then.
+        `answered` are the reference's own answers, if the candidates give these; the reference is active then.
         """
         of_all = None
         if answered is not None:
             of_all = answered.scored_answers.candidates
         elif self.pairs.target == "expected":
             of_all = self.score_reference(batch, batch.candidates)
-        distribution = None if of_all is None else LevelDistribution(of_all.total, batch.candidates)
-        targets = self.target(batch, distribution, answered)
-        everything = isinstance(self.loss, DistributionLoss)
-        picks = choose_candidates(self.pairs, batch, targets, everything=everything)
+        targets = self.target(batch, None if of_all is None else of_all.total, answered)
+        picks = choose_candidates(
+            self.pairs, batch, targets, everything=isinstance(self.loss, DistributionLoss)
+        )
         comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
         if not (self.loss.needs_reference or self.drift_weight):
             return comparison
@@ -341,90 +312,81 @@ class DPOModule(L.LightningModule):
         tokens = [[c.tokens for c in row] for row in candidates]
         return score_responses(self.model, Prompts(batch.inputs, batch.lengths), tokens, self.scoring)
 
-    @torch.no_grad()
     def score_reference(self, batch: CandidateBatch, candidates: Candidates) -> ResponseScores:
         """Log-likelihoods of candidates under the reference."""
         with self.as_reference():
             return self.score(batch, candidates)
 
-    def as_reference(self) -> AbstractContextManager[None]:
-        """Turn the model into the reference within a context."""
-        return using_adapter(self.model, REFERENCE if self.reference == "adapter" else None)
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Turn the model into the reference within a context, without gradients and in eval mode.
+
+        In train mode, gradient checkpointing would disable the cache of the prompts.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with (
+                torch.no_grad(),
+                using_adapter(self.model, REFERENCE if self.reference == "adapter" else None),
+            ):
+                yield
+        finally:
+            self.model.train(training)
 
     def on_validation_start(self) -> None:
-        self.scorer.reset()
+        super().on_validation_start()
         for mean in self.pair_means.values():
             cast(MeanMetric, mean).reset()
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
+        assert self.data.candidates is not None
+        compared = batch.candidates if self.data.candidates.answers == "gold" else batch.prompts
         with shared_vision(self.model):
-            predictions = answer_batch(
-                self.model, batch.prompts, training.tokenizer_of(self), self.max_new_tokens
-            )
-        self.scorer.update(predictions)
-        answers = self.trainer.datamodule.candidates.answers  # type: ignore[attr-defined]
-        compared = batch.candidates if answers == "gold" else batch.prompts
-        # `vlm-calibration validate` has no fitted teacher, which is fitted when training starts.
-        if compared is not None and compared.inputs and self.target.is_ready:
-            self._validate_pairs(compared)
-        return {"": predictions}
+            predictions = super().validation_step(batch, batch_idx)
+            # `vlm-calibration validate` has no fitted teacher, which is fitted when training starts.
+            if compared is not None and compared.inputs and self.target.is_ready:
+                self._validate_pairs(compared)
+        return predictions
 
     def _validate_pairs(self, batch: CandidateBatch | PromptBatch) -> None:
-        with shared_vision(self.model):
-            prompts, comparison = self.compare(batch)
-            policy = self.score(prompts, comparison.candidates)
-            if comparison.of_all is None and self.reference != "none":
-                comparison = comparison._replace(of_all=self.score_reference(prompts, comparison.candidates))
+        prompts, comparison = self.compare(batch)
+        policy = self.score(prompts, comparison.candidates)
+        if comparison.of_all is None and self.reference != "none":
+            comparison = comparison._replace(of_all=self.score_reference(prompts, comparison.candidates))
         comparison, policy = comparison.rated(policy)
         if not comparison.picks:
             return
-        compared, of_all = comparison.compared, comparison.of_all
         of_compared = picked(policy, comparison.picks)
-        scores = candidate_scores(
-            of_compared, comparison.reference, compared, comparison.targets, comparison.correct
-        )
-        statistics = self._statistics(scores, of_compared, comparison)
-        if of_all is not None:
-            reference = LevelDistribution(of_all.total, comparison.candidates)
-            statistics["kl"] = LevelDistribution(policy.total, comparison.candidates).kl_divergence(reference)
+        statistics = self._statistics(candidate_scores(of_compared, comparison), of_compared, comparison)
+        if comparison.of_all is not None:
+            statistics["kl"] = kl_divergence(policy.total, comparison.of_all.total, comparison.candidates)
         for name, value in statistics.items():
-            count = sum(comparison.is_correct) if name == "logp_answer" else len(compared)
+            count = sum(comparison.is_correct) if name == "logp_answer" else len(comparison.picks)
             cast(MeanMetric, self.pair_means[name]).update(value, count)
 
     def on_validation_epoch_end(self) -> None:
-        self.results = {"": self.scorer.compute()}
-        training.log_results(self, self.results)
-        with warnings.catch_warnings():
-            # Without a reference there is no KL divergence, and a metric without values is not logged.
-            warnings.filterwarnings(
-                "ignore", message="The ``compute`` method of metric MeanMetric was called before"
-            )
-            means = {name: cast(MeanMetric, mean).compute() for name, mean in self.pair_means.items()}
-        for name, value in means.items():
+        super().on_validation_epoch_end()
+        for name, mean in self.pair_means.items():
+            # Without values, as of the KL divergence without a reference, the mean is not defined.
+            cast(MeanMetric, mean).update(math.nan)
+            value = cast(MeanMetric, mean).compute()
             if not bool(value.isnan()):
                 self.log(f"val/{name}", value, rank_zero_only=True)
 
     def on_train_end(self) -> None:
-        training.warn_of_total(self, self.skipped, training.TOO_LONG)
-        training.warn_of_total(
-            self,
+        super().on_train_end()
+        self.warn_of_total(
             self.cut_off,
             f"own answers hit model.max_new_tokens, {self.max_new_tokens}, and were not rated",
         )
 
-    def configure_optimizers(self) -> Any:
-        return adamw_with_schedule(
-            training.trained_parameters(self),
-            self.optimizer_settings,
-            self.trainer.estimated_stepping_batches,
-        )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        training.keep_trained_weights(self, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         fitted = self.target.fitted
         checkpoint["teacher"] = None if fitted is None else fitted.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        training.check_trained_weights(self, checkpoint)
-        state = checkpoint.get("teacher")
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint["teacher"]
         self.target.fitted = None if state is None else FittedTeacher.from_state(self.teacher, state)

@@ -1,46 +1,27 @@
-"""Terms of the DPO stage's loss, and its statistics, from the scores of the compared candidates.
-
-In all of them a row is a query, and the first candidate of a row is the chosen one.
-"""
+"""Terms of the DPO stage's loss from the policy's scores of the compared candidates; the first candidate of a query is the chosen one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from vlm_calibration.data.candidates import Candidate, Candidates
 from vlm_calibration.losses.candidates import CandidateScores
 from vlm_calibration.losses.sequence import AnswerWeight, response_nll, token_weights
 from vlm_calibration.models.shared_prefix import ResponseScores
+from vlm_calibration.stages.preference_targets import Comparison
 
 
-def candidate_scores(
-    policy: ResponseScores,
-    reference: ResponseScores | None,
-    compared: Candidates,
-    targets: Sequence[float],
-    correct: Sequence[Sequence[bool]],
-) -> CandidateScores:
-    """Arguments of the loss, from the scores [B, K, T] of the compared candidates.
-
-    Args:
-        targets: for each query the confidence in [0, 1] to learn.
-        correct: for each query whether the answer of each of its candidates is correct.
-
-    Raises:
-        ValueError: `targets` or `correct` are not those of the compared candidates.
-    """
-    total = policy.total  # [B, K]
+def candidate_scores(policy: ResponseScores, comparison: Comparison) -> CandidateScores:
+    """Arguments of the loss, [B, K], from the scores [B, K, T] of the compared candidates."""
+    total, compared, reference = policy.total, comparison.compared, comparison.reference
 
     def table(values: Iterable[Iterable[float]]) -> Tensor:
         rows = [list(row) for row in values]
         return total.new_tensor([row + [0.0] * (total.shape[1] - len(row)) for row in rows])
 
-    if len(targets) != len(compared) or [len(row) for row in correct] != [len(row) for row in compared]:
-        raise ValueError("every query needs a target, and every candidate to be known as correct or not")
     answer_lengths = table((c.answer_length for c in row) for row in compared)
     is_answer = torch.arange(policy.tokens.shape[-1], device=total.device) < answer_lengths[..., None]
     return CandidateScores(
@@ -53,28 +34,24 @@ def candidate_scores(
         valid=policy.lengths > 0,
         answer=torch.where(is_answer, policy.log_likelihood, 0.0).sum(-1),
         confidence=table((c.confidence for c in row) for row in compared),
-        target=total.new_tensor(targets),
-        correct=table(correct).bool(),
+        target=total.new_tensor(comparison.targets),
+        correct=table(comparison.correct).bool(),
         own=table((not c.wrong for c in row) for row in compared).bool(),
     )
 
 
 def chosen_nll(
-    policy: ResponseScores,
-    compared: Candidates,
-    is_correct: Sequence[bool],
-    answer_weight: AnswerWeight,
-    confidence_weight: float,
+    policy: ResponseScores, comparison: Comparison, answer_weight: AnswerWeight, confidence_weight: float
 ) -> Tensor:
     """Negative log-likelihood per token of the chosen responses, with the token weights of stage 1, averaged over queries."""
     log_likelihood, tokens = policy.log_likelihood[:, 0], policy.tokens[:, 0]  # [B, T]
-    chosen = [row[0] for row in compared]
+    chosen = [row[0] for row in comparison.compared]
     answer_lengths = torch.tensor([c.answer_length for c in chosen], device=tokens.device)
     confidence = log_likelihood.new_tensor([c.confidence for c in chosen])
     weights = token_weights(
         torch.arange(tokens.shape[1], device=tokens.device) >= answer_lengths[:, None],
         confidence[:, None],
-        torch.tensor(is_correct, device=tokens.device)[:, None],
+        torch.tensor(comparison.is_correct, device=tokens.device)[:, None],
         answer_weight,
         confidence_weight,
     )
@@ -82,9 +59,7 @@ def chosen_nll(
     return response_nll(log_likelihood[tokens], rows, weights[tokens], len(chosen))
 
 
-def shared_text_drift(
-    policy: ResponseScores, reference: ResponseScores, compared: Sequence[Sequence[Candidate]]
-) -> Tensor:
+def shared_text_drift(policy: ResponseScores, comparison: Comparison) -> Tensor:
     """How far the policy is from keeping what the responses to a query share, averaged over queries.
 
     They share the answer before the confidence: its term is the squared change of its log-likelihood since the reference. And
@@ -94,32 +69,30 @@ def shared_text_drift(
     rejected responses unlikely, which leaves numbers without "%", or by making the number likely everywhere, also in place
     of the answer.
     """
+    assert comparison.reference is not None
     answer, ending = torch.zeros(policy.tokens.shape), torch.zeros(policy.tokens.shape)  # [B, K, T]
-    for row, candidates in enumerate(compared):
+    for row, candidates in enumerate(comparison.compared):
         answer[row, 0, : candidates[0].answer_length] = 1
         for k, candidate in enumerate(candidates):
             length = len(candidate.tokens)
             ending[row, k, length - candidate.ending_length : length] = 1
     # The reference may have scored longer responses in the same batch.
-    change = policy.log_likelihood - reference.log_likelihood[..., : answer.shape[-1]]
+    change = policy.log_likelihood - comparison.reference.log_likelihood[..., : answer.shape[-1]]
     answers = (change * answer.to(change)).sum(-1)[:, 0].square()  # [B]
     endings = (policy.log_likelihood * ending.to(change)).sum((-1, -2))  # [B]
-    count = torch.tensor([len(candidates) for candidates in compared]).to(change)
+    count = torch.tensor([len(picks) for picks in comparison.picks]).to(change)
     return (answers - endings / count).mean()
 
 
 @torch.no_grad()
-def answer_statistics(
-    policy: ResponseScores, compared: Candidates, is_correct: Sequence[bool]
-) -> dict[str, Tensor]:
-    """logp_answer: log-likelihood of the gold answer's tokens, averaged over queries; NaN if no response gives a gold answer.
+def answer_log_likelihood(policy: ResponseScores, comparison: Comparison) -> Tensor:
+    """Log-likelihood of the gold answers' tokens, averaged over the queries whose responses give one; NaN without such a query.
 
     It falls when a model collapses: margins grow while all responses become unlikely.
     """
     values = [
         policy.log_likelihood[row, 0, : candidates[0].answer_length].sum()
-        for row, candidates in enumerate(compared)
-        if is_correct[row]
+        for row, candidates in enumerate(comparison.compared)
+        if comparison.is_correct[row]
     ]
-    mean = torch.stack(values).mean() if values else policy.log_likelihood.new_tensor(math.nan)
-    return {"logp_answer": mean}
+    return torch.stack(values).mean() if values else policy.log_likelihood.new_tensor(math.nan)

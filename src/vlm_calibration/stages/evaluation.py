@@ -1,8 +1,4 @@
-"""Evaluates the base model, any number of adapters, and models behind an address, on the same noised images.
-
-Further estimators may rate the answers beside the stated confidence, and probes may read that again with a changed image or answer, in
-the same pass over the images.
-"""
+"""Evaluates the base model, any number of adapters, and models behind an address, on the same noised images."""
 
 from __future__ import annotations
 
@@ -53,16 +49,15 @@ class BatchAnswers(TypedDict):
 BASE = "base"
 ORACLE = "oracle"
 MOST_UNSCORED = 10
-"""Number of answers from which on a system is refused that mostly states confidences which are not scored."""
+"""Number of stated confidences that are not scored from which on a system is refused that mostly states such."""
 SCORED = TESTED[0]
 """The data set that scores include."""
 
 
 class EvaluationModule(L.LightningModule):
-    """Evaluates *systems*: the base model, adapters on it, models behind an address, and the level oracle.
+    """Evaluates *systems* on the same images: the base model, adapters on it, models behind an address, and the level oracle.
 
-    All systems answer the same batches of images. The base model and its adapters share one copy of the weights; without them no
-    model is loaded.
+    The base model and its adapters share one copy of the weights; without them no model is loaded.
 
     Args:
         base: the base model; None: the base model that the adapters name, with the dtype and quantisation of their training. Endpoints
@@ -100,15 +95,15 @@ class EvaluationModule(L.LightningModule):
     ) -> None:
         super().__init__()
         adapters, endpoints = adapters or {}, endpoints or {}
-        for setting, names in (("adapters", adapters), ("endpoints", endpoints)):
-            for name in names:
-                if name in (BASE, ORACLE) or (setting == "endpoints" and name in adapters):
-                    raise DataError(f"model.{setting}: the name {name!r} is taken, choose another")
+        for setting, named, taken in (
+            ("adapters", [*adapters], (BASE, ORACLE)),
+            ("endpoints", [*endpoints], (BASE, ORACLE, *adapters)),
+        ):
+            for name in named:
                 # The name becomes a folder, and a key in peft's modules.
-                if not re.fullmatch(r"[\w-]+", name):
-                    raise DataError(
-                        f"model.{setting}: the name {name!r} must be of letters, digits, '_' and '-'"
-                    )
+                if name in taken or not re.fullmatch(r"[\w-]+", name):
+                    reason = "is taken" if name in taken else "must be of letters, digits, '_' and '-'"
+                    raise DataError(f"model.{setting}: the name {name!r} {reason}")
         if oracle_levels is not None and not with_base:
             raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
         if not adapters and not endpoints and not with_base:
@@ -121,11 +116,10 @@ class EvaluationModule(L.LightningModule):
         self.oracle = AnchoredLevels(oracle_levels) if oracle_levels is not None else None
         self.max_new_tokens = max_new_tokens
         self.probes = check_probes(probes or ())
-        self.estimators: list[Estimator] = []
-        if estimators or self.probes:
-            self.estimators = [VerbalizedConfidence(), *(estimators or ())]
-        counts = Counter(estimator.name for estimator in self.estimators)
-        if twice := [name for name, count in counts.items() if count > 1]:
+        rates = bool(estimators or self.probes)
+        self.estimators: list[Estimator] = [VerbalizedConfidence(), *(estimators or ())] if rates else []
+        names = [estimator.name for estimator in self.estimators]
+        if twice := [name for name in names if names.count(name) > 1]:
             raise DataError(f"model.estimators: {twice[0]!r} appears twice")
         self.endpoints = {
             name: EndpointSystem(name, endpoint, self.estimators, max_new_tokens)
@@ -134,7 +128,7 @@ class EvaluationModule(L.LightningModule):
         # What answers; the local systems are added when the model is loaded.
         self.answering: dict[str, System] = dict(self.endpoints)
         self.systems = [*self.local, *self.endpoints, *([ORACLE] if self.oracle else [])]
-        further = [e.name for e in self.estimators if e.name != VERBALIZED]
+        further = [name for name in names if name != VERBALIZED]
         self.scorers = nn.ModuleList(
             Scorer() if system == ORACLE else Scorer((), further, self.probes if system in self.local else ())
             for system in self.systems
@@ -210,10 +204,10 @@ class EvaluationModule(L.LightningModule):
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
         if self.local:
             tokenizer = AnswerTokenizer(data.chat)
-            adapters = {system: None if system == BASE else system for system in self.local}
+            adapters = {name: None if name == BASE else name for name in self.local}
             local = {
-                system: LocalSystem(self.model, adapter, tokenizer, self.max_new_tokens, self.estimators)
-                for system, adapter in adapters.items()
+                name: LocalSystem(self.model, adapter, tokenizer, self.max_new_tokens, self.estimators)
+                for name, adapter in adapters.items()
             }
             self.answering = {**local, **self.endpoints}
         groups = {g for query in data.sets["test"].queries for g in category_groups(query.category)}
@@ -241,11 +235,7 @@ class EvaluationModule(L.LightningModule):
         return output
 
     def _check_scored(self, answers: Mapping[str, Sequence[EstimatedPrediction]]) -> None:
-        """Refuse a system that mostly states other confidences than whole percents, which alone are scored after its answers.
-
-        Raises:
-            DataError: it does; its expected and probed confidences would not be about what it states.
-        """
+        """Refuse a system that mostly states other confidences than whole percents, which alone are scored after its answers."""
         for system, counts in self._stated.items():
             stated = [p.confidence for p in answers[system] if p.confidence is not None]
             unscored = [c for c in stated if round(100 * c, 6) % 1]

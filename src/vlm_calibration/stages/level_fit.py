@@ -33,7 +33,6 @@ from vlm_calibration.stages.provenance import provenance_of
 from vlm_calibration.stages.training import device_of, refuse_sharding
 
 LIKELIHOOD = AnswerLikelihood.name
-COLUMNS = ("query", "answer_type", "level", "correct", "likelihood")
 MAX_BINS = 8
 MIN_QUERIES_PER_BIN = 50
 """Bins of the likelihood: at most `MAX_BINS`, each with at least this many queries; our choice. Ten more queries in each would
@@ -155,8 +154,7 @@ class LevelFitModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self.answers.close()
         self.trainer.strategy.barrier("answers")
-        perturbations = self._data.noise.perturbations
-        counts = count_levels(columns_of(self._logged(LEVELS), perturbations), perturbations)
+        counts = count_levels(self._logged(LEVELS), self._data.noise.perturbations)
         provenance = provenance_of(self.base, self._data, counts)
         try:
             self.levels = AnchoredLevels.fit(counts, provenance=provenance)
@@ -187,11 +185,7 @@ class LevelFitModule(L.LightningModule):
 
 
 def contents_of(splits: Mapping[str, EvalSplit], where: str) -> dict[str, int]:
-    """Query id -> digest of its question and image; without queries that are left out since their image cannot be read.
-
-    Raises:
-        DataError: an image cannot be read, and its query is not to be left out.
-    """
+    """Query id -> digest of its question and image, which must be readable unless its query may be left out."""
     contents = {}
     for source in (split.source for split in splits.values()):
         queries = source.queries()
@@ -202,28 +196,6 @@ def contents_of(splits: Mapping[str, EvalSplit], where: str) -> dict[str, int]:
                 if source.on_bad_record == "raise":
                     raise
     return contents
-
-
-def columns_of(
-    answers: Iterable[EstimatedPrediction], perturbations: Sequence[Perturbation]
-) -> dict[str, np.ndarray]:
-    """The answers to queries at every level, with ids of `level_id`, as columns, in which each query is once at each level.
-
-    Returns:
-        `COLUMNS` of N answers: the number of the query; index into `ANSWER_TYPES`; index into `perturbations`; whether it is correct,
-        bool; its likelihood in [0, 1], NaN where it was not measured.
-    """
-    numbers: dict[str, int] = {}
-    level_of = {perturbation: index for index, perturbation in enumerate(perturbations)}
-    rows = {}
-    for answer in answers:
-        query = numbers.setdefault(query_id_of_level(answer.id), len(numbers))
-        level = level_of[Perturbation(cast(str, answer.perturbation), cast(float, answer.strength))]
-        likelihood = answer.estimates.get(LIKELIHOOD, np.nan)
-        answer_type = ANSWER_TYPES.index(answer.answer_type)
-        rows[query, level] = (query, answer_type, level, answer.correct, likelihood)
-    columns = list(zip(*rows.values(), strict=True)) or [()] * len(COLUMNS)
-    return dict(zip(COLUMNS, map(np.array, columns), strict=True))
 
 
 @torch.no_grad()
@@ -248,28 +220,41 @@ def rank_answers(model: Any, batch: PromptBatch) -> list[bool | None]:
 
 
 def count_levels(
-    answers: Mapping[str, np.ndarray], perturbations: Sequence[Perturbation]
+    answers: Iterable[EstimatedPrediction], perturbations: Sequence[Perturbation]
 ) -> dict[str, AnswerTypeCounts]:
-    """Count the correct answers, as `columns_of` gives them, by answer type, kind, strength and bin of the likelihood.
+    """Count the correct answers by answer type, kind, strength and bin of the likelihood; each query is once at each level.
+
+    Args:
+        answers: their ids are those of `level_id`; those to untouched images may have a likelihood.
+        perturbations: the levels; the first one leaves the image untouched.
 
     Raises:
         DataError: there is no answer of a type at a level.
     """
-    counts = {}
-    for index, answer_type in enumerate(ANSWER_TYPES):
-        own = answers["answer_type"] == index
-        if own.any():
-            columns = {name: values[own] for name, values in answers.items()}
-            counts[answer_type] = _count(answer_type, columns, perturbations)
-    return counts
+    level_of = {perturbation: index for index, perturbation in enumerate(perturbations)}
+    numbers: dict[str, int] = {}
+    rows: dict[str, list[tuple[int, int, bool, float]]] = {answer_type: [] for answer_type in ANSWER_TYPES}
+    for answer in answers:
+        query = numbers.setdefault(query_id_of_level(answer.id), len(numbers))
+        level = level_of[Perturbation(cast(str, answer.perturbation), cast(float, answer.strength))]
+        likelihood = cast(float, answer.estimates.get(LIKELIHOOD, np.nan))
+        rows[answer.answer_type].append((query, level, answer.correct, likelihood))
+    return {
+        answer_type: _count(answer_type, perturbations, *map(np.array, zip(*of_type, strict=True)))
+        for answer_type, of_type in rows.items()
+        if of_type
+    }
 
 
 def _count(
-    answer_type: str, answers: Mapping[str, np.ndarray], perturbations: Sequence[Perturbation]
+    answer_type: str,
+    perturbations: Sequence[Perturbation],
+    query: np.ndarray,
+    level: np.ndarray,
+    correct: np.ndarray,
+    likelihood: np.ndarray,
 ) -> AnswerTypeCounts:
-    query, level, correct, likelihood = (
-        answers[name] for name in ("query", "level", "correct", "likelihood")
-    )
+    """Count answers, [N], of one type: number of the query, index into `perturbations`, whether correct, likelihood or NaN."""
     measured = ~np.isnan(likelihood)
     by_query = np.full(query.max() + 1, np.nan if measured.any() else 0.0)
     by_query[query[measured]] = likelihood[measured]
@@ -280,27 +265,28 @@ def _count(
     level = np.where(np.isin(query, query[level > 0]), level, len(perturbations))
     values = by_query[np.unique(query)]
     for n_bins in range(max(1, min(MAX_BINS, len(values) // MIN_QUERIES_PER_BIN)), 0, -1):
-        quantiles = np.quantile(values, np.arange(1, n_bins) / n_bins) if n_bins > 1 else np.empty(0)
+        quantiles = np.quantile(values, np.arange(1, n_bins) / n_bins)
         # Equal quantiles, where many answers are equally likely, are one edge.
         edges = np.unique(quantiles[quantiles > values.min(initial=1.0)])
         bins = np.searchsorted(edges, by_query[query], side="right")
-        shape = (len(edges) + 1, len(perturbations) + 1)
-        n, n_correct = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        np.add.at(n, (bins, level), 1)
-        np.add.at(n_correct, (bins, level), correct)
-        if n[:, :-1].all():
-            bins_by_kind, never_perturbed = [], []
-            for *counts, others in np.stack([n, n_correct], -1).tolist():
-                rows = zip(perturbations, counts, strict=True)
-                (_, untouched), *perturbed = [(kind, LevelCount(s, *count)) for (kind, s), count in rows]
-                by_kind: dict[str, tuple[LevelCount, ...]] = {}
-                for kind, count in perturbed:
-                    by_kind[kind] = (*by_kind.get(kind, (untouched,)), count)
-                bins_by_kind.append(by_kind)
-                never_perturbed.append(LevelCount(0.0, *others))
-            return AnswerTypeCounts(tuple(bins_by_kind), tuple(edges.tolist()), tuple(never_perturbed))
-    kind, strength = perturbations[1 + int(np.argmin(n[0, 1:-1]))]
+        counts = np.zeros((len(edges) + 1, len(perturbations) + 1, 2), dtype=np.int64)  # n and n_correct
+        np.add.at(counts, (bins, level), np.stack([np.ones_like(correct), correct], -1))
+        if counts[:, :-1, 0].all():
+            by_bin = [_by_kind(of_bin, perturbations) for of_bin in counts[:, :-1].tolist()]
+            never_perturbed = [LevelCount(0.0, *of_bin) for of_bin in counts[:, -1].tolist()]
+            return AnswerTypeCounts(tuple(by_bin), tuple(edges.tolist()), tuple(never_perturbed))
+    kind, strength = perturbations[1 + int(np.argmin(counts[0, 1:-1, 0]))]
     raise DataError(
         f"no {answer_type} query with {kind} of strength {strength:g}: data.levels has only queries about absent objects, whose "
         "images `data.noise.absent: clean` leaves untouched"
     )
+
+
+def _by_kind(
+    counts: Sequence[Sequence[int]], perturbations: Sequence[Perturbation]
+) -> dict[str, tuple[LevelCount, ...]]:
+    """Kind -> counts by rising strength, of which the first is that of untouched images."""
+    rows = [(kind, LevelCount(s, *count)) for (kind, s), count in zip(perturbations, counts, strict=True)]
+    (_, untouched), *perturbed = rows
+    kinds = dict.fromkeys(kind for kind, _ in perturbed)
+    return {kind: (untouched, *(count for k, count in perturbed if k == kind)) for kind in kinds}

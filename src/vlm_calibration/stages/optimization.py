@@ -39,16 +39,14 @@ class OptimizerSettings:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
-            raise DataError(
-                "optimizer.lr must be a finite number above 0 and weight_decay one of at least 0, found "
-                f"{self.lr} and {self.weight_decay}"
-            )
-        if not 0 <= self.warmup_fraction < 1 or not 0 <= self.final_fraction <= 1:
-            raise DataError(
-                "optimizer.warmup_fraction must be in [0, 1) and final_fraction in [0, 1], found "
-                f"{self.warmup_fraction} and {self.final_fraction}"
-            )
+        for name, is_valid, rule in (
+            ("lr", 0 < self.lr < math.inf, "a finite number above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+            ("warmup_fraction", 0 <= self.warmup_fraction < 1, "in [0, 1)"),
+            ("final_fraction", 0 <= self.final_fraction <= 1, "in [0, 1]"),
+        ):
+            if not is_valid:
+                raise DataError(f"optimizer.{name} must be {rule}, found {getattr(self, name)}")
 
 
 def learning_rate_factor(step: int, total: int, settings: OptimizerSettings) -> float:
@@ -64,11 +62,7 @@ def learning_rate_factor(step: int, total: int, settings: OptimizerSettings) -> 
 def adamw_with_schedule(
     parameters: Iterable[nn.Parameter], settings: OptimizerSettings, total_steps: float
 ) -> dict[str, Any]:
-    """The return value of a LightningModule's `configure_optimizers`.
-
-    Raises:
-        DataError: the number of steps is not finite.
-    """
+    """The return value of a LightningModule's `configure_optimizers`; raises a DataError if the number of steps is not finite."""
     if not 0 < total_steps < math.inf:
         raise DataError(
             "the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps"

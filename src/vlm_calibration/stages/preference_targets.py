@@ -1,21 +1,23 @@
-"""Which response stage 2 prefers: the chosen candidate, which states the target confidence, and the rejected ones.
+"""Which responses stage 2 compares: the model's own answers as candidates, the chosen candidate, and the rejected ones.
 
-Given the target, the choice is a pure function of (seed, epoch, query id).
+With gold answers a model would learn how confident to be of answers that it does not give.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlm_calibration.data.candidates import Candidate, CandidateBatch, Candidates
+from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.noise import query_rng
-from vlm_calibration.estimators.verbal import expected_confidence
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.records import DataError, Query
 
@@ -36,14 +38,13 @@ class PairPolicy:
             that `model.teacher` maps such estimates to. "correct": 1 for a correct answer and 0 for a wrong one, for losses whose
             optimum is then the accuracy. Own answers (`data.candidates.answers: own`) have all of these, gold answers the
             first two and the last.
-        rejected: which other levels are rejected: "all" of them, or `n_rejected` drawn at random ("uniform"), those
-            furthest from the target ("far") or those nearest to it ("adjacent").
+        rejected: which other levels are rejected: "all" of them, or `n_rejected` drawn at random ("uniform").
         n_rejected: how many levels are rejected, 1 by default; not allowed with "all".
         seed: seed of the random draws.
     """
 
     target: Target = "expected"
-    rejected: Literal["all", "uniform", "far", "adjacent"] = "all"
+    rejected: Literal["all", "uniform"] = "all"
     n_rejected: int | None = None
     seed: int = 0
 
@@ -73,8 +74,8 @@ class Comparison(NamedTuple):
     picks: tuple[tuple[int, ...], ...]
     targets: tuple[float, ...]
     is_correct: tuple[bool, ...]
-    reference: ResponseScores | None
-    of_all: ResponseScores | None
+    reference: ResponseScores | None = None
+    of_all: ResponseScores | None = None
 
     @property
     def compared(self) -> Candidates:
@@ -104,45 +105,31 @@ class Comparison(NamedTuple):
 
 
 def picked(scores: ResponseScores, picks: Sequence[Sequence[int]]) -> ResponseScores:
-    """The scores of the picked candidates, [B, K, T] for the largest number K of picks.
-
-    A row with fewer picks repeats its first one.
-    """
+    """The scores of the picked candidates, [B, K, T] for the largest number K of picks; a row with fewer repeats its first."""
     width = max(map(len, picks))
     index = torch.tensor([[*p, *[p[0]] * (width - len(p))] for p in picks], device=scores.tokens.device)
     rows = torch.arange(len(picks), device=index.device)[:, None]
     return ResponseScores(*(values[rows, index] for values in scores))
 
 
-class LevelDistribution(NamedTuple):
-    """A model's distribution over the levels that its answer to a query can state.
+def level_log_p(total: Tensor, candidates: Candidates) -> list[tuple[list[float], Tensor]]:
+    """For each query the levels that its answer can state, and log p of each, from that of all candidates, float [B, K]."""
+    levels = []
+    for row, of_query in enumerate(candidates):
+        indices = [k for k, c in enumerate(of_query) if not c.wrong]
+        levels.append(([of_query[k].confidence for k in indices], total[row, indices]))
+    return levels
 
-    Attributes:
-        total: float [B, K], log p of each candidate.
-        candidates: for each query K candidates at most, every level once per answer. Wrong answers do not count.
-    """
 
-    total: Tensor
-    candidates: Candidates
-
-    def _levels(self, row: int) -> tuple[list[float], Tensor]:
-        """The levels of one query, and their log p before normalisation, float [levels]."""
-        indices = [k for k, c in enumerate(self.candidates[row]) if not c.wrong]
-        return [self.candidates[row][k].confidence for k in indices], self.total[row, indices]
-
-    def expected(self, row: int) -> float:
-        """The mean confidence of one query over its levels, in [0, 1]."""
-        levels, log_p = self._levels(row)
-        return expected_confidence(levels, log_p.cpu())
-
-    @torch.no_grad()
-    def kl_divergence(self, other: LevelDistribution) -> Tensor:
-        """KL divergence of this distribution from another one, in nats, averaged over queries."""
-        values = []
-        for row in range(len(self.candidates)):
-            log_p, log_q = (torch.log_softmax(d._levels(row)[1].float(), -1) for d in (self, other))
-            values.append((log_p.exp() * (log_p - log_q)).sum())
-        return torch.stack(values).mean()
+@torch.no_grad()
+def kl_divergence(policy: Tensor, reference: Tensor, candidates: Candidates) -> Tensor:
+    """KL divergence of the reference's distribution over levels from the policy's, in nats, averaged over queries."""
+    values = []
+    rows = zip(level_log_p(policy, candidates), level_log_p(reference, candidates), strict=True)
+    for (_, policy_log_p), (_, reference_log_p) in rows:
+        log_p, log_q = (torch.log_softmax(x.float(), -1) for x in (policy_log_p, reference_log_p))
+        values.append((log_p.exp() * (log_p - log_q)).sum())
+    return torch.stack(values).mean()
 
 
 def choose_candidates(
@@ -174,15 +161,47 @@ def nearest(levels: Sequence[float], confidence: float) -> int:
 def choose(
     policy: PairPolicy, candidates: Sequence[Candidate], target: int, query: Query, epoch: int
 ) -> list[int]:
-    """The index of the chosen candidate, which is `target`, then the indices of the rejected ones."""
+    """The index of the chosen candidate, which is `target`, then the indices of the rejected ones.
+
+    Which are drawn is a pure function of (seed, epoch, query id).
+    """
     rejected = [i for i, c in enumerate(candidates) if not c.wrong and i != target]
-    confidence = candidates[target].confidence
-    if policy.rejected != "all":
+    if policy.rejected == "uniform":
         rng = query_rng(policy.seed, epoch, query.id, "rejected")
-        rejected = rng.permutation(rejected).tolist()
-        sign = {"uniform": 0, "far": -1, "adjacent": 1}[policy.rejected]
-        # The sort is stable, so the permutation breaks ties at random.
-        rejected.sort(key=lambda i: sign * round(abs(candidates[i].confidence - confidence), 9))
-        rejected = rejected[: policy.n_rejected or 1]
+        rejected = rng.permutation(rejected).tolist()[: policy.n_rejected or 1]
+    confidence = candidates[target].confidence
     wrong = [i for i, c in enumerate(candidates) if c.wrong and c.confidence == confidence]
     return [target, *rejected, *wrong]
+
+
+def own_answers(
+    model: Any, batch: PromptBatch, tokenizer: AnswerTokenizer, max_new_tokens: int
+) -> AnsweredBatch:
+    """The greedy, graded answers of the active adapter to B prompts, with the cache of their prompts.
+
+    An answer that is cut off at `max_new_tokens` is empty: with an end that the model did not give it, it would be another answer.
+    Call it in eval mode and under `torch.no_grad`.
+    """
+    answered = AnsweredBatch.generate(model, batch, tokenizer, max_new_tokens)
+    rated = [
+        answer if complete else replace(answer, text="", predicted=None, confidence=None, correct=False)
+        for answer, complete in zip(answered.predictions, answered.complete, strict=True)
+    ]
+    return replace(answered, predictions=rated)
+
+
+def own_candidates(answered: AnsweredBatch) -> CandidateBatch:
+    """The candidates that give the answers of a batch; those of a query without an answer give its gold answer."""
+    batch, answers = answered.batch, answered.scored_answers.answers
+    cut = torch.tensor([a.cut - a.offset for a in answers], device=answered.prompts.lengths.device)
+    return CandidateBatch(
+        inputs=dict(answered.prompts.inputs),
+        lengths=answered.prompts.lengths - cut,
+        candidates=tuple(a.candidates for a in answers),
+        levels=batch.levels,
+        is_correct=tuple(p.correct for p in answered.predictions),
+        epochs=batch.epochs,
+        queries=batch.queries,
+        skipped=batch.skipped,
+        n_cut_off=answered.complete.count(False),
+    )

@@ -1,7 +1,6 @@
-"""The provenance of a level table, and checks that a table or an adapter is used under the conditions that it was made under.
+"""Checks, before a model is loaded, that a level table or an adapter is used under the conditions that it was made under.
 
-A table holds the accuracies of one model with one prompt, one grading rule and one kind of noise, and is wrong for any others. So
-these are compared before a model is loaded.
+A table holds the accuracies of one model with one prompt, one grading rule and one kind of noise, and is wrong for any others.
 """
 
 from __future__ import annotations
@@ -18,16 +17,8 @@ from vlm_calibration.models.loading import BaseModel, weights_digest
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels
 from vlm_calibration.records import DataError
 
-COMPARED = {
-    "schedule": "data.noise.schedule",
-    "resolution": "data.noise.resolution",
-    "shape": "data.noise.shape",
-    "dilate": "data.noise.dilate",
-    "absent": "data.noise.absent",
-    "prompt": "data.prompt.template",
-    "max_pixels": "data.max_pixels",
-}
-"""Key of a table's provenance -> the setting that must be the same."""
+OF_NOISE = ("schedule", "resolution", "shape", "dilate", "absent")
+"""Settings of `data.noise` that must be the same, as keys of a table's provenance."""
 
 
 def provenance_of(
@@ -38,16 +29,14 @@ def provenance_of(
     The seed is informative only: another seed draws other noise of the same kind.
     """
     noise = data.noise
+    of_noise = {key: getattr(noise, key) for key in OF_NOISE}
     return {
         "model": base.name_or_path,
         "revision": base.revision,
         "weights": weights_digest(base),
         "quantization": base.quantization,
+        **of_noise,
         "schedule": repr(noise.schedule),
-        "resolution": noise.resolution,
-        "shape": noise.shape,
-        "dilate": noise.dilate,
-        "absent": noise.absent,
         "seed": noise.seed,
         "prompt": data.prompt.template,
         "max_pixels": data.max_pixels,
@@ -56,28 +45,25 @@ def provenance_of(
 
 
 def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: PerturbedQueryDataModule) -> None:
-    """Check that anchored levels were measured under the conditions of this run; other levels are not measured.
+    """Raise a DataError that names both values if anchored levels were measured under other conditions than those of this run.
 
     Two models are the same if their configuration and weights are, whatever their name or path; if one of them is not on this
     machine, name and revision are compared. Quantisation moves the accuracy by less than a table of some hundred queries can
     resolve, so a difference in it is only a warning.
-
-    Raises:
-        DataError: a condition differs (the message names both values), or the table lacks one.
     """
     if not isinstance(levels, AnchoredLevels):
         return
-    # Tables of earlier versions, which had no such setting, were measured without it.
-    table: dict[str, Any] = {"max_pixels": None, **levels.table.provenance}
+    table = levels.table.provenance
     use = provenance_of(base, data, levels.answer_types)
     if missing := [key for key in use if key not in table]:
         raise DataError(
             f"{levels.source} has no {', '.join(missing)} in its provenance, so it cannot be compared with this run: measure it "
             "again with `vlm-calibration levels fit`"
         )
-    values = [(setting, table[key], use[key]) for key, setting in COMPARED.items()]
-    for kind, rule in use["grading"].items():
-        values.append((f"data.grading ({kind})", table["grading"].get(kind), rule))
+    compared = {key: f"data.noise.{key}" for key in OF_NOISE}
+    compared |= {"prompt": "data.prompt.template", "max_pixels": "data.max_pixels"}
+    values = [(setting, table[key], use[key]) for key, setting in compared.items()]
+    values += [(f"data.grading ({k})", table["grading"].get(k), rule) for k, rule in use["grading"].items()]
     differences = [f"{setting} was {was!r} and is {now!r}" for setting, was, now in values if was != now]
     both_here = table["weights"] is not None and use["weights"] is not None
     if any(table[key] != use[key] for key in (("weights",) if both_here else ("model", "revision"))):
@@ -116,13 +102,17 @@ def differences_from_training(adapters: Mapping[str, str], data: PerturbedQueryD
         Name of each such adapter -> what differs.
     """
     differences = {}
+    used = {"template": data.prompt.template, "max_pixels": data.max_pixels}
+    settings = {"template": "data.prompt.template", "max_pixels": "data.max_pixels"}
     for name, folder in adapters.items():
         card = read_object(Path(folder) / FACTS) if (Path(folder) / FACTS).is_file() else {}
-        conditions = (
-            ("data.prompt.template", data.prompt.template, card.get("template") or data.prompt.template),
-            ("data.max_pixels", data.max_pixels, card.get("max_pixels", data.max_pixels)),
-        )
-        changed = [f"{key} is {now!r} and was {was!r}" for key, now, was in conditions if now != was]
+        if card.get("template") is None:
+            card.pop("template", None)
+        changed = [
+            f"{settings[key]} is {now!r} and was {card[key]!r}"
+            for key, now in used.items()
+            if key in card and card[key] != now
+        ]
         if changed:
             differences[name] = " and ".join(changed)
             rank_zero_warn(f"{name!r} is used otherwise than in its training: {differences[name]}")

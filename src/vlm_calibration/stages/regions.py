@@ -48,15 +48,13 @@ class RegionExtractor(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the models, unless this process has nothing to extract."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None and not data.pending_shards:
+        if not self.trainer.datamodule.pending_shards:  # type: ignore[attr-defined]
             return
         for part in (self.pipeline.describer, self.pipeline.detector, self.pipeline.segmenter):
             part.load(device_of(self))
 
     def predict_step(self, batch: RawBatch, batch_idx: int) -> list[Extracted]:
-        if self.on_bad_image == "raise":
-            for row in batch.rows:
-                if row.problem is not None:
-                    raise DataError(row.problem)
+        problems = [row.problem for row in batch.rows if row.problem is not None]
+        if self.on_bad_image == "raise" and problems:
+            raise DataError(problems[0])
         return self.pipeline.extract(batch.rows) if batch.rows else []

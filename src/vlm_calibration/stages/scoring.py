@@ -1,4 +1,4 @@
-"""Scoring of predictions as they come in: one accumulator for the answers of a system, the same in one process as in many.
+"""Scores the predictions of a system as they come in, the same in one process as in many.
 
 Metrics have flat names, with `/group` behind them for each group of categories. Those of an estimator beside the stated
 confidence have "@" and its name before the group: `ece@expected`, `ece@expected/existence`. `forward_passes@expected` is the cost
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import nn
+from torchmetrics import MeanMetric, Metric
 
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.system import PROBES
@@ -30,48 +30,21 @@ REPORTED_FOR_ESTIMATORS = tuple(name for name in REPORTED if name != "n")
 
 
 class HasResults(Protocol):
-    """A module that scores predictions.
-
-    Attributes:
-        results: of the last evaluation or validation.
-    """
+    """A module with the results of its last evaluation or validation."""
 
     results: Results
-
-
-class PassCount(Metric):
-    """Mean number of forward passes a query, for each of several estimators."""
-
-    full_state_update = False
-    passes: Tensor
-    queries: Tensor
-
-    def __init__(self, estimators: int) -> None:
-        super().__init__()
-        self.add_state("passes", torch.zeros(estimators, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("queries", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, passes: Sequence[Sequence[int]]) -> None:
-        """Add the passes of each of N queries, for each estimator."""
-        self.passes += torch.tensor([sum(p) for p in passes], device=self.passes.device)
-        self.queries += len(passes[0])
-
-    def compute(self) -> Tensor:
-        """float64 [estimators], NaN without queries."""
-        return self.passes.double() / self.queries
 
 
 class Scorer(nn.Module):
     """Calibration and task metrics of the answers of one system, over all of them and over each group of categories.
 
     Args:
-        groups: to break results down by. They must be set before the first update, since every process needs the same state.
+        groups: to break results down by; set before the first update, since every process needs the same state.
         estimators: names of further estimators, beside the stated confidence, that every prediction has.
         probes: names of the probes that every prediction has.
     """
 
     task: TaskMetrics
-    passes: PassCount
     probes: ProbeMetrics
 
     def __init__(
@@ -80,9 +53,8 @@ class Scorer(nn.Module):
         super().__init__()
         self.confidences = [VERBALIZED, *estimators]
         self.probe_names = tuple(probes)
-        self.counted = [*self.confidences, *([PROBES] if probes else [])]
-        if len(self.counted) == 1:
-            self.counted = []  # the answer's own passes are no comparison
+        # Alone, the answer's own passes are no comparison.
+        self.counted = [*self.confidences, *([PROBES] if probes else [])] if estimators or probes else []
         self.set_groups(groups)
 
     def set_groups(self, groups: Iterable[str]) -> None:
@@ -94,7 +66,8 @@ class Scorer(nn.Module):
             CalibrationMetrics(categories=self.groups, **({} if name == VERBALIZED else finer))
             for name in self.confidences
         )
-        self.passes = PassCount(len(self.counted))
+        # The sum of float64 passes is exact.
+        self.passes = nn.ModuleList(MeanMetric().set_dtype(torch.float64) for _ in self.counted)
         self.probes = ProbeMetrics(self.probe_names, self.groups)
 
     def reset(self) -> None:
@@ -105,12 +78,11 @@ class Scorer(nn.Module):
     def update(
         self, predictions: Sequence[Prediction], passes: Mapping[str, Sequence[int]] | None = None
     ) -> None:
-        """Count predictions.
+        """Count predictions, which have a confidence of each estimator and probe.
 
         Args:
-            predictions: if the scorer has estimators or probes, `EstimatedPrediction`s with the confidence of each.
-            passes: the forward passes of each prediction by estimator, the stated confidence and `PROBES` included, if the scorer
-                has estimators or probes.
+            predictions: any number.
+            passes: estimator, or `PROBES` -> the forward passes of each prediction; None without estimators and probes.
         """
         if not predictions:
             return
@@ -118,17 +90,17 @@ class Scorer(nn.Module):
         groups = [[g for g in category_groups(p.category) if g in known] for p in predictions]
         correct = torch.tensor([p.correct for p in predictions])
         self.task.update([p.predicted for p in predictions], [p.answer for p in predictions], correct, groups)
+        estimated = cast(Sequence[EstimatedPrediction], predictions)
         for name, metrics in zip(self.confidences, self.calibration, strict=True):
-            confidences = [
-                p.confidence if name == VERBALIZED else cast(EstimatedPrediction, p).estimates[name]
-                for p in predictions
-            ]
+            confidences = [p.confidence if name == VERBALIZED else p.estimates[name] for p in estimated]
             cast(CalibrationMetrics, metrics).update(as_confidence_tensor(confidences), correct, groups)
         if self.probe_names:
-            self.probes.update([cast(EstimatedPrediction, p).probes for p in predictions], groups)
+            self.probes.update([p.probes for p in estimated], groups)
         if self.counted:
             assert passes is not None
-            self.passes.update([passes[name] for name in self.counted])
+            for name, metric in zip(self.counted, self.passes, strict=True):
+                mean = cast(MeanMetric, metric)
+                mean.update(torch.tensor(passes[name], device=mean.device))
 
     def compute(self) -> dict[str, float]:
         """All metrics, NaN where undefined: overall, by group, then forward passes and metrics of estimators and probes."""
@@ -138,9 +110,8 @@ class Scorer(nn.Module):
             stated, *others = (cast(CalibrationMetrics, metrics).compute() for metrics in self.calibration)
             values = stated | self.task.compute()
         results = {name: float(values[name]) for name in sorted(values, key=lambda name: "/" in name)}
-        costs = self.passes.compute().tolist() if self.counted else []
-        for name, cost in zip(self.counted, costs, strict=True):
-            results[f"forward_passes@{name}"] = cost
+        for name, mean in zip(self.counted, self.passes, strict=True):
+            results[f"forward_passes@{name}"] = float(cast(MeanMetric, mean).compute())
         for estimator, values in zip(self.confidences[1:], others, strict=True):
             for key, value in values.items():
                 metric, slash, group = key.partition("/")

@@ -1,15 +1,10 @@
-"""The target of stage 2: the confidence that each answer should state.
-
-That is the level of the perturbation, whether the answer is correct, or what a teacher makes of what the reference knows of its answer. A
-fitted teacher maps estimates of the reference's confidence to the accuracy of its answers. It is fitted with scikit-learn on the
-validation queries before training, kept in the checkpoint, and described in the adapter's card with scores of its own.
-"""
+"""The target of stage 2: the confidence that each answer should state, and the teacher that `target: fitted` fits before training."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +13,7 @@ import torch.distributed as dist
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
+from torch import Tensor
 
 from vlm_calibration.data.candidates import CandidateBatch
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
@@ -25,13 +21,13 @@ from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.recalibration import SMALLEST
-from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.estimators.verbal import ExpectedConfidence, expected_confidence
 from vlm_calibration.metrics.functional import auroc, brier_score, expected_calibration_error
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.preference_targets import OF_GOLD_ANSWERS, LevelDistribution, Target
+from vlm_calibration.stages.preference_targets import OF_GOLD_ANSWERS, Target, level_log_p
 
 Feature = Literal["expected", "likelihood", "p_true", "self_consistency"]
-ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+ESTIMATORS: dict[str, type[Estimator]] = {
     "expected": ExpectedConfidence,
     "likelihood": AnswerLikelihood,
     "p_true": PTrue,
@@ -67,9 +63,6 @@ class TeacherSettings:
                 "`map: logistic`"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"features": list(self.features), "map": self.map}
-
 
 class TaughtAnswer(NamedTuple):
     """One answer that a teacher is fitted on.
@@ -103,11 +96,7 @@ class FittedTeacher:
     scores: Mapping[str, float]
 
     def __call__(self, features: Sequence[float], answer_type: str) -> float:
-        """The accuracy in [0, 1] of answers with such features.
-
-        Raises:
-            DataError: no answer of this type was fitted.
-        """
+        """The accuracy in [0, 1] of answers with such features; raises a DataError if no answer of this type was fitted."""
         if answer_type not in self.maps:
             raise DataError(
                 f"`target: fitted`: no {answer_type} answer among those to data.validation, found "
@@ -123,23 +112,15 @@ class FittedTeacher:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {
-            "settings": self.settings.to_dict(),
-            "maps": dict(self.maps),
-            "scores": dict(self.scores),
-        }
+        return asdict(self)
 
     @staticmethod
     def from_state(settings: TeacherSettings, state: Mapping[str, Any]) -> FittedTeacher:
-        """The teacher of a checkpoint.
-
-        Raises:
-            DataError: it was fitted with other settings.
-        """
-        if state["settings"] != settings.to_dict():
+        """The teacher of a checkpoint; raises a DataError if it was fitted with other settings."""
+        if state["settings"] != asdict(settings):
             raise DataError(
                 f"--ckpt_path: the checkpoint's teacher was fitted with {state['settings']}, but model.teacher is "
-                f"{settings.to_dict()}: use the settings of the run that wrote the checkpoint"
+                f"{asdict(settings)}: use the settings of the run that wrote the checkpoint"
             )
         return FittedTeacher(settings, state["maps"], state["scores"])
 
@@ -152,15 +133,7 @@ class FittedTeacher:
 
 
 class TargetChooser:
-    """Chooses the confidence that each answer should state.
-
-    Args:
-        target: as in `PairPolicy`.
-        settings: what "fitted" fits.
-
-    Attributes:
-        fitted: the fitted teacher, which "fitted" needs.
-    """
+    """Chooses the confidence that each answer should state: a target of `PairPolicy`; "fitted" fits a teacher of these settings."""
 
     def __init__(self, target: Target, settings: TeacherSettings) -> None:
         self.target = target
@@ -175,13 +148,13 @@ class TargetChooser:
         return self.target != "fitted" or self.fitted is not None
 
     def __call__(
-        self, batch: CandidateBatch, reference: LevelDistribution | None, answered: AnsweredBatch | None
+        self, batch: CandidateBatch, reference: Tensor | None, answered: AnsweredBatch | None
     ) -> tuple[float, ...]:
         """For each query the target in [0, 1]; NaN for an own answer that is none, or that an estimator does not rate.
 
         Args:
             batch: the candidates.
-            reference: the reference's distribution over their levels; "expected" needs it.
+            reference: float [B, K], the reference's log-likelihood of each; "expected" needs it.
             answered: the reference's own answers, if the candidates give these; estimators need them.
         """
         targets: Sequence[float]
@@ -191,21 +164,20 @@ class TargetChooser:
             targets = [float(correct) for correct in batch.is_correct]
         elif self.target == "expected":
             assert reference is not None
-            targets = [reference.expected(row) for row in range(len(batch.queries))]
+            levels = level_log_p(reference, batch.candidates)
+            targets = [expected_confidence(confidences, log_p.cpu()) for confidences, log_p in levels]
+        elif self.target == "fitted":
+            assert answered is not None
+            assert self.fitted is not None
+            rows = zip(self.features(answered), batch.queries, strict=True)
+            targets = [math.nan if f is None else self.fitted(f, query.answer_type) for f, query in rows]
         else:
             assert answered is not None
-            rows = zip(self.features(answered), batch.queries, strict=True)
-            targets = [math.nan if f is None else self._teach(f, query.answer_type) for f, query in rows]
+            targets = [math.nan if f is None else f[0] for f in self.features(answered)]
         if answered is None:
             return tuple(targets)
         answers = zip(targets, answered.answers, strict=True)
         return tuple(math.nan if answer is None else target for target, answer in answers)
-
-    def _teach(self, features: tuple[float, ...], answer_type: str) -> float:
-        if self.target != "fitted":
-            return features[0]
-        assert self.fitted is not None
-        return self.fitted(features, answer_type)
 
     def features(self, answered: AnsweredBatch) -> list[tuple[float, ...] | None]:
         """For each query the estimates of the confidence in its answer; None for an answer that one of them does not rate."""
@@ -223,11 +195,7 @@ class TargetChooser:
         ]
 
     def fit(self, rows: list[TaughtAnswer]) -> None:
-        """Fit the teacher on the answers of all processes, of which each gives its own.
-
-        Raises:
-            DataError: there are none.
-        """
+        """Fit the teacher on the answers of all processes, each of which gives its own; raises a DataError if there are none."""
         rows = gather(rows)  # before any error is raised, so that no process waits for another
         if not rows:
             raise DataError(

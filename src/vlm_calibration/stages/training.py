@@ -1,8 +1,10 @@
-"""What the stages share: device and strategy; and in training the model, checkpoints of the trained weights, seeds, and logging."""
+"""What the stages share: device and strategy, and the base class of both training stages."""
 
 from __future__ import annotations
 
+import math
 import os
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning as L
@@ -11,14 +13,19 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from vlm_calibration.data.candidates import ValidationBatch
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.models.forward import unwrap_peft
+from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.models.sharding import shard
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.scoring import Results
+from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
+from vlm_calibration.stages.scoring import Results, Scorer
 
 PROGRESS_BAR = ("accuracy", "ece")
 """Validation metrics in the progress bar."""
-TOO_LONG = "samples were longer than data.max_length and were skipped"
 
 
 def device_of(module: L.LightningModule) -> torch.device:
@@ -28,17 +35,8 @@ def device_of(module: L.LightningModule) -> torch.device:
     return module.trainer.strategy.root_device if attached else module.device
 
 
-def tokenizer_of(module: L.LightningModule) -> Any:
-    """The tokenizer of the data that the trainer runs a module on."""
-    return module.trainer.datamodule.processor.tokenizer  # type: ignore[attr-defined]
-
-
 def refuse_sharding(module: L.LightningModule) -> None:
-    """Refuse to answer with sharded weights, before they are loaded.
-
-    Raises:
-        DataError: the trainer's strategy shards the weights.
-    """
+    """Raise a DataError if the trainer's strategy shards the weights, with which no answer can be generated."""
     if module.device_mesh is not None:
         raise DataError(
             "trainer.strategy: FSDP2 (ModelParallelStrategy) trains, but does not generate answers: use one device, trainer/ddp, or a "
@@ -46,115 +44,159 @@ def refuse_sharding(module: L.LightningModule) -> None:
         )
 
 
-def check_strategy(module: L.LightningModule, stage: str, quantization: str) -> None:
-    """Check, before the model is loaded, that the trainer's strategy can do what is asked; say that FSDP2 does not validate.
-
-    Args:
-        module: the stage.
-        stage: what Lightning's `setup` is given: "fit" or "validate".
-        quantization: of the base model.
-
-    Raises:
-        DataError: the strategy shards the weights, and answers are to be generated, or the weights are int8.
-    """
-    if module.device_mesh is None:
-        return
-    if stage != "fit":
-        refuse_sharding(module)
-    if module.trainer.limit_val_batches != 0:
-        raise DataError(
-            "trainer.limit_val_batches: FSDP2 (ModelParallelStrategy) does not validate: set it to 0, as trainer/fsdp2 does"
-        )
-    if quantization == "int8":
-        # Their scales are lost with the class of their parameters.
-        raise DataError(
-            "model.init_args.base.quantization: FSDP2 (ModelParallelStrategy) cannot shard int8 weights: use `nf4` or `none`, or "
-            "another strategy"
-        )
-    rank_zero_info(
-        "FSDP2 does not validate: evaluate the adapter with `vlm-calibration test` on one device, under DDP, or behind an address"
-    )
-
-
-def prepare_for_training(module: L.LightningModule, model: Any, gradient_checkpointing: bool) -> Any:
-    """Put a model with its adapter in train mode, and shard it if the strategy asks for it.
-
-    from_pretrained leaves a model in eval mode and Lightning keeps that; checkpointing and dropout need train mode.
-    """
-    if gradient_checkpointing:
-        base = unwrap_peft(model)
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers makes inputs require gradients, which only reentrant checkpointing needs: the frozen tower would be
-        # recomputed in the backward pass.
-        base.disable_input_require_grads()
-    if module.device_mesh is not None:
-        shard(model, module.device_mesh["data_parallel"])
-    return model.train()
-
-
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def keep_trained_weights(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Drop the frozen weights from a checkpoint; they are loaded from the base model."""
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+class TrainingStage(L.LightningModule, ABC):
+    """Base class of both training stages: checks before the model is loaded, optimizer, validation, and checkpoints.
 
+    The arguments are those of the stages; `weights` are weights of the loss by the name of their setting.
 
-def check_trained_weights(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Check that a checkpoint holds exactly the trained weights of this module, before any of it is loaded.
-
-    Raises:
-        DataError: it belongs to another model or adapter.
+    Attributes:
+        skipped: number of samples that were too long, in this process.
     """
-    expected = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
-    saved = {name: list(weight.shape) for name, weight in checkpoint["state_dict"].items()}
-    names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
-    if names:
-        there, here = (shapes.get(names[0], "missing") for shapes in (saved, expected))
-        raise DataError(
-            f"--ckpt_path: the checkpoint belongs to another model or adapter: {len(names)} trained weights differ, the "
-            f"first is {names[0]}, there {there}, here {here}; use the settings of the run that wrote the checkpoint"
+
+    model: Any
+    results: Results
+
+    def __init__(
+        self,
+        base: BaseModel,
+        optimizer: OptimizerSettings,
+        gradient_checkpointing: bool,
+        max_new_tokens: int,
+        **weights: float,
+    ) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise DataError(f"model.{name} must be a finite number of at least 0, found {weight}")
+        self.base = base
+        self.optimizer_settings = optimizer
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_new_tokens = max_new_tokens
+        self.scorer = Scorer()
+        self.skipped = 0
+        # Checkpoints hold the trained weights alone; the frozen ones are loaded again.
+        self.strict_loading = False
+
+    @property
+    def data(self) -> PerturbedQueryDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def title(self, data: PerturbedQueryDataModule) -> str:
+        """What is taught, and on which answers."""
+
+    @abstractmethod
+    def check_data(self, data: PerturbedQueryDataModule) -> None:
+        """Reject data that this stage cannot be trained on, before the model is loaded."""
+
+    @abstractmethod
+    def load_adapted(self) -> Any:
+        """The base model with the adapter to train."""
+
+    def setup(self, stage: str) -> None:
+        if self.device_mesh is not None:
+            if stage != "fit":
+                refuse_sharding(self)
+            if self.trainer.limit_val_batches != 0:
+                raise DataError(
+                    "trainer.limit_val_batches: FSDP2 (ModelParallelStrategy) does not validate: set it to 0, as trainer/fsdp2 does"
+                )
+            if self.base.quantization == "int8":
+                # Their scales are lost with the class of their parameters.
+                raise DataError(
+                    "model.init_args.base.quantization: FSDP2 (ModelParallelStrategy) cannot shard int8 weights: use `nf4` or `none`, "
+                    "or another strategy"
+                )
+            rank_zero_info(
+                "FSDP2 does not validate: evaluate the adapter with `vlm-calibration test` on one device, under DDP, or behind an address"
+            )
+        self.check_data(self.data)
+
+    def configure_model(self) -> None:
+        if hasattr(self, "model"):
+            return
+        model = self.load_adapted()
+        if self.gradient_checkpointing:
+            base = unwrap_peft(model)
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers makes inputs require gradients, which only reentrant checkpointing needs: the frozen tower would be
+            # recomputed in the backward pass.
+            base.disable_input_require_grads()
+        if self.device_mesh is not None:
+            shard(model, self.device_mesh["data_parallel"])
+        # from_pretrained leaves a model in eval mode and Lightning keeps that; checkpointing and dropout need train mode.
+        self.model = model.train()
+
+    def configure_optimizers(self) -> Any:
+        return adamw_with_schedule(
+            trained_parameters(self), self.optimizer_settings, self.trainer.estimated_stepping_batches
         )
 
-
-def seed_batch(module: L.LightningModule, batch_idx: int) -> None:
-    """Seed torch with (seed, epoch, batch, process), so that dropout is the same after a restart."""
-    trainer = module.trainer
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-    words = np.random.SeedSequence([seed, trainer.current_epoch, batch_idx, trainer.global_rank])
-    torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
-
-
-def zero_loss(module: nn.Module) -> Tensor:
-    """The loss of a batch without samples: 0, with a gradient for every trained parameter to keep processes in step."""
-    return sum(p.sum() * 0.0 for p in trained_parameters(module))  # type: ignore[return-value]
-
-
-def has_samples(module: L.LightningModule, batch: Any) -> bool:
-    """Whether this process has samples in a batch. Every process must call this.
-
-    Raises:
-        DataError: the weights are sharded, and a process has no samples: a pass gathers the weights from all processes.
-    """
-    filled = bool(batch.inputs)
-    if module.device_mesh is not None and not module.trainer.strategy.reduce_boolean_decision(filled):
-        raise DataError(
-            "FSDP2 needs a sample of each process in every batch, but all those of a process were left out: raise data.batch_size or "
-            "data.max_length, remove the records, or use trainer/ddp"
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed torch with (seed, epoch, batch, process), so that dropout is the same after a restart."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        words = np.random.SeedSequence(
+            [seed, self.trainer.current_epoch, batch_idx, self.trainer.global_rank]
         )
-    return filled
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
 
+    def has_samples(self, batch: Any) -> bool:
+        """Whether this process has samples in a batch; every process must call this, and with sharded weights needs some."""
+        filled = bool(batch.inputs)
+        if self.device_mesh is not None and not self.trainer.strategy.reduce_boolean_decision(filled):
+            raise DataError(
+                "FSDP2 needs a sample of each process in every batch, but all those of a process were left out: raise data.batch_size "
+                "or data.max_length, remove the records, or use trainer/ddp"
+            )
+        return filled
 
-def log_results(module: L.LightningModule, results: Results) -> None:
-    """Log the validation metrics of the run itself."""
-    for name, value in results[""].items():
-        module.log(f"val/{name}", value, prog_bar=name in PROGRESS_BAR, rank_zero_only=True)
+    def zero_loss(self) -> Tensor:
+        """The loss of a batch without samples: 0, with a gradient for every trained parameter to keep processes in step."""
+        return sum(p.sum() * 0.0 for p in trained_parameters(self))  # type: ignore[return-value]
 
+    def on_validation_start(self) -> None:
+        self.scorer.reset()
 
-def warn_of_total(module: L.LightningModule, count: int, what: str) -> None:
-    """Warn with the sum of a count over all processes, unless it is 0."""
-    total = module.trainer.strategy.reduce(torch.tensor(float(count), device=module.device), reduce_op="sum")
-    if total > 0:
-        rank_zero_warn(f"{int(total)} {what}")
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
+        predictions = answer_batch(
+            self.model, batch.prompts, self.data.processor.tokenizer, self.max_new_tokens
+        )
+        self.scorer.update(predictions)
+        return {"": predictions}
+
+    def on_validation_epoch_end(self) -> None:
+        self.results = {"": self.scorer.compute()}
+        for name, value in self.results[""].items():
+            self.log(f"val/{name}", value, prog_bar=name in PROGRESS_BAR, rank_zero_only=True)
+
+    def on_train_end(self) -> None:
+        self.warn_of_total(self.skipped, "samples were longer than data.max_length and were skipped")
+
+    def warn_of_total(self, count: int, what: str) -> None:
+        """Warn with the sum of a count over all processes, unless it is 0."""
+        total = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="sum")
+        if total > 0:
+            rank_zero_warn(f"{int(total)} {what}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drop the frozen weights."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise a DataError unless a checkpoint holds exactly the trained weights of this module."""
+        expected = {name: list(p.shape) for name, p in self.named_parameters() if p.requires_grad}
+        saved = {name: list(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        names = sorted(
+            name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)
+        )
+        if names:
+            there, here = (shapes.get(names[0], "missing") for shapes in (saved, expected))
+            raise DataError(
+                f"--ckpt_path: the checkpoint belongs to another model or adapter: {len(names)} trained weights differ, the "
+                f"first is {names[0]}, there {there}, here {here}; use the settings of the run that wrote the checkpoint"
+            )
