@@ -31,7 +31,7 @@ from vlm_calibration.app.subject import (
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.estimators.predictions import VERBALIZED
 from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.asking import BASE, CALIBRATED, ENDPOINT, Asker
+from vlm_calibration.inference.asking import BASE, CALIBRATED, ENDPOINT, CalibratedModel
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
@@ -61,7 +61,7 @@ class PageHandlers:
     """
 
     def __init__(
-        self, model: Asker, finder: KeyObjectFinder | None = None, report: Path | None = None
+        self, model: CalibratedModel, finder: KeyObjectFinder | None = None, report: Path | None = None
     ) -> None:
         self.model = model
         self.finder = finder

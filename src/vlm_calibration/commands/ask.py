@@ -24,11 +24,12 @@ from vlm_calibration.progress import working
 from vlm_calibration.records import AnswerType, DataError, RecordError
 
 if TYPE_CHECKING:
-    from vlm_calibration.commands.questions import AnswerFile, Question
+    from vlm_calibration.commands.questions import Question
     from vlm_calibration.data.noise import Sample
+    from vlm_calibration.data.sources.images import ImageFolder
     from vlm_calibration.estimators.decision import DecisionRule
     from vlm_calibration.inference.answers import Answer
-    from vlm_calibration.inference.asking import Asker
+    from vlm_calibration.inference.asking import CalibratedModel
 
 MIN_PRINTED = 0.05
 """Probability from which on a confidence is printed among those that the model might have stated."""
@@ -88,23 +89,25 @@ def ask(
     if many.questions is None:
         if image is None or question is None:
             raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
-        for name in ("out", "root", "batch_size", "on_bad_image"):
-            if getattr(many, name):
-                option = f"--{name.replace('_', '-')}"
-                raise ArgumentError(None, f"{option} is for many questions: give --questions FILE")
+        for name, value in vars(many).items():
+            if value is not None:
+                raise ArgumentError(None, f"{_option(name)} is for many questions: give --questions FILE")
         _ask_one(image, question, answer_type, category, model, abstain, json)
         return
     if image is not None:
         raise ArgumentError(None, "give either an image and a question, or --questions FILE")
     if many.out is None:
         raise ArgumentError(None, "give --out FILE for the answers")
-    for key, value in {"answer_type": answer_type, "category": category}.items():
+    for name, value in {"answer_type": answer_type, "category": category}.items():
         if value is not None:
-            option = f"--{key.replace('_', '-')}"
             raise ArgumentError(
-                None, f'{option} is for one question; a file of questions has the key "{key}"'
+                None, f'{_option(name)} is for one question; a file of questions has the key "{name}"'
             )
     _ask_many(many, many.questions, many.out, model, abstain, json)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | None]]) -> None:
@@ -131,8 +134,7 @@ def _ask_one(
     json: bool,
 ) -> None:
     check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
-    model = load_model(options, check)
-    with closing(model):
+    with closing(load_model(options, check)) as model:
         answer = model.ask(image, question, answer_type, category)
     if answer.warning is not None:
         print(f"warning: {answer.warning}", file=sys.stderr)
@@ -173,89 +175,65 @@ def _printable(text: str) -> str:
 
 
 def _ask_many(
-    many: ManyQuestions,
-    questions: Path,
-    out: Path,
-    options: ModelOptions,
-    abstain: bool,
-    json: bool,
+    many: ManyQuestions, questions: Path, out: Path, options: ModelOptions, abstain: bool, json: bool
 ) -> None:
     from vlm_calibration.commands.questions import AnswerFile, read_questions
+    from vlm_calibration.data.sources.images import ImageFolder
 
     # Check all questions before a model is loaded.
     total = sum(1 for _ in read_questions(questions))
     asked = ((q.where, q.category) for q in read_questions(questions))
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
+    folder = ImageFolder(many.root or questions.parent)
+    skipped: list[str] = []
+    warnings: list[str] = []
     settings = {"model": model.name, "rule": None if model.rule is None else model.rule.guarantee}
     with closing(model), closing(AnswerFile(out, settings)) as answers:
         before = len(answers.done)
-        skipped, warnings = _answer_all(many, questions, model, answers, total)
-        counts = {
-            "questions": total,
-            "answered_now": len(answers.done) - before,
-            "answered_before": before,
-            "skipped": len(skipped),
-            "review": None if model.rule is None else answers.to_review,
-        }
+        pending, done = answers.pending(read_questions(questions)), min(total, before)
+        with working("ask", total, "questions", done=done) as update:
+            while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
+                samples = {}
+                for question in batch:
+                    try:
+                        samples[question] = _sample(model, folder, question)
+                    except DataError as error:
+                        if many.on_bad_image != "skip":
+                            raise
+                        skipped.append(str(error))
+                if samples:
+                    given = model.answers(list(samples.values()), [model.main])[model.main]
+                    rows = list(zip(samples, given, strict=True))
+                    answers.add([(question, answer.to_dict()) for question, answer in rows])
+                    warnings += [f"{q.where}: {answer.warning}" for q, answer in rows if answer.warning]
+                done += len(batch)
+                update(done)
+    counts = {
+        "questions": total,
+        "answered_now": len(answers.done) - before,
+        "answered_before": before,
+        "skipped": len(skipped),
+        "review": None if model.rule is None else answers.to_review,
+    }
     for message in skipped[:5]:
         print(f"left out: {_printable(message)}", file=sys.stderr)
     if warnings:
         print(f"warning: {warnings[0]} (in all {len(warnings)} such answers)", file=sys.stderr)
     if json:
         print(dumps({**counts, "out": str(out)}, ensure_ascii=False))
-    else:
-        parts = [f"{counts['answered_now']} of {total} questions answered"]
-        parts += [f"{before} answered before"] if before else []
-        parts += [f"{len(skipped)} left out"] if skipped else []
-        parts += [] if model.rule is None else [f"{answers.to_review} for review"]
-        print(f"{', '.join(parts)}: {out}")
+        return
+    parts = [f"{counts['answered_now']} of {total} questions answered"]
+    parts += [f"{before} answered before"] if before else []
+    parts += [f"{len(skipped)} left out"] if skipped else []
+    parts += [] if model.rule is None else [f"{answers.to_review} for review"]
+    print(f"{', '.join(parts)}: {out}")
 
 
-def _answer_all(
-    many: ManyQuestions,
-    questions: Path,
-    model: Asker,
-    answers: AnswerFile,
-    total: int,
-) -> tuple[list[str], list[str]]:
-    """Answer all questions without an answer in the file; returns why questions are left out, and warnings about answers."""
-    from vlm_calibration.commands.questions import read_questions
-    from vlm_calibration.data.sources.images import ImageFolder
-
-    def sample(question: Question) -> Sample | None:
-        """The question as a sample for the model; None, with a message in `skipped`, if its image is left out."""
-        try:
-            try:
-                folder.check(question.image)
-                path = folder.path(question.image)
-            except RecordError as error:
-                raise DataError(f"{question.where}: {error}") from error
-            kind, category = question.answer_type, question.category
-            return model.sample(path, question.question, kind, category, name=question.where)
-        except DataError as error:
-            if many.on_bad_image != "skip":
-                raise
-            skipped.append(str(error))
-            return None
-
-    folder = ImageFolder(many.root or questions.parent)
-    skipped: list[str] = []
-    warnings: list[str] = []
-    pending = answers.pending(read_questions(questions))
-    done = min(total, len(answers.done))
-    with working("ask", total, "questions", done=done) as update:
-        while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
-            loaded = [(question, sample(question)) for question in batch]
-            samples = [(question, of_question) for question, of_question in loaded if of_question is not None]
-            if samples:
-                system = model.systems[-1]
-                batch_answers = model.answers([of_question for _, of_question in samples], [system])[system]
-                warnings += [
-                    f"{q.where}: {a.warning}"
-                    for (q, _), a in zip(samples, batch_answers, strict=True)
-                    if a.warning
-                ]
-                answers.add([(q, a.to_dict()) for (q, _), a in zip(samples, batch_answers, strict=True)])
-            done += len(batch)
-            update(done)
-    return skipped, warnings
+def _sample(model: CalibratedModel, folder: ImageFolder, question: Question) -> Sample:
+    """The question as a sample for the model; raises a DataError that names its place if its image cannot be used."""
+    try:
+        folder.check(question.image)
+        path = folder.path(question.image)
+    except RecordError as error:
+        raise DataError(f"{question.where}: {error}") from error
+    return model.sample(path, question.question, question.answer_type, question.category, name=question.where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -200,17 +200,26 @@ def weight_files(folder: Path) -> list[Path] | None:
     return None
 
 
-def quantised_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers that quantisation replaces: all of the language model."""
-    return [name for name, part in layer_parts(model).items() if part == "language"]
+def language_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Full name -> linear layer of the language model; quantisation replaces these."""
+    layers = {name: model.get_submodule(name) for name, p in layer_parts(model).items() if p == "language"}
+    return cast(dict[str, nn.Linear], layers)
+
+
+def why_not_nf4(model: PreTrainedModel) -> str | None:
+    """Why the language model cannot be quantised to nf4, a layer whose number of inputs is no multiple of 64; else None."""
+    for name, layer in language_layers(model).items():
+        if layer.in_features % 64:
+            return f"nf4 needs layers with a multiple of 64 inputs, {name} has {layer.in_features}"
+    return None
 
 
 def _quantization(base: BaseModel) -> BitsAndBytesConfig:
     model = empty_vlm(base)
-    quantised = set(quantised_layers(model))
+    if base.quantization == "nf4" and (reason := why_not_nf4(model)):
+        raise DataError(f"{base.name_or_path}: {reason}")
+    quantised = language_layers(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if base.quantization == "nf4":
-        check_blocks(model, quantised)
     return BitsAndBytesConfig(
         load_in_8bit=base.quantization == "int8",
         load_in_4bit=base.quantization == "nf4",
@@ -219,12 +228,3 @@ def _quantization(base: BaseModel) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=torch.bfloat16 if base.dtype == "auto" else getattr(torch, base.dtype),
         llm_int8_skip_modules=[name for name in linear if name not in quantised],
     )
-
-
-def check_blocks(model: PreTrainedModel, quantised: set[str]) -> None:
-    """Check that layers can be quantised to nf4; raises ValueError if a layer's number of inputs is no multiple of 64."""
-    for name, module in model.named_modules():
-        if name in quantised and module.in_features % 64:
-            raise ValueError(
-                f"nf4 needs layers with a multiple of 64 inputs, {name} has {module.in_features}"
-            )
