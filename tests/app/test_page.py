@@ -118,7 +118,7 @@ def test_a_question_is_flagged_for_the_demo_model_alone(tmp_path: Path, handlers
     assert seen is not None
     assert (rows, message) == ([], "Ask a question.")
     (tmp_path / "own").symlink_to(DEMO_MODEL)
-    own = PageHandlers(load_calibrated(str(tmp_path / "own"), device="cpu"))
+    own = PageHandlers(load_calibrated(str(tmp_path / "own"), device="cpu"), None, tmp_path)
     if not own.model.is_demo:
         assert own.answer(SUBJECT, KEY, None, zebra, "noise", 0)[1]
 

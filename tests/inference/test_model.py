@@ -26,6 +26,7 @@ from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.system import LocalSystem
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.inference.asking import answer_type_of
 from vlm_calibration.inference.model import (
@@ -61,7 +62,7 @@ def test_editors_and_type_checkers_see_the_signature(root: Path, tmp_path: Path)
     environment = {**os.environ, "MYPYPATH": str(root / "src"), "MYPY_CACHE_DIR": str(root / ".mypy_cache")}
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert 'Revealed type is "def (base: ' in ran.stdout, ran.stdout + ran.stderr
-    assert "-> vlm_calibration.inference.model.CalibratedModel" in ran.stdout
+    assert "-> vlm_calibration.inference.asking.CalibratedModel" in ran.stdout
     assert (
         'Revealed type is "float | None"' in ran.stdout
         or 'Revealed type is "Union[float, None]"' in ran.stdout
@@ -256,11 +257,13 @@ def test_a_run_names_its_base_and_its_prompt(adapter_run: Path, tmp_path: Path) 
         json.dumps({**facts, "template": "Q: {question}", "max_new_tokens": 7, "conversation": None})
     )
     model = load_calibrated(adapter=run, device="cpu")
-    assert model.chat.prompt.template == "Q: {question}"
-    assert model.max_new_tokens == 7
-    assert (
-        load_calibrated(adapter=run, prompt="{question}?", device="cpu").chat.prompt.template == "{question}?"
-    )
+    [system, _] = model.systems.values()
+    assert isinstance(system, LocalSystem)
+    assert (system.tokenizer.chat.prompt.template, system.max_new_tokens) == ("Q: {question}", 7)
+    model = load_calibrated(adapter=run, prompt="{question}?", device="cpu")
+    [system, _] = model.systems.values()
+    assert isinstance(system, LocalSystem)
+    assert system.tokenizer.chat.prompt.template == "{question}?"
 
 
 def test_another_chat_template_is_warned_of(
@@ -285,7 +288,7 @@ def test_images_are_shrunk_as_in_the_training(adapter_run: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_a_model_without_an_adapter(asked: list[Any]) -> None:
     model = load_calibrated(str(DEMO_MODEL), device="cpu", max_new_tokens=16)
-    assert model.systems == (BASE,)
+    assert list(model.systems) == [BASE]
     assert model.ask(*asked[0]).text == _evaluated(None)[0][0]
     assert model.ask(*asked[0], as_base=True) == model.ask(*asked[0])
 

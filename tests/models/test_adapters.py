@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel
 
 from vlm_calibration.data.collate import PromptBatch
@@ -329,8 +330,9 @@ def test_a_model_has_its_kernel_dtype_and_quantization_in_eval_mode(
     model = load_base(BaseModel(model_folder, dtype, quantization, "eager"))
     assert not model.training
     assert model.config._attn_implementation == "eager"
-    kinds = {type(m).__name__ for m in model.get_decoder().modules()}
-    assert ("Linear8bitLt" in kinds) == (quantization == "int8")
+    kind = Linear8bitLt if quantization == "int8" else torch.nn.Linear
+    for name, part in layer_parts(model).items():
+        assert type(model.get_submodule(name)) is (kind if part == "language" else torch.nn.Linear), name
     assert {p.dtype for p in model.parameters()} == expected
 
 

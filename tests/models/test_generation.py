@@ -41,15 +41,6 @@ def test_generation_stops_at_the_end_of_the_turn(
     assert len(steps) == 2
 
 
-def test_generation_stops_at_the_length_limit(
-    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
-) -> None:
-    model, tokenizer = load_model(), processor.tokenizer
-    steps = _script(model, tokenizer("dog", add_special_tokens=False)["input_ids"])
-    assert generate_texts(model, prompts.inputs, tokenizer, 3) == ["dog dog dog"] * 3
-    assert len(steps) == 3
-
-
 SETTINGS = """
 "do_sample": true, "temperature": 5.0, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.5, "top_h": 0.5,
 "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "num_beams": 3, "length_penalty": -4.0, "early_stopping": true,
@@ -97,15 +88,6 @@ def _likeliest(model: Any, prompts: PromptBatch, tokenizer: Any, n: int) -> list
 def test_right_padding_is_refused(load_model: Callable[..., Any], processor: Any, batch: SFTBatch) -> None:
     with pytest.raises(ValueError, match="padded on the left"):
         generate_texts(load_model(), batch.inputs, processor.tokenizer, 3)
-
-
-def test_training_mode_and_gradients_come_back(
-    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
-) -> None:
-    model = load_model().train()
-    generate_texts(model, prompts.inputs, processor.tokenizer, 2)
-    assert torch.is_grad_enabled()
-    assert model.training
 
 
 def test_an_answer_ends_where_it_is_complete(

@@ -23,13 +23,7 @@ POLICY = (
 
 
 def serve(model: CalibratedModel, finder: KeyObjectFinder | None, report: Path, port: int) -> None:
-    """Serve the page on the loopback interface until interrupted.
-
-    Args:
-        model: the model that answers.
-        finder: finds key objects in uploaded images; None: visitors paint them.
-        report: page of the second tab; it may appear later.
-        port: port on 127.0.0.1.
+    """Serve the page on `port` of the loopback interface until interrupted; arguments as for `PageHandlers`.
 
     Raises:
         DataError: the port is in use.

@@ -163,9 +163,7 @@ def _as_text(answer: Answer) -> str:
     if len(likely) > 1:
         lines.append(f"  might have stated    {', '.join(likely)}")
     if answer.rule is not None:
-        limit = answer.rule.threshold
-        known = "no threshold" if limit is None else f"{answer.rule.estimator}, from {limit:.1%} on"
-        lines.append(f"  decision             {answer.decision} ({answer.rule.unfamiliar or known})")
+        lines.append(f"  decision             {answer.decision} ({answer.reason})")
     return "\n".join(lines)
 
 
@@ -182,7 +180,7 @@ def _ask_many(
 
     # Check all questions before a model is loaded.
     total = sum(1 for _ in read_questions(questions))
-    asked = ((q.where, q.category) for q in read_questions(questions))
+    asked = ((q.where, q.query.category) for q in read_questions(questions))
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
     folder = ImageFolder(many.root or questions.parent)
     skipped: list[str] = []
@@ -232,8 +230,9 @@ def _ask_many(
 def _sample(model: CalibratedModel, folder: ImageFolder, question: Question) -> Sample:
     """The question as a sample for the model; raises a DataError that names its place if its image cannot be used."""
     try:
-        folder.check(question.image)
-        path = folder.path(question.image)
+        folder.check(question.query.image)
+        path = folder.path(question.query.image)
     except RecordError as error:
         raise DataError(f"{question.where}: {error}") from error
-    return model.sample(path, question.question, question.answer_type, question.category, name=question.where)
+    query = question.query
+    return model.sample(path, query.question, question.answer_type, query.category, name=question.where)

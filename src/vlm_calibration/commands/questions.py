@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm_calibration.append_log import AppendLog
-from vlm_calibration.files import json_lines
-from vlm_calibration.records import AnswerType, DataError, RecordError, query_from_dict
+from vlm_calibration.files import JsonLine, json_lines
+from vlm_calibration.records import AnswerType, DataError, Query, RecordError, query_from_dict
+
+KEYS = ("id", "image", "question", "category")
+"""What an answer repeats of its question."""
 
 
 class Question(NamedTuple):
     """A line of a file of questions.
 
     Attributes:
-        id: unique in the file; the line number if the file gives none.
         where: file and line number, for messages.
-        image: path relative to the folder of images.
-        question: the text.
+        query: the question without a gold answer; its id is the line number if the file gives none.
         answer_type: None if the file does not give it.
-        category: None if the file does not give it.
     """
 
-    id: str
     where: str
-    image: str
-    question: str
+    query: Query
     answer_type: AnswerType | None
-    category: str | None
 
 
 def read_questions(path: Path) -> Iterator[Question]:
@@ -40,21 +36,21 @@ def read_questions(path: Path) -> Iterator[Question]:
     """
     seen: set[str] = set()
     for line in json_lines(path):
-        question = line.read(partial(_question, number=line.number, where=line.where))
-        if question.id in seen:
-            raise line.error(f"the id {question.id!r} comes twice")
-        seen.add(question.id)
-        yield question
+
+        def question(data: Any, line: JsonLine = line) -> Question:
+            if not isinstance(data, Mapping):
+                raise RecordError("expected an object with 'image' and 'question'")
+            given = {key: value for key, value in data.items() if value is not None}
+            query = query_from_dict({"id": line.number, "answer": "?", "answer_type": "open", **given})
+            return Question(line.where, query, given.get("answer_type"))
+
+        read = line.read(question)
+        if read.query.id in seen:
+            raise line.error(f"the id {read.query.id!r} comes twice")
+        seen.add(read.query.id)
+        yield read
     if not seen:
         raise DataError(f"{path}: no question in this file")
-
-
-def _question(data: Any, number: int, where: str) -> Question:
-    if not isinstance(data, Mapping):
-        raise RecordError("expected an object with 'image' and 'question'")
-    given = {key: value for key, value in data.items() if value is not None}
-    query = query_from_dict({"id": number, "answer": "?", "answer_type": "open", **given})
-    return Question(query.id, where, query.image, query.question, given.get("answer_type"), query.category)
 
 
 class AnswerFile(AppendLog):
@@ -93,20 +89,20 @@ class AnswerFile(AppendLog):
     def pending(self, questions: Iterator[Question]) -> Iterator[Question]:
         """The questions that have no answer yet; one of another image or text than that of the same id is a DataError."""
         for question in questions:
-            asked = self.done.get(question.id)
+            query = question.query
+            asked = self.done.get(query.id)
             if asked is None:
                 yield question
-            elif asked != (question.image, question.question):
+            elif asked != (query.image, query.question):
                 raise DataError(
-                    f"{question.where}: {self.path} holds an answer to another question under the id {question.id!r}: "
+                    f"{question.where}: {self.path} holds an answer to another question under the id {query.id!r}: "
                     "choose another --out"
                 )
 
     def add(self, rows: Sequence[tuple[Question, Mapping[str, Any]]]) -> None:
         """Append the answers to some questions; they are on the disk when this returns. Raises a DataError if they cannot be written."""
         written = [
-            {"id": q.id, "image": q.image, "question": q.question, "category": q.category, **answer}
-            for q, answer in rows
+            {**{key: getattr(question.query, key) for key in KEYS}, **answer} for question, answer in rows
         ]
         self.append(*written, sync=True)
         for row in written:
