@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,14 @@ from vlm_calibration.commands.ask import _as_text
 from vlm_calibration.commands.questions import AnswerFile
 from vlm_calibration.demo.questions import unknown_part
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.decision import AppliedRule, DecisionRule, write_rule
+from vlm_calibration.estimators.decision import AppliedRule
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
-from vlm_calibration.models.base import adapter_weights_digest
 from vlm_calibration.records import DataError
 from vlm_calibration.text.known_questions import KnownQuestions
-from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
 
 from ..command_line import Ended
+from ..decision_rules import write_decision_rule
 
 SOURCE = DemoSource("test", scenes=4)
 Call = Callable[..., Ended]
@@ -134,25 +132,10 @@ def test_an_answer_as_text() -> None:
 def decides(adapter: tuple[str, ...], tmp_path: Path) -> Callable[..., tuple[str, ...]]:
     """Options of the adapter with a decision rule beside it."""
 
-    def options(groups: dict[str, float | None], by: Any = None, **changed: Any) -> tuple[str, ...]:
+    def options(threshold: float | None = 0.5, **changed: Any) -> tuple[str, ...]:
         folder = tmp_path / "decides"
         shutil.copytree(Path(adapter[1]) / "adapter", folder, dirs_exist_ok=True)
-        rule = DecisionRule(
-            base=str(DEMO_MODEL),
-            quantization="none",
-            dtype="auto",
-            weights=adapter_weights_digest(folder),
-            prompt=DEFAULT_TEMPLATE,
-            estimator="verbalized",
-            by=by,
-            groups={name: {"threshold": value} for name, value in groups.items()},
-            limits={"max_error": 0.05, "max_sent_away": None, "certainty": 0.95},
-            correction="",
-            guarantee="At most 5% ...",
-            assumptions=[],
-            answers={},
-        )
-        write_rule(replace(rule, **changed), folder)
+        write_decision_rule(folder, threshold, **changed)
         return ("--adapter", str(folder), *adapter[2:])
 
     return options
@@ -163,14 +146,14 @@ def test_an_answer_below_the_threshold_is_not_printed(
 ) -> None:
     row = json.loads(questions.read_text().splitlines()[0])
     asked = (row["image"], row["question"])
-    ended = call(*asked, *decides({"": None}), "--abstain")
+    ended = call(*asked, *decides(None), "--abstain")
     assert (ended.status, ended.out, ended.err) == (4, "review\n", "")
-    ended = call(*asked, *decides({"": None}), "--abstain", "--json")
+    ended = call(*asked, *decides(None), "--abstain", "--json")
     assert (ended.status, json.loads(ended.out)["decision"]) == (4, "review")
-    ended = call(*asked, *decides({"": None}))
+    ended = call(*asked, *decides(None))
     assert (ended.status, "decision             review" in ended.out) == (0, True), "not asked to abstain"
     for estimator, name in (("verbalized", "stated"), ("expected", "expected"), ("likelihood", "likelihood")):
-        ended = call(*asked, *decides({"": 0.0}, estimator=estimator), "--abstain")
+        ended = call(*asked, *decides(0.0, estimator=estimator), "--abstain")
         assert ended.status == 0
         assert re.search(rf"decision             answer \({name} .*%, at least 0%\)", ended.out)
 
@@ -185,7 +168,7 @@ def test_a_question_unlike_those_of_the_calibration_set_goes_to_a_person(
         ([], row["question"], True),
         ([], "Is there a zebra in the image?", False),  # the demo's model does not know zebras
     ):
-        options = decides({"": 0.0}, questions=KnownQuestions.of(known * 20))
+        options = decides(0.0, questions=KnownQuestions.of(known * 20))
         ended = call(row["image"], asked, *options, "--abstain", "--json")
         answer = json.loads(ended.out)
         assert (ended.status, answer["decision"]) == ((0, "answer") if answered else (4, "review"))
@@ -196,7 +179,8 @@ def test_thresholds_by_category_need_one(
     call: Call, questions: Path, decides: Callable[..., tuple[str, ...]]
 ) -> None:
     row = json.loads(questions.read_text().splitlines()[0])
-    asked = (row["image"], row["question"], *decides({"colour": 0.0, "size": None}, "category"))
+    groups = {"colour": {"threshold": 0.0}, "size": {"threshold": None}}
+    asked = (row["image"], row["question"], *decides(by="category", groups=groups))
     assert call(*asked, "--category", "colour", "--abstain").status == 0
     assert call(*asked, "--category", "size", "--abstain").status == 4
     assert json.loads(call(*asked, "--json").out)["decision"] is None
@@ -224,7 +208,7 @@ def test_thresholds_of_another_model_are_refused(
     call: Call, questions: Path, decides: Callable[..., tuple[str, ...]], changed: dict[str, str], says: str
 ) -> None:
     row = json.loads(questions.read_text().splitlines()[0])
-    ended = call(row["image"], row["question"], *decides({"": 0.5}, **changed))
+    ended = call(row["image"], row["question"], *decides(**changed))
     assert ended.status == 1
     assert f"decides/thresholds.json: its thresholds were chosen with {says}" in ended.error()
 
@@ -282,7 +266,7 @@ def test_a_run_that_was_cut_off_resumes_where_it_was(
     decides: Callable[..., tuple[str, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = ["--questions", str(questions), "--batch-size", "3", *decides({"": 0.97}), "--abstain"]
+    arguments = ["--questions", str(questions), "--batch-size", "3", *decides(0.97), "--abstain"]
     assert call(*arguments, "--out", "whole.jsonl").status == 0
     whole = questions.parent / "whole.jsonl"
     below = [row["confidence"] is None or row["confidence"] < 0.97 for row in _rows(whole)]
@@ -313,7 +297,7 @@ def test_answers_under_other_settings_are_not_mixed(
     before = (questions.parent / "answers.jsonl").read_bytes()
     ended = call(*arguments, "--base", str(DEMO_MODEL))
     assert ended.error().startswith("answers.jsonl:1: written with model = '")
-    ended = call(*arguments, *decides({"": 0.5}))
+    ended = call(*arguments, *decides())
     assert ended.error().startswith("answers.jsonl:1: written with ")
     first, *rest = questions.read_text().splitlines()
     questions.write_text("\n".join([json.dumps({**json.loads(first), "question": "A cow?"}), *rest]))

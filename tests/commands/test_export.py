@@ -15,12 +15,13 @@ import yaml
 from huggingface_hub import ModelCard
 
 from vlm_calibration import cli, hub
-from vlm_calibration.estimators.decision import DecisionRule, read_rule, write_rule
+from vlm_calibration.estimators.decision import read_rule
 from vlm_calibration.inference.model import load_calibrated
-from vlm_calibration.models.base import BaseModel, adapter_digest, adapter_weights_digest
+from vlm_calibration.models.base import BaseModel, adapter_digest
 from vlm_calibration.models.loading import weights_digest
 from vlm_calibration.reporting.card import Card, load_card, save_card
 
+from ..decision_rules import write_decision_rule
 from ..wandb_log import OfflineRun
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -89,28 +90,6 @@ def test_a_copy_of_the_adapter(call: Callable[..., Any], trained: Path, tmp_path
     assert _files(trained / "adapter") == before
 
 
-def _decide(folder: Path, **changed: Any) -> DecisionRule:
-    """Write a decision rule beside an adapter."""
-    rule = DecisionRule(
-        base="b",
-        quantization="none",
-        dtype="auto",
-        weights=adapter_weights_digest(folder),
-        prompt="{question}?",
-        estimator="verbalized",
-        by=None,
-        groups={"": {"threshold": 0.8}},
-        limits={},
-        correction="",
-        guarantee="At most ...",
-        assumptions=[],
-        answers={},
-    )
-    rule = replace(rule, **changed)
-    write_rule(rule, folder)
-    return rule
-
-
 @pytest.mark.parametrize(
     ("evaluated", "merged_as"), [("auto", "auto"), ("float32", "auto"), ("auto", "float32")]
 )
@@ -118,7 +97,7 @@ def test_thresholds_stay_with_the_adapter_and_go_into_the_merged_model(
     call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str, evaluated: str, merged_as: str
 ) -> None:
     """The base's checkpoint is in float32, which "auto" therefore is."""
-    rule = _decide(trained / "adapter", dtype=evaluated)
+    rule = write_decision_rule(trained / "adapter", prompt="{question}?", dtype=evaluated)
     assert call("run", "--out", "copy")[0] == 0
     assert read_rule(tmp_path / "copy") == rule
     assert call("copy", "--out", "again")[0] == 0
@@ -147,12 +126,12 @@ def test_thresholds_stay_with_the_adapter_and_go_into_the_merged_model(
 def test_thresholds_that_do_not_hold_for_the_merged_model_are_left_out(
     call: Callable[..., Any], trained: Path, tmp_path: Path, changed: dict[str, Any], dtype: str, says: str
 ) -> None:
-    _decide(trained / "adapter", **changed)
+    write_decision_rule(trained / "adapter", **changed)
     status, out, _ = call("run", "--merge", "--out", "merged", "--dtype", dtype)
     assert status == 0
     assert f"left out the thresholds of run/adapter: {says}" in out
     assert not (tmp_path / "merged/thresholds.json").exists()
-    assert "At most ..." not in (tmp_path / "merged/README.md").read_text()
+    assert "At most 5% ..." not in (tmp_path / "merged/README.md").read_text()
 
 
 def test_the_merged_model(call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str) -> None:

@@ -186,11 +186,10 @@ def continue_adapter(
         DataError: the adapter does not exist, does not fit the model, or has no layer in `parts`.
     """
     layers = layer_parts(model)
-    folder = str(find_adapter(folder))
-    wrapped = load_adapters(model, {"default": folder})
+    wrapped = load_adapters(
+        model, dict.fromkeys(["default", REFERENCE] if reference else ["default"], folder)
+    )
     assert isinstance(wrapped, PeftModel)
-    if reference:
-        wrapped.load_adapter(folder, adapter_name=REFERENCE)
     # A difference between the two is one of their weights.
     for layer in _tuner_layers(wrapped):
         layer.lora_dropout = nn.ModuleDict({name: nn.Identity() for name in layer.lora_dropout})

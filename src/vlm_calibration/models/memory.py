@@ -27,7 +27,7 @@ class Memory(NamedTuple):
         gradients: of the trained adapter.
         optimizer: its states.
         cache: keys and values of a batch of answers at their longest.
-        activations: measured, with all else that a step allocates; None: not measured.
+        activations: measured, with all else that a step allocates; 0: not measured.
         parameters: number of parameters, adapters included.
         trained: number of trained ones.
     """
@@ -36,13 +36,13 @@ class Memory(NamedTuple):
     gradients: int = 0
     optimizer: int = 0
     cache: int = 0
-    activations: int | None = None
+    activations: int = 0
     parameters: int = 0
     trained: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.cache + (self.activations or 0)
+        return self.weights + self.gradients + self.optimizer + self.cache + self.activations
 
 
 def model_memory(
