@@ -14,13 +14,11 @@ from PIL import Image
 
 from vlm_calibration import cli
 from vlm_calibration.commands.ask import _as_text
-from vlm_calibration.commands.questions import AnswerFile
 from vlm_calibration.demo.questions import unknown_part
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.decision import AppliedRule
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
-from vlm_calibration.records import DataError
 from vlm_calibration.text.known_questions import KnownQuestions
 
 from ..command_line import Ended
@@ -306,25 +304,19 @@ def test_answers_under_other_settings_are_not_mixed(
     assert (questions.parent / "answers.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"id": "a", "model": "m"}',
-        '{"model": "m"}',
-        '{"id": [], "image": "", "question": "", "model": "m"}',
-        "{}\nnot finished",
-    ],
-)
-def test_a_line_that_is_no_answer_is_named_and_the_file_stays(tmp_path: Path, line: str) -> None:
-    path, text = (
-        tmp_path / "a.jsonl",
-        '{"id": "b", "image": "", "question": "", "model": "m"}\n' + line + "\n",
+@pytest.mark.parametrize("line", ['{"id": "a"}', '{"id": [], "image": "", "question": ""}', "{}"])
+def test_a_line_that_is_no_answer_is_named_and_the_file_stays(
+    call: Call, questions: Path, tmp_path: Path, line: str
+) -> None:
+    path, settings = tmp_path / "a.jsonl", {"model": str(DEMO_MODEL), "rule": None}
+    rows = [{"id": "b", "image": "", "question": ""}, json.loads(line)]
+    path.write_text("".join(json.dumps({**row, **settings}) + "\n" for row in rows) + "not finished")
+    before = path.read_text()
+    ended = call("--questions", str(questions), "--out", "a.jsonl", "--base", str(DEMO_MODEL))
+    assert ended.error().startswith(
+        "a.jsonl:2: damaged: not an answer that `ask` wrote: choose another --out"
     )
-    path.write_text(text)
-    for _ in range(2):
-        with pytest.raises(DataError, match=rf"{path}:2: .*choose another --out"):
-            AnswerFile(path, {"model": "m"})
-    assert path.read_text() == text
+    assert path.read_text() == before
 
 
 def test_bad_images_stop_the_run_or_are_counted(
