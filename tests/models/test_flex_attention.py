@@ -103,19 +103,6 @@ def test_it_is_refused_without_a_gpu(model_folder: str, monkeypatch: pytest.Monk
             load(base, "cpu")
 
 
-def test_a_model_that_cannot_use_it_is_named(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = BaseModel(model_folder, attn_implementation=FLEX)
-    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", None)
-    empty = loading.empty_vlm(base)
-    monkeypatch.setattr(loading, "empty_vlm", lambda base: empty)
-    empty.get_decoder().config.attention_dropout = 0.1
-    with pytest.raises(DataError, match=r"trains with attention_dropout 0\.1: leave it out"):
-        load_base(base, "cuda")
-    monkeypatch.setattr(type(empty.get_decoder()), "_supports_attention_backend", False)
-    with pytest.raises(DataError, match="LlamaModel computes its own attention: leave it out"):
-        load_base(base, "cuda")
-
-
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
 def test_the_language_model_uses_it_and_the_tower_keeps_its_own(family: str, tmp_path: Path) -> None:
     """transformers itself refuses Qwen's models."""

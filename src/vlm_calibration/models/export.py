@@ -86,25 +86,23 @@ def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
 
 @torch.no_grad()
 def _merge_layers(layers: dict[str, LoraLayer], dtype: torch.dtype) -> None:
-    """Merge each layer; raise a ValueError if one with an update or all are unchanged, or a change is lost in the dtype."""
-    unchanged, stuck, lost = [], [], []
+    """Merge each layer; raise a ValueError if an update does not change its weight in the dtype, or there is none."""
+    lost, has_update = [], False
     for name, layer in layers.items():
         before = layer.get_base_layer().weight.detach().clone()
-        # A layer behind the last one that a model uses has no update.
         updates = [*layer.lora_B.parameters(), *layer.lora_embedding_B.parameters()]
         layer.merge(safe_merge=True)
-        after = layer.get_base_layer().weight
-        if torch.equal(before, after):
-            unchanged.append(name)
-            stuck += [name] if any(bool(update.any()) for update in updates) else []
-        elif torch.equal(before.to(dtype), after.to(dtype)):
-            lost.append(name)
-    if stuck:
-        raise ValueError(f"{len(stuck)} of {len(layers)} layers are unchanged, the first is {stuck[0]}")
-    if len(unchanged) == len(layers):
+        # A layer behind the last one that a model uses has no update.
+        if any(bool(update.any()) for update in updates):
+            has_update = True
+            if torch.equal(before.to(dtype), layer.get_base_layer().weight.to(dtype)):
+                lost.append(name)
+    if not has_update:
         raise ValueError("all its updates are zero: it was never trained")
     if lost:
-        raise ValueError(f"the updates of {len(lost)} layers are too small for {dtype}: merge in float32")
+        raise ValueError(
+            f"the updates of {len(lost)} of {len(layers)} layers change nothing in {dtype}, the first is {lost[0]}: merge in float32"
+        )
 
 
 def save_merged(model: PreTrainedModel, base: BaseModel, folder: Path) -> None:
