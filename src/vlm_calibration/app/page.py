@@ -124,7 +124,7 @@ class PageHandlers:
             seen = seen.repeat(factor, axis=0).repeat(factor, axis=1)
             if unknown := "Ask a question." if asked == "?" else self.model.unknown_part(question):
                 raise DataError(unknown)
-            answers = self.model.answers([sample], self.model.systems)
+            answers = self.model.answers([sample])
         except DataError as error:
             return seen, [], plain(str(error))
         first = {system: of_system[0] for system, of_system in answers.items()}
@@ -140,7 +140,7 @@ class PageHandlers:
         strengths = LinearLevels().strengths()
         try:
             samples = self._samples(subject, choice, editor, question, kind, strengths)
-            curves = self.model.answers(samples, self.model.systems)
+            curves = self.model.answers(samples)
         except DataError:
             return None  # `answer` says why, or the image is untouched and nothing is painted yet
         points = [

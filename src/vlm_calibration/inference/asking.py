@@ -33,7 +33,7 @@ from vlm_calibration.text.confidence import strip_confidence
 BASE, CALIBRATED, ENDPOINT = "base", "calibrated", "endpoint"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CalibratedModel:
     """A model in this process, with or without an adapter, or behind an address, that answers questions about images.
 
