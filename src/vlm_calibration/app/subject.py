@@ -66,11 +66,7 @@ def demo_subject(index: int) -> Subject:
 
 
 def uploaded_subject(path: str | Path) -> Subject:
-    """Read an uploaded image.
-
-    Raises:
-        DataError: it cannot be used; the message does not reveal its path.
-    """
+    """Read an uploaded image; raises a DataError that does not reveal its path if it cannot be used."""
     image = pixels_of(path, MAX_PIXELS, name="the image")
     return Subject(with_longer_side(image, MAX_SIDE) if max(image.shape) > MAX_SIDE else image)
 
@@ -90,13 +86,7 @@ def painted(editor: Editor, shape: Sequence[int]) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class KeyObjectFinder:
-    """Finds the objects of a question in an image.
-
-    Attributes:
-        describer: names the objects of the question.
-        detector: finds boxes of these objects.
-        segmenter: turns boxes into masks.
-    """
+    """Finds the objects of a question in an image: names, boxes, then masks."""
 
     describer: Describer
     detector: Detector
@@ -123,10 +113,9 @@ class KeyObjectFinder:
 def key_object(
     subject: Subject, choice: str, editor: Editor, question: str, finder: KeyObjectFinder | None
 ) -> np.ndarray:
-    """The mask of the key object, bool [H, W]; `choice` is the name of an object, `DETECTED`, `DRAWN` or `WHOLE`.
+    """The mask of the key object, bool [H, W], or a DataError that tells what to do.
 
-    Raises:
-        DataError: the key object is unknown; the message tells what to do.
+    `choice` is the name of an object, `DETECTED`, `DRAWN` or `WHOLE`.
     """
     if choice in subject.objects:
         return subject.objects[choice]

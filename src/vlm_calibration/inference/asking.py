@@ -63,11 +63,7 @@ class CalibratedModel:
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def answers(self, samples: Sequence[Sample], systems: Iterable[str] = ()) -> dict[str, list[Answer]]:
-        """Answer one batch of samples, which `sample` makes, with some systems, or else with all.
-
-        Returns:
-            System -> its answers, in the order of the samples.
-        """
+        """Answer one batch of samples from `sample` with some systems, or else all; returns system -> its answers in their order."""
         answers = {}
         shared = nullcontext() if self.model is None else shared_vision(self.model)
         with self._one_at_a_time, shared:
@@ -132,7 +128,7 @@ class CalibratedModel:
         *,
         as_base: bool = False,
     ) -> Answer:
-        """Ask one question.
+        """Ask one question; raises a DataError if it or its image cannot be used.
 
         Args:
             image: a path, the bytes of a file, a Pillow image, or uint8 [H, W, 3].
@@ -140,29 +136,18 @@ class CalibratedModel:
             answer_type: "yes_no", "short" or "open"; None: recognised from the question.
             category: of the question, for thresholds by category; without it they decide nothing.
             as_base: answer without the adapter.
-
-        Raises:
-            DataError: the image or the question cannot be used.
         """
         return next(self.ask_many([(image, question, answer_type, category)], as_base=as_base))
 
     def ask_many(
-        self,
-        questions: Iterable[tuple[Any, ...]],
-        batch_size: int = 8,
-        *,
-        as_base: bool = False,
+        self, questions: Iterable[tuple[Any, ...]], batch_size: int = 8, *, as_base: bool = False
     ) -> Iterator[Answer]:
-        """Ask many questions; yields their answers in the same order.
+        """Ask many questions; yields their answers in the same order, and raises as `ask`.
 
         Args:
             questions: image, question and optionally answer type and category, as for `ask`; consumed one batch at a time.
-            batch_size: questions answered together; the answers do not depend on it.
+            batch_size: questions answered together, at least 1; the answers do not depend on it.
             as_base: answer without the adapter.
-
-        Raises:
-            DataError: an image or a question cannot be used.
-            ValueError: `batch_size` below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
@@ -183,16 +168,12 @@ class CalibratedModel:
         mask: Any = None,
         perturbation: Perturbation = CLEAN,
     ) -> Sample:
-        """Prepare a question about an image for the model.
+        """Prepare a question about an image for the model; arguments and errors as for `ask`.
 
         Args:
-            image, question, answer_type, category: as for `ask`.
             name: name of the question in messages, and seed of the perturbation.
             mask: region to perturb, bool [H, W]; None: the whole image stays untouched.
             perturbation: what happens to the region.
-
-        Raises:
-            DataError: the image or the question cannot be used.
         """
         if not question.strip():
             raise DataError(f"{name}: the question is empty")
@@ -205,11 +186,7 @@ class CalibratedModel:
 
 
 def served_model(endpoint: Endpoint, max_new_tokens: int) -> CalibratedModel:
-    """A model behind an address. Images are sent as they are, and perturbed at native resolution.
-
-    Raises:
-        DataError: see `EndpointSystem`.
-    """
+    """A model behind an address, as for `EndpointSystem`. Images are sent as they are, and perturbed at native resolution."""
     return CalibratedModel(
         f"{endpoint.model} at {endpoint.url}",
         {ENDPOINT: EndpointSystem(ENDPOINT, endpoint, [ExpectedConfidence()], max_new_tokens)},

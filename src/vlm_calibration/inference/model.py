@@ -120,26 +120,14 @@ def load_calibrated(
 
 
 def rule_of(base: BaseModel, adapter: str | Path | None) -> DecisionRule | None:
-    """The decision rule beside an adapter, or beside a base model's own weights; None if there is none.
-
-    Raises:
-        DataError: there is no such adapter, or the file is not a rule.
-    """
+    """The decision rule beside an adapter, or beside a base model's own weights; None if there is none, DataError if it is broken."""
     return read_rule(find_adapter(adapter) if adapter is not None else _model_files(base))
 
 
 def _check_rule(
-    rule: DecisionRule,
-    files: Path,
-    adapter: Path | None,
-    model: BaseModel,
-    prompt: ElicitationPrompt,
+    rule: DecisionRule, files: Path, adapter: Path | None, model: BaseModel, prompt: ElicitationPrompt
 ) -> None:
-    """Refuse a decision rule that does not hold for this model; warn if the base model is quantised otherwise.
-
-    Raises:
-        DataError: see `check_rule`; or the model has no such estimator.
-    """
+    """Refuse a decision rule that does not hold for this model; warn if the base model is quantised otherwise."""
     path = files / THRESHOLDS
     weights = weights_digest(model) if adapter is None else adapter_weights_digest(adapter)
     check_rule(rule, path, weights, prompt.template)
@@ -166,11 +154,7 @@ def _name(base: BaseModel, adapter: Path | None) -> str:
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
-    """The device, checked before anything is loaded; for None, a GPU if there is one.
-
-    Raises:
-        DataError: there is no such device.
-    """
+    """The device, checked before anything is loaded; for None, a GPU if there is one."""
     try:
         usable = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:

@@ -65,10 +65,7 @@ class BaseModel:
 
 
 def find_adapter(run: str | Path) -> Path:
-    """The folder of an adapter: `run` itself, `adapter` in it, or a download from the Hub.
-
-    Args:
-        run: a run directory, the folder of an adapter, or a name on the Hub, `owner/name` or `owner/name@revision`.
+    """The folder of an adapter: that of a run, of the adapter itself, or downloaded from the Hub, `owner/name[@revision]`.
 
     Raises:
         DataError: there is no adapter, or the file of its weights is truncated.
@@ -173,11 +170,7 @@ def describe(base: BaseModel) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a file with one JSON object.
-
-    Raises:
-        DataError: the file cannot be read, or is not a JSON object.
-    """
+    """Read a file with one JSON object; raises a DataError if it cannot be read, or has another form."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object")
