@@ -350,22 +350,16 @@ def test_bad_images_stop_the_run_or_are_counted(
         ("{", ":2: not JSON"),
         ("[]", ":2: expected an object with 'image' and 'question'"),
         ('{"image": "a.png"}', ":2: 'question' must be a non-empty string"),
-        ('{"image": "a.png", "question": "?", "colour": 1}', ":2: unknown key 'colour'"),
-        ('{"image": "a.png", "question": "?", "id": 7.5}', ":2: 'id' must be a non-empty string"),
         ('{"image": "a.png", "question": "?", "answer_type": "x"}', ":2: 'answer_type' must be one of"),
-        ('{"image": "a.png", "question": "?", "category": 1}', ":2: 'category' must be a non-empty string"),
         ('{"image": "a.png", "question": "?", "id": "1"}', ":2: the id '1' comes twice"),
-        (b"\xff", ":2: not UTF-8"),
     ],
 )
 def test_bad_lines_are_named_before_a_model_is_loaded(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str | bytes, says: str
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, says: str
 ) -> None:
     monkeypatch.setattr("vlm_calibration.commands.ask.load_model", lambda *_: pytest.fail("loaded"))
     path = tmp_path / "q.jsonl"
-    path.write_bytes(
-        b'{"image": "a.png", "question": "A dog?"}\n' + (line if isinstance(line, bytes) else line.encode())
-    )
+    path.write_text('{"image": "a.png", "question": "A dog?"}\n' + line)
     ended = call("--questions", "q.jsonl", "--out", "a.jsonl")
     assert ended.error().startswith(f"q.jsonl{says}")
     assert not (tmp_path / "a.jsonl").exists()

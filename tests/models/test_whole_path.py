@@ -20,24 +20,25 @@ from vlm_calibration.data.collate import IGNORE, SFTBatch
 from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.adapters import using_adapter
-from vlm_calibration.models.base import Quantization
 from vlm_calibration.models.forward import labelled_logits, unwrap_peft
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_response
 
-from .families import randomize_adapters
+from .families import FOUR, randomize_adapters
 from .processors import FAMILIES, cached_family
 from .runs import LORA, Run, run_through, write_records
 
 pytestmark = pytest.mark.slow
 
-CASES: list[tuple[str, Quantization]] = [
-    *((name, "none") for name in FAMILIES),
-    ("qwen2_5_vl", "nf4"),
+EVERY_TIME = [*((name, "none") for name in (*FOUR, "paligemma2")), ("qwen2_5_vl", "nf4")]
+CASES = [
+    *EVERY_TIME,
+    *((name, "none") for name in FAMILIES if name not in dict(EVERY_TIME)),
     ("qwen2_5_vl", "int8"),
 ]
+"""The others are nightly: each differs little from one that is run every time."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,13 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_records(tmp_path_factory.mktemp("records"))
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(case, id="-".join(case), marks=[] if case in EVERY_TIME else pytest.mark.nightly)
+        for case in CASES
+    ],
+)
 def run(request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     name, quantization = request.param
     return run_through(cached_family(name), quantization, records, tmp_path_factory.mktemp(name))
