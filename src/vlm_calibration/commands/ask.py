@@ -232,7 +232,8 @@ def _ask_many(
     log = AppendLog(out, settings, "choose another --out")
     with closing(model), closing(log):
         log.open()
-        to_review, answered = 0, {}
+        answered: dict[str, tuple[str, str]] = {}
+        to_review = 0
         for row in _read_answers(log):
             answered[row["id"]] = (row["image"], row["question"])
             to_review += row.get("decision") == "review"

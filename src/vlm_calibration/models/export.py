@@ -87,7 +87,8 @@ def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
 @torch.no_grad()
 def _merge_layers(layers: dict[str, LoraLayer], dtype: torch.dtype) -> None:
     """Merge each layer; raise a ValueError if an update does not change its weight in the dtype, or there is none."""
-    lost, has_update = [], False
+    lost: list[str] = []
+    has_update = False
     for name, layer in layers.items():
         before = layer.get_base_layer().weight.detach().clone()
         updates = [*layer.lora_B.parameters(), *layer.lora_embedding_B.parameters()]
