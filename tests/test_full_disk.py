@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks import logger as logging
 from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
 from vlm_calibration.commands.data_fetch import _download
 from vlm_calibration.commands.data_split import split
-from vlm_calibration.commands.questions import AnswerFile, Question
 from vlm_calibration.commands.report import report
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction
@@ -152,8 +152,7 @@ def _answered(folder: Path) -> None:
 
 
 def _asked(folder: Path) -> None:
-    answers = AnswerFile(folder / "answers.jsonl", {})
-    answers.add([(Question("q", "1", "a.png", "?", None, None), {"text": "Yes" * 10_000})])
+    AppendLog(folder / "answers.jsonl", {}, "").append({"id": "q", "text": "Yes" * 10_000}, sync=True)
 
 
 def _limit_what_follows(largest: int = 3_000) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vlm_calibration.data.longest import LongestQueries
+from vlm_calibration.commands.memory_rows import LongestQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.benchmark import AmberSource, PopeSource

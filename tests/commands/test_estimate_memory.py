@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import lightning as L
@@ -19,8 +19,8 @@ from vlm_calibration.stages.optimization import OptimizerSettings
 
 from ..models.published import MODELS
 from ..models.steps import allocated
-from .conftest import CONFIGS
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(p.stem for p in (CONFIGS / "model").glob("*.yaml") if p.stem != "qlora")
 BEHIND = "qwen2_5_vl_7b"
 """The preset that `qlora.yaml` quotes itself behind."""
@@ -30,6 +30,12 @@ BEHIND = "qwen2_5_vl_7b"
 def program_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["vlm-calibration"])
     monkeypatch.setenv("COLUMNS", "240")
+
+
+def _published(name: str, folder: Path) -> str:
+    """Save the configuration of a published model, by the name of its file; returns the folder."""
+    MODELS[name].config().save_pretrained(folder)
+    return str(folder)
 
 
 def _rows(out: str) -> dict[str, list[str]]:
@@ -55,22 +61,18 @@ def test_every_file_is_of_a_published_model() -> None:
         *(pytest.param(n, marks=pytest.mark.nightly) for n in MODELS if n != "smolvlm2_256m"),
     ],
 )
-def test_files_quote_the_command(
-    published: Callable[[str], str], capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_files_quote_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     overlays = [BEHIND, "qlora"] if name == "qlora" else [name]
     configs = [a for n in ("sft", *(f"model/{o}" for o in overlays)) for a in ("--config", n)]
-    folder = published(overlays[0])
+    folder = _published(overlays[0], tmp_path)
     assert main(["estimate-memory", *configs, "--model.init_args.base.name_or_path", folder]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
     assert line in (CONFIGS / "model" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.slow
-def test_overlays_alone_are_of_all_stages(
-    published: Callable[[str], str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = ["--model.init_args.base.name_or_path", published("qwen2_5_vl_7b")]
+def test_overlays_alone_are_of_all_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = ["--model.init_args.base.name_or_path", _published("qwen2_5_vl_7b", tmp_path)]
     assert main(["estimate-memory", "--config", "model/qwen2_5_vl_7b", *folder, "--tokens=1000"]) == 0
     out = capsys.readouterr().out
     for stage in ("sft", "dpo", "levels", "eval/jsonl"):

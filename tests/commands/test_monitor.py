@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vlm_calibration.cli import main
-from vlm_calibration.commands.questions import AnswerFile, Question
+from vlm_calibration.files import write_rows
 from vlm_calibration.metrics.drift import drift_test
 
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, None)
@@ -162,11 +162,12 @@ def test_the_answers_of_ask_by_type_and_category(
     evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "asked.jsonl"
-    file = AnswerFile(path, {"model": "m", "review_below": None})
-    for i, row in enumerate(answers(60, 4)):
-        question = Question(str(i), f"q:{i}", f"{i}.png", "Is there a dog?", None, row["category"])
-        file.add([(question, {"confidence": row["confidence"], "answer_type": "yes_no"})])
-    file.close()
+    question = {"question": "Is there a dog?", "answer_type": "yes_no", "model": "m", "rule": None}
+    rows = [
+        {"id": f"q:{i}", "image": f"{i}.png", "confidence": row["confidence"], "category": row["category"]}
+        for i, row in enumerate(answers(60, 4))
+    ]
+    write_rows(path, [{**row, **question} for row in rows], lines=True)
     status, result = monitored("--reference", evaluation / "sft", "--new", path, "--by", "answer_type")
     assert (status, result["overall"]["new_n"]) == (0, 60)
     assert result["groups"]["yes_no"]["new_n"] == 60

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.decision import AppliedRule, DecisionRule, write_rule
+from vlm_calibration.estimators.decision import AppliedRule
 from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated
-from vlm_calibration.models.base import adapter_weights_digest
-from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
+from vlm_calibration.inference.model import load_calibrated
+
+from ..decision_rules import write_decision_rule
 
 
 @pytest.mark.parametrize(
@@ -66,22 +66,7 @@ def test_the_expected_confidence_of_a_rule_is_that_of_the_evaluation(
     asked = [(source.load(query).image, query.question) for query in source.queries()]
     folder = tmp_path / "adapter"
     shutil.copytree(adapter_run / "adapter", folder)
-    rule = DecisionRule(
-        base=str(DEMO_MODEL),
-        quantization="none",
-        dtype="auto",
-        weights=adapter_weights_digest(folder),
-        prompt=DEFAULT_TEMPLATE,
-        estimator="expected",
-        by=None,
-        groups={"": {"threshold": 0.5}},
-        limits={},
-        correction="",
-        guarantee="",
-        assumptions=[],
-        answers={},
-    )
-    write_rule(rule, folder)
+    write_decision_rule(folder, estimator="expected")
     deciding = load_calibrated(adapter=folder, device="cpu", max_new_tokens=16)
     for answer in deciding.ask_many(asked):
         assert answer.rule is not None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.system import LocalSystem
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.inference.asking import answer_type_of
 from vlm_calibration.inference.model import (
@@ -41,45 +40,21 @@ from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError
 from vlm_calibration.text.confidence import strip_confidence
 
-SNIPPET = """
-import vlm_calibration
-from vlm_calibration import Answer, load_calibrated
-
-model = load_calibrated("base", "adapter", device="cpu")
-reveal_type(load_calibrated)
-reveal_type(model.ask("a.png", "A dog?").confidence)
-load_calibrated(devise="cpu")
-vlm_calibration.load_calibratd
-"""
-
-
-@pytest.mark.nightly
-@pytest.mark.slow
-def test_editors_and_type_checkers_see_the_signature(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "snippet.py").write_text(SNIPPET)
-    command = [sys.executable, "-m", "mypy", "--config-file", str(root / "pyproject.toml"), "snippet.py"]
-    environment = {**os.environ, "MYPYPATH": str(root / "src"), "MYPY_CACHE_DIR": str(root / ".mypy_cache")}
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert 'Revealed type is "def (base: ' in ran.stdout, ran.stdout + ran.stderr
-    assert "-> vlm_calibration.inference.model.CalibratedModel" in ran.stdout
-    assert (
-        'Revealed type is "float | None"' in ran.stdout
-        or 'Revealed type is "Union[float, None]"' in ran.stdout
-    )
-    assert 'Unexpected keyword argument "devise" for "load_calibrated"' in ran.stdout
-    assert 'has no attribute "load_calibratd"' in ran.stdout
-
 
 @pytest.mark.parametrize(
-    ("device", "says"),
+    ("settings", "says"),
     [
-        ("cuda:99", "device: 'cuda:99' needs a GPU, found"),
-        ("cudda", 'device: expected "cpu", "cuda" or "cuda:N", found \'cudda\''),
+        ({"base": "no/model", "device": "cuda:99"}, "device: 'cuda:99' needs a GPU, found"),
+        ({"device": "cudda"}, 'device: expected "cpu", "cuda" or "cuda:N", found \'cudda\''),
+        ({}, "nothing to ask: give a base model, an adapter, or both"),
+        ({"adapter": "{tmp}"}, "no adapter at {tmp}"),
+        ({"base": "{tmp}"}, "cannot load a model from '{tmp}'"),
     ],
 )
-def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(device: str, says: str) -> None:
-    with pytest.raises(DataError, match=f"^{re.escape(says)}"):
-        load_calibrated("no/model", device=device)
+def test_what_cannot_be_loaded_is_named(settings: dict[str, str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_calibrated(**{name: value.format(tmp=tmp_path) for name, value in settings.items()})
+    assert str(caught.value).startswith(says.format(tmp=tmp_path))
 
 
 SOURCE = DemoSource("test", scenes=4)
@@ -107,7 +82,7 @@ def _evaluated(adapter: Path | None) -> list[tuple[str, float | None, float | No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 5, 12])
+@pytest.mark.parametrize("batch_size", [1, 5])
 def test_answers_are_those_of_an_evaluation(
     calibrated: CalibratedModel, adapter_run: Path, asked: list[Any], batch_size: int
 ) -> None:
@@ -117,16 +92,6 @@ def test_answers_are_those_of_an_evaluation(
         assert [(a.text, a.confidence) for a in answers] == [(t, c) for t, c, _ in reference]
         assert [a.answer for a in answers] == [strip_confidence(t) for t, _, _ in reference]
         np.testing.assert_allclose([a.expected for a in answers], [e for _, _, e in reference], atol=2e-4)
-
-
-@pytest.mark.slow
-def test_an_adapter_answers_otherwise_than_its_base(calibrated: CalibratedModel, asked: list[Any]) -> None:
-    with_adapter = [a.text for a in calibrated.ask_many(asked)]
-    without = [a.text for a in calibrated.ask_many(asked, as_base=True)]
-    assert with_adapter != without
-    both = calibrated.answers([calibrated.sample(*q) for q in asked], calibrated.systems)
-    assert [a.text for a in both[CALIBRATED]] == with_adapter
-    assert [a.text for a in both[BASE]] == without
 
 
 def test_the_distribution_says_what_is_stated_and_expected(
@@ -150,6 +115,15 @@ def test_many_questions_are_answered_as_they_come(calibrated: CalibratedModel, a
     assert list(calibrated.ask_many([])) == []
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         next(calibrated.ask_many(asked, batch_size=0))
+
+
+@pytest.mark.slow
+def test_both_systems_answer_one_batch(calibrated: CalibratedModel, asked: list[Any]) -> None:
+    both = calibrated.answers([calibrated.sample(*q) for q in asked])
+    texts = {name: [a.text for a in answers] for name, answers in both.items()}
+    assert texts[CALIBRATED] == [a.text for a in calibrated.ask_many(asked)]
+    assert texts[BASE] == [a.text for a in calibrated.ask_many(asked, as_base=True)]
+    assert texts[CALIBRATED] != texts[BASE]
 
 
 @pytest.mark.slow
@@ -227,12 +201,10 @@ def test_a_bomb_is_refused_from_its_header(calibrated: CalibratedModel) -> None:
     ("question", "expected"),
     [
         ("Is there a dog in the image?", "yes_no"),
-        ("  Aren't these horses?", "yes_no"),
-        ('"Do you see a cat?"', "yes_no"),
+        ('  "Aren\'t these horses?"', "yes_no"),
         ("Is it a dog or a cat?", "short"),
         ("What is at the top left?", "short"),
         ("Isolate the object.", "short"),
-        ("How many dogs are there?", "short"),
     ],
 )
 def test_the_kind_of_a_question_is_told_from_its_words(question: str, expected: str) -> None:
@@ -256,11 +228,13 @@ def test_a_run_names_its_base_and_its_prompt(adapter_run: Path, tmp_path: Path) 
         json.dumps({**facts, "template": "Q: {question}", "max_new_tokens": 7, "conversation": None})
     )
     model = load_calibrated(adapter=run, device="cpu")
-    assert model.chat.prompt.template == "Q: {question}"
-    assert model.max_new_tokens == 7
-    assert (
-        load_calibrated(adapter=run, prompt="{question}?", device="cpu").chat.prompt.template == "{question}?"
-    )
+    [system, _] = model.systems.values()
+    assert isinstance(system, LocalSystem)
+    assert (system.tokenizer.chat.prompt.template, system.max_new_tokens) == ("Q: {question}", 7)
+    model = load_calibrated(adapter=run, prompt="{question}?", device="cpu")
+    [system, _] = model.systems.values()
+    assert isinstance(system, LocalSystem)
+    assert system.tokenizer.chat.prompt.template == "{question}?"
 
 
 def test_another_chat_template_is_warned_of(
@@ -285,18 +259,9 @@ def test_images_are_shrunk_as_in_the_training(adapter_run: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_a_model_without_an_adapter(asked: list[Any]) -> None:
     model = load_calibrated(str(DEMO_MODEL), device="cpu", max_new_tokens=16)
-    assert model.systems == (BASE,)
+    assert list(model.systems) == [BASE]
     assert model.ask(*asked[0]).text == _evaluated(None)[0][0]
     assert model.ask(*asked[0], as_base=True) == model.ask(*asked[0])
-
-
-def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="give a base model, an adapter, or both"):
-        load_calibrated()
-    with pytest.raises(DataError, match=f"no adapter at {tmp_path}"):
-        load_calibrated(adapter=tmp_path)
-    with pytest.raises(DataError, match="cannot load a model from '"):
-        load_calibrated(str(tmp_path))
 
 
 def test_models_trained_anew_have_another_name(adapter_run: Path, tmp_path: Path) -> None:
@@ -324,19 +289,10 @@ def test_the_package_offers_what_it_says() -> None:
 
 
 @pytest.mark.slow
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, vlm_calibration; print(sorted({'torch', 'transformers', 'gradio'} & set(sys.modules)))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
-
-
-@pytest.mark.slow
-def test_a_served_text_is_read_without_torch() -> None:
+def test_a_served_text_is_read_without_anything_heavy() -> None:
     code = (
         "import sys; from vlm_calibration import parse_confidence; print(parse_confidence('Yes. Confidence: 80%'), "
-        "sorted({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
+        "sorted({'torch', 'transformers', 'lightning', 'gradio'} & set(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "0.8 []"

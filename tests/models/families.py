@@ -1,4 +1,4 @@
-"""Tiny vision-language models of twelve families with random weights, and prompts for them, without a network."""
+"""Tiny vision-language models of nine families with random weights, and prompts for them, without a network."""
 
 from __future__ import annotations
 
@@ -119,29 +119,10 @@ def _llava_clip(spec: Spec) -> tuple[Any, Any]:
     )
 
 
-def _llava_siglip(spec: Spec) -> tuple[Any, Any]:
-    return tf.LlavaForConditionalGeneration, tf.LlavaConfig(
-        vision_config=_siglip(),
-        text_config=tf.LlamaConfig(**spec.text()),
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-        **spec.llava_tokens,
-    )
-
-
 def _llava_mistral(spec: Spec) -> tuple[Any, Any]:
     vision, text = tf.CLIPVisionConfig(**VISION), tf.MistralConfig(**spec.text(sliding_window=WIDE))
     return tf.LlavaForConditionalGeneration, tf.LlavaConfig(
         vision_config=vision, text_config=text, **spec.llava_tokens
-    )
-
-
-def _idefics3(spec: Spec) -> tuple[Any, Any]:
-    return tf.Idefics3ForConditionalGeneration, tf.Idefics3Config(
-        vision_config=dict(VISION),
-        text_config=tf.LlamaConfig(**spec.text()),
-        image_token_id=spec.image,
-        scale_factor=2,
     )
 
 
@@ -151,14 +132,6 @@ def _smolvlm(spec: Spec) -> tuple[Any, Any]:
         text_config=tf.LlamaConfig(**spec.text()),
         image_token_id=spec.image,
         scale_factor=2,
-    )
-
-
-def _qwen2_vl(spec: Spec) -> tuple[Any, Any]:
-    vision = {**QWEN_VISION, "embed_dim": 32, "mlp_ratio": 2, "hidden_size": spec.width}
-    text = spec.text(rope_parameters=spec.mrope())
-    return tf.Qwen2VLForConditionalGeneration, tf.Qwen2VLConfig(
-        text_config=text, vision_config=vision, **spec.qwen_tokens
     )
 
 
@@ -251,11 +224,8 @@ def _paligemma2(spec: Spec) -> tuple[Any, Any]:
 
 FAMILIES: dict[str, Callable[[Spec], tuple[Any, Any]]] = {
     "llava_clip": _llava_clip,
-    "llava_siglip": _llava_siglip,
     "llava_mistral": _llava_mistral,
-    "idefics3": _idefics3,
     "smolvlm": _smolvlm,
-    "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "internvl": _internvl,

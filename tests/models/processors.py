@@ -204,10 +204,6 @@ def _qwen(
     return Family(name, qwen_processor, spec, "<|image_pad|>", "<|im_end|>")
 
 
-def _qwen2_vl() -> Family:
-    return _qwen("qwen2_vl", tf.Qwen2VLProcessor, tf.Qwen2VLImageProcessor, tf.Qwen2VLVideoProcessor)
-
-
 def _qwen2_5_vl(**images: Any) -> Family:
     processor, videos = tf.Qwen2_5_VLProcessor, tf.Qwen2VLVideoProcessor
     return _qwen("qwen2_5_vl", processor, tf.Qwen2VLImageProcessor, videos, **images)
@@ -218,41 +214,23 @@ def _qwen3_vl(**images: Any) -> Family:
     return _qwen("qwen3_vl", processor, tf.Qwen2VLImageProcessor, videos, system=False, **images)
 
 
-def _idefics(name: str, make: Callable[[Any], Any]) -> Family:
+SMOLVLM_SIZES = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 16}}
+
+
+def _smolvlm(sizes: dict[str, Any] = SMOLVLM_SIZES, tokens: int = 4) -> Family:
     tiles = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
     special = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>"]
     special += ["<fake_token_around_image>", "<image>", "<global-img>", *tiles]
     named = {"bos_token": "<|im_start|>", "pad_token": "<|im_start|>", "eos_token": "<end_of_utterance>"}
     tokenizer = _tokenizer(special, named)
-    return Family(name, make(tokenizer), _spec(tokenizer, "<image>"), "<image>", "<end_of_utterance>")
-
-
-IDEFICS_SIZES = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 16}}
-
-
-def _idefics3() -> Family:
-    return _idefics(
-        "idefics3",
-        lambda tokenizer: tf.Idefics3Processor(
-            image_processor=tf.Idefics3ImageProcessor(**IDEFICS_SIZES),
-            tokenizer=tokenizer,
-            image_seq_len=4,
-            chat_template=SMOLVLM_TEMPLATE,
-        ),
+    processor = tf.SmolVLMProcessor(
+        image_processor=tf.SmolVLMImageProcessor(**sizes),
+        tokenizer=tokenizer,
+        video_processor=tf.SmolVLMVideoProcessor(**sizes),
+        image_seq_len=tokens,
+        chat_template=SMOLVLM_TEMPLATE,
     )
-
-
-def _smolvlm(sizes: dict[str, Any] = IDEFICS_SIZES, tokens: int = 4) -> Family:
-    return _idefics(
-        "smolvlm",
-        lambda tokenizer: tf.SmolVLMProcessor(
-            image_processor=tf.SmolVLMImageProcessor(**sizes),
-            tokenizer=tokenizer,
-            video_processor=tf.SmolVLMVideoProcessor(**sizes),
-            image_seq_len=tokens,
-            chat_template=SMOLVLM_TEMPLATE,
-        ),
-    )
+    return Family("smolvlm", processor, _spec(tokenizer, "<image>"), "<image>", "<end_of_utterance>")
 
 
 def _internvl(side: int = 16, tiles: int = 6, tokens: int = 4) -> Family:
@@ -351,8 +329,6 @@ def _paligemma2(side: int = 16, tokens: int = 16) -> Family:
 
 FAMILIES: dict[str, Callable[..., Family]] = {
     "smolvlm": _smolvlm,
-    "idefics3": _idefics3,
-    "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "internvl": _internvl,

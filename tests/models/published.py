@@ -55,19 +55,6 @@ def _smolvlm_small(**text: Any) -> tf.SmolVLMConfig:
     return _smolvlm(text, scale_factor=4, image_size=512, patch_size=16, **sizes(768, 3072, 12, 12))
 
 
-def smolvlm2_256m() -> tf.SmolVLMConfig:
-    return _smolvlm_small(**sizes(576, 1536, 30, 9, 3))
-
-
-def smolvlm2_500m() -> tf.SmolVLMConfig:
-    return _smolvlm_small(**sizes(960, 2560, 32, 15, 5))
-
-
-def smolvlm2_2_2b() -> tf.SmolVLMConfig:
-    text = sizes(2048, 8192, 24, 32, 32)
-    return _smolvlm(text, scale_factor=3, image_size=384, **SO400M)
-
-
 def _qwen2_5_vl(vision_width: int, **text: Any) -> tf.Qwen2_5_VLConfig:
     rotary = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
     vision = {
@@ -86,14 +73,6 @@ def _qwen2_5_vl(vision_width: int, **text: Any) -> tf.Qwen2_5_VLConfig:
         vision_config=vision,
         tie_word_embeddings=text["tie_word_embeddings"],
     )
-
-
-def qwen2_5_vl_3b() -> tf.Qwen2_5_VLConfig:
-    return _qwen2_5_vl(2048, **sizes(2048, 11008, 36, 16, 2), vocab_size=151936, tie_word_embeddings=True)
-
-
-def qwen2_5_vl_7b() -> tf.Qwen2_5_VLConfig:
-    return _qwen2_5_vl(3584, vocab_size=152064, **QWEN2_7B)
 
 
 def _qwen3_vl(text: dict[str, Any], **vision: Any) -> tf.Qwen3VLConfig:
@@ -151,14 +130,6 @@ def _internvl3(**text: Any) -> tf.InternVLConfig:
     )
 
 
-def internvl3_2b() -> tf.InternVLConfig:
-    return _internvl3(**sizes(1536, 8960, 28, 12, 2), tie_word_embeddings=False)
-
-
-def internvl3_8b() -> tf.InternVLConfig:
-    return _internvl3(**QWEN2_7B)
-
-
 def llava_1_5_7b() -> tf.LlavaConfig:
     vision = tf.CLIPVisionConfig(**sizes(1024, 4096, 24, 16), image_size=336, patch_size=14)
     text = tf.LlamaConfig(**sizes(4096, 11008, 32, 32, 32), vocab_size=32064)
@@ -193,15 +164,39 @@ def paligemma2_3b() -> tf.PaliGemmaConfig:
 
 
 MODELS: dict[str, Published] = {
-    "smolvlm2_256m": Published("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", 256.5e6, smolvlm2_256m),
-    "smolvlm2_500m": Published("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", 507.5e6, smolvlm2_500m),
-    "smolvlm2_2_2b": Published("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 2.25e9, smolvlm2_2_2b),
-    "qwen2_5_vl_3b": Published("Qwen/Qwen2.5-VL-3B-Instruct", 3.75e9, qwen2_5_vl_3b),
-    "qwen2_5_vl_7b": Published("Qwen/Qwen2.5-VL-7B-Instruct", 8.29e9, qwen2_5_vl_7b),
+    "smolvlm2_256m": Published(
+        "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+        256.5e6,
+        lambda: _smolvlm_small(**sizes(576, 1536, 30, 9, 3)),
+    ),
+    "smolvlm2_500m": Published(
+        "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+        507.5e6,
+        lambda: _smolvlm_small(**sizes(960, 2560, 32, 15, 5)),
+    ),
+    "smolvlm2_2_2b": Published(
+        "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+        2.25e9,
+        lambda: _smolvlm(sizes(2048, 8192, 24, 32, 32), scale_factor=3, image_size=384, **SO400M),
+    ),
+    "qwen2_5_vl_3b": Published(
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        3.75e9,
+        lambda: _qwen2_5_vl(
+            2048, **sizes(2048, 11008, 36, 16, 2), vocab_size=151936, tie_word_embeddings=True
+        ),
+    ),
+    "qwen2_5_vl_7b": Published(
+        "Qwen/Qwen2.5-VL-7B-Instruct", 8.29e9, lambda: _qwen2_5_vl(3584, vocab_size=152064, **QWEN2_7B)
+    ),
     "qwen3_vl_4b": Published("Qwen/Qwen3-VL-4B-Instruct", 4.44e9, qwen3_vl_4b),
     "qwen3_vl_8b": Published("Qwen/Qwen3-VL-8B-Instruct", 8.77e9, qwen3_vl_8b),
-    "internvl3_2b": Published("OpenGVLab/InternVL3-2B-hf", 2.09e9, internvl3_2b),
-    "internvl3_8b": Published("OpenGVLab/InternVL3-8B-hf", 7.94e9, internvl3_8b),
+    "internvl3_2b": Published(
+        "OpenGVLab/InternVL3-2B-hf",
+        2.09e9,
+        lambda: _internvl3(**sizes(1536, 8960, 28, 12, 2), tie_word_embeddings=False),
+    ),
+    "internvl3_8b": Published("OpenGVLab/InternVL3-8B-hf", 7.94e9, lambda: _internvl3(**QWEN2_7B)),
     "llava_1_5_7b": Published("llava-hf/llava-1.5-7b-hf", 7.06e9, llava_1_5_7b),
     "llava_onevision_7b": Published("llava-hf/llava-onevision-qwen2-7b-ov-hf", 8.03e9, llava_onevision_7b),
     "gemma3_4b": Published("google/gemma-3-4b-it", 4.30e9, gemma3_4b),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel
 
 from vlm_calibration.data.collate import PromptBatch
@@ -79,14 +78,10 @@ def test_adapters_go_where_they_are_asked_to(load_model: Callable[..., Any], par
 
 
 def test_settings_reach_peft(load_model: Callable[..., Any]) -> None:
-    model = attach_lora(
-        load_model(), LoraSettings(r=3, alpha=12, dropout=0.25, use_rslora=True, use_dora=True), "mine"
-    )
+    settings = LoraSettings(r=3, alpha=12, dropout=0.25, use_rslora=True, use_dora=True)
+    model = attach_lora(load_model(), settings, "mine")
     config = model.peft_config["mine"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 12, 0.25)
-    assert config.use_rslora
-    assert config.use_dora
-    assert list(model.peft_config) == ["mine"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (3, 12, 0.25, True)
     scaling = next(m for m in model.modules() if hasattr(m, "lora_A")).scaling["mine"]
     assert scaling == pytest.approx(12 / 3**0.5)
 
@@ -96,12 +91,6 @@ def test_a_part_without_layers_is_named(load_model: Callable[..., Any]) -> None:
     model.model.multi_modal_projector = torch.nn.Identity()
     with pytest.raises(DataError, match="LlavaForConditionalGeneration has no linear layer in its projector"):
         attach_lora(model, LoraSettings(parts=["language", "projector"]))
-
-
-def test_a_fresh_adapter_changes_nothing(load_model: Callable[..., Any], prompts: PromptBatch) -> None:
-    model = load_model()
-    before = _logits(model, prompts)
-    assert torch.equal(_logits(attach_lora(model, LoraSettings()).eval(), prompts), before)
 
 
 @pytest.mark.slow
@@ -188,27 +177,30 @@ def test_a_policy_starts_as_its_reference(
     assert list(continue_adapter(load_model(), of_all_parts, reference=False).peft_config) == ["default"]
 
 
-def test_only_the_policy_is_trained(policy: PeftModel, prompts: PromptBatch) -> None:
-    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
-    assert trained == {n for n, _ in policy.named_parameters() if ".default." in n}
+@pytest.mark.parametrize("parts", [None, ["language"], ["tower", "projector"]])
+def test_only_the_given_parts_of_the_policy_are_trained(
+    load_model: Callable[..., Any], of_all_parts: str, prompts: PromptBatch, parts: list[Any] | None
+) -> None:
+    model = continue_adapter(load_model(), of_all_parts, parts).eval()
+    layers = set().union(*(_expected(part) for part in parts or NAMES))
+    trained = {f"base_model.model.{layer}.lora_{side}.default.weight" for layer in layers for side in "AB"}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
 
     def logits() -> list[torch.Tensor]:
         results = []
         for name in ("default", REFERENCE, None):
-            with using_adapter(policy, name):
-                results.append(_logits(policy, prompts))
+            with using_adapter(model, name):
+                results.append(_logits(model, prompts))
         return results
 
-    weights = {n: p.clone() for n, p in policy.named_parameters()}
-    before = logits()
-    _train(policy, prompts)
-    for name, parameter in policy.named_parameters():
-        assert torch.equal(parameter, weights[name]) == (name not in trained), name
-        assert (parameter.grad is None) == (name not in trained), name
-    after = logits()
-    assert not torch.allclose(after[0], before[0], atol=0.1)
-    assert torch.equal(after[1], before[1])
-    assert torch.equal(after[2], before[2])
+    weights, before = {n: p.clone() for n, p in model.named_parameters()}, logits()
+    _train(model, prompts)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, weights[n])}
+    assert moved == trained
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
+    policy, *others = logits()
+    assert not torch.allclose(policy, before[0], atol=0.01)
+    assert all(map(torch.equal, others, before[1:]))
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
@@ -241,13 +233,9 @@ def test_what_is_active_and_trained_is_as_before(
         with pytest.raises(RuntimeError, match="stop"), using_adapter(model, name):
             raise RuntimeError("stop")
         assert _state(model) == before
-
-
-def test_an_unknown_adapter_is_refused_and_changes_nothing(policy: PeftModel) -> None:
-    before = _state(policy)
-    with pytest.raises(ValueError, match="none_such"), using_adapter(policy, "none_such"):
+    with pytest.raises(ValueError, match="none_such"), using_adapter(model, "none_such"):
         pass
-    assert _state(policy) == before
+    assert _state(model) == before
 
 
 def test_adapters_may_be_nested(policy: PeftModel, prompts: PromptBatch) -> None:
@@ -263,21 +251,6 @@ def test_adapters_may_be_nested(policy: PeftModel, prompts: PromptBatch) -> None
                 assert torch.equal(_logits(policy, prompts), expected[inner]), (outer, inner)
             assert torch.equal(_logits(policy, prompts), expected[outer]), (outer, inner)
         assert _state(policy) == before
-
-
-@pytest.mark.parametrize("parts", [["language"], ["tower", "projector"]])
-def test_only_the_given_parts_are_trained(
-    load_model: Callable[..., Any], of_all_parts: str, prompts: PromptBatch, parts: list[Any]
-) -> None:
-    model = continue_adapter(load_model(), of_all_parts, parts).eval()
-    layers = set().union(*(_expected(part) for part in parts))
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {
-        f"base_model.model.{layer}.lora_{side}.default.weight" for layer in layers for side in "AB"
-    }
-    weights = {n: p.clone() for n, p in model.named_parameters()}
-    _train(model, prompts, 2)
-    assert {n for n, p in model.named_parameters() if not torch.equal(p, weights[n])} == trained
 
 
 def test_an_adapter_without_the_given_parts_is_named(
@@ -311,100 +284,56 @@ def test_policy_and_reference_share_one_copy_of_the_base(
     )
 
 
-# --- Loading errors -------------------------------------------------------------------------------------------------
+# --- Loading ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [None, "empty"])
-def test_a_folder_without_an_adapter_is_named(
-    load_model: Callable[..., Any], tmp_path: Path, content: str | None
-) -> None:
-    folder = tmp_path / "adapter"
-    if content:
-        folder.mkdir()
-    with pytest.raises(DataError, match=f"no adapter at {folder} .*: train one first"):
-        load_adapters(load_model(), {"sft": str(folder)})
+def test_a_folder_without_an_adapter_is_named(load_model: Callable[..., Any], tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match=f"no adapter at {folder} .*: train one first"):
+            load_adapters(load_model(), {"sft": str(folder)})
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "settings", "says"),
     [
-        ("{tmp}/empty", "from '{tmp}/empty': "),
-        ("{tmp}/none", "from '{tmp}/none': there is no such folder"),
+        ("{tmp}", {}, "cannot load a model from '{tmp}': "),
+        ("{tmp}/none", {}, "cannot load a model from '{tmp}/none': there is no such folder"),
+        ("{model}", {"attn_implementation": "none_such"}, "cannot load a model from '{model}': "),
+        (
+            "{model}",
+            {"quantization": "nf4"},
+            "{model}: nf4 needs layers with a multiple of 64 inputs, model.lang",
+        ),
     ],
 )
-def test_a_missing_model_is_named(tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / "empty").mkdir()
+def test_a_model_that_cannot_be_loaded_is_named(
+    model_folder: str, tmp_path: Path, name: str, settings: dict[str, Any], says: str
+) -> None:
+    places = {"tmp": tmp_path, "model": model_folder}
     with pytest.raises(DataError) as caught:
-        load_base(BaseModel(name.format(tmp=tmp_path)))
-    assert str(caught.value).startswith("cannot load a model " + message.format(tmp=tmp_path))
+        load_base(BaseModel(name.format(**places), **settings))
+    assert str(caught.value).startswith(says.format(**places))
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_that_cannot_be_loaded_as_asked_is_named(model_folder: str) -> None:
-    with pytest.raises(DataError, match=f"cannot load a model from '{model_folder}': "):
-        load_base(BaseModel(model_folder, attn_implementation="none_such"))
-
-
-def test_a_model_is_loaded_in_eval_mode_and_the_dtype_asked_for(model_folder: str) -> None:
-    for dtype, expected in (
-        ("auto", torch.float32),
-        ("float32", torch.float32),
-        ("bfloat16", torch.bfloat16),
-    ):
-        model = load_base(BaseModel(model_folder, dtype=dtype))  # type: ignore[arg-type]
-        assert not model.training
-        assert model.dtype == expected
-
-
-FRESH = """
-import sys
-import torch
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText
-base, adapter, inputs, out = sys.argv[1:]
-model = AutoModelForImageTextToText.from_pretrained(base)
-model = PeftModel.from_pretrained(model, adapter).eval()
-with torch.no_grad():
-    logits = model(**torch.load(inputs, weights_only=True)).logits[:, -1]
-torch.save(logits, out)
-assert not [name for name in sys.modules if name.startswith("vlm_calibration")]
-"""
-
-
-@pytest.mark.slow
-def test_peft_alone_loads_a_saved_adapter(
-    load_model: Callable[..., Any], model_folder: str, prompts: PromptBatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "expected"),
+    [
+        ("auto", "none", {torch.float32}),
+        ("bfloat16", "none", {torch.bfloat16}),
+        ("float32", "int8", {torch.float32, torch.int8}),
+    ],
+)
+def test_a_model_has_its_kernel_dtype_and_quantization_in_eval_mode(
+    model_folder: str, dtype: Any, quantization: Any, expected: set[torch.dtype]
 ) -> None:
-    model = attach_lora(load_model(), LoraSettings(r=4, parts=["language", "tower", "projector"]))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    model.eval().save_pretrained(tmp_path / "adapter")
-    torch.save(prompts.inputs, tmp_path / "inputs.pt")
-    files = [tmp_path / name for name in ("adapter", "inputs.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", FRESH, model_folder, *map(str, files)], check=True, timeout=300)
-    assert torch.allclose(torch.load(files[2], weights_only=True), _logits(model, prompts), atol=1e-5)
-    assert not list((tmp_path / "adapter").glob("*.bin")), "safetensors"
-
-
-@pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_a_model_has_its_kernel_dtype_and_quantization(model_folder: str, quantization: Any) -> None:
-    model = load_base(BaseModel(model_folder, "float32", quantization, "eager"))
+    model = load_base(BaseModel(model_folder, dtype, quantization, "eager"))
+    assert not model.training
     assert model.config._attn_implementation == "eager"
-    kinds = {type(m).__name__ for m in model.get_decoder().modules()}
-    assert ("Linear8bitLt" in kinds) == (quantization == "int8")
-    assert {p.dtype for p in model.parameters()} == {
-        torch.float32,
-        *([torch.int8] if quantization == "int8" else []),
-    }
-
-
-def test_nf4_names_a_layer_that_it_cannot_hold(model_folder: str) -> None:
-    with pytest.raises(
-        DataError, match=r"multiple of 64 inputs, model\.language_model\.layers\.0\.\S+ has \d+"
-    ):
-        load_base(BaseModel(model_folder, quantization="nf4"))
+    kind = Linear8bitLt if quantization == "int8" else torch.nn.Linear
+    for name, part in layer_parts(model).items():
+        assert type(model.get_submodule(name)) is (kind if part == "language" else torch.nn.Linear), name
+    assert {p.dtype for p in model.parameters()} == expected
 
 
 def test_an_adapter_names_a_folder_for_every_working_folder(
@@ -428,28 +357,11 @@ def test_an_adapter_names_a_folder_for_every_working_folder(
         ("no/such/demo/model", "no/such/demo/model"),
     ],
 )
-def test_the_demo_s_model_of_another_checkout_or_installation_is_this_one_s(
+def test_the_demo_s_model_of_another_checkout_or_installation_is_this_one_s_unless_it_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, located: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert BaseModel(name).name_or_path == located
-
-
-def test_the_demo_s_model_of_another_checkout_that_exists_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "src/vlm_calibration/demo/model"
-    (tmp_path / name).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert BaseModel(name).name_or_path == str(tmp_path / name)
-
-
-def test_the_base_comes_back_after_an_error(
-    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch
-) -> None:
-    model = load_adapters(load_model(), {"one": new_adapter(1)})
-    with using_adapter(model, "one"):
-        adapted = _logits(model, prompts)
-    with pytest.raises(RuntimeError, match="stop"), using_adapter(model, None):
-        raise RuntimeError("stop")
-    assert torch.equal(_logits(model, prompts), adapted)
+    if located == str(DEMO_MODEL) and not name.startswith("/"):
+        (tmp_path / name).mkdir(parents=True)
+        assert BaseModel(name).name_or_path == str(tmp_path / name)

@@ -1,4 +1,4 @@
-"""FlexAttention: its masks against the dense ones, log-likelihoods, the size of masks, and what is refused.
+"""FlexAttention: its masks against the dense ones, log-likelihoods, and what is refused.
 
 FlexAttention runs without compilation here, which evaluates the mask for all pairs of tokens. So the tables of blocks, which only
 compiled kernels read, are compared on their own. It has no backward pass on the CPU: gradients are compared on a GPU.
@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from vlm_calibration.callbacks.peak_memory import LiveBytes
 from vlm_calibration.models import loading, suffix_masks
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel, load_base, load_for_training, use_in_language_model
 from vlm_calibration.models.shared_prefix import Prompts, score_responses, why_not_shared
-from vlm_calibration.models.suffix_masks import BLOCK, FLEX, isolate_suffixes
+from vlm_calibration.models.suffix_masks import FLEX
 from vlm_calibration.records import DataError
 
 from .families import FOUR, Spec, build
@@ -98,81 +95,12 @@ def test_block_masks_are_the_dense_masks_and_score_alike(
         assert skipped.any(), "blocks that no query attends to"
 
 
-def packed_segments(length: int, suffixes: int = 10, tokens: int = 12) -> Tensor:
-    """int64 [2, L]: a row with this number of suffixes, and one that is half as long and padded."""
-    rows = torch.full((2, length), -1)
-    for row, end in enumerate((length, length // 2)):
-        prefix = end - suffixes * tokens
-        rows[row, :prefix] = 0
-        rows[row, prefix:end] = 1 + torch.arange(suffixes).repeat_interleave(tokens)
-    return rows
-
-
-def mask_of(segment: Tensor) -> BlockMask:
-    """The mask that the language model of a causal family gets."""
-    module = SimpleNamespace(config=SimpleNamespace(_attn_implementation=FLEX))
-    embedded = torch.zeros(*segment.shape, 1)
-    hook = isolate_suffixes(
-        module, (), {"inputs_embeds": embedded}, segment=segment, shift=torch.zeros_like(segment)
-    )
-    return hook[1]["attention_mask"]
-
-
-def tensors_of(mask: BlockMask) -> list[Tensor]:
-    """The tables, and what the mask function reads."""
-    function: Any = mask.mask_mod
-    read = [cell.cell_contents for cell in function.__closure__]
-    tables = [getattr(mask, name) for name in BlockMask._TENSOR_ATTRS]
-    return [t for t in (*tables, *read) if isinstance(t, Tensor)]
-
-
-def bytes_of(tensors: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def test_tables_are_those_of_torch() -> None:
-    mask = mask_of(packed_segments(1000))
-    expected = create_block_mask(mask.mask_mod, 2, 1, 1000, 1000, "cpu")
-    assert mask.BLOCK_SIZE == expected.BLOCK_SIZE == (BLOCK, BLOCK)
-    for name in BlockMask._TENSOR_ATTRS:
-        table, of_torch = getattr(mask, name), getattr(expected, name)
-        assert (table is None and of_torch is None) or torch.equal(table, of_torch), name
-    assert int(mask.full_kv_num_blocks.sum()) > 20  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("length", [1 << 10, 1 << 12, 1 << 14, pytest.param(1 << 16, marks=pytest.mark.slow)])
-def test_the_memory_of_a_mask_is_linear_in_the_row(length: int) -> None:
-    """Tables of (L / 128)^2 entries are quadratic up to 16,384 tokens, and of constant size beyond; see `BLOCK`."""
-    segment = packed_segments(length)
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes([segment]) as live:
-        mask = mask_of(segment)
-    size = bytes_of(tensors_of(mask))
-    tokens, n = 2 * length, -(-length // mask.BLOCK_SIZE[0])
-    assert size == 4 * tokens + 2 * 4 * 4 * (n**2 + n), "one number a token, and the tables"
-    assert size <= 21 * tokens
-    assert size * 20 < 2 * length * tokens, "a dense mask in bfloat16"
-    assert live.peak < 3000 * tokens, "while it is made, a value for each token and each query of one block"
-
-
 def test_it_is_refused_without_a_gpu(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base = BaseModel(model_folder, attn_implementation=FLEX)
     monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", None)
     for load in (load_base, load_for_training):
         with pytest.raises(DataError, match="attn_implementation: flex_attention needs a GPU"):
             load(base, "cpu")
-
-
-def test_a_model_that_cannot_use_it_is_named(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = BaseModel(model_folder, attn_implementation=FLEX)
-    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", None)
-    empty = loading.empty_vlm(base)
-    monkeypatch.setattr(loading, "empty_vlm", lambda base: empty)
-    empty.get_decoder().config.attention_dropout = 0.1
-    with pytest.raises(DataError, match=r"trains with attention_dropout 0\.1: leave it out"):
-        load_base(base, "cuda")
-    monkeypatch.setattr(type(empty.get_decoder()), "_supports_attention_backend", False)
-    with pytest.raises(DataError, match="LlamaModel computes its own attention: leave it out"):
-        load_base(base, "cuda")
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])

@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import IGNORE, LabelledLogits, labelled_logits
 
+from .families import Spec, build, randomize_adapters
 from .steps import allocated
-
-ALL_PARTS = ["language", "tower", "projector"]
 
 
 def plain_logits(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> LabelledLogits:
@@ -35,12 +33,8 @@ def _loss(labelled: LabelledLogits, n_rows: int) -> Tensor:
 def _with_lora(model: Any, checkpointing: bool) -> Any:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = attach_lora(model, LoraSettings(r=4, alpha=8, dropout=0.0, parts=ALL_PARTS))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    return adapted.train()
+    settings = LoraSettings(r=4, alpha=8, dropout=0.0, parts=["language", "tower", "projector"])
+    return randomize_adapters(attach_lora(model, settings)).train()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -106,27 +100,10 @@ def test_the_hook_is_gone_afterwards_even_after_an_error(
 
 def test_peak_memory_falls() -> None:
     vocabulary, length, rows = 50_000, 256, 2
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            vocab_size=vocabulary,
-        ),
-        image_token_index=7,
-    )
-    model = attach_lora(LlavaForConditionalGeneration(config), LoraSettings(r=2, dropout=0.0)).train()
-    inputs = {"input_ids": torch.randint(10, vocabulary, (rows, length))}
+    model = attach_lora(
+        build("llava_clip", spec=Spec(vocabulary=vocabulary)), LoraSettings(r=2, dropout=0.0)
+    ).train()
+    inputs = {"input_ids": torch.randint(200, vocabulary, (rows, length))}
     labels = torch.full_like(inputs["input_ids"], IGNORE)
     labels[:, -8:] = inputs["input_ids"][:, -8:]
 

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 
 from vlm_calibration.models.adapters import LoraSettings, attach_lora, continue_adapter
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.memory import cache_bytes, model_memory, quantised_bytes
-from vlm_calibration.records import DataError
 
-from .families import IMAGE
+from .families import Spec, build
 from .published import MODELS
 
 pytestmark = pytest.mark.slow
@@ -25,29 +23,9 @@ LORA = LoraSettings(dropout=0.0)
 
 @pytest.fixture(scope="module")
 def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny LLaVA whose language model has widths that are multiples of 64, as required by nf4."""
-    text = tf.LlamaConfig(
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-        pad_token_id=0,
-    )
-    vision = tf.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=4,
-    )
-    config = tf.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=16
-    )
+    """A model whose language model has widths that are multiples of 64, as required by nf4."""
     folder = tmp_path_factory.mktemp("wide")
-    tf.LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    build("llava_clip", dtype=torch.bfloat16, spec=Spec(width=128)).save_pretrained(folder)
     return str(folder)
 
 
@@ -98,14 +76,10 @@ def test_keys_and_values_take_what_a_real_cache_takes(load_model: Callable[..., 
     assert cache_bytes(model.config, 3 * 7, 4) == real
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot load a model from 'no/model': "):
-        model_memory(BaseModel("no/model"), LORA)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_published_sizes(name: str, tmp_path: Path) -> None:
     MODELS[name].config().save_pretrained(tmp_path)
-    memory = model_memory(BaseModel(str(tmp_path), dtype="bfloat16"), training=False)
+    base = BaseModel(str(tmp_path), dtype="bfloat16")
+    memory = model_memory(base, LORA, adapters=0, training=False)
     assert memory.parameters == pytest.approx(MODELS[name].parameters, rel=0.005)
     assert memory.weights == 2 * memory.parameters

@@ -27,7 +27,7 @@ def _linear_attention() -> Case:
 
 
 def _own_attention() -> Case:
-    case = new_case("llava_siglip", "sdpa")
+    case = new_case("llava_clip", "sdpa")
     AttentionInterface.register("our_kernel", sdpa_attention_forward)
     AttentionMaskInterface.register("our_kernel", sdpa_mask)
     unwrap_peft(case.model).config.get_text_config()._attn_implementation = "our_kernel"

@@ -77,11 +77,6 @@ def test_what_is_adapted_or_trained_is_not_frozen(family: str) -> None:
     assert not frozen_vision(build(family)), "all weights are trained"
 
 
-def test_a_model_without_adapters_may_be_frozen_too() -> None:
-    model = build("llava_clip").requires_grad_(False)
-    assert names_of(model) == set(TOWER_AND_PROJECTOR)
-
-
 # --- Results --------------------------------------------------------------------------------------------------------
 
 
@@ -134,30 +129,6 @@ def test_adapters_in_the_vision_keep_their_logits_and_gradients(
         assert torch.equal(actual_gradients[name], expected_gradients[name]), name
 
 
-@pytest.mark.parametrize("part", [0, -1], ids=["tower", "projector"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
-def test_gradients_of_trained_weights_are_the_same(
-    family: str, part: int, inputs: Callable[..., dict[str, Tensor]]
-) -> None:
-    model, batch = adapted(family, "language"), inputs(family)
-    unwrap_peft(model).get_submodule(VISION[family][part]).requires_grad_(True)
-
-    def gradients() -> dict[str, Tensor | None]:
-        model.zero_grad(set_to_none=True)
-        model(**batch, use_cache=False).logits.log_softmax(-1).square().sum().backward()
-        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-    expected = gradients()
-    with shared_vision(model):
-        actual = gradients()
-    for name, gradient in expected.items():
-        if gradient is None:  # a tower's unused last layer
-            assert actual[name] is None, name
-        else:
-            assert actual[name] is not None, name
-            assert torch.equal(actual[name], gradient), name
-
-
 # --- Restored forwards ----------------------------------------------------------------------------------------------
 
 
@@ -205,21 +176,6 @@ def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[
     assert projector.__dict__["forward"] is doubled
 
 
-def test_contexts_may_be_nested(inputs: Callable[..., dict[str, Tensor]]) -> None:
-    model, batch = adapted("llava_clip", "language"), inputs("llava_clip")
-    runs = count_runs(unwrap_peft(model).model.vision_tower)
-    expected = logits_of(model, batch)
-    runs.clear()
-    with shared_vision(model):
-        logits_of(model, batch)
-        with shared_vision(model):
-            logits_of(model, batch)
-        actual = logits_of(model, batch)
-    assert len(runs) == 1
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    assert not forwards_of(model)
-
-
 @pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl"])
 @pytest.mark.parametrize("other", ["fewer", "of the same shape"])
 def test_other_images_are_not_mistaken_for_the_first(
@@ -233,13 +189,3 @@ def test_other_images_are_not_mistaken_for_the_first(
         with shared_vision(model):
             actual = [model(**b, use_cache=False).logits for b in batches]
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-
-
-def test_text_alone_may_pass_between(inputs: Callable[..., dict[str, Tensor]]) -> None:
-    model, batch = adapted("llava_clip", "language"), inputs("llava_clip")
-    text = {"input_ids": torch.tensor([[5, 6, 7]])}
-    with torch.no_grad():
-        expected = model(**text).logits
-        with shared_vision(model):
-            model(**batch)
-            assert torch.equal(model(**text).logits, expected)

@@ -22,8 +22,8 @@ from urllib.error import HTTPError
 import torch
 
 from vlm_calibration import load_calibrated
-from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.system import LocalSystem
 from vlm_calibration.inference.model import DEMO_MODEL
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.text.confidence import end_of_confidence
@@ -46,10 +46,12 @@ def questions() -> list[Question]:
 def in_process(folder: str, asked: Sequence[Question]) -> float:
     """Answers a second without a server."""
     model = load_calibrated(folder, device="cpu")
-    collate, tokenizer = PromptCollator(model.chat), model.chat.processor.tokenizer
+    [system] = model.systems.values()
+    assert isinstance(system, LocalSystem)
+    tokenizer = system.tokenizer.chat.processor.tokenizer
 
     def answer(batch: Sequence[Question]) -> None:
-        inputs = collate([model.sample(q.image, q.text) for q in batch]).inputs
+        inputs = model.collate([model.sample(q.image, q.text) for q in batch]).inputs
         generate_texts(model.model, inputs, tokenizer, TOKENS, end_of_confidence)
 
     return rate(answer, [asked[i : i + BATCH] for i in range(0, len(asked), BATCH)], 1) * BATCH

@@ -20,6 +20,7 @@ from vlm_calibration.app.subject import (
     DRAWN,
     MAX_UPLOAD,
     WHOLE,
+    Editor,
     KeyObjectFinder,
     Subject,
     demo_subject,
@@ -29,10 +30,8 @@ from vlm_calibration.app.subject import (
     with_longer_side,
 )
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.estimators.predictions import VERBALIZED
 from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.asking import BASE, CALIBRATED, ENDPOINT, Asker
-from vlm_calibration.metrics.risk_control import percent
+from vlm_calibration.inference.asking import BASE, CALIBRATED, ENDPOINT, CalibratedModel
 from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
 from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
@@ -57,12 +56,10 @@ class PageHandlers:
     Args:
         model: the model that answers.
         finder: finds key objects in uploaded images; None: visitors paint them.
-        report: page to show in the second tab; None: none.
+        report: page of the second tab; it may appear later.
     """
 
-    def __init__(
-        self, model: Asker, finder: KeyObjectFinder | None = None, report: Path | None = None
-    ) -> None:
+    def __init__(self, model: CalibratedModel, finder: KeyObjectFinder | None, report: Path) -> None:
         self.model = model
         self.finder = finder
         self.report = report
@@ -93,7 +90,7 @@ class PageHandlers:
         """The key object that a question is about, if that is known."""
         return subject.asked_about(question) or gr.skip()
 
-    def choose_painted(self, subject: Subject, editor: Mapping[str, Any] | None) -> Any:
+    def choose_painted(self, subject: Subject, editor: Editor) -> Any:
         """What is painted becomes the key object. Gradio also reports a new image, on which nothing is."""
         return gr.skip() if painted(editor, subject.image.shape) is None else DRAWN
 
@@ -101,7 +98,7 @@ class PageHandlers:
         self,
         subject: Subject,
         choice: str,
-        editor: Mapping[str, Any] | None,
+        editor: Editor,
         question: str,
         kind: str,
         strengths: Sequence[float],
@@ -113,13 +110,7 @@ class PageHandlers:
         ]
 
     def answer(
-        self,
-        subject: Subject,
-        choice: str,
-        editor: Mapping[str, Any] | None,
-        question: str,
-        kind: str,
-        percentage: float,
+        self, subject: Subject, choice: str, editor: Editor, question: str, kind: str, percentage: float
     ) -> tuple[np.ndarray | None, list[list[str]], str]:
         """The image as the models see it, the rows of their answers, and a message."""
         seen = None
@@ -133,7 +124,7 @@ class PageHandlers:
             seen = seen.repeat(factor, axis=0).repeat(factor, axis=1)
             if unknown := "Ask a question." if asked == "?" else self.model.unknown_part(question):
                 raise DataError(unknown)
-            answers = self.model.answers([sample], self.model.systems)
+            answers = self.model.answers([sample])
         except DataError as error:
             return seen, [], plain(str(error))
         first = {system: of_system[0] for system, of_system in answers.items()}
@@ -142,16 +133,14 @@ class PageHandlers:
             notes.append("This is the base model alone: `make train-sft` trains an adapter.")
         return seen, answer_rows(first), "\n\n".join(notes)
 
-    def curve(
-        self, subject: Subject, choice: str, editor: Mapping[str, Any] | None, question: str, kind: str
-    ) -> Any:
+    def curve(self, subject: Subject, choice: str, editor: Editor, question: str, kind: str) -> Any:
         """Each system's confidence at all strengths of a kind; None without answers."""
         if self.model.unknown_part(question):
             return None
         strengths = LinearLevels().strengths()
         try:
             samples = self._samples(subject, choice, editor, question, kind, strengths)
-            curves = self.model.answers(samples, self.model.systems)
+            curves = self.model.answers(samples)
         except DataError:
             return None  # `answer` says why, or the image is untouched and nothing is painted yet
         points = [
@@ -165,10 +154,9 @@ class PageHandlers:
 
     def show_report(self) -> str:
         """Show the current report in a frame that is isolated from this page."""
-        if self.report is None or not self.report.is_file():
-            where = "" if self.report is None else f" There is none at {self.report}."
+        if not self.report.is_file():
             return escape(
-                f"No report yet: make demo ends with one, and vlm-calibration report writes one for any run.{where}"
+                f"No report yet at {self.report}: make demo ends with one, and vlm-calibration report writes one for any run."
             )
         # A link to "#made" alone would lead to the address of this page. Texts in the report cannot hold a plain quotation mark.
         text = self.report.read_text(encoding="utf-8").replace('href="#', 'href="about:srcdoc#')
@@ -187,30 +175,15 @@ def plain(text: str) -> str:
 
 def answer_rows(answers: Mapping[str, Answer]) -> list[list[str]]:
     """System -> its answer, as rows of the table `COLUMNS`, which shows texts as they are."""
-    rows = []
-    for system, answer in answers.items():
-        stated, expected = (
-            "none" if value is None else f"{value:.0%}" for value in (answer.confidence, answer.expected)
-        )
-        rows.append([TITLES[system], answer.answer, stated, expected, _decision(answer)])
-    return rows
-
-
-def _decision(answer: Answer) -> str:
-    """Whether the answer may be given or goes to a person, and why; empty without thresholds."""
-    if answer.rule is None:
-        return ""
-    name = "stated" if answer.rule.estimator == VERBALIZED else answer.rule.estimator
-    if answer.rule.unfamiliar is not None:
-        why = answer.rule.unfamiliar
-    elif answer.rule.confidence is None:
-        why = f"no {name} confidence"
-    elif answer.rule.threshold is None:
-        why = "no threshold keeps the limits"
-    else:
-        relation = "at least" if answer.decision == "answer" else "below"
-        why = f"{name} {percent(answer.rule.confidence)}, {relation} {percent(answer.rule.threshold)}"
-    return f"{answer.decision}: {why}"
+    return [
+        [
+            TITLES[system],
+            answer.answer,
+            *("none" if value is None else f"{value:.0%}" for value in (answer.confidence, answer.expected)),
+            "" if answer.decision is None else f"{answer.decision}: {answer.reason}",
+        ]
+        for system, answer in answers.items()
+    ]
 
 
 def build_page(handlers: PageHandlers) -> gr.Blocks:

@@ -13,23 +13,17 @@ from vlm_calibration.records import DataError
 if TYPE_CHECKING:
     from vlm_calibration.app.page import PageHandlers
     from vlm_calibration.app.subject import KeyObjectFinder
-    from vlm_calibration.inference.asking import Asker
+    from vlm_calibration.inference.asking import CalibratedModel
 
 HOST = "127.0.0.1"
 POLICY = (
-    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; frame-ancestors 'self'"
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; frame-ancestors 'self'"
 )
 """Browsers load nothing from elsewhere. Gradio's pages use inline scripts and styles."""
 
 
-def serve(model: Asker, finder: KeyObjectFinder | None, report: Path, port: int) -> None:
-    """Serve the page on the loopback interface until interrupted.
-
-    Args:
-        model: the model that answers.
-        finder: finds key objects in uploaded images; None: visitors paint them.
-        report: page of the second tab; it may appear later.
-        port: port on 127.0.0.1.
+def serve(model: CalibratedModel, finder: KeyObjectFinder | None, report: Path, port: int) -> None:
+    """Serve the page on `port` of the loopback interface until interrupted; arguments as for `PageHandlers`.
 
     Raises:
         DataError: the port is in use.
@@ -51,11 +45,21 @@ def build(handlers: PageHandlers, port: int) -> tuple[Any, dict[str, Any]]:
     """Build the page, and the arguments of its `launch`."""
     import gradio as gr
     from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from vlm_calibration.app.page import build_page
 
-    settings = {
+    async def add_policy(request: Any, call_next: Any) -> Any:
+        response = await call_next(request)
+        response.headers.setdefault("content-security-policy", POLICY)
+        return response
+
+    # Against DNS rebinding.
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
+    # System fonts: others would be downloaded.
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    return build_page(handlers), {
         "server_name": HOST,
         "server_port": port,
         "share": False,
@@ -65,34 +69,6 @@ def build(handlers: PageHandlers, port: int) -> tuple[Any, dict[str, Any]]:
         "enable_monitoring": False,
         "footer_links": [],
         "max_file_size": MAX_UPLOAD,
-        # System fonts: others would be downloaded.
-        "theme": gr.themes.Base(
-            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
-        ),
-        "app_kwargs": {
-            "middleware": [
-                # Against DNS rebinding.
-                Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False),
-                Middleware(SecurityPolicy),
-            ]
-        },
+        "theme": gr.themes.Base(primary_hue="blue", **fonts),
+        "app_kwargs": {"middleware": [hosts, Middleware(BaseHTTPMiddleware, dispatch=add_policy)]},
     }
-    return build_page(handlers), settings
-
-
-class SecurityPolicy:
-    """ASGI middleware that adds `POLICY` to responses without a policy of their own."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                headers = list(message.get("headers", []))
-                if b"content-security-policy" not in {name.lower() for name, _ in headers}:
-                    headers.append((b"content-security-policy", POLICY))
-                message = {**message, "headers": headers}
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)

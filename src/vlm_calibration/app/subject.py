@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
 from vlm_calibration.demo.questions import right_answer, scene_queries, scene_seed
 from vlm_calibration.demo.scenes import CORNERS, render_scene
@@ -20,6 +19,8 @@ from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector
 from vlm_calibration.regions.segmenter import Segmenter
 
+Editor: TypeAlias = Mapping[str, Any] | None
+"""Value of `gr.ImageEditor`, whose `layers` are uint8 [H', W', 4], transparent where nothing is painted."""
 DRAWN, DETECTED, WHOLE = "what I paint", "what a detector finds", "the whole image"
 MAX_UPLOAD = 20 << 20
 """Largest size of an uploaded file in bytes."""
@@ -65,11 +66,7 @@ def demo_subject(index: int) -> Subject:
 
 
 def uploaded_subject(path: str | Path) -> Subject:
-    """Read an uploaded image.
-
-    Raises:
-        DataError: it cannot be used; the message does not reveal its path.
-    """
+    """Read an uploaded image; raises a DataError that does not reveal its path if it cannot be used."""
     image = pixels_of(path, MAX_PIXELS, name="the image")
     return Subject(with_longer_side(image, MAX_SIDE) if max(image.shape) > MAX_SIDE else image)
 
@@ -80,13 +77,8 @@ def with_longer_side(image: np.ndarray, pixels: int) -> np.ndarray:
     return resize_image(image, (height, width))
 
 
-def painted(editor: Mapping[str, Any] | None, shape: Sequence[int]) -> np.ndarray | None:
-    """The painted mask, bool [H, W]; None if nothing is painted.
-
-    Args:
-        editor: value of `gr.ImageEditor`, whose `layers` are uint8 [H', W', 4], transparent where nothing is painted.
-        shape: shape of the image.
-    """
+def painted(editor: Editor, shape: Sequence[int]) -> np.ndarray | None:
+    """The painted mask of an image of this shape, bool [H, W]; None if nothing is painted."""
     layers = [layer[..., 3] > 0 for layer in (editor or {}).get("layers") or ()]
     mask = np.logical_or.reduce(layers) if layers else np.zeros(1, bool)
     return resize_mask(mask, (shape[0], shape[1])) if mask.any() else None
@@ -94,22 +86,11 @@ def painted(editor: Mapping[str, Any] | None, shape: Sequence[int]) -> np.ndarra
 
 @dataclass(frozen=True)
 class KeyObjectFinder:
-    """Finds the objects of a question in an image.
-
-    Attributes:
-        describer: names the objects of the question.
-        detector: finds boxes of these objects.
-        segmenter: turns boxes into masks.
-    """
+    """Finds the objects of a question in an image: names, boxes, then masks."""
 
     describer: Describer
     detector: Detector
     segmenter: Segmenter
-
-    def load(self, device: torch.device) -> None:
-        """Load the models onto a device."""
-        for part in (self.describer, self.detector, self.segmenter):
-            part.load(device)
 
     def find(self, subject: Subject, question: str) -> np.ndarray | None:
         """The mask of all objects that the question names, bool [H, W]; None if there are none. Cached in the subject."""
@@ -118,34 +99,23 @@ class KeyObjectFinder:
         # The answer does not change which objects are named.
         query = Query("question", "", question, "Yes", "yes_no")
         [described] = self.describer.describe([query], [subject.image])
-        boxes, masks = [], np.zeros(0, dtype=bool)
+        boxes, mask = [], None
         if described.objects:
             [detections] = self.detector.detect([subject.image], [described.objects])
             boxes = [detection.box for detection in detections]
         if boxes:
             [masks] = self.segmenter.segment([subject.image], [boxes])
-        subject.detected[question] = np.logical_or.reduce(masks) if masks.any() else None
-        return subject.detected[question]
+            mask = np.logical_or.reduce(masks) if masks.any() else None
+        subject.detected[question] = mask
+        return mask
 
 
 def key_object(
-    subject: Subject,
-    choice: str,
-    editor: Mapping[str, Any] | None,
-    question: str,
-    finder: KeyObjectFinder | None,
+    subject: Subject, choice: str, editor: Editor, question: str, finder: KeyObjectFinder | None
 ) -> np.ndarray:
-    """The mask of the key object, bool [H, W].
+    """The mask of the key object, bool [H, W], or a DataError that tells what to do.
 
-    Args:
-        subject: the image.
-        choice: the name of an object, `DETECTED`, `DRAWN` or `WHOLE`.
-        editor: as for `painted`.
-        question: the question, for a detector.
-        finder: the detector; None: there is none.
-
-    Raises:
-        DataError: the key object is unknown; the message tells what to do.
+    `choice` is the name of an object, `DETECTED`, `DRAWN` or `WHOLE`.
     """
     if choice in subject.objects:
         return subject.objects[choice]

@@ -6,15 +6,11 @@ from argparse import ArgumentError
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.commands.options import ModelOptions, load_model
 from vlm_calibration.records import DataError
-
-if TYPE_CHECKING:
-    from vlm_calibration.app.subject import KeyObjectFinder
 
 REPORTS = ("runs/demo/report.html", "runs/eval/report.html")
 
@@ -30,19 +26,6 @@ class FinderOptions:
 
     detector: str | None = None
     segmenter: str | None = None
-
-    def finder(self) -> KeyObjectFinder | None:
-        """The finder of key objects, not loaded yet; None without a detector."""
-        if self.detector is None or self.segmenter is None:
-            return None
-        from vlm_calibration.app.subject import KeyObjectFinder
-        from vlm_calibration.regions.detector import ZeroShotDetector
-        from vlm_calibration.regions.phrases import RuleDescriber
-        from vlm_calibration.regions.segmenter import PromptedSegmenter
-
-        return KeyObjectFinder(
-            RuleDescriber(), ZeroShotDetector(self.detector), PromptedSegmenter(self.segmenter)
-        )
 
 
 def app(
@@ -62,15 +45,24 @@ def app(
         ArgumentError: a detector without a segmenter, or a segmenter without a detector.
         DataError: a model cannot be loaded, the port is in use, or Gradio is not installed.
     """
-    if (key_objects.detector is None) != (key_objects.segmenter is None):
+    detector, segmenter = key_objects.detector, key_objects.segmenter
+    if (detector is None) != (segmenter is None):
         raise ArgumentError(None, "--detector and --segmenter belong together")
     if find_spec("gradio") is None:
         raise DataError("the page needs Gradio: pip install 'vlm-calibration[app]'")
     from vlm_calibration.app.serve import serve
 
-    finder = key_objects.finder()
+    finder = None
+    if detector is not None and segmenter is not None:
+        from vlm_calibration.app.subject import KeyObjectFinder
+        from vlm_calibration.regions.detector import ZeroShotDetector
+        from vlm_calibration.regions.phrases import RuleDescriber
+        from vlm_calibration.regions.segmenter import PromptedSegmenter
+
+        finder = KeyObjectFinder(RuleDescriber(), ZeroShotDetector(detector), PromptedSegmenter(segmenter))
     loaded = load_model(model)
     if finder is not None:
-        finder.load(loaded.device)
+        for part in (finder.describer, finder.detector, finder.segmenter):
+            part.load(loaded.device)
     page = report or next((Path(r) for r in REPORTS if Path(r).is_file()), Path(REPORTS[0]))
     serve(loaded, finder, page, port)

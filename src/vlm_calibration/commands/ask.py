@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse.typing import PositiveInt
 
+from vlm_calibration.append_log import AppendLog
 from vlm_calibration.commands.options import ModelOptions, load_model
 from vlm_calibration.errors import CommandError
+from vlm_calibration.files import JsonLine, json_lines
 from vlm_calibration.progress import working
-from vlm_calibration.records import AnswerType, DataError, RecordError
+from vlm_calibration.records import AnswerType, DataError, Query, RecordError, query_from_dict
 
 if TYPE_CHECKING:
-    from vlm_calibration.commands.questions import AnswerFile, Question
     from vlm_calibration.data.noise import Sample
+    from vlm_calibration.data.sources.images import ImageFolder
     from vlm_calibration.estimators.decision import DecisionRule
     from vlm_calibration.inference.answers import Answer
-    from vlm_calibration.inference.asking import Asker
+    from vlm_calibration.inference.asking import CalibratedModel
 
 MIN_PRINTED = 0.05
 """Probability from which on a confidence is printed among those that the model might have stated."""
@@ -88,23 +90,25 @@ def ask(
     if many.questions is None:
         if image is None or question is None:
             raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
-        for name in ("out", "root", "batch_size", "on_bad_image"):
-            if getattr(many, name):
-                option = f"--{name.replace('_', '-')}"
-                raise ArgumentError(None, f"{option} is for many questions: give --questions FILE")
+        for name, value in vars(many).items():
+            if value is not None:
+                raise ArgumentError(None, f"{_option(name)} is for many questions: give --questions FILE")
         _ask_one(image, question, answer_type, category, model, abstain, json)
         return
     if image is not None:
         raise ArgumentError(None, "give either an image and a question, or --questions FILE")
     if many.out is None:
         raise ArgumentError(None, "give --out FILE for the answers")
-    for key, value in {"answer_type": answer_type, "category": category}.items():
+    for name, value in {"answer_type": answer_type, "category": category}.items():
         if value is not None:
-            option = f"--{key.replace('_', '-')}"
             raise ArgumentError(
-                None, f'{option} is for one question; a file of questions has the key "{key}"'
+                None, f'{_option(name)} is for one question; a file of questions has the key "{name}"'
             )
     _ask_many(many, many.questions, many.out, model, abstain, json)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | None]]) -> None:
@@ -131,8 +135,7 @@ def _ask_one(
     json: bool,
 ) -> None:
     check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
-    model = load_model(options, check)
-    with closing(model):
+    with closing(load_model(options, check)) as model:
         answer = model.ask(image, question, answer_type, category)
     if answer.warning is not None:
         print(f"warning: {answer.warning}", file=sys.stderr)
@@ -161,9 +164,7 @@ def _as_text(answer: Answer) -> str:
     if len(likely) > 1:
         lines.append(f"  might have stated    {', '.join(likely)}")
     if answer.rule is not None:
-        limit = answer.rule.threshold
-        known = "no threshold" if limit is None else f"{answer.rule.estimator}, from {limit:.1%} on"
-        lines.append(f"  decision             {answer.decision} ({answer.rule.unfamiliar or known})")
+        lines.append(f"  decision             {answer.decision} ({answer.reason})")
     return "\n".join(lines)
 
 
@@ -172,90 +173,134 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+class _Question(NamedTuple):
+    """A line of a file of questions.
+
+    Attributes:
+        where: file and line number, for messages.
+        query: the question without a gold answer; its id is the line number if the file gives none.
+        answer_type: None if the file does not give it.
+    """
+
+    where: str
+    query: Query
+    answer_type: AnswerType | None
+
+
+def _read_questions(path: Path) -> Iterator[_Question]:
+    """The questions of a file; raises a DataError that names the line if one is not a question, or an id comes twice."""
+    seen: set[str] = set()
+    for line in json_lines(path):
+
+        def question(data: Any, line: JsonLine = line) -> _Question:
+            if not isinstance(data, Mapping):
+                raise RecordError("expected an object with 'image' and 'question'")
+            given = {key: value for key, value in data.items() if value is not None}
+            query = query_from_dict({"id": line.number, "answer": "?", "answer_type": "open", **given})
+            return _Question(line.where, query, given.get("answer_type"))
+
+        read = line.read(question)
+        if read.query.id in seen:
+            raise line.error(f"the id {read.query.id!r} comes twice")
+        seen.add(read.query.id)
+        yield read
+    if not seen:
+        raise DataError(f"{path}: no question in this file")
+
+
+def _read_answers(log: AppendLog) -> Iterator[dict[str, Any]]:
+    """The answers that an earlier run wrote; raises a DataError that names a line that is none."""
+    for line, row in log.lines():
+        if not isinstance(row.get("id"), str) or not {"image", "question"} <= row.keys():
+            raise log.damaged(line.where, "not an answer that `ask` wrote")
+        yield row
+
+
 def _ask_many(
-    many: ManyQuestions,
-    questions: Path,
-    out: Path,
-    options: ModelOptions,
-    abstain: bool,
-    json: bool,
+    many: ManyQuestions, questions: Path, out: Path, options: ModelOptions, abstain: bool, json: bool
 ) -> None:
-    from vlm_calibration.commands.questions import AnswerFile, read_questions
+    from vlm_calibration.data.sources.images import ImageFolder
 
     # Check all questions before a model is loaded.
-    total = sum(1 for _ in read_questions(questions))
-    asked = ((q.where, q.category) for q in read_questions(questions))
+    total = sum(1 for _ in _read_questions(questions))
+    asked = ((q.where, q.query.category) for q in _read_questions(questions))
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
+    folder = ImageFolder(many.root or questions.parent)
+    skipped: list[str] = []
+    warnings: list[str] = []
     settings = {"model": model.name, "rule": None if model.rule is None else model.rule.guarantee}
-    with closing(model), closing(AnswerFile(out, settings)) as answers:
-        before = len(answers.done)
-        skipped, warnings = _answer_all(many, questions, model, answers, total)
-        counts = {
-            "questions": total,
-            "answered_now": len(answers.done) - before,
-            "answered_before": before,
-            "skipped": len(skipped),
-            "review": None if model.rule is None else answers.to_review,
-        }
+    log = AppendLog(out, settings, "choose another --out")
+    with closing(model), closing(log):
+        log.open()
+        answered: dict[str, tuple[str, str]] = {}
+        to_review = 0
+        for row in _read_answers(log):
+            answered[row["id"]] = (row["image"], row["question"])
+            to_review += row.get("decision") == "review"
+        before, now = len(answered), 0
+        pending = _pending(questions, answered, out)
+        with working("ask", total, "questions", done=min(total, before)) as update:
+            while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
+                samples = {}
+                for question in batch:
+                    try:
+                        samples[question] = _sample(model, folder, question)
+                    except DataError as error:
+                        if many.on_bad_image != "skip":
+                            raise
+                        skipped.append(str(error))
+                if samples:
+                    answers = model.answers(list(samples.values()), [model.main])[model.main]
+                    rows = list(zip(samples, answers, strict=True))
+                    log.append(*({**_repeated(q.query), **answer.to_dict()} for q, answer in rows), sync=True)
+                    warnings += [f"{q.where}: {answer.warning}" for q, answer in rows if answer.warning]
+                    to_review += sum(answer.decision == "review" for answer in answers)
+                    now += len(rows)
+                update(min(total, before) + now + len(skipped))
+    counts = {
+        "questions": total,
+        "answered_now": now,
+        "answered_before": before,
+        "skipped": len(skipped),
+        "review": None if model.rule is None else to_review,
+    }
     for message in skipped[:5]:
         print(f"left out: {_printable(message)}", file=sys.stderr)
     if warnings:
         print(f"warning: {warnings[0]} (in all {len(warnings)} such answers)", file=sys.stderr)
     if json:
         print(dumps({**counts, "out": str(out)}, ensure_ascii=False))
-    else:
-        parts = [f"{counts['answered_now']} of {total} questions answered"]
-        parts += [f"{before} answered before"] if before else []
-        parts += [f"{len(skipped)} left out"] if skipped else []
-        parts += [] if model.rule is None else [f"{answers.to_review} for review"]
-        print(f"{', '.join(parts)}: {out}")
+        return
+    parts = [f"{now} of {total} questions answered"]
+    parts += [f"{before} answered before"] if before else []
+    parts += [f"{len(skipped)} left out"] if skipped else []
+    parts += [] if model.rule is None else [f"{to_review} for review"]
+    print(f"{', '.join(parts)}: {out}")
 
 
-def _answer_all(
-    many: ManyQuestions,
-    questions: Path,
-    model: Asker,
-    answers: AnswerFile,
-    total: int,
-) -> tuple[list[str], list[str]]:
-    """Answer all questions without an answer in the file; returns why questions are left out, and warnings about answers."""
-    from vlm_calibration.commands.questions import read_questions
-    from vlm_calibration.data.sources.images import ImageFolder
+def _repeated(query: Query) -> dict[str, Any]:
+    """What an answer repeats of its question."""
+    return {key: getattr(query, key) for key in ("id", "image", "question", "category")}
 
-    def sample(question: Question) -> Sample | None:
-        """The question as a sample for the model; None, with a message in `skipped`, if its image is left out."""
-        try:
-            try:
-                folder.check(question.image)
-                path = folder.path(question.image)
-            except RecordError as error:
-                raise DataError(f"{question.where}: {error}") from error
-            kind, category = question.answer_type, question.category
-            return model.sample(path, question.question, kind, category, name=question.where)
-        except DataError as error:
-            if many.on_bad_image != "skip":
-                raise
-            skipped.append(str(error))
-            return None
 
-    folder = ImageFolder(many.root or questions.parent)
-    skipped: list[str] = []
-    warnings: list[str] = []
-    pending = answers.pending(read_questions(questions))
-    done = min(total, len(answers.done))
-    with working("ask", total, "questions", done=done) as update:
-        while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
-            loaded = [(question, sample(question)) for question in batch]
-            samples = [(question, of_question) for question, of_question in loaded if of_question is not None]
-            if samples:
-                system = model.systems[-1]
-                batch_answers = model.answers([of_question for _, of_question in samples], [system])[system]
-                warnings += [
-                    f"{q.where}: {a.warning}"
-                    for (q, _), a in zip(samples, batch_answers, strict=True)
-                    if a.warning
-                ]
-                answers.add([(q, a.to_dict()) for (q, _), a in zip(samples, batch_answers, strict=True)])
-            done += len(batch)
-            update(done)
-    return skipped, warnings
+def _pending(questions: Path, answered: Mapping[str, tuple[str, str]], out: Path) -> Iterator[_Question]:
+    """The questions without an answer; one of another image or text than that of the same id (`answered`) is a DataError."""
+    for question in _read_questions(questions):
+        query = question.query
+        if query.id not in answered:
+            yield question
+        elif answered[query.id] != (query.image, query.question):
+            raise DataError(
+                f"{question.where}: {out} holds an answer to another question under the id {query.id!r}: choose another --out"
+            )
+
+
+def _sample(model: CalibratedModel, folder: ImageFolder, question: _Question) -> Sample:
+    """The question as a sample for the model; raises a DataError that names its place if its image cannot be used."""
+    query = question.query
+    try:
+        folder.check(query.image)
+        path = folder.path(query.image)
+    except RecordError as error:
+        raise DataError(f"{question.where}: {error}") from error
+    return model.sample(path, query.question, question.answer_type, query.category, name=question.where)

@@ -95,8 +95,8 @@ def _table(stage: str, rows: dict[str, Memory]) -> Table:
     return table
 
 
-def _gib(size: int | None) -> str:
-    value = (size or 0) / 2**30
+def _gib(size: int) -> str:
+    value = size / 2**30
     if not value:
         return "-"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

@@ -148,13 +148,13 @@ def _write_merged(adapter: Path, base: BaseModel, card: Card, dtype: Dtype, fold
         print(
             f"{adapter / TEXT} has been edited since training: the merged model gets a card without these edits"
         )
-    merged = merge_adapter(str(adapter), base, dtype)
-    save_merged(merged, folder)
+    merged, layers = merge_adapter(str(adapter), base, dtype)
+    save_merged(merged, base, folder)
     processor = load_processor(processor_source(adapter, base), base.revision, base.trust_remote_code)
     processor.save_pretrained(folder)
     has_rule = _write_merged_rule(adapter, folder, base, dtype)
     save_card(folder, replace(card, merged=True, guarantee=card.guarantee if has_rule else ""))
-    print(f"merged {len(merged.layers)} layers of {adapter} into {base.name_or_path}")
+    print(f"merged {len(layers)} layers of {adapter} into {base.name_or_path}")
 
 
 def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtype) -> bool:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from jsonargparse import Namespace
 
 from vlm_calibration.callbacks.peak_memory import PeakMemory
 from vlm_calibration.commands.lightning_cli import ParsedCLI, lightning_errors
-from vlm_calibration.data.longest import LongestQueries, longest_queries
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.base import BaseModel, base_of_adapters
-from vlm_calibration.models.loading import check_blocks, empty_vlm, model_config, quantised_layers
+from vlm_calibration.models.loading import empty_vlm, model_config, why_not_nf4
 from vlm_calibration.models.memory import STATE_BYTES, Memory, cache_bytes, model_memory
 from vlm_calibration.quiet import quiet_lightning
+from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.text.confidence import render_response
 
 CONFIGURED = "as configured"
 CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
@@ -27,6 +31,10 @@ STEPS = 2
 """Steps that are measured: in the second, the optimizer has its states."""
 ROOM = 64
 """Tokens above the measured row's that its other responses may take."""
+SIDE, SMALLEST = 2048, 32
+"""Sides in pixels of an image without `data.max_pixels`, and of the smallest one that is tried."""
+WORDS = 32
+"""Words of which the tokens are counted."""
 
 
 def answer_memory(config: Any, tokens: int | None) -> Memory:
@@ -46,12 +54,14 @@ def training_memory(config: Any) -> Memory:
         trained=settings.get("parts"),
         cast=CASTS.get(str(config.trainer.precision)),
     )
-    optimizer = STATE_BYTES[settings.optimizer.name] * memory.trained
     strategy = config.trainer.strategy
     size = None if isinstance(strategy, str) else (strategy.get("init_args") or {}).get("data_parallel_size")
     shares = size if isinstance(size, int) else 1
-    weights, gradients, optimizer = (part // shares for part in (memory.weights, memory.gradients, optimizer))
-    return memory._replace(weights=weights, gradients=gradients, optimizer=optimizer)
+    return memory._replace(
+        weights=memory.weights // shares,
+        gradients=memory.gradients // shares,
+        optimizer=STATE_BYTES[settings.optimizer.name] * memory.trained // shares,
+    )
 
 
 def _base(config: Any) -> BaseModel:
@@ -79,18 +89,18 @@ def training_rows(cli: ParsedCLI, tokens: int | None, measure: bool) -> Iterator
         measure: whether to run training steps.
     """
     config = cli.config.fit
-    longest = longest_queries(_stage(cli, config).data, tokens or config.data.max_length) if measure else None
-    held = training_memory(config)
+    length = tokens or config.data.max_length
+    longest = longest_queries(_stage(cli, config).data, length) if measure else None
     for change in ({}, *_choices(config, measured=measure)):
         changed = config.clone()
         for key, value in change.items():
             changed[key] = value
-        memory = training_memory(changed) if "model.init_args.base.quantization" in change else held
+        memory = training_memory(changed)
         if longest is not None:
-            memory = _measured(cli, changed, memory, longest, tokens or config.data.max_length)
+            memory = _measured(cli, changed, memory, longest, length)
         label = " ".join(f"--{key} {str(value).lower()}" for key, value in change.items())
         yield label or CONFIGURED, memory
-    yield "validation", held._replace(cache=_cache(config, tokens))
+    yield "validation", training_memory(config)._replace(cache=_cache(config, tokens))
 
 
 def _choices(config: Any, *, measured: bool) -> list[dict[str, Any]]:
@@ -99,7 +109,7 @@ def _choices(config: Any, *, measured: bool) -> list[dict[str, Any]]:
     changes: list[dict[str, Any]] = []
     if measured and not settings.gradient_checkpointing:
         changes.append({"model.init_args.gradient_checkpointing": True})
-    if base.quantization == "none" and _can_quantise(base):
+    if base.quantization == "none" and not why_not_nf4(empty_vlm(base)):
         changes.append({"model.init_args.base.quantization": "nf4"})
     if measured and data.batch_size > 1:
         accumulated = 2 * (config.trainer.accumulate_grad_batches or 1)
@@ -111,15 +121,6 @@ def _choices(config: Any, *, measured: bool) -> list[dict[str, Any]]:
     if len(changes) > 1:
         changes.append({key: value for change in changes for key, value in change.items()})
     return changes
-
-
-def _can_quantise(base: BaseModel) -> bool:
-    model = empty_vlm(base)
-    try:
-        check_blocks(model, set(quantised_layers(model)))
-    except ValueError:
-        return False
-    return True
 
 
 def _stage(cli: ParsedCLI, config: Any) -> Any:
@@ -177,3 +178,49 @@ def _measured(cli: ParsedCLI, config: Any, memory: Memory, longest: LongestQueri
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return memory._replace(activations=max(0, peak.peak - memory.gradients - memory.optimizer))
+
+
+@dataclass(frozen=True)
+class LongestQueries(QuerySource):
+    """`n` copies of one yes/no question of so many words about an image of noise, with sides of `side` pixels."""
+
+    n: int
+    side: int
+    words: int
+
+    def queries(self) -> Sequence[Query]:
+        question = " ".join(["dog"] * self.words)
+        return [Query(str(i), "noise", question, "Yes", "yes_no", objects=("dog",)) for i in range(self.n)]
+
+    def labels(self, query: Query) -> Sequence[str]:
+        return ["dog"]
+
+    def load(self, query: Query) -> LoadedImage:
+        image = np.random.default_rng(0).integers(0, 256, (self.side, self.side, 3), np.uint8)
+        mask = np.zeros(image.shape[:2], bool)
+        mask[: self.side // 2, : self.side // 2] = True
+        return LoadedImage(image, (mask,), ())
+
+
+def longest_queries(data: PerturbedQueryDataModule, tokens: int) -> LongestQueries:
+    """The largest image that fits into a row of `tokens` tokens with its response, and text that fills the rest.
+
+    Raises:
+        DataError: even the smallest image takes more.
+    """
+
+    def length(words: int) -> int:
+        queries = LongestQueries(1, side, words)
+        [query] = queries.queries()
+        text = data.chat.render(query.question, render_response("Yes", 1.0))
+        return int(data.chat.inputs([text], [queries.load(query).image], "right")["input_ids"].shape[1])
+
+    side = math.isqrt(data.max_pixels or SIDE**2)
+    while (shortest := length(1)) > tokens:
+        side = side * 7 // 8
+        if side < SMALLEST:
+            raise DataError(
+                f"a row of {tokens} tokens is too short: an image and a question take {shortest}; raise --tokens or data.max_length"
+            )
+    of_a_word = (length(1 + WORDS) - shortest) / WORDS
+    return LongestQueries(1, side, 1 + math.floor((tokens - shortest) / of_a_word))

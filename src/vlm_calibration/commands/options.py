@@ -15,7 +15,7 @@ from vlm_calibration.models.base import DEMO_MODEL, BaseModel, Dtype, Quantizati
 
 if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
-    from vlm_calibration.inference.asking import Asker
+    from vlm_calibration.inference.asking import CalibratedModel
 
 DEMO_RUNS = ("runs/dpo", "runs/sft")
 """Where the demo's adapters are after training, in order of preference."""
@@ -57,7 +57,7 @@ class ModelOptions:
 def load_model(
     options: ModelOptions,
     check: Callable[[DecisionRule | None], None] | None = None,
-) -> Asker:
+) -> CalibratedModel:
     """Load the model that the options name, or else the demo's model with the adapter that was trained on it.
 
     `check` takes its decision rule before the model is loaded, and raises if the rule is not enough.
@@ -89,7 +89,7 @@ def load_model(
     return load_calibrated(model, adapter, device=options.device, max_new_tokens=options.max_new_tokens)
 
 
-def _served(options: ModelOptions, check: Callable[[DecisionRule | None], None] | None) -> Asker:
+def _served(options: ModelOptions, check: Callable[[DecisionRule | None], None] | None) -> CalibratedModel:
     """The model behind an address; it has no decision rule."""
     if options.url is None or options.served_model is None:
         raise ArgumentError(None, "--url and --served-model belong together")

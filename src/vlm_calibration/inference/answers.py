@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm_calibration.estimators.decision import AppliedRule, Decision
+from vlm_calibration.estimators.predictions import VERBALIZED
+from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.records import AnswerType
 
 
@@ -41,6 +43,21 @@ class Answer:
     def decision(self) -> Decision | None:
         """Whether the answer may be given, or goes to a person for review; None without a rule."""
         return None if self.rule is None else self.rule.decision
+
+    @property
+    def reason(self) -> str:
+        """Why `decision` is what it is, as a clause; empty without a rule."""
+        if self.rule is None:
+            return ""
+        name = "stated" if self.rule.estimator == VERBALIZED else self.rule.estimator
+        if self.rule.unfamiliar is not None:
+            return self.rule.unfamiliar
+        if self.rule.confidence is None:
+            return f"no {name} confidence"
+        if self.rule.threshold is None:
+            return "no threshold keeps the limits"
+        relation = "at least" if self.decision == "answer" else "below"
+        return f"{name} {percent(self.rule.confidence)}, {relation} {percent(self.rule.threshold)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as plain values; the distribution as pairs of confidence and probability, without those below 0.1%."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -17,12 +19,13 @@ from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.demo.questions import unknown_part
 from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem
-from vlm_calibration.estimators.decision import AppliedRule, DecisionRule
+from vlm_calibration.estimators.decision import DecisionRule
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.system import System
 from vlm_calibration.estimators.verbal import ExpectedConfidence, rounded
 from vlm_calibration.inference.answers import Answer
 from vlm_calibration.inference.pixels import ImageLike, pixels_of
+from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.perturbation.levels import CLEAN, Perturbation
 from vlm_calibration.records import AnswerType, DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import strip_confidence
@@ -30,73 +33,76 @@ from vlm_calibration.text.confidence import strip_confidence
 BASE, CALIBRATED, ENDPOINT = "base", "calibrated", "endpoint"
 
 
-class Asker:
-    """Answers questions about images.
+@dataclass(frozen=True, eq=False, repr=False)
+class CalibratedModel:
+    """A model in this process, with or without an adapter, or behind an address, that answers questions about images.
 
-    Args:
-        name: name for messages.
+    It is thread-safe: one batch is answered at a time.
+
+    Attributes:
+        name: for messages.
         systems: "base", and "calibrated" if there is an adapter; or "endpoint". They rate their answers by `ExpectedConfidence`.
         collate: makes the batch that the systems answer.
         noise: how `sample` perturbs images.
         device: where models run that work beside it.
+        model: the transformers or peft model, whose vision tower runs once for all systems; None behind an address.
         image_processor: defines the size at which the model sees an image; None: it is not known.
         is_demo: whether the base model is the demo's, of which it is known what it knows.
         rule: decides about the answers of the last system; None: nothing does.
     """
 
-    def __init__(
-        self,
-        name: str,
-        systems: Mapping[str, System],
-        collate: Callable[[Sequence[Sample]], PromptBatch],
-        noise: NoisePolicy,
-        device: torch.device,
-        image_processor: Any = None,
-        is_demo: bool = False,
-        rule: DecisionRule | None = None,
-    ) -> None:
-        self.name = name
-        self.systems = tuple(systems)
-        self._systems = systems
-        self._collate = collate
-        self.noise = noise
-        self.device = device
-        self.image_processor = image_processor
-        self.is_demo = is_demo
-        self.rule = rule
+    name: str
+    systems: Mapping[str, System]
+    collate: Callable[[Sequence[Sample]], PromptBatch]
+    noise: NoisePolicy
+    device: torch.device
+    model: Any = None
+    image_processor: Any = None
+    is_demo: bool = False
+    rule: DecisionRule | None = None
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, init=False)
 
-    def answers(self, samples: Sequence[Sample], systems: Sequence[str]) -> dict[str, list[Answer]]:
-        """Answer one batch of samples with each of some systems.
-
-        Args:
-            samples: what `sample` returns.
-            systems: names in `self.systems`.
-
-        Returns:
-            System -> its answers, in the order of the samples.
-        """
-        batch = self._collate(samples)
+    def answers(self, samples: Sequence[Sample], systems: Iterable[str] = ()) -> dict[str, list[Answer]]:
+        """Answer one batch of samples from `sample` with some systems, or else all; returns system -> its answers in their order."""
         answers = {}
-        for name in systems:
-            predictions, _, distributions = self._systems[name].answer(batch)
-            rule = self.rule if name == self.systems[-1] else None
-            unknown_parts = [self.unknown_part(prediction.question) for prediction in predictions]
-            answers[name] = [
-                Answer(
-                    text=prediction.text,
-                    answer=strip_confidence(prediction.text),
-                    confidence=prediction.confidence,
-                    expected=prediction.estimates[ExpectedConfidence.name],
-                    distribution=distribution,
-                    answer_type=prediction.answer_type,
-                    warning=unknown,
-                    rule=None if rule is None else _apply(rule, prediction, unknown),
-                )
-                for prediction, distribution, unknown in zip(
-                    predictions, distributions, unknown_parts, strict=True
-                )
-            ]
+        shared = nullcontext() if self.model is None else shared_vision(self.model)
+        with self._one_at_a_time, shared:
+            batch = self.collate(samples)
+            for name in systems or self.systems:
+                predictions, _, distributions = self.systems[name].answer(batch)
+                rule = self.rule if name == self.main else None
+                answers[name] = [
+                    self._answer(prediction, distribution, rule)
+                    for prediction, distribution in zip(predictions, distributions, strict=True)
+                ]
         return answers
+
+    def _answer(
+        self, prediction: EstimatedPrediction, distribution: Mapping[float, float], rule: DecisionRule | None
+    ) -> Answer:
+        unknown = self.unknown_part(prediction.question)
+        applied = None
+        if rule is not None:
+            confidence = prediction.confidence_of(rule.estimator)
+            if confidence is not None and rule.estimator != VERBALIZED:
+                confidence = rounded(confidence)  # as an evaluation measures it
+            unfamiliar = unknown or rule.questions.unfamiliar(prediction.question)
+            applied = rule.applied(confidence, prediction.category, unfamiliar)
+        return Answer(
+            text=prediction.text,
+            answer=strip_confidence(prediction.text),
+            confidence=prediction.confidence,
+            expected=prediction.estimates[ExpectedConfidence.name],
+            distribution=distribution,
+            answer_type=prediction.answer_type,
+            rule=applied,
+            warning=unknown,
+        )
+
+    @property
+    def main(self) -> str:
+        """The system whose answers count: the last."""
+        return list(self.systems)[-1]
 
     def unknown_part(self, question: str) -> str | None:
         """What the demo model does not know in a question; None if it knows it, and for any other model."""
@@ -104,13 +110,14 @@ class Asker:
 
     def close(self) -> None:
         """Close connections."""
-        for system in self._systems.values():
+        for system in self.systems.values():
             system.close()
 
     def seen(self, sample: Sample) -> np.ndarray:
         """The sample's image at the model's input resolution if that is known, uint8 [H, W, 3]."""
-        known = self.image_processor is not None
-        return resize_to_model(self.image_processor, sample.image) if known else sample.image
+        if self.image_processor is None:
+            return sample.image
+        return resize_to_model(self.image_processor, sample.image)
 
     def ask(
         self,
@@ -121,7 +128,7 @@ class Asker:
         *,
         as_base: bool = False,
     ) -> Answer:
-        """Ask one question.
+        """Ask one question; raises a DataError if it or its image cannot be used.
 
         Args:
             image: a path, the bytes of a file, a Pillow image, or uint8 [H, W, 3].
@@ -129,37 +136,22 @@ class Asker:
             answer_type: "yes_no", "short" or "open"; None: recognised from the question.
             category: of the question, for thresholds by category; without it they decide nothing.
             as_base: answer without the adapter.
-
-        Raises:
-            DataError: the image or the question cannot be used.
         """
         return next(self.ask_many([(image, question, answer_type, category)], as_base=as_base))
 
     def ask_many(
-        self,
-        questions: Iterable[
-            tuple[ImageLike, str]
-            | tuple[ImageLike, str, AnswerType | None]
-            | tuple[ImageLike, str, AnswerType | None, str | None]
-        ],
-        batch_size: int = 8,
-        *,
-        as_base: bool = False,
+        self, questions: Iterable[tuple[Any, ...]], batch_size: int = 8, *, as_base: bool = False
     ) -> Iterator[Answer]:
-        """Ask many questions; yields their answers in the same order.
+        """Ask many questions; yields their answers in the same order, and raises as `ask`.
 
         Args:
             questions: image, question and optionally answer type and category, as for `ask`; consumed one batch at a time.
-            batch_size: questions answered together; the answers do not depend on it.
+            batch_size: questions answered together, at least 1; the answers do not depend on it.
             as_base: answer without the adapter.
-
-        Raises:
-            DataError: an image or a question cannot be used.
-            ValueError: `batch_size` below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-        system = BASE if as_base else self.systems[-1]
+        system = BASE if as_base else self.main
         pending = iter(enumerate(questions, start=1))
         while batch := list(islice(pending, batch_size)):
             samples = [self.sample(*question, name=f"question {number}") for number, question in batch]
@@ -176,16 +168,12 @@ class Asker:
         mask: Any = None,
         perturbation: Perturbation = CLEAN,
     ) -> Sample:
-        """Prepare a question about an image for the model.
+        """Prepare a question about an image for the model; arguments and errors as for `ask`.
 
         Args:
-            image, question, answer_type, category: as for `ask`.
             name: name of the question in messages, and seed of the perturbation.
             mask: region to perturb, bool [H, W]; None: the whole image stays untouched.
             perturbation: what happens to the region.
-
-        Raises:
-            DataError: the image or the question cannot be used.
         """
         if not question.strip():
             raise DataError(f"{name}: the question is empty")
@@ -197,28 +185,15 @@ class Asker:
         return perturb_query(query, loaded, noise, self.image_processor, epoch=0, perturbation=perturbation)
 
 
-def served_model(endpoint: Endpoint, max_new_tokens: int) -> Asker:
-    """A model behind an address. Images are sent as they are, and perturbed at native resolution.
-
-    Raises:
-        DataError: see `EndpointSystem`.
-    """
-    return Asker(
+def served_model(endpoint: Endpoint, max_new_tokens: int) -> CalibratedModel:
+    """A model behind an address, as for `EndpointSystem`. Images are sent as they are, and perturbed at native resolution."""
+    return CalibratedModel(
         f"{endpoint.model} at {endpoint.url}",
         {ENDPOINT: EndpointSystem(ENDPOINT, endpoint, [ExpectedConfidence()], max_new_tokens)},
         PromptCollator(None, grading=None, keep_images=True),
         NoisePolicy(resolution="native"),
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
-
-
-def _apply(rule: DecisionRule, prediction: EstimatedPrediction, unknown: str | None) -> AppliedRule | None:
-    """The rule for an answer, with the confidence as an evaluation measures it; `unknown` is what the model does not know."""
-    confidence = prediction.confidence_of(rule.estimator)
-    if confidence is not None and rule.estimator != VERBALIZED:
-        confidence = rounded(confidence)
-    unfamiliar = unknown or rule.questions.unfamiliar(prediction.question)
-    return rule.applied(confidence, prediction.category, unfamiliar)
 
 
 _BEGINS_YES_NO = re.compile(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from vlm_calibration.data.collate import ChatFormat, PromptCollator
+from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy, Sample
+from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import Estimator
@@ -25,8 +22,7 @@ from vlm_calibration.estimators.predictions import VERBALIZED
 from vlm_calibration.estimators.system import LocalSystem
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.hub import is_hub_name, loading
-from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.asking import BASE, CALIBRATED, Asker
+from vlm_calibration.inference.asking import BASE, CALIBRATED, CalibratedModel
 from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.base import (
     DEMO_MODEL,
@@ -39,7 +35,6 @@ from vlm_calibration.models.base import (
     find_adapter,
     processor_source,
 )
-from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import load_base, weights_digest
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
@@ -100,37 +95,39 @@ def load_calibrated(
     )
     if prompt is None and card.conversation not in (None, data.chat.render(EXAMPLE)):
         logger.warning(f"{folder or model.name_or_path}: its chat template differs from that of the training")
+    loaded = loaded.requires_grad_(False).eval()
+    estimators: list[Estimator] = [ExpectedConfidence()]
+    if rule is not None and rule.estimator == AnswerLikelihood.name:
+        estimators.append(AnswerLikelihood())
+    tokenizer, limit = AnswerTokenizer(data.chat), max_new_tokens or card.max_new_tokens
+    adapters: dict[str, str | None] = {BASE: None} if folder is None else {BASE: None, CALIBRATED: CALIBRATED}
+    collate, noise = PromptCollator(data.chat, grading=None), NoisePolicy()
+    try:
+        check_resolution(data.processor)
+    except DataError:
+        noise = NoisePolicy(resolution="native")  # the size at which the model sees an image is not known
     return CalibratedModel(
-        loaded.requires_grad_(False).eval(),
-        data.chat,
-        max_new_tokens or card.max_new_tokens,
-        name=_name(model, folder),
+        _name(model, folder),
+        {name: LocalSystem(loaded, a, tokenizer, limit, estimators) for name, a in adapters.items()},
+        lambda samples: collate(samples).to(loaded.device),
+        noise,
+        loaded.device,
+        loaded,
+        data.processor.image_processor,
         is_demo=Path(model.name_or_path).is_dir() and Path(model.name_or_path).samefile(DEMO_MODEL),
         rule=rule,
     )
 
 
 def rule_of(base: BaseModel, adapter: str | Path | None) -> DecisionRule | None:
-    """The decision rule beside an adapter, or beside a base model's own weights; None if there is none.
-
-    Raises:
-        DataError: there is no such adapter, or the file is not a rule.
-    """
+    """The decision rule beside an adapter, or beside a base model's own weights; None if there is none, DataError if it is broken."""
     return read_rule(find_adapter(adapter) if adapter is not None else _model_files(base))
 
 
 def _check_rule(
-    rule: DecisionRule,
-    files: Path,
-    adapter: Path | None,
-    model: BaseModel,
-    prompt: ElicitationPrompt,
+    rule: DecisionRule, files: Path, adapter: Path | None, model: BaseModel, prompt: ElicitationPrompt
 ) -> None:
-    """Refuse a decision rule that does not hold for this model; warn if the base model is quantised otherwise.
-
-    Raises:
-        DataError: see `check_rule`; or the model has no such estimator.
-    """
+    """Refuse a decision rule that does not hold for this model; warn if the base model is quantised otherwise."""
     path = files / THRESHOLDS
     weights = weights_digest(model) if adapter is None else adapter_weights_digest(adapter)
     check_rule(rule, path, weights, prompt.template)
@@ -157,11 +154,7 @@ def _name(base: BaseModel, adapter: Path | None) -> str:
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
-    """The device, checked before anything is loaded; for None, a GPU if there is one.
-
-    Raises:
-        DataError: there is no such device.
-    """
+    """The device, checked before anything is loaded; for None, a GPU if there is one."""
     try:
         usable = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -185,65 +178,3 @@ def _model_files(model: BaseModel) -> Path:
                 except EntryNotFoundError:
                     continue
     return folder
-
-
-class CalibratedModel(Asker):
-    """A base model, with or without an adapter, that answers questions about images; see `load_calibrated`.
-
-    It is thread-safe: one batch is answered at a time.
-
-    Args:
-        model: the transformers or peft model, whose adapter is "calibrated".
-        chat: formats questions for the model.
-        max_new_tokens: length limit of an answer.
-        name: name for messages.
-        is_demo: as for `Asker`.
-        rule: as for `Asker`.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        chat: ChatFormat,
-        max_new_tokens: int,
-        name: str = "model",
-        is_demo: bool = False,
-        rule: DecisionRule | None = None,
-    ) -> None:
-        tokenizer = AnswerTokenizer(chat)
-        estimators: list[Estimator] = [ExpectedConfidence()]
-        if rule is not None and rule.estimator == AnswerLikelihood.name:
-            estimators.append(AnswerLikelihood())
-        adapters: dict[str, str | None] = {BASE: None}
-        if hasattr(model, "peft_config"):
-            adapters[CALIBRATED] = CALIBRATED
-        systems = {
-            system: LocalSystem(model, adapter, tokenizer, max_new_tokens, estimators)
-            for system, adapter in adapters.items()
-        }
-        collate = PromptCollator(chat, grading=None)
-        noise = NoisePolicy()
-        try:
-            check_resolution(chat.processor)
-        except DataError:
-            noise = NoisePolicy(resolution="native")  # the size at which the model sees an image is not known
-        super().__init__(
-            name,
-            systems,
-            lambda samples: collate(samples).to(model.device),
-            noise,
-            model.device,
-            chat.processor.image_processor,
-            is_demo,
-            rule,
-        )
-        self.model = model
-        self.chat = chat
-        self.max_new_tokens = max_new_tokens
-        self._one_at_a_time = threading.Lock()
-
-    def answers(self, samples: Sequence[Sample], systems: Sequence[str]) -> dict[str, list[Answer]]:
-        """Answer one batch of samples with each of some systems, as `Asker.answers` says; systems share the vision tower's pass."""
-        sharing = shared_vision(self.model) if len(systems) > 1 else nullcontext()
-        with self._one_at_a_time, sharing:
-            return super().answers(samples, systems)

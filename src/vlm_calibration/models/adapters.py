@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +11,12 @@ from typing import Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from peft.utils import load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from vlm_calibration.hub import shorten_message
-from vlm_calibration.models.base import CONFIG, WEIGHTS, BaseModel, find_adapter, read_object
+from vlm_calibration.models.base import CONFIG, BaseModel, find_adapter, read_object
 from vlm_calibration.records import DataError
 
 ModelPart = Literal["language", "tower", "projector"]
@@ -117,44 +116,26 @@ def _report_misfit(folder: Path, base: str) -> Iterator[None]:
     """Raise errors of the block as a DataError: the adapter does not fit the base model."""
     try:
         with warnings.catch_warnings():
-            # peft only warns of weights that are missing in the adapter.
-            warnings.filterwarnings("error", message="(?s).*Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="(?s).*Found missing adapter keys")
             yield
-    except (OSError, ValueError, TypeError, RuntimeError, UserWarning) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         trained = read_object(folder / CONFIG).get("base_model_name_or_path")
         advice = f"its base model is {trained}: use that one, or an adapter of {base}"
         if trained and BaseModel(trained).name_or_path == base:
             advice = "its base model has this name, so one of the two has changed: use the former base model, or train again"
         raise DataError(
-            f"the adapter at {folder} does not fit the base model {base}: {_shorten(error)}; {advice}"
+            f"the adapter at {folder} does not fit the base model {base}: {shorten_message(error)}; {advice}"
         ) from error
 
 
-def _shorten(error: BaseException) -> str:
-    """peft's error message in short, with the first weight that is missing or has another size."""
-    text = str(error)
-    size = re.search(r"(?s)size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)", text)
-    if size:
-        return f"{unwrapped_name(size[1])} has a weight of size {size[2]} in the adapter and {size[3]} in the model"
-    if "Found missing adapter keys" in text:
-        missing = dict.fromkeys(unwrapped_name(key) for key in re.findall(r"'([^']+\.lora_[^']+)'", text))
-        return f"its file lacks the weights of {len(missing)} configured layers, the first is {next(iter(missing))}"
-    return shorten_message(error)
-
-
 def _check_all_loaded(model: PeftModel, name: str, folder: Path) -> None:
-    """Check that the model has every LoRA layer of the adapter's file: peft ignores layers that it cannot place."""
-    file = folder / WEIGHTS
-    if not file.is_file():
-        return
-    with safe_open(file, framework="pt") as weights:
-        saved = {unwrapped_name(key) for key in weights.keys() if ".lora_A." in key}  # noqa: SIM118
-    layers = (item for item in model.named_modules() if isinstance(item[1], BaseTunerLayer))
-    loaded = {unwrapped_name(path) for path, layer in layers if name in getattr(layer, "lora_A", ())}
-    if len(loaded) < len(saved):
-        raise ValueError(
-            f"its file has {len(saved)} layers, and the model has {len(loaded)} of them, not {min(saved - loaded)}"
-        )
+    """Check that model and file have the same LoRA layers: peft leaves out others, with a warning at most."""
+    saved = {unwrapped_name(k) for k in load_peft_weights(str(folder), device="cpu") if ".lora_A." in k}
+    loaded = {unwrapped_name(n) for n, _ in model.named_parameters() if f".lora_A.{name}." in n}
+    if missing := sorted(loaded - saved):
+        raise ValueError(f"its file lacks {len(missing)} layers of the model, the first is {missing[0]}")
+    if left_out := sorted(saved - loaded):
+        raise ValueError(f"the model lacks {len(left_out)} layers of its file, the first is {left_out[0]}")
 
 
 @contextmanager
@@ -205,11 +186,10 @@ def continue_adapter(
         DataError: the adapter does not exist, does not fit the model, or has no layer in `parts`.
     """
     layers = layer_parts(model)
-    folder = str(find_adapter(folder))
-    wrapped = load_adapters(model, {"default": folder})
+    wrapped = load_adapters(
+        model, dict.fromkeys(["default", REFERENCE] if reference else ["default"], folder)
+    )
     assert isinstance(wrapped, PeftModel)
-    if reference:
-        wrapped.load_adapter(folder, adapter_name=REFERENCE)
     # A difference between the two is one of their weights.
     for layer in _tuner_layers(wrapped):
         layer.lora_dropout = nn.ModuleDict({name: nn.Identity() for name in layer.lora_dropout})

@@ -65,10 +65,7 @@ class BaseModel:
 
 
 def find_adapter(run: str | Path) -> Path:
-    """The folder of an adapter: `run` itself, `adapter` in it, or a download from the Hub.
-
-    Args:
-        run: a run directory, the folder of an adapter, or a name on the Hub, `owner/name` or `owner/name@revision`.
+    """The folder of an adapter: that of a run, of the adapter itself, or downloaded from the Hub, `owner/name[@revision]`.
 
     Raises:
         DataError: there is no adapter, or the file of its weights is truncated.
@@ -129,13 +126,13 @@ def base_of_adapter(adapter: str | Path) -> BaseModel:
     if not name:
         raise DataError(f"{folder / CONFIG}: the configuration names no base model: give one")
     card = read_object(folder / FACTS) if (folder / FACTS).is_file() else {}
-    settings = {"dtype": card.get("dtype", "auto"), "quantization": card.get("quantization", "none")}
-    for (key, value), choices in zip(settings.items(), (Dtype, Quantization), strict=True):
-        if value not in get_args(choices):
-            raise DataError(
-                f"{folder / FACTS}: {key} must be one of {', '.join(get_args(choices))}, found {value!r}"
-            )
-    return BaseModel(name, revision=config.get("revision"), **settings)
+    base = BaseModel(
+        name, card.get("dtype", "auto"), card.get("quantization", "none"), revision=config.get("revision")
+    )
+    for key, choices in {"dtype": get_args(Dtype), "quantization": get_args(Quantization)}.items():
+        if (value := getattr(base, key)) not in choices:
+            raise DataError(f"{folder / FACTS}: {key} must be one of {', '.join(choices)}, found {value!r}")
+    return base
 
 
 def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
@@ -173,11 +170,7 @@ def describe(base: BaseModel) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a file with one JSON object.
-
-    Raises:
-        DataError: the file cannot be read, or is not a JSON object.
-    """
+    """Read a file with one JSON object; raises a DataError if it cannot be read, or has another form."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object")
@@ -186,6 +179,5 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def processor_source(adapter: Path | None, base: BaseModel) -> str:
     """The folder or name of the processor: that of the adapter if it has one, else that of the base model."""
-    names = ("processor_config.json", "preprocessor_config.json")
-    own = adapter is not None and any((adapter / name).is_file() for name in names)
+    own = adapter is not None and any(adapter.glob("*processor_config.json"))
     return str(adapter) if own else base.name_or_path

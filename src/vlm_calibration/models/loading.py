@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -40,8 +40,11 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
         DataError: the model does not exist, or cannot be loaded with these settings.
     """
     flex = base.attn_implementation == FLEX
-    if flex:
-        _check_flex(base, torch.device(device))
+    if flex and torch.device(device).type in ("cpu", "mps"):
+        raise DataError(
+            f"attn_implementation: {FLEX} needs a GPU, but the model runs on {str(device)!r}, where FlexAttention has no backward "
+            "pass: leave it out"
+        )
     settings: dict[str, Any] = {
         "dtype": base.dtype if base.dtype == "auto" else getattr(torch, base.dtype),
         "attn_implementation": None if flex else base.attn_implementation,
@@ -78,24 +81,6 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
 def use_in_language_model(model: Any, attention: str) -> None:
     """Set the attention kernel of the language model; the tower keeps its own, which may not support FlexAttention."""
     model.get_decoder().config._attn_implementation = attention
-
-
-def _check_flex(base: BaseModel, device: torch.device) -> None:
-    """Check that model and device can use FlexAttention, before the weights are loaded."""
-    setting = f"attn_implementation: {FLEX}"
-    if device.type in ("cpu", "mps"):
-        raise DataError(
-            f"{setting} needs a GPU, but the model runs on {device.type!r}, where FlexAttention has no backward pass: leave "
-            "it out"
-        )
-    model = empty_vlm(base)
-    decoder = model.get_decoder()
-    if not decoder._supports_attention_backend:
-        raise DataError(f"{setting}: {type(decoder).__name__} computes its own attention: leave it out")
-    if dropout := getattr(decoder.config, "attention_dropout", 0.0):
-        raise DataError(
-            f"{setting} has no dropout, but {base.name_or_path} trains with attention_dropout {dropout}: leave it out"
-        )
 
 
 def load_for_training(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -200,17 +185,26 @@ def weight_files(folder: Path) -> list[Path] | None:
     return None
 
 
-def quantised_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers that quantisation replaces: all of the language model."""
-    return [name for name, part in layer_parts(model).items() if part == "language"]
+def language_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Full name -> linear layer of the language model; quantisation replaces these."""
+    layers = {name: model.get_submodule(name) for name, p in layer_parts(model).items() if p == "language"}
+    return cast(dict[str, nn.Linear], layers)
+
+
+def why_not_nf4(model: PreTrainedModel) -> str | None:
+    """Why the language model cannot be quantised to nf4, a layer whose number of inputs is no multiple of 64; else None."""
+    for name, layer in language_layers(model).items():
+        if layer.in_features % 64:
+            return f"nf4 needs layers with a multiple of 64 inputs, {name} has {layer.in_features}"
+    return None
 
 
 def _quantization(base: BaseModel) -> BitsAndBytesConfig:
     model = empty_vlm(base)
-    quantised = set(quantised_layers(model))
+    if base.quantization == "nf4" and (reason := why_not_nf4(model)):
+        raise DataError(f"{base.name_or_path}: {reason}")
+    quantised = language_layers(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if base.quantization == "nf4":
-        check_blocks(model, quantised)
     return BitsAndBytesConfig(
         load_in_8bit=base.quantization == "int8",
         load_in_4bit=base.quantization == "nf4",
@@ -219,12 +213,3 @@ def _quantization(base: BaseModel) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=torch.bfloat16 if base.dtype == "auto" else getattr(torch, base.dtype),
         llm_int8_skip_modules=[name for name in linear if name not in quantised],
     )
-
-
-def check_blocks(model: PreTrainedModel, quantised: set[str]) -> None:
-    """Check that layers can be quantised to nf4; raises ValueError if a layer's number of inputs is no multiple of 64."""
-    for name, module in model.named_modules():
-        if name in quantised and module.in_features % 64:
-            raise ValueError(
-                f"nf4 needs layers with a multiple of 64 inputs, {name} has {module.in_features}"
-            )

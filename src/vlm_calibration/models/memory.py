@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlm_calibration.models.adapters import LoraSettings, ModelPart, attach_lora, layer_parts
+from vlm_calibration.models.adapters import LoraSettings, ModelPart, attach_lora, layer_parts, unwrapped_name
 from vlm_calibration.models.base import BaseModel, Quantization
-from vlm_calibration.models.loading import empty_vlm, quantised_layers
+from vlm_calibration.models.loading import empty_vlm, language_layers
 
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 """Optimizer -> bytes of its states for each trained parameter."""
@@ -27,7 +27,7 @@ class Memory(NamedTuple):
         gradients: of the trained adapter.
         optimizer: its states.
         cache: keys and values of a batch of answers at their longest.
-        activations: measured, with all else that a step allocates; None: not measured.
+        activations: measured, with all else that a step allocates; 0: not measured.
         parameters: number of parameters, adapters included.
         trained: number of trained ones.
     """
@@ -36,18 +36,18 @@ class Memory(NamedTuple):
     gradients: int = 0
     optimizer: int = 0
     cache: int = 0
-    activations: int | None = None
+    activations: int = 0
     parameters: int = 0
     trained: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.cache + (self.activations or 0)
+        return self.weights + self.gradients + self.optimizer + self.cache + self.activations
 
 
 def model_memory(
     base: BaseModel,
-    lora: LoraSettings | None = None,
+    lora: LoraSettings,
     *,
     adapters: int = 1,
     trained: Sequence[ModelPart] | None = None,
@@ -58,7 +58,7 @@ def model_memory(
 
     Args:
         base: the base model.
-        lora: the adapters, which are assumed to be alike; None: there are none.
+        lora: the adapters, which are assumed to be alike.
         adapters: how many are loaded; a reference is one.
         trained: parts of the model whose adapter is trained; None: all that have one.
         training: whether the model is loaded for training, where peft converts what is not quantised to float32.
@@ -69,32 +69,29 @@ def model_memory(
     """
     model: Any = empty_vlm(base)
     dtype = (model.config.dtype or torch.float32) if base.dtype == "auto" else getattr(torch, base.dtype)
-    names = quantised_layers(model) if base.quantization != "none" else []
-    quantised = {id(model.get_submodule(name).weight) for name in names}
+    layers = language_layers(model) if base.quantization != "none" else {}
+    quantised = {id(layer.weight) for layer in layers.values()}
     dtype = cast or (torch.float32 if training and quantised else dtype)
     size = sum(
         quantised_bytes(p.shape, base.quantization) if id(p) in quantised else p.numel() * dtype.itemsize
         for p in model.parameters()
     )
     parameters = sum(p.numel() for p in model.parameters())
-    if lora is None or not adapters:
-        return Memory(size, parameters=parameters)
-    layers = layer_parts(model)
+    parts = layer_parts(model)
     with torch.device("meta"):
         adapted = attach_lora(model.to(dtype), lora)
-    n_adapter = n_trained = n_bytes = n_gradients = 0
+    n_trained = gradients = 0
     for name, parameter in adapted.named_parameters():
         if "lora_" not in name:
             continue
         # peft gives adapters of half-precision models float32, before the Trainer converts anything.
-        n = parameter.numel()
-        of_one = n * (cast or parameter.dtype).itemsize
-        n_adapter, n_bytes = n_adapter + n, n_bytes + of_one
-        layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
-        if trained is None or layers[layer] in trained:
-            n_trained, n_gradients = n_trained + n, n_gradients + of_one
-    parameters += adapters * n_adapter
-    return Memory(size + adapters * n_bytes, n_gradients, parameters=parameters, trained=n_trained)
+        n_bytes = parameter.numel() * (cast or parameter.dtype).itemsize
+        size += adapters * n_bytes
+        parameters += adapters * parameter.numel()
+        if trained is None or parts[unwrapped_name(name)] in trained:
+            n_trained += parameter.numel()
+            gradients += n_bytes
+    return Memory(size, gradients, parameters=parameters, trained=n_trained)
 
 
 def quantised_bytes(shape: Sequence[int], quantization: Quantization) -> int:

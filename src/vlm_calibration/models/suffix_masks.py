@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.masking_utils import causal_mask_function
 
 FLEX = "flex_attention"
 
-BLOCK, MOST_BLOCKS = 128, 128
-"""Tokens of a block, and blocks of a row at most: in longer rows blocks are larger, so that tables take at most 16 bytes a token."""
+BLOCK = 128
+"""Tokens of a block."""
 
 
 def isolate_suffixes(
@@ -76,29 +76,6 @@ def _block_mask(segment: Tensor, mask: BlockMask | None = None) -> BlockMask:
         # The diagonal keeps softmax defined for padding.
         return (same_path & inner(row, head, query, key)) | (query == key)
 
-    # As `torch.nn.attention.flex_attention.create_block_mask`, which without compilation evaluates all pairs of tokens at once; here
-    # it is those of one block of queries.
-    (batch, length), device, size = segment.shape, segment.device, BLOCK
-    while length > MOST_BLOCKS * size:
-        size *= 2
-    n_blocks = -(-length // size)
-    rows = torch.arange(batch, device=device)[:, None, None]
-    keys = torch.arange(length, device=device)
-    counts = torch.zeros(batch, n_blocks, n_blocks, dtype=torch.int32, device=device)
-    for start in range(0, length, BLOCK):
-        queries = torch.arange(start, min(start + BLOCK, length), device=device)[:, None]
-        allowed = attends(rows, torch.zeros_like(rows), queries, keys)  # [B, BLOCK, L]
-        of_key = allowed.sum(1, dtype=torch.int32)
-        of_key = torch.nn.functional.pad(of_key, (0, n_blocks * size - length))
-        counts[:, start // size] += of_key.view(batch, n_blocks, size).sum(-1, dtype=torch.int32)
-    whole = counts == size**2
-    partial, full = (_listed(blocks[:, None]) for blocks in ((counts > 0) & ~whole, whole))
-    return BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=size, mask_mod=attends, seq_lengths=(length, length)
-    )
-
-
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of blocks in each line, int32 [..., n], and their columns before all other columns, int32 [..., n, n]."""
-    columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32), columns.to(torch.int32)
+    (batch, length), device = segment.shape, segment.device
+    # Uncompiled, it would hold a number for each pair of tokens.
+    return create_block_mask(attends, batch, 1, length, length, device, BLOCK_SIZE=BLOCK, _compile=True)
