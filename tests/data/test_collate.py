@@ -174,22 +174,14 @@ def test_the_batch_carries_queries_confidences_and_perturbations(
 
 
 def test_the_answer_can_contain_numbers_and_markup(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    for answer in (
-        "80%",
-        "Confidence: 10%",
-        "7",
-        "two\nlines",
-        "<b>dog</b>",
-        "é日本",
-        "Yes!",
-        "a. b. c",
-        "Yes <|end|> no",
-    ):
+    for answer in ("80%", "Confidence: 10%", "7", "two\nlines", "<b>dog</b>", "é日本", "Yes!", "a. b. c"):
         query = replace(samples[0].query, answer=answer, answer_type="open")
         batch = _collate(chat, [Sample(query, samples[0].image, 0.8, CLEAN, 0)])
         response = _decode(chat, batch.labels[0][batch.labels[0] != IGNORE]).strip()
         assert response == render_response(answer, 0.8) + "<|end|>"
         assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]).lstrip() == "Confidence: 80%<|end|>"
+    ended = _collate(chat, [samples[0]._replace(query=replace(samples[0].query, answer="Yes <|end|> no"))])
+    assert _decode(chat, ended.labels[0][ended.confidence_mask[0]]).lstrip() == "Confidence: 100%<|end|>"
 
 
 @pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
@@ -265,7 +257,7 @@ def test_a_processor_without_a_template_is_refused() -> None:
 
 @pytest.mark.parametrize("eos", ["<|end|>", "</s>"])
 def test_text_after_the_end_of_turn_is_not_learnt(samples: Sequence[Sample], eos: str) -> None:
-    tokenizer = _digit_tokenizer(eos_token=eos)
+    tokenizer = _digit_tokenizer(**({} if eos == "<|end|>" else {"eos_token": eos}))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     template = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")
     batch = _collate(ChatFormat(_processor(tokenizer, template), ElicitationPrompt()), samples)
