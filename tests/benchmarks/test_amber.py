@@ -130,13 +130,9 @@ def test_blocks_are_those_of_the_dimensions() -> None:
     ("text", "right"),
     [
         ("No. Confidence: 80%", True),
-        ("No Confidence: 80%", True),
-        ("Confidence: 0.9. No", True),
         ("No, 80%", True),
-        ('{"answer": "No", "confidence": 0.9}', True),
         ("no. Confidence: 80%", False),
         ("No!  Confidence: 80%", False),
-        ("No, it is not. Confidence: 80%", False),
         # Without a stated confidence the answer is unchanged.
         ("No.", False),
         ("No ", False),
