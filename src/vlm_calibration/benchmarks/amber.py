@@ -70,9 +70,8 @@ def read_annotations(path: str | Path) -> AmberAnnotations:
             generative.add(number)
             continue
         if kind not in CATEGORIES:
-            raise record.error(
-                f"'type' must be one of {', '.join([GENERATIVE, *CATEGORIES])}, found {kind!r}"
-            )
+            kinds = ", ".join([GENERATIVE, *CATEGORIES])
+            raise record.error(f"'type' must be one of {kinds}, found {kind!r}")
         truth = record.text("truth")
         if truth not in ("yes", "no"):
             raise record.error(f"'truth' must be yes or no, found {truth!r}")

@@ -117,8 +117,6 @@ def in_order_of(
             raise DataError(f"{answer.where}: {answer.id} is no id in {questions}")
         by_id[answer.id] = answer
     if missing := [i for i in ids if i not in by_id]:
-        raise DataError(
-            f"{answers}: no answer to {len(missing)} of the {len(ids)} questions in {questions}: "
-            f"{name_some(missing, len(missing))}{hint}"
-        )
+        number, first = f"{len(missing)} of the {len(ids)}", name_some(missing, len(missing))
+        raise DataError(f"{answers}: no answer to {number} questions in {questions}: {first}{hint}")
     return [by_id[i] for i in ids]

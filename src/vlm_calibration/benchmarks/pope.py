@@ -75,23 +75,16 @@ def read_answers(path: str | Path, questions: PopeQuestions) -> list[Reply]:
     replies = [reply(r, _identifier(r) if numbered else None, r.text("answer")) for r in records]
     if numbered and questions.numbered:
         return in_order_of(replies, [query.id for query in questions.queries], path, questions.path)
-    if len(replies) != len(questions.queries):
-        raise DataError(
-            f"{path}: {len(replies)} answers to the {len(questions.queries)} questions in {questions.path}; "
-            "without a question_id in both files they are matched in order"
-        )
+    expected = len(questions.queries)
+    if len(replies) != expected:
+        raise DataError(f"{path}: {len(replies)} answers to the {expected} questions in {questions.path}")
     rows = zip(records, replies, questions.queries, strict=True)
     for position, (record, answer, asked) in enumerate(rows, start=1 if replies[0].id == "1" else 0):
         if numbered and answer.id != str(position):
-            raise record.error(
-                f"{questions.path} has no ids, so answers must be numbered in its order: expected {position}, found {answer.id}"
-            )
+            raise record.error(f"{questions.path} has no ids: expected answer {position}, found {answer.id}")
         prompt = record.data.get("question")
         if isinstance(prompt, str) and prompt and _folded(asked.question) not in _folded(prompt):
-            raise record.error(
-                f"answers are matched in order, and this one belongs to another question than {asked.id} of {questions.path}: "
-                f"{asked.question!r}"
-            )
+            raise record.error(f"answers are matched in order, and the question here is {asked.question!r}")
     return replies
 
 

@@ -60,10 +60,8 @@ class BenchmarkSource(QuerySource):
             except RecordError:
                 missing.append(name or "(no name)")
         if missing:
-            raise DataError(
-                f"{self.path}: {len(missing)} of {len(names)} images are not in {self.root}: "
-                f"{name_some(missing, len(missing))}"
-            )
+            number, first = f"{len(missing)} of {len(names)}", name_some(missing, len(missing))
+            raise DataError(f"{self.path}: {number} images are not in {self.root}: {first}")
         return queries
 
     def image_file(self, query: Query) -> Path:

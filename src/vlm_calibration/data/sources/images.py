@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlm_calibration.files import first_line
 from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.records import DataError, RecordError
 
@@ -46,10 +47,7 @@ class ImageFolder:
 
 
 class ExcludedImages:
-    """The images of COCO whose number occurs in text files, such as POPE's question files; supports `name in excluded`.
-
-    A file that cannot be read, or names no image, is a DataError.
-    """
+    """The images of COCO whose number occurs in text files, such as POPE's question files; supports `name in excluded`."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._numbers: set[str] = set()
@@ -57,11 +55,8 @@ class ExcludedImages:
             try:
                 numbers = _NUMBER.findall(path.read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else error
-                raise DataError(
-                    f"{path}: cannot read which images to leave out: {reason}; `vlm-calibration data fetch pope` gets POPE's files, "
-                    "and `exclude: null` leaves nothing out"
-                ) from error
+                advice = "`vlm-calibration data fetch pope` gets POPE's, `exclude: null` leaves nothing out"
+                raise DataError(f"{path}: `exclude`: {first_line(error)}; {advice}") from error
             if not numbers:
                 raise DataError(f"{path}: names no image by a number of twelve digits")
             self._numbers.update(numbers)
