@@ -115,12 +115,7 @@ SUBCOMMANDS = Subcommands(
 
 
 def read_sources(settings: Sequence[str]) -> dict[str, QuerySource]:
-    """The sources of configuration files, of which only the section `data` is read, and of further settings, by the names of their settings.
-
-    Raises:
-        ArgumentError: an unknown key, a value of the wrong type, or no settings.
-        DataError: a source cannot be built, or there is none.
-    """
+    """The sources by the names of their settings, e.g. "data.train"; the errors are those of `inspect`."""
     if not settings:
         raise ArgumentError(None, "data inspect: nothing to inspect: give --config FILE")
     from jsonargparse import ArgumentParser

@@ -177,9 +177,9 @@ class LeakReport(NamedTuple):
 
 
 def find_leaks(sources: Mapping[str, QuerySource]) -> LeakReport:
-    """Compare where the images of all splits are stored, the contents of their files, and how they look.
+    """Compare where images are stored, the contents of their files, and how they look.
 
-    A model may not be scored on images that it has seen. `sources` are named like "data.test.random"; those without a role are left out.
+    `sources` are named like "data.test.random"; those without a role are left out.
     """
     index: dict[str, int] = {}
     owners: list[tuple[QuerySource, Query]] = []

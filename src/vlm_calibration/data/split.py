@@ -92,14 +92,9 @@ def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np
 def split_queries(
     source: Source, paths: Mapping[str, Path], shares: Sequence[float], seed: int, near: bool
 ) -> SplitResult:
-    """Assign the groups of images and write the files of all splits, or none; records are copied as they are.
+    """Assign the groups of images to `paths` (name of a split -> file) and write all files, or none; records are copied as they are.
 
-    Args:
-        source: the queries.
-        paths: name of a split -> file to write.
-        shares: share of the groups of images for each of `paths`.
-        seed: of the assignment.
-        near: keep nearly equal images together, not only equal ones.
+    With `near`, nearly equal images stay together, not only equal ones.
 
     Raises:
         DataError: there are too few images, an image cannot be read, or a file cannot be written.

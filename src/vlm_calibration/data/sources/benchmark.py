@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from vlm_calibration.benchmarks import amber, pope
 from vlm_calibration.benchmarks.official import OfficialCounts
 from vlm_calibration.data.sources.base import QuerySource
-from vlm_calibration.data.sources.images import ExcludedImages, ImageFolder
+from vlm_calibration.data.sources.images import ImageFolder, excluded_images
 from vlm_calibration.files import name_some
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
@@ -91,8 +91,8 @@ class PopeSource(BenchmarkSource):
         self.exclude = exclude
 
     def read(self) -> list[Query]:
-        excluded = ExcludedImages([Path(path) for path in self.exclude or ()])
-        queries = [q for q in pope.read_questions(self.path).queries if q.image not in excluded]
+        is_excluded = excluded_images([Path(path) for path in self.exclude or ()])
+        queries = [q for q in pope.read_questions(self.path).queries if not is_excluded(q.image)]
         if not queries:
             raise DataError(f"{self.path}: the files of `exclude` name the image of every question")
         for query in queries:

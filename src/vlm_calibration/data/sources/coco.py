@@ -18,7 +18,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from vlm_calibration.data.sources.base import QuerySource, opposite
-from vlm_calibration.data.sources.images import ExcludedImages, ImageFolder
+from vlm_calibration.data.sources.images import ImageFolder, excluded_images
 from vlm_calibration.files import read_json
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.progress import track
@@ -187,8 +187,8 @@ class CocoSource(QuerySource):
 
     @cached_property
     def _annotated(self) -> list[AnnotatedImage]:
-        excluded = ExcludedImages(self.exclude)
-        images = [image for image in read_instances(self.annotations) if image.file not in excluded]
+        is_excluded = excluded_images(self.exclude)
+        images = [image for image in read_instances(self.annotations) if not is_excluded(image.file)]
         if self.first and self.first >= len(images):
             raise DataError(f"{self.annotations}: first: {self.first} of {len(images)} annotated images")
         count = len(images) if self.images is None else self.images
