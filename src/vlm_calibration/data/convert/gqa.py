@@ -54,9 +54,7 @@ def gqa(questions: Path, *, scene_graphs: Path | None = None) -> Source:
             has_graph |= isinstance(question, Mapping) and str(question.get("imageId")) in graphs
             yield f"{file}: {key!r}", partial(_query, key, question, graphs)
     if not has_graph:
-        raise DataError(
-            f"{scene_graphs}: none of the images: use the file of the same split as the questions"
-        )
+        raise DataError(f"{scene_graphs}: none of the images: use the file of the questions' split")
 
 
 def _query(key: str, value: Mapping[str, Any], graphs: Mapping[str, Objects]) -> list[dict[str, Any]]:

@@ -142,13 +142,15 @@ def _open(path: str, name: str | None, split: str | None, revision: str | None) 
     except Exception as error:
         advice = "without a network, use a folder of save_to_disk"
         raise DataError(f"{path}: cannot be opened: {first_line(error)}; {advice}") from error
-    splits = loaded if isinstance(loaded, dict) else {str(loaded.split) if local.exists() else split: loaded}
-    if split is None and len(splits) == 1:
-        return next(iter(splits.values()))
-    if split not in splits:
-        expected = f"{', '.join(map(str, splits))}{did_you_mean(split or '', splits)}"
+    if not isinstance(loaded, dict):
+        # A split of the Hub may be a part, such as "train[:10]".
+        loaded = {str(loaded.split or split) if local.exists() else split: loaded}
+    if split is None and len(loaded) == 1:
+        return next(iter(loaded.values()))
+    if split not in loaded:
+        expected = f"{', '.join(map(str, loaded))}{did_you_mean(split or '', loaded)}"
         raise DataError(f"{path}: --split: expected one of {expected}, found {split!r}")
-    return splits[split]
+    return loaded[split]
 
 
 def rlaif_v(path: str = "openbmb/RLAIF-V-Dataset") -> Source:
