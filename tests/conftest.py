@@ -95,7 +95,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> st
     from vlm_calibration.demo.architecture import build_model
 
     folder = tmp_path_factory.mktemp("model")
-    model = build_model(processor)
+    model = build_model()
     with torch.no_grad():
         # At their usual scale, random weights give the same answer for every image.
         for name, parameter in model.named_parameters():

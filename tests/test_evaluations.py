@@ -55,7 +55,7 @@ def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str]) -> li
 def other_model(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> str:
     """The folder of a wider model of the demo's architecture, with its processor."""
     folder = tmp_path_factory.mktemp("other")
-    config = build_model(processor).config
+    config = build_model().config
     config.text_config.hidden_size *= 2
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -39,6 +39,8 @@ def test_minimal_and_full_record() -> None:
 def test_null_means_left_out() -> None:
     nothing = dict.fromkeys(("objects", "regions", "category", "synonyms"))
     assert query_from_dict({**MINIMAL, **nothing}) == query_from_dict(MINIMAL)
+    region = {**REGION, "mask": {"size": None, "counts": None}, "score": None}
+    assert query_from_dict({**MINIMAL, "regions": [region]}).regions[0].mask is None
 
 
 @pytest.mark.parametrize("key", ["id", "image", "question", "answer", "answer_type"])

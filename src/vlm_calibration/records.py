@@ -236,6 +236,8 @@ def _region(data: Any, index: int) -> Region:
     if x1 <= x0 or y1 <= y0:
         raise RecordError(f"{where}: 'box' must have x1 > x0 and y1 > y0, found {short_repr(box)}")
     mask = data.get("mask")
+    if mask and isinstance(mask, Mapping) and all(value is None for value in mask.values()):
+        mask = None  # as Parquet stores a region without a mask beside one with a mask
     if mask is not None and not (isinstance(mask, Mapping) and {"size", "counts"} <= set(mask)):
         raise RecordError(
             f"{where}: 'mask' must be a COCO RLE with 'size' and 'counts', found {short_repr(mask)}"

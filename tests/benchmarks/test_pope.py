@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_calibration.benchmarks import pope
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Query
 
 from . import official_rules
 
@@ -33,28 +33,32 @@ TEXTS = st.lists(TOKENS, max_size=8).map("".join) | st.sampled_from(ODD)
 LABELS = st.sampled_from(["yes", "no"])
 
 
-def _questions(labels: list[str]) -> list[pope.PopeQuestion]:
-    return [pope.PopeQuestion("", str(i), "", "", label) for i, label in enumerate(labels)]  # type: ignore[arg-type]
+def _queries(labels: list[str]) -> list[Query]:
+    return [Query(str(i), "", "", label.capitalize(), "yes_no") for i, label in enumerate(labels)]
 
 
 def _ours(labels: list[str], texts: list[str]) -> dict[str, float]:
-    return pope.count_answers(_questions(labels), texts).scores()
-
-
-def _theirs(labels: list[str], texts: list[str]) -> dict[str, float]:
-    return official_rules.pope([{"label": x} for x in labels], [{"answer": x} for x in texts])
+    return pope.PopeCounts.of(_queries(labels), texts).scores()
 
 
 @pytest.mark.slow
 @settings(max_examples=100)
-@given(st.lists(st.tuples(LABELS, TEXTS), min_size=1, max_size=30))
-def test_scores_are_those_of_the_script(answered: list[tuple[str, str]]) -> None:
+@given(
+    st.lists(st.tuples(LABELS, TEXTS | st.just("Confidence: 0.9. No") | st.text()), min_size=1, max_size=30)
+)
+def test_scores_are_those_of_the_script_on_the_written_files(answered: list[tuple[str, str]]) -> None:
     labels, texts = map(list, zip(*answered, strict=True))
+    queries = _queries(labels)
+    lines = [json.dumps(row) for row in pope.official_answers(queries, [(text, None) for text in texts])]
+    truths = [json.dumps(row) for row in pope.official_labels(queries)]
+    assert not any("\n" in line or not line.isascii() for line in lines)
     ours = _ours(labels, texts)
     try:
-        assert ours == _theirs(labels, texts), "to the last bit"
+        theirs = official_rules.pope([json.loads(x) for x in truths], [json.loads(x) for x in lines])
     except ZeroDivisionError:
         assert any(math.isnan(value) for value in ours.values())
+    else:
+        assert ours == theirs, "to the last bit"
 
 
 def test_hundreds_of_answer_files(tmp_path: Path) -> None:
@@ -70,7 +74,7 @@ def test_hundreds_of_answer_files(tmp_path: Path) -> None:
             (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
         read = pope.read_questions(tmp_path / "labels.json")
         given = pope.read_answers(tmp_path / "answers.jsonl", read)
-        ours = pope.count_answers(read.questions, [reply.text for reply in given]).scores()
+        ours = pope.PopeCounts.of(read.queries, [reply.text for reply in given]).scores()
         try:
             theirs = official_rules.pope(labels, answers)
         except ZeroDivisionError:
@@ -132,7 +136,7 @@ def test_by_hand(labels: list[str], texts: list[str], expected: dict[str, float]
     ],
 )
 def test_the_stated_confidence_is_not_part_of_the_answer(text: str, no: bool) -> None:
-    assert (pope.count_answers(_questions(["no"]), [text]).tn == 1) is no
+    assert (pope.PopeCounts.of(_queries(["no"]), [text]).answers[None, "No", "No"] == 1) is no
 
 
 POPE = [
@@ -165,20 +169,16 @@ def written(tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize("lines", [True, False], ids=["COCO", "A-OKVQA and GQA"])
 def test_official_questions(written: Callable[..., Path], lines: bool) -> None:
     read = pope.read_questions(written("labels.json", POPE, lines))
-    assert [(q.id, q.image, q.label) for q in read.questions] == [("1", "a.jpg", "yes"), ("2", "a.jpg", "no")]
-    assert [q.query().objects for q in read.questions] == [("dog",), ("apple",)]
-    assert [q.query().answer for q in read.questions] == ["Yes", "No"]
+    assert [(q.id, q.image, q.answer) for q in read.queries] == [("1", "a.jpg", "Yes"), ("2", "a.jpg", "No")]
+    assert [q.objects for q in read.queries] == [("dog",), ("apple",)]
 
 
 def test_annotations_of_popev2(written: Callable[..., Path]) -> None:
     read = pope.read_questions(written("annotations.json", POPE_V2, False))
     assert not read.numbered
-    assert [(q.id, q.image, q.label) for q in read.questions] == [
-        ("1", "images/7.jpg", "no"),
-        ("2", "coco/train2017/7.jpg", "yes"),
-    ]
-    labels = [json.dumps(row) for row in pope.official_labels(read.questions)]
-    assert [json.loads(row)["label"] for row in labels] == ["no", "yes"], "as the script spells it"
+    assert [(q.id, q.image) for q in read.queries] == [("1", "images/7.jpg"), ("2", "coco/train2017/7.jpg")]
+    labels = [row["label"] for row in pope.official_labels(read.queries)]
+    assert labels == ["no", "yes"], "as the script spells it"
 
 
 @pytest.mark.parametrize("numbered", [True, False])
@@ -231,16 +231,8 @@ ANSWERS = [{"question_id": i, "answer": "yes"} for i in (1, 2)]
         (POPE, ANSWERS[:1], "a.jsonl: no answer to 1 of the 2 questions in {labels}: '2'"),
         (POPE, [*ANSWERS, ANSWERS[0]], "a.jsonl:3: a second answer to 1, the first is at {answers}:1"),
         (POPE, [*ANSWERS, {"question_id": 9, "answer": ""}], "a.jsonl:3: 9 is no id in {labels}"),
-        (
-            POPE,
-            [*ANSWERS, {"answer": ""}],
-            "a.jsonl:3: no 'question_id', which other records of the file have",
-        ),
-        (
-            POPE,
-            [{"question_id": 1.5, "answer": ""}],
-            "a.jsonl:1: 'question_id' must be a whole number, found 1.5",
-        ),
+        (POPE, [*ANSWERS, {"answer": ""}], "a.jsonl:3: no 'question_id'"),
+        (POPE, [{"question_id": 1.5, "answer": ""}], "a.jsonl:1: 'question_id' must be a whole number"),
         (POPE, [{"question_id": 1, "text": "x"}], "a.jsonl:1: 'answer' must be a string, found no such key"),
         (POPE, [{"question_id": 1, "answer": None}], "a.jsonl:1: 'answer' must be a string, found None"),
         (POPE, [{**ANSWERS[0], "confidence": 80}], "a.jsonl:1: 'confidence' must be a number in [0, 1]"),
@@ -266,21 +258,3 @@ def test_no_such_file_and_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes(b'{"label": "yes"}\n{"label": "\xe9"}\n')
     with pytest.raises(DataError, match=r"latin.json:2: not UTF-8"):
         pope.read_questions(tmp_path / "latin.json")
-
-
-@pytest.mark.slow
-@settings(max_examples=50)
-@given(
-    st.lists(st.tuples(LABELS, TEXTS | st.just("Confidence: 0.9. No") | st.text()), min_size=1, max_size=12)
-)
-def test_what_is_written_for_the_script_scores_the_same_there(answered: list[tuple[str, str]]) -> None:
-    labels, texts = map(list, zip(*answered, strict=True))
-    asked = _questions(labels)
-    lines = [json.dumps(row) for row in pope.official_answers(asked, [(text, None) for text in texts])]
-    truths = [json.dumps(row) for row in pope.official_labels(asked)]
-    assert not any("\n" in line or not line.isascii() for line in lines)
-    try:
-        theirs = official_rules.pope([json.loads(x) for x in truths], [json.loads(x) for x in lines])
-    except ZeroDivisionError:
-        return
-    assert theirs == _ours(labels, texts)

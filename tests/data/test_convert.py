@@ -16,13 +16,13 @@ from PIL import Image
 from vlm_calibration.cli import main
 from vlm_calibration.data.convert.gqa import gqa
 from vlm_calibration.data.convert.hf import hf, rlaif_v
-from vlm_calibration.data.convert.reading import Queries
+from vlm_calibration.data.convert.reading import Output, Queries
 from vlm_calibration.data.convert.sharegpt import sharegpt
 from vlm_calibration.data.convert.vqav2 import vqav2
 from vlm_calibration.data.convert.writing import QueryWriter
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.data.sources.parquet import ParquetSource
-from vlm_calibration.records import DataError, Query, query_from_dict
+from vlm_calibration.records import DataError, Query
 
 Record = dict[str, Any]
 Convert = Callable[..., list[Query]]
@@ -36,7 +36,7 @@ def convert(tmp_path: Path) -> Convert:
 
     def converted(source: Iterable[tuple[str, Queries]], **options: Any) -> list[Query]:
         out = tmp_path / "queries.jsonl"
-        QueryWriter(out, overwrite=True, **options).write(source)
+        QueryWriter(Output(out, overwrite=True, **options)).write(source)
         return list(JsonlSource(str(out)).queries())
 
     return converted
@@ -127,9 +127,7 @@ BAD_CONVERSATIONS: dict[str, Any] = {
     "leaves the data root": llava("x", "../a.png", "a", "b"),
     "'id'": llava(" ", "a.png", "a", "b"),
     "'question'": llava("x", "a.png", "<image>\n", "b"),
-    "record 'x:0'": llava("x", "a.png", "a", "?!"),
     "states a confidence": llava("x", "a.png", "a", "A dog. Confidence: 90%"),
-    "'category'": {**llava("x", "a.png", "a", "b"), "category": 3},
 }
 
 
@@ -279,17 +277,11 @@ def questions(tmp_path: Path) -> Path:
 def test_gqa(convert: Convert, questions: Path, tmp_path: Path) -> None:
     rows = convert(gqa(questions, scene_graphs=save(tmp_path / "graphs.json", GRAPHS)))
     on_table, dog, chair, scene, animals = rows
-    assert (on_table.image, on_table.category, on_table.synonyms) == (
-        "10.jpg",
-        "query/rel",
-        ("The answer is plate.",),
-    )
+    assert (on_table.image, on_table.category) == ("10.jpg", "query/rel")
+    assert on_table.synonyms == ("The answer is plate.",)
     assert set(on_table.objects) == {"table", "plate"}
-    assert [(r.label, r.box) for r in on_table.regions][:2] == [
-        ("table", (0, 4, 10, 10)),
-        ("plate", (2, 4, 5, 7)),
-    ]
-    assert [r.label for r in on_table.regions[2:]] == ["chair", "chair"]
+    assert [r.label for r in on_table.regions] == ["table", "plate", "chair", "chair"]
+    assert [r.box for r in on_table.regions[:2]] == [(0, 4, 10, 10), (2, 4, 5, 7)]
     assert (dog.objects, dog.absent, dog.answer_type) == (("dog",), ("dog",), "yes_no")
     assert [r.label for r in dog.regions] == ["table", "plate", "chair", "chair"]
     assert chair.objects == ("chair",)
@@ -322,11 +314,8 @@ def test_gqa_without_scene_graphs_and_in_several_files(
     ("changes", "culprit"),
     [
         ({"answer": None}, "'answer'"),
-        ({"imageId": 3}, "3.jpg"),
         ({"imageId": []}, "format"),
         ({"imageId": "13"}, "13.jpg"),
-        ({"question": ""}, "'question'"),
-        ({"answer": "?!"}, "record '2'"),
     ],
 )
 def test_bad_questions_of_gqa(convert: Convert, questions: Path, changes: Record, culprit: str) -> None:
@@ -394,7 +383,7 @@ def test_embedded_images_are_written_once_beside_the_queries(
     assert convert(hf(path)) == queries, "overwritten"
     (tmp_path / "queries.jsonl").unlink()
     with pytest.raises(DataError, match="queries_images: exists already: --overwrite replaces it$"):
-        QueryWriter(tmp_path / "queries.jsonl", skip_bad=True).write(hf(path))
+        QueryWriter(Output(tmp_path / "queries.jsonl", skip_bad=True)).write(hf(path))
     assert not (tmp_path / "queries.jsonl").exists()
 
 
@@ -452,17 +441,13 @@ def test_answers_that_are_no_text(
 
 
 BAD_ROWS: dict[str, Record] = {
-    "'question'": {"question": ["a", " "]},
     "'answer'": {"answer": ["a", None]},
     "list of answers": {"answer": [["a"], []]},
-    "confidence": {"answer": ["a", "b. Confidence: 30%"]},
     "'text'": {"answer_type": ["short", "text"]},
     "duplicate id 'x'": {"id": ["x", "x"]},
     "'box'": {"regions": [[{"label": "a", "box": [0, 0, 4, 4]}], [{"label": "a", "box": [0, 0, 1]}]]},
     "no image that Pillow reads": {"image": [png(1), {"bytes": b"no", "path": None}]},
     "'image'": {"image": [png(1), None]},
-    "none.png": {"image": ["a.png", "none.png"]},
-    "leaves the data root": {"image": ["a.png", "/etc/passwd"]},
     "one image, found 2": {"image": [["a.png"], ["a.png", "b.png"]]},
 }
 
@@ -494,9 +479,7 @@ def test_what_is_no_data_set_is_named(
     with pytest.raises(DataError, match="--name and --revision are for a data set on the Hub"):
         convert(hf(str(tmp_path / "splits"), name="x"))
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        DataError, match="someone/something: cannot be opened: Couldn't reach: .*save_to_disk"
-    ):
+    with pytest.raises(DataError, match="someone/something: cannot be opened: Couldn't reach.*save_to_disk"):
         convert(hf("someone/something"))
 
 
@@ -504,12 +487,8 @@ def test_rlaif_v(convert: Convert, rows: Callable[..., str], tmp_path: Path) -> 
     rejected = ["A cat.", None, "A dog."]
     folder = tmp_path / "rlaif"
     folder.mkdir()
+    columns: Record = {"chosen": ["A dog."] * 3, "rejected": rejected, "origin_dataset": ["COCO", "", "COCO"]}
     for name, part in (("a", slice(0, 2)), ("b", slice(2, 3))):
-        columns: dict[str, list[Any]] = {
-            "chosen": ["A dog."] * 3,
-            "rejected": rejected,
-            "origin_dataset": ["COCO", "", "COCO"],
-        }
         parquet(folder / f"{name}.parquet", **{k: v[part] for k, v in columns.items()})
     queries = convert(rlaif_v(str(folder)))
     assert [(q.answer, q.answer_type) for q in queries] == [("A dog.", "open")] * 3
@@ -523,27 +502,11 @@ def test_rlaif_v(convert: Convert, rows: Callable[..., str], tmp_path: Path) -> 
 
 def test_wrong_answers_in_parquet(tmp_path: Path) -> None:
     """A list, an empty list and none are told apart, as in JSON lines."""
-    wrong = [["a cat", "a cow"], [], None]
-    path = parquet(
-        tmp_path / "q.parquet",
-        id=["0", "1", "2"],
-        answer_type=["short", "yes_no", "open"],
-        wrong_answers=wrong,
-    )
-    source = ParquetSource(path)
+    columns: Record = {"id": ["0", "1", "2"], "answer_type": ["short", "yes_no", "open"]}
+    columns["wrong_answers"] = [["a cat", "a cow"], [], None]
+    source = ParquetSource(parquet(tmp_path / "q.parquet", **columns))
     assert [q.wrong_answers for q in source.queries()] == [("a cat", "a cow"), (), None]
     assert [list(source.wrong_answers(q)) for q in source.queries()] == [["a cat", "a cow"], [], []]
-    with pytest.raises(ValueError, match="wrong_answers"):
-        query_from_dict(
-            {
-                "id": 1,
-                "image": "a",
-                "question": "b",
-                "answer": "c",
-                "answer_type": "open",
-                "wrong_answers": [3],
-            }
-        )
 
 
 def test_the_command(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

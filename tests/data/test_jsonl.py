@@ -26,25 +26,17 @@ Write = Callable[..., Path]
 Record = Callable[..., dict[str, Any]]
 
 
-def test_reads_records_in_order_and_passes_over_blank_lines(write_jsonl: Write, record: Record) -> None:
-    path = write_jsonl(record("b"), "", record("a"), "   ", record("ä"))
+def test_records_are_read_in_order(write_jsonl: Write, record: Record) -> None:
+    """Behind a byte order mark, past blank lines, with a whole number as id, and without a last line break."""
+    first = b"\xef\xbb\xbf" + json.dumps(record("b")).encode()
+    path = write_jsonl(first, "", record("a", id=7), "   ", record("ä"))
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
     source = JsonlSource(str(path))
-    assert [q.id for q in source.queries()] == ["b", "a", "ä"]
-    assert [q.id for q in pickle.loads(pickle.dumps(source)).queries()] == ["b", "a", "ä"]
-
-
-def test_an_id_may_be_a_whole_number(write_jsonl: Write, record: Record) -> None:
-    source = JsonlSource(str(write_jsonl(record("a", id=7), record("8"))))
-    assert [q.id for q in source.queries()] == ["7", "8"]
+    assert [q.id for q in source.queries()] == ["b", "7", "ä"]
+    assert [q.id for q in pickle.loads(pickle.dumps(source)).queries()] == ["b", "7", "ä"]
     path = write_jsonl(record("a", id=7), record("7"))
     with pytest.raises(DataError, match="q.*:2: duplicate id '7', first seen on line 1"):
         JsonlSource(str(path)).queries()
-
-
-def test_a_byte_order_mark_and_no_last_line_break_are_fine(write_jsonl: Write, record: Record) -> None:
-    path = write_jsonl(b"\xef\xbb\xbf" + json.dumps(record("a")).encode(), record("b"))
-    path.write_bytes(path.read_bytes().rstrip(b"\n"))
-    assert [q.id for q in JsonlSource(str(path)).queries()] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -57,64 +49,39 @@ def test_a_byte_order_mark_and_no_last_line_break_are_fine(write_jsonl: Write, r
         ('{"id": "caf\xe9"}'.encode("latin-1"), "not UTF-8"),
         ("[1, 2]", "expected an object"),
         ({"id": "one"}, "duplicate id 'one', first seen on line 1"),
-        ({"image": "missing.png"}, "record 'two': no such image: "),
         ({"image": "."}, "record 'two': no such image: "),
         ({"image": "../secret.png"}, "record 'two': the image path '../secret.png' leaves the data root"),
-        (
-            {"image": "{tmp}/secret.png"},
-            "record 'two': the image path '{tmp}/secret.png' leaves the data root",
-        ),
+        ({"image": "{tmp}/secret.png"}, "record 'two': the image path '{tmp}/secret.png' leaves"),
         ({"image": "link.png"}, "record 'two': the image path 'link.png' leaves the data root"),
-        (
-            {"image": "folder/secret.png"},
-            "record 'two': the image path 'folder/secret.png' leaves the data root",
-        ),
+        ({"image": "folder/secret.png"}, "record 'two': the image path 'folder/secret.png' leaves"),
+        ({"image": "../data-2/a.png"}, "record 'two': the image path '../data-2/a.png' leaves"),
         ({"image": "x" * 5000}, "record 'two': no such image: "),
-        ({"answer": 5}, "'answer' must be a non-empty string, found 5"),
-        ({"answer_type": "maybe"}, "'answer_type' must be one of"),
-        ({"answer": "banana"}, "record 'two': the gold answer of a yes/no question must be yes or no"),
-        (
-            {"answer": "?!", "answer_type": "open"},
-            "record 'two': the gold answer of a open question is empty",
-        ),
-        (
-            {"answer": "Yes. Confidence: 90%"},
-            "record 'two': the answer 'Yes. Confidence: 90%' states a confidence",
-        ),
+        ({"answer": "banana"}, "record 'two': the gold answer of a yes/no question"),
+        ({"answer": "?!", "answer_type": "open"}, "record 'two': the gold answer of a open question"),
+        ({"answer": "Yes. Confidence: 90%"}, "record 'two': the answer 'Yes. Confidence: 90%' states"),
         ({"colour": "red"}, "unknown key 'colour'"),
-        ({"question": None}, "'question' must be a non-empty string, found None"),
-        (
-            {"regions": [{"label": "dog", "box": [1, 2, 3]}]},
-            "'regions'[0]: 'box' must be four finite numbers",
-        ),
-        (
-            {"regions": [{"label": "dog", "box": [0.25, 0.2, 0.75, 0.9]}]},
-            "'regions'[0]: 'box' covers fewer than 9 pixels, found [0.25, 0.2, 0.75, 0.9]",
-        ),
     ],
 )
-@pytest.mark.parametrize("policy", ["raise", "skip"])
 def test_a_bad_record_is_named_or_counted(
-    write_jsonl: Write, record: Record, tmp_path: Path, bad: Any, says: str, policy: str
+    write_jsonl: Write, record: Record, tmp_path: Path, bad: Any, says: str
 ) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    (tmp_path / "data-2").mkdir()
+    for name in ("secret.png", "data-2/a.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "data" / "folder").symlink_to(tmp_path)
     if isinstance(bad, dict):
         bad = {**record("two"), **bad}
         bad["image"] = bad["image"].replace("{tmp}", str(tmp_path))
     path = write_jsonl(record("one"), "", bad, record("three"))
-    source = JsonlSource(str(path), on_bad_record=policy)  # type: ignore[arg-type]
     says = f"{path}:3: " + says.replace("{tmp}", str(tmp_path))
-    if policy == "raise":
-        with pytest.raises(DataError) as caught:
-            source.queries()
-        assert str(caught.value).startswith(says)
-        assert "\n" not in str(caught.value)
-    else:
-        with pytest.warns(UserWarning, match="left out 1 of 3 records") as warned:
-            assert [q.id for q in source.queries()] == ["one", "three"]
-        assert f"left out 1 of 3 records: {says}" in str(warned[0].message)
+    with pytest.raises(DataError) as caught:
+        JsonlSource(str(path)).queries()
+    assert str(caught.value).startswith(says)
+    assert "\n" not in str(caught.value)
+    with pytest.warns(UserWarning, match="left out 1 of 3 records") as warned:
+        assert [q.id for q in JsonlSource(str(path), on_bad_record="skip").queries()] == ["one", "three"]
+    assert f"left out 1 of 3 records: {says}" in str(warned[0].message)
 
 
 def test_skipped_records_are_counted_and_a_few_named(write_jsonl: Write, record: Record) -> None:
@@ -124,11 +91,12 @@ def test_skipped_records_are_counted_and_a_few_named(write_jsonl: Write, record:
     assert str(warned[0].message).count("not JSON") == 5
 
 
-@pytest.mark.parametrize("lines", [[], ["", " "]])
+@pytest.mark.filterwarnings("ignore:left out")
+@pytest.mark.parametrize("lines", [[], ["", " "], ["{"]])
 def test_a_file_without_queries_is_refused(write_jsonl: Write, lines: list[str]) -> None:
     path = write_jsonl(*lines)
     with pytest.raises(DataError, match=re.escape(f"{path}: no usable query")):
-        JsonlSource(str(path)).queries()
+        JsonlSource(str(path), on_bad_record="skip").queries()
 
 
 def test_a_missing_file_is_named_with_what_the_folder_has(tmp_path: Path) -> None:
@@ -148,9 +116,6 @@ def test_a_missing_file_is_named_with_what_the_folder_has(tmp_path: Path) -> Non
     with pytest.raises(MissingFileError) as error:
         JsonlSource(str(tmp_path / "mine.jsonl")).queries()
     assert "data split" not in str(error.value)
-
-
-def test_a_folder_is_not_a_file_of_queries(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=re.escape(f"{tmp_path}: cannot be read: ")):
         JsonlSource(str(tmp_path)).queries()
 
@@ -209,25 +174,10 @@ def test_what_of_a_box_leaves_the_image_is_cut_off(write_jsonl: Write, record: R
     assert loaded[1].evidence[0][5:, 15:].all()
 
 
-def test_how_to_go_on_is_said_where_a_record_stops_the_run(write_jsonl: Write, record: Record) -> None:
-    path = write_jsonl(record("one", regions=[{"label": "dog", "box": [30, 30, 40, 40]}]))
-    for policy, advised in (("raise", True), ("skip", False)):
-        source = JsonlSource(str(path), on_bad_record=policy)  # type: ignore[arg-type]
-        with pytest.raises(DataError) as caught:
-            source.load(source.queries()[0])
-        assert ("`on_bad_record: skip` leaves such records out" in str(caught.value)) is advised
-
-
-def _truncated_jpeg(path: Path) -> None:
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path, "JPEG")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (_truncated_jpeg, "truncated"),
-        (lambda path: path.write_bytes(b""), "not an image"),
+        (lambda path: path.write_bytes(path.read_bytes()[:2000]), "truncated"),
         (lambda path: path.write_text("<html>"), "not an image"),
         (lambda path: path.unlink(), "no such file"),
     ],
@@ -237,7 +187,7 @@ def test_an_image_that_cannot_be_read_is_named(
 ) -> None:
     path = write_jsonl(record("one", image="b.jpg"))
     image = path.parent / "b.jpg"
-    Image.new("RGB", (8, 8)).save(image)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(image)
     source = JsonlSource(str(path))
     [query] = source.queries()
     damage(image)
@@ -265,11 +215,13 @@ def test_a_region_that_does_not_fit_is_named(
     write_jsonl: Write, record: Record, region: dict[str, Any], says: str
 ) -> None:
     path = write_jsonl(record("one", regions=[region]))
-    source = JsonlSource(str(path))
-    with pytest.raises(DataError) as caught:
-        source.load(source.queries()[0])
-    assert str(caught.value).startswith(f"{path}: record 'one': ")
-    assert says in str(caught.value)
+    for policy in ("raise", "skip"):
+        source = JsonlSource(str(path), on_bad_record=policy)  # type: ignore[arg-type]
+        with pytest.raises(DataError) as caught:
+            source.load(source.queries()[0])
+        assert str(caught.value).startswith(f"{path}: record 'one': ")
+        assert says in str(caught.value)
+        assert ("`on_bad_record: skip` leaves" in str(caught.value)) is (policy == "raise")
 
 
 _TEXT = st.text(
@@ -310,19 +262,3 @@ def test_queries_survive_a_file(queries: list[Query], ascii_only: bool) -> None:
         lines = [json.dumps(asdict(q), ensure_ascii=ascii_only) for q in queries]
         path.write_bytes("\n".join(lines).encode())
         assert list(JsonlSource(str(path)).queries()) == queries
-
-
-def test_a_name_that_only_starts_like_the_root_is_outside(
-    write_jsonl: Write, record: Record, tmp_path: Path
-) -> None:
-    (tmp_path / "data-private").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "data-private" / "a.png")
-    path = write_jsonl(record("1", image="../data-private/a.png"))
-    with pytest.raises(DataError, match="leaves the data root"):
-        JsonlSource(str(path)).queries()
-
-
-@pytest.mark.filterwarnings("ignore:left out")
-def test_a_file_of_only_bad_records_is_refused_even_when_skipping(write_jsonl: Write) -> None:
-    with pytest.raises(DataError, match="no usable query"):
-        JsonlSource(str(write_jsonl("{")), on_bad_record="skip").queries()

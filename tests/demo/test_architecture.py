@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlm_calibration.demo.architecture import IMAGE_TOKENS, PATCH, build_model
-from vlm_calibration.demo.recipe import ScenePatches
+from vlm_calibration.demo.architecture import FOLDER, IMAGE_TOKENS, PATCH, build_model
+from vlm_calibration.demo.recipe import scene_patches
 from vlm_calibration.demo.scenes import CLASSES, SCENE_SIZE
 from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.text.confidence import render_response
 
-SHIPPED = Path(__file__).parents[2] / "src" / "vlm_calibration" / "demo" / "model"
 
-
-def test_size_is_that_of_a_tiny_model(processor: Any) -> None:
-    model = build_model(processor)
-    parameters = sum(p.numel() for p in model.parameters())
-    assert 1e6 < parameters < 3e6
+def test_the_untrained_model_is_tiny_and_a_function_of_its_seed() -> None:
+    model, again, other = build_model(), build_model(), build_model(seed=1)
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    again = build_model(processor)
-    other = build_model(processor, seed=1)
     names = dict(again.named_parameters())
     assert all(torch.equal(p, names[n]) for n, p in model.named_parameters())
     assert not torch.equal(other.get_input_embeddings().weight, model.get_input_embeddings().weight)
@@ -35,7 +29,7 @@ def test_size_is_that_of_a_tiny_model(processor: Any) -> None:
 
 def test_words_and_percentages_are_one_token(processor: Any) -> None:
     tokenizer = processor.tokenizer
-    for word in (*CLASSES, "Yes", "No"):
+    for word in (*CLASSES, "Yes", "No", *map(str, range(101))):
         assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
     for percent in range(101):
         ids = tokenizer(render_response("Yes", percent / 100), add_special_tokens=False)["input_ids"]
@@ -62,20 +56,15 @@ def test_saved_and_loaded_it_is_the_same(model_folder: str) -> None:
     assert output.shape[1] <= inputs["input_ids"].shape[1] + 3
 
 
-def test_the_shipped_folder_is_whole_and_small(processor: Any) -> None:
-    weights = SHIPPED / "model.safetensors"
-    assert weights.stat().st_size <= 8 * 2**20
-    model = AutoModelForImageTextToText.from_pretrained(SHIPPED)
-    shipped = AutoProcessor.from_pretrained(SHIPPED)
-    built = build_model(processor)
-    shapes = {name: p.shape for name, p in built.named_parameters()}
+def test_the_shipped_folder_is_whole_and_small() -> None:
+    assert (FOLDER / "model.safetensors").stat().st_size <= 8 * 2**20
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER)
+    shapes = {name: p.shape for name, p in build_model().named_parameters()}
     assert {name: p.shape for name, p in model.named_parameters()} == shapes
     assert all(bool(p.isfinite().all()) for p in model.parameters())
-    assert shipped.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
-    assert shipped.chat_template == processor.chat_template
-    assert shipped.image_processor.to_dict() == processor.image_processor.to_dict()
-    assert model.generation_config.eos_token_id == shipped.tokenizer.eos_token_id
-    assert "auto_map" not in json.loads((SHIPPED / "config.json").read_text(encoding="utf-8")), (
+    tokenizer = AutoProcessor.from_pretrained(FOLDER).tokenizer
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert "auto_map" not in json.loads((FOLDER / "config.json").read_text(encoding="utf-8")), (
         "no remote code"
     )
 
@@ -83,7 +72,7 @@ def test_the_shipped_folder_is_whole_and_small(processor: Any) -> None:
 def test_a_patch_is_labelled_with_the_object_that_covers_it(processor: Any) -> None:
     """Patches that no object touches get the image token, and those with little of one no label."""
     image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    _, words, corners, scene = ScenePatches(processor, 1)[0]
+    _, words, corners, scene = scene_patches(processor, 0)
     side = scene.image.shape[0] // PATCH
     for index, (word, corner) in enumerate(zip(words.tolist(), corners.tolist(), strict=True)):
         y, x = PATCH * (index // side), PATCH * (index % side)
@@ -98,6 +87,5 @@ def test_a_patch_is_labelled_with_the_object_that_covers_it(processor: Any) -> N
 
 def test_the_shipped_weights_have_published_names() -> None:
     """vLLM reads no others; transformers reads both."""
-    names = [name for name in load_file(SHIPPED / "model.safetensors") if name.startswith("vision_tower.")]
-    assert names
-    assert all(name.startswith("vision_tower.vision_model.") for name in names)
+    names = [name for name in load_file(FOLDER / "model.safetensors") if name.startswith("vision_tower.")]
+    assert {name.split(".")[1] for name in names} == {"vision_model"}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import sys
-import time
 from collections import Counter
 from itertools import combinations
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import binary_dilation
 
-from vlm_calibration.demo.pictures import HANDS, LOOK_ALIKES, UNUSUAL, Hand, picture, sized_picture
-from vlm_calibration.demo.questions import SPLITS, scene_queries, scene_seed
+from vlm_calibration.demo.pictures import HANDS, LOOK_ALIKES, UNUSUAL, Hand, picture
+from vlm_calibration.demo.questions import scene_queries, scene_seed
 from vlm_calibration.demo.recipe import FIRST_SCENE
 from vlm_calibration.demo.scenes import (
     CLASSES,
@@ -25,7 +26,7 @@ from vlm_calibration.demo.scenes import (
     render_scene,
     scene_layout,
 )
-from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.demo.source import DemoSource, scene_index
 from vlm_calibration.records import DataError
 from vlm_calibration.text.grading import grade
 
@@ -50,10 +51,14 @@ def test_the_scenes_of_the_base_model_are_drawn_as_ever(seed: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("hand", HANDS)
-@pytest.mark.parametrize("kind", HARD_KINDS)
-def test_hard_scenes_are_as_described(kind: str, hand: Hand) -> None:
-    for index in FEW:
-        scene, layout = render_scene((3, index), kind, hand), scene_layout((3, index), kind)
+@pytest.mark.parametrize("kind", ["", *HARD_KINDS])
+def test_scenes_are_as_described_and_masks_exact(
+    kind: str, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same scene without its objects differs where the masks are, and nowhere else."""
+    scenes = [render_scene((3, index), kind, hand) for index in FEW]
+    for index, scene in zip(FEW, scenes, strict=True):
+        layout = scene_layout((3, index), kind)
         assert layout.labels == scene.names
         assert layout.corners == tuple(o.corner for o in scene.objects)
         assert set(layout.names) <= set(CLASSES)
@@ -63,17 +68,7 @@ def test_hard_scenes_are_as_described(kind: str, hand: Hand) -> None:
             assert len(rows) > 10, "every object can be seen"
             assert item.corner == 2 * (rows.mean() >= 48) + (columns.mean() >= 48)
         assert sum(o.mask.astype(int) for o in scene.objects).max() <= 1
-        again = render_scene((3, index), kind, hand)
-        assert np.array_equal(scene.image, again.image)
-
-
-@pytest.mark.parametrize("hand", HANDS)
-@pytest.mark.parametrize("kind", ["", *HARD_KINDS])
-def test_masks_hold_exactly_what_the_objects_colour(
-    kind: str, hand: Hand, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same scene without its objects differs where the masks are, and nowhere else."""
-    scenes = [render_scene((3, index), kind, hand) for index in FEW]
+        assert np.array_equal(scene.image, render_scene((3, index), kind, hand).image)
     monkeypatch.setattr(Image.Image, "alpha_composite", lambda *_: None)
     for index, scene in zip(FEW, scenes, strict=True):
         changed = (scene.image != render_scene((3, index), kind, hand).image).any(axis=-1)
@@ -94,16 +89,11 @@ def test_a_neighbour_covers_a_part_of_an_object() -> None:
     touching = {}
     for kind in ("", "overlapping"):
         scenes = [[o.mask for o in render_scene((3, index), kind).objects] for index in FEW]
-        touching[kind] = [any((_grown(a) & b).any() for a, b in combinations(masks, 2)) for masks in scenes]
+        touching[kind] = [
+            any((binary_dilation(a) & b).any() for a, b in combinations(masks, 2)) for masks in scenes
+        ]
     assert all(touching["overlapping"])
     assert np.mean(touching[""]) < 0.5
-
-
-def _grown(mask: np.ndarray) -> np.ndarray:
-    grown = mask.copy()
-    grown[1:] |= mask[:-1]
-    grown[:, 1:] |= mask[:, :-1]
-    return grown
 
 
 def test_a_look_alike_is_never_what_the_answer_is_about() -> None:
@@ -147,10 +137,11 @@ def test_hard_scenes_keep_their_kind_at_every_share() -> None:
 
 
 @pytest.mark.parametrize("hand", HANDS)
-def test_the_source_names_the_kind_in_category_and_id(hand: Hand) -> None:
-    source = DemoSource("development", scenes=60, first=9, hard=0.5, hand=hand)
-    found = set()
-    for query in source.queries():
+def test_the_source_loads_what_the_questions_are_about(hand: Hand) -> None:
+    source = pickle.loads(pickle.dumps(DemoSource("development", scenes=60, first=9, hard=0.5, hand=hand)))
+    queries, found = source.queries(), set()
+    assert queries == source.queries()
+    for query in queries:
         *kind, asked = str(query.category).split("/")
         found.add(*kind or [""])
         assert asked in ("existence", "position")
@@ -159,7 +150,12 @@ def test_the_source_names_the_kind_in_category_and_id(hand: Hand) -> None:
         assert wrong
         assert not any(grade(w, query.answer, query.answer_type).correct for w in wrong)
         loaded = source.load(query)
-        assert source.has_evidence(query) == (len(loaded.evidence) == 1) == (query.answer != "No")
+        scene = render_scene(scene_seed("development", scene_index(query)), "".join(kind), hand)
+        assert np.array_equal(loaded.image, scene.image)
+        assert source.has_evidence(query) == (query.answer != "No")
+        about = [o.mask for o in scene.objects if o.name == query.objects[0]]
+        assert [m.tobytes() for m in loaded.evidence] == [m.tobytes() for m in about]
+        assert len(loaded.evidence) + len(loaded.distractors) == len(scene.objects)
     assert found == {"", *HARD_KINDS}
 
 
@@ -172,33 +168,11 @@ def test_a_hard_scene_is_the_same_in_every_hand_and_under_every_shift() -> None:
     assert [q.id for q in variants[0]] == [q.id for q in variants[2]]
 
 
-def test_no_two_splits_draw_the_same_scene() -> None:
-    pictures = [
-        render_scene(scene_seed(split, index), kind).image.tobytes()
-        for split in SPLITS
-        for index in range(5)
-        for kind in ("", *HARD_KINDS)
-    ]
-    assert len(set(pictures)) == len(pictures)
-
-
-def test_line_drawings_are_others_and_quick() -> None:
-    picture.cache_clear()
-    sized_picture.cache_clear()
-    start = time.perf_counter()
+def test_line_drawings_are_others() -> None:
     for name in CLASSES:
         line, colour = (picture(GLYPHS[name], hand) for hand in HANDS[::-1])
         assert (np.asarray(line)[..., 3] > 0).any()
         assert line.size != colour.size or line.tobytes() != colour.tobytes()
-    assert time.perf_counter() - start < 2
-    assert picture(GLYPHS["dog"], "line") is picture(GLYPHS["dog"], "line")
-    for hand in HANDS:
-        times = []
-        for index in FEW:
-            start = time.perf_counter()
-            render_scene((3, index), "", hand)
-            times.append(time.perf_counter() - start)
-        assert np.median(times) < 0.02
 
 
 def test_without_resvg_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

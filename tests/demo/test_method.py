@@ -43,12 +43,7 @@ NOISE_ALONE = {
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The files of one evaluated system.
-
-    Attributes:
-        metrics: `metrics.json`.
-        predictions: the objects of `predictions.jsonl`.
-    """
+    """`metrics.json` and the objects of `predictions.jsonl` of one evaluated system."""
 
     metrics: dict[str, float]
     predictions: list[dict[str, Any]]
@@ -56,13 +51,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Caller:
-    """Runs commands with shipped configurations and overlays.
-
-    Attributes:
-        root: the repository.
-        server: the process that runs commands.
-        folder: parent of the run directories.
-    """
+    """Runs commands with shipped configurations and overlays, each into a run directory below `folder`."""
 
     root: Path
     server: Server

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from typing import Any
 
@@ -35,35 +34,22 @@ from vlm_calibration.text.grading import grade
 MANY = range(200)
 
 
-def test_a_scene_is_a_function_of_its_seed() -> None:
-    a, b, c = render_scene((1, 5)), render_scene((1, 5)), render_scene((1, 6))
-    assert np.array_equal(a.image, b.image)
-    assert all(np.array_equal(x.mask, y.mask) for x, y in zip(a.objects, b.objects, strict=True))
-    assert not np.array_equal(a.image, c.image)
-
-
 def test_scenes_are_as_described() -> None:
     counts: Counter[int] = Counter()
     for seed in MANY:
         scene = render_scene(seed)
         assert scene.image.shape == (SCENE_SIZE, SCENE_SIZE, 3)
         assert scene.image.dtype == np.uint8
-        assert scene_layout(seed)[:2] == (scene.names, tuple(o.corner for o in scene.objects))
-        assert len(set(scene.names)) == len({o.corner for o in scene.objects}) == len(scene.objects)
         counts[len(scene.objects)] += 1
         for item in scene.objects:
             assert item.mask.shape == (SCENE_SIZE, SCENE_SIZE)
             assert item.mask.dtype == bool
             assert item.mask.sum() > 40
-            rows, columns = np.nonzero(item.mask)
-            middle = (
-                ["top", "bottom"][int(rows.mean() >= 48)] + " " + ["left", "right"][int(columns.mean() >= 48)]
-            )
-            assert middle == CORNERS[item.corner]
     assert set(counts) == {1, 2, 3, 4}
     assert min(counts.values()) > 25
     assert len(CLASSES) >= 24
     assert {name for theme in THEMES.values() for name in theme} <= set(CLASSES)
+    assert not np.array_equal(render_scene((1, 5)).image, render_scene((1, 6)).image)
 
 
 def test_every_class_has_a_glyph_of_its_own() -> None:
@@ -80,16 +66,13 @@ def test_frequencies_make_popular_absent_objects_popular() -> None:
     for counts in drawn.values():
         assert not set(present) & set(counts)
     frequent = set(CLASSES[:6])
-    share = {
-        kind: sum(n for name, n in counts.items() if name in frequent) / 3000
-        for kind, counts in drawn.items()
-    }
-    assert share["popular"] > 1.3 * share["random"]
     related = {"pig", "dog", "tree", "house"}
-    share = {
-        kind: sum(n for name, n in counts.items() if name in related) / 3000 for kind, counts in drawn.items()
-    }
-    assert share["adversarial"] > 3 * share["popular"]
+    of_frequent, of_related = (
+        {kind: sum(counts[name] for name in group) for kind, counts in drawn.items()}
+        for group in (frequent, related)
+    )
+    assert of_frequent["popular"] > 1.3 * of_frequent["random"]
+    assert of_related["adversarial"] > 3 * of_related["popular"]
 
 
 def test_questions_fit_their_scenes() -> None:
@@ -102,10 +85,8 @@ def test_questions_fit_their_scenes() -> None:
         assert no.objects[0] not in names
         for query in (yes, no):
             name = query.objects[0]
-            assert (
-                f" {'an' if name in ('elephant', 'apple', 'airplane', 'umbrella') else 'a'} {name}"
-                in query.question
-            )
+            article = "an" if name in ("elephant", "apple", "airplane", "umbrella") else "a"
+            assert f" {article} {name}" in query.question
         asked = next(c for c in CORNERS if c in corner.question)
         corners[asked] += 1
         assert names[in_corners.index(CORNERS.index(asked))] == corner.answer == corner.objects[0]
@@ -118,7 +99,8 @@ def test_questions_fit_their_scenes() -> None:
 def test_splits_share_no_scene_and_no_id() -> None:
     seeds = [scene_seed(split, index) for split in SPLITS for index in MANY]
     assert len(set(seeds)) == len(seeds)
-    ids = [q.id for split in SPLITS for index in range(50) for q in scene_queries(split, index)]
+    sources = [DemoSource(split, scenes=25, first=first) for split in SPLITS for first in (0, 25)]
+    ids = [query.id for source in sources for query in source.queries()]
     assert len(set(ids)) == len(ids)
     with pytest.raises(
         ValueError, match="unknown split 'dev': expected one of train, calibration, development, test"
@@ -162,22 +144,6 @@ def test_draws_cover_all_shifts_and_strengths() -> None:
     assert np.array_equal(*again)
 
 
-def test_the_source_loads_what_the_questions_are_about() -> None:
-    source = pickle.loads(pickle.dumps(DemoSource("test", scenes=20, first=5)))
-    queries = source.queries()
-    assert len(queries) == 60
-    assert [q.id for q in queries] == [q.id for q in source.queries()]
-    for query in queries:
-        loaded = source.load(query)
-        assert source.has_evidence(query) == bool(loaded.evidence) == (query.answer != "No")
-        assert len(loaded.evidence) + len(loaded.distractors) >= 1
-        scene = render_scene(scene_seed("test", int(query.image.rsplit("-", 1)[1])))
-        assert np.array_equal(loaded.image, scene.image)
-        if loaded.evidence:
-            [mask] = loaded.evidence
-            assert any(np.array_equal(mask, o.mask) for o in scene.objects if o.name == query.objects[0])
-
-
 def test_the_shifted_source_degrades_the_same_scenes() -> None:
     plain, shifted = DemoSource("test", scenes=40), DemoSource("test", scenes=40, shifted=True)
     kinds: Counter[str] = Counter()
@@ -190,11 +156,6 @@ def test_the_shifted_source_degrades_the_same_scenes() -> None:
         assert np.array_equal(image, shifted.load(after).image)
         assert not np.array_equal(image, plain.load(before).image)
     assert set(kinds) == set(SHIFTS)
-
-
-def test_two_sources_of_one_split_need_not_overlap() -> None:
-    a, b = DemoSource("calibration", scenes=10), DemoSource("calibration", scenes=10, first=10)
-    assert not {q.id for q in a.queries()} & {q.id for q in b.queries()}
 
 
 @pytest.mark.parametrize("settings", [{"scenes": 0}, {"first": -1}, {"hard": -0.1}, {"hard": 1.5}])

@@ -53,7 +53,7 @@ from transformers import (
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ResponseTokenizer
 from vlm_calibration.data.collate import ChatFormat, SFTCollator
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE, build_tokenizer
+from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE, build_processor
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
@@ -107,7 +107,7 @@ TASKS = {
 
 def write_model(folder: Path) -> None:
     """Write a random model, its processor and, in `adapter/`, a random LoRA adapter without zero weights."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_processor().tokenizer
     image_processor = SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
     LlavaProcessor(
         image_processor=image_processor,

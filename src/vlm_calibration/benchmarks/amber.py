@@ -1,24 +1,20 @@
-"""AMBER (existence, attributes and relations of objects): reading its published files, and the rules of its script.
+"""AMBER (existence, attributes and relations of objects): reading its published files, and the rules of its `inference.py`.
 
 Wang et al., AMBER: An LLM-free Multi-dimensional Benchmark for MLLMs Hallucination Evaluation, 2023 (arXiv 2311.07397),
-files and script at github.com/junyangwang0410/AMBER.
-
-Only the discriminative records, yes/no questions with ids from 1005, are scored here. The generative records ask for a
-description, whose nouns the script compares with spaCy and WordNet; they are counted and skipped.
-
-The script `inference.py` accepts the answers "Yes" and "No". Any other answer, "Yes." and "no" included, counts as wrong.
-No is the positive class. `AmberCounts` describes the script's arithmetic.
+files and script at github.com/junyangwang0410/AMBER. Only the discriminative records, yes/no questions with ids from 1005, are
+scored here. The generative records ask for a description, whose nouns the script compares with spaCy and WordNet.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from vlm_calibration.benchmarks.files import Reply, in_order_of, read_records, reply, without_confidence
+from vlm_calibration.benchmarks.official import OfficialCounts
 from vlm_calibration.records import DataError, Query
 
 CATEGORIES = {
@@ -36,8 +32,6 @@ GENERATIVE = "generative"
 GENERATIVE_NOTE = (
     "{n} generative records (descriptions) are left out: AMBER's own script scores them, with spaCy and NLTK"
 )
-SCORES = ("accuracy", "precision", "recall", "f1")
-"""The scores that the script prints, in percent with one decimal."""
 
 DIMENSIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "existence": {"existence": ("existence",)},
@@ -49,77 +43,15 @@ DIMENSIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "relation": {"relation": ("relation",)},
 }
-"""Dimension -> block that the script prints -> categories in the block."""
-
-
-def dimension_of(category: str) -> str:
-    """The key of `DIMENSIONS` that a category belongs to."""
-    return category.split("/", 1)[0]
-
-
-class AmberQuestion(NamedTuple):
-    """A record of a query file.
-
-    Attributes:
-        where: file and position, for messages.
-        id: id of the question.
-        image: path below the image folder.
-        question: the text.
-    """
-
-    where: str
-    id: int
-    image: str
-    question: str
-
-
-class AmberTruth(NamedTuple):
-    """An annotation.
-
-    Attributes:
-        id: id of the question.
-        category: a value of `CATEGORIES`.
-        truth: the correct answer.
-    """
-
-    id: int
-    category: str
-    truth: Literal["yes", "no"]
-
-    def query(self, question: AmberQuestion | None = None) -> Query:
-        """Convert to a `Query`, with empty image and question if no question is given."""
-        _, _, image, text = question or ("", self.id, "", "")
-        return Query(str(self.id), image, text, self.truth.capitalize(), "yes_no", category=self.category)
+"""Dimension, with which a category begins -> block that the script prints -> categories in the block."""
 
 
 class AmberAnnotations(NamedTuple):
-    """The annotations of one file.
-
-    Attributes:
-        path: the file.
-        truths: id -> annotation, in the order of the file.
-        generative: ids of the generative records.
-    """
+    """The annotations of one file: id -> query without image and question, and the ids of the generative records."""
 
     path: Path
-    truths: dict[int, AmberTruth]
+    truths: dict[int, Query]
     generative: set[int]
-
-
-class AmberAnswers(NamedTuple):
-    """The answers of one file.
-
-    Attributes:
-        truths: the annotations that are scored.
-        replies: the answer to each of `truths`.
-        generative: number of answers to generative records.
-        others: number of answers to questions of other dimensions.
-    """
-
-    truths: list[AmberTruth]
-    replies: list[Reply]
-    generative: int
-    others: int
 
 
 def read_annotations(path: str | Path) -> AmberAnnotations:
@@ -128,7 +60,7 @@ def read_annotations(path: str | Path) -> AmberAnnotations:
     Raises:
         DataError: the file cannot be read, or a record has an unknown type, a truth other than yes and no, or a repeated id.
     """
-    truths: dict[int, AmberTruth] = {}
+    truths: dict[int, Query] = {}
     generative: set[int] = set()
     for record in read_records(path):
         number, kind = record.number("id"), record.text("type")
@@ -138,119 +70,124 @@ def read_annotations(path: str | Path) -> AmberAnnotations:
             generative.add(number)
             continue
         if kind not in CATEGORIES:
-            raise record.error(
-                f"'type' must be one of {', '.join([GENERATIVE, *CATEGORIES])}, found {kind!r}"
-            )
+            kinds = ", ".join([GENERATIVE, *CATEGORIES])
+            raise record.error(f"'type' must be one of {kinds}, found {kind!r}")
         truth = record.text("truth")
         if truth not in ("yes", "no"):
             raise record.error(f"'truth' must be yes or no, found {truth!r}")
-        truths[number] = AmberTruth(number, CATEGORIES[kind], "yes" if truth == "yes" else "no")
+        truths[number] = Query(str(number), "", "", truth.capitalize(), "yes_no", category=CATEGORIES[kind])
     return AmberAnnotations(Path(path), truths, generative)
 
 
-def read_queries(path: str | Path) -> list[AmberQuestion]:
-    """Read one of AMBER's `query_*.json`, generative records included.
+def read_queries(path: str | Path, annotations: AmberAnnotations) -> tuple[list[Query], int]:
+    """The discriminative questions of one of AMBER's `query_*.json`, and the number of generative ones.
 
     Raises:
-        DataError: the file cannot be read, or an id is repeated.
+        DataError: the file cannot be read, or an id is repeated or not in the annotations.
     """
-    questions: dict[int, AmberQuestion] = {}
+    queries: dict[int, Query] = {}
+    seen: set[int] = set()
     for record in read_records(path):
         number = record.number("id")
-        if number in questions:
-            raise record.error(f"duplicate id {number}, first at {questions[number].where}")
-        questions[number] = AmberQuestion(record.where, number, record.text("image"), record.text("query"))
-    return list(questions.values())
+        if number in seen:
+            raise record.error(f"duplicate id {number}")
+        seen.add(number)
+        if number in annotations.generative:
+            continue
+        if number not in annotations.truths:
+            raise record.error(f"{number} is no id in {annotations.path}")
+        queries[number] = replace(
+            annotations.truths[number], image=record.text("image"), question=record.text("query")
+        )
+    return list(queries.values()), len(seen) - len(queries)
 
 
 def read_answers(
     path: str | Path, annotations: AmberAnnotations, dimensions: Collection[str] = tuple(DIMENSIONS)
-) -> AmberAnswers:
+) -> tuple[list[Query], list[Reply], int, int]:
     """Read the answers to all questions of some dimensions, an array of `{id, response}`.
+
+    Returns:
+        The annotations of these questions, the answer to each, and how many answers are to generative records and to questions of
+        other dimensions.
 
     Raises:
         DataError: the file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
     """
-    truths = [truth for truth in annotations.truths.values() if dimension_of(truth.category) in dimensions]
-    if not truths:
+    asked = {id_: q for id_, q in annotations.truths.items() if _dimension(q) in dimensions}
+    if not asked:
         raise DataError(f"{annotations.path}: no question about {' or '.join(dimensions)}")
-    answers: list[Reply] = []
+    replies: list[Reply] = []
     generative = others = 0
-    scored = {truth.id for truth in truths}
+    unanswered = {_dimension(query) for query in asked.values()}
     for record in read_records(path):
         number = record.number("id")
         if number in annotations.generative:
             generative += 1
-        elif number in annotations.truths and number not in scored:
+        elif number in annotations.truths and number not in asked:
             others += 1
         else:
-            answers.append(reply(record, str(number), record.text("response")))
-    asked = {str(truth.id): dimension_of(truth.category) for truth in truths}
-    unanswered = set(asked.values()) - {asked[answer.id] for answer in answers if answer.id in asked}
+            replies.append(reply(record, str(number), record.text("response")))
+            if number in asked:
+                unanswered.discard(_dimension(asked[number]))
     hint = ""
     if unanswered:
         hint = f"; none is about {' or '.join(sorted(unanswered))}: `--only` scores one dimension alone"
-    replies = in_order_of(answers, list(asked), path, annotations.path, hint)
-    return AmberAnswers(truths, replies, generative, others)
+    queries = list(asked.values())
+    ordered = in_order_of(replies, [query.id for query in queries], path, annotations.path, hint)
+    return queries, ordered, generative, others
 
 
-@dataclass(frozen=True)
-class AmberCounts:
-    """Counts of answers, with the script's arithmetic.
+def _dimension(query: Query) -> str:
+    return str(query.category).split("/", 1)[0]
+
+
+class AmberCounts(OfficialCounts):
+    """Counts with the script's rule and arithmetic; no is the positive class.
 
     Every denominator starts at 0.001, that of the attributes, a sum of three, at 0.003. Accuracy, precision and recall are
     rounded to one decimal of a percent. F1 is computed from the rounded values, with 0.0001 added to its denominator (0.001
     for existence, where every truth is no).
-
-    Args:
-        answers: number of answers by category, truth ("yes" or "no") and response ("Yes", "No", "" for any other).
     """
 
-    answers: Counter[tuple[str, str, str]]
-
-    def __add__(self, other: AmberCounts) -> AmberCounts:
-        """The counts of both sets of answers."""
-        return AmberCounts(self.answers + other.answers)
+    @staticmethod
+    def response(text: str) -> str:
+        """The answer if it is exactly "Yes" or "No"; any other, "Yes." and "no" included, counts as wrong."""
+        return text if text in ("Yes", "No") else ""
 
     def scores(self, dimensions: Collection[str] | None = None) -> dict[str, float]:
-        """`SCORES` in percent, as the script prints them.
+        """Accuracy, precision, recall and F1 in percent, as the script prints them.
 
-        Args:
-            dimensions: keys of `DIMENSIONS`; None: those with answers.
-
-        Returns:
-            The scores over all answers if no dimension is missing, and the scores of each block with its name in front:
-            `existence/accuracy`.
+        Over all answers if no dimension is missing, and for each block with its name in front: `existence/accuracy`. `dimensions`
+        are keys of `DIMENSIONS`; None: those with answers.
         """
         if dimensions is None:
-            dimensions = {dimension_of(category) for category, _, _ in self.answers}
+            dimensions = {str(category).split("/", 1)[0] for category, _, _ in self.answers}
         scores: dict[str, float] = {}
         if set(dimensions) == set(DIMENSIONS):
-            scores |= self._block([CATEGORIES.values()])
+            scores |= self._block([set(CATEGORIES.values())])
         for dimension, blocks in DIMENSIONS.items():
             for name, categories in blocks.items() if dimension in dimensions else ():
-                block = self._block([[category] for category in categories], name == "existence")
+                block = self._block([{category} for category in categories], name == "existence")
                 scores |= {f"{name}/{key}": value for key, value in block.items()}
         return scores
 
     def _block(self, parts: Sequence[Collection[str]], existence: bool = False) -> dict[str, float]:
         """The scores of the categories in all parts, of which the script counts each by itself."""
 
-        def count(part: Collection[str], counted: Callable[[str, str], bool]) -> int:
-            return sum(n for (c, *said), n in self.answers.items() if c in part and counted(*said))
+        def count(part: Collection[str], golds: Sequence[str], responses: Sequence[str]) -> int:
+            return sum(self.answers[combination] for combination in product(part, golds, responses))
 
-        def percent(correct: Callable[[str, str], bool], counted: Callable[[str, str], bool]) -> float:
+        def percent(correct: Sequence[str], golds: Sequence[str], responses: Sequence[str]) -> float:
+            hits = sum(count(part, [gold], [gold]) for part in parts for gold in correct)
             denominator = 0.0
             for part in parts:
-                denominator += _script_count(count(part, counted))
-            return round(sum(count(part, correct) for part in parts) / denominator * 100, 1)
+                denominator += _script_count(count(part, golds, responses))
+            return round(hits / denominator * 100, 1)
 
-        def correct_no(truth: str, response: str) -> bool:
-            return truth == "no" and response == "No"
-
-        accuracy = percent(lambda truth, response: response.lower() == truth, lambda truth, response: True)
-        precision = percent(correct_no, lambda truth, response: response == "No")
-        recall = percent(correct_no, lambda truth, response: truth == "no")
+        accuracy = percent(("Yes", "No"), ("Yes", "No"), ("Yes", "No", ""))
+        precision = percent(("No",), ("Yes", "No"), ("No",))
+        recall = percent(("No",), ("No",), ("Yes", "No", ""))
         p, r = precision / 100, recall / 100
         f1 = round(2 * p * r / (p + r + (0.001 if existence else 0.0001)) * 100, 1)
         return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
@@ -264,20 +201,11 @@ def _script_count(n: int) -> float:
     return count
 
 
-def count_answers(truths: Sequence[AmberTruth], texts: Sequence[str]) -> AmberCounts:
-    """Score the answers by the rule of `inference.py`, without their stated confidence."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for (_, category, truth), text in zip(truths, texts, strict=True):
-        response = without_confidence(text)
-        counts[category, truth, response if response in ("Yes", "No") else ""] += 1
-    return AmberCounts(counts)
-
-
 def official_answers(
-    truths: Sequence[AmberTruth], replies: Sequence[tuple[str, float | None]]
+    queries: Sequence[Query], replies: Sequence[tuple[str, float | None]]
 ) -> list[dict[str, Any]]:
     """The rows of an answer file for `inference.py`; `replies` are texts with confidences."""
     return [
-        {"id": truth.id, "response": without_confidence(text), "confidence": confidence}
-        for truth, (text, confidence) in zip(truths, replies, strict=True)
+        {"id": int(query.id), "response": without_confidence(text), "confidence": confidence}
+        for query, (text, confidence) in zip(queries, replies, strict=True)
     ]

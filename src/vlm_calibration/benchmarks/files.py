@@ -1,8 +1,4 @@
-"""Reading the files of benchmarks, JSON arrays or JSON lines: questions, and answers with a stated confidence.
-
-The official scripts do not know a stated confidence, and it would change how they parse an answer ("Confidence: 0.9. No" is a
-yes to POPE), so it is removed before an answer is scored.
-"""
+"""Reading the files of benchmarks, JSON arrays or JSON lines: questions, and answers with a stated confidence."""
 
 from __future__ import annotations
 
@@ -17,22 +13,13 @@ from vlm_calibration.text.confidence import parse_confidence, strip_confidence
 
 
 class Record(NamedTuple):
-    """A JSON object from a file.
-
-    Attributes:
-        where: file with line or position in the array, for messages.
-        data: the object.
-    """
+    """A JSON object, and its file with line or position in the array."""
 
     where: str
     data: dict[str, Any]
 
     def text(self, key: str) -> str:
-        """The string under a key, which may be empty. An integer `id` becomes a string.
-
-        Raises:
-            DataError: the key is missing or holds something else.
-        """
+        """The string under a key, which may be empty, or a DataError. An integer `id` becomes a string."""
         value = self.data.get(key)
         if key == "id":
             value = id_text(value)
@@ -41,11 +28,7 @@ class Record(NamedTuple):
         return value
 
     def number(self, key: str) -> int:
-        """The integer under a key.
-
-        Raises:
-            DataError: the key is missing or holds something else.
-        """
+        """The integer under a key, or a DataError."""
         value = self.data.get(key)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.error(f"'{key}' must be a whole number, found {self.shown(key)}")
@@ -63,11 +46,7 @@ class Record(NamedTuple):
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of a file: a JSON array, or JSON lines (blank lines are skipped).
-
-    Raises:
-        DataError: the file cannot be read, has another form, or has no record; names the line or record.
-    """
+    """The records of a JSON array, or of JSON lines that are not blank; a DataError if there is none or one is no object."""
     path = Path(path)
     lines = json_lines(path)
     first = next(lines, None)
@@ -103,21 +82,16 @@ class Reply(NamedTuple):
 
 
 def without_confidence(text: str) -> str:
-    """Remove the stated confidence from an answer before it is scored.
+    """An answer as the official scripts may read it: "Yes. Confidence: 80%" becomes "Yes".
 
-    A text without a stated confidence is returned unchanged, blanks included. Otherwise the statement goes, and with it
-    surrounding blanks and the full stop before it: "Yes. Confidence: 80%" becomes "Yes".
+    They would take "Confidence: 0.9. No" for a yes. A text without a stated confidence is returned unchanged, blanks included.
     """
     answer = strip_confidence(text)
     return text if answer == text.strip() else answer.rstrip(" .")
 
 
 def reply(record: Record, identifier: str | None, text: str) -> Reply:
-    """The answer in a record. The key `confidence` takes precedence over the confidence stated in the text.
-
-    Raises:
-        DataError: the confidence is neither null nor a number in [0, 1].
-    """
+    """The answer in a record. Its key `confidence`, null or a number in [0, 1], comes before the confidence stated in the text."""
     value = record.data.get("confidence", parse_confidence(text))
     if value is not None:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
@@ -129,12 +103,9 @@ def reply(record: Record, identifier: str | None, text: str) -> Reply:
 def in_order_of(
     replies: Sequence[Reply], ids: Sequence[str], answers: str | Path, questions: str | Path, hint: str = ""
 ) -> list[Reply]:
-    """Sort answers, each with an id, by the order of the questions' `ids`.
+    """Sort answers by the order of the questions' `ids`; a DataError about a missing, second or unknown answer names both files.
 
-    The files of answers and questions are named in messages; `hint` ends that about missing answers.
-
-    Raises:
-        DataError: a question has no answer or several, or an answer has an unknown id.
+    `hint` ends the message about missing answers.
     """
     expected = set(ids)
     by_id: dict[str | None, Reply] = {}
@@ -146,8 +117,6 @@ def in_order_of(
             raise DataError(f"{answer.where}: {answer.id} is no id in {questions}")
         by_id[answer.id] = answer
     if missing := [i for i in ids if i not in by_id]:
-        raise DataError(
-            f"{answers}: no answer to {len(missing)} of the {len(ids)} questions in {questions}: "
-            f"{name_some(missing, len(missing))}{hint}"
-        )
+        number, first = f"{len(missing)} of the {len(ids)}", name_some(missing, len(missing))
+        raise DataError(f"{answers}: no answer to {number} questions in {questions}: {first}{hint}")
     return [by_id[i] for i in ids]

@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Protocol, Self
+from typing import Any, Self
+
+from vlm_calibration.benchmarks.files import without_confidence
+from vlm_calibration.records import Query
 
 OFFICIAL = "official"
 
 
-class OfficialCounts(Protocol):
-    """Counts of answers from which a benchmark's scores are computed; those of two sets of answers can be added."""
+@dataclass(frozen=True)
+class OfficialCounts(ABC):
+    """How often each (category, gold answer, response) occurs; those of two sets of answers can be added."""
 
-    def __add__(self, other: Self, /) -> Self: ...
+    answers: Counter[tuple[str | None, str, str]]
 
+    @classmethod
+    def of(cls, queries: Sequence[Query], texts: Sequence[str]) -> Self:
+        """Count the answers to yes/no queries, without their stated confidence."""
+        pairs = zip(queries, texts, strict=True)
+        return cls(
+            Counter((q.category, q.answer, cls.response(without_confidence(text))) for q, text in pairs)
+        )
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.answers + other.answers)
+
+    @staticmethod
+    @abstractmethod
+    def response(text: str) -> str:
+        """What the benchmark's script reads in an answer: "Yes", "No", or "" for neither."""
+
+    @abstractmethod
     def scores(self) -> dict[str, float]:
         """The official scores by name; NaN where the benchmark's script prints none."""
-        ...
 
 
 def official_scores(parts: Mapping[str, OfficialCounts]) -> dict[str, float]:
     """The scores of one or several sets of questions (at least one; name -> counts), as flat names.
 
-    Returns:
-        `official/accuracy` and so on over all parts, if all belong to one benchmark. With several parts also the scores of
-        each part, `official/random/accuracy`, which the benchmark's script prints for one file.
+    `official/accuracy` and so on over all parts, if all belong to one benchmark. With several parts also the scores of each,
+    `official/random/accuracy`, which the benchmark's script prints for one file.
     """
     scores: dict[str, float] = {}
     counts: list[Any] = list(parts.values())

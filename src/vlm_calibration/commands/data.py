@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from jsonargparse.typing import PositiveInt
@@ -17,7 +17,6 @@ from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, add_variables, res
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
-    from vlm_calibration.data.module import PerturbedQueryDataModule
     from vlm_calibration.data.sources.base import QuerySource
 
 
@@ -58,13 +57,9 @@ def inspect(
     from vlm_calibration.data.near_duplicates import find_leaks
     from vlm_calibration.data.sources.query_file import MissingFileError
     from vlm_calibration.files import MAX_NAMED
-    from vlm_calibration.reporting.inspection import inspect_source, table_rows
+    from vlm_calibration.reporting.inspection import inspect_source
 
-    sources = dict(_sources(read_data(settings)))
-    if not sources:
-        raise DataError(
-            "nothing to inspect: none of data.train, validation, levels, test, calibration and predict is set"
-        )
+    sources = read_sources(settings)
     console, table = Console(), Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -81,14 +76,14 @@ def inspect(
     unreadable: dict[str, str] = {}
     for name, source in sources.items():
         try:
-            inspection = inspect_source(source, samples)
+            rows, bad, unloadable = inspect_source(source, samples)
         except MissingFileError as error:
             missing[name] = error
             continue
-        problems += len(inspection.bad)
-        messages += inspection.bad[:MAX_NAMED]
-        unreadable = {**inspection.unloadable, **unreadable}
-        add_rows(name, table_rows(inspection))
+        problems += len(bad)
+        messages += bad[:MAX_NAMED]
+        unreadable = {**unloadable, **unreadable}
+        add_rows(name, rows)
     if leaks:
         report = find_leaks({name: source for name, source in sources.items() if name not in missing})
         for kind, first, second, count, examples in report.leaks:
@@ -97,18 +92,15 @@ def inspect(
             problems += count
         if report.images and not report.leaks:
             add_rows(", ".join(report.images), [("shared images", "none")])
-        unreadable |= {
-            image: f"not compared: {image}: {reason}"
-            for image, reason in report.unreadable.items()
-            if image not in unreadable
-        }
+        for image, reason in report.unreadable.items():
+            unreadable.setdefault(image, f"not compared: {image}: {reason}")
     problems += len(unreadable)
     console.print(table)
-    named = list(unreadable.values())[:MAX_NAMED]
-    for message in (*messages, *named, *(f"{name}: {error}" for name, error in missing.items())):
+    messages += list(unreadable.values())[:MAX_NAMED]
+    if len(unreadable) > MAX_NAMED:
+        messages.append(f"and {len(unreadable) - MAX_NAMED} more images that cannot be read")
+    for message in (*messages, *(f"{name}: {error}" for name, error in missing.items())):
         console.print(message, soft_wrap=True, markup=False, highlight=False)
-    if len(unreadable) > len(named):
-        console.print(f"and {len(unreadable) - len(named)} more images that cannot be read")
     if missing:
         paths = ", ".join(str(absent.path) for absent in missing.values())
         raise DataError(f"{len(missing)} of the files of {len(sources)} sources do not exist: {paths}")
@@ -122,18 +114,13 @@ SUBCOMMANDS = Subcommands(
 )
 
 
-def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:
-    """Build the data module of configuration files, of which only the section `data` is read, and of further settings.
-
-    Raises:
-        ArgumentError: an unknown key, a value of the wrong type, or no settings.
-        DataError: a source cannot be built.
-    """
+def read_sources(settings: Sequence[str]) -> dict[str, QuerySource]:
+    """The sources by the names of their settings, e.g. "data.train"; the errors are those of `inspect`."""
     if not settings:
         raise ArgumentError(None, "data inspect: nothing to inspect: give --config FILE")
     from jsonargparse import ArgumentParser
 
-    from vlm_calibration.data.module import PerturbedQueryDataModule
+    from vlm_calibration.data.module import PerturbedQueryDataModule, setting_of
 
     parser = ArgumentParser(prog="vlm-calibration data inspect", exit_on_error=False)
     parser.add_argument("-c", "--config", action="config")
@@ -146,15 +133,13 @@ def read_data(settings: Sequence[str]) -> PerturbedQueryDataModule:
         data: PerturbedQueryDataModule = parser.instantiate_classes(parsed).data
     except (ValueError, OSError) as error:
         raise DataError(f"configuration: {error}") from error
-    return data
-
-
-def _sources(data: PerturbedQueryDataModule) -> Iterator[tuple[str, QuerySource]]:
-    """The sources of a data module by the names of their settings, with the regions of `data.regions` if it is set."""
-    from vlm_calibration.data.module import setting_of
-
-    for name in data.splits:
-        for part, eval_split in data.read_splits(name).items():
-            yield f"data.{setting_of(name, part)}", eval_split.source
+    sources = {
+        f"data.{setting_of(name, part)}": split.source
+        for name in data.splits
+        for part, split in data.read_splits(name).items()
+    }
     if data.predict is not None:
-        yield "data.predict", data.predict
+        sources["data.predict"] = data.predict
+    if not sources:
+        raise DataError("nothing to inspect: no source is set below `data`")
+    return sources

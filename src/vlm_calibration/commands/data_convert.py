@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vlm_calibration.arguments import Subcommands
 from vlm_calibration.data.convert.gqa import gqa
 from vlm_calibration.data.convert.hf import hf, rlaif_v
-from vlm_calibration.data.convert.reading import Source
+from vlm_calibration.data.convert.reading import Output, Source
 from vlm_calibration.data.convert.sharegpt import sharegpt
 from vlm_calibration.data.convert.vqav2 import vqav2
-
-
-@dataclass(frozen=True)
-class Output:
-    """The file to write
-
-    Attributes:
-        out: file of queries to write, .jsonl; embedded images go to the folder OUT_images beside it
-        images: folder that names of image files are relative to (default: the folder of OUT, to which their paths become relative)
-        skip_bad: count bad records and leave them out instead of stopping at the first
-        overwrite: replace an existing file
-    """
-
-    out: Path
-    images: Path | None = None
-    skip_bad: bool = False
-    overwrite: bool = False
 
 
 def _command(convert: Callable[..., Source]) -> Callable[..., None]:
@@ -40,7 +21,7 @@ def _command(convert: Callable[..., Source]) -> Callable[..., None]:
         # Imports OpenCV, which the help does not need.
         from vlm_calibration.data.convert.writing import QueryWriter
 
-        writer = QueryWriter(output.out, output.images, skip_bad=output.skip_bad, overwrite=output.overwrite)
+        writer = QueryWriter(output)
         writer.write(convert(**settings))
         kinds = ", ".join(f"{count} {kind}" for kind, count in writer.answer_types.most_common())
         print(f"{output.out}: {writer.queries} queries about {len(writer.image_names)} images: {kinds}")

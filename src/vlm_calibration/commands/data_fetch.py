@@ -1,22 +1,20 @@
 """`vlm-calibration data fetch`: POPE or AMBER into a data root, where the presets read them.
 
-    pope/coco_pope_{random,popular,adversarial}.json      POPE on COCO, from its data set on the Hub
-    pope/aokvqa_pope_{random,popular,adversarial}.json    POPE on A-OKVQA: other images, for recalibration of both benchmarks
-    coco/val2014/                                         the images of both
-    amber/query/, amber/annotations.json                  AMBER
-    amber/image/                                          its images, from Google Drive, where programs cannot download them reliably
-
-Files that are there are used as they are, such as official ones that were placed by hand.
+pope/coco_pope_{random,popular,adversarial}.json      POPE on COCO, from its data set on the Hub
+pope/aokvqa_pope_{random,popular,adversarial}.json    POPE on A-OKVQA: other images, for recalibration of both benchmarks
+coco/val2014/                                         the images of both
+amber/query/, amber/annotations.json                  AMBER
+amber/image/                                          its images, from Google Drive, where programs cannot download them reliably
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from vlm_calibration.benchmarks.files import read_records
 from vlm_calibration.errors import CommandError
 from vlm_calibration.files import first_line, name_some, replacing, write_rows
 from vlm_calibration.records import DataError
@@ -67,30 +65,21 @@ def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")
         names = sorted({name for path in about_coco for name in _images(path)})
         _download({images / name: f"{COCO}/{name}" for name in names})
     except (OSError, RuntimeError) as error:
-        places = [str(path) for path in dict.fromkeys([*about_coco, *addresses])]
-        raise DataError(
-            f"{benchmark} cannot be downloaded ({first_line(error)}): run it again with a network, or place the official files: "
-            f"{', '.join(places)}, and images of val2014 in {images}"
-        ) from error
+        places = ", ".join(str(path) for path in dict.fromkeys([*about_coco, *addresses]))
+        advice = f"place the official files {places} and images of val2014 in {images}"
+        raise DataError(f"{benchmark} cannot be downloaded: {first_line(error)}: {advice}") from error
     print(f"{benchmark}: {len(names)} images of COCO and their questions are in {data_root}")
     if benchmark == "amber":
         folder = data_root / AMBER_IMAGES
         needed = sorted(_images(data_root / "amber/query/query_all.json"))
         if missing := [name for name in needed if not (folder / name).is_file()]:
-            raise CommandError(
-                f"{len(missing)} of {len(needed)} images are not in {folder} ({name_some(missing, len(missing))}): unpack "
-                f"{AMBER_ARCHIVE} there",
-                1,
-            )
+            number, first = f"{len(missing)} of {len(needed)}", name_some(missing, len(missing))
+            advice = f"unpack {AMBER_ARCHIVE} there"
+            raise CommandError(f"{number} images are not in {folder} ({first}): {advice}", 1)
 
 
 def _pope_of_hub(paths: Mapping[str, Path], images: Path) -> None:
-    """Write POPE's questions and images from the Hub where they are missing; the files of questions come last.
-
-    Args:
-        paths: kind of question -> its file.
-        images: folder of the images.
-    """
+    """Write POPE's questions (kind -> file) and images from the Hub where they are missing; the questions come last."""
     from datasets import Image, load_dataset
 
     rows = load_dataset(HUB, split="test").cast_column("image", Image(decode=False))
@@ -101,13 +90,8 @@ def _pope_of_hub(paths: Mapping[str, Path], images: Path) -> None:
         if not image.is_file():
             with replacing(image, sync=False) as temporary:
                 temporary.write_bytes(row["image"]["bytes"])
-        asked = {
-            "question_id": int(row["question_id"]),
-            "image": name,
-            "text": row["question"],
-            "label": row["answer"],
-        }
-        questions[row["category"]].append(asked)
+        asked = {"question_id": int(row["question_id"]), "image": name}
+        questions[row["category"]].append({**asked, "text": row["question"], "label": row["answer"]})
     for kind, path in paths.items():
         if not path.is_file():
             write_rows(path, questions[kind], lines=True)
@@ -125,6 +109,4 @@ def _download(files: Mapping[Path, str]) -> None:
 
 def _images(path: Path) -> set[str]:
     """The names of images in a file of questions."""
-    text = path.read_text(encoding="utf-8")
-    rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
-    return {Path(row["image"]).name for row in rows}
+    return {Path(record.text("image")).name for record in read_records(path)}

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from vlm_calibration.records import DataError
-
-if TYPE_CHECKING:
-    from vlm_calibration.data.split import SplitResult
 
 
 def split(
@@ -42,15 +39,17 @@ def split(
         DataError: a record or setting cannot be used, or a file exists already.
     """
     # These import torch, which the help does not need.
+    from rich.console import Console
+    from rich.table import Table
+
     from vlm_calibration.data.sources.query_file import SPLITS
     from vlm_calibration.data.split import open_source, output_paths, split_queries
+    from vlm_calibration.files import name_some
 
     folder = root or file.parent
     if len(shares) != len(SPLITS) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-        raise DataError(
-            f"--shares: expected {len(SPLITS)} numbers above 0 with sum 1, for {', '.join(SPLITS)}, found "
-            f"{' '.join(f'{share:g}' for share in shares)}"
-        )
+        expected = f"{len(SPLITS)} numbers above 0 with sum 1, for {', '.join(SPLITS)}"
+        raise DataError(f"--shares: expected {expected}, found {shares}")
     source = open_source(file, folder, on_bad_record)
     paths = output_paths(file, out or folder, overwrite)
     with warnings.catch_warnings():
@@ -59,40 +58,25 @@ def split(
     if out is not None and root is None:
         for query in queries:
             if source.image_file(query) is not None and not (out / query.image).is_file():
-                raise DataError(
-                    f"--out {out}: image paths are relative to the folder of the file that names them, and there is no "
-                    f"{query.image} in {out}: leave out --out to write to {source.root}, or say with --root {source.root} that "
-                    "paths stay relative to that folder"
-                )
-    result = split_queries(source, paths, shares, seed, near_identical)
-    _print(result, None if out is None or out.resolve() == folder.resolve() else folder)
-
-
-def _print(result: SplitResult, root: Path | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from vlm_calibration.files import name_some
-
-    console = Console()
+                advice = f"leave out --out, or say with --root {source.root} what image paths are relative to"
+                raise DataError(f"--out {out}: there is no {query.image} in it: {advice}")
+    files, bad, largest = split_queries(source, paths, shares, seed, near_identical)
     table = Table()
     for heading in ("file", "queries", "images", "yes"):
         table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
-    total = sum(file.queries for file in result.files)
-    for path, queries, images, yes in result.files:
-        share = f"{queries} ({queries / total:.1%})"
+    total = sum(number for _, number, *_ in files)
+    for path, number, images, yes in files:
+        share = f"{number} ({number / total:.1%})"
         table.add_row(str(path), share, str(images), "-" if yes is None else f"{yes:.1%}")
-    console.print(table)
-    if len(result.largest) > 1:
-        names = name_some(result.largest, len(result.largest))
+    Console().print(table)
+    if len(largest) > 1:
         print(
-            f"largest group of images that look nearly the same, kept in one file: {len(result.largest)}: {names}"
+            f"largest group of images that look nearly the same, kept in one file: {len(largest)}: "
+            f"{name_some(largest, len(largest))}"
         )
-    if result.bad:
-        print(f"left out {len(result.bad)} bad records or images:")
-    for message in result.bad:
-        print(f"  {message}")
-    if root is not None:
+    if bad:
+        print("\n  ".join([f"left out {len(bad)} bad records or images:", *bad]))
+    if out is not None and out.resolve() != folder.resolve():
         print(
-            f"image paths are relative to {root}: set `root: {root}` in every source that reads these files"
+            f"image paths are relative to {folder}: set `root: {folder}` in every source that reads these files"
         )

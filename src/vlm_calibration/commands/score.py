@@ -37,14 +37,14 @@ def score_pope(
     """
     questions = pope.read_questions(labels)
     replies = pope.read_answers(answers, questions)
-    counts = pope.count_answers(questions.questions, [r.text for r in replies])
-    graded = [_grade(q.query(), r) for q, r in zip(questions.questions, replies, strict=True)]
+    counts = pope.PopeCounts.of(questions.queries, [r.text for r in replies])
+    graded = [_grade(q, r) for q, r in zip(questions.queries, replies, strict=True)]
     if write_official:
         pairs = [(r.text, r.confidence) for r in replies]
-        rows = pope.official_answers(questions.questions, pairs)
+        rows = pope.official_answers(questions.queries, pairs)
         path = _write(write_official, "answers.jsonl", rows)
         beside = path.with_name(f"{path.stem}.labels.jsonl")
-        _write(beside, beside.name, pope.official_labels(questions.questions))
+        _write(beside, beside.name, pope.official_labels(questions.queries))
     _print_scores(answers, graded, counts.scores(), json)
 
 
@@ -69,18 +69,18 @@ def score_amber(
         DataError: a file or a record of it cannot be used.
     """
     dimensions = [only] if only else list(amber.DIMENSIONS)
-    truths, replies, generative, others = amber.read_answers(
+    queries, replies, generative, others = amber.read_answers(
         answers, amber.read_annotations(annotations), dimensions
     )
     if generative:
         _note(f"{answers}: {amber.GENERATIVE_NOTE.format(n=generative)}")
     if others:
         _note(f"{answers}: {others} answers are left out: they are not about {only}")
-    counts = amber.count_answers(truths, [r.text for r in replies])
-    graded = [_grade(truth.query(), r) for truth, r in zip(truths, replies, strict=True)]
+    counts = amber.AmberCounts.of(queries, [r.text for r in replies])
+    graded = [_grade(q, r) for q, r in zip(queries, replies, strict=True)]
     if write_official:
         pairs = [(r.text, r.confidence) for r in replies]
-        _write(write_official, "answers.json", amber.official_answers(truths, pairs))
+        _write(write_official, "answers.json", amber.official_answers(queries, pairs))
     _print_scores(answers, graded, counts.scores(dimensions), json)
 
 

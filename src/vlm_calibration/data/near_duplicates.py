@@ -1,8 +1,7 @@
-"""Images that are the same or nearly the same: those that `data split` keeps together and `data inspect` finds in two splits.
+"""Images that are the same or nearly the same: encoded again, resized or slightly brightened, but not cropped or mirrored.
 
 The perceptual hash finds candidates among all pairs. Images of one scene with other small objects agree in it, so a pair counts as
-nearly the same only if small copies agree as well. Found are images that were encoded again, resized or slightly brightened; not
-found are crops, mirrored images and grey copies of coloured images.
+nearly the same only if small copies agree as well.
 """
 
 from __future__ import annotations
@@ -40,20 +39,14 @@ MAX_MEAN, MAX_PIXEL = 10.0, 64
 CHUNK = 64
 """Images whose contents are in memory at a time."""
 
-ROLES = {
-    "train": "train",
-    "validation": "validation",
-    "levels": "calibration",
-    "calibration": "calibration",
-    "test": "test",
-}
-"""Section of a configuration -> role of its sources. Sources of one role may share images."""
+ROLES = ("train", "validation", "calibration", "test")
+"""What sources are for; those of one role may share images. The section `levels` has the role "calibration"."""
 
 Content = Path | bytes | np.ndarray
 
 
 class ImageHash(NamedTuple):
-    """What an image is recognized by: a digest of its file or pixels, its perceptual hash, uint64, and a copy, uint8 [24, 24, 3]."""
+    """What an image is recognized by: a digest of its content, its perceptual hash, and a small copy, uint8 [24, 24, 3]."""
 
     digest: str
     bits: np.uint64
@@ -82,12 +75,6 @@ def hash_images(images: Sequence[tuple[QuerySource, Query]]) -> list[ImageHash |
     Images are hashed in threads, which Pillow's decoders run in side by side; sources are not safe to share.
     """
 
-    def content(source: QuerySource, query: Query) -> Content | str:
-        try:
-            return source.image_content(query)
-        except DataError as error:
-            return str(error)
-
     def hashed(content: Content | str) -> ImageHash | str:
         try:
             return content if isinstance(content, str) else hash_image(content)
@@ -97,27 +84,30 @@ def hash_images(images: Sequence[tuple[QuerySource, Query]]) -> list[ImageHash |
     def hashes() -> Iterator[ImageHash | str]:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             for start in range(0, len(images), CHUNK):
-                yield from pool.map(hashed, [content(*image) for image in images[start : start + CHUNK]])
+                contents: list[Content | str] = []
+                for source, query in images[start : start + CHUNK]:
+                    try:
+                        contents.append(source.image_content(query))
+                    except DataError as error:
+                        contents.append(str(error))
+                yield from pool.map(hashed, contents)
 
     return list(track(hashes(), "comparing images", len(images), "images"))
 
 
 def group_images(hashes: Sequence[ImageHash | str], near: bool) -> np.ndarray:
-    """Label the groups of images that are the same, from 0: int64 [N]; -1 for an image without a hash.
+    """Label the groups of images that are the same, or with `near` nearly so: int64 [N] from 0; -1 for an image without a hash.
 
-    The labels depend on the images alone, not on their order. With `near`, nearly equal images are the same, not only those with
-    equal content.
+    The labels depend on the images alone, not on their order.
     """
     usable = np.array([isinstance(hashed, ImageHash) for hashed in hashes], dtype=bool)
     groups = np.full(len(hashes), -1, dtype=np.int64)
     valid = [hashed for hashed in hashes if isinstance(hashed, ImageHash)]
     if valid:
-        labels = np.unique([h.digest for h in valid], return_inverse=True)[1]
+        _, first, labels = np.unique([h.digest for h in valid], return_index=True, return_inverse=True)
         if near:
-            looks = near_groups(np.array([h.bits for h in valid]), np.stack([h.copy for h in valid]))
-            first = np.full(len(valid), len(valid))
-            np.minimum.at(first, looks, labels)
-            labels = np.unique(first[looks], return_inverse=True)[1]
+            looks = [valid[i] for i in first]
+            labels = near_groups(np.array([h.bits for h in looks]), np.stack([h.copy for h in looks]))[labels]
         groups[usable] = labels
     return groups
 
@@ -132,14 +122,7 @@ def near_groups(bits: np.ndarray, copies: np.ndarray) -> np.ndarray:
         bits: uint64 [N], the hashes.
         copies: uint8 [N, 24, 24, 3], the small copies.
     """
-    # Thousands of equal images, e.g. black ones, are compared with others once.
     flat = copies.reshape(len(copies), -1)
-    first: dict[bytes, int] = {}
-    of_row = [
-        first.setdefault(h.tobytes() + c.tobytes(), len(first)) for h, c in zip(bits, flat, strict=True)
-    ]
-    unique = np.unique(of_row, return_index=True)[1]
-    bits, flat = bits[unique], flat[unique]
     labels = np.arange(len(bits))
     for start, end in pairwise(np.linspace(0, 64, MAX_BITS + 2).round().astype(int).tolist()):
         band = bits >> np.uint64(start) & np.uint64((1 << (end - start)) - 1)
@@ -160,13 +143,11 @@ def near_groups(bits: np.ndarray, copies: np.ndarray) -> np.ndarray:
                 graph = coo_array(edges, shape=(len(bits), len(bits)))
                 labels = connected_components(graph, directed=False)[1].astype(np.int64)[labels]
             distance += 1
-    return np.unique(labels[of_row], return_inverse=True)[1]
+    return labels
 
 
 def _copies_agree(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Whether each pair of small copies agrees; uint8 [N, D] both, the result bool [N]."""
-    if not len(a):
-        return np.zeros(0, dtype=bool)
     a, b = a.astype(np.float32), b.astype(np.float32)
     difference = np.abs(a - b)
     close = (difference.mean(1) <= MAX_MEAN) & (difference.max(1) <= MAX_PIXEL)
@@ -196,18 +177,17 @@ class LeakReport(NamedTuple):
 
 
 def find_leaks(sources: Mapping[str, QuerySource]) -> LeakReport:
-    """Compare where the images of all splits are stored, the contents of their files, and how they look.
+    """Compare where images are stored, the contents of their files, and how they look.
 
-    A model may not be scored on images that it has seen. `sources` are named like "data.test.random"; those without a role are left out.
+    `sources` are named like "data.test.random"; those without a role are left out.
     """
     index: dict[str, int] = {}
     owners: list[tuple[QuerySource, Query]] = []
     uses: dict[str, set[int]] = {}
     for name, source in sources.items():
-        role = ROLES.get(name.removeprefix("data.").split(".", 1)[0])
-        if role is None:
-            continue
-        for query in source.queries():
+        section = name.removeprefix("data.").split(".", 1)[0]
+        role = "calibration" if section == "levels" else section
+        for query in source.queries() if role in ROLES else ():
             number = index.setdefault(source.image_id(query), len(owners))
             if number == len(owners):
                 owners.append((source, query))
@@ -221,19 +201,18 @@ def find_leaks(sources: Mapping[str, QuerySource]) -> LeakReport:
         groups = group_images(hashes, near)
         labels[kind] = np.where(groups < 0, -1 - alone, groups)
     leaks = []
-    used = {role: np.array(sorted(uses[role])) for role in dict.fromkeys(ROLES.values()) if role in uses}
+    used = {role: np.array(sorted(uses[role])) for role in ROLES if role in uses}
     for first, second in combinations(used, 2):
         rest = used[second]
         for kind, label in labels.items():
             shared = np.isin(label[rest], label[used[first]])
             found, rest = rest[shared], rest[~shared]
-            if len(found):
-                examples = []
-                for image in found[:MAX_NAMED].tolist():
-                    other = int(used[first][label[used[first]] == label[image]][0])
-                    name, same = owners[image][1].image, owners[other][1].image
-                    examples.append(name if other == image else f"{same} = {name}")
+            examples = []
+            for image in found[:MAX_NAMED].tolist():
+                other = int(used[first][label[used[first]] == label[image]][0])
+                name, same = owners[image][1].image, owners[other][1].image
+                examples.append(name if other == image else f"{same} = {name}")
+            if examples:
                 leaks.append(Leak(kind, first, second, len(found), tuple(examples)))
-    ids = list(index)
-    unreadable = {ids[i]: reason for i, reason in enumerate(hashes) if isinstance(reason, str)}
+    unreadable = {name: reason for name, reason in zip(index, hashes, strict=True) if isinstance(reason, str)}
     return LeakReport({role: len(images) for role, images in used.items()}, tuple(leaks), unreadable)

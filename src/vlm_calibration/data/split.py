@@ -1,7 +1,6 @@
 """Splits one file of queries into train, validation, calibration and test by image, so that no image is in two of them.
 
-Images with equal content or nearly equal looks stay together. Which split a group of images goes to depends on their content
-and the seed alone, never on the order of the lines. Records are copied as they are.
+Which split a group of images goes to depends on their content and the seed alone, never on the order of the lines.
 """
 
 from __future__ import annotations
@@ -24,38 +23,33 @@ from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.data.sources.query_file import PRESETS, SPLITS
 from vlm_calibration.files import replacing
-from vlm_calibration.records import DataError, Query
+from vlm_calibration.records import DataError
 from vlm_calibration.text.grading import parse_answer
 
 Source: TypeAlias = JsonlSource | ParquetSource
 
 
-class SplitFile(NamedTuple):
-    """A file that was written. Copies of an image under two names count twice; `yes` is the share of yes/no questions with that answer."""
-
-    path: Path
-    queries: int
-    images: int
-    yes: float | None
-
-
 class SplitResult(NamedTuple):
-    """The files in the order of `SPLITS`, a message for each record left out, and the images of the largest group of nearly equal ones."""
+    """The files that were written.
 
-    files: tuple[SplitFile, ...]
-    bad: tuple[str, ...]
-    largest: tuple[str, ...]
+    Attributes:
+        files: for each of `SPLITS` the path, the numbers of queries and of images, and the share of yes among the yes/no answers.
+        bad: a message for each record left out.
+        largest: the images of the largest group of nearly equal ones.
+    """
+
+    files: list[tuple[Path, int, int, float | None]]
+    bad: list[str]
+    largest: list[str]
 
 
 def open_source(path: Path, root: Path, on_bad_record: OnBadRecord) -> Source:
     """The source of a .jsonl or .parquet file; any other is a DataError."""
-    if path.is_dir():
-        raise DataError(f"{path}: a folder, expected a file of queries, .jsonl or .parquet")
+    if path.is_dir() or path.suffix not in PRESETS:
+        raise DataError(f"{path}: expected a file of queries that ends in {' or '.join(PRESETS)}")
     if path.suffix == ".jsonl":
         return JsonlSource(str(path), str(root), on_bad_record)
-    if path.suffix == ".parquet":
-        return ParquetSource(str(path), str(root), on_bad_record=on_bad_record)
-    raise DataError(f"{path}: expected a file of queries that ends in {' or '.join(PRESETS)}")
+    return ParquetSource(str(path), str(root), on_bad_record=on_bad_record)
 
 
 def output_paths(path: Path, out: Path, overwrite: bool) -> dict[str, Path]:
@@ -63,9 +57,7 @@ def output_paths(path: Path, out: Path, overwrite: bool) -> dict[str, Path]:
     paths = {name: out / f"{name}{path.suffix}" for name in SPLITS}
     for file in paths.values():
         if file.exists() and path.exists() and file.samefile(path):
-            raise DataError(
-                f"{path}: is the file to split and would be overwritten: rename it, or write elsewhere with --out"
-            )
+            raise DataError(f"{path}: is the file to split: rename it, or write elsewhere with --out")
         if file.exists() and not overwrite:
             raise DataError(f"{file}: exists already: --overwrite replaces it, or write elsewhere with --out")
     return paths
@@ -74,24 +66,18 @@ def output_paths(path: Path, out: Path, overwrite: bool) -> dict[str, Path]:
 def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
     """The split of each query, as an index of `shares`, int64 [N]; -1 for a query without a group.
 
-    Each split gets its share of the groups, rounded, and at least one group.
+    Each split gets its share of the groups, rounded, and at least one group; fewer groups than splits are a DataError.
 
     Args:
         groups: group of each query's image, int64 [N]; -1 for none.
         shares: of each split, above 0, with sum 1.
         seed: another seed gives another split.
-
-    Raises:
-        DataError: there are fewer groups than splits.
     """
     splits = np.full(len(groups), -1)
     rest = np.flatnonzero(groups >= 0)
     total = len(np.unique(groups[rest]))
     if total < len(shares):
-        raise DataError(
-            f"{total} different images are too few for {len(shares)} splits without a shared image; nearly identical "
-            "images count as one"
-        )
+        raise DataError(f"{total} different images are too few for {len(shares)} splits without a shared one")
     left = total
     for split in range(len(shares) - 1, 0, -1):
         number = min(max(1, round(shares[split] * total)), left - split)
@@ -106,26 +92,17 @@ def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np
 def split_queries(
     source: Source, paths: Mapping[str, Path], shares: Sequence[float], seed: int, near: bool
 ) -> SplitResult:
-    """Assign the groups of images and write the files of all splits, or none.
+    """Assign the groups of images to `paths` (name of a split -> file) and write all files, or none; records are copied as they are.
 
-    Args:
-        source: the queries.
-        paths: name of a split -> file to write.
-        shares: share of the groups of images for each of `paths`.
-        seed: of the assignment.
-        near: keep nearly equal images together, not only equal ones.
+    With `near`, nearly equal images stay together, not only equal ones.
 
     Raises:
         DataError: there are too few images, an image cannot be read, or a file cannot be written.
     """
     queries = source.queries()
-    first: list[Query] = []
-    indices: dict[str, int] = {}
-    image_of_query = np.empty(len(queries), dtype=np.int64)
-    for i, query in enumerate(queries):
-        image_of_query[i] = indices.setdefault(source.image_id(query), len(first))
-        if image_of_query[i] == len(first):
-            first.append(query)
+    index: dict[str, int] = {}
+    image_of_query = np.array([index.setdefault(source.image_id(query), len(index)) for query in queries])
+    first = [queries[i] for i in np.unique(image_of_query, return_index=True)[1].tolist()]
     bad = BadRecords(source.on_bad_record)
     hashes = hash_images([(source, query) for query in first])
     for image, (query, hashed) in enumerate(zip(first, hashes, strict=True)):
@@ -150,16 +127,15 @@ def split_queries(
     files = []
     for split, path in enumerate(paths.values()):
         members = np.flatnonzero(splits == split)
-        answers = [
-            parse_answer(query.answer, "yes_no")
-            for query in (queries[i] for i in members.tolist())
-            if query.answer_type == "yes_no"
+        asked = [
+            query for query in map(queries.__getitem__, members.tolist()) if query.answer_type == "yes_no"
         ]
-        yes = answers.count("yes") / len(answers) if answers else None
-        files.append(SplitFile(path, len(members), len(np.unique(image_of_query[members])), yes))
+        yes = [parse_answer(query.answer, "yes_no") == "yes" for query in asked]
+        images = len(np.unique(image_of_query[members]))
+        files.append((path, len(members), images, float(np.mean(yes)) if yes else None))
     [(label, _)] = Counter(groups[groups >= 0].tolist()).most_common(1)
-    largest = tuple(first[i].image for i in np.flatnonzero(groups == label))
-    return SplitResult(tuple(files), (*source.bad.messages, *bad.messages), largest)
+    largest = [first[i].image for i in np.flatnonzero(groups == label)]
+    return SplitResult(files, [*source.bad.messages, *bad.messages], largest)
 
 
 def _write_lines(source: JsonlSource, splits: np.ndarray, paths: Sequence[Path]) -> None:

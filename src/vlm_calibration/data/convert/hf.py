@@ -50,7 +50,7 @@ def hf(
     for key in columns:
         if key not in keys:
             raise DataError(
-                f"--columns: no key {key!r} of a query{did_you_mean(key, keys)}; there are {', '.join(keys)}"
+                f"--columns: no key {key!r}{did_you_mean(key, keys)}; there are {', '.join(keys)}"
             )
     dataset = _open(path, name, split, revision)
     from datasets import Image, List
@@ -58,9 +58,8 @@ def hf(
     there = list(dataset.features)
     for key in (*columns, *REQUIRED):
         if (column := columns.get(key, key)) not in there:
-            raise DataError(
-                f"{path}: --columns: no column {column!r} for {key!r}{did_you_mean(column, there)}; there are {', '.join(there)}"
-            )
+            advice = f"{did_you_mean(column, there)}; there are {', '.join(there)}"
+            raise DataError(f"{path}: --columns: no column {column!r} for {key!r}{advice}")
     names = {key: columns.get(key, key) for key in keys if columns.get(key, key) in there}
     dataset = dataset.select_columns(sorted(set(names.values())))
     for column, feature in dataset.features.items():
@@ -71,20 +70,14 @@ def hf(
             dataset = dataset.cast_column(column, List(Image(decode=False)))
     labels = {column: f.names for column, f in dataset.features.items() if hasattr(f, "names")}
     for row, values in enumerate(dataset):
-        yield f"{path}: row {row}", partial(_query, row, values, names, labels, answer_type)
+        record = {key: values[column] for key, column in names.items()}
+        for key, column in names.items():
+            if column in labels and isinstance(record[key], int):
+                record[key] = labels[column][record[key]] if record[key] >= 0 else None
+        yield f"{path}: row {row}", partial(_query, row, record, answer_type)
 
 
-def _query(
-    row: int,
-    values: Mapping[str, Any],
-    names: Mapping[str, str],
-    labels: Mapping[str, list[str]],
-    answer_type: AnswerTypeChoice,
-) -> list[dict[str, Any]]:
-    record = {key: values[column] for key, column in names.items()}
-    for key, column in names.items():
-        if column in labels and isinstance(record[key], int):
-            record[key] = labels[column][record[key]] if record[key] >= 0 else None
+def _query(row: int, record: dict[str, Any], answer_type: AnswerTypeChoice) -> list[dict[str, Any]]:
     answer, synonyms = record["answer"], list(record.get("synonyms") or [])
     if isinstance(answer, list):
         answer, others = combine_answers(answer)
@@ -109,7 +102,6 @@ def _query(
             "question": strip_format_request(record["question"] or ""),
             "answer": answer,
             "answer_type": infer_answer_type(answer or "") if kind == "infer" else kind,
-            "regions": _regions(record.get("regions")),
             "category": _as_text(record.get("category")) or None,
             "synonyms": synonyms,
             "wrong_answers": wrong,
@@ -126,32 +118,17 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else value
 
 
-def _regions(value: Any) -> Any:
-    """A list of regions, which `datasets` may store as an object of lists, without the keys that it filled with nulls."""
-    if isinstance(value, Mapping):
-        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-    regions = [{key: v for key, v in region.items() if v is not None} for region in value or ()]
-    for region in regions:
-        if all(v is None for v in region.get("mask", {"size": 1}).values()):
-            del region["mask"]
-    return regions
-
-
 def _open(path: str, name: str | None, split: str | None, revision: str | None) -> Any:
     """One split of a data set, whose rows are read one after another."""
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            f"{path}: needs the package datasets ({error}): pip install 'vlm-calibration[datasets]'"
-        ) from error
+        raise DataError(f"{path}: {error}: pip install 'vlm-calibration[datasets]'") from error
     local = Path(path)
     if not local.exists() and not is_hub_name(path):
         raise DataError(f"{path}: no such file or folder, and no name of a data set on the Hub (OWNER/NAME)")
     if local.exists() and (name or revision):
-        raise DataError(
-            f"{path}: --name and --revision are for a data set on the Hub, and this is a file or folder"
-        )
+        raise DataError(f"{path}: --name and --revision are for a data set on the Hub")
     try:
         if any((local / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(path)
@@ -163,24 +140,16 @@ def _open(path: str, name: str | None, split: str | None, revision: str | None) 
             loaded = datasets.load_dataset(path, name, split=split, revision=revision)
     # The library raises errors of any class, also those of the packages below it.
     except Exception as error:
-        offline = isinstance(error, ConnectionError) or "offline" in str(error).lower()
-        advice = (
-            ": the Hub cannot be reached; save it with save_to_disk where there is a network"
-            if offline
-            else ""
-        )
-        raise DataError(f"{path}: cannot be opened: {first_line(error)}{advice}") from error
+        advice = "without a network, use a folder of save_to_disk"
+        raise DataError(f"{path}: cannot be opened: {first_line(error)}; {advice}") from error
     if not isinstance(loaded, dict):
-        own = str(loaded.split or split)
-        if split is not None and own.split("[")[0] != split.split("[")[0]:
-            raise DataError(f"{path}: --split: this is the split {own!r}, expected {split!r}")
-        return loaded
+        # A split of the Hub may be a part, such as "train[:10]".
+        loaded = {str(loaded.split or split) if local.exists() else split: loaded}
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
     if split not in loaded:
-        raise DataError(
-            f"{path}: --split: expected one of {', '.join(map(str, loaded))}{did_you_mean(split or '', loaded)}, found {split!r}"
-        )
+        expected = f"{', '.join(map(str, loaded))}{did_you_mean(split or '', loaded)}"
+        raise DataError(f"{path}: --split: expected one of {expected}, found {split!r}")
     return loaded[split]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -18,6 +19,23 @@ Queries: TypeAlias = Callable[[], list[dict[str, Any]]]
 `RecordError` for a record that cannot be asked. A missing key or a value of another type needs no check: see `explained`."""
 Source: TypeAlias = Iterator[tuple[str, Queries]]
 """The place of each record, such as "FILE:7", and its queries."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The file to write
+
+    Attributes:
+        out: file of queries to write, .jsonl; embedded images go to the folder OUT_images beside it
+        images: folder that names of image files are relative to (default: the folder of OUT, to which their paths become relative)
+        skip_bad: count bad records and leave them out instead of stopping at the first
+        overwrite: replace an existing file
+    """
+
+    out: Path
+    images: Path | None = None
+    skip_bad: bool = False
+    overwrite: bool = False
 
 
 @contextmanager
@@ -36,10 +54,7 @@ def explained(where: str) -> Iterator[None]:
 
 
 def json_values(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The place and value of all values in a JSON file at a prefix of ijson: "item" of an array, "questions.item" of one at a key.
-
-    Like the other readers, raises a DataError if the file cannot be read, is not JSON, or has no such value.
-    """
+    """The place and value of all values in a JSON file at a prefix of ijson, such as "questions.item"; a DataError without any."""
     place, index = prefix.removesuffix("item").removesuffix("."), -1
     with _opened(path) as file:
         for index, value in enumerate(ijson.items(file, prefix, use_float=True)):
@@ -49,7 +64,7 @@ def json_values(path: Path, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def json_members(path: Path) -> Iterator[tuple[str, Any]]:
-    """The keys and values of a file that is one JSON object."""
+    """The keys and values of a file that is one JSON object; a DataError without any."""
     key = None
     with _opened(path) as file:
         for key, value in ijson.kvitems(file, "", use_float=True):

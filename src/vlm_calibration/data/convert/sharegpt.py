@@ -75,9 +75,6 @@ def _conversation(record: Mapping[str, Any]) -> tuple[Any, list[tuple[int, str, 
     if len(named) != 1 or not record[named[0]]:
         raise RecordError(f"expected messages at one of the keys conversations and messages, found {named}")
     messages = [_message(message, index) for index, message in enumerate(record[named[0]])]
-    for kind in ("video", "audio"):
-        if record.get(kind) or record.get(f"{kind}s") or any(f"<{kind}>" in text for _, text, _ in messages):
-            raise RecordError(f"a conversation about {kind}; only those about one image can be asked")
     if messages[0][0] == "system":
         messages = messages[1:]
     for index, (role, text, _) in enumerate(messages):
@@ -87,11 +84,14 @@ def _conversation(record: Mapping[str, Any]) -> tuple[Any, list[tuple[int, str, 
             raise RecordError(f"message {index} is an answer with the placeholder {IMAGE}")
     if len(messages) % 2 or not messages:
         raise RecordError("the last question has no answer" if messages else "no question")
-    images = [name for key in ("image", "images") for name in _as_list(record.get(key))]
+    images: list[Any] = []
+    for value in (record.get("image"), record.get("images")):
+        images += value if isinstance(value, list) else [value] if value else []
     images = images or [name for *_, names in messages for name in names if name is not None]
     marked = [i // 2 for i, (_, text, _) in enumerate(messages) for _ in range(text.lower().count(IMAGE))]
-    if len(images) != 1 or len(marked) > 1:
-        number = "no image" if not images else "several images"
+    others = [k for k in ("video", "videos", "audio", "audios") if record.get(k)]
+    if len(images) != 1 or len(marked) > 1 or others:
+        number = " and ".join(others) or ("several images" if images else "no image")
         raise RecordError(f"a conversation about {number}; only those about one image can be asked")
     texts = [_PLACEHOLDER.sub("", text).strip() for _, text, _ in messages]
     turns = list(zip(range(len(texts)), texts[::2], texts[1::2], strict=False))
@@ -114,14 +114,6 @@ def _message(message: Mapping[str, Any], index: int) -> tuple[str, str, list[Any
             named = part.get("image") or part.get("image_url") or part.get("path")
             images.append(named.get("url") if isinstance(named, Mapping) else named)
             texts.append(f"{IMAGE}\n")
-        elif kind in ("video", "audio"):
-            texts.append(f"<{kind}>")
         else:
-            raise RecordError(
-                f"message {index} must be a text or a list of texts and images, found {short_repr(content)}"
-            )
+            raise RecordError(f"message {index} must be texts and images, found {short_repr(content)}")
     return role, "".join(texts), images
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value] if value else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -33,8 +33,7 @@ def opposite(query: Query) -> tuple[str, ...]:
 def with_regions(query: Query, image: np.ndarray) -> LoadedImage:
     """Add the masks of a query's regions to its image, uint8 [H, W, 3]; boxes are clipped to the image.
 
-    Raises:
-        RecordError: a mask has another size than the image, or a region lies outside the image.
+    A mask of another size than the image, or a region outside it, is a RecordError.
     """
     height, width = image.shape[:2]
     masks = [(is_evidence(query, r.label), region_to_mask(r, height, width)) for r in query.regions]
@@ -47,7 +46,7 @@ def with_regions(query: Query, image: np.ndarray) -> LoadedImage:
 
 
 class BadRecords:
-    """Collects the error messages of a source's invalid records, one a skipped record; under the policy "raise" the first is raised."""
+    """The messages about a source's invalid records, one a skipped record; under the policy "raise" the first is raised."""
 
     def __init__(self, policy: OnBadRecord) -> None:
         self.policy = policy
@@ -81,10 +80,6 @@ class LazyQueries(Sequence[Query]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, index: int) -> Query: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Query]: ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self._make(i) for i in range(*index.indices(self._length))]
@@ -112,19 +107,11 @@ class QuerySource(ABC):
 
     @abstractmethod
     def queries(self) -> Sequence[Query]:
-        """All queries, in the same order on every call, ids unique.
-
-        Raises:
-            DataError: a record or file is invalid; named.
-        """
+        """All queries, in the same order on every call, ids unique; a DataError names an invalid file or record."""
 
     @abstractmethod
     def load(self, query: Query) -> LoadedImage:
-        """The image and region masks of one of `queries`.
-
-        Raises:
-            DataError: the image or a region is invalid; named.
-        """
+        """The image and region masks of one of `queries`; a DataError names an invalid image or region."""
 
     def image_file(self, query: Query) -> Path | None:
         """The file of a query's image, links resolved; None if the source has no file of it."""
@@ -136,11 +123,7 @@ class QuerySource(ABC):
         return query.image if file is None else str(file)
 
     def image_content(self, query: Query) -> Path | bytes | np.ndarray:
-        """The image without its regions: its file, its encoded bytes, or else its pixels, uint8 [H, W, 3].
-
-        Raises:
-            DataError: the image is invalid; named. A file is not opened.
-        """
+        """The image without its regions: its file, which is not opened, its encoded bytes, or else its pixels, uint8 [H, W, 3]."""
         file = self.image_file(query)
         return self.load(query).image if file is None else file
 
@@ -159,20 +142,14 @@ class QuerySource(ABC):
         return int(digest([query.question, "\0", query.answer_type, "\0", self.image_digest(query)])[:16], 16)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
-        """Plausible wrong answers to a query, possibly none.
-
-        Those of the record, if it has any or says that there are none. Otherwise the opposite of yes or no; for a short answer, the
-        labels of other objects in the image.
-        """
+        """Plausible wrong answers, possibly none: those of the record, the opposite of yes or no, or labels of other objects."""
         if query.wrong_answers is not None:
             return query.wrong_answers
         if query.answer_type != "short":
             return opposite(query)
-        labels = dict.fromkeys(r.label for r in query.regions if not is_evidence(query, r.label))
+        others = dict.fromkeys(r.label for r in query.regions if not is_evidence(query, r.label))
         return [
-            label
-            for label in labels
-            if label.strip() and not grade(label, query.answer, "short", query.synonyms).correct
+            o for o in others if o.strip() and not grade(o, query.answer, "short", query.synonyms).correct
         ]
 
     def labels(self, query: Query) -> Sequence[str]:
@@ -198,8 +175,6 @@ class QuerySource(ABC):
 
 def queries_digest(source: QuerySource) -> str:
     """The digest of a source's queries, 32 hexadecimal digits; about 3 s for 100,000 queries, once a process."""
-    known: str | None = vars(source).get("_queries_digest")
-    if known is None:
-        known = digest(map(repr, source.queries()))
-        vars(source)["_queries_digest"] = known
-    return known
+    if "_queries_digest" not in vars(source):
+        vars(source)["_queries_digest"] = digest(map(repr, source.queries()))
+    return str(vars(source)["_queries_digest"])

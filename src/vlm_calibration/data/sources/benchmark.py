@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.benchmarks import amber, pope
 from vlm_calibration.benchmarks.official import OfficialCounts
 from vlm_calibration.data.sources.base import QuerySource
-from vlm_calibration.data.sources.images import ExcludedImages, ImageFolder
+from vlm_calibration.data.sources.images import ImageFolder, excluded_images
 from vlm_calibration.files import name_some
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
@@ -28,6 +27,8 @@ class BenchmarkSource(QuerySource):
         root: folder that image names are relative to.
     """
 
+    counts: ClassVar[type[OfficialCounts]]
+
     def __init__(self, path: str, root: str) -> None:
         self.path = path
         self.root = root
@@ -38,12 +39,12 @@ class BenchmarkSource(QuerySource):
         """Read the queries; images are not checked."""
 
     @abstractmethod
-    def count(self, texts: Sequence[str]) -> OfficialCounts:
-        """Score the answers to all queries, in order, by the benchmark's own rule."""
-
-    @abstractmethod
     def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
         """Input files of the benchmark's own script for the text and confidence of all answers, in order: suffix of the name -> rows."""
+
+    def count(self, texts: Sequence[str]) -> OfficialCounts:
+        """Score the answers to all queries, in order, by the benchmark's own rule."""
+        return self.counts.of(self._queries, texts)
 
     def queries(self) -> Sequence[Query]:
         return self._queries
@@ -59,10 +60,8 @@ class BenchmarkSource(QuerySource):
             except RecordError:
                 missing.append(name or "(no name)")
         if missing:
-            raise DataError(
-                f"{self.path}: {len(missing)} of {len(names)} images are not in {self.root}: "
-                f"{name_some(missing, len(missing))}"
-            )
+            number, first = f"{len(missing)} of {len(names)}", name_some(missing, len(missing))
+            raise DataError(f"{self.path}: {number} images are not in {self.root}: {first}")
         return queries
 
     def image_file(self, query: Query) -> Path:
@@ -85,33 +84,26 @@ class PopeSource(BenchmarkSource):
             occurs in one are left out. The files of COCO and of A-OKVQA share 11 images.
     """
 
+    counts = pope.PopeCounts
+
     def __init__(self, path: str, root: str, exclude: list[str] | None = None) -> None:
         super().__init__(path, root)
         self.exclude = exclude
 
-    @cached_property
-    def _questions(self) -> pope.PopeQuestions:
-        questions = pope.read_questions(self.path)
-        excluded = ExcludedImages([Path(path) for path in self.exclude or ()])
-        rest = tuple(asked for asked in questions.questions if asked.image not in excluded)
-        if not rest:
-            raise DataError(f"{self.path}: the files of `exclude` name the image of every question")
-        return replace(questions, questions=rest)
-
     def read(self) -> list[Query]:
-        for asked in self._questions.questions:
-            if not asked.image or not asked.question:
-                raise DataError(f"{asked.where}: a question needs an image and a text")
-        return [asked.query() for asked in self._questions.questions]
-
-    def count(self, texts: Sequence[str]) -> pope.PopeCounts:
-        return pope.count_answers(self._questions.questions, texts)
+        is_excluded = excluded_images([Path(path) for path in self.exclude or ()])
+        queries = [q for q in pope.read_questions(self.path).queries if not is_excluded(q.image)]
+        if not queries:
+            raise DataError(f"{self.path}: the files of `exclude` name the image of every question")
+        for query in queries:
+            if not query.image or not query.question:
+                raise DataError(f"{self.path}: question {query.id} needs an image and a text")
+        return queries
 
     def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
-        asked = self._questions.questions
         return {
-            "answers.jsonl": pope.official_answers(asked, replies),
-            "labels.jsonl": pope.official_labels(asked),
+            "answers.jsonl": pope.official_answers(self._queries, replies),
+            "labels.jsonl": pope.official_labels(self._queries),
         }
 
 
@@ -124,35 +116,20 @@ class AmberSource(BenchmarkSource):
         root: image folder.
     """
 
+    counts = amber.AmberCounts
+
     def __init__(self, path: str, annotations: str, root: str) -> None:
         super().__init__(path, root)
         self.annotations = annotations
 
-    @cached_property
-    def _pairs(self) -> list[tuple[Query, amber.AmberTruth]]:
-        annotations = amber.read_annotations(self.annotations)
-        pairs, generative = [], 0
-        for question in amber.read_queries(self.path):
-            if question.id in annotations.generative:
-                generative += 1
-                continue
-            truth = annotations.truths.get(question.id)
-            if truth is None:
-                raise DataError(f"{question.where}: {question.id} is no id in {self.annotations}")
-            pairs.append((truth.query(question), truth))
-        if not pairs:
-            raise DataError(
-                f"{self.path}: {amber.GENERATIVE_NOTE.format(n=generative)}, and there are no others"
-            )
-        if generative:
-            rank_zero_warn(f"{self.path}: {amber.GENERATIVE_NOTE.format(n=generative)}")
-        return pairs
-
     def read(self) -> list[Query]:
-        return [query for query, _ in self._pairs]
-
-    def count(self, texts: Sequence[str]) -> amber.AmberCounts:
-        return amber.count_answers([truth for _, truth in self._pairs], texts)
+        queries, generative = amber.read_queries(self.path, amber.read_annotations(self.annotations))
+        note = f"{self.path}: {amber.GENERATIVE_NOTE.format(n=generative)}"
+        if not queries:
+            raise DataError(f"{note}, and there are no others")
+        if generative:
+            rank_zero_warn(note)
+        return queries
 
     def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
-        return {"answers.json": amber.official_answers([truth for _, truth in self._pairs], replies)}
+        return {"answers.json": amber.official_answers(self._queries, replies)}

@@ -1,8 +1,5 @@
 """Source that generates queries from COCO's instance annotations, with exact masks of all annotated objects.
 
-Three kinds of question: does an object exist (half of them about absent objects, drawn by POPE's rules), how many are there, and
-is one object left of, right of, above or below another. All queries are a pure function of the annotations and the seed.
-
 POPE's rules (Li et al., arXiv 2305.10355, its official `utils.py`) choose an object that is not in the image: *random* any,
 *popular* the most frequent in the data set, *adversarial* the one that most often occurs together with the object asked about
 before. The first in the table wins a tie, and a rule without a candidate falls back to *random*.
@@ -11,7 +8,7 @@ before. The first in the table wins a tie, and a rule without a candidate falls 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -20,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from vlm_calibration.data.sources.base import LazyQueries, QuerySource, opposite
-from vlm_calibration.data.sources.images import ExcludedImages, ImageFolder
+from vlm_calibration.data.sources.base import QuerySource, opposite
+from vlm_calibration.data.sources.images import ImageFolder, excluded_images
 from vlm_calibration.files import read_json
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.progress import track
@@ -44,26 +41,20 @@ IRREGULAR_PLURALS = {
 
 
 class Instance(NamedTuple):
-    """An annotated object: its category, box (x, y, width, height) in pixels, polygons or run lengths, and whether it is a crowd."""
+    """An annotated object: its box (x, y, width, height) in pixels, polygons or run lengths, and whether it is a crowd."""
 
-    name: str
     box: tuple[float, float, float, float]
     segmentation: Any
     crowd: bool
 
 
 class AnnotatedImage(NamedTuple):
-    """An image with its annotations, and its size in pixels."""
+    """An image, its size in pixels, and its annotated objects by their names."""
 
     file: str
     height: int
     width: int
-    instances: tuple[Instance, ...]
-
-    @property
-    def objects(self) -> tuple[str, ...]:
-        """Names of the annotated objects, each once."""
-        return tuple(dict.fromkeys(i.name for i in self.instances))
+    objects: dict[str, list[Instance]]
 
 
 def read_instances(path: Path) -> list[AnnotatedImage]:
@@ -71,19 +62,20 @@ def read_instances(path: Path) -> list[AnnotatedImage]:
     content = read_json(path)
     try:
         names = {c["id"]: c["name"] for c in content["categories"]}
-        instances: dict[int, list[Instance]] = {}
+        objects: dict[int, dict[str, list[Instance]]] = {}
         for a in content.pop("annotations"):
             x, y, width, height = map(float, a["bbox"])
             shape = a["segmentation"]
             if isinstance(shape, list):
                 # Polygons as arrays take a tenth of the memory of lists.
                 shape = [np.asarray(polygon, dtype=np.float64) for polygon in shape]
-            instance = Instance(names[a["category_id"]], (x, y, width, height), shape, bool(a.get("iscrowd")))
-            instances.setdefault(a["image_id"], []).append(instance)
+            instance = Instance((x, y, width, height), shape, bool(a.get("iscrowd")))
+            of_image = objects.setdefault(a["image_id"], {})
+            of_image.setdefault(names[a["category_id"]], []).append(instance)
         pictures = [
-            AnnotatedImage(i["file_name"], i["height"], i["width"], tuple(instances[i["id"]]))
+            AnnotatedImage(i["file_name"], i["height"], i["width"], objects[i["id"]])
             for i in content["images"]
-            if i["id"] in instances
+            if i["id"] in objects
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not COCO instance annotations: {type(error).__name__}: {error}") from error
@@ -92,39 +84,32 @@ def read_instances(path: Path) -> list[AnnotatedImage]:
     return sorted(pictures, key=lambda p: p.file)
 
 
-def instance_mask(instance: Instance, height: int, width: int) -> np.ndarray:
-    """The mask of one annotation, bool [height, width], drawn by pycocotools; a RecordError if it cannot be drawn."""
-    shape = instance.segmentation
-    try:
-        if isinstance(shape, list):
-            encoded = rle.merge(rle.frPyObjects([p.tolist() for p in shape], height, width))
-        elif isinstance(shape["counts"], list):
-            encoded = rle.frPyObjects(shape, height, width)
-        else:
-            encoded = shape
-        if list(encoded["size"]) != [height, width]:
-            raise ValueError(f"made for {encoded['size']}, the image has {[height, width]}")
-        return rle.decode(encoded).astype(bool)
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise RecordError(f"the segmentation of a {instance.name} cannot be drawn: {error}") from error
-
-
 def object_mask(picture: AnnotatedImage, name: str) -> np.ndarray:
-    """The union of the masks of all instances of an object, bool [height, width]."""
-    union = np.zeros((picture.height, picture.width), dtype=bool)
-    for instance in picture.instances:
-        if instance.name == name:
-            union |= instance_mask(instance, picture.height, picture.width)
+    """The union of the masks of all instances of an object, bool [height, width]; a RecordError if one cannot be drawn."""
+    size = [picture.height, picture.width]
+    union = np.zeros(size, dtype=bool)
+    for instance in picture.objects[name]:
+        shape = instance.segmentation
+        try:
+            if isinstance(shape, list):
+                shape = rle.merge(rle.frPyObjects([polygon.tolist() for polygon in shape], *size))
+            elif isinstance(shape["counts"], list):
+                shape = rle.frPyObjects(shape, *size)
+            if list(shape["size"]) != size:
+                raise ValueError(f"made for {shape['size']}, the image has {size}")
+            union |= rle.decode(shape).astype(bool)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise RecordError(f"the segmentation of a {name} cannot be drawn: {error}") from error
     return union
 
 
 class AbsentObjects:
     """Draws objects that are not in an image, by POPE's rules, from the names of each image's objects."""
 
-    def __init__(self, objects_by_image: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, objects_of_images: Iterable[Sequence[str]]) -> None:
         frequency: Counter[str] = Counter()
         cooccurrence: dict[str, Counter[str]] = {}
-        for objects in objects_by_image.values():
+        for objects in objects_of_images:
             frequency.update(objects)
             for name in objects:
                 cooccurrence.setdefault(name, Counter()).update(o for o in objects if o != name)
@@ -150,19 +135,11 @@ class AbsentObjects:
         return candidates[int(rng.integers(len(candidates)))] if candidates else None
 
 
-class Plan(NamedTuple):
-    """The index of an annotated image, the end of an id, and the fields of a `Query` that is built on access."""
-
-    image_index: int
-    suffix: str
-    question: str
-    answer: str
-    objects: tuple[str, ...]
-    category: str
-
-
 class CocoSource(QuerySource):
-    """Existence, counting and spatial queries over annotated images.
+    """Existence, counting and spatial queries over annotated images, a pure function of the annotations and the seed.
+
+    Half of the existence queries are about absent objects. Spatial queries ask whether one object is left of, right of, above or
+    below another.
 
     Args:
         annotations: a file in the format of `instances_val2017.json`.
@@ -196,9 +173,7 @@ class CocoSource(QuerySource):
         if first < 0 or (images is not None and images < 1):
             raise DataError(f"CocoSource: needs images >= 1 and first >= 0, found {images} and {first}")
         if not kinds or ("existence" in kinds and not negatives) or per_image < 1:
-            raise DataError(
-                "CocoSource: needs at least one of `kinds` and of `negatives`, and per_image >= 1"
-            )
+            raise DataError("CocoSource: needs one of `kinds` and of `negatives`, and per_image >= 1")
         self.annotations = Path(annotations)
         self.root = Path(root)
         self.kinds = list(kinds)
@@ -212,20 +187,18 @@ class CocoSource(QuerySource):
 
     @cached_property
     def _annotated(self) -> list[AnnotatedImage]:
-        excluded = ExcludedImages(self.exclude)
-        images = [image for image in read_instances(self.annotations) if image.file not in excluded]
+        is_excluded = excluded_images(self.exclude)
+        images = [image for image in read_instances(self.annotations) if not is_excluded(image.file)]
         if self.first and self.first >= len(images):
-            raise DataError(
-                f"{self.annotations}: first: {self.first} of {len(images)} annotated images; positions count from 0"
-            )
+            raise DataError(f"{self.annotations}: first: {self.first} of {len(images)} annotated images")
         count = len(images) if self.images is None else self.images
         chosen = np.random.default_rng(self.seed).permutation(len(images))[self.first : self.first + count]
         return [images[i] for i in sorted(chosen)]
 
     @cached_property
-    def _plans(self) -> list[Plan]:
-        absent = AbsentObjects({image.file: image.objects for image in self._annotated})
-        plans: list[Plan] = []
+    def _queries(self) -> list[Query]:
+        absent = AbsentObjects(list(image.objects) for image in self._annotated)
+        queries: list[Query] = []
         images = track(self._annotated, f"checking {self.annotations}", len(self._annotated), "images")
         for i, image in enumerate(images):
             try:
@@ -234,49 +207,35 @@ class CocoSource(QuerySource):
                 raise DataError(f"{self.annotations}: {error}") from error
             rng = np.random.default_rng([self.seed, i])
             if "existence" in self.kinds:
-                plans += self._existence(i, image, absent, rng)
+                queries += self._existence(i, image, absent, rng)
             for kind in ("counting", "spatial"):
                 if kind in self.kinds:
-                    possible = list(_counting(i, image) if kind == "counting" else _spatial(i, image, rng))
-                    plans += [possible[j] for j in sorted(rng.permutation(len(possible))[: self.per_image])]
-        if not plans:
+                    possible = list(_counting(image) if kind == "counting" else _spatial(image, rng))
+                    queries += [possible[j] for j in sorted(rng.permutation(len(possible))[: self.per_image])]
+        if not queries:
             raise DataError(f"{self.annotations}: no question of these kinds can be asked about these images")
-        return plans
+        return queries
 
     def _existence(
         self, index: int, image: AnnotatedImage, absent: AbsentObjects, rng: np.random.Generator
-    ) -> Iterator[Plan]:
+    ) -> Iterator[Query]:
         """Questions about a present and an absent object in turn."""
-        taken = list(image.objects)
-        order = rng.permutation(len(image.objects))[: self.per_image]
-        for turn, present in enumerate(image.objects[i] for i in order):
+        names = list(image.objects)
+        taken = names.copy()
+        order = rng.permutation(len(names))[: self.per_image]
+        for turn, present in enumerate(names[i] for i in order):
             rule = self.negatives[(index + turn) % len(self.negatives)]
             missing = absent.draw(rule, present, taken, rng)
             if missing is None:
                 return  # exactly half of the questions are about absent objects
             taken.append(missing)
-            yield Plan(
-                index, f"yes-{turn}", _existence_question(present), "Yes", (present,), "existence/present"
-            )
-            yield Plan(
-                index, f"no-{turn}", _existence_question(missing), "No", (missing,), f"existence/{rule}"
-            )
+            for name, answer, category in ((present, "Yes", "present"), (missing, "No", rule)):
+                question = f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
+                suffix = f"{answer.lower()}-{turn}"
+                yield _query(image, suffix, question, answer, (name,), f"existence/{category}")
 
     def queries(self) -> Sequence[Query]:
-        return LazyQueries(len(self._plans), self._query)
-
-    def _query(self, index: int) -> Query:
-        plan = self._plans[index]
-        file = self._annotated[plan.image_index].file
-        return Query(
-            id=f"{file}:{plan.suffix}",
-            image=file,
-            question=plan.question,
-            answer=plan.answer,
-            answer_type="short" if plan.category == "counting" else "yes_no",
-            objects=plan.objects,
-            category=plan.category,
-        )
+        return self._queries
 
     @cached_property
     def _by_file(self) -> dict[str, AnnotatedImage]:
@@ -289,11 +248,10 @@ class CocoSource(QuerySource):
         annotated = self._by_file[query.image]
         try:
             image = self._files.load(annotated.file)
-            if image.shape[:2] != (annotated.height, annotated.width):
-                raise RecordError(
-                    f"{annotated.file} has {image.shape[1]} x {image.shape[0]} pixels, annotated for "
-                    f"{annotated.width} x {annotated.height}"
-                )
+            expected, (height, width) = (annotated.height, annotated.width), image.shape[:2]
+            if (height, width) != expected:
+                size = f"{height} x {width} pixels, annotated for {expected[0]} x {expected[1]}"
+                raise RecordError(f"{annotated.file} has {size}")
             masks = [(name, object_mask(annotated, name)) for name in annotated.objects]
         except (RecordError, ImageError) as error:
             raise DataError(f"{self.annotations}: record {query.id!r}: {error}") from error
@@ -304,7 +262,7 @@ class CocoSource(QuerySource):
         )
 
     def labels(self, query: Query) -> Sequence[str]:
-        return self._by_file[query.image].objects
+        return list(self._by_file[query.image].objects)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         if query.answer_type == "yes_no":
@@ -313,34 +271,42 @@ class CocoSource(QuerySource):
         return [str(n) for n in (count - 1, count + 1) if n > 0]
 
 
-def _counting(index: int, image: AnnotatedImage) -> Iterator[Plan]:
+def _query(
+    image: AnnotatedImage, suffix: str, question: str, answer: str, objects: tuple[str, ...], category: str
+) -> Query:
+    return Query(
+        id=f"{image.file}:{suffix}",
+        image=image.file,
+        question=question,
+        answer=answer,
+        answer_type="short" if category == "counting" else "yes_no",
+        objects=objects,
+        category=category,
+    )
+
+
+def _counting(image: AnnotatedImage) -> Iterator[Query]:
     """Questions about the number of instances of every object that is not in a crowd."""
-    for name in image.objects:
-        same = [i for i in image.instances if i.name == name]
+    for name, same in image.objects.items():
         if len(same) <= MAX_COUNT and not any(i.crowd for i in same):
             question = f"How many {_plural(name)} are there in the image?"
-            yield Plan(index, f"count-{name}", question, str(len(same)), (name,), "counting")
+            yield _query(image, f"count-{name}", question, str(len(same)), (name,), "counting")
 
 
-def _spatial(index: int, image: AnnotatedImage, rng: np.random.Generator) -> Iterator[Plan]:
+def _spatial(image: AnnotatedImage, rng: np.random.Generator) -> Iterator[Query]:
     """Questions about the relative position of any two objects that occur once and do not overlap; half are false."""
-    single = [
-        i for i in image.instances if [o.name for o in image.instances].count(i.name) == 1 and not i.crowd
-    ]
-    for a, b in product(single, single):
+    boxes = {
+        name: same[0].box for name, same in image.objects.items() if len(same) == 1 and not same[0].crowd
+    }
+    for a, b in product(boxes, boxes):
         for axis, (before, after) in enumerate((SIDES[:2], SIDES[2:])):
-            first, second = sorted((i.box[axis], i.box[axis] + i.box[axis + 2]) for i in (a, b))
-            if a.name < b.name and first[1] <= second[0]:
-                true = before if a.box[axis] < b.box[axis] else after
+            first, second = sorted((boxes[i][axis], boxes[i][axis] + boxes[i][axis + 2]) for i in (a, b))
+            if a < b and first[1] <= second[0]:
+                true = before if boxes[a][axis] < boxes[b][axis] else after
                 asked = (before, after)[int(rng.integers(2))]
-                question = f"Is the {a.name} {asked} the {b.name}?"
+                suffix = f"{asked.split()[-2] if axis == 0 else asked}-{a}-{b}"
                 answer = "Yes" if asked == true else "No"
-                suffix = f"{asked.split()[-2] if axis == 0 else asked}-{a.name}-{b.name}"
-                yield Plan(index, suffix, question, answer, (a.name, b.name), "spatial")
-
-
-def _existence_question(name: str) -> str:
-    return f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"
+                yield _query(image, suffix, f"Is the {a} {asked} the {b}?", answer, (a, b), "spatial")
 
 
 def _plural(name: str) -> str:

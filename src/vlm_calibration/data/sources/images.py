@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from vlm_calibration.files import first_line
 from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.records import DataError, RecordError
 
@@ -45,26 +46,16 @@ class ImageFolder:
         return load_image(self.path(name))
 
 
-class ExcludedImages:
-    """The images of COCO whose number occurs in text files, such as POPE's question files; supports `name in excluded`.
-
-    A file that cannot be read, or names no image, is a DataError.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._numbers: set[str] = set()
-        for path in paths:
-            try:
-                numbers = _NUMBER.findall(path.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else error
-                raise DataError(
-                    f"{path}: cannot read which images to leave out: {reason}; `vlm-calibration data fetch pope` gets POPE's files, "
-                    "and `exclude: null` leaves nothing out"
-                ) from error
-            if not numbers:
-                raise DataError(f"{path}: names no image by a number of twelve digits")
-            self._numbers.update(numbers)
-
-    def __contains__(self, name: str) -> bool:
-        return not self._numbers.isdisjoint(_NUMBER.findall(name))
+def excluded_images(paths: Sequence[Path]) -> Callable[[str], bool]:
+    """Whether the name of an image holds a number of COCO that occurs in text files, such as POPE's question files."""
+    numbers: set[str] = set()
+    for path in paths:
+        try:
+            found = _NUMBER.findall(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            advice = "`vlm-calibration data fetch pope` gets POPE's, `exclude: null` leaves nothing out"
+            raise DataError(f"{path}: `exclude`: {first_line(error)}; {advice}") from error
+        if not found:
+            raise DataError(f"{path}: names no image by a number of twelve digits")
+        numbers.update(found)
+    return lambda name: not numbers.isdisjoint(_NUMBER.findall(name))

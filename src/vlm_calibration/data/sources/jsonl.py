@@ -35,10 +35,8 @@ class JsonlSource(QueryFile):
         lines = json_lines(self.path)
         for line in track(lines, f"checking {self.path}", size, "MB", lambda line: len(line.content) / MB):
             if line.number == 1 and line.content.startswith(PARQUET):
-                raise DataError(
-                    f"{self.path}: a Parquet file, expected JSON lines: read it with "
-                    "class_path: vlm_calibration.data.sources.parquet.ParquetSource"
-                )
+                source = "vlm_calibration.data.sources.parquet.ParquetSource"
+                raise DataError(f"{self.path}: a Parquet file, expected JSON lines: class_path: {source}")
             yield line.offset, line.number, line.where, lambda: query_from_dict(parse_json(line.content))  # noqa: B023
 
     def line(self, index: int) -> bytes:

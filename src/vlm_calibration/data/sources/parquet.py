@@ -1,13 +1,11 @@
 """Source for Parquet files: the output of `vlm-calibration predict`, and large data of one's own.
 
-The columns are the keys of a query. Images are files below a data root, are embedded in the file, or come from another source. Texts
-stay in memory as Arrow arrays, about one byte a character. Embedded images do not: a row group of them is read at a time.
+Texts stay in memory as Arrow arrays, about one byte a character. Embedded images do not: a row group of them is read at a time.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,8 @@ import pyarrow.parquet as pq
 from vlm_calibration.data.sources.base import OnBadRecord, QuerySource
 from vlm_calibration.data.sources.query_file import QueryFile
 from vlm_calibration.files import first_line
-from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.progress import track
-from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
+from vlm_calibration.records import DataError, Query, query_from_dict
 
 _TEXT = pa.string()
 REGION = pa.struct(
@@ -53,10 +50,10 @@ BATCH = 1000
 
 
 class ParquetSource(QueryFile):
-    """One query a row. Every row is checked when `queries` is first called.
+    """One query a row, whose columns are the keys of a query.
 
     Args:
-        path: a Parquet file, or a folder of them, read in the order of their names.
+        path: the Parquet file.
         root: folder that image paths are relative to; by default the folder of `path`. No image may lie outside it.
         images: the source that loads the images, e.g. the one that regions were extracted from; the column `image` holds its
             image names. None: images are files or embedded ({bytes, path}).
@@ -72,49 +69,29 @@ class ParquetSource(QueryFile):
         images: QuerySource | None = None,
         on_bad_record: OnBadRecord = "raise",
     ) -> None:
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        super().__init__(path, folder if root is None else Path(root), on_bad_record)
+        super().__init__(path, None if root is None else Path(root), on_bad_record)
         self.images = images
         self._cached: tuple[int, Any] | None = None
 
     @cached_property
-    def _files(self) -> list[Path]:
-        if not self.path.is_dir():
-            return [self.path]
-        files = sorted(file for file in self.path.glob("*.parquet") if file.is_file())
-        if not files:
-            raise DataError(f"{self.path}: cannot read the queries: no *.parquet file in this folder")
-        return files
-
-    @cached_property
     def _is_embedded(self) -> bool:
-        image = schema_of(self._files[0]).field("image").type
+        image = schema_of(self.path).field("image").type
         return bool(pa.types.is_struct(image) and image.get_field_index("bytes") >= 0)
 
     @cached_property
     def _table(self) -> pa.Table:
-        """The columns of all files, without embedded images."""
-        names = schema_of(self._files[0]).names
+        """All columns but embedded images."""
+        names = schema_of(self.path).names
         known = {**REQUIRED, **OPTIONAL}
         if unknown := [name for name in names if name not in known and name not in NOTES]:
-            raise DataError(
-                f"{self.path}: unknown column {unknown[0]!r}; a query has the columns {', '.join(known)}"
-            )
+            raise DataError(f"{self.path}: unknown column {unknown[0]!r}; there are {', '.join(known)}")
         if missing := [name for name in REQUIRED if name not in names]:
             raise DataError(f"{self.path}: no column {missing[0]!r}")
-        columns = [n for n in names if n not in NOTES and not (n == "image" and self._is_embedded)]
-        table = None
-        for file in self._files:
-            try:
-                read = pq.read_table(file, columns=columns)
-                table = (
-                    read if table is None else pa.concat_tables([table, read], promote_options="permissive")
-                )
-            except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-                raise DataError(
-                    f"{file}: cannot read the columns {', '.join(columns)}: {first_line(error)}"
-                ) from error
-        return table
+        columns = [n for n in names if n in known and not (n == "image" and self._is_embedded)]
+        try:
+            return pq.read_table(self.path, columns=columns)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{self.path}: cannot be read: {first_line(error)}") from error
 
     def records(self) -> Iterator[tuple[int, int, str, Callable[[], Query]]]:
         batches = self._table.to_batches(max_chunksize=BATCH)
@@ -128,8 +105,6 @@ class ParquetSource(QueryFile):
     def _record(self, row: int, record: dict[str, Any]) -> Query:
         if self._is_embedded:
             record["image"] = f"{ROW}{row}"
-        if isinstance(regions := record.get("regions"), list):
-            record["regions"] = [_without_nulls(region) for region in regions]
         return query_from_dict(record)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
@@ -154,61 +129,31 @@ class ParquetSource(QueryFile):
     def image_content(self, query: Query) -> Path | bytes | np.ndarray:
         if self.images is not None:
             return self.images.image_content(query)
-        if not self._is_embedded:
-            return super().image_content(query)
-        try:
-            return self._embedded(query.image)
-        except RecordError as error:
-            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
-
-    def image(self, query: Query) -> np.ndarray:
-        if self.images is not None:
-            return self.images.load(query).image
-        if self._is_embedded:
-            return load_image(self._embedded(query.image), name=query.image)
-        return super().image(query)
+        return self._embedded(query) if self._is_embedded else super().image_content(query)
 
     @cached_property
-    def _row_groups(self) -> list[tuple[int, Path, int]]:
-        """The first row, the file and the number in it of each row group."""
-        groups: list[tuple[int, Path, int]] = []
-        first = 0
-        for file in self._files:
-            metadata = pq.read_metadata(file)
-            for number in range(metadata.num_row_groups):
-                groups.append((first, file, number))
-                first += metadata.row_group(number).num_rows
-        return groups
+    def _ends_of_groups(self) -> np.ndarray:
+        """The first row behind each row group."""
+        metadata = pq.read_metadata(self.path)
+        return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
 
-    def _embedded(self, name: str) -> bytes:
+    def _embedded(self, query: Query) -> bytes:
         """The encoded bytes of an embedded image; the last row group stays in memory."""
-        row = int(name.removeprefix(ROW))
-        group = bisect_right(self._row_groups, row, key=lambda group: group[0]) - 1
-        first, file, number = self._row_groups[group]
+        row = int(query.image.removeprefix(ROW))
+        group = int(np.searchsorted(self._ends_of_groups, row, side="right"))
         if self._cached is None or self._cached[0] != group:
-            images = pq.ParquetFile(file).read_row_group(number, columns=["image.bytes"]).column("image")
-            self._cached = group, images.combine_chunks().flatten()[0]
-        content = self._cached[1][row - first].as_py()
+            column = pq.ParquetFile(self.path).read_row_group(group, columns=["image.bytes"]).column("image")
+            self._cached = group, column.combine_chunks().flatten()[0]
+        images = self._cached[1]
+        content = images[row - int(self._ends_of_groups[group]) + len(images)].as_py()
         if not content:
-            raise RecordError(f"{name} holds no image bytes")
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {query.image} holds no image bytes")
         return bytes(content)
 
 
 def schema_of(file: Path) -> pa.Schema:
-    """The schema of a Parquet file.
-
-    Raises:
-        DataError: the file is not a Parquet file.
-    """
+    """The schema of a Parquet file; any other file is a DataError."""
     try:
         return pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file}: not a Parquet file: {first_line(error)}") from error
-
-
-def _without_nulls(region: Any) -> Any:
-    """A region without a mask that Parquet filled with nulls."""
-    mask = region.get("mask") if isinstance(region, Mapping) else None
-    if mask is not None and all(value is None for value in mask.values()):
-        return {**region, "mask": None}
-    return region

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from vlm_calibration.data.sources.base import (
 )
 from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.files import name_some
-from vlm_calibration.perturbation.images import ImageError
+from vlm_calibration.perturbation.images import ImageError, load_image
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
 from vlm_calibration.text.labels import check_answer
 
@@ -35,17 +36,16 @@ class MissingFileError(DataError):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        folder, parts = path.parent, [f"{path}: no such file"]
+        folder = path.parent
+        parts = [f"{path}: no such file"]
         if not folder.is_dir():
             parts.append(f"there is no folder {folder} either: give the folder of your data with --data-root")
         else:
-            files = sorted(
-                p.name for p in folder.iterdir() if p.suffix in (*PRESETS, ".json") and p.is_file()
-            )
+            suffixes = (*PRESETS, ".json")
+            files = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
             parts.append(f"{folder} has {name_some(files, len(files)) or 'no file of queries'}")
-            others = [s for s in PRESETS if s != path.suffix and path.with_suffix(s).name in files]
-            if others:
-                other = path.with_suffix(others[0])
+            other = next((p for p in map(path.with_suffix, PRESETS) if p.name in files), None)
+            if other is not None:
                 parts.append(f"read {other.name} with `--config {PRESETS[other.suffix]}`")
             elif path.stem in SPLITS:
                 parts.append(f"`vlm-calibration data split FILE` makes {', '.join(SPLITS)} from one file")
@@ -59,11 +59,10 @@ class RecordChecks:
     """
 
     def __init__(self, images: ImageFolder, place: str) -> None:
-        self._images = images
+        self._check_image = lru_cache(MAX_KNOWN)(images.check)
         self._place = place
         self._first: dict[str, int] = {}
         self._answers: set[tuple[str, str]] = set()
-        self._existing: set[str] = set()
 
     def check(self, query: Query, number: int, has_file: bool = True) -> None:
         """Raise a RecordError if the record with this number, whose image may be a file, fails a check."""
@@ -72,13 +71,11 @@ class RecordChecks:
             check_answer(query)
             if len(self._answers) < MAX_KNOWN:
                 self._answers.add(answer)
-        if has_file and query.image not in self._existing:
+        if has_file:
             try:
-                self._images.check(query.image)
+                self._check_image(query.image)
             except RecordError as error:
                 raise RecordError(f"record {query.id!r}: {error}") from error
-            if len(self._existing) < MAX_KNOWN:
-                self._existing.add(query.image)
         if query.id in self._first:
             raise RecordError(f"duplicate id {query.id!r}, first seen {self._place} {self._first[query.id]}")
         self._first[query.id] = number
@@ -94,10 +91,10 @@ class QueryFile(QuerySource):
 
     Attributes:
         bad: the records that were left out.
+        place: where a record is, followed by its number.
     """
 
     place: str
-    """Where a record is, followed by its number."""
 
     def __init__(self, path: str, root: Path | None, on_bad_record: OnBadRecord) -> None:
         self.path = Path(path)
@@ -151,12 +148,10 @@ class QueryFile(QuerySource):
     def image_file(self, query: Query) -> Path | None:
         return self.images_below.path(query.image)
 
-    def image(self, query: Query) -> np.ndarray:
-        """The image of a query, uint8 [H, W, 3]; raises a RecordError or ImageError."""
-        return self.images_below.load(query.image)
-
     def load(self, query: Query) -> LoadedImage:
         try:
-            return with_regions(query, self.image(query))
+            content = self.image_content(query)
+            pixels = content if isinstance(content, np.ndarray) else load_image(content)
+            return with_regions(query, pixels)
         except (RecordError, ImageError) as error:
             raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
