@@ -8,11 +8,10 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from vlm_calibration.arguments import Forwarded
-from vlm_calibration.cli import main
+from vlm_calibration.cli import PROG, main
 from vlm_calibration.errors import CommandError
 from vlm_calibration.presets import presets_by_folder
 from vlm_calibration.records import DataError
@@ -29,16 +28,7 @@ SETTINGS = Forwarded(
 
 
 def calibrate(
-    *arguments: Annotated[str, SETTINGS],
-    model: str = "",
-    data: str = "",
-    data_root: Path | None = None,
-    preset: str = "",
-    trainer: str = "",
-    runs: Path = Path("runs"),
-    config: str | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
+    *arguments: Annotated[str, SETTINGS], plan: Plan, config: str | None = None, dry_run: bool = False
 ) -> None:
     """Run stages of a calibration, one after the other: `calibrate [STAGE ...]`; without any, all that these settings need.
 
@@ -47,28 +37,13 @@ def calibrate(
 
     Args:
         arguments: names of stages, then settings
-        model: base model: a preset of model/ or a file; several, separated by spaces, override each other in order
-        data: where queries come from: the same with data/
-        data_root: folder of the data
-        preset: the same with experiment/ (default: anchored, or the demo's own settings)
-        trainer: the same with trainer/
-        runs: folder of the run directories
         config: configuration of a single stage, instead of the stage's own
-        overwrite: replace earlier results instead of resuming
         dry_run: print stage, run directory and command of each stage, separated by tabs, and run nothing
 
     Raises:
-        ArgumentError: there is no such preset or file.
         DataError: settings contradict each other.
         CommandError: a stage failed; the later ones are not run.
     """
-    overlays: dict[str, Any] = {}
-    for name, text in {"model": model, "data": data, "preset": preset, "trainer": trainer}.items():
-        try:
-            overlays[name] = shlex.split(text)
-        except ValueError as error:
-            raise DataError(f"--{name}: cannot split {text!r} into words: {error}") from error
-    plan = Plan(**overlays, data_root=data_root, runs=runs, overwrite=overwrite)
     named, shared, of_stage = split_arguments(arguments)
     stages = named or plan.stages
     if config and len(stages) != 1:
@@ -84,12 +59,12 @@ def calibrate(
     commands = {stage: command(stage) for stage in stages}
     if dry_run:
         for stage, words in commands.items():
-            print(stage, plan.folder(stage), shlex.join(["vlm-calibration", *words]), sep="\t")
+            print(stage, plan.folder(stage), shlex.join([PROG, *words]), sep="\t")
         return
     for stage in stages:
         # Composed again: what earlier stages wrote, such as an adapter, is there only now.
         words = command(stage)
-        print("+", shlex.join(["vlm-calibration", *words]), flush=True)
+        print("+", shlex.join([PROG, *words]), flush=True)
         # A single stage is this process itself, which a scheduler signals and which starts the other processes of the stage.
         if status := main(words) if len(stages) == 1 else _run_apart(words):
             raise CommandError("", status)
