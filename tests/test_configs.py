@@ -1,8 +1,4 @@
-"""Parse every YAML file under configs/ with the command line's parser, without building objects.
-
-A full configuration is parsed alone, an overlay after each configuration that it belongs to. The folder decides which of the two a
-file is; a file in an unknown folder fails.
-"""
+"""Parse every YAML file under configs/ with the command line's parser, without building objects."""
 
 from __future__ import annotations
 
@@ -28,50 +24,28 @@ from .performance.demo_seeds import ABLATIONS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SFT = CONFIGS / "sft.yaml"
-FULL = {
-    "sft.yaml": "fit",
-    "dpo.yaml": "fit",
-    "levels.yaml": "test",
-    "eval/*.yaml": "test",
-    "regions.yaml": "predict",
-}
 DPO = CONFIGS / "dpo.yaml"
 EVAL = CONFIGS / "eval/demo.yaml"
 DEVELOPMENT = CONFIGS / "eval/demo_development.yaml"
-# The first matching pattern counts.
-OVERLAYS = {
-    "eval/demo_*.yaml": (EVAL,),
-    "experiment/*_dpo.yaml": (DPO,),
-    "system/*.yaml": (EVAL,),
-    "experiment/*.yaml": (SFT, DPO),
-    # Both stages have the same settings of these; `test_stages.py` parses a model's and a data set's with every stage.
-    **{f"{folder}/*.yaml": (SFT,) for folder in ("data", "model", "trainer", "logger")},
+COMMANDS = {
+    **dict.fromkeys(("SFTModule", "DPOModule"), "fit"),
+    **dict.fromkeys(("LevelFitModule", "EvaluationModule"), "test"),
+    "RegionExtractor": "predict",
 }
+"""Module of a full configuration -> the command that runs it."""
 
 
-def plan(configs: Path) -> list[tuple[str, list[str]]]:
-    """Each YAML file and the arguments that parse it, once for each configuration that it may follow.
-
-    Raises:
-        ValueError: a file is neither a full configuration nor an overlay.
-    """
-    arguments: list[tuple[str, list[str]]] = []
-    for path in sorted([*configs.rglob("*.yaml"), *configs.rglob("*.yml")]):
-        name = path.relative_to(configs)
-        command = next((c for pattern, c in FULL.items() if _is(name, pattern)), None)
-        bases = next((b for pattern, b in OVERLAYS.items() if _is(name, pattern)), None)
-        if bases is not None:
-            command = "test" if bases == (EVAL,) else "fit"
-            arguments += [(str(name), [command, "--config", str(b), "--config", str(path)]) for b in bases]
-        elif command is not None:
-            arguments.append((str(name), [command, "--config", str(path)]))
-        else:
-            raise ValueError(f"configs/{name}: no test knows how to parse it")
-    return arguments
-
-
-def _is(name: Path, pattern: str) -> bool:
-    return len(name.parts) == len(Path(pattern).parts) and name.match(pattern)
+def calls(path: Path) -> list[list[str]]:
+    """Arguments that parse a YAML file: a full configuration alone, an overlay after each configuration that it belongs to."""
+    model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model") or {}
+    if "class_path" in model:
+        return [[COMMANDS[model["class_path"].rpartition(".")[2]], "--config", str(path)]]
+    if path.parent.name in ("eval", "system"):
+        return [["test", "--config", str(EVAL), "--config", str(path)]]
+    # Both stages have the same settings of a model, data, a trainer and a logger; `test_stages.py` parses some with every stage.
+    bases = {"experiment": [SFT, DPO]}.get(path.parent.name, [SFT])
+    bases = [DPO] if path.stem.endswith("_dpo") else bases
+    return [["fit", "--config", str(base), "--config", str(path)] for base in bases]
 
 
 class InstantiatingCLI(CalibrationCLI):
@@ -79,6 +53,17 @@ class InstantiatingCLI(CalibrationCLI):
 
     def _run_subcommand(self, *_: Any, **__: Any) -> None:
         pass
+
+
+@pytest.fixture
+def instantiate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., InstantiatingCLI]:
+    """Function that instantiates what these arguments configure."""
+
+    def instantiated(*arguments: str) -> InstantiatingCLI:
+        monkeypatch.setattr(sys, "argv", ["vlm-calibration", *arguments, "--runs", str(tmp_path)])
+        return InstantiatingCLI()
+
+    return instantiated
 
 
 @pytest.fixture(scope="module")
@@ -98,71 +83,59 @@ def parse() -> Callable[[list[str]], Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), plan(CONFIGS), ids=lambda v: v if isinstance(v, str) else Path(v[2]).stem
+    "arguments",
+    [arguments for path in sorted(CONFIGS.rglob("*.y*ml")) for arguments in calls(path)],
+    ids=lambda arguments: "-".join(Path(word).stem for word in arguments[2::2]),
 )
-def test_parses(parse: Callable[[list[str]], Any], name: str, arguments: list[str]) -> None:
+def test_parses(parse: Callable[[list[str]], Any], arguments: list[str]) -> None:
     config = parse(arguments)
-    written = json.loads(resolve_configs(["--config", str(CONFIGS / name)])[1])
+    written = json.loads(resolve_configs(arguments[-2:])[1])
     missing = [path for path, value in _leaves(written) if _at(config, path) != value]
     assert missing == [], "values of the file that the command does not get"
     assert "processor" not in config.data, "it follows from the module's base model"
 
 
 def test_the_processor_is_that_of_the_module_s_base_model(
-    model_folder: str, new_adapter: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    model_folder: str, new_adapter: Callable[..., str], instantiate: Callable[..., InstantiatingCLI]
 ) -> None:
     """An evaluation takes it from the adapters."""
-    monkeypatch.chdir(tmp_path)
     named = ("--model.init_args.base.name_or_path", model_folder, "--model.init_args.base.revision", "v2")
     adapters = ("--model.init_args.adapters", json.dumps({"one": new_adapter(1)}))
     for command, config, settings, revision in (
-        ("fit", SFT, named, "v2"),
-        ("test", CONFIGS / "eval/pope.yaml", adapters, None),
+        ("fit", "sft", named, "v2"),
+        ("test", "eval/pope", adapters, None),
     ):
-        monkeypatch.setattr(sys, "argv", ["vlm-calibration", command, "--config", str(config), *settings])
-        data = InstantiatingCLI().datamodule
+        data = instantiate(command, "--config", config, *settings).datamodule
         assert (data.processor_name, data.revision) == (model_folder, revision)
 
 
 OWN = ("--config", "data/jsonl")
-DEMO_NAMED = ("--model.init_args.base.name_or_path", f"{DEMO}/model")
+VALIDATION = ("--data.validation", "JsonlSource", "--data.validation.path", "x")
 
 
 @pytest.mark.parametrize(
-    ("command", "settings", "culprit"),
+    ("call", "culprit"),
     [
-        (("fit", "--config", "sft"), OWN, "data.train"),
-        (("test", "--config", "levels"), OWN, "data.train"),
-        (("fit", "--config", "sft"), ("--data.validation", "JsonlSource", "--data.validation.path", "x"), "data.validation"),
-        (("fit", "--config", "sft"), (*OWN, *DEMO_NAMED), None),
+        (("fit", "--config", "sft", *OWN), "data.train"),
+        (("test", "--config", "levels", *OWN), "data.train"),
+        (("fit", "--config", "sft", *VALIDATION), "data.validation"),
     ],
-    ids=["stage 1", "levels", "one source", "the demo's model by name"],
-)  # fmt: skip
+)
 def test_the_demos_model_learns_other_data_only_if_it_is_named(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    command: tuple[str, ...],
-    settings: tuple[str, ...],
-    culprit: str | None,
+    instantiate: Callable[..., InstantiatingCLI], call: tuple[str, ...], culprit: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["", *command, "--runs", str(tmp_path), *settings])
-    if culprit is None:
-        InstantiatingCLI()
-        assert f"base model: {DEMO}/model" in capsys.readouterr().out
-    else:
-        with pytest.raises(DataError, match=rf"^{culprit} is not the demo's.*--config model/"):
-            InstantiatingCLI()
+    with pytest.raises(DataError, match=rf"^{culprit} is not the demo's.*--config model/"):
+        instantiate(*call)
 
 
-def test_adapters_of_the_demos_model_answer_other_data(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter_run: Path
+def test_the_demos_model_by_name_and_its_adapters_take_other_data(
+    instantiate: Callable[..., InstantiatingCLI], adapter_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapters = json.dumps({"sft": str(adapter_run)})
-    settings = ("--model.init_args.adapters", adapters, "--runs", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["", "test", "--config", "eval/jsonl", *settings])
-    InstantiatingCLI()
-    assert capsys.readouterr().out.startswith("base model: ")
+    named = ("--model.init_args.base.name_or_path", f"{DEMO}/model")
+    adapters = ("--model.init_args.adapters", json.dumps({"sft": str(adapter_run)}))
+    for call in (("fit", "--config", "sft", *OWN, *named), ("test", "--config", "eval/jsonl", *adapters)):
+        instantiate(*call)
+        assert "base model: " in capsys.readouterr().out
 
 
 def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:

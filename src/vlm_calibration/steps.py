@@ -35,9 +35,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 """Stage of a calibration -> the subcommand that runs it; in order."""
 TRAINED = ("sft", "dpo")
-"""The stages that train an adapter."""
 BASE = "model.init_args.base.name_or_path"
-"""The setting of the base model."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,8 @@ class Plan:
         if stage != "regions" and self.folder("regions").is_dir():
             command += ["--data.regions", str(self.folder("regions"))]
         if stage == "evaluate":
-            folders = {trained: self.folder(trained) / "adapter" for trained in TRAINED}
-            adapters = {trained: str(folder) for trained, folder in folders.items() if folder.is_dir()}
+            folders = {stage: self.folder(stage) / "adapter" for stage in TRAINED}
+            adapters = {stage: str(folder) for stage, folder in folders.items() if folder.is_dir()}
             command += _options({"model.init_args.adapters": adapters})
             if not (adapters or self.model or self.data):
                 command += _options({BASE: f"{DEMO}/model"})
@@ -184,14 +182,7 @@ def evaluate(plan: Plan, settings: Settings = MappingProxyType({})) -> dict[str,
 
 
 def report(plan: Plan, *, images: bool = True, replicates: int = 1000, seed: int = 0) -> Path:
-    """Write the report on the evaluation in `runs/eval`, with or without images; returns the page.
-
-    Args:
-        plan: names the runs.
-        images: show images.
-        replicates: number of bootstrap draws.
-        seed: seed of the draws.
-    """
+    """Write the report on the evaluation in `runs/eval`, with or without images, by that many bootstrap draws; returns the page."""
     from jsonargparse.typing import PositiveInt
 
     from vlm_calibration.commands.report import PAGE

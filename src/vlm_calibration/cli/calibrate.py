@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from itertools import takewhile
 from typing import Annotated
 
 from vlm_calibration.arguments import Forwarded
@@ -44,16 +44,29 @@ def calibrate(
         DataError: settings contradict each other.
         CommandError: a stage failed; the later ones are not run.
     """
-    named, shared, of_stage = split_arguments(arguments)
-    stages = named or plan.stages
+    named = [*takewhile(lambda argument: not argument.startswith("--"), arguments)]
+    if unknown := [stage for stage in named if stage not in STAGES]:
+        raise DataError(
+            f"no stage {unknown[0]!r}: expected {', '.join(STAGES)}, in any number, and then settings"
+        )
+    stages = [stage for stage in STAGES if stage in (named or plan.stages)]
     if config and len(stages) != 1:
         raise DataError(f"--config is for one stage, not for {', '.join(stages)}")
+    further: dict[str, list[str]] = {stage: [] for stage in STAGES}
+    receivers: list[str] = []
+    for argument in arguments[len(named) :]:
+        if argument.startswith("--"):
+            stage, dot, key = argument[2:].partition(".")
+            is_of_stage = bool(dot) and stage in STAGES
+            receivers = [stage] if is_of_stage else [stage for stage in STAGES if stage != "report"]
+            argument = f"--{key}" if is_of_stage else argument
+        for stage in receivers:
+            further[stage].append(argument)
+    if "report" in stages:
+        further["evaluate"].append("--no_table")
 
     def command(stage: str) -> list[str]:
-        further = [*(shared if stage != "report" else []), *of_stage.get(stage, [])]
-        if stage == "evaluate" and "report" in stages:
-            further.append("--no_table")
-        return plan.command(stage, *further, config=config)
+        return plan.command(stage, *further[stage], config=config)
 
     # Check all stages before the first one runs.
     commands = {stage: command(stage) for stage in stages}
@@ -68,27 +81,6 @@ def calibrate(
         # A single stage is this process itself, which a scheduler signals and which starts the other processes of the stage.
         if status := main(words) if len(stages) == 1 else _run_apart(words):
             raise CommandError("", status)
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
-    """Split arguments into names of stages, settings of all stages, and stage -> its own arguments."""
-    first = next((i for i, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
-    stages = arguments[:first]
-    shared: list[str] = []
-    of_stage: dict[str, list[str]] = {}
-    target = shared
-    for argument in arguments[first:]:
-        if argument.startswith("--"):
-            stage, dot, key = argument[2:].partition(".")
-            target = of_stage.setdefault(stage, []) if dot and stage in STAGES else shared
-            argument = f"--{key}" if target is not shared else argument
-        target.append(argument)
-    for stage in stages:
-        if stage not in STAGES:
-            raise DataError(
-                f"no stage {stage!r}: expected {', '.join(STAGES)}, in any number, and then settings"
-            )
-    return [stage for stage in STAGES if stage in stages], shared, of_stage
 
 
 def _run_apart(words: list[str]) -> int:

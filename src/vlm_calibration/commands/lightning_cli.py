@@ -51,12 +51,11 @@ FLAGS = {
     "--no_table": (("test",), "Do not print the results, which `report` prints."),
     "--overwrite": (
         RESUMABLE,
-        "Start again in trainer.default_root_dir, and replace the run in it once the new one begins.",
+        "Start again, and replace the run in trainer.default_root_dir once the new one begins.",
     ),
     "--resume": (
         RESUMABLE,
-        "Do nothing if trainer.default_root_dir holds this run, finished; resume it if it was interrupted; start it if there is "
-        "none. A run of other settings or inputs is an error.",
+        "Resume the run in trainer.default_root_dir; do nothing if it is finished; start it if there is none.",
     ),
 }
 """Flag -> the subcommands that have it, and its help."""
