@@ -133,20 +133,10 @@ def test_the_common_settings_are_among_all(
     assert common - own - of_model - known == set()
 
 
-def test_an_option_has_one_spelling(run: Callable[..., Ended]) -> None:
-    for given, meant in (("--batch_size", "--batch-size"), ("--no-json", "--json")):
-        ended = run("ask", "a.png", "A dog?", given)
-        assert ended.status == 2
-        assert f"unknown setting {given} (did you mean {meant}?)" in ended.error()
-
-
-@pytest.mark.parametrize(
-    ("command", "module"), [("fit", "sft.SFTModule"), ("test", "evaluation.EvaluationModule")]
-)
-def test_a_class_is_known_by_its_name_in_a_fresh_process(command: str, module: str) -> None:
-    ended = _cold("-m", "vlm_calibration.cli", command, "--model.help", module.split(".")[1])
+def test_a_class_is_known_by_its_name_in_a_fresh_process() -> None:
+    ended = _cold("-m", "vlm_calibration.cli", "test", "--model.help", "EvaluationModule")
     assert (ended.status, ended.errors) == (0, []), ended.err
-    assert f"vlm_calibration.stages.{module}" in ended.out
+    assert "vlm_calibration.stages.evaluation.EvaluationModule" in ended.out
     assert "--model.max_new_tokens" in ended.out
 
 

@@ -54,6 +54,7 @@ def calibrate(
         raise DataError(f"--config is for one stage, not for {', '.join(stages)}")
     further: dict[str, list[str]] = {stage: [] for stage in STAGES}
     receivers: list[str] = []
+    # A setting goes to its receivers, and so do the values behind it.
     for argument in arguments[len(named) :]:
         if argument.startswith("--"):
             stage, dot, key = argument[2:].partition(".")
