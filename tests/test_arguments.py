@@ -157,7 +157,7 @@ SUBCOMMANDS = Subcommands("Two.", {"ask": optional, "pass": forwarding})
         (command, ["x", "--out"], "argument --out: expected one argument"),
         (command, ["x", "--quiet=3"], "argument --quiet: ignored explicit argument '3'"),
         (SUBCOMMANDS, [], "missing: one of ask, pass; see `prog --help`"),
-        (SUBCOMMANDS, ["aks"], "no command 'aks' (did you mean ask?): one of ask, pass; see `prog --help`"),
+        (SUBCOMMANDS, ["aks"], "no 'aks' (did you mean ask?): one of ask, pass; see `prog --help`"),
         (
             SUBCOMMANDS,
             ["pass", "--tokens", "0"],

@@ -54,7 +54,7 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("fiit", "no command 'fiit' (did you mean fit?): one of fit, validate, test"),
+        ("fiit", "no 'fiit' (did you mean fit?): one of fit, validate, test"),
         ("levels", "missing: one of fit; see `vlm-calibration levels --help`"),
         ("levels fti", "(did you mean fit?)"),
         ("data inspect", "nothing to inspect: give --config FILE"),

@@ -80,7 +80,7 @@ def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
             return run_command(f"{prog} {name}", command.commands[name], rest)
         if name in ("-h", "--help"):
             return print(_overview(prog, command))
-        wrong = f"no command {name!r}{did_you_mean(name, command.commands)}" if name else "missing"
+        wrong = f"no {name!r}{did_you_mean(name, command.commands)}" if name else "missing"
         raise ArgumentError(None, f"{wrong}: one of {', '.join(command.commands)}; see `{prog} --help`")
     forwarded = _forwarded(command)
     parser = command_parser(prog, command)

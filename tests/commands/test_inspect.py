@@ -189,7 +189,7 @@ def test_shipped_overlays_are_understood(call: Callable[..., Ended], root: Path,
     ("arguments", "says", "status"),
     [
         ([], "missing: one of inspect, convert, split, fetch; see `vlm-calibration data --help`", 2),
-        (["look"], "no command 'look'", 2),
+        (["look"], "no 'look'", 2),
         (["inspect"], "nothing to inspect: give --config FILE", 2),
         (["inspect", "--config", "none.yaml"], "'none.yaml' is neither a file nor a preset", 2),
         (["inspect", "--config", "config.yaml", "--samples", "none"], "--samples", 2),

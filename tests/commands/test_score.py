@@ -297,7 +297,7 @@ def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[st
     ("arguments", "says", "status"),
     [
         ([], "missing: one of pope, amber, jsonl", 2),
-        (["mme"], "no command 'mme': one of pope, amber, jsonl", 2),
+        (["mme"], "no 'mme': one of pope, amber, jsonl", 2),
         (["pope", "a.jsonl"], "missing: --labels", 2),
         (["jsonl", "a.jsonl", "--label", "q.jsonl"], "unknown setting --label (did you mean --labels?)", 2),
         (
