@@ -148,13 +148,10 @@ def _forwarded(function: Callable[..., Any]) -> Forwarded | None:
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters of a function, or fields of a dataclass, that have arguments."""
-    made = (
-        {f.name for f in fields(function) if f.default_factory is not MISSING}
-        if is_dataclass(function)
-        else ()
-    )
+    members = fields(function) if is_dataclass(function) else ()
+    for_python = {member.name for member in members if member.default_factory is not MISSING}
     parameters = inspect.signature(function, eval_str=True).parameters.values()
-    return [p for p in parameters if p.kind is not p.VAR_POSITIONAL and p.name not in made]
+    return [p for p in parameters if p.kind is not p.VAR_POSITIONAL and p.name not in for_python]
 
 
 def _add_parameters(group: Any, function: Callable[..., Any]) -> None:

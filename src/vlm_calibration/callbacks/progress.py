@@ -57,19 +57,19 @@ class Progress(ProgressBar):
         if self._lines is not None:
             self._lines.update(trainer.global_step, self._note)
 
-    def on_test_batch_end(self, *_: Any) -> None:
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._lines is not None and not self._is_within_training:
             self._lines.update(self._lines.done + 1, self._note)
 
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end  # type: ignore[assignment]
 
-    def on_test_epoch_end(self, *_: Any) -> None:
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._is_within_training:
             self._close()
 
     on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
 
     def on_exception(self, *_: Any) -> None:

@@ -47,7 +47,7 @@ BASE_TO_DATA = {"name_or_path": "processor", "revision": "revision", "trust_remo
 """Setting of a base model -> the setting of the data module that it gives."""
 RESUMABLE = ("fit", "test", "predict")
 """Subcommands with results."""
-FLAGS = {
+FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "--no_table": (("test",), "Do not print the results, which `report` prints."),
     "--overwrite": (
         RESUMABLE,
@@ -70,6 +70,7 @@ class CalibrationCLI(LightningCLI):
     """
 
     is_done = False
+    _written = ""
 
     def __init__(self) -> None:
         # Without its path (`--model.help SFTModule`) a class must be imported.
