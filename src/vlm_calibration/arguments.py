@@ -73,7 +73,7 @@ def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
         ArgumentError: an argument is missing, unknown or wrong; in one line.
     """
     if isinstance(command, Lazy):
-        command = command.load()
+        return run_command(prog, command.load(), args)
     if isinstance(command, Subcommands):
         name, *rest = args or [""]
         if name in command.commands:
