@@ -122,7 +122,8 @@ def test_killed_again_and_again(
         (_kill(1, "answered"), False, -signal.SIGKILL, 0, 2),
         (_kill(1, "writing"), False, -signal.SIGXFSZ, 1, 2),
         (_kill(0, "answered", number=int(signal.SIGTERM)), False, 143, 2, 1),
-        (_kill(0, "ending"), False, -signal.SIGKILL, 3, 2),
+        (_kill(0, "answered"), True, -signal.SIGKILL, 3, 1),
+        (_kill(0, "ending"), False, -signal.SIGKILL, 4, 1),
         (_kill(0, "ending"), True, -signal.SIGKILL, 5, 0),
         (None, False, 0, 5, 0),
     ]
@@ -137,6 +138,13 @@ def test_killed_again_and_again(
             written = (tmp_path / "cut/.answered.0.jsonl").read_bytes()
             assert written.count(b"\n") == 2
             assert not written.endswith(b"\n"), "this was killed while it wrote"
+    assert _files(tmp_path / "cut") == whole
+
+    log.write_text("")
+    ended = run(*test("cut"), "--overwrite")
+    assert ended.status == 0, ended.err
+    assert _messages(ended) == []
+    assert log.read_text().splitlines() == ids, "answered queries are asked again"
     assert _files(tmp_path / "cut") == whole
 
 
