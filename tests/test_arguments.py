@@ -72,48 +72,32 @@ def run(*args: str, command: Command = command) -> Any:
 
 
 def test_values_reach_the_function_with_their_types() -> None:
-    values = run("x", "y", "--out", "3", "--kind=open", "--share", "1", "--max-size", "4", "--quiet")
+    defaults = {
+        "folders": ["x"],
+        "out": None,
+        "kind": "short",
+        "share": None,
+        "images": True,
+        "group": Group(),
+    }
+    assert run("x") == defaults
+    values = run(
+        "--quiet", "x", "y", "--out", "3", "--kind=open", "--share", "1", "--max-size", "4", "--no-images"
+    )
     assert values == {
         "folders": ["x", "y"],
         "out": Path("3"),
         "kind": "open",
         "share": 1.0,
-        "images": True,
+        "images": False,
         "group": Group(4, True),
     }
-
-
-def test_defaults_are_those_of_the_signature() -> None:
-    values = run("x")
-    assert (values["out"], values["kind"], values["share"]) == (None, "short", None)
-    assert values["group"] == Group()
 
 
 @pytest.mark.parametrize("text", ["null", "true", "3", "Is it: a dog? [x] {y}", "100%", ""])
 def test_texts_are_taken_as_they_are(text: str) -> None:
     assert run("a.png", text, command=optional) == ("a.png", text)
     assert run(command=optional) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("flags", "images", "quiet"),
-    [
-        (["--no-images", "--quiet"], False, True),
-        ([], True, False),
-    ],
-)
-def test_a_flag_changes_its_default(flags: list[str], images: bool, quiet: bool) -> None:
-    values = run(*flags, "--kind", "open", command=_without_folders)
-    assert (values["images"], values["group"].quiet) == (images, quiet)
-
-
-def _without_folders(*, kind: str, images: bool = True, group: Group) -> dict[str, Any]:
-    """Do."""
-    return {"images": images, "group": group}
-
-
-def test_a_flag_does_not_swallow_what_follows() -> None:
-    assert run("--quiet", "x")["folders"] == ["x"]
 
 
 def test_the_help_shows_groups_defaults_and_docstrings() -> None:
@@ -153,36 +137,35 @@ def test_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ([], "missing: folders; see `prog --help`"),
-        (["x", "--max-size", "0"], "--max-size: expected a whole number of at least 1, found '0'"),
-        (["x", "--max-size", "x"], "--max-size: expected a whole number of at least 1, found 'x'"),
-        (["x", "--share", "80%"], "--share: expected a number in [0, 1], found '80%'"),
-        (["x", "--kind", "opne"], "--kind: expected one of short, open, found 'opne' (did you mean open?)"),
-        (["x", "--max-siz", "3"], "unknown setting --max-siz (did you mean --max-size?)"),
-        (["x", "--max_size", "3"], "unknown setting --max_size (did you mean --max-size?)"),
-        (["x", "--images"], "unknown setting --images (did you mean --no-images?)"),
-        (["x", "--out"], "argument --out: expected one argument"),
-        (["x", "--quiet=3"], "argument --quiet: ignored explicit argument '3'"),
-    ],
-)
-def test_mistakes_are_named_in_one_line(args: list[str], message: str) -> None:
-    with pytest.raises(ArgumentError) as error:
-        run(*args)
-    assert str(error.value) == message
+SUBCOMMANDS = Subcommands("Two.", {"ask": optional, "pass": forwarding})
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("of", "args", "message"),
     [
-        ([], "missing: one of ask, pass; see `prog --help`"),
-        (["aks"], "no 'aks' (did you mean ask?): one of ask, pass; see `prog --help`"),
-        (["pass", "--tokens", "0"], "--tokens: expected a whole number of at least 1, found '0'"),
+        (command, [], "missing: folders; see `prog --help`"),
+        (command, ["x", "--max-size", "0"], "--max-size: expected a whole number of at least 1, found '0'"),
+        (command, ["x", "--max-size", "x"], "--max-size: expected a whole number of at least 1, found 'x'"),
+        (command, ["x", "--share", "80%"], "--share: expected a number in [0, 1], found '80%'"),
+        (
+            command,
+            ["x", "--kind", "opne"],
+            "--kind: expected one of short, open, found 'opne' (did you mean open?)",
+        ),
+        (command, ["x", "--max_size", "3"], "unknown setting --max_size (did you mean --max-size?)"),
+        (command, ["x", "--images"], "unknown setting --images (did you mean --no-images?)"),
+        (command, ["x", "--out"], "argument --out: expected one argument"),
+        (command, ["x", "--quiet=3"], "argument --quiet: ignored explicit argument '3'"),
+        (SUBCOMMANDS, [], "missing: one of ask, pass; see `prog --help`"),
+        (SUBCOMMANDS, ["aks"], "no 'aks' (did you mean ask?): one of ask, pass; see `prog --help`"),
+        (
+            SUBCOMMANDS,
+            ["pass", "--tokens", "0"],
+            "--tokens: expected a whole number of at least 1, found '0'",
+        ),
     ],
 )
-def test_mistakes_in_a_subcommand(args: list[str], message: str) -> None:
+def test_mistakes_are_named_in_one_line(of: Command, args: list[str], message: str) -> None:
     with pytest.raises(ArgumentError) as error:
-        run(*args, command=Subcommands("Two.", {"ask": optional, "pass": forwarding}))
+        run(*args, command=of)
     assert str(error.value) == message

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from jsonargparse import get_loader
 
-from vlm_calibration.commands.lightning_cli import SharedOverlays
+from vlm_calibration.commands.lightning_cli import shared_overlays
 from vlm_calibration.presets import CONFIGS, find_preset, preset_names, resolve_configs
 
 
@@ -73,8 +73,8 @@ def test_variables_have_defaults(overlay: Path) -> None:
 )
 def test_options_set_variables_wherever_they_stand(overlay: Path, options: tuple[str, ...]) -> None:
     for arguments in ([*options, "--config", str(overlay)], ["--config", str(overlay), *options]):
-        position = arguments.index("--config") + 1
-        content = yaml.safe_load(resolve_configs(arguments)[position])
+        resolved = resolve_configs(arguments)
+        content = yaml.safe_load(resolved[resolved.index("--config") + 1])
         assert (content["data"]["a"], content["data"]["b"][0]) == ("my data/x.jsonl", "r: #1/sft")
 
 
@@ -116,44 +116,26 @@ def test_the_order_of_keys_is_that_of_the_file() -> None:
     assert [list(value) for value in content.values()] == [["sft", "dpo"], ["b", "a"]]
 
 
-LORA = {"model": {"init_args": {"base": {"name_or_path": "m"}, "lora": {"r": 4}, "max_new_tokens": 8}}}
+STAGES = {
+    "evaluation.EvaluationModule": ({"base", "max_new_tokens"}, True),
+    "level_fit.LevelFitModule": ({"base", "max_new_tokens"}, False),
+    "regions.RegionExtractor": (set(), False),
+}
+"""Stage -> settings of a training that it has as well, and whether it reads the level table, which is measured before it."""
 
 
-@pytest.mark.parametrize(
-    ("stage", "kept"),
-    [
-        ("vlm_calibration.stages.evaluation.EvaluationModule", {"base", "max_new_tokens"}),
-        ("vlm_calibration.stages.level_fit.LevelFitModule", {"base", "max_new_tokens"}),
-        ("vlm_calibration.stages.regions.RegionExtractor", set()),
-    ],
-)
-def test_overlays_keep_what_a_stage_has(stage: str, kept: set[str]) -> None:
-    prepare = SharedOverlays()
-    prepare({"model": {"class_path": stage}})
-    assert set(prepare(LORA)["model"]["init_args"]) == kept
-
-
-@pytest.mark.parametrize(
-    ("stage", "is_kept"),
-    [
-        ("vlm_calibration.stages.evaluation.EvaluationModule", True),
-        ("vlm_calibration.stages.level_fit.LevelFitModule", False),
-        ("vlm_calibration.stages.regions.RegionExtractor", False),
-    ],
-)
-def test_stages_before_the_level_table_exists_do_not_read_it(stage: str, is_kept: bool) -> None:
-    prepare = SharedOverlays()
-    prepare({"model": {"class_path": stage}})
-    [overlay] = contents("--config", "experiment/anchored")
-    noise = prepare(overlay)["data"]["noise"]
-    assert ("levels" in noise) == is_kept
-    assert noise["resolution"] == "model"
-    [overlay] = contents("--config", "experiment/paper")
-    assert "levels" in prepare(overlay)["data"]["noise"], "linear levels have no table"
-
-
-def test_a_setting_that_no_stage_has_stays_for_the_parser() -> None:
-    prepare = SharedOverlays()
-    prepare({"model": {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule"}})
+@pytest.mark.parametrize("stage", STAGES)
+def test_overlays_keep_what_a_stage_has(stage: str) -> None:
+    kept, has_table = STAGES[stage]
+    first = {"model": {"class_path": f"vlm_calibration.stages.{stage}"}}
+    of_model = {"base": {"name_or_path": "m"}, "lora": {"r": 4}, "max_new_tokens": 8}
     misspelt = {"model": {"init_args": {"lorra": {"r": 4}}}}
-    assert prepare(misspelt) == misspelt
+    presets = contents("--config", "experiment/anchored", "--config", "experiment/paper")
+    _, trained, anchored, paper, last = shared_overlays(
+        [first, {"model": {"init_args": of_model}}, *presets, misspelt]
+    )
+    assert set(trained["model"]["init_args"]) == kept
+    assert ("levels" in anchored["data"]["noise"]) == has_table
+    assert anchored["data"]["noise"]["resolution"] == "model"
+    assert "levels" in paper["data"]["noise"], "linear levels have no table"
+    assert last == misspelt, "the parser refuses it"

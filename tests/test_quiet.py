@@ -1,4 +1,4 @@
-"""What the commands print, in cold processes: no messages of other libraries, warnings, and the result at the end."""
+"""What the commands print, one in a cold process: no messages of other libraries, warnings, and the result at the end."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from vlm_calibration.quiet import LOGGED, quiet_libraries
+from vlm_calibration.quiet import BITSANDBYTES, NO_4_BITS, quiet_libraries
 from vlm_calibration.reporting.tables import print_results
 
-from .command_line import LIMIT, Ended, run_plainly
+from .command_line import LIMIT, Ended, Server, run_plainly
 
 NOISE = (
     *("Tip:", "GPU available", "TPU available", "Seed set to", "FLOPs", "Trainable params", "weights_only"),
@@ -72,9 +72,9 @@ def trained(root: Path, folder: Path) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def evaluated(root: Path, folder: Path, trained: Ended) -> Ended:
+def evaluated(server: Server, folder: Path, trained: Ended) -> Ended:
     assert trained.status == 0, trained.err
-    return run_plainly(list(EVALUATE), root, folder)
+    return server.wait(server.start(list(EVALUATE), folder))
 
 
 @pytest.mark.slow
@@ -108,10 +108,10 @@ def test_an_evaluation_ends_with_its_table(evaluated: Ended) -> None:
 
 @pytest.mark.slow
 def test_a_report_ends_with_the_weakest_group_the_page_and_what_to_try(
-    root: Path, evaluated: Ended, folder: Path
+    server: Server, evaluated: Ended, folder: Path
 ) -> None:
     assert evaluated.status == 0
-    lines = quiet(run_plainly(["report", "runs/eval", "--replicates", "20"], root, folder))
+    lines = quiet(server.wait(server.start(["report", "runs/eval", "--replicates", "20"], folder)))
     assert lines[0].rstrip() == "All 36 answers"
     text = " ".join(line.strip() for line in lines)
     assert re.search(
@@ -141,16 +141,13 @@ def test_other_warnings_of_the_same_places_are_not_hidden() -> None:
         for text in ("`is_gradient_checkpointing` is deprecated and", "`another` is deprecated"):
             warnings.warn(text, FutureWarning, stacklevel=1)
     assert [str(w.message) for w in caught] == ["`another` is deprecated"]
-    for name, message in LOGGED.items():
-        logger, stream = logging.getLogger(name), io.StringIO()
-        handler = logging.StreamHandler(stream)
-        logger.addHandler(handler)
-        try:
-            logger.warning("%s: none", message)
-            logger.warning("the weights do not fit")
-        finally:
-            logger.removeHandler(handler)
-        assert stream.getvalue() == "the weights do not fit\n"
+    logger, stream = logging.getLogger(BITSANDBYTES), io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    logger.warning("%s: none", NO_4_BITS)
+    logger.warning("the weights do not fit")
+    logger.removeHandler(handler)
+    assert stream.getvalue() == "the weights do not fit\n"
 
 
 LIGHTNING = """

@@ -22,19 +22,6 @@ if TYPE_CHECKING:
     )
     from vlm_calibration.text.confidence import parse_confidence
 
-_STEPS = "vlm_calibration.steps"
-_MODULES = {
-    "Answer": "vlm_calibration.inference.answers",
-    "Plan": _STEPS,
-    "evaluate": _STEPS,
-    "extract_regions": _STEPS,
-    "fit_levels": _STEPS,
-    "load_calibrated": "vlm_calibration.inference.model",
-    "parse_confidence": "vlm_calibration.text.confidence",
-    "report": _STEPS,
-    "train_dpo": _STEPS,
-    "train_sft": _STEPS,
-}
 __all__ = [
     "Answer",
     "Plan",
@@ -55,9 +42,14 @@ if not TYPE_CHECKING:
             from importlib.metadata import version
 
             return version("vlm-calibration")
-        if name not in _MODULES:
+        if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_MODULES[name]), name)
+        elsewhere = {
+            "Answer": "inference.answers",
+            "load_calibrated": "inference.model",
+            "parse_confidence": "text.confidence",
+        }
+        return getattr(import_module(f"{__name__}.{elsewhere.get(name, 'steps')}"), name)
 
     def __dir__() -> list[str]:
         return [*globals(), *__all__]

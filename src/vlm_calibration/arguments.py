@@ -1,7 +1,4 @@
-"""Commands from typed functions: `run_command` builds a parser from the signature, parses the arguments and calls the function.
-
-Neither torch nor Lightning is imported, and jsonargparse only when a command runs.
-"""
+"""Commands from typed functions, without torch and Lightning: their parsers, their help, and running them."""
 
 from __future__ import annotations
 
@@ -9,11 +6,12 @@ import inspect
 import textwrap
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Union, get_args, get_origin
 
 from vlm_calibration.errors import did_you_mean, explained_errors
@@ -26,18 +24,24 @@ METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
 class Subcommands(NamedTuple):
-    """A command that consists of others.
-
-    Attributes:
-        description: of all of them, for the help.
-        functions: name of a subcommand -> its function, or the command that consists of others.
-    """
+    """A command that consists of others: its description, and name of a subcommand -> the subcommand."""
 
     description: str
-    functions: Mapping[str, Command]
+    commands: Mapping[str, Command]
 
 
-Command: TypeAlias = Callable[..., Any] | Subcommands
+class Lazy(NamedTuple):
+    """A command that is imported when it runs: its description, and where it is as `module:name` below this package."""
+
+    description: str
+    target: str
+
+    def load(self) -> Any:
+        module, _, name = self.target.partition(":")
+        return getattr(import_module(f"vlm_calibration.{module}"), name)
+
+
+Command: TypeAlias = Callable[..., Any] | Subcommands | Lazy
 
 
 class Forwarded(NamedTuple):
@@ -55,35 +59,29 @@ class Forwarded(NamedTuple):
 
 
 ALL_SETTINGS = {"--help-all": "show all settings and exit"}
-"""The option of a command that hands it on as the `--help` of another parser, see `with_full_help`."""
+"""The option of a command that `with_full_help` hands on as the `--help` of another parser."""
 
 
 def with_full_help(args: Sequence[str]) -> list[str]:
-    """Arguments for the parser that they are passed on to, whose `--help` is the command's `--help-all`."""
     return ["--help" if arg in ALL_SETTINGS else arg for arg in args]
 
 
 def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
-    """Parse the arguments of a command and call its function.
-
-    Args:
-        prog: the command as the usage line shows it.
-        command: its function, whose signature and docstring define the parser (see `command_parser`), or its subcommands.
-        args: what follows the command on the command line.
+    """Parse what follows a command, `prog`, on the command line, and call its function or subcommand; returns what that returns.
 
     Raises:
         ArgumentError: an argument is missing, unknown or wrong; in one line.
     """
+    if isinstance(command, Lazy):
+        return run_command(prog, command.load(), args)
     if isinstance(command, Subcommands):
-        functions, name = command.functions, args[0] if args else ""
-        if name in functions:
-            return run_command(f"{prog} {name}", functions[name], args[1:])
+        name, *rest = args or [""]
+        if name in command.commands:
+            return run_command(f"{prog} {name}", command.commands[name], rest)
         if name in ("-h", "--help"):
-            rows = {name: description(function).split(". ")[0] for name, function in functions.items()}
-            print(overview(f"{prog} COMMAND ...", command.description, rows))
-            return None
-        wrong = f"no {name!r}{did_you_mean(name, functions)}" if name else "missing"
-        raise ArgumentError(None, f"{wrong}: one of {', '.join(functions)}; see `{prog} --help`")
+            return print(_overview(prog, command))
+        wrong = f"no {name!r}{did_you_mean(name, command.commands)}" if name else "missing"
+        raise ArgumentError(None, f"{wrong}: one of {', '.join(command.commands)}; see `{prog} --help`")
     forwarded = _forwarded(command)
     parser = command_parser(prog, command)
     own, rest = _split_arguments(parser, args, forwarded) if forwarded else (args, [])
@@ -92,12 +90,15 @@ def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
     return command(*rest, **_keywords(command, values))
 
 
-def overview(usage: str, text: str, commands: Mapping[str, str]) -> str:
-    """The help of a command that consists of others, by name with a description of each."""
-    indent = max(map(len, commands)) + 4
+def _overview(prog: str, command: Subcommands) -> str:
+    indent = max(map(len, command.commands)) + 4
     fill = partial(textwrap.fill, width=79, subsequent_indent=" " * indent, break_on_hyphens=False)
-    lines = [fill(text, initial_indent=f"  {name}".ljust(indent)) for name, text in commands.items()]
-    return "\n".join([f"usage: {usage}", "", textwrap.fill(text, 79, break_on_hyphens=False), "", *lines])
+    rows = [
+        fill(description(subcommand).split(". ")[0], initial_indent=f"  {name}".ljust(indent))
+        for name, subcommand in command.commands.items()
+    ]
+    text = textwrap.fill(command.description, 79, break_on_hyphens=False)
+    return "\n".join([f"usage: {prog} COMMAND ...", "", text, "", *rows])
 
 
 def command_parser(prog: str, function: Callable[..., Any]) -> ArgumentParser:
@@ -105,7 +106,7 @@ def command_parser(prog: str, function: Callable[..., Any]) -> ArgumentParser:
 
     Parameters become positional arguments, keyword-only parameters `--options` with hyphens, booleans flags (`--x`, or `--no-x` where
     the default is true). The fields of a parameter that is a dataclass become a group of options under the first line of its
-    docstring. Help texts come from docstrings.
+    docstring, except those with a default factory, which are for Python. Help texts come from docstrings.
     """
     from jsonargparse import ArgumentParser
 
@@ -127,42 +128,42 @@ def command_parser(prog: str, function: Callable[..., Any]) -> ArgumentParser:
     return parser
 
 
-def _forwarded(function: Callable[..., Any]) -> Forwarded | None:
-    """The annotation of the function's `*settings`, if it has any."""
-    for parameter in _parameters(function):
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            return next(m for m in get_args(parameter.annotation) if isinstance(m, Forwarded))
-    return None
-
-
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    return list(inspect.signature(function, eval_str=True).parameters.values())
-
-
 def description(command: Command) -> str:
-    """The docstring of a command up to its first section, in one line."""
+    """What a command does, in one line; of a function, its docstring up to the first section."""
     from docstring_parser.google import parse
 
-    if isinstance(command, Subcommands):
+    if isinstance(command, Subcommands | Lazy):
         return command.description
     docstring = parse(inspect.getdoc(command) or "")
     text = " ".join(filter(None, [docstring.short_description, docstring.long_description]))
     return " ".join(text.split())
 
 
+def _forwarded(function: Callable[..., Any]) -> Forwarded | None:
+    """The annotation of the function's `*settings`, if it has any."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    rest = (get_args(p.annotation) for p in parameters if p.kind is p.VAR_POSITIONAL)
+    return next((annotation for _, annotation in rest), None)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a function, or fields of a dataclass, that have arguments."""
+    members = fields(function) if is_dataclass(function) else ()
+    for_python = {member.name for member in members if member.default_factory is not MISSING}
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    return [p for p in parameters if p.kind is not p.VAR_POSITIONAL and p.name not in for_python]
+
+
 def _add_parameters(group: Any, function: Callable[..., Any]) -> None:
-    """Add the parameters of a function, or the fields of a dataclass, to a parser or a group of one."""
     from docstring_parser.google import parse
 
     documented = parse(inspect.getdoc(function) or "").params
     helps = {p.arg_name: " ".join((p.description or "").split()).replace("%", "%%") for p in documented}
     for parameter in _parameters(function):
         hint: Any = parameter.annotation
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            continue
         if is_dataclass(hint):
-            title = parse(inspect.getdoc(hint) or "").short_description
-            _add_parameters(group.add_argument_group(title), hint)  # type: ignore[arg-type]
+            title = parse(inspect.getdoc(hint) or "").short_description or ""
+            _add_parameters(group.add_argument_group(title.rstrip(".")), hint)  # type: ignore[arg-type]
         else:
             is_option = is_dataclass(function) or parameter.kind is parameter.KEYWORD_ONLY
             _add_parameter(group, parameter, helps.get(parameter.name, ""), is_option)
@@ -178,26 +179,21 @@ def _add_parameter(group: Any, parameter: inspect.Parameter, text: str, is_optio
         group.add_argument(option, action="store_true", help=text)
         return
     if get_origin(hint) in (Union, UnionType):
-        # The type of an optional parameter that is given.
-        types = [kind for kind in get_args(hint) if kind is not type(None)]
-        hint = types[0] if len(types) == 1 else hint
-    required = default is parameter.empty
+        hint = next(kind for kind in get_args(hint) if kind is not NoneType)
     settings: dict[str, Any] = {"type": hint, "help": text}
     if get_origin(hint) in (list, Sequence):
         settings |= {"type": get_args(hint)[0], "nargs": "+"}
-        default = list(default) if not required else None
-    if not is_option:
-        settings.setdefault("nargs", None if required else "?")
-        if settings["nargs"] == "?":
-            settings["default"] = default
-        group.add_argument(name, **settings)
-        return
-    if not required and default not in (None, [], ""):
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        settings["help"] = f"{text} (default: {shown})"
-    if isinstance(hint, type):
+    if is_option and isinstance(hint, type):
         settings["metavar"] = next((m for kind, m in METAVARS.items() if issubclass(hint, kind)), None)
-    group.add_argument(option, required=required, default=None if required else default, **settings)
+    if default is parameter.empty:
+        settings |= {"required": True} if is_option else {}
+    else:
+        settings["default"] = list(default) if "nargs" in settings else default
+        settings |= {} if is_option else {"nargs": "?"}
+        if is_option and default not in (None, "", (), []):
+            shown = " ".join(map(str, default)) if "nargs" in settings else default
+            settings["help"] = f"{text} (default: {shown})"
+    group.add_argument(option if is_option else name, **settings)
 
 
 def _keywords(function: Callable[..., Any], values: Any) -> dict[str, Any]:
@@ -205,10 +201,9 @@ def _keywords(function: Callable[..., Any], values: Any) -> dict[str, Any]:
     keywords = {}
     for parameter in _parameters(function):
         hint: Any = parameter.annotation
-        if is_dataclass(hint):
-            keywords[parameter.name] = hint(**_keywords(hint, values))  # type: ignore[operator, arg-type]
-        elif parameter.kind is not parameter.VAR_POSITIONAL:
-            keywords[parameter.name] = values[parameter.name]
+        keywords[parameter.name] = (
+            hint(**_keywords(hint, values)) if is_dataclass(hint) else values[parameter.name]  # type: ignore[operator, arg-type]
+        )
     return keywords
 
 

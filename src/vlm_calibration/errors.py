@@ -58,16 +58,14 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 _KEY = re.compile(r'Parser key "(.+?)":?\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '(.+?)':")
 _UNKNOWN = re.compile(
-    r"unrecognized arguments: (?:-*)([^\s=]+)|Option '(.+?)' is not accepted|does not accept option '(.+?)'"
+    r"unrecognized arguments: -*([^\s=]+)|(?:Group '(.+?)' does not|.*does not) accept option '(.+?)'|Option '(.+?)' is not accepted"
 )
-_GROUP = re.compile(r"Group '(.+?)' does not accept")
 _NO_CLASS = re.compile(
     r"Expected a dot import path string: (.+)|module '.+' has no attribute '(.+)'|No module named '(.+)'"
 )
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
-_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
-_RESTRICTED = re.compile(
-    r"Not of type (\w+): (?:invalid literal.*: '(.*)'|could not .*: '(.*)'|(\S+) does not .*)"
+_EXPECTED = re.compile(
+    r"(?:Expected an?|Not of type) (?!path but|<class 'NoneType'>)(.+?)(?:\. Got value: (.*)|: .*: '(.*)'|: (.*) does not .*)?$"
 )
 _GIVEN = re.compile(r"Given value: (.*)")
 
@@ -80,6 +78,7 @@ def explained(message: str, parser: ArgumentParser) -> str:
     path: list[str] = []
     chosen: Any = None
     expected: list[str] = []
+    found: str | None = None
     for line in (part.strip().removeprefix("- ") for part in message.splitlines()):
         if match := _KEY.match(line):
             path.append(match[1])
@@ -93,9 +92,8 @@ def explained(message: str, parser: ArgumentParser) -> str:
             ours = [vars(module) for key, module in sys.modules.items() if key.startswith(f"{package}.")]
             classes = {key for names in ours for key, value in names.items() if isinstance(value, type)}
             return f"{_dotted(path, parser)}: there is no {name!r}{did_you_mean(name, sorted(classes))}"
-        elif match := _UNKNOWN.search(line):
-            group = _GROUP.match(line)
-            name = ".".join([*([group[1]] if group else []), next(filter(None, match.groups()))])
+        elif match := _UNKNOWN.match(line):
+            name = ".".join(filter(None, match.groups()))
             # Written as the user typed it: with dashes on the command line, without in a file.
             dashes = "--" if match[1] and not path else ""
             known = parser
@@ -112,18 +110,15 @@ def explained(message: str, parser: ArgumentParser) -> str:
                 return f"{_dotted(path, parser)}: needs {match[1]}"
             names = ", ".join(_dotted([name], parser) for name in match[1].split(", "))
             return f"missing: {names}; see `{parser.prog} --help`"
-        elif match := _RESTRICTED.match(line):
-            value = next(filter(None, match.groups()[1:]))
-            return f"{_dotted(path, parser)}: expected {_in_words(match[1])}, found {value!r}"
         elif match := _EXPECTED.match(line):
-            if match[2] is not None:
-                similar = did_you_mean(match[2], _literals(match[1]))
-                return f"{_dotted(path, parser)}: expected {_in_words(match[1])}, found {match[2]!r}{similar}"
-            expected += [] if "NoneType" in match[1] else [match[1]]
-        elif (match := _GIVEN.match(line)) and expected:
-            similar = did_you_mean(match[1], _literals(" ".join(expected)))
-            types = " or ".join(map(_in_words, expected))
-            return f"{_dotted(path, parser)}: expected {types}, found {match[1]!r}{similar}"
+            expected.append(match[1])
+            found = next((value for value in match.groups()[1:] if value is not None), None)
+        elif match := _GIVEN.match(line):
+            found = match[1]
+        if found is not None and expected:
+            similar = did_you_mean(found, _literals(" ".join(expected)))
+            words = " or ".join(map(_in_words, expected))
+            return f"{_dotted(path, parser)}: expected {words}, found {found!r}{similar}"
     return " ".join(message.split())
 
 

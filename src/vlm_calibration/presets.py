@@ -1,8 +1,4 @@
-"""Presets: the configuration files that come with the package, named without folder and ending (`sft`, `model/qwen2_5_vl_7b`).
-
-Files of presets and of users may contain `${data_root}`, `${runs}`, `${url}` and `${served_model}`, which options set, and `${demo}`. The
-folder `configs` of this package is a link to the folder at the top of the repository; a built package contains the files themselves.
-"""
+"""Presets, the configuration files that come with the package, and the variables in configuration files, such as `${data_root}`."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ import textwrap
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 CONFIGS = Path(__file__).with_name("configs")
-"""Folder of the presets."""
+"""Folder of the presets: a link to the one at the top of the repository; a built package contains the files themselves."""
 DEMO = Path(__file__).with_name("demo")
 """Folder of the embedded demo, `${demo}` in a file: absolute, since the configuration of a run is read from other working folders."""
 VARIABLE_OPTIONS = {
@@ -36,24 +33,18 @@ ENDPOINT_OPTIONS = {
     "--served-model NAME": "name under which the API knows the model, for --config system/endpoint",
 }
 """The further ones of `test`."""
-DEFAULTS = {"data_root": "data", "runs": "runs"}
+DEFAULTS = {"--data-root": "data", "--runs": "runs"}
 OVERLAYS = ("model", "data", "experiment", "trainer", "logger")
 """Folders of presets that follow a full configuration."""
 CONFIG = "--config NAME"
-_VARIABLES = {
-    option.split()[0]: option.split()[0].removeprefix("--").replace("-", "_")
-    for option in {**VARIABLE_OPTIONS, **ENDPOINT_OPTIONS}
-}
-"""Option -> the variable that it sets."""
-_REFERENCE = re.compile(r"\$\{(\w+)\}")
+VARIABLES = tuple(option.split()[0] for option in {**VARIABLE_OPTIONS, **ENDPOINT_OPTIONS})
 
 
 def add_variables(parser: ArgumentParser, *, endpoint: bool = False) -> None:
     """Add the options that set variables to a parser of configurations, with `endpoint` those of `test`."""
     for option, text in {**VARIABLE_OPTIONS, **(ENDPOINT_OPTIONS if endpoint else {})}.items():
         name, metavar = option.split()
-        default = DEFAULTS.get(_VARIABLES[name])
-        parser.add_argument(name, metavar=metavar, type=str | None, default=default, help=text)
+        parser.add_argument(name, metavar=metavar, type=str | None, default=DEFAULTS.get(name), help=text)
 
 
 def preset_names() -> list[str]:
@@ -64,13 +55,10 @@ def preset_names() -> list[str]:
 def presets_by_folder(*stages: str) -> str:
     """The presets of a command for its help: a line for its stages (such as "sft" or "eval/*"), and one for each folder of overlays."""
     names = preset_names()
-    chosen = [name for pattern in stages for name in names if fnmatch(name, pattern)]
-    folders: dict[str, list[str]] = {}
-    for name in names:
-        folder, _, last = name.rpartition("/")
-        if folder in OVERLAYS:
-            folders.setdefault(folder, []).append(last)
-    lines = [", ".join(chosen), *(f"{folder}/: {', '.join(lasts)}" for folder, lasts in folders.items())]
+    lines = [", ".join(name for pattern in stages for name in names if fnmatch(name, pattern))]
+    for folder in OVERLAYS:
+        lasts = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
+        lines.append(f"{folder}/: {', '.join(lasts)}")
     folded = (
         textwrap.fill(line, 79, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
         for line in lines
@@ -90,43 +78,35 @@ def find_preset(name: str) -> Path:
 
 
 def resolve_configs(
-    args: Sequence[str], prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda content: content
+    args: Sequence[str],
+    prepare: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda contents: contents,
 ) -> list[str]:
     """Replace the file in each `--config FILE` by its content, with all variables replaced.
 
     Args:
         args: arguments of a command. Options among them set variables; so do keys of these names at the top level of a file, as in
             the `config.yaml` of a run.
-        prepare: applied to the content of each file, in order, before its variables are replaced.
+        prepare: applied to the contents of all files before their variables are replaced.
 
     Raises:
         ArgumentError: see `read_config`; or a variable of an endpoint is set and no file has it.
     """
-    resolved, files, given = list(args), {}, {}
-    for index, arg in enumerate(args):
-        option, equals, value = arg.partition("=")
-        position = index if equals else index + 1
-        if position == len(args) or not option.startswith("-"):
-            continue
-        value = value if equals else args[position]
-        if option in ("--config", "-c"):
-            files[position] = (f"{option}=" if equals else "", read_config(value))
-        elif option in _VARIABLES:
-            given[option] = value
-    values = dict(DEFAULTS)
-    for _, content in files.values():
-        values |= {name: content[name] for name in _VARIABLES.values() if isinstance(content.get(name), str)}
-    for option, value in given.items():
-        name = _VARIABLES[option]
-        values[name] = value
-        used = name in DEFAULTS or any(f"${{{name}}}" in str(content) for _, content in files.values())
-        if not used:
+    read = ("--config", "-c", *VARIABLES)
+    resolved = [w for arg in args for w in (arg.split("=", 1) if arg.partition("=")[0] in read else [arg])]
+    given = {option: value for option, value in pairwise(resolved) if option in VARIABLES}
+    positions = [at for at, option in enumerate(resolved[:-1], start=1) if option in ("--config", "-c")]
+    contents = [read_config(resolved[at]) for at in positions]
+    values = {"demo": str(DEMO)}
+    for option in VARIABLES:
+        name = option.removeprefix("--").replace("-", "_")
+        of_files = [content[name] for content in contents if isinstance(content.get(name), str)]
+        if option in given and option not in DEFAULTS and f"${{{name}}}" not in str(contents):
             raise ArgumentError(None, f"{option} has no effect: give --config system/endpoint as well")
-    values["demo"] = str(DEMO)
-    for position, (prefix, content) in files.items():
-        content = _replace(prepare(content), values)
+        value = given.get(option, of_files[-1] if of_files else DEFAULTS.get(option))
+        values |= {} if value is None else {name: value}
+    for at, content in zip(positions, prepare(contents), strict=True):
         # The parser takes the content of a file in its place. JSON quotes all texts, of which YAML would read some as numbers.
-        resolved[position] = prefix + json.dumps(content, ensure_ascii=False)
+        resolved[at] = json.dumps(_replace(content, values), ensure_ascii=False)
     return resolved
 
 
@@ -164,5 +144,5 @@ def _replace(content: Any, values: Mapping[str, str]) -> Any:
     if isinstance(content, list):
         return [_replace(value, values) for value in content]
     if isinstance(content, str):
-        return _REFERENCE.sub(lambda match: values.get(match[1], match[0]), content)
+        return re.sub(r"\$\{(\w+)\}", lambda match: values.get(match[1], match[0]), content)
     return content

@@ -1,8 +1,4 @@
-"""Progress of long work on stderr: a bar of Rich on a terminal, and once in a while a plain line in a log file.
-
-A log line has no control characters, so that a SLURM log can be read and searched. `callbacks.progress.Progress` shows the stages,
-`track` and `working` all other work that may take more than a few seconds.
-"""
+"""Progress of long work on stderr: a bar of Rich on a terminal, and once in a while a plain line in a log file."""
 
 from __future__ import annotations
 
@@ -60,37 +56,36 @@ class LogLines:
     ) -> None:
         self.name, self.total, self.unit, self.every = name, total, unit, every
         self.has_printed = False
-        self._done = self._before = done
+        self.done = self._before = done
         self._begun = time.monotonic()
         self._due = self._begun + min(FIRST, every)
 
     def update(self, done: float, note: Callable[[], str] = str) -> None:
         """Print a line if one is due, with what `note` returns behind it."""
-        self._done = done
+        self.done = done
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + self.every
             self.show(note())
 
     def show(self, note: str = "") -> None:
         """Print how much is done, and how long the rest takes."""
-        elapsed, work = time.monotonic() - self._begun, self._done - self._before
+        elapsed, work = time.monotonic() - self._begun, self.done - self._before
         when = f"{duration(elapsed)} so far"
         if self.total is not None and work > 0:
-            when = f"{duration(max(0.0, self.total - self._done) * elapsed / work)} left"
+            when = f"{duration(max(0.0, self.total - self.done) * elapsed / work)} left"
         self._print("", when, note)
 
     def close(self, note: str = "", *, finished: bool = True) -> None:
         """Print the last line."""
         elapsed = duration(time.monotonic() - self._begun)
-        state, when = ("", f"took {elapsed}") if finished else ("stopped", f"after {elapsed}")
-        self._print(state, when, note)
+        self._print(*(("", f"took {elapsed}") if finished else ("stopped", f"after {elapsed}")), note)
 
     def _print(self, state: str, when: str, note: str) -> None:
         self.has_printed = True
-        counts = f"{self._done:.0f} {self.unit}" if self.unit else ""
+        counts = f"{self.done:.0f} {self.unit}" if self.unit else ""
         if self.total:
-            percent = int(100 * self._done / self.total)
-            counts = f"{int(self._done)} of {int(self.total)} {self.unit} ({percent}%)"
+            percent = int(100 * self.done / self.total)
+            counts = f"{int(self.done)} of {int(self.total)} {self.unit} ({percent}%)"
         line = ", ".join(filter(None, (state, counts, when, note)))
         print(f"{self.name}: {line}", file=sys.stderr, flush=True)
 
@@ -104,9 +99,8 @@ def working(
     Yields a function that is told how much is done.
     """
     name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    if multiprocessing.parent_process() is not None or any(
-        os.environ.get(rank, "0") not in ("0", "") for rank in RANKS
-    ):
+    is_first = all(os.environ.get(rank, "0") in ("0", "") for rank in RANKS)
+    if multiprocessing.parent_process() is not None or not is_first:
         yield lambda done: None
     elif is_terminal():
         import rich
@@ -153,7 +147,6 @@ def duration(seconds: float) -> str:
     """Seconds as m:ss, h:mm:ss, or days and h:mm."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days} d {hour}:{minute:02}"
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from functools import partial
 
 WARNINGS = (
     # peft asks every model for this property of transformers.
@@ -18,12 +17,9 @@ WARNINGS = (
     r"It is recommended to use `self\.log\(.*sync_dist=True\)`",
 )
 """Regular expressions of the beginnings of warnings."""
-LOGGED = {
-    # At every import on some CPUs, also if no weight has 4 bits.
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-}
-"""Name of a logger -> the beginning of the message."""
-LIGHTNING = ("lightning.pytorch", "lightning.fabric")
+BITSANDBYTES = "bitsandbytes.backends.cpu.ops"
+NO_4_BITS = "Failed to load CPU gemm_4bit_forward"
+"""What it logs at every import on some CPUs, also if no weight has 4 bits."""
 PROCESSES = "lightning/fabric/utilities/distributed.py"
 """Logs how many processes a run has, which is worth seeing."""
 
@@ -35,12 +31,7 @@ def quiet_libraries() -> None:
     if "SLURM_JOB_ID" not in os.environ:
         # Lightning's, wherever SLURM is installed; only the processes of a job need srun.
         warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
-    for name, beginning in LOGGED.items():
-        logging.getLogger(name).addFilter(partial(_begins_otherwise, beginning))
-
-
-def _begins_otherwise(text: str, record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(text)
+    logging.getLogger(BITSANDBYTES).addFilter(lambda record: not record.getMessage().startswith(NO_4_BITS))
 
 
 def quiet_lightning() -> None:
@@ -48,7 +39,7 @@ def quiet_lightning() -> None:
 
     Call it after the import of Lightning, which adds the handlers.
     """
-    for name in LIGHTNING:
+    for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_worth_reading)
 

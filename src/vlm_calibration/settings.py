@@ -1,7 +1,4 @@
-"""How settings and files are compared: by dotted names and by digests.
-
-Arguments are read back from the object, so that one built in Python counts like one that LightningCLI built from YAML.
-"""
+"""How settings and files are compared: by dotted names and by digests."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import Any
 
 
 def init_args(value: Any) -> dict[str, Any]:
-    """The constructor arguments that an object keeps under their names, with or without a leading underscore."""
+    """The constructor arguments that an object, built from YAML or in Python, keeps under their names, also with an underscore."""
     arguments = {}
     for name in inspect.signature(type(value)).parameters:
         attribute = name if hasattr(value, name) else f"_{name}"

@@ -1,22 +1,13 @@
-"""A calibration: its stages, and the command line of each from a model, data, presets and a folder.
+"""A calibration: its stages, and the command line of each, for `vlm-calibration calibrate` and for Python (`train_sft(Plan(...))`).
 
-`vlm-calibration calibrate`, `make` and the SLURM jobs compose their commands with `Plan`, and so does Python:
-
-    plan = Plan(model="qwen2_5_vl_7b", data="jsonl", data_root="my_data", runs="runs/mine")
-    fit_levels(plan)
-    train_sft(plan)
-    train_dpo(plan)
-    metrics = evaluate(plan)
-    report(plan)
-
-A step takes settings of its own as well, as in `Plan.settings`. One that has finished with the same settings is not repeated; one that
-was interrupted resumes. All raise a DataError for what cannot be used, an ArgumentError for a preset or setting that does not exist, and
-a CommandError if they are stopped.
+A step that has finished with the same settings is not repeated; one that was interrupted resumes. All raise a DataError for what cannot
+be used, an ArgumentError for a preset or setting that does not exist, and a CommandError if they are stopped.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,37 +35,36 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 """Stage of a calibration -> the subcommand that runs it; in order."""
 TRAINED = ("sft", "dpo")
-"""The stages that train an adapter."""
 BASE = "model.init_args.base.name_or_path"
-"""The setting of the base model."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, data and settings that the stages share. Without a model and data: the embedded demo.
+    """What the stages share.
+
+    Without a model and data it is the embedded demo.
 
     Attributes:
-        model: base model: the name of a preset in `model/`, or a configuration file; several in order, later ones overriding.
-        data: where queries come from: the same in `data/`.
-        preset: the same in `experiment/`; without one "anchored", or the demo's own settings. In stage 2 NAME_dpo follows NAME if there
-            is one.
-        trainer: devices and strategy: the same in `trainer/`.
-        data_root: folder of the data, which the data preset writes `${data_root}`; None: "data".
-        runs: folder of the run directories regions, levels, sft, dpo and eval.
-        settings: further settings of every stage but `report`.
-        overwrite: replace results in `runs` instead of resuming.
+        model: base model: a preset of model/ or a file; several, separated by spaces, override each other in order
+        data: where queries come from: the same with data/
+        preset: the same with experiment/ (default: anchored, or the demo's own settings); in stage 2 NAME_dpo follows NAME if there is one
+        trainer: devices and strategy: the same with trainer/
+        data_root: folder of the data
+        runs: folder of the run directories regions, levels, sft, dpo and eval
+        settings: further settings of every stage but `report`
+        overwrite: replace earlier results instead of resuming
 
     Raises:
         DataError: there is a folder of data, but no data, or it does not exist.
         ArgumentError: there is no such preset or file.
     """
 
-    model: str | Sequence[str] = ()
-    data: str | Sequence[str] = ()
-    preset: str | Sequence[str] = ()
-    trainer: str | Sequence[str] = ()
-    data_root: str | Path | None = None
-    runs: str | Path = "runs"
+    model: str | Sequence[str] = ""
+    data: str | Sequence[str] = ""
+    preset: str | Sequence[str] = ""
+    trainer: str | Sequence[str] = ""
+    data_root: Path | str | None = None
+    runs: Path | str = "runs"
     settings: Settings = field(default_factory=dict)
     overwrite: bool = False
 
@@ -94,9 +84,8 @@ class Plan:
             for key in ("data", "noise", "levels"):
                 content = content.get(key) if isinstance(content, dict) else None
             levels = content or levels
-        left_out = [] if self.data else ["regions"]
-        left_out += [] if "${runs}" in json.dumps(levels) else ["levels"]
-        return [stage for stage in STAGES if stage not in left_out]
+        needed = {"regions": bool(self.data), "levels": "${runs}" in json.dumps(levels)}
+        return [stage for stage in STAGES if needed.get(stage, True)]
 
     def folder(self, stage: str) -> Path:
         """The run directory of a stage; that of `report` is the evaluation's."""
@@ -111,10 +100,8 @@ class Plan:
             config: a full configuration instead of the stage's own.
 
         Raises:
-            DataError: no such stage; data without a model, on which the demo's would be used unasked; or another run directory.
+            DataError: data without a model, on which the demo's would be used unasked; or another run directory.
         """
-        if stage not in STAGES:
-            raise DataError(f"no stage {stage!r}: expected one of {', '.join(STAGES)}")
         if stage == "report":
             return ["report", str(self.folder(stage)), *arguments]
         further = [*_options(self.settings), *arguments]
@@ -136,8 +123,8 @@ class Plan:
         if stage != "regions" and self.folder("regions").is_dir():
             command += ["--data.regions", str(self.folder("regions"))]
         if stage == "evaluate":
-            folders = {trained: self.folder(trained) / "adapter" for trained in TRAINED}
-            adapters = {trained: str(folder) for trained, folder in folders.items() if folder.is_dir()}
+            folders = {stage: self.folder(stage) / "adapter" for stage in TRAINED}
+            adapters = {stage: str(folder) for stage, folder in folders.items() if folder.is_dir()}
             command += _options({"model.init_args.adapters": adapters})
             if not (adapters or self.model or self.data):
                 command += _options({BASE: f"{DEMO}/model"})
@@ -149,14 +136,16 @@ class Plan:
 
     def _overlays(self, stage: str) -> list[str]:
         """The configurations that follow the stage's own, in order: presets and files."""
-        names = preset_names()
+        preset = self.preset or ("anchored" if self.model or self.data else "")
         overlays = [*_presets("model", self.model), *_presets("data", self.data)]
-        for name in _presets("experiment", self.preset or (["anchored"] if self.model or self.data else [])):
-            stem = name.removesuffix(".yaml")
-            of_stage_2 = f"{stem}_dpo" if name in names else f"{stem}_dpo.yaml"
+        names = preset_names()
+        for name in _presets("experiment", preset):
             overlays.append(name)
-            if stage == "dpo" and (of_stage_2 in names or Path(of_stage_2).is_file()):
+            of_stage_2 = f"{name.removesuffix('.yaml')}_dpo"
+            if stage == "dpo" and of_stage_2 in names:
                 overlays.append(of_stage_2)
+            elif stage == "dpo" and Path(f"{of_stage_2}.yaml").is_file():
+                overlays.append(f"{of_stage_2}.yaml")
         return [*overlays, *_presets("trainer", self.trainer)]
 
 
@@ -193,14 +182,7 @@ def evaluate(plan: Plan, settings: Settings = MappingProxyType({})) -> dict[str,
 
 
 def report(plan: Plan, *, images: bool = True, replicates: int = 1000, seed: int = 0) -> Path:
-    """Write the report on the evaluation in `runs/eval`, with or without images; returns the page.
-
-    Args:
-        plan: names the runs.
-        images: show images.
-        replicates: number of bootstrap draws.
-        seed: seed of the draws.
-    """
+    """Write the report on the evaluation in `runs/eval`, with or without images, by that many bootstrap draws; returns the page."""
     from jsonargparse.typing import PositiveInt
 
     from vlm_calibration.commands.report import PAGE
@@ -229,11 +211,16 @@ def _run(plan: Plan, stage: str, settings: Settings) -> Path:
 
 def _presets(folder: str, names: str | Sequence[str]) -> list[str]:
     """The presets of a folder, or files, that these names stand for; raises an ArgumentError if there is none."""
+    if isinstance(names, str):
+        try:
+            names = [names] if Path(names).is_file() else shlex.split(names)
+        except ValueError as error:
+            raise DataError(f"{names!r}: cannot be split into names: {error}") from error
     found = []
-    for name in [names] if isinstance(names, str) else names:
+    for name in names:
         if not Path(name).is_file():
-            find_preset(f"{folder}/{name}")
             name = f"{folder}/{name}"
+            find_preset(name)
         found.append(name)
     return found
 

@@ -34,22 +34,12 @@ class Progress(ProgressBar):
             raise DataError(f"every must be more than 0 seconds, found {every}")
         self.every = every
         self._lines: LogLines | None = None
-        self._batches = 0
 
     def disable(self) -> None:
         """The first process alone has lines, see `_begin`."""
 
-    enable = disable
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin("", trainer.estimated_stepping_batches, "steps", trainer.global_step)
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if self._lines is not None:
-            self._lines.update(trainer.global_step, lambda: _loss(trainer))
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close(_loss(trainer))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -63,28 +53,31 @@ class Progress(ProgressBar):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin("", trainer.num_predict_batches)
 
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self._lines is not None:
+            self._lines.update(trainer.global_step, self._note)
+
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        is_within_training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if self._lines is not None and not is_within_training:
-            self._batches += 1
-            self._lines.update(self._batches, lambda: _tokens_used(pl_module))
+        if self._lines is not None and not self._is_within_training:
+            self._lines.update(self._lines.done + 1, self._note)
 
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end  # type: ignore[assignment]
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close(_tokens_used(pl_module))
-
-    on_predict_epoch_end = on_test_epoch_end
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if not self._is_within_training:
             self._close()
+
+    on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
 
     def on_exception(self, *_: Any) -> None:
         self._close(finished=False)
 
-    def teardown(self, *_: Any, **__: Any) -> None:
-        self._close(finished=False)
+    @property
+    def _is_within_training(self) -> bool:
+        return self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
 
     def _begin(self, part: str, total: Any, unit: str = "batches", done: int = 0) -> None:
         if self.trainer.is_global_zero:
@@ -92,24 +85,18 @@ class Progress(ProgressBar):
             name = stage_name(type(self.trainer.lightning_module).__name__) + part
             known = total if 0 < total < float("inf") else None
             self._lines = LogLines(name, known, unit, done=done, every=self.every)
-            self._batches = done
 
-    def _close(self, note: str = "", *, finished: bool = True) -> None:
+    def _close(self, *, finished: bool = True) -> None:
         if self._lines is not None:
-            self._lines.close(note, finished=finished)
+            self._lines.close(self._note() if finished else "", finished=finished)
             self._lines = None
 
-
-def _loss(trainer: L.Trainer) -> str:
-    """The training loss as text, empty if it is not in the progress bar. Waits until the device has computed it."""
-    value = trainer.progress_bar_metrics.get("train/loss")
-    return "" if value is None else f"loss {value:.3g}"
-
-
-def _tokens_used(module: L.LightningModule) -> str:
-    """The tokens that endpoints have counted as text, empty without endpoints."""
-    endpoints = getattr(module, "endpoints", None) or {}
-    return f"{sum(e.client.used for e in endpoints.values()):,} tokens" if endpoints else ""
+    def _note(self) -> str:
+        """The loss of a training, or the tokens that endpoints have counted. Waits until the device has computed the loss."""
+        loss = self.trainer.progress_bar_metrics.get("train/loss")
+        endpoints = getattr(self.trainer.lightning_module, "endpoints", None) or {}
+        tokens = f"{sum(e.client.used for e in endpoints.values()):,} tokens" if endpoints else ""
+        return tokens if loss is None else f"loss {loss:.3g}"
 
 
 def _leave_display() -> None:

@@ -7,12 +7,11 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from itertools import takewhile
+from typing import Annotated
 
 from vlm_calibration.arguments import Forwarded
-from vlm_calibration.cli import main
+from vlm_calibration.cli import PROG, main
 from vlm_calibration.errors import CommandError
 from vlm_calibration.presets import presets_by_folder
 from vlm_calibration.records import DataError
@@ -29,16 +28,7 @@ SETTINGS = Forwarded(
 
 
 def calibrate(
-    *arguments: Annotated[str, SETTINGS],
-    model: str = "",
-    data: str = "",
-    data_root: Path | None = None,
-    preset: str = "",
-    trainer: str = "",
-    runs: Path = Path("runs"),
-    config: str | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
+    *arguments: Annotated[str, SETTINGS], plan: Plan, config: str | None = None, dry_run: bool = False
 ) -> None:
     """Run stages of a calibration, one after the other: `calibrate [STAGE ...]`; without any, all that these settings need.
 
@@ -47,73 +37,51 @@ def calibrate(
 
     Args:
         arguments: names of stages, then settings
-        model: base model: a preset of model/ or a file; several, separated by spaces, override each other in order
-        data: where queries come from: the same with data/
-        data_root: folder of the data
-        preset: the same with experiment/ (default: anchored, or the demo's own settings)
-        trainer: the same with trainer/
-        runs: folder of the run directories
         config: configuration of a single stage, instead of the stage's own
-        overwrite: replace earlier results instead of resuming
         dry_run: print stage, run directory and command of each stage, separated by tabs, and run nothing
 
     Raises:
-        ArgumentError: there is no such preset or file.
         DataError: settings contradict each other.
         CommandError: a stage failed; the later ones are not run.
     """
-    overlays: dict[str, Any] = {}
-    for name, text in {"model": model, "data": data, "preset": preset, "trainer": trainer}.items():
-        try:
-            overlays[name] = shlex.split(text)
-        except ValueError as error:
-            raise DataError(f"--{name}: cannot split {text!r} into words: {error}") from error
-    plan = Plan(**overlays, data_root=data_root, runs=runs, overwrite=overwrite)
-    named, shared, of_stage = split_arguments(arguments)
-    stages = named or plan.stages
+    named = [*takewhile(lambda argument: not argument.startswith("--"), arguments)]
+    if unknown := [stage for stage in named if stage not in STAGES]:
+        raise DataError(
+            f"no stage {unknown[0]!r}: expected {', '.join(STAGES)}, in any number, and then settings"
+        )
+    stages = [stage for stage in STAGES if stage in (named or plan.stages)]
     if config and len(stages) != 1:
         raise DataError(f"--config is for one stage, not for {', '.join(stages)}")
+    further: dict[str, list[str]] = {stage: [] for stage in STAGES}
+    receivers: list[str] = []
+    # A setting goes to its receivers, and so do the values behind it.
+    for argument in arguments[len(named) :]:
+        if argument.startswith("--"):
+            stage, dot, key = argument[2:].partition(".")
+            is_of_stage = bool(dot) and stage in STAGES
+            receivers = [stage] if is_of_stage else [stage for stage in STAGES if stage != "report"]
+            argument = f"--{key}" if is_of_stage else argument
+        for stage in receivers:
+            further[stage].append(argument)
+    if "report" in stages:
+        further["evaluate"].append("--no_table")
 
     def command(stage: str) -> list[str]:
-        further = [*(shared if stage != "report" else []), *of_stage.get(stage, [])]
-        if stage == "evaluate" and "report" in stages:
-            further.append("--no_table")
-        return plan.command(stage, *further, config=config)
+        return plan.command(stage, *further[stage], config=config)
 
     # Check all stages before the first one runs.
     commands = {stage: command(stage) for stage in stages}
     if dry_run:
         for stage, words in commands.items():
-            print(stage, plan.folder(stage), shlex.join(["vlm-calibration", *words]), sep="\t")
+            print(stage, plan.folder(stage), shlex.join([PROG, *words]), sep="\t")
         return
     for stage in stages:
         # Composed again: what earlier stages wrote, such as an adapter, is there only now.
         words = command(stage)
-        print("+", shlex.join(["vlm-calibration", *words]), flush=True)
+        print("+", shlex.join([PROG, *words]), flush=True)
         # A single stage is this process itself, which a scheduler signals and which starts the other processes of the stage.
         if status := main(words) if len(stages) == 1 else _run_apart(words):
             raise CommandError("", status)
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
-    """Split arguments into names of stages, settings of all stages, and stage -> its own arguments."""
-    first = next((i for i, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
-    stages = arguments[:first]
-    shared: list[str] = []
-    of_stage: dict[str, list[str]] = {}
-    target = shared
-    for argument in arguments[first:]:
-        if argument.startswith("--"):
-            stage, dot, key = argument[2:].partition(".")
-            target = of_stage.setdefault(stage, []) if dot and stage in STAGES else shared
-            argument = f"--{key}" if target is not shared else argument
-        target.append(argument)
-    for stage in stages:
-        if stage not in STAGES:
-            raise DataError(
-                f"no stage {stage!r}: expected {', '.join(STAGES)}, in any number, and then settings"
-            )
-    return [stage for stage in STAGES if stage in stages], shared, of_stage
 
 
 def _run_apart(words: list[str]) -> int:

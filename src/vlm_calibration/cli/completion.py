@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from vlm_calibration.arguments import Command, Subcommands, command_parser
-from vlm_calibration.cli import COMMANDS, PROG, load
+from vlm_calibration.arguments import Command, Lazy, Subcommands, command_parser, description
+from vlm_calibration.cli import COMMANDS, PROG
 
 
 def completion(shell: Literal["bash", "zsh"]) -> None:
@@ -26,9 +26,9 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
         """LightningCLI's subcommands and the others in one parser, which prints its completion and exits."""
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            for name, (target, text) in COMMANDS.items():
+            for name, command in COMMANDS.commands.items():
                 if name not in self._subcommand_parsers:
-                    _add_command(parser._subcommands_action, name, load(target), text)
+                    _add_command(parser._subcommands_action, name, command)
             parser.parse_args(["--print_completion", f"shtab-{shell}"])
 
     set_parsing_settings(add_print_completion_argument=True)
@@ -36,14 +36,16 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
         AllCommands()
 
 
-def _add_command(commands: Any, name: str, command: Command, text: str) -> None:
-    """Add a command, and then its subcommands, to the parser of all."""
+def _add_command(group: Any, name: str, command: Command) -> None:
+    """Add a command, and then its subcommands, to a group of them."""
+    text = description(command).split(". ")[0]
+    command = command.load() if isinstance(command, Lazy) else command
     if not isinstance(command, Subcommands):
-        commands.add_subcommand(name, command_parser(f"{PROG} {name}", command), help=text)
+        group.add_subcommand(name, command_parser(f"{PROG} {name}", command), help=text)
         return
     # jsonargparse wants a parser to be added before its own subcommands are.
     parser = ArgumentParser(exit_on_error=False)
-    commands.add_subcommand(name, parser, help=text)
+    group.add_subcommand(name, parser, help=text)
     inner = parser.add_subcommands()
-    for subcommand, function in command.functions.items():
-        _add_command(inner, subcommand, function, f"{name} {subcommand}")
+    for subcommand, function in command.commands.items():
+        _add_command(inner, subcommand, function)

@@ -127,7 +127,9 @@ def read_sources(settings: Sequence[str]) -> dict[str, QuerySource]:
     add_variables(parser)
     parser.add_class_arguments(PerturbedQueryDataModule, "data")
     with explained_errors(parser):
-        only_data = resolve_configs(settings, lambda content: {"data": content.get("data") or {}})
+        only_data = resolve_configs(
+            settings, lambda contents: [{"data": content.get("data") or {}} for content in contents]
+        )
         parsed = parser.parse_args(with_full_help(only_data))
     try:
         data: PerturbedQueryDataModule = parser.instantiate_classes(parsed).data

@@ -1,14 +1,10 @@
-"""`fit`, `validate`, `test` and `predict`: LightningCLI's subcommands, which `levels` and `estimate-memory` use as well.
-
-Lightning's ways of ending a run (stopped, misconfigured, interrupted) become a `CommandError` here.
-"""
+"""`fit`, `validate`, `test` and `predict`: LightningCLI's subcommands, which `levels` and `estimate-memory` use as well."""
 
 from __future__ import annotations
 
 import os
 import pkgutil
 import sys
-from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -34,7 +30,7 @@ from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.callbacks.run_directory import SaveRunConfig, find_prior
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.errors import CommandError, class_at, explained, one_line
+from vlm_calibration.errors import CommandError, class_at, explained_errors, one_line
 from vlm_calibration.models.base import describe
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.presets import DEMO, add_variables, resolve_configs
@@ -50,7 +46,20 @@ CHOICES = ("stages", "losses", "perturbation", "estimators", "regions", "callbac
 BASE_TO_DATA = {"name_or_path": "processor", "revision": "revision", "trust_remote_code": "trust_remote_code"}
 """Setting of a base model -> the setting of the data module that it gives."""
 RESUMABLE = ("fit", "test", "predict")
-"""Subcommands with results, which take `--resume` and `--overwrite`."""
+"""Subcommands with results."""
+FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
+    "--no_table": (("test",), "Do not print the results, which `report` prints."),
+    "--overwrite": (
+        RESUMABLE,
+        "Start again, and replace the run in trainer.default_root_dir once the new one begins.",
+    ),
+    "--resume": (
+        RESUMABLE,
+        "Resume the run in trainer.default_root_dir; do nothing if it is finished; start it if there is none.",
+    ),
+}
+"""Flag -> the subcommands that have it, and its help."""
+announce = rank_zero_only(partial(print, flush=True))
 
 
 class CalibrationCLI(LightningCLI):
@@ -61,6 +70,7 @@ class CalibrationCLI(LightningCLI):
     """
 
     is_done = False
+    _written = ""
 
     def __init__(self) -> None:
         # Without its path (`--model.help SFTModule`) a class must be imported.
@@ -87,19 +97,14 @@ class CalibrationCLI(LightningCLI):
             parser.link_arguments("model", f"data.{target}", compute_fn=of_base, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        shared = SharedOverlays() if sys.argv[1] != "fit" else lambda content: content
-        written = list(sys.argv[1:])
+        subcommand, *_ = words = sys.argv[1:]
 
-        def prepare(content: dict[str, Any]) -> dict[str, Any]:
-            written.append(str(content))
-            return shared(content)
+        def prepare(contents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            self._written = f"{words} {contents}"
+            return contents if subcommand == "fit" else shared_overlays(contents)
 
-        try:
-            self.config = parser.parse_args(resolve_configs(sys.argv[1:], prepare))
-        except ArgumentError as error:
-            subcommand = self._subcommand_parsers.get(sys.argv[1], parser)
-            raise ArgumentError(None, explained(str(error), subcommand)) from error
-        self._written = "\n".join(written)
+        with explained_errors(self._subcommand_parsers.get(subcommand, parser)):
+            self.config = parser.parse_args(resolve_configs(words, prepare))
 
     def _parse_ckpt_path(self) -> None:
         # LightningCLI is the first to read the checkpoint, for settings in it.
@@ -131,22 +136,9 @@ class CalibrationCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             # Lightning's table lists every metric of every group; `ResultsTable` prints the main ones.
             parser.set_defaults({"verbose": False})
-        if subcommand == "test":
-            parser.add_argument(
-                "--no_table", action="store_true", help="Do not print the results, which `report` prints."
-            )
-        if subcommand in RESUMABLE:
-            parser.add_argument(
-                "--overwrite",
-                action="store_true",
-                help="Start again in trainer.default_root_dir, and replace the run in it once the new one begins.",
-            )
-            parser.add_argument(
-                "--resume",
-                action="store_true",
-                help="Do nothing if trainer.default_root_dir holds this run, finished; resume it if it was interrupted; start it "
-                "if there is none. A run of other settings or inputs is an error.",
-            )
+        for flag, (subcommands, text) in FLAGS.items():
+            if subcommand in subcommands:
+                parser.add_argument(flag, action="store_true", help=text)
         return parser
 
     def before_fit(self) -> None:
@@ -177,11 +169,10 @@ class CalibrationCLI(LightningCLI):
                 cause = cause.__cause__ or cause.__context__
             raise cause or DataError(f"configuration: {one_line(error)}") from error
         self._check_base()
-        base = getattr(self.model, "base", None)
-        if isinstance(self.model, SFTModule | DPOModule) and _is_first_process():
-            print(self.model.title(self.datamodule), flush=True)
-        if base is not None and _is_first_process():
-            print(f"base model: {describe(base)}", flush=True)
+        if isinstance(self.model, SFTModule | DPOModule):
+            announce(self.model.title(self.datamodule))
+        if (base := getattr(self.model, "base", None)) is not None:
+            announce(f"base model: {describe(base)}")
         if self.subcommand in RESUMABLE:
             self._open_run_directory()
 
@@ -203,16 +194,14 @@ class CalibrationCLI(LightningCLI):
         config, folder = self.config[self.subcommand], Path(self.trainer.default_root_dir)
         prior = find_prior(self)
         self.is_done = prior.state == "finished"
-        if self.is_done and _is_first_process():
-            print(f"{folder}: finished with these settings: nothing to do")
+        if self.is_done:
+            announce(f"{folder}: finished with these settings: nothing to do")
         if self.subcommand == "fit" and prior.state == "interrupted":
             checkpoints = sorted((folder / FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
             last = folder / FOLDER / LAST
-            config.ckpt_path = self.config_init.fit.ckpt_path = str(
-                last if last.exists() else checkpoints[-1]
-            )
-            if _is_first_process():
-                print(f"{folder}: interrupted: resuming from {config.ckpt_path}")
+            checkpoint = str(last if last.exists() else checkpoints[-1])
+            config.ckpt_path = self.config_init.fit.ckpt_path = checkpoint
+            announce(f"{folder}: interrupted: resuming from {checkpoint}")
         for writer in (self.model, *self.trainer.callbacks):  # type: ignore[attr-defined]
             if isinstance(writer, PredictionWriter | RegionWriter | LevelFitModule):
                 writer.start_over = config.overwrite
@@ -233,32 +222,30 @@ class CalibrationCLI(LightningCLI):
         return trainer
 
 
-class SharedOverlays:
-    """Leaves settings that a stage cannot have out of overlays that all stages share.
+def shared_overlays(contents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave settings that a stage cannot have out of overlays that all stages share.
 
     A model's overlay sets LoRA, which only training has; `experiment/anchored` names the level table, which is not measured yet when
     regions are extracted and levels are fitted. A setting that no stage has stays, for the parser to refuse.
+
+    Args:
+        contents: of configuration files, in order; one that names the class of a model is of a stage, those behind it are overlays.
     """
-
-    def __init__(self) -> None:
-        self._stage: type | None = None
-
-    def __call__(self, content: dict[str, Any]) -> dict[str, Any]:
-        """The content of the next configuration file without settings that its stage cannot have."""
+    stage: type | None = None
+    fitted = deepcopy([*contents])
+    for content in fitted:
         if class_path := _within(content, "model").get("class_path"):
-            self._stage = class_at(class_path)
-        elif self._stage is not None:
-            content = deepcopy(content)
-            own, *training = (set(signature(c).parameters) for c in (self._stage, SFTModule, DPOModule))
+            stage = class_at(class_path)
+        elif stage is not None:
+            own, *training = (set(signature(c).parameters) for c in (stage, SFTModule, DPOModule))
             arguments = _within(content, "model", "init_args")
             for name in set().union(*training) - own:
                 arguments.pop(name, None)
             noise = _within(content, "data", "noise")
             levels = _within(noise, "levels").get("class_path") or noise.get("levels")
-            before_table = self._stage in (LevelFitModule, RegionExtractor)
-            if before_table and str(levels).endswith(AnchoredLevels.__name__):
+            if stage in (LevelFitModule, RegionExtractor) and str(levels).endswith(AnchoredLevels.__name__):
                 del noise["levels"]
-        return content
+    return fitted
 
 
 def _within(content: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -284,14 +271,9 @@ def lightning_errors() -> Iterator[None]:
     resumes = "; the same command with --resume resumes it" if sys.argv[1] in RESUMABLE else ""
     try:
         yield
-    except DataError as error:
-        if not _first_to_fail():
-            raise CommandError("", 1) from error
-        raise
-    except MisconfigurationException as error:
-        raise CommandError(one_line(error) if _first_to_fail() else "", 2) from error
     except Stopped as stop:
-        raise CommandError(stop.message if _is_first_process() else "", stop.code) from stop
+        is_first = getattr(rank_zero_only, "rank", 0) == 0
+        raise CommandError(stop.message if is_first else "", stop.code) from stop
     except SystemExit as stop:
         # Lightning exits like this after a KeyboardInterrupt.
         if isinstance(stop.__context__, KeyboardInterrupt):
@@ -299,20 +281,18 @@ def lightning_errors() -> Iterator[None]:
         if isinstance(stop, SIGTERMException):
             raise CommandError(f"terminated{resumes}", 143) from stop
         raise
-    except RuntimeError as error:
+    except (DataError, MisconfigurationException, RuntimeError) as error:
         # Communication with a process that has ended fails.
         if not _first_to_fail():
             raise CommandError("", 1) from error
+        if isinstance(error, MisconfigurationException):
+            raise CommandError(one_line(error), 2) from error
         # A signal to the process group may end a data worker first.
-        if not str(error).startswith("DataLoader worker (pid"):
+        if isinstance(error, DataError) or not str(error).startswith("DataLoader worker (pid"):
             raise
         if "Terminated" in str(error):
             raise CommandError(f"terminated{resumes}", 143) from error
         raise CommandError(one_line(error), 1) from error
-
-
-def _is_first_process() -> bool:
-    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def _first_to_fail() -> bool:

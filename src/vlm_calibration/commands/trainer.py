@@ -1,8 +1,4 @@
-"""`fit`, `validate`, `test`, `predict` and `levels fit`: the common settings of these commands, for a help page without torch.
-
-`lightning_cli` parses and runs them. Each raises an ArgumentError for a setting that is unknown or wrong, and a DataError for a
-setting, a file or a model that cannot be used.
-"""
+"""`fit`, `validate`, `test`, `predict` and `levels fit`, which `lightning_cli` runs: their help pages without torch."""
 
 from __future__ import annotations
 
@@ -12,6 +8,11 @@ from typing import Annotated, Any
 from vlm_calibration.arguments import ALL_SETTINGS, Forwarded, Subcommands
 from vlm_calibration.presets import CONFIG, ENDPOINT_OPTIONS, VARIABLE_OPTIONS, presets_by_folder
 
+FIRST = {
+    **ALL_SETTINGS,
+    CONFIG: "a stage, then overlays: presets (see below) or files of your own (may be repeated)",
+    **VARIABLE_OPTIONS,
+}
 BASE = {"--model.init_args.base.name_or_path MODEL": "base model: its name on the Hub, or a folder"}
 ADAPTER = {"--model.init_args.adapter DIR": "stage dpo: the adapter to start from"}
 ANSWERED = {"--data.eval_batch_size N": "queries answered together"}
@@ -24,77 +25,64 @@ RUN = {
 }
 
 
-def _settings(module: str, *stages: str, **common: dict[str, str]) -> Forwarded:
-    """The common settings of a command.
-
-    Args:
-        module: class of a module that it runs.
-        stages: names or patterns of the full configurations that it runs.
-        common: further options.
-    """
-    options = {
-        **ALL_SETTINGS,
-        CONFIG: "a stage, then overlays: presets (see below) or files of your own (may be repeated)",
-        **VARIABLE_OPTIONS,
-    }
-    for group in common.values():
-        options |= group
-    options["--print_config"] = "print the configuration that results, and exit"
+def _settings(module: str, stages: Sequence[str], options: dict[str, str]) -> Forwarded:
+    """The common settings of a command, by the class of a module and the configurations that it runs."""
+    listed = {**FIRST, **options, "--print_config": "print the configuration that results, and exit"}
     further = f"All settings: --help-all; those of a model: --model.help {module}."
-    return Forwarded(options, lambda: f"{presets_by_folder(*stages)}\n\n{further}")
+    return Forwarded(listed, lambda: f"{presets_by_folder(*stages)}\n\n{further}")
 
 
 FIT = _settings(
     "SFTModule",
-    "sft",
-    "dpo",
-    model={**BASE, **ADAPTER},
-    training={
+    ("sft", "dpo"),
+    {
+        **BASE,
+        **ADAPTER,
         "--model.init_args.optimizer.lr X": "learning rate",
         "--data.batch_size N": "queries of a training step on each device",
         "--trainer.max_steps N": "steps of the optimizer; -1: as many as --trainer.max_epochs takes",
         "--trainer.max_epochs N": "passes over the training data",
+        **RUN,
+        "--ckpt_path FILE": 'checkpoint to resume from, or "last"',
     },
-    run={**RUN, "--ckpt_path FILE": 'checkpoint to resume from, or "last"'},
 )
 VALIDATE = _settings(
     "SFTModule",
-    "sft",
-    "dpo",
-    model={**BASE, **ADAPTER},
-    run={**ANSWERED, **DEVICES, "--ckpt_path FILE": "checkpoint of the model to validate"},
+    ("sft", "dpo"),
+    {**BASE, **ADAPTER, **ANSWERED, **DEVICES, "--ckpt_path FILE": "checkpoint of the model to validate"},
 )
 TEST = _settings(
     "EvaluationModule",
-    "eval/*",
-    "system/*",
-    model={
+    ("eval/*", "system/*"),
+    {
         **ENDPOINT_OPTIONS,
         **BASE,
         "--model.init_args.adapters '{NAME:DIR,...}'": "adapters to compare with the base model, by name",
+        **ANSWERED,
+        **RUN,
     },
-    run={**ANSWERED, **RUN},
 )
 PREDICT = _settings(
     "RegionExtractor",
-    "regions",
-    data={
+    ("regions",),
+    {
         "--data.eval_batch_size N": "images of a batch",
         "--data.parts N": "number of jobs that share the queries",
         "--data.part N": "which of these jobs this one is, from 0",
+        **RUN,
     },
-    run=RUN,
 )
 FIT_LEVELS = _settings(
     "LevelFitModule",
-    "levels",
-    model={
+    ("levels",),
+    {
         **BASE,
         "--model.init_args.out FILE": "where to write the level table",
         "--model.init_args.likelihoods FILE": "where to write how likely the model holds its answers to the training queries; null: "
         "not at all",
+        **ANSWERED,
+        **RUN,
     },
-    run={**ANSWERED, **RUN},
 )
 
 
