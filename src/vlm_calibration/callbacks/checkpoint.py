@@ -38,12 +38,11 @@ class Stopped(SystemExit):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary file and renames it, so that the file is complete at any time."""
+    """Writes a checkpoint to a temporary file and renames it; if e.g. the disk is full, an earlier checkpoint stays as it is."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; raises a DataError if e.g. the disk is full, and an earlier checkpoint stays as it is."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -70,11 +69,11 @@ def reading(path: str | Path) -> Iterator[None]:
                 f"--ckpt_path {path}: refused as unsafe: it contains {what}, which could run code when read; give a checkpoint "
                 "that this program wrote"
             ) from error
-        others = sorted(set(Path(path).parent.glob("*.ckpt")) - {Path(path)}, key=lambda p: p.stat().st_mtime)
-        other = f"--ckpt_path {others[-1]}" if others else "--ckpt_path with another one"
+        others = set(Path(path).parent.glob("*.ckpt")) - {Path(path)}
+        other = max(others, key=lambda p: p.stat().st_mtime) if others else "with another one"
         raise DataError(
-            f"--ckpt_path {path}: not a complete checkpoint ({first_line(error)}): give {other}, or --overwrite to start again "
-            "(and leave out --resume)"
+            f"--ckpt_path {path}: not a complete checkpoint ({first_line(error)}): give --ckpt_path {other}, or --overwrite to start "
+            "again (and leave out --resume)"
         ) from error
 
 

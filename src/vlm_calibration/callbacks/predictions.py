@@ -13,6 +13,7 @@ from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import clear_leftovers, json_number, remove, write_json
 from vlm_calibration.models.base import THRESHOLDS
+from vlm_calibration.records import DataError
 from vlm_calibration.stages.answer_log import VALIDATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 from vlm_calibration.stages.scoring import HasResults
@@ -45,7 +46,6 @@ class PredictionWriter(L.Callback):
         return [folder / system / METRICS for system in systems]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove the log of a validation that was killed; find out where to resume a test."""
         folder, rank = Path(trainer.default_root_dir), trainer.global_rank
         if trainer.is_global_zero:
             AnswerLog(folder, rank, {}, name=VALIDATED).clear()
@@ -86,6 +86,10 @@ class PredictionWriter(L.Callback):
     ) -> None:
         self._validation_log(trainer).add(VALIDATION, BatchAnswers(answers=outputs, passes={}))
 
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._write(trainer, self._validation_log(trainer), cast(HasResults, module))
+        self._log = None
+
     def on_test_batch_end(
         self,
         trainer: L.Trainer,
@@ -97,10 +101,6 @@ class PredictionWriter(L.Callback):
     ) -> None:
         assert self._log is not None
         self._log.add(TESTED[dataloader_idx], cast(BatchAnswers, outputs))
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._write(trainer, self._validation_log(trainer), cast(HasResults, module))
-        self._log = None
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert self._log is not None
@@ -128,8 +128,7 @@ class PredictionWriter(L.Callback):
                     log.write_predictions(system, split, folder / FILES[split], total)
                 if not trainer.sanity_checking:
                     write_json(folder / METRICS, {k: json_number(k, v) for k, v in metrics.items()})
-                    notes = getattr(module, "notes", {}).get(system)
-                    if notes:
+                    if notes := getattr(module, "notes", {}).get(system):
                         write_json(folder / NOTES, dict(notes))
                     else:
                         remove(folder / NOTES)
@@ -138,7 +137,6 @@ class PredictionWriter(L.Callback):
         trainer.strategy.barrier("predictions written")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove the log of an evaluation that is complete."""
         if self._complete and trainer.is_global_zero and self._log is not None:
             self._log.clear()
 
@@ -147,6 +145,13 @@ class PredictionWriter(L.Callback):
             self._log.close()
             if VALIDATION in self._log.queries:
                 self._log.path.unlink(missing_ok=True)
+
+
+def require_writer(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Raise a DataError unless a `PredictionWriter` stands before a callback that reads its files."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(c, PredictionWriter) for c in callbacks[: callbacks.index(callback)]):
+        raise DataError(f"trainer.callbacks: {type(callback).__name__} needs a PredictionWriter before it")
 
 
 def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:

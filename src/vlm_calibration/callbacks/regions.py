@@ -57,7 +57,7 @@ class RegionWriter(L.Callback):
         self._log: AppendLog | None = None
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The files that are written when all shards are finished, by whichever part; reads the queries of all sources."""
+        """The files that the last part to end writes; reads the queries of all sources."""
         plan = data.plan_extraction(cast(RegionExtractor, module).keep_known)
         return [*(folder / extraction.file for extraction in plan.extractions), folder / SUMMARY]
 
@@ -85,12 +85,7 @@ class RegionWriter(L.Callback):
             path.unlink(missing_ok=True)
 
     def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: RawBatch,
-        *_: Any,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RawBatch, *_: Any
     ) -> None:
         assert self._log is not None
         self._rows += [row_of(extracted) for extracted in outputs]
@@ -122,34 +117,33 @@ class RegionWriter(L.Callback):
         trainer.strategy.barrier("merged")
 
     def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, JsonLine], folder: Path) -> None:
-        """Write the rows of each source as one file, and the summary of all."""
+        """Write the rows of each source as one file without unreadable ones, and the summary of all."""
         assert self._log is not None
         total, files = RegionSummary(), {}
         for source, extraction in enumerate(data.region_plan.extractions):
-            summary = files[folder / extraction.file] = RegionSummary()
+            summary = files[extraction.file] = RegionSummary()
             own = [lines[shard.number] for shard in data.shards if shard.source == source]
             tracked = track(own, f"writing {folder / extraction.file}", len(own), "shards")
-            shards = (self._log.reread(line)["rows"] for line in tracked)
-            write_rows(
-                folder / extraction.file, (_usable(rows, summary, total) for rows in shards), extraction.note
-            )
+            shards = (self._usable(line, summary, total) for line in tracked)
+            write_rows(folder / extraction.file, shards, extraction.note)
+        by_file = {name: summary.to_dict() for name, summary in files.items()}
         complete = [f"data.{setting}" for setting in data.region_plan.complete]
-        by_name = {path.name: summary.to_dict() for path, summary in files.items()}
-        content = {**total.to_dict(), "unreadable": total.notes, "files": by_name, "complete": complete}
+        content = {**total.to_dict(), "files": by_file, "complete": complete}
         write_json(folder / SUMMARY, content)
-        print_summary(total, files, complete)
+        print_summary(folder, content)
+
+    def _usable(self, line: JsonLine, *summaries: RegionSummary) -> list[dict[str, Any]]:
+        """The rows of a shard that can be trained on; the summaries count all rows."""
+        assert self._log is not None
+        rows: list[dict[str, Any]] = self._log.reread(line)["rows"]
+        for row in rows:
+            for summary in summaries:
+                summary.add(row)
+        return [row for row in rows if row["outcome"] != "unreadable"]
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if self._log is not None:
             self._log.close()
-
-
-def _usable(rows: Sequence[dict[str, Any]], *summaries: RegionSummary) -> list[dict[str, Any]]:
-    """The rows that can be trained on; the summaries count all rows."""
-    for row in rows:
-        for summary in summaries:
-            summary.add(row)
-    return [row for row in rows if row["outcome"] != "unreadable"]
 
 
 def row_of(extracted: Extracted) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""The W&B workspace and report of a project, from the sections in `dashboard.yaml`; each of them answers a question.
-
-Neither W&B nor its workspaces are imported before something is built, so the project's name and the check for a login cost nothing.
-"""
+"""The W&B workspace and report of a project, from the sections in `dashboard.yaml`; W&B is imported when something is built."""
 
 from __future__ import annotations
 
@@ -25,8 +22,6 @@ STEP = "trainer/global_step"
 NAME = "Calibration"
 RUNS = {"training": ["sft", "dpo"], "evaluation": ["evaluation"]}
 """Runs of a section of the report -> the tags that `Artifacts` gives these runs."""
-GRID_COLUMNS = 24
-"""Width of a report."""
 KINDS = ("curve", "bars", "figures", "table")
 """The kinds of panels."""
 Section = dict[str, Any]
@@ -84,12 +79,16 @@ def build(entity: str, project: str, sections: Sequence[Section]) -> dict[str, s
     """Save the report, which creates the project if necessary, and the workspace; returns the URL of each.
 
     Raises:
-        ModuleNotFoundError: `wandb-workspaces` is not installed.
-        DataError: nobody is logged in, or the server refuses or cannot be reached.
+        DataError: `wandb-workspaces` is not installed, nobody is logged in, or the server refuses or cannot be reached.
     """
     import wandb
-    import wandb_workspaces  # noqa: F401
 
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "wandb-workspaces is not installed: pip install 'vlm-calibration[dashboard]'"
+        ) from error
     if not logged_in():
         raise DataError("nobody is logged in to W&B: run `wandb login`, or print the dashboard with --print")
     try:
@@ -123,15 +122,12 @@ def report(entity: str, project: str, sections: Sequence[Section]) -> Any:
     blocks: list[Any] = [wr.TableOfContents()]
     for section in sections:
         runs = wr.Runset(name=section["runs"], filters=[ws.Tags().isin(RUNS[section["runs"]])])
-        # Panels from left to right and top to bottom; wide tables and several figures take a whole row.
-        panels, x, y, row_height = [], 0, 0, 0
+        panels = []
         for panel in section["panels"]:
             is_wide = len(panel["keys"]) > 1 or panel["keys"][0].endswith(("/samples", "/comparison"))
             width, height = (8, 7) if panel["kind"] in ("curve", "bars") else (24 if is_wide else 12, 11)
-            if x + width > GRID_COLUMNS:
-                x, y, row_height = 0, y + row_height, 0
-            panels.append(_wandb_panel(panel, layout=wr.Layout(x=x, y=y, w=width, h=height)))
-            x, row_height = x + width, max(row_height, height)
+            # W&B moves panels that overlap to the right, or down.
+            panels.append(_wandb_panel(panel, layout=wr.Layout(w=width, h=height)))
         grid = wr.PanelGrid(runsets=[runs], panels=panels)
         blocks += [wr.H2(section["question"]), wr.P(section["note"]), grid]
     return wr.Report(
