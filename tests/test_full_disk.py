@@ -26,8 +26,6 @@ from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
 from vlm_calibration.commands.data_fetch import _download
 from vlm_calibration.commands.data_split import split
-from vlm_calibration.commands.questions import AnswerFile, Question
-from vlm_calibration.commands.report import report
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answer_log import AnswerLog
@@ -49,9 +47,6 @@ def _assert_names(error: str, path: Path | str) -> None:
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-# --- Runs ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +127,6 @@ def test_an_export(cramped: Run, new_adapter: Callable[..., str], tmp_path: Path
     assert _contents(tmp_path) == {"out/mine": b"kept"}
 
 
-# --- Files ---------------------------------------------------------------------------------------------------------------
-
-
 def _levels(folder: Path) -> None:
     rows = [(i / 500, 100, 50) for i in range(501)]
     AnchoredLevels.fit({"yes_no": noise_counts(*rows)}).save(folder / "levels.json")
@@ -149,11 +141,6 @@ def _regions(folder: Path) -> None:
 def _answered(folder: Path) -> None:
     said = Prediction("q", "?", "Yes", "Yes" * 10_000, "yes", 0.5, True, None, 0, "yes_no")
     AnswerLog(folder, 0, {}).add("test", {"answers": {"base": [said]}, "passes": {}})  # type: ignore[list-item]
-
-
-def _asked(folder: Path) -> None:
-    answers = AnswerFile(folder / "answers.jsonl", {})
-    answers.add([(Question("q", "1", "a.png", "?", None, None), {"text": "Yes" * 10_000})])
 
 
 def _limit_what_follows(largest: int = 3_000) -> None:
@@ -180,37 +167,12 @@ def _divided(folder: Path) -> None:
     split(data / "all.jsonl", out=folder, root=data, near_identical=False, overwrite=True)
 
 
-def _report(folder: Path) -> None:
-    rows = [
-        {
-            "id": f"q{i}",
-            "image": f"{i}.png",
-            "question": "Is there a dog?",
-            "answer": "Yes",
-            "text": "Yes. Confidence: 90%",
-            "predicted": "yes",
-            "confidence": 0.9,
-            "correct": i % 4 > 0,
-            "category": None,
-            "noise_step": 0,
-            "answer_type": "yes_no",
-        }
-        for i in range(40)
-    ]
-    system = folder / "run" / "base"
-    system.mkdir(parents=True)
-    (system / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report([str(folder / "run")], out=folder / "report.html", replicates=20)
-
-
 WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
     "levels.json": (_levels, True),
     "queries.parquet": (_regions, True),
     ".answered.0.jsonl": (_answered, False),
-    "answers.jsonl": (_asked, False),
     "pope.json": (_downloaded, False),
     "train.jsonl": (_divided, True),
-    "report.html": (_report, True),
 }
 """File -> the function that writes it, and whether that replaces an existing file."""
 
@@ -240,9 +202,6 @@ def test_a_file(tmp_path: Path, name: str) -> None:
     assert files <= {name}, "no temporary files"
     if replaces:
         assert (tmp_path / name).read_text() == "kept"
-
-
-# --- Logs ----------------------------------------------------------------------------------------------------------------
 
 
 Usage = namedtuple("Usage", "total used free")

@@ -37,6 +37,8 @@ class Processes:
             )
             for rank in range(count)
         ]
+        for writer, trainer in reversed(list(zip(self.writers, self.trainers, strict=True))):
+            writer.setup(trainer, None, "validate")  # type: ignore[arg-type]
 
     def write(self, systems: dict[str, list[Prediction]], batch_size: int = 2) -> None:
         """Distribute the predictions as the sampler does, and write them in batches."""
@@ -126,8 +128,6 @@ def test_parts_of_a_killed_run_do_not_leak_into_the_next(tmp_path: Path) -> None
     killed = Processes(tmp_path, 3)
     killed.write({"": [_prediction(i) for i in range(9)], "sft": [_prediction(i) for i in range(9)]})
     processes = Processes(tmp_path, 2)
-    for writer, trainer in zip(processes.writers, processes.trainers, strict=True):
-        writer.setup(trainer, None, "validate")  # type: ignore[arg-type]
     # The second process answers nothing, and so opens no part of its own.
     processes.write({"": [_prediction(0)], "sft": [_prediction(0)]})
     processes.finish({"": {"n": 1.0}, "sft": {"n": 1.0}})

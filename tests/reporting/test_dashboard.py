@@ -163,9 +163,6 @@ def test_the_outline_names_sections_panels_and_keys(capsys: pytest.CaptureFixtur
             assert line == f"  - {panel['title']}: {panel['kind']} of {', '.join(panel['keys'])}{unit}"
 
 
-# --- Errors -----------------------------------------------------------------------------------------------------
-
-
 def test_nobody_is_logged_in(build: Callable[..., tuple[Ended, list[dict[str, Any]]]]) -> None:
     ended, saved = build(WANDB_API_KEY="")
     assert ended.error().startswith("nobody is logged in to W&B: run `wandb login`")

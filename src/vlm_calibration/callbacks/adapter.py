@@ -58,9 +58,10 @@ class AdapterWriter(L.Callback):
         self.card(trainer, module)
 
     def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # A run resumed after its last step validates the trained model here.
-        if trainer.num_sanity_val_steps == float("inf"):
-            self.validations.setdefault("before", dict(cast(HasResults, module).results[""]))
+        # Without validation queries there are none. A run resumed after its last step validates the trained model here.
+        results = getattr(module, "results", None)
+        if results is not None and trainer.num_sanity_val_steps == float("inf"):
+            self.validations.setdefault("before", dict(results[""]))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -46,19 +46,22 @@ class PredictionWriter(L.Callback):
         return [folder / system / METRICS for system in systems]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        folder, rank = Path(trainer.default_root_dir), trainer.global_rank
-        if trainer.is_global_zero:
-            AnswerLog(folder, rank, {}, name=VALIDATED).clear()
-        self._log, self._complete = None, False
-        if stage == "test":
-            module, data = cast(EvaluationModule, pl_module), _data(trainer)
-            log = self._log = AnswerLog(folder, rank, data.tested_queries, module.run_digest)
-            complete = asks_all(trainer)
-            if self.start_over:
-                self._state = ResumeState()
-            else:
-                self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
-            data.leave_out_answered(self._state.answered or {})
+        folder, rank, data = Path(trainer.default_root_dir), trainer.global_rank, _data(trainer)
+        self._complete = False
+        if stage != "test":
+            queries = data.sets[VALIDATION].queries if VALIDATION in data.sets else ()
+            self._log = AnswerLog(folder, rank, {VALIDATION: queries}, name=VALIDATED)
+            if trainer.is_global_zero:
+                # A validation that was killed may have left answers.
+                self._log.clear()
+            return
+        module = cast(EvaluationModule, pl_module)
+        log = self._log = AnswerLog(folder, rank, data.tested_queries, module.run_digest)
+        complete = asks_all(trainer)
+        self._state = ResumeState()
+        if not self.start_over:
+            self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
+        data.leave_out_answered(self._state.answered or {})
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin or resume, now that the model is loaded."""
@@ -84,11 +87,8 @@ class PredictionWriter(L.Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        self._validation_log(trainer).add(VALIDATION, BatchAnswers(answers=outputs, passes={}))
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._write(trainer, self._validation_log(trainer), cast(HasResults, module))
-        self._log = None
+        assert self._log is not None
+        self._log.add(VALIDATION, BatchAnswers(answers=outputs, passes={}))
 
     def on_test_batch_end(
         self,
@@ -102,20 +102,17 @@ class PredictionWriter(L.Callback):
         assert self._log is not None
         self._log.add(TESTED[dataloader_idx], cast(BatchAnswers, outputs))
 
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._write(trainer, cast(HasResults, module))
+
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert self._log is not None
-        self._write(trainer, self._log, cast(HasResults, module))
+        self._write(trainer, cast(HasResults, module))
         self._complete = True
 
-    def _validation_log(self, trainer: L.Trainer) -> AnswerLog:
-        if self._log is None:
-            queries = {VALIDATION: _data(trainer).sets["validation"].queries}
-            folder = Path(trainer.default_root_dir)
-            self._log = AnswerLog(folder, trainer.global_rank, queries, name=VALIDATED)
-        return self._log
-
-    def _write(self, trainer: L.Trainer, log: AnswerLog, module: HasResults) -> None:
+    def _write(self, trainer: L.Trainer, module: HasResults) -> None:
         """Write the files of all systems, in the first process."""
+        assert self._log is not None
+        log = self._log
         log.close()
         trainer.strategy.barrier("answers")
         if trainer.is_global_zero:

@@ -15,12 +15,12 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from vlm_calibration.callbacks.adapter import ADAPTER
 from vlm_calibration.callbacks.checkpoint import FOLDER
 from vlm_calibration.callbacks.distributed import broadcast_from_first
-from vlm_calibration.callbacks.logger import RunLogger
 from vlm_calibration.callbacks.regions import SHARDS, SUMMARY
 from vlm_calibration.callbacks.run_record import RunRecord, command_of, differences, new_record, read_record
 from vlm_calibration.data.module import PerturbedQueryDataModule
@@ -146,14 +146,13 @@ class SaveRunConfig(SaveConfigCallback):
         super().__init__(*args, **{**settings, "save_to_log_dir": False})
         self.record: RunRecord | None = None
         self._lock: FileIO | None = None
+        self._loggers: list[Logger] = []
 
     def hold(self, trainer: L.Trainer) -> None:
-        """Keep the trainer's loggers waiting until the run begins, and make this the first callback."""
+        """Keep the loggers from the trainer until the run begins, and make this the first callback."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: callback is not self)
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.waiting = True
+        self._loggers, trainer.loggers = trainer.loggers, []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the record, by whose digest the module tells its own answers from those of another run."""
@@ -176,9 +175,7 @@ class SaveRunConfig(SaveConfigCallback):
             return
         self.already_saved = True
         broadcast_from_first(trainer, lambda: self.save_config(trainer, pl_module, ""))
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.waiting = False
+        trainer.loggers = self._loggers
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / CONFIG
             self._lock = hold(path)

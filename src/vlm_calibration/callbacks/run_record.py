@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -39,31 +39,34 @@ ANSWERING_PACKAGES = PACKAGES[:4]
 """Those whose versions may not change within an evaluation or measurement."""
 BATCH = "data.batch_size x processes"
 """The queries of a step of training, among the settings of a record, e.g. "4 x 2"."""
+SPLITS = {
+    "fit": ("train", "validation"),
+    "test": ("test", "calibration"),
+    "levels fit": ("levels", "train"),
+    "predict": SOURCES,
+}
+"""Command -> the sources that it reads."""
+TESTING = r"limit_test_batches|overfit_batches"
 TRAINER = {
-    "fit": (
-        *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "accumulate_grad_batches"),
-        *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches"),
-        *("overfit_batches", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"),
-        *("sync_batchnorm", "callbacks"),
-    ),
-    "test": ("limit_test_batches", "overfit_batches"),
-    "levels fit": ("limit_test_batches", "overfit_batches"),
-    "predict": (),
+    "fit": r"(max|min)_.*|accumulate_grad_batches|gradient_clip_\w+|limit_(train|val)_batches|overfit_batches|\w*val_\w+"
+    r"|sync_batchnorm|callbacks.*",
+    "test": TESTING,
+    "levels fit": TESTING,
+    "predict": "",
 }
 """Command -> settings of `trainer` that can change its result, beside the precision and the number of processes."""
-LOADING = {"batch_size", "parts", "part", "workers", "regions"}
-"""Settings of `data` that change no result, or whose effect is compared otherwise: batch size, and content of regions."""
-BATCHES = {"eval_batch_size", "shard_size"}
-"""Those that decide which queries an extraction looks at together."""
-TRAINING = {"augment", "candidates", "max_length", "on_too_long"}
+LOADING = "batch_size|parts|part|workers|regions"
+TRAINING = "augment|candidates|max_length|on_too_long"
 IGNORED_DATA = {
-    "fit": LOADING | BATCHES,
-    "test": LOADING | BATCHES | TRAINING,
-    "levels fit": LOADING | BATCHES | TRAINING,
-    "predict": LOADING | TRAINING | {"noise", "prompt", "grading"},
+    "fit": f"{LOADING}|eval_batch_size|shard_size",
+    "test": f"{LOADING}|eval_batch_size|shard_size|{TRAINING}",
+    "levels fit": f"{LOADING}|eval_batch_size|shard_size|{TRAINING}",
+    "predict": f"{LOADING}|{TRAINING}|noise|prompt|grading",
 }
-"""Command -> settings of `data`, other than sources, that do not count."""
-IGNORED_MODEL = ("gradient_checkpointing", "out", "likelihoods")
+"""Command -> settings of `data` that do not count, beside the sources that it does not read.
+
+An extraction looks at the queries of a batch together. The batch size of training counts as `BATCH`, regions by their content."""
+IGNORED_MODEL = "gradient_checkpointing|out|likelihoods"
 """Settings of the model that do not count: how it computes, and where its results go, which are compared by content."""
 PASSIVE = re.compile(
     r"vlm_calibration\.callbacks\..*|lightning\.pytorch\.callbacks\.(.*\.)?(DeviceStatsMonitor|LearningRateMonitor|ModelCheckpoint"
@@ -153,36 +156,21 @@ def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, An
     """The settings that can change the result of a command, by dotted name, of a configuration with all defaults filled in."""
     trainer, data, model = (settings.get(name) or {} for name in ("trainer", "data", "model"))
     given = model.get("init_args") or {}
-    arguments = {name: value for name, value in given.items() if name not in IGNORED_MODEL}
-    if arguments.get("endpoints"):
-        # How requests are sent changes no answer, and a server may have moved.
-        arguments["endpoints"] = {
-            name: {key: endpoint.get(key) for key in DECIDING}
-            for name, endpoint in arguments["endpoints"].items()
-        }
-    counted = {name: trainer.get(name) for name in TRAINER[command]}
-    if callbacks := counted.get("callbacks"):
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        counted["callbacks"] = [c for c in callbacks if not PASSIVE.fullmatch(c["class_path"])] or None
-    with_likelihoods, named = given.get("likelihoods") is not None, bool(data.get("predict"))
-    sources: Iterable[str] = {
-        "fit": ("train", "validation"),
-        "test": ("test", "calibration"),
-        "levels fit": ("levels", "train") if with_likelihoods else ("levels",),
-        "predict": ("predict",) if named else SOURCES,
-    }[command]
-    deciding = {
-        "seed_everything": settings.get("seed_everything"),
-        "ckpt_path": settings.get("ckpt_path"),
-        "trainer": counted,
-        "model": {**model, "init_args": arguments},
-        "data": {
-            name: value
-            for name, value in data.items()
-            if (name in sources if name in SOURCES else name not in IGNORED_DATA[command])
-        },
-    }
-    return dict(flat(deciding))
+    sources = ("predict",) if command == "predict" and data.get("predict") else SPLITS[command]
+    if command == "levels fit" and given.get("likelihoods") is None:
+        sources = ("levels",)
+    ignored = "|".join([*(name for name in SOURCES if name not in sources), IGNORED_DATA[command]])
+    # How requests are sent to an endpoint changes no answer, and a server may have moved.
+    sending = rf"endpoints\.[^.]+\.(?!({'|'.join(DECIDING)})\b)"
+    deciding = re.compile(
+        rf"seed_everything|ckpt_path|trainer\.({TRAINER[command]})"
+        rf"|model\.(?!init_args\.({IGNORED_MODEL}|{sending})\b).*|data\.(?!({ignored})\b).*"
+    )
+    callbacks = trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    active = [c for c in callbacks if not PASSIVE.fullmatch(c["class_path"])] or None
+    values = flat({**settings, "trainer": {**trainer, "callbacks": active}})
+    return {name: value for name, value in values if deciding.fullmatch(name)}
 
 
 def run_inputs(

@@ -212,9 +212,9 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
             f"{folder}: this adapter was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'}): "
             "evaluate it again"
         )
-    results: dict[str, dict[str, float | None]] = {}
-    for name in systems_of(config):
-        if name == "base" or name in adapters:
+    evaluated, results = systems_of(config), {}
+    for name in ("base", *adapters):
+        if name in evaluated:
             metrics = read_object(folder / name / METRICS)
             results[name] = {key: metrics.get(key) for key in ("n", *COLUMNS)}
     counts = {values["n"] for values in results.values()}
