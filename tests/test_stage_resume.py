@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from .command_line import Ended, callback, run_plainly
+from .command_line import Ended, callback
 from .level_tables import FALLING, measured, noise_counts
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def _assert_refused(ended: Ended, folder: Path, *texts: str) -> None:
 
 
 def test_a_stopped_training_resumes_by_the_same_command_and_is_then_done(
-    run: Run, start: Start, root: Path, tmp_path: Path
+    run: Run, start: Start, tmp_path: Path
 ) -> None:
     whole = run(*start("whole"))
     assert whole.status == 0, whole.err
@@ -66,7 +66,7 @@ def test_a_stopped_training_resumes_by_the_same_command_and_is_then_done(
     _assert_done(run(*command), tmp_path / "run")
     # A default that is given explicitly is no other setting.
     two = [*command, *TWO, "--data.batch_size", "1", "--data.workers", "1", "--data.noise.dilate", "0.0"]
-    _assert_done(run_plainly(two, root, tmp_path), tmp_path / "run")
+    _assert_done(run(*two), tmp_path / "run")
     assert _files(tmp_path / "run") == before
 
 

@@ -39,6 +39,7 @@ from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import strip_confidence
 
 from ..level_tables import measured, noise_counts
+from ..trainers import plain_trainer
 
 LIMIT = 300
 PIXELS = 10**6
@@ -76,25 +77,10 @@ def _data(model: str, **settings: Any) -> PerturbedQueryDataModule:
     return PerturbedQueryDataModule(model, **{**plain, **settings})
 
 
-def _fit(
-    module: L.LightningModule,
-    data: PerturbedQueryDataModule,
-    folder: Path,
-    **settings: Any,
-) -> Path:
+def _fit(module: L.LightningModule, data: PerturbedQueryDataModule, folder: Path, **settings: Any) -> Path:
     """Train for a few steps, and return the adapter's folder."""
-    plain = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": -1,
-        "use_distributed_sampler": False,
-        "max_epochs": 1,
-    }
-    L.Trainer(callbacks=[AdapterWriter()], default_root_dir=folder, **{**plain, **settings}).fit(module, data)
+    settings = {"num_sanity_val_steps": -1, "max_epochs": 1, **settings}
+    plain_trainer(folder, AdapterWriter(), **settings).fit(module, data)
     return folder / "adapter"
 
 
@@ -298,15 +284,13 @@ def test_the_adapter_appears_whole(tmp_path: Path, data: PerturbedQueryDataModul
     assert "| perturbation | strength | any answer |\n| --- | --- | --- |\n|  | 0 | 100% |" in text
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_half_written_adapter_is_never_seen(
-    tmp_path: Path, data: PerturbedQueryDataModule, error: BaseException
-) -> None:
-    with pytest.raises(type(error)):
+def test_a_half_written_adapter_is_never_seen(tmp_path: Path, data: PerturbedQueryDataModule) -> None:
+    error = OSError("no such device")
+    with pytest.raises(OSError, match="no such device"):
         _end_fit(tmp_path, Saver("half", error), data)
     assert list(tmp_path.iterdir()) == []
     _end_fit(tmp_path, Saver("whole"), data)
-    with pytest.raises(type(error)):
+    with pytest.raises(OSError, match="no such device"):
         _end_fit(tmp_path, Saver("half", error), data)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "whole"
 

@@ -17,6 +17,8 @@ from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.reporting.tables import COLUMNS
 
+from ..trainers import plain_trainer
+
 FELL = "accuracy on the validation queries fell by"
 
 
@@ -57,20 +59,10 @@ class Kept(AdapterWriter):
 
 def _fit(folder: Path, *accuracies: float, tolerance: float = 0.01, **settings: Any) -> tuple[Any, list[str]]:
     """Train; returns the validations that were kept, and the warnings about them."""
-    plain = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": -1,
-        "max_epochs": len(accuracies) - 1,
-        "default_root_dir": folder,
-    }
+    settings = {"num_sanity_val_steps": -1, "max_epochs": len(accuracies) - 1, **settings}
     batches: DataLoader[Any] = DataLoader([torch.ones(1), torch.ones(1)])  # type: ignore[arg-type]
     keeper = Kept()
-    trainer = L.Trainer(callbacks=[keeper, ResultsTable(tolerance)], **{**plain, **settings})
+    trainer = plain_trainer(folder, keeper, ResultsTable(tolerance), **settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(Scored(*accuracies), batches, batches)
@@ -102,11 +94,9 @@ def test_a_loss_of_accuracy_above_the_tolerance_is_warned_of(
     assert [text.startswith(f"{FELL} {0.8 - after:.1%} in training") for text in said] == [True] * warns
 
 
-@pytest.mark.parametrize("settings", [{"num_sanity_val_steps": 0}, {"num_sanity_val_steps": 1}])
-def test_without_a_whole_validation_before_there_is_nothing_to_compare(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    validations, warned = _fit(tmp_path, 0.9, 0.1, 0.1, **settings)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_without_a_whole_validation_before_there_is_nothing_to_compare(tmp_path: Path, steps: int) -> None:
+    validations, warned = _fit(tmp_path, 0.9, 0.1, 0.1, num_sanity_val_steps=steps)
     assert "before" not in validations
     assert not [text for text in warned if FELL in text]
 

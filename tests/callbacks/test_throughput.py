@@ -16,6 +16,8 @@ from vlm_calibration.callbacks import throughput
 from vlm_calibration.callbacks.throughput import Throughput, peak_memory, tokens_of
 from vlm_calibration.data.candidates import Candidate, CandidateBatch
 
+from ..trainers import plain_trainer
+
 COMPUTING, WAITING, VALIDATING = 3.0, 1.0, 100.0
 """Seconds of a step, between two steps, and of a validation."""
 
@@ -80,21 +82,14 @@ def _rows(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> lis
     logger = CSVLogger(folder)
     monkeypatch.setattr(logger, "log_metrics", lambda metrics, step=None: logged.append(dict(metrics)))
     plain = {
-        "accelerator": "cpu",
-        "devices": 1,
         "logger": logger,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
         "num_sanity_val_steps": 1,
         "max_epochs": 1,
         "log_every_n_steps": 2,
         "gradient_clip_val": 0.1,
-        "default_root_dir": folder,
     }
-    trainer = L.Trainer(
-        callbacks=[Hands(clock, True), Throughput(), Hands(clock, False)], **{**plain, **settings}
-    )
+    hands = Hands(clock, True), Throughput(), Hands(clock, False)
+    trainer = plain_trainer(folder, *hands, **{**plain, **settings})
     loader: DataLoader[Any] = DataLoader(range(6), batch_size=1, collate_fn=_batch)  # type: ignore[arg-type]
     trainer.fit(Line(), loader, loader)
     return [row for row in logged if "train/data_wait" in row]

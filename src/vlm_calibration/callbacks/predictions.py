@@ -33,10 +33,11 @@ class PredictionWriter(L.Callback):
     `AnswerLog`, from which the first process writes them in the order of the data.
     """
 
+    _log: AnswerLog
+
     def __init__(self) -> None:
         self.start_over = False
         """Whether an evaluation asks all queries again, whatever an earlier one answered."""
-        self._log: AnswerLog | None = None
         self._state = ResumeState()
         self._complete = False
 
@@ -69,7 +70,6 @@ class PredictionWriter(L.Callback):
         broadcast_from_first(trainer, lambda: self._begin(trainer, cast(EvaluationModule, module)))
 
     def _begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
-        assert self._log is not None
         if self._state.message:
             rank_zero_info(self._state.message)
         for folder in (self._log.folder, *(self._log.folder / system for system in module.systems)):
@@ -87,7 +87,6 @@ class PredictionWriter(L.Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        assert self._log is not None
         self._log.add(VALIDATION, BatchAnswers(answers=outputs, passes={}))
 
     def on_test_batch_end(
@@ -99,7 +98,6 @@ class PredictionWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        assert self._log is not None
         self._log.add(TESTED[dataloader_idx], cast(BatchAnswers, outputs))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -111,7 +109,6 @@ class PredictionWriter(L.Callback):
 
     def _write(self, trainer: L.Trainer, module: HasResults) -> None:
         """Write the files of all systems, in the first process."""
-        assert self._log is not None
         log = self._log
         log.close()
         trainer.strategy.barrier("answers")
@@ -134,11 +131,11 @@ class PredictionWriter(L.Callback):
         trainer.strategy.barrier("predictions written")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self._complete and trainer.is_global_zero and self._log is not None:
+        if self._complete and trainer.is_global_zero:
             self._log.clear()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if self._log is not None:
+        if hasattr(self, "_log"):
             self._log.close()
             if VALIDATION in self._log.queries:
                 self._log.path.unlink(missing_ok=True)

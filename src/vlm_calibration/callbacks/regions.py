@@ -50,11 +50,12 @@ class RegionWriter(L.Callback):
     settings of its source, such as `train.parquet`, and `data.regions` names the folder.
     """
 
+    _log: AppendLog
+
     def __init__(self) -> None:
         self.start_over = False
         """Whether all shards are extracted again, whatever an earlier run finished."""
         self._rows: list[dict[str, Any]] = []
-        self._log: AppendLog | None = None
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         """The files that the last part to end writes; reads the queries of all sources."""
@@ -62,7 +63,7 @@ class RegionWriter(L.Callback):
         return [*(folder / extraction.file for extraction in plan.extractions), folder / SUMMARY]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the shards that this run has finished before; raises a DataError if there are shards of another run."""
+        """Find the shards that this run has finished; raises a DataError if there are shards of another run."""
         data, folder, run = _data(trainer), Path(trainer.default_root_dir), pl_module.run_digest
         path = folder / SHARDS / f"{data.part}.{trainer.global_rank}.jsonl"
         remedy = f"remove {folder}, or give another trainer.default_root_dir"
@@ -74,12 +75,11 @@ class RegionWriter(L.Callback):
             data.leave_out(broadcast_from_first(trainer, lambda: [row["shard"] for _, row in log.lines()]))
 
     def _clear(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if _data(trainer).parts > 1:
+        if (parts := _data(trainer).parts) > 1:
+            remedy = f"remove {trainer.default_root_dir} and start all parts"
             raise DataError(
-                f"--overwrite in one run of {_data(trainer).parts} would remove the shards of the others: remove "
-                f"{trainer.default_root_dir} and start all parts"
+                f"--overwrite in one run of {parts} would remove the shards of the others: {remedy}"
             )
-        assert self._log is not None
         self._log.clear()
         for path in self.outputs(Path(trainer.default_root_dir), module, _data(trainer)):
             path.unlink(missing_ok=True)
@@ -87,14 +87,12 @@ class RegionWriter(L.Callback):
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RawBatch, *_: Any
     ) -> None:
-        assert self._log is not None
         self._rows += [row_of(extracted) for extracted in outputs]
         if batch.last:
             self._log.append({"shard": batch.shard, "rows": self._rows})
             self._rows.clear()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self._log is not None
         self._log.close()
         trainer.strategy.barrier("shards")
         if trainer.is_global_zero:
@@ -103,10 +101,8 @@ class RegionWriter(L.Callback):
             lines = {row["shard"]: line._replace(content=b"") for line, row in self._log.lines()}
             missing = sum(shard.number not in lines for shard in data.shards)
             if missing and data.parts == 1:
-                raise DataError(
-                    f"{folder / SHARDS}: {missing} of {len(data.shards)} shards are missing: run again without "
-                    "trainer.limit_predict_batches"
-                )
+                what = f"{missing} of {len(data.shards)} shards are missing"
+                raise DataError(f"{folder / SHARDS}: {what}: run again without trainer.limit_predict_batches")
             if missing:
                 print(
                     f"part {data.part} of {data.parts} is done; {missing} of {len(data.shards)} shards are other parts': the "
@@ -118,7 +114,6 @@ class RegionWriter(L.Callback):
 
     def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, JsonLine], folder: Path) -> None:
         """Write the rows of each source as one file without unreadable ones, and the summary of all."""
-        assert self._log is not None
         total, files = RegionSummary(), {}
         for source, extraction in enumerate(data.region_plan.extractions):
             summary = files[extraction.file] = RegionSummary()
@@ -134,7 +129,6 @@ class RegionWriter(L.Callback):
 
     def _usable(self, line: JsonLine, *summaries: RegionSummary) -> list[dict[str, Any]]:
         """The rows of a shard that can be trained on; the summaries count all rows."""
-        assert self._log is not None
         rows: list[dict[str, Any]] = self._log.reread(line)["rows"]
         for row in rows:
             for summary in summaries:
@@ -142,7 +136,7 @@ class RegionWriter(L.Callback):
         return [row for row in rows if row["outcome"] != "unreadable"]
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if self._log is not None:
+        if hasattr(self, "_log"):
             self._log.close()
 
 

@@ -22,10 +22,8 @@ STEP = "trainer/global_step"
 NAME = "Calibration"
 RUNS = {"training": ["sft", "dpo"], "evaluation": ["evaluation"]}
 """Runs of a section of the report -> the tags that `Artifacts` gives these runs."""
-KINDS = ("curve", "bars", "figures", "table")
-"""The kinds of panels."""
 Section = dict[str, Any]
-"""A section as in `dashboard.yaml`; each of its `panels` has `title`, `kind`, `keys`, `unit` and `range`."""
+"""A section as in `dashboard.yaml`."""
 
 
 def logged_in() -> bool:
@@ -54,13 +52,11 @@ def sections(systems: Sequence[str]) -> list[Section]:
 
     content: list[Section] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for panel in (panel for section in content for panel in section["panels"]):
-        [panel["kind"]] = [kind for kind in KINDS if kind in panel]
-        keys = panel.pop(panel["kind"])
         panel["keys"] = [
-            key.replace("*", name) for key in keys for name in (systems if "*" in key else systems[:1])
+            key.replace("*", name)
+            for key in panel["keys"]
+            for name in (systems if "*" in key else systems[:1])
         ]
-        panel.setdefault("unit", None)
-        panel.setdefault("range", (None, None))
     return content
 
 
@@ -70,7 +66,7 @@ def outline(sections: Sequence[Section]) -> str:
     for section in sections:
         lines += ["", f"{section['question']} ({section['runs']} runs)", f"  {section['note']}"]
         for panel in section["panels"]:
-            unit = f" ({panel['unit']})" if panel["unit"] else ""
+            unit = f" ({panel['unit']})" if "unit" in panel else ""
             lines.append(f"  - {panel['title']}: {panel['kind']} of {', '.join(panel['keys'])}{unit}")
     return "\n".join(lines[1:])
 
@@ -144,12 +140,12 @@ def _wandb_panel(panel: dict[str, Any], **place: Any) -> Any:
     """Convert a panel to W&B's class; `place` is its layout in a report."""
     import wandb_workspaces.reports.v2 as wr
 
-    title, keys = panel["title"], panel["keys"]
+    title, keys, limits = panel["title"], panel["keys"], tuple(panel.get("range", (None, None)))
     if panel["kind"] == "curve":
-        axes = {"x": STEP, "title_x": "Step", "title_y": panel["unit"], "range_y": tuple(panel["range"])}
+        axes = {"x": STEP, "title_x": "Step", "title_y": panel.get("unit"), "range_y": limits}
         return wr.LinePlot(title=title, y=keys, **axes, **place)
     if panel["kind"] == "bars":
-        return wr.BarPlot(title=title, metrics=keys, orientation="v", range_x=tuple(panel["range"]), **place)
+        return wr.BarPlot(title=title, metrics=keys, orientation="v", range_x=limits, **place)
     if panel["kind"] == "figures":
         return wr.MediaBrowser(title=title, media_keys=keys, num_columns=len(keys), **place)
     return wr.WeavePanelSummaryTable(table_name=keys[0], **place)
