@@ -109,16 +109,6 @@ def test_the_adapter(cramped: Run, start: Start, stopped: Path) -> None:
     assert after == before
 
 
-def test_predictions(cramped: Run, start: Start, tmp_path: Path) -> None:
-    callbacks = [callback("predictions.PredictionWriter")]
-    many = ["--data.validation.init_args.scenes", "40", "--trainer.max_steps", "1"]
-    ended = cramped(
-        *start("run", callbacks=callbacks, enable_checkpointing=False, val_check_interval=1), *many
-    )
-    _assert_names(ended.error(), tmp_path / "run/.predictions.0.jsonl")
-    assert not (tmp_path / "run/predictions.jsonl").exists()
-
-
 def test_an_export(cramped: Run, new_adapter: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("kept")

@@ -77,9 +77,8 @@ def reading(path: str | Path) -> Iterator[None]:
 class RunCheckpoint(ModelCheckpoint):
     """A `ModelCheckpoint` in `checkpoints/` of the run directory, with a `last.ckpt` from which a stopped run resumes.
 
-    `last.ckpt` is written after every epoch and its validation, every `every_n_train_steps` steps, and on SIGTERM or SIGUSR1.
-    A signal ends the run after the next optimiser step, since a checkpoint holds no accumulated gradients. A signal during
-    the last step of an epoch or during validation takes effect after the validation.
+    `last.ckpt` is written after every epoch and its validation, every `every_n_train_steps` steps, and on SIGTERM or SIGUSR1, which
+    end the run after the next optimiser step, since a checkpoint holds no accumulated gradients, or after the validation.
 
     Args:
         every_n_train_steps: optimiser steps between two `last.ckpt` within an epoch; None: only at the end of epochs.

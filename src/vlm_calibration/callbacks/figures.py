@@ -36,20 +36,11 @@ ANSWER_COLUMNS = ("text", "confidence", "correct")
 
 
 class CalibrationFigures(L.Callback):
-    """Logs figures and tables to W&B after every validation and evaluation.
+    """Logs figures and tables to a W&B logger after every validation and evaluation. Place it after `PredictionWriter`.
 
-    For each system:
-
-    - `reliability`, `risk_coverage` and, if images were perturbed, `response_curve`: figures.
-    - `confidence_table` and `response_table`: the numbers behind them.
-
-    Once for all systems:
-
-    - `samples`: answers to the same queries each time, with the image that the model was given.
-    - `comparison`, in an evaluation: metrics, a row a system.
-
-    Names begin with `val/`, or with `test/` and the system's name. Without a W&B logger nothing is drawn. Place it after
-    `PredictionWriter`.
+    Names begin with `val/`, or with `test/` and the system's name. For each system: the figures `reliability`, `risk_coverage` and, if
+    images were perturbed, `response_curve`, with their numbers in `confidence_table` and `response_table`. For all systems: `samples`,
+    the answers to the same queries each time, with the image as the model saw it; in an evaluation `comparison`, a row a system.
 
     Args:
         samples: number of queries in `samples`.
