@@ -298,9 +298,9 @@ def test_a_half_written_adapter_is_never_seen(tmp_path: Path, data: PerturbedQue
 def test_an_interrupted_run_and_other_processes_write_none(
     tmp_path: Path, data: PerturbedQueryDataModule
 ) -> None:
-    _end_fit(tmp_path, Saver("x"), data, interrupted=True)
-    _end_fit(tmp_path, Saver("x"), data, is_global_zero=False)
-    assert list(tmp_path.iterdir()) == []
+    for settings in ({"interrupted": True}, {"is_global_zero": False}):
+        _end_fit(tmp_path, Saver("x"), data, **settings)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_last_validation_of_this_training_counts(data: PerturbedQueryDataModule) -> None:

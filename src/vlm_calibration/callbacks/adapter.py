@@ -121,10 +121,9 @@ class AdapterWriter(L.Callback):
             training["levels"] = "open answers by ranking"
         if isinstance(module, DPOModule) and module.target.fitted is not None:
             training["teacher"] = repr(module.target.fitted)
-        record = read_record(folder)
-        for name, value in record.settings.items() if record is not None else ():
-            if value is not None and not name.endswith(SECRETS):
-                training[name] = str(value)
+        if (record := read_record(folder)) is not None:
+            given = {name: str(value) for name, value in record.settings.items() if value is not None}
+            training |= {name: value for name, value in given.items() if not name.endswith(SECRETS)}
         results = {
             # JSON lacks NaN.
             when: {name: v[name] if math.isfinite(v[name]) else None for name in ("n", *COLUMNS) if name in v}

@@ -114,7 +114,8 @@ class RegionWriter(L.Callback):
 
     def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, JsonLine], folder: Path) -> None:
         """Write the rows of each source as one file without unreadable ones, and the summary of all."""
-        total, files = RegionSummary(), {}
+        total = RegionSummary()
+        files: dict[str, RegionSummary] = {}
         for source, extraction in enumerate(data.region_plan.extractions):
             summary = files[extraction.file] = RegionSummary()
             own = [lines[shard.number] for shard in data.shards if shard.source == source]

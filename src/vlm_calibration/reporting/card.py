@@ -212,7 +212,8 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
             f"{folder}: this adapter was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'}): "
             "evaluate it again"
         )
-    evaluated, results = systems_of(config), {}
+    evaluated = systems_of(config)
+    results: dict[str, dict[str, float | None]] = {}
     for name in ("base", *adapters):
         if name in evaluated:
             metrics = read_object(folder / name / METRICS)
