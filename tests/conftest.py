@@ -281,8 +281,7 @@ def start(fit: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[s
             *disaster,
             callback("checkpoint.RunCheckpoint", every_n_train_steps=every),
             *map(callback, ("nan_guard.NanGuard", "adapter.AdapterWriter", "predictions.PredictionWriter")),
-            *([callback("before_after.BeforeAfterCheck", tolerance=-1.0)] if stage == "dpo" else []),
-            callback("results_table.ResultsTable"),
+            callback("results_table.ResultsTable", tolerance=-1.0),
         ]
         settings = {"max_steps": -1, "max_epochs": 2, "callbacks": callbacks}
         settings["num_sanity_val_steps"] = -1 if stage == "dpo" else 0

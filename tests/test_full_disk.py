@@ -27,7 +27,6 @@ from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
 from vlm_calibration.commands.data_fetch import _download
 from vlm_calibration.commands.data_split import split
-from vlm_calibration.commands.report import report
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answer_log import AnswerLog
@@ -49,9 +48,6 @@ def _assert_names(error: str, path: Path | str) -> None:
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-# --- Runs ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -114,25 +110,12 @@ def test_the_adapter(cramped: Run, start: Start, stopped: Path) -> None:
     assert after == before
 
 
-def test_predictions(cramped: Run, start: Start, tmp_path: Path) -> None:
-    callbacks = [callback("predictions.PredictionWriter")]
-    many = ["--data.validation.init_args.scenes", "40", "--trainer.max_steps", "1"]
-    ended = cramped(
-        *start("run", callbacks=callbacks, enable_checkpointing=False, val_check_interval=1), *many
-    )
-    _assert_names(ended.error(), tmp_path / "run/.predictions.0.jsonl")
-    assert not (tmp_path / "run/predictions.jsonl").exists()
-
-
 def test_an_export(cramped: Run, new_adapter: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("kept")
     ended = cramped("export", new_adapter(1), "--out", "out", "--overwrite", "--merge")
     _assert_names(ended.error(), "out")
     assert _contents(tmp_path) == {"out/mine": b"kept"}
-
-
-# --- Files ---------------------------------------------------------------------------------------------------------------
 
 
 def _levels(folder: Path) -> None:
@@ -179,29 +162,6 @@ def _divided(folder: Path) -> None:
     split(data / "all.jsonl", out=folder, root=data, near_identical=False, overwrite=True)
 
 
-def _report(folder: Path) -> None:
-    rows = [
-        {
-            "id": f"q{i}",
-            "image": f"{i}.png",
-            "question": "Is there a dog?",
-            "answer": "Yes",
-            "text": "Yes. Confidence: 90%",
-            "predicted": "yes",
-            "confidence": 0.9,
-            "correct": i % 4 > 0,
-            "category": None,
-            "noise_step": 0,
-            "answer_type": "yes_no",
-        }
-        for i in range(40)
-    ]
-    system = folder / "run" / "base"
-    system.mkdir(parents=True)
-    (system / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report([str(folder / "run")], out=folder / "report.html", replicates=20)
-
-
 WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
     "levels.json": (_levels, True),
     "queries.parquet": (_regions, True),
@@ -209,7 +169,6 @@ WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
     "answers.jsonl": (_asked, False),
     "pope.json": (_downloaded, False),
     "train.jsonl": (_divided, True),
-    "report.html": (_report, True),
 }
 """File -> the function that writes it, and whether that replaces an existing file."""
 
@@ -239,9 +198,6 @@ def test_a_file(tmp_path: Path, name: str) -> None:
     assert files <= {name}, "no temporary files"
     if replaces:
         assert (tmp_path / name).read_text() == "kept"
-
-
-# --- Logs ----------------------------------------------------------------------------------------------------------------
 
 
 Usage = namedtuple("Usage", "total used free")

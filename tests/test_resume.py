@@ -31,12 +31,6 @@ FILES = (WEIGHTS, "metrics.json", "predictions.jsonl")
 Start = Callable[..., list[str]]
 
 
-def _same_files(folder: Path, *others: Path) -> None:
-    for name in FILES:
-        for other in others:
-            assert (folder / name).read_bytes() == (other / name).read_bytes(), f"{other.name}: {name}"
-
-
 def _contents(folder: Path) -> dict[str, bytes]:
     """Path -> content of every file of a run; of checkpoints, which contain times, the path alone."""
     files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
@@ -56,7 +50,7 @@ MOMENTS = [(e, b, w) for e in range(2) for b in range(7) for w in ("before", "be
 
 @pytest.mark.parametrize(
     ("stage", "workers", "accumulated", "seed"),
-    [("sft", 3, 2, 1), ("dpo", 0, 1, 4)],
+    [("sft", 2, 2, 1), ("dpo", 0, 1, 4)],
 )
 def test_killed_twice_and_resumed(
     run: Callable[..., Ended],
@@ -126,7 +120,8 @@ def _comparison(ended: Ended) -> list[str]:
     return rows
 
 
-TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
+TWO = ["--trainer.strategy", "ddp", "--data.batch_size", "1"]
+"""Settings with which two processes see the queries of one step of a single process."""
 
 
 @pytest.mark.nightly
@@ -134,7 +129,7 @@ def test_killed_and_stopped_in_two_processes_with_dropout_and_resumed(
     start: Start, new_adapter: Callable[..., str], root: Path, tmp_path: Path
 ) -> None:
     """First killed, then stopped by a signal; the resumed run writes the files of an uninterrupted one."""
-    more = [*TWO, "--model.init_args.adapter", new_adapter(1, dropout=0.2)]
+    more = [*TWO, "--trainer.devices", "2", "--model.init_args.adapter", new_adapter(1, dropout=0.2)]
 
     def ended(*disaster: dict[str, Any], last: bool = False) -> Ended:
         command = [*start("run", *disaster, stage="dpo"), *more, *(["--ckpt_path", "last"] if last else [])]
@@ -155,75 +150,61 @@ def test_killed_and_stopped_in_two_processes_with_dropout_and_resumed(
     _same_directory(expected, tmp_path / "run")
 
 
-def test_killed_in_two_processes_and_resumed_in_one(
-    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
+def test_stopped_in_two_processes_and_resumed_in_one(
+    run: Callable[..., Ended], run_two: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
-    """Two processes see the same queries per step as one, so one process can resume their checkpoint."""
+    """A signal to one process stops both at the same step. They see the same queries per step as one process."""
     no_dropout = ["--model.init_args.lora.dropout", "0.0"]  # dropout differs between processes
-    ended = run_plainly([*start("whole", workers=1), *TWO, *no_dropout], root, tmp_path)
-    assert ended.status == 0, ended.err
-    kill = callback("disasters.KillAt", epoch=1, batch=4)
-    ended = run_plainly([*start("one", kill, workers=1), *TWO, *no_dropout], root, tmp_path)
-    assert ended.status == -signal.SIGKILL, ended.err
-    ended = run(*start("one"), *no_dropout, "--ckpt_path", "last")
-    assert ended.status == 0, ended.err
-    resumed, uninterrupted = (load_file(tmp_path / name / FILES[0]) for name in ("one", "whole"))
+    stop = callback("disasters.KillAt", epoch=1, batch=4, number=int(signal.SIGTERM), group=False, rank=1)
+    ended = run_two(*start("one", stop, every=1000, workers=1), *TWO, *no_dropout)
+    last = tmp_path / "one/checkpoints/last.ckpt"
+    assert ended.status == 143, ended.err
+    assert "SIGTERM" in ended.error()
+    assert str(last) in ended.error()
+    assert torch.load(last, weights_only=True)["global_step"] == 12
+    for name, settings in (("one", ["--ckpt_path", "last"]), ("whole", [])):
+        ended = run(*start(name), *no_dropout, *settings)
+        assert ended.status == 0, ended.err
+    resumed, uninterrupted = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "whole"))
     for name, weight in uninterrupted.items():
         torch.testing.assert_close(resumed[name], weight, atol=1e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("number", "status", "when", "group"),
-    [
-        (signal.SIGTERM, 143, "between", False),
-        (signal.SIGUSR1, 138, "validating", True),
-    ],
-)
-def test_a_signal_saves_and_ends_the_run(
-    run: Callable[..., Ended], start: Start, tmp_path: Path, number: int, status: int, when: str, group: bool
+def test_a_signal_during_validation_saves_and_ends_the_run(
+    run: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
-    """The signal comes in the middle of a step of 3 batches, and the run ends after that step."""
+    """SIGTERM in the middle of a step is tested with `--resume`, in `test_stage_resume.py`."""
     settings = {"workers": 2, "every": 1000, "accumulate_grad_batches": 3}
     whole = run(*start("whole", **settings))
     assert whole.status == 0, whole.err
-    disaster = callback("disasters.KillAt", epoch=0, batch=3, when=when, number=int(number), group=group)
-    if when == "validating":
-        disaster["init_args"]["batch"] = 6
-    ended = run(*start("cut", disaster, **settings))
-    assert ended.status == status, ended.err
+    signalled = {"when": "validating", "number": int(signal.SIGUSR1)}
+    ended = run(*start("cut", callback("disasters.KillAt", epoch=0, batch=6, **signalled), **settings))
+    assert ended.status == 138, ended.err
     last = tmp_path / "cut/checkpoints/last.ckpt"
-    assert signal.Signals(number).name in ended.error()
+    assert "SIGUSR1" in ended.error()
     assert str(last) in ended.error()
-    assert torch.load(last, weights_only=True)["global_step"] == (3 if when == "validating" else 2)
+    assert torch.load(last, weights_only=True)["global_step"] == 3
     assert not (tmp_path / "cut/adapter").exists()
     ended = run(*start("cut", **settings), "--ckpt_path", "last")
     assert ended.status == 0, ended.err
-    _same_files(tmp_path / "whole", tmp_path / "cut")
+    for name in FILES:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
 
 
-def test_a_signal_to_one_process_stops_all(start: Start, root: Path, tmp_path: Path) -> None:
-    kill = callback("disasters.KillAt", epoch=0, batch=2, number=int(signal.SIGTERM), group=False, rank=1)
-    ended = run_plainly([*start("cut", kill, every=1000), *TWO], root, tmp_path)
-    assert ended.status == 143, ended.err
-    assert "SIGTERM" in ended.error()
-    assert str(tmp_path / "cut/checkpoints/last.ckpt") in ended.error()
-    assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
-
-
-def test_a_finished_run_resumed_has_nothing_to_do(
+def test_a_finished_run_has_nothing_to_resume_and_its_checkpoints_hold_what_is_trained(
     run: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
-    assert run(*start("run")).status == 0
-    before = {name: (tmp_path / "run" / name).read_bytes() for name in FILES}
-    ended = run(*start("run"), "--ckpt_path", "last")
-    assert ended.status == 0, ended.err
-    assert {name: (tmp_path / "run" / name).read_bytes() for name in FILES} == before
-
-
-def test_nothing_to_resume(run: Callable[..., Ended], start: Start, tmp_path: Path) -> None:
+    """The weights and Adam's two moments take three times the adapter's size."""
     ended = run(*start("run"), "--ckpt_path", "last")
     assert ended.status == 1
     assert str(tmp_path / "run/checkpoints/last.ckpt") in ended.error()
+    assert run(*start("run")).status == 0
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in FILES}
+    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
+        assert checkpoint.stat().st_size <= 4 * len(before[WEIGHTS]), checkpoint
+    ended = run(*start("run"), "--ckpt_path", "last")
+    assert ended.status == 0, ended.err
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in FILES} == before
 
 
 def test_resumed_with_other_batches(run: Callable[..., Ended], start: Start) -> None:
@@ -240,52 +221,35 @@ def _records(error: str) -> set[str]:
     return set(re.findall(r"\btrain-[\w:-]*\w", error))
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_loss_that_is_no_number_names_the_records(
-    run: Callable[..., Ended], start: Start, tmp_path: Path, accumulated: int
+@pytest.mark.parametrize(
+    ("disaster", "accumulated", "named"),
+    [("Spoil", 1, 2), ("Spoil", 2, 4), ("SpoilGradient", 1, 2)],
+)
+def test_a_loss_or_gradient_that_is_no_number_names_the_records(
+    run: Callable[..., Ended], start: Start, tmp_path: Path, disaster: str, accumulated: int, named: int
 ) -> None:
+    """With two batches per step, the spoilt weight reaches both."""
     settings = {"every": 1, "accumulate_grad_batches": accumulated}
-    ended = run(*start("run", callback("disasters.Spoil", batch=4), **settings))
+    ended = run(*start("run", callback(f"disasters.{disaster}", batch=4), **settings))
     assert ended.status == 1
-    step = 4 // accumulated
-    assert f"loss is not finite at step {step}" in ended.error()
-    # With two batches per step, the spoilt weight reaches both.
-    assert len(_records(ended.error())) == 2 * accumulated
+    step, what = 4 // accumulated, "loss" if disaster == "Spoil" else "gradient"
+    assert f"{what} is not finite at step {step}" in ended.error()
+    assert len(_records(ended.error())) == named
     checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == step
     assert all(v.isfinite().all() for v in checkpoint["state_dict"].values())
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_a_gradient_that_is_no_number_names_the_records(
-    run: Callable[..., Ended], start: Start, tmp_path: Path
+def test_a_loss_that_is_no_number_in_one_process_stops_all(
+    run_two: Callable[..., Ended], start: Start
 ) -> None:
-    ended = run(*start("run", callback("disasters.SpoilGradient", batch=4), every=1))
-    assert ended.status == 1
-    assert "gradient is not finite at step 4" in ended.error()
-    assert len(_records(ended.error())) == 2
-    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 4
-    assert all(v.isfinite().all() for v in checkpoint["state_dict"].values())
-
-
-def test_a_loss_that_is_no_number_in_one_process_stops_all(start: Start, root: Path, tmp_path: Path) -> None:
-    ended = run_plainly([*start("run", callback("disasters.Spoil", batch=3, rank=1)), *TWO], root, tmp_path)
+    ended = run_two(*start("run", callback("disasters.Spoil", batch=3, rank=1)), *TWO)
     assert ended.status == 1, ended.err
     assert ended.errors
     for error in ended.errors:
         assert "loss is not finite at step 3" in error
         assert len(_records(error)) == 1
-
-
-def test_checkpoints_hold_what_is_trained_and_no_more(
-    run: Callable[..., Ended], start: Start, tmp_path: Path
-) -> None:
-    """The weights and Adam's two moments take three times the adapter's size."""
-    assert run(*start("run")).status == 0
-    adapter = (tmp_path / "run" / FILES[0]).stat().st_size
-    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
-        assert checkpoint.stat().st_size <= 4 * adapter, checkpoint
 
 
 def _write_forever(path: Path) -> None:

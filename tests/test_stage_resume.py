@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from .command_line import Ended, callback, run_plainly
+from .command_line import Ended, callback
 from .level_tables import FALLING, measured, noise_counts
 
 pytestmark = pytest.mark.slow
@@ -48,25 +49,33 @@ def _assert_refused(ended: Ended, folder: Path, *texts: str) -> None:
 
 
 def test_a_stopped_training_resumes_by_the_same_command_and_is_then_done(
-    run: Run, start: Start, root: Path, tmp_path: Path
+    run: Run, start: Start, tmp_path: Path
 ) -> None:
-    whole = run(*start("whole"))
+    """A signal in the middle of a step of three batches takes effect after the step."""
+    settings = {"workers": 2, "every": 1000, "accumulate_grad_batches": 3}
+    whole = run(*start("whole", **settings))
     assert whole.status == 0, whole.err
-    stop = callback("disasters.KillAt", epoch=1, batch=3, number=int(signal.SIGTERM))
-    command = [*start("run", stop), "--resume"]
-    assert run(*command).status == 143
+    signalled = {"when": "between", "number": int(signal.SIGTERM), "group": False}
+    stop = callback("disasters.KillAt", epoch=0, batch=3, **signalled)
+    command = [*start("run", stop, **settings), "--resume"]
+    stopped = run(*command)
+    assert stopped.status == 143
+    assert "SIGTERM" in stopped.error()
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert not record["finished"]
     assert record["versions"]["torch"] == version("torch")
     ended = run(*command)
     assert ended.status == 0, ended.err
-    assert str(tmp_path / "run/checkpoints/last.ckpt") in ended.out
-    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert str(last) in ended.out
+    for name in (WEIGHTS, "metrics.json", "predictions.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     before = _files(tmp_path / "run")
     _assert_done(run(*command), tmp_path / "run")
     # A default that is given explicitly is no other setting.
     two = [*command, *TWO, "--data.batch_size", "1", "--data.workers", "1", "--data.noise.dilate", "0.0"]
-    _assert_done(run_plainly(two, root, tmp_path), tmp_path / "run")
+    _assert_done(run(*two), tmp_path / "run")
     assert _files(tmp_path / "run") == before
 
 

@@ -1,7 +1,6 @@
 """An append-only log of JSON lines, from which an interrupted run resumes.
 
-Evaluations, region extraction and `vlm-calibration ask` write their results through it. Every line repeats what its content depends
-on, such as the digest of the run's record, so results of different settings are never mixed.
+Every line repeats what its content depends on, such as the digest of the run's record, so results of different settings never mix.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ class SettingsChangedError(DataError):
 class AppendLog:
     """JSON lines in one or several files, for results that must outlive the process that computes them.
 
-    Each process appends to a file of its own, under a lock; all read the files of all processes. A last line without a newline
-    was cut off when its process ended: readers ignore it, and the next process that appends to the file removes it.
+    Each process appends to a file of its own, under a lock, and reads the files of all. A last line without a newline was cut off
+    when its process ended: readers ignore it, and the next process that appends to the file removes it.
 
     Args:
         path: the file that this process appends to.
@@ -82,7 +81,7 @@ class AppendLog:
         return row
 
     def open(self) -> None:
-        """Open and lock this process's file, as `append` does; raises a DataError if it cannot be written, or another process has it."""
+        """Open and lock this process's file; raises a DataError if it cannot be written, or another process has it."""
         if self._file is not None:
             return
         with writing(self.path):
@@ -98,7 +97,7 @@ class AppendLog:
         self._file, self._is_trimmed = file, False
 
     def append(self, *rows: Mapping[str, Any], sync: bool = False) -> None:
-        """Append rows, each followed by the settings, and with `sync` wait until they are on the disk; raises a DataError if they cannot be."""
+        """Append rows and the settings, and with `sync` wait until they are on the disk; raises a DataError as `open` does."""
         self.open()
         assert self._file is not None
         lines = [json.dumps({**row, **self.settings}, ensure_ascii=False) + "\n" for row in rows]

@@ -1,8 +1,4 @@
-"""Reading and writing files: atomic replacement, JSON and JSON lines, and one-line error messages.
-
-A file or folder is written under a temporary name and then renamed, so a reader sees the old content or the new, never a
-part. Every error names the file, and in a file of JSON lines the line.
-"""
+"""Reading and writing files: atomic replacement, JSON and JSON lines; every error is one line that names the file."""
 
 from __future__ import annotations
 
@@ -41,32 +37,24 @@ def writing(path: Path, hint: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _why_unwritable(error)
-        if reason is None:
-            raise
-        raise DataError(f"cannot write {path}: {reason}{hint}") from error
-
-
-def _why_unwritable(error: BaseException | None) -> str | None:
-    """The system's reason, from the error or one of its causes; None for errors that are not about writing."""
-    while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        # safetensors and tokenizers raise their own errors, with the system's number in the text.
-        if match := re.search(r"(?:os error|Errno) (\d+)", str(error)):
-            number = int(match[1])
-        if number in UNWRITABLE:
-            return os.strerror(number)
-        error = error.__cause__
-    return None
+        cause: BaseException | None = error
+        while cause is not None:
+            number = cause.errno if isinstance(cause, OSError) else None
+            # safetensors and tokenizers raise their own errors, with the system's number in the text.
+            if match := re.search(r"(?:os error|Errno) (\d+)", str(cause)):
+                number = int(match[1])
+            if number in UNWRITABLE:
+                raise DataError(f"cannot write {path}: {os.strerror(number)}{hint}") from error
+            cause = cause.__cause__
+        raise
 
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path, and rename it to `path` when the block ends without an error; permissions follow the umask.
+    """Yield a temporary path, and rename it to `path`, a file or folder, when the block ends without an error.
 
-    Args:
-        path: a file or folder; it may exist.
-        sync: flush the content to the disk first, since some file systems report only then that they are full.
+    A reader sees the old content or the new, never a part. Permissions follow the umask. With `sync` the content is first flushed
+    to the disk, since some file systems report only then that they are full.
 
     Raises:
         DataError: the path cannot be written, e.g. the disk is full. The previous content stays.
@@ -183,7 +171,7 @@ class JsonLine(NamedTuple):
         return f"{self.path}:{self.number}"
 
     def read(self, convert: Callable[[Any], T]) -> T:
-        """Decode and convert the line; raises a DataError that names file and line if it is not JSON, or `convert` raises a ValueError."""
+        """Decode and convert the line; raises a DataError that names it if it is not JSON, or `convert` raises a ValueError."""
         try:
             return convert(parse_json(self.content))
         except ValueError as error:
@@ -220,18 +208,16 @@ def parse_json(content: bytes) -> Any:
 def read_json(path: Path) -> Any:
     """Decode a JSON file; raises a DataError that names the file, and the line of a syntax error."""
     try:
-        content = path.read_bytes()
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return parse_json(content)
     except RecordError as error:
         cause, where = error.__cause__, str(path)
         if isinstance(cause, json.JSONDecodeError):
-            where = f"{path}:{cause.lineno}"
+            where += f":{cause.lineno}"
         elif isinstance(cause, UnicodeDecodeError):
             line = cause.object.count(b"\n", 0, cause.start) + 1
-            where = f"{path}:{line}"
+            where += f":{line}"
         raise DataError(f"{where}: {error}") from error
 
 

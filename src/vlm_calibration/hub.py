@@ -1,7 +1,6 @@
 """Loading from a folder or the Hugging Face Hub, and uploading to it, with errors of one line.
 
-Without a network `huggingface_hub` retries each file five times with growing waits, which takes minutes. Therefore the Hub is
-probed once; if it does not answer, only the cache is used.
+Without a network `huggingface_hub` retries for minutes, so the Hub is probed once; if it does not answer, only the cache is used.
 """
 
 from __future__ import annotations
@@ -64,11 +63,8 @@ def loading(what: str, name: str) -> Iterator[None]:
     """
     on_hub = is_hub_name(name)
     offline = _why_offline() if on_hub else None
-    is_download = (
-        on_hub
-        and not constants.HF_HUB_OFFLINE
-        and not isinstance(try_to_load_from_cache(name, "config.json"), str)
-    )
+    is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str) if on_hub else True
+    is_download = not is_cached and not constants.HF_HUB_OFFLINE
     bars = is_download and is_terminal()
     # transformers' switch, which is that of `huggingface_hub` too; it is imported where it is used.
     if (switch := sys.modules.get("transformers.utils.logging")) is not None:
@@ -92,22 +88,15 @@ def loading(what: str, name: str) -> Iterator[None]:
 
 
 def download(what: str, name: str, revision: str | None = None) -> Path:
-    """Download all files of a repository on the Hub, or take them from the cache; returns their folder.
-
-    Raises:
-        DataError: the repository does not exist, or is unreachable and not in the cache.
-    """
+    """Download all files of a repository on the Hub, or take them from the cache; returns their folder. Raises as `loading`."""
     with loading(what, name):
         return Path(snapshot_download(name, revision=revision))
 
 
 def base_license(name: str, revision: str | None = None, *, download: bool = False) -> dict[str, Any]:
-    """The licence that the model card of a base model states, as metadata of the Hub; empty if it states none or there is no card.
+    """The licence in the card of a base model, by folder or name on the Hub, as the Hub's metadata; empty without one.
 
-    Args:
-        name: folder of the model, or its name on the Hub.
-        revision: on the Hub.
-        download: the card if it is not in the cache.
+    With `download` the card is downloaded if it is not in the cache.
 
     Raises:
         DataError: the card cannot be read, or not be downloaded.
@@ -132,11 +121,7 @@ def base_license(name: str, revision: str | None = None, *, download: bool = Fal
 
 
 def check_upload(name: str, base: str) -> None:
-    """Check an upload to the repository `name` before any work is done, without the network.
-
-    Raises:
-        DataError: it or the base model, as the card names it, is not a name on the Hub, or nobody is logged in.
-    """
+    """Raise a DataError unless `name` and `base`, as the card names it, are names on the Hub, and somebody is logged in."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -150,11 +135,7 @@ def check_upload(name: str, base: str) -> None:
 
 
 def upload(folder: Path, name: str, private: bool = False) -> None:
-    """Upload all files of a folder to a model repository, which is created if necessary.
-
-    Raises:
-        DataError: the Hub cannot be reached, or refuses.
-    """
+    """Upload a folder to a model repository, which is created if necessary; raises a DataError if the Hub does not take it."""
     try:
         api = HfApi()
         api.create_repo(name, repo_type="model", private=private, exist_ok=True)

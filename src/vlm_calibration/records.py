@@ -1,7 +1,4 @@
-"""The records that the whole project passes around: `Query`, `Region` and `Prediction`.
-
-They are checked once, when they are read; later code relies on that. The fields are the keys of the JSON lines that users write and read.
-"""
+"""The records that the whole project passes around, checked once, when they are read; fields are the keys of the JSON lines."""
 
 from __future__ import annotations
 
@@ -58,9 +55,8 @@ class Query:
         question: the question, which does not mention confidence.
         answer: the gold answer, which does not mention confidence.
         answer_type: how the answer is graded.
-        objects: phrases for the key objects, which the question is about. Regions with one of these labels are the
-            query's evidence (see `text.labels.is_evidence`), all others are distractors; without `objects`, every region
-            is evidence.
+        objects: phrases for the key objects, which the question is about. Regions with one of these labels are evidence
+            (see `text.labels.is_evidence`), all others are distractors; without `objects`, every region is evidence.
         regions: where objects are in the image.
         category: group for breaking down results; "a/b" counts in a and in b (see `category_groups`).
         synonyms: further correct answers.
@@ -159,15 +155,10 @@ def query_from_dict(data: Any) -> Query:
         raise RecordError(f"unknown key {unknown[0]!r}; a query has the keys {', '.join(sorted(_KEYS))}")
     data = {**data, "id": id_text(data.get("id"))} if "id" in data else data
     name, image, question, answer = (_text(data, key) for key in ("id", "image", "question", "answer"))
-    answer_type = data.get("answer_type")
-    if answer_type not in ANSWER_TYPES:
-        raise RecordError(
-            f"'answer_type' must be one of {', '.join(ANSWER_TYPES)}, found {short_repr(answer_type)}"
-        )
-    category = None if data.get("category") is None else _text(data, "category")
+    answer_type: Any = data.get("answer_type")
+    _require(answer_type in ANSWER_TYPES, "'answer_type' must be one of yes_no, short, open", answer_type)
     regions = [] if data.get("regions") is None else data["regions"]
-    if not isinstance(regions, list):
-        raise RecordError(f"'regions' must be a list of objects, found {short_repr(regions)}")
+    _require(isinstance(regions, list), "'regions' must be a list of objects", regions)
     return Query(
         name,
         image,
@@ -178,7 +169,7 @@ def query_from_dict(data: Any) -> Query:
         synonyms=_texts(data, "synonyms"),
         absent=_texts(data, "absent"),
         regions=tuple(_region(r, i) for i, r in enumerate(regions)),
-        category=category,
+        category=None if data.get("category") is None else _text(data, "category"),
         wrong_answers=None if data.get("wrong_answers") is None else _texts(data, "wrong_answers"),
     )
 
@@ -192,6 +183,11 @@ def short_repr(value: Any) -> str:
     """`repr` of a value, at most 60 characters, for messages."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _require(is_valid: bool, expected: str, value: Any, where: str = "") -> None:
+    if not is_valid:
+        raise RecordError(f"{where}{expected}, found {short_repr(value)}")
 
 
 def _text(data: Mapping[str, Any], key: str) -> str:
@@ -223,31 +219,25 @@ def _region(data: Any, index: int) -> Region:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
     where = f"'regions'[{index}]"
-    if not isinstance(data, Mapping) or not isinstance(data.get("label"), str):
-        raise RecordError(f"{where} must be an object with a 'label' and a 'box', found {short_repr(data)}")
+    is_object = isinstance(data, Mapping) and isinstance(data.get("label"), str)
+    _require(is_object, " must be an object with a 'label' and a 'box'", data, where)
     if unknown := sorted(set(data) - {"label", "box", "mask", "score"}):
         raise RecordError(f"{where} has the unknown key {unknown[0]!r}; a region has label, box, mask, score")
-    box = data.get("box")
-    if not isinstance(box, list | tuple) or len(box) != 4 or not all(is_number(v) for v in box):
-        raise RecordError(
-            f"{where}: 'box' must be four finite numbers [x0, y0, x1, y1], found {short_repr(box)}"
-        )
+    box: Any
+    box, mask, score = (data.get(key) for key in ("box", "mask", "score"))
+    is_box = isinstance(box, list | tuple) and len(box) == 4 and all(is_number(v) for v in box)
+    _require(is_box, ": 'box' must be four finite numbers [x0, y0, x1, y1]", box, where)
     x0, y0, x1, y1 = (float(v) for v in box)
-    if x1 <= x0 or y1 <= y0:
-        raise RecordError(f"{where}: 'box' must have x1 > x0 and y1 > y0, found {short_repr(box)}")
-    mask = data.get("mask")
+    _require(x1 > x0 and y1 > y0, ": 'box' must have x1 > x0 and y1 > y0", box, where)
     if mask and isinstance(mask, Mapping) and all(value is None for value in mask.values()):
         mask = None  # as Parquet stores a region without a mask beside one with a mask
-    if mask is not None and not (isinstance(mask, Mapping) and {"size", "counts"} <= set(mask)):
-        raise RecordError(
-            f"{where}: 'mask' must be a COCO RLE with 'size' and 'counts', found {short_repr(mask)}"
-        )
+    is_mask = mask is None or (isinstance(mask, Mapping) and {"size", "counts"} <= set(mask))
+    _require(is_mask, ": 'mask' must be a COCO RLE with 'size' and 'counts'", mask, where)
     if mask is None and (x1 - x0) * (y1 - y0) < MIN_BOX:
         raise RecordError(
             f"{where}: 'box' {SMALL_BOX}, found {short_repr(box)}: boxes are in pixels of the image; is it normalised to [0, 1], or in "
             "percent?"
         )
-    score = data.get("score")
-    if score is not None and not (is_number(score) and 0 <= score <= 1):
-        raise RecordError(f"{where}: 'score' must be a number in [0, 1], found {short_repr(score)}")
+    is_score = score is None or (is_number(score) and 0 <= score <= 1)
+    _require(is_score, ": 'score' must be a number in [0, 1]", score, where)
     return Region(data["label"], (x0, y0, x1, y1), mask, score)

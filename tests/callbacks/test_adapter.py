@@ -17,14 +17,12 @@ import yaml
 from peft import PeftConfig, PeftModel
 from PIL import Image
 
-from vlm_calibration.callbacks.adapter import AdapterWriter, constructed, shown_path
-from vlm_calibration.callbacks.before_after import BeforeAfterCheck
+from vlm_calibration.callbacks.adapter import AdapterWriter, shown_path
+from vlm_calibration.callbacks.run_record import RunRecord
 from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
-from vlm_calibration.data.sources.base import QuerySource
-from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.generating import answer_batch
@@ -32,7 +30,7 @@ from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
-from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.records import DataError, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
@@ -41,6 +39,7 @@ from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import strip_confidence
 
 from ..level_tables import measured, noise_counts
+from ..trainers import plain_trainer
 
 LIMIT = 300
 PIXELS = 10**6
@@ -49,6 +48,13 @@ COUNTS = {
     "yes_no": noise_counts((0, 10, 9), (1, 10, 5)),
     "short": noise_counts((0, 10, 8), (1, 10, 0)),
 }
+RECORDED = {
+    "model.init_args.optimizer.lr": 0.01,
+    "data.train.init_args.split": "train",
+    "data.train.init_args.hub_token": "hf_1",
+    "data.max_length": None,
+}
+"""Settings in the record of the run."""
 
 
 @pytest.fixture(scope="module")
@@ -71,28 +77,10 @@ def _data(model: str, **settings: Any) -> PerturbedQueryDataModule:
     return PerturbedQueryDataModule(model, **{**plain, **settings})
 
 
-def _fit(
-    module: L.LightningModule,
-    data: PerturbedQueryDataModule,
-    folder: Path,
-    *more: L.Callback,
-    **settings: Any,
-) -> Path:
+def _fit(module: L.LightningModule, data: PerturbedQueryDataModule, folder: Path, **settings: Any) -> Path:
     """Train for a few steps, and return the adapter's folder."""
-    plain = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": -1,
-        "use_distributed_sampler": False,
-        "max_epochs": 1,
-    }
-    L.Trainer(callbacks=[AdapterWriter(), *more], default_root_dir=folder, **{**plain, **settings}).fit(
-        module, data
-    )
+    settings = {"num_sanity_val_steps": -1, "max_epochs": 1, **settings}
+    plain_trainer(folder, AdapterWriter(), **settings).fit(module, data)
     return folder / "adapter"
 
 
@@ -105,16 +93,13 @@ def sft(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         OptimizerSettings(lr=1e-2),
         max_new_tokens=16,
     )
-    return _fit(
-        module,
-        _data(demo_model, max_pixels=PIXELS),
-        tmp_path_factory.mktemp("sft"),
-        BeforeAfterCheck(tolerance=1.0),
-    )
+    folder = tmp_path_factory.mktemp("sft")
+    RunRecord("fit", "SFTModule", False, RECORDED, {}).write(folder)
+    return _fit(module, _data(demo_model, max_pixels=PIXELS), folder)
 
 
 @pytest.mark.slow
-def test_the_folder_holds_adapter_processor_and_card(sft: Path) -> None:
+def test_the_folder_holds_adapter_processor_and_card(sft: Path, demo_model: str) -> None:
     assert {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "calibration.json"),
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -124,6 +109,8 @@ def test_the_folder_holds_adapter_processor_and_card(sft: Path) -> None:
     card = load_card(sft)
     assert card is not None
     assert text == card_text(card)
+    config = PeftConfig.from_pretrained(str(sft))
+    assert (config.base_model_name_or_path, config.revision) == (demo_model, None)
 
 
 def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
@@ -132,19 +119,13 @@ def test_the_card_says_what_was_trained(sft: Path, demo_model: str) -> None:
     assert card.max_pixels == PIXELS
     assert (card.base, card.revision, card.quantization, card.merged) == (demo_model, None, "none", False)
     assert card.location == str(sft)
-    assert card.training["stage"] == "stage 1: supervised fine-tuning (SFT)"
-    assert card.training["steps"] == "6"
-    assert card.training["adapter"] == "LoRA, r=8, alpha=16, dropout=0.0"
-    assert (
-        card.training["train"]
-        == "DemoSource(split='train', scenes=24, first=0, shifted=False, hard=0.0, hand='colour')"
-    )
-    assert card.training["validation"].startswith("DemoSource(split='calibration', scenes=2")
-    assert card.training["levels"] == "AnchoredLevels(grid=5, groups=None, likelihoods=None)"
-    assert card.training["schedule"].startswith("CosineSchedule(steps=1000")
-    assert "wrong_answer_rate=1.0" in card.training["noise"]
-    assert "pairs" not in card.training
-    assert "candidates" not in card.training
+    assert card.training == {
+        "stage": "stage 1: supervised fine-tuning (SFT)",
+        "steps": "6",
+        "adapter": "LoRA, r=8, alpha=16, dropout=0.0",
+        "model.init_args.optimizer.lr": "0.01",
+        "data.train.init_args.split": "train",
+    }, "neither secrets nor what is not set"
     assert card.levels == {
         "yes_no": [("", 0, 0.9), ("noise", 1, 0.5)],
         "short": [("", 0, 0.8), ("noise", 1, 0.0)],
@@ -199,7 +180,7 @@ def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path
     assert [p.confidence for p in before] != [p.confidence for p in found], "the adapter speaks"
 
 
-def test_stage_2_says_where_it_started(sft: Path, demo_model: str, tmp_path: Path) -> None:
+def test_the_card_of_stage_2(sft: Path, demo_model: str, tmp_path: Path) -> None:
     module = DPOModule(
         BaseModel(demo_model, dtype="float32"),
         str(sft),
@@ -216,14 +197,10 @@ def test_stage_2_says_where_it_started(sft: Path, demo_model: str, tmp_path: Pat
     )
     card = load_card(_fit(module, data, tmp_path, max_steps=1))
     assert card is not None
-    assert card.training["stage"].startswith("stage 2: DPO on gold answers, loss DPO(beta=0.3")
-    assert card.training["stage"].endswith(f"reference 'adapter', from the adapter {sft}")
+    assert card.training["stage"].startswith("stage 2: DPO on gold answers")
     assert card.training["adapter"] == "LoRA, r=8, alpha=16, dropout=0.0", (
         "the adapter that is given keeps its own"
     )
-    assert card.training["pairs"].startswith("PairPolicy(")
-    assert card.training["candidates"].startswith("CandidateSettings(")
-    assert "validation" not in card.training
     assert card.results == {}, "nothing was validated"
     assert "## Validation" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
 
@@ -307,15 +284,13 @@ def test_the_adapter_appears_whole(tmp_path: Path, data: PerturbedQueryDataModul
     assert "| perturbation | strength | any answer |\n| --- | --- | --- |\n|  | 0 | 100% |" in text
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_half_written_adapter_is_never_seen(
-    tmp_path: Path, data: PerturbedQueryDataModule, error: BaseException
-) -> None:
-    with pytest.raises(type(error)):
+def test_a_half_written_adapter_is_never_seen(tmp_path: Path, data: PerturbedQueryDataModule) -> None:
+    error = OSError("no such device")
+    with pytest.raises(OSError, match="no such device"):
         _end_fit(tmp_path, Saver("half", error), data)
     assert list(tmp_path.iterdir()) == []
     _end_fit(tmp_path, Saver("whole"), data)
-    with pytest.raises(type(error)):
+    with pytest.raises(OSError, match="no such device"):
         _end_fit(tmp_path, Saver("half", error), data)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "whole"
 
@@ -323,27 +298,31 @@ def test_a_half_written_adapter_is_never_seen(
 def test_an_interrupted_run_and_other_processes_write_none(
     tmp_path: Path, data: PerturbedQueryDataModule
 ) -> None:
-    _end_fit(tmp_path, Saver("x"), data, interrupted=True)
-    _end_fit(tmp_path, Saver("x"), data, is_global_zero=False)
-    assert list(tmp_path.iterdir()) == []
+    for settings in ({"interrupted": True}, {"is_global_zero": False}):
+        _end_fit(tmp_path, Saver("x"), data, **settings)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_last_validation_of_this_training_counts(data: PerturbedQueryDataModule) -> None:
     writer, module = AdapterWriter(), _module(Saver("x"))
+    trainer = _trainer(Path("run"), data, sanity_checking=True)
     module.results = {"": {"ece": 0.5}}
-    trainer = _trainer(Path("run"), data)
-    trainer.sanity_checking = True
     writer.on_validation_end(trainer, module)
-    assert writer.results is None
+    assert writer.validations == {}
     trainer.sanity_checking = False
     writer.on_validation_end(trainer, module)
     module.results[""]["ece"] = 0.25
-    assert writer.results == {"ece": 0.5}, "a copy"
+    assert writer.validations == {"after": {"ece": 0.5}}, "a copy"
     writer.on_validation_end(trainer, module)
     assert writer.card(trainer, module).results == {"after": {"ece": 0.25}}
     writer.setup(trainer, module, "fit")
     assert writer.card(trainer, module).results == {}
-    writer.results = {"ece": float("nan"), "auroc": float("inf"), "accuracy": 0.5, "accuracy/short": 0.1}
+    writer.validations["after"] = {
+        "ece": float("nan"),
+        "auroc": float("inf"),
+        "accuracy": 0.5,
+        "accuracy/short": 0.1,
+    }
     assert writer.card(trainer, module).results == {"after": {"accuracy": 0.5, "ece": None, "auroc": None}}
 
 
@@ -356,37 +335,6 @@ def test_what_cannot_be_written_up_stops_the_run_before_training(
     monkeypatch.setattr(data.chat, "render", refuse)
     with pytest.raises(DataError, match="a template that refuses"):
         AdapterWriter().on_fit_start(_trainer(Path("run"), data), _module(Saver("x")))
-
-
-def test_peft_finds_the_base_at_its_revision(sft: Path, demo_model: str) -> None:
-    config = PeftConfig.from_pretrained(str(sft))
-    assert (config.base_model_name_or_path, config.revision) == (demo_model, None)
-
-
-# --- Words of the constructor -----------------------------------------------------------------------------------
-
-
-class Mixed(QuerySource):
-    def __init__(
-        self, sources: list[QuerySource], weights: dict[str, float], seed: Any, hub_token: str = ""
-    ) -> None:
-        self.sources, self.weights, self.seed, self.hub_token = sources, weights, seed, hub_token
-
-    def queries(self) -> list[Query]:
-        return []
-
-    def load(self, query: Query) -> LoadedImage:
-        raise NotImplementedError
-
-
-def test_sources_are_described_by_their_settings(tmp_path: Path) -> None:
-    source = Mixed(
-        [JsonlSource("data/a.jsonl"), DemoSource("test", 1)], {"a": 0.5}, object(), hub_token="hf_1"
-    )
-    assert constructed(source) == (
-        "Mixed(sources=[JsonlSource(path='data/a.jsonl', root='data', on_bad_record='raise'), "
-        "DemoSource(split='test', scenes=1, first=0, shifted=False, hard=0.0, hand='colour')], weights={'a': 0.5})"
-    )
 
 
 def test_paths_below_the_working_directory_are_relative(

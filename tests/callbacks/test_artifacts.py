@@ -77,38 +77,40 @@ def _validate(callback: Artifacts, trained: Any, score: float) -> None:
     callback.on_validation_end(trained.trainer, module)
 
 
-def test_best_is_the_best_validation_of_the_run(trained: Any) -> None:
+def _end(callback: Artifacts, trained: Any, content: str | None = None) -> None:
+    """End training with an adapter as of the last validation, or of this content."""
+    folder = Path(trained.trainer.default_root_dir) / "adapter"
+    if not folder.is_dir():
+        trained.writer.write(trained.trainer, None, folder)
+    if content is not None:
+        (folder / "adapter_config.json").write_text(content)
+    callback.on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
+
+
+def test_best_is_the_best_validation_of_the_run_and_of_one_that_it_resumes(trained: Any) -> None:
     callback = Artifacts()
     for score in (0.3, float("nan"), 0.2, 0.25, 0.2):
         _validate(callback, trained, score)
+    resumed = Artifacts()
+    resumed.load_state_dict(callback.state_dict())
+    _validate(resumed, trained, 0.3)
+    best, latest = ["latest", "best"], ["latest"]
+    assert [aliases for _, aliases, _ in trained.run.logged] == [best, latest, best, latest, latest, latest]
+    assert [facts["brier"] for _, _, facts in trained.run.logged] == [0.3, None, 0.2, 0.25, 0.2, 0.3]
     assert {name for name, _, _ in trained.run.logged} == {"mine-adapter"}
-    assert ["best" in aliases for _, aliases, _ in trained.run.logged] == [True, False, True, False, False]
-    assert all(aliases[0] == "latest" for _, aliases, _ in trained.run.logged)
-    assert [facts["brier"] for _, _, facts in trained.run.logged] == [0.3, None, 0.2, 0.25, 0.2]
-
-
-def test_a_run_that_goes_on_knows_its_best(trained: Any) -> None:
-    before, after = Artifacts(), Artifacts()
-    _validate(before, trained, 0.2)
-    after.load_state_dict(before.state_dict())
-    _validate(after, trained, 0.3)
-    assert trained.run.logged[-1][1] == ["latest"]
 
 
 def test_what_training_ends_with_is_logged_unless_it_was_just_validated(trained: Any) -> None:
-    callback, folder = Artifacts(), Path(trained.trainer.default_root_dir) / "adapter"
+    callback = Artifacts()
     _validate(callback, trained, 0.2)
-    trained.writer.write(trained.trainer, None, folder, None)
-    callback.on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
+    _end(callback, trained)
     assert len(trained.run.logged) == 1
-    (folder / "adapter_config.json").write_text("later")
-    callback.on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
+    _end(callback, trained, "later")
     assert trained.run.logged[-1] == ("mine-adapter", ["latest"], {"step": 10})
 
 
 def test_without_a_validation_what_training_ends_with_is_the_best(trained: Any) -> None:
-    trained.writer.write(trained.trainer, None, Path(trained.trainer.default_root_dir) / "adapter", None)
-    Artifacts().on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
+    _end(Artifacts(), trained)
     assert [aliases for _, aliases, _ in trained.run.logged] == [["latest", "best"]]
 
 
@@ -118,7 +120,6 @@ def test_without_a_validation_what_training_ends_with_is_the_best(trained: Any) 
         {"sanity_checking": True},
         {"state": SimpleNamespace(fn=TrainerFn.VALIDATING)},
         {"callbacks": []},
-        {"loggers": []},
         {"loggers": [CSVLogger("nowhere")]},
     ],
 )
@@ -128,23 +129,15 @@ def test_when_there_is_nothing_to_log(trained: Any, change: dict[str, Any]) -> N
     assert trained.run.logged == []
 
 
-def test_other_processes_log_nothing(trained: Any) -> None:
+def test_other_processes_and_interrupted_runs_log_nothing(trained: Any) -> None:
     trained.trainer.is_global_zero = False
     callback = Artifacts()
     _validate(callback, trained, 0.2)
-    callback.on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
-    assert trained.run.logged == []
+    _end(callback, trained)
     assert callback.best == 0.2, "all processes save the same state"
-
-
-def test_an_interrupted_run_has_no_last_adapter(trained: Any) -> None:
-    trained.writer.write(trained.trainer, None, Path(trained.trainer.default_root_dir) / "adapter", None)
-    trained.trainer.interrupted = True
-    Artifacts().on_fit_end(trained.trainer, None)  # type: ignore[arg-type]
+    trained.trainer.is_global_zero, trained.trainer.interrupted = True, True
+    _end(callback, trained)
     assert trained.run.logged == []
-
-
-# --- Adapters ---------------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_has_the_name_of_its_run_wherever_it_is_met(tmp_path: Path) -> None:
@@ -172,9 +165,6 @@ def test_a_folder_elsewhere_and_an_adapter_on_the_hub(tmp_path: Path) -> None:
 
 def test_using_an_artifact_works_in_a_run_that_is_disabled() -> None:
     use(SimpleNamespace(_interface=None), SimpleNamespace())
-
-
-# --- Data -------------------------------------------------------------------------------------------------------
 
 
 def test_versions_of_a_data_artifact_are_data_sets() -> None:

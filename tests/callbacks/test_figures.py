@@ -62,25 +62,20 @@ ANSWERS = (
 
 
 def test_answers_are_counted_by_kind_and_strength() -> None:
+    tables = _tables(*ANSWERS)
     counted = {("blur", 0.5): 2, ("noise", 0.5): 1, ("", 0.0): 1, UNPERTURBED: 2}
-    assert {key: table.n for key, table in _tables(*ANSWERS).items()} == counted
-
-
-def test_the_table_has_a_row_for_each_kind_and_strength_with_confidences() -> None:
-    table = media_of(_tables(*ANSWERS))["response_table"]
+    assert {key: table.n for key, table in tables.items()} == counted
+    media = media_of(tables)
+    table = media["response_table"]
     assert table.columns == ["kind", "strength", "answers", "accuracy", "mean_confidence"]
     rows = [("untouched", 0.0, 1, 1.0, 0.9), ("blur", 0.5, 2, 0.5, 0.4)]
     assert [row[0] for row in table.data] == [row[0] for row in rows]
     for row, expected in zip(table.data, rows, strict=True):
         assert row[1:] == pytest.approx(expected[1:])
-
-
-def test_without_perturbed_splits_there_is_no_response_curve() -> None:
-    names = {"reliability", "risk_coverage", "confidence_table"}
-    media = media_of(_tables(*ANSWERS[4:]))
-    assert set(media) == names
     assert (media["reliability"]._width, media["reliability"]._height) == (800, 600)
-    assert set(media_of(_tables(*ANSWERS))) == names | {"response_curve", "response_table"}
+    without = media_of(_tables(*ANSWERS[4:]))
+    assert set(without) == {"reliability", "risk_coverage", "confidence_table"}, "nothing is perturbed"
+    assert set(media) == set(without) | {"response_curve", "response_table"}
 
 
 def test_samples_are_evenly_spaced_queries_with_the_answers_of_each_system(processor: Any) -> None:

@@ -37,6 +37,8 @@ class Processes:
             )
             for rank in range(count)
         ]
+        for writer, trainer in reversed(list(zip(self.writers, self.trainers, strict=True))):
+            writer.setup(trainer, None, "validate")  # type: ignore[arg-type]
 
     def write(self, systems: dict[str, list[Prediction]], batch_size: int = 2) -> None:
         """Distribute the predictions as the sampler does, and write them in batches."""
@@ -53,8 +55,7 @@ class Processes:
             writer.on_validation_end(trainer, module)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("total", [1, 4, 11])
+@pytest.mark.parametrize(("count", "total"), [(1, 4), (2, 11), (3, 11), (5, 1)])
 def test_files_are_the_same_for_any_number_of_processes(tmp_path: Path, count: int, total: int) -> None:
     predictions = [_prediction(i) for i in range(total)]
     processes = Processes(tmp_path, count)
@@ -80,36 +81,25 @@ def test_what_one_process_leaves_out_does_not_change_the_order(tmp_path: Path) -
     assert [json.loads(line)["id"] for line in lines] == [f"q{i}" for i in (1, 3, 5, 7, 8, 9, 10, 11)]
 
 
-def test_the_run_itself_has_no_folder_of_its_own(tmp_path: Path) -> None:
+def test_each_validation_replaces_the_files_of_the_run(tmp_path: Path) -> None:
     processes = Processes(tmp_path, 2)
-    processes.write({"": [_prediction(0), _prediction(1), _prediction(2)]})
-    processes.finish({"": {"n": 3.0}})
-    assert {p.name for p in tmp_path.iterdir()} == {"predictions.jsonl", "metrics.json"}
-
-
-def test_numbers_in_metrics(tmp_path: Path) -> None:
-    processes = Processes(tmp_path, 1)
-    processes.write({"": [_prediction(0)]})
-    processes.finish({"": {"n": 300.0, "accuracy": 1.0, "ece": 0.25, "auroc": float("nan"), "n/a": 1.0}})
-    text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
-    expected = {"n": 300, "accuracy": 1.0, "ece": 0.25, "auroc": None, "n/a": 1}
-    assert text == json.dumps(expected, indent=2) + "\n", "counts without a decimal point, and no NaN"
-
-
-def test_the_next_validation_replaces_the_last(tmp_path: Path) -> None:
-    processes = Processes(tmp_path, 1)
+    results = {"accuracy": 1.0, "ece": 0.25, "auroc": float("nan"), "n/a": 1.0}
     for start in (0, 5):
-        processes.write({"": [_prediction(start)]})
-        processes.finish({"": {"n": 1.0}})
-    [line] = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(line)["id"] == "q5"
+        processes.write({"": [_prediction(start), _prediction(start + 1), _prediction(start + 2)]})
+        processes.finish({"": {"n": 3.0, **results}})
+    assert {p.name for p in tmp_path.iterdir()} == {"predictions.jsonl", "metrics.json"}
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["q5", "q6", "q7"]
+    text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
+    expected = {"n": 3, "accuracy": 1.0, "ece": 0.25, "auroc": None, "n/a": 1}
+    assert text == json.dumps(expected, indent=2) + "\n", "counts without a decimal point, and no NaN"
 
 
 def test_the_sanity_check_writes_no_metrics(tmp_path: Path) -> None:
     processes = Processes(tmp_path, 1, sanity_checking=True)
     processes.write({"": [_prediction(0)]})
     processes.finish({"": {"n": 1.0}})
-    assert not (tmp_path / "metrics.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
 def test_an_error_leaves_no_parts(tmp_path: Path) -> None:
@@ -126,8 +116,6 @@ def test_parts_of_a_killed_run_do_not_leak_into_the_next(tmp_path: Path) -> None
     killed = Processes(tmp_path, 3)
     killed.write({"": [_prediction(i) for i in range(9)], "sft": [_prediction(i) for i in range(9)]})
     processes = Processes(tmp_path, 2)
-    for writer, trainer in zip(processes.writers, processes.trainers, strict=True):
-        writer.setup(trainer, None, "validate")  # type: ignore[arg-type]
     # The second process answers nothing, and so opens no part of its own.
     processes.write({"": [_prediction(0)], "sft": [_prediction(0)]})
     processes.finish({"": {"n": 1.0}, "sft": {"n": 1.0}})

@@ -90,7 +90,7 @@ def _run(
         for key in path:
             section = section[key]
         section[last] = value
-    deciding = dict(flat(deciding_settings(command, settings)))
+    deciding = deciding_settings(command, settings)
     return RunRecord(command, "SFTModule", finished, deciding, inputs or {}, versions={"torch": "2.9"})
 
 
@@ -219,7 +219,7 @@ def test_inputs_count_by_content(
             "data": {"train": {}, "noise": {"levels": {"init_args": {"path": str(tmp_path / "levels.json")}}}},
         }  # fmt: skip
         data = PerturbedQueryDataModule(train=JsonlSource(str(tmp_path / "train.jsonl")))
-        return run_inputs(settings, data, with_regions=True)
+        return run_inputs(dict(flat(settings)), data, with_regions=True)
 
     before = inputs()
     assert set(before) == {BASE, "model.init_args.adapter", "data.train", "data.noise.levels.init_args.path"}
@@ -259,7 +259,7 @@ def test_the_regions_of_a_source_are_its_content(tmp_path: Path) -> None:
         found = replace(query, regions=(Region("dog", (0.0, 0.0, width, 4.0)),))
         write_rows(tmp_path / extraction.file, [[asdict(found)]], extraction.note)
         data = PerturbedQueryDataModule(train=source, regions=str(tmp_path))
-        return run_inputs({"data": {"train": {}}}, data, with_regions=with_regions)
+        return run_inputs({"data.train": {}}, data, with_regions=with_regions)
 
     assert inputs(4.0, with_regions=True) == inputs(4.0, with_regions=True)
     assert inputs(4.0, with_regions=True) != inputs(5.0, with_regions=True)
@@ -269,23 +269,33 @@ def test_the_regions_of_a_source_are_its_content(tmp_path: Path) -> None:
 def test_likelihoods_that_were_measured_again_are_another_input(tmp_path: Path) -> None:
     """The path of `AnchoredLevels.likelihoods` stays, its content changes."""
     path = tmp_path / "likelihoods.parquet"
-    settings = {"data": {"noise": {"levels": {"init_args": {"likelihoods": str(path)}}}}}
+    setting = "data.noise.levels.init_args.likelihoods"
     digests = []
     for value in (0.5, 0.5, 0.6):
         provenance = {"weights": "w", "prompt": "p", "max_pixels": None}
         write_likelihoods(path, measured_likelihoods({"q": value}), provenance)
-        inputs = run_inputs(settings, PerturbedQueryDataModule(), with_regions=True)
-        digests.append(inputs["data.noise.levels.init_args.likelihoods"])
+        inputs = run_inputs({setting: str(path)}, PerturbedQueryDataModule(), with_regions=True)
+        digests.append(inputs[setting])
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_levels_with_likelihoods_depend_on_the_training_queries(tmp_path: Path) -> None:
     settings = copy.deepcopy(SETTINGS)
-    assert "train" not in deciding_settings("levels fit", settings)["data"]
+    train = "data.train.init_args.path"
+    assert train not in deciding_settings("levels fit", settings)
     settings["model"]["init_args"]["likelihoods"] = str(tmp_path / "likelihoods.parquet")
     decided = deciding_settings("levels fit", settings)
-    assert "train" in decided["data"]
-    assert "likelihoods" not in decided["model"]["init_args"], "a result: it exists only after the run"
+    assert train in decided
+    assert "model.init_args.likelihoods" not in decided, "a result: it exists only after the run"
+
+
+def test_an_endpoint_may_move(tmp_path: Path) -> None:
+    endpoint = {"url": "http://a", "model": "m", "timeout": 1.0, "parameters": {"temperature": 0}}
+    before = _run("test", model__init_args__endpoints={"e": endpoint})
+    moved = _run("test", model__init_args__endpoints={"e": {**endpoint, "url": "http://b", "timeout": 2.0}})
+    assert differences(before, moved) == []
+    other = _run("test", model__init_args__endpoints={"e": {**endpoint, "parameters": {"temperature": 1}}})
+    assert _names(before, other) == ["model.init_args.endpoints.e.parameters.temperature"]
 
 
 def test_a_record_that_cannot_be_read_is_named(tmp_path: Path) -> None:

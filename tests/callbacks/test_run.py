@@ -43,18 +43,11 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def test_nobody_is_logged_in(nobody: Path) -> None:
+def test_who_is_logged_in(nobody: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not logged_in()
-
-
-def test_a_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789")
-    assert logged_in()
-    monkeypatch.setenv("WANDB_API_KEY", "")
-    assert not logged_in()
-
-
-def test_a_netrc_file(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("0123456789", ""):
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        assert logged_in() == bool(key)
     path = nobody / ".netrc"
     path.write_text(LOGIN)
     path.chmod(0o600)
@@ -63,16 +56,11 @@ def test_a_netrc_file(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not logged_in(), "another server needs a login of its own"
     path.write_text(LOGIN.replace("api.wandb.ai", "wandb.example.org"))
     assert logged_in()
-
-
-def test_a_netrc_file_elsewhere(nobody: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "elsewhere").write_text(LOGIN)
-    monkeypatch.setenv("NETRC", str(tmp_path / "elsewhere"))
+    for name in ("nowhere", "."):
+        monkeypatch.setenv("NETRC", str(tmp_path / name))
+        assert not logged_in(), "a folder is no netrc file"
+    monkeypatch.setenv("NETRC", str(path))
     assert logged_in()
-    monkeypatch.setenv("NETRC", str(tmp_path / "nowhere"))
-    assert not logged_in()
-    monkeypatch.setenv("NETRC", str(tmp_path))
-    assert not logged_in(), "a folder is no netrc file"
 
 
 @pytest.mark.parametrize(
@@ -101,15 +89,6 @@ def test_offline_unless_logged_in(
         ["t"],
     )
     assert not (tmp_path / "run").exists(), "nothing has begun"
-
-
-def test_nothing_begins_while_the_logger_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    logger = RunLogger(save_dir=str(tmp_path / "run"))
-    logger.waiting = True
-    logger.log_metrics({"train/loss": 1.5}, step=0)
-    assert logger.experiment is not None, "Lightning calls what it gets"
-    assert not (tmp_path / "run").exists()
 
 
 def test_only_the_first_process_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,28 +140,18 @@ def test_what_is_to_be_uploaded_stays_in_the_run_directory(
     assert os.environ["WANDB_DATA_DIR"] == "elsewhere"
 
 
-def test_names_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def named(**given: str) -> tuple[str, str]:
-        logger = RunLogger(save_dir=str(tmp_path / "my-run"), **given)  # type: ignore[arg-type]
-        return logger._wandb_init["name"], logger._wandb_init["project"]
+def test_names_and_waits_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(**given: Any) -> tuple[str, str, float, float]:
+        init = RunLogger(save_dir=str(tmp_path / "my-run"), **given)._wandb_init
+        return init["name"], init["project"], init["settings"].init_timeout, init["settings"].finish_timeout
 
     for variable in ("WANDB_NAME", "WANDB_PROJECT"):
         monkeypatch.delenv(variable, raising=False)
-    assert named() == ("my-run", "vlm-calibration")
+    assert named() == ("my-run", "vlm-calibration", 30.0, 900.0)
     monkeypatch.setenv("WANDB_NAME", "theirs")
     monkeypatch.setenv("WANDB_PROJECT", "their-project")
-    assert named() == ("theirs", "their-project")
-    assert named(name="ours", project="our-project") == ("ours", "our-project")
-
-
-def test_the_server_is_not_waited_for_without_end(tmp_path: Path) -> None:
-    def settings(given: Any) -> Any:
-        return RunLogger(save_dir=str(tmp_path), settings=given)._wandb_init["settings"]
-
-    found = settings(None)
-    assert (found.init_timeout, found.finish_timeout) == (30.0, 900.0)
-    found = settings({"init_timeout": 5.0})
-    assert (found.init_timeout, found.finish_timeout) == (5.0, 900.0)
+    assert named(settings={"init_timeout": 5.0}) == ("theirs", "their-project", 5.0, 900.0)
+    assert named(name="ours", project="our-project")[:2] == ("ours", "our-project")
 
 
 def test_only_the_first_process_has_a_run_to_log_to(tmp_path: Path) -> None:

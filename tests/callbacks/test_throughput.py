@@ -16,6 +16,8 @@ from vlm_calibration.callbacks import throughput
 from vlm_calibration.callbacks.throughput import Throughput, peak_memory, tokens_of
 from vlm_calibration.data.candidates import Candidate, CandidateBatch
 
+from ..trainers import plain_trainer
+
 COMPUTING, WAITING, VALIDATING = 3.0, 1.0, 100.0
 """Seconds of a step, between two steps, and of a validation."""
 
@@ -80,21 +82,14 @@ def _rows(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> lis
     logger = CSVLogger(folder)
     monkeypatch.setattr(logger, "log_metrics", lambda metrics, step=None: logged.append(dict(metrics)))
     plain = {
-        "accelerator": "cpu",
-        "devices": 1,
         "logger": logger,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
         "num_sanity_val_steps": 1,
         "max_epochs": 1,
         "log_every_n_steps": 2,
         "gradient_clip_val": 0.1,
-        "default_root_dir": folder,
     }
-    trainer = L.Trainer(
-        callbacks=[Hands(clock, True), Throughput(), Hands(clock, False)], **{**plain, **settings}
-    )
+    hands = Hands(clock, True), Throughput(), Hands(clock, False)
+    trainer = plain_trainer(folder, *hands, **{**plain, **settings})
     loader: DataLoader[Any] = DataLoader(range(6), batch_size=1, collate_fn=_batch)  # type: ignore[arg-type]
     trainer.fit(Line(), loader, loader)
     return [row for row in logged if "train/data_wait" in row]
@@ -119,18 +114,17 @@ def test_validation_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert [row[name] for row in within] == [row[name] for row in without]
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_norm_is_that_of_the_step_before_clipping(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulated: int
 ) -> None:
-    first, *_ = _rows(tmp_path, monkeypatch, log_every_n_steps=1)
-    assert first["train/grad_norm"] == pytest.approx(6.0)
-
-
-def test_accumulated_batches_are_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, third = _rows(tmp_path, monkeypatch, accumulate_grad_batches=2, log_every_n_steps=1)
-    assert first["train/grad_norm"] == pytest.approx(6.0), "the mean over the batches"
-    assert first["train/samples_per_second"] == pytest.approx(4 / (2 * COMPUTING + WAITING))
-    assert second["train/data_wait"] == third["train/data_wait"] == pytest.approx(0.25)
+    first, second, third, *_ = _rows(
+        tmp_path, monkeypatch, log_every_n_steps=1, accumulate_grad_batches=accumulated
+    )
+    assert first["train/grad_norm"] == pytest.approx(6.0), "the mean over the batches of a step"
+    if accumulated == 2:
+        assert first["train/samples_per_second"] == pytest.approx(4 / (2 * COMPUTING + WAITING))
+        assert second["train/data_wait"] == third["train/data_wait"] == pytest.approx(0.25)
 
 
 def test_nothing_is_measured_where_nothing_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

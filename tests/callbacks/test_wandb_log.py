@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.stages.evaluation import ORACLE
 from vlm_calibration.stages.scoring import REPORTED_FOR_ESTIMATORS
 
-from ..command_line import LIMIT, run_plainly
+from ..command_line import LIMIT, Ended
 from ..graphql_server import GraphQLServer, artifact_id
 from ..wandb_log import OfflineRun, demo, read_run, short
 
@@ -248,21 +249,11 @@ def test_an_offline_run_can_be_uploaded_with_its_lineage(offline_runs: Runs, tmp
 
 
 def test_two_processes_log_once_and_for_both(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_two: Callable[..., Ended], root: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.delenv("WANDB_SERVICE", raising=False)
-    trainer = {"devices": 2, "strategy": "ddp"}
     sets = {"train": demo("train", 4), "validation": demo("calibration", 3), "batch_size": 2}
-    arguments = short(
-        "fit",
-        root / "configs" / "sft.yaml",
-        tmp_path / "two.yaml",
-        tmp_path / "two",
-        trainer=trainer,
-        data=sets,
-    )
-    ended = run_plainly(arguments, root, root)
+    config, overlay = root / "configs" / "sft.yaml", tmp_path / "two.yaml"
+    ended = run_two(*short("fit", config, overlay, tmp_path / "two", trainer={"strategy": "ddp"}, data=sets))
     assert ended.status == 0, ended.err
     run = read_run(tmp_path / "two")
     norms = run.values("train/grad_norm")

@@ -19,7 +19,8 @@ HEADLINE = {"n": 300, "accuracy": 0.8, "ece": 0.05, "brier": 0.12, "auroc": None
 
 def _run(folder: Path, *, finished: bool = False, command: str = "fit", **more: Any) -> Path:
     folder.mkdir(parents=True)
-    write_json(folder / "run.json", {"command": command, "finished": finished, "inputs": {}, **more})
+    record = {"command": command, "stage": "SFTModule", "finished": finished, "settings": {}, **more}
+    write_json(folder / "run.json", record)
     (folder / "config.yaml").touch()
     return folder
 
@@ -80,7 +81,7 @@ def test_a_damaged_folder_is_named_and_the_others_are_listed(
     [line] = [line for line in out.splitlines() if line.startswith(str(damaged))]
     assert "damaged" in line
     assert name in line
-    assert f"{good}:  fit  interrupted" in out
+    assert f"{good}:  sft  interrupted" in out
 
 
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:

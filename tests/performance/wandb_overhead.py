@@ -123,7 +123,7 @@ def measure(stage: str, rounds: int, folder: Path) -> Switch:
     config = yaml.safe_load(Path("configs", f"{stage}.yaml").read_text(encoding="utf-8"))
     trainer, data = config["trainer"], config["data"]
     switch = {"class_path": "tests.performance.wandb_overhead.Switch"}
-    excluded = ("RunCheckpoint", "Progress", "BeforeAfterCheck")
+    excluded = ("RunCheckpoint", "Progress")
     callbacks = [c for c in trainer["callbacks"] if not c["class_path"].endswith(excluded)]
     scenes = (rounds + 1) * 2 * WINDOW * data["batch_size"] // QUERIES + 1
     data["train"]["init_args"]["scenes"] = scenes

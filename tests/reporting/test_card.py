@@ -143,10 +143,10 @@ def test_the_prompt_is_exact_in_program_and_text(template: str) -> None:
 
 
 def test_what_training_on_a_quantised_base_means_is_said() -> None:
-    assert "quantised" not in card_text(FULL)
     card = replace(FULL, quantization="nf4")
     assert "quantised (nf4) in training" in card_text(card)
     assert "merged into the base in full precision" in card_text(replace(card, merged=True))
+    assert "quantised" not in card_text(FULL)
 
 
 @pytest.mark.parametrize(

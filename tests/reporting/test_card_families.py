@@ -19,14 +19,15 @@ from vlm_calibration.records import Query
 from vlm_calibration.reporting.card import EXAMPLE, Card, card_text
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..models.processors import FAMILIES, cached_family
+from ..models.families import FOUR
+from ..models.processors import cached_family
 
 pytestmark = pytest.mark.slow
 
 PROMPT = ElicitationPrompt()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FOUR, "paligemma2"])
 def test_the_program_asks_as_we_do(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processor = cached_family(family).processor
     folder = cached_family(family).save(tmp_path / "model")

@@ -159,11 +159,8 @@ def test_the_outline_names_sections_panels_and_keys(capsys: pytest.CaptureFixtur
         assert lines[begin + 1].strip() == section["note"]
         panels = lines[begin + 2 : begin + 2 + len(section["panels"])]
         for line, panel in zip(panels, section["panels"], strict=True):
-            unit = f" ({panel['unit']})" if panel["unit"] else ""
+            unit = f" ({panel['unit']})" if panel.get("unit") else ""
             assert line == f"  - {panel['title']}: {panel['kind']} of {', '.join(panel['keys'])}{unit}"
-
-
-# --- Errors -----------------------------------------------------------------------------------------------------
 
 
 def test_nobody_is_logged_in(build: Callable[..., tuple[Ended, list[dict[str, Any]]]]) -> None:

@@ -100,6 +100,7 @@ def test_other_queries_are_other_data_and_other_settings_are_not(tmp_path: Path)
     ("settings", "says"),
     [
         ({"inputs": {"model.init_args.adapters.dpo": "changed"}}, r"not evaluated there.* sft, dpo\)"),
+        (None, "no run.json: give the run directory"),
         ({"record": {"finished": False}}, "not a finished"),
         ({"record": {"command": "fit"}}, "not a finished"),
         ({"trainer": {"limit_test_batches": 2}}, "a part of the test set"),
@@ -107,15 +108,14 @@ def test_other_queries_are_other_data_and_other_settings_are_not(tmp_path: Path)
         ({"sft": {}}, "the same queries"),
     ],
 )
-def test_results_of_something_else_are_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
-    folder = _write(tmp_path / "eval", **settings)
+def test_results_of_something_else_are_refused(
+    tmp_path: Path, settings: dict[str, Any] | None, says: str
+) -> None:
+    folder = tmp_path / "eval"
+    if settings is not None:
+        _write(folder, **settings)
     with pytest.raises(DataError, match=f"^{folder}.*{says}"):
         read_evaluation(folder, DPO)
-
-
-def test_a_folder_without_an_evaluation_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"^{tmp_path}: no run.json: give the run directory"):
-        read_evaluation(tmp_path, DPO)
 
 
 # --- In the card ----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.sft import SFTModule
 
 from ..level_tables import measured
+from ..trainers import plain_trainer
 from .preference import NOISE, Data, MakeModule, Observed
 
 STAGE_1_LR, STAGE_1_STEPS = 5e-3, 25
@@ -32,19 +33,7 @@ STAGE_1_LR, STAGE_1_STEPS = 5e-3, 25
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
     def make(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
-        plain = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-            "num_sanity_val_steps": 0,
-            "use_distributed_sampler": False,
-            "default_root_dir": tmp_path / "run",
-            "log_every_n_steps": 1,
-        }
-        return L.Trainer(callbacks=list(callbacks), **{**plain, **settings})
+        return plain_trainer(tmp_path / "run", *callbacks, **settings)
 
     return make
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 from torch import Tensor
 
-from vlm_calibration.callbacks.before_after import BeforeAfterCheck
+from vlm_calibration.callbacks.run_record import read_record
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.files import replacing
 from vlm_calibration.hub import base_license, is_hub_name
 from vlm_calibration.models.adapters import adapted_parts
@@ -23,7 +21,6 @@ from vlm_calibration.models.sharding import full_state_dict
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 from vlm_calibration.reporting.tables import COLUMNS
-from vlm_calibration.settings import init_args
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.scoring import HasResults
 from vlm_calibration.stages.sft import SFTModule
@@ -33,32 +30,42 @@ SECRETS = ("token", "password", "secret", "api_key")
 
 
 class AdapterWriter(L.Callback):
-    """Writes `adapter/` in the run directory when training ends; peft alone can load it."""
+    """Writes `adapter/` in the run directory when training ends; peft alone can load it.
+
+    Attributes:
+        validations: "after" -> metrics of the last validation; "before" -> of the one before training, which is Lightning's
+            sanity check over all batches (`trainer.num_sanity_val_steps: -1`). A resumed run keeps those of the first one.
+    """
 
     def __init__(self) -> None:
-        self.results: dict[str, float] | None = None
+        self.validations: dict[str, dict[str, float]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The last validation's results, for a run that resumes after it."""
-        return {"results": self.results}
+        return dict(self.validations)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.results = state_dict["results"]
+        self.validations = dict(state_dict)
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         """The adapter's folder."""
         return [folder / ADAPTER]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.results = None
+        self.validations = {}
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # Fail now rather than after training if the model card cannot be made.
         self.card(trainer, module)
 
+    def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # Without validation queries there are none. A run resumed after its last step validates the trained model here.
+        results = getattr(module, "results", None)
+        if results is not None and trainer.num_sanity_val_steps == float("inf"):
+            self.validations.setdefault("before", dict(results[""]))
+
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.results = dict(cast(HasResults, module).results[""])
+            self.validations["after"] = dict(cast(HasResults, module).results[""])
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         weights = full_state_dict(cast(Any, module).model)
@@ -97,33 +104,43 @@ class AdapterWriter(L.Callback):
             data.processor.save_pretrained(temporary)
             save_card(temporary, card)
 
-    def validated(self, trainer: L.Trainer) -> dict[str, dict[str, float]]:
-        """The metrics of the validations before training, if `BeforeAfterCheck` has them, and after it."""
-        checks = [c for c in trainer.callbacks if isinstance(c, BeforeAfterCheck)]  # type: ignore[attr-defined]
-        results = {"before": checks[0].before if checks else None, "after": self.results}
-        return {name: values for name, values in results.items() if values is not None}
-
     def card(self, trainer: L.Trainer, module: L.LightningModule) -> Card:
-        """The model card of the adapter in its present state."""
+        """The model card of the adapter in its present state; of the settings it has those in the run's record."""
         data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        trained = cast(Any, module)
+        trained, folder = cast(Any, module), Path(trainer.default_root_dir)
+        config, levels, base = trained.model.peft_config["default"], data.noise.levels, trained.base
+        kinds = [name for name, used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if used]
+        title = module.title(data) if isinstance(module, DPOModule | SFTModule) else type(module).__name__
+        training = {
+            "stage": title,
+            "steps": str(trainer.global_step),
+            "adapter": f"{' '.join([*kinds, 'LoRA'])}, r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
+        }
+        if isinstance(levels, AnchoredLevels) and levels.table.ranked:
+            # Ranked levels do not say how often an answer is correct.
+            training["levels"] = "open answers by ranking"
+        if isinstance(module, DPOModule) and module.target.fitted is not None:
+            training["teacher"] = repr(module.target.fitted)
+        if (record := read_record(folder)) is not None:
+            given = {name: str(value) for name, value in record.settings.items() if value is not None}
+            training |= {name: value for name, value in given.items() if not name.endswith(SECRETS)}
         results = {
             # JSON lacks NaN.
             when: {name: v[name] if math.isfinite(v[name]) else None for name in ("n", *COLUMNS) if name in v}
-            for when, v in self.validated(trainer).items()
+            for when, v in self.validations.items()
         }
         return Card(
-            base=trained.base.name_or_path,
-            base_on_hub=is_hub_name(trained.base.name_or_path),
-            revision=getattr(trained.model.config, "_commit_hash", None) or trained.base.revision,
-            location=shown_path(Path(trainer.default_root_dir) / ADAPTER),
-            trust_remote_code=trained.base.trust_remote_code,
-            dtype=trained.base.dtype,
-            quantization=trained.base.quantization,
-            training=_training(trained, data, trainer.global_step),
+            base=base.name_or_path,
+            base_on_hub=is_hub_name(base.name_or_path),
+            revision=getattr(trained.model.config, "_commit_hash", None) or base.revision,
+            location=shown_path(folder / ADAPTER),
+            trust_remote_code=base.trust_remote_code,
+            dtype=base.dtype,
+            quantization=base.quantization,
+            training=training,
             levels=_taught(data.noise),
             results=results,
-            license=base_license(trained.base.name_or_path, trained.base.revision),
+            license=base_license(base.name_or_path, base.revision),
             template=data.prompt.template,
             conversation=data.chat.render(EXAMPLE),
             has_chat_template=getattr(data.processor, "chat_template", None) is not None,
@@ -137,55 +154,6 @@ def shown_path(path: Path) -> str:
     """The path relative to the working directory if it is inside it, else as it is."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
-
-
-def constructed(value: Any) -> str:
-    """Format an object as a constructor call; omit secrets and arguments that are not stored or not plain values."""
-    texts = {name: _plain(value) for name, value in init_args(value).items() if not name.endswith(SECRETS)}
-    inside = ", ".join(f"{name}={text}" for name, text in texts.items() if text is not None)
-    return f"{type(value).__name__}({inside})"
-
-
-def _plain(value: Any) -> str | None:
-    """Numbers, texts and sources, and lists of them, as text; None for anything else."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    if isinstance(value, os.PathLike):
-        return repr(os.fspath(value))
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name!r}: {_plain(v)}" for name, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(str(_plain(v)) for v in value) + "]"
-    return constructed(value) if isinstance(value, QuerySource) else None
-
-
-def _training(module: Any, data: PerturbedQueryDataModule, steps: int) -> dict[str, str]:
-    stage = module.title(data) if isinstance(module, DPOModule | SFTModule) else type(module).__name__
-    if isinstance(module, DPOModule):
-        start = "a new adapter" if module.adapter is None else f"the adapter {module.adapter}"
-        stage += f", loss {module.loss!r}, reference {module.reference!r}, from {start}"
-    config, levels = module.model.peft_config["default"], data.noise.levels
-    kinds = [name for name, used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if used]
-    # Ranked levels do not say how often an answer is correct.
-    ranked = isinstance(levels, AnchoredLevels) and levels.table.ranked
-    parts = {
-        "stage": stage,
-        "steps": str(steps),
-        "adapter": f"{' '.join([*kinds, 'LoRA'])}, r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
-        "base": constructed(module.base),
-        "optimizer": constructed(module.optimizer_settings),
-        "levels": constructed(levels) + (", open answers by ranking" if ranked else ""),
-        "schedule": constructed(data.noise.schedule),
-        "noise": constructed(data.noise),
-    }
-    for name in ("train", "validation", "candidates"):
-        if (value := getattr(data, name)) is not None:
-            parts[name] = constructed(value)
-    if isinstance(module, DPOModule):
-        parts["pairs"] = constructed(module.pairs)
-        if module.target.fitted is not None:
-            parts["teacher"] = repr(module.target.fitted)
-    return parts
 
 
 def _taught(noise: NoisePolicy) -> dict[str, list[tuple[str, float, float]]]:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -60,25 +60,25 @@ class Artifacts(L.Callback):
             return
         score = float(cast(Any, module).results[""][MONITOR])
         improved = not math.isnan(score) and (self.best is None or score < self.best)
+        # In all processes, which save the same state.
         self.best = score if improved else self.best
-        logger = wandb_logger(trainer)
-        if logger is not None:
+        if trainer.is_global_zero:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name) / ADAPTER
                 writers[0].write(trainer, module, folder)
-                aliases = [LATEST, *([BEST] if improved else [])]
-                self._log(trainer, logger, folder, aliases, {MONITOR: None if math.isnan(score) else score})
+                facts = {MONITOR: None if math.isnan(score) else score}
+                self._log(trainer, folder, [LATEST, *([BEST] if improved else [])], facts)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Log the final adapter, unless the last validation logged the same one."""
         folder = Path(trainer.default_root_dir) / ADAPTER
-        logger = wandb_logger(trainer)
-        if logger is not None and not trainer.interrupted and folder.is_dir():
-            self._log(trainer, logger, folder, [LATEST, *([BEST] if self.best is None else [])], {})
+        if not trainer.interrupted and folder.is_dir():
+            self._log(trainer, folder, [LATEST, *([BEST] if self.best is None else [])], {})
 
-    def _log(
-        self, trainer: L.Trainer, logger: WandbLogger, folder: Path, aliases: list[str], facts: dict[str, Any]
-    ) -> None:
+    def _log(self, trainer: L.Trainer, folder: Path, aliases: list[str], facts: dict[str, Any]) -> None:
+        logger = wandb_logger(trainer)
+        if logger is None:
+            return
         with staged(logger):
             metadata = {"step": trainer.global_step, **facts}
             artifact = folder_artifact(folder, run_name(Path(trainer.default_root_dir)), metadata)
@@ -91,10 +91,9 @@ class Artifacts(L.Callback):
         if logger is None:
             return
         record, stage = read_record(Path(trainer.default_root_dir)), stage_name(type(module).__name__)
-        inputs = record.inputs if record is not None else {}
+        inputs, versions = ({}, {}) if record is None else (record.inputs, record.versions)
         # The settings of an evaluation need not name its base model, since its adapters do.
         base = asdict(cast(Any, module.base)) if getattr(module, "base", None) is not None else None
-        versions = record.versions if record is not None else {}
         logger.log_hyperparams({"stage": stage, "base": base, "versions": versions, "inputs": inputs})
         run = logger.experiment
         run.tags = tuple(dict.fromkeys([*(run.tags or ()), stage]))
@@ -126,11 +125,11 @@ def run_name(folder: Path) -> str:
 
 def adapter_artifact(location: str) -> Any:
     """The artifact of an adapter in a folder or on the Hugging Face Hub."""
+    import wandb
+
     folder = Path(location)
     if folder.is_dir():
         return folder_artifact(folder, run_name(folder.parent if folder.name == ADAPTER else folder), {})
-    import wandb
-
     artifact = wandb.Artifact(run_name(folder), type=ADAPTER)
     artifact.add_reference(f"https://huggingface.co/{location}", checksum=False)
     return artifact
@@ -147,11 +146,11 @@ def folder_artifact(folder: Path, name: str, metadata: dict[str, Any]) -> Any:
     return artifact
 
 
-def data_artifact(role: str, digests: Mapping[str, str]) -> Any:
+def data_artifact(role: str, digests: dict[str, str]) -> Any:
     """The artifact of a training, validation or test set; another data set is another version."""
     import wandb
 
-    artifact = wandb.Artifact(f"{role}-data", type="dataset", metadata=dict(digests))
+    artifact = wandb.Artifact(f"{role}-data", type="dataset", metadata=digests)
     with artifact.new_file("data.json") as file:
         json.dump(digests, file)
     return artifact

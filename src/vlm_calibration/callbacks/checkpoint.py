@@ -38,15 +38,11 @@ class Stopped(SystemExit):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary file and renames it, so that the file is complete at any time."""
+    """Writes a checkpoint to a temporary file and renames it; if e.g. the disk is full, an earlier checkpoint stays as it is."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; raises a DataError if e.g. the disk is full, and an earlier checkpoint stays as it is."""
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         with replacing(Path(path)) as temporary:
@@ -70,20 +66,19 @@ def reading(path: str | Path) -> Iterator[None]:
                 f"--ckpt_path {path}: refused as unsafe: it contains {what}, which could run code when read; give a checkpoint "
                 "that this program wrote"
             ) from error
-        others = sorted(set(Path(path).parent.glob("*.ckpt")) - {Path(path)}, key=lambda p: p.stat().st_mtime)
-        other = f"--ckpt_path {others[-1]}" if others else "--ckpt_path with another one"
+        others = set(Path(path).parent.glob("*.ckpt")) - {Path(path)}
+        other = max(others, key=lambda p: p.stat().st_mtime) if others else "with another one"
         raise DataError(
-            f"--ckpt_path {path}: not a complete checkpoint ({first_line(error)}): give {other}, or --overwrite to start again "
-            "(and leave out --resume)"
+            f"--ckpt_path {path}: not a complete checkpoint ({first_line(error)}): give --ckpt_path {other}, or --overwrite to start "
+            "again (and leave out --resume)"
         ) from error
 
 
 class RunCheckpoint(ModelCheckpoint):
     """A `ModelCheckpoint` in `checkpoints/` of the run directory, with a `last.ckpt` from which a stopped run resumes.
 
-    `last.ckpt` is written after every epoch and its validation, every `every_n_train_steps` steps, and on SIGTERM or SIGUSR1.
-    A signal ends the run after the next optimiser step, since a checkpoint holds no accumulated gradients. A signal during
-    the last step of an epoch or during validation takes effect after the validation.
+    `last.ckpt` is written after every epoch and its validation, every `every_n_train_steps` steps, and on SIGTERM or SIGUSR1, which
+    end the run after the next optimiser step, since a checkpoint holds no accumulated gradients, or after the validation.
 
     Args:
         every_n_train_steps: optimiser steps between two `last.ckpt` within an epoch; None: only at the end of epochs.

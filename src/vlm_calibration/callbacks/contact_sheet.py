@@ -26,20 +26,15 @@ EVIDENCE, OTHER, LINE_COLOUR = (230, 30, 90), (40, 110, 230), (200, 200, 200)
 
 
 class ContactSheet(L.Callback):
-    """Writes `contact_sheet.png` in the run directory of `vlm-calibration predict`; place it after `RegionWriter`.
+    """Writes `contact_sheet.png` of some `queries` in the run directory of `vlm-calibration predict`; place it after `RegionWriter`.
 
     It shows the kinds of perturbation and the strengths of `data.noise`.
-
-    Args:
-        queries: number of queries.
-        seed: of the choice of queries, and of the perturbations.
     """
 
-    def __init__(self, queries: int = 12, seed: int = 0) -> None:
+    def __init__(self, queries: int = 12) -> None:
         if queries < 1:
             raise DataError(f"ContactSheet: queries must be at least 1, found {queries}")
         self.queries = queries
-        self.seed = seed
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder, data = Path(trainer.default_root_dir), trainer.datamodule  # type: ignore[attr-defined]
@@ -49,21 +44,16 @@ class ContactSheet(L.Callback):
             return
         sources = [ParquetSource(str(path), images=source) for path, source in files.items()]
         with replacing(folder / "contact_sheet.png") as temporary:
-            contact_sheet(sources, self.queries, data.noise, self.seed).save(temporary, "PNG")
+            contact_sheet(sources, self.queries, data.noise).save(temporary, "PNG")
 
 
 def contact_sheet(
     sources: Sequence[QuerySource], count: int, policy: NoisePolicy, seed: int = 0
 ) -> Image.Image:
-    """Draw random queries of some sources: question and answer, regions, and a row of strengths for each kind of perturbation.
+    """Draw `count` random queries: question and answer, regions, and a row of strengths for each kind of perturbation of `policy`.
 
-    The evidence is outlined in red, other regions in blue. The evidence is perturbed, or the other regions if there is none.
-
-    Args:
-        sources: of the queries.
-        count: number of queries.
-        policy: its kinds and strengths are shown, by the transforms of training, on the evidence in thumbnails.
-        seed: of the choice of queries, and of the perturbations.
+    The evidence is outlined in red, other regions in blue. The evidence is perturbed, by the transforms of training, or the other
+    regions if there is none. `seed` is that of the choice of queries, and of the perturbations.
 
     Raises:
         DataError: an image cannot be read.
@@ -76,55 +66,53 @@ def contact_sheet(
     sheet = Image.new("RGB", (TEXT_WIDTH + CELL_WIDTH * columns, CELL_HEIGHT * rows), "white")
     draw = ImageDraw.Draw(sheet)
 
-    def paste(top: int, column: int, label: str, picture: np.ndarray) -> None:
-        left = TEXT_WIDTH + column * CELL_WIDTH
+    def paste(row: int, column: int, label: str, picture: np.ndarray) -> None:
+        left, top = TEXT_WIDTH + column * CELL_WIDTH, row * CELL_HEIGHT
         draw.text((left + THUMB // 2, top + LABEL // 2), label, "black", font, anchor="mm")
         sheet.paste(Image.fromarray(picture), (left, top + LABEL))
 
     for place, index in enumerate(chosen.tolist()):
         source, position = queries[index]
         query = source.queries()[position]
-        top = place * len(strengths) * CELL_HEIGHT
-        draw.line((0, top, sheet.width, top), LINE_COLOUR)
+        first = place * len(strengths)
+        draw.line((0, first * CELL_HEIGHT, sheet.width, first * CELL_HEIGHT), LINE_COLOUR)
         caption: list[str] = []
         for text in (query.question, f"-> {query.answer}", f"[{', '.join(query.objects)}]", query.id):
             caption += textwrap.wrap(text, 40)[:4]
         for line, text in enumerate(caption[: THUMB // LINE]):
-            draw.text((MARGIN, top + LABEL + line * LINE), text, "black", font)
-        loaded = _thumbnail(source.load(query))
-        image = loaded.image
-        paste(top, 0, "regions", _draw_regions(loaded))
-        paste(top, 1, "untouched", image)
-        masks = loaded.evidence or loaded.distractors
-        mask = np.logical_or.reduce([*masks, np.zeros(image.shape[:2], dtype=bool)])
+            draw.text((MARGIN, first * CELL_HEIGHT + LABEL + line * LINE), text, "black", font)
+        image, evidence, distractors = _thumbnail(source.load(query))
+        paste(first, 0, "regions", _draw_regions(image, evidence, distractors))
+        paste(first, 1, "untouched", image)
+        mask = np.logical_or.reduce([*(evidence or distractors), np.zeros(image.shape[:2], dtype=bool)])
         own_seed = int(query_rng(seed, 0, query.id).integers(2**63))
-        for row, (kind, values) in enumerate(strengths.items()):
+        for row, (kind, values) in enumerate(strengths.items(), start=first):
             transform = region_perturbation(kind, policy.schedule)
             for column, strength in enumerate(values, start=2):
                 shown = image
                 if mask.any():
                     shown = transform(image=image, mask=mask, strength=strength, seed=own_seed)["image"]
-                label = f"{kind.replace('_', ' ')} {strength:g}"
-                paste(top + row * CELL_HEIGHT, column, label, shown)
+                paste(row, column, f"{kind.replace('_', ' ')} {strength:g}", shown)
     return sheet
 
 
-def _thumbnail(loaded: LoadedImage) -> LoadedImage:
-    """The image and its masks at the size of a thumbnail."""
+def _thumbnail(loaded: LoadedImage) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """The image and the masks of evidence and distractors at the size of a thumbnail."""
     height, width = loaded.image.shape[:2]
     scale = THUMB / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    return LoadedImage(
-        resize_image(loaded.image, size),
-        tuple(resize_mask(m, size) for m in loaded.evidence),
-        tuple(resize_mask(m, size) for m in loaded.distractors),
+    evidence, distractors = (
+        [resize_mask(m, size) for m in ms] for ms in (loaded.evidence, loaded.distractors)
     )
+    return resize_image(loaded.image, size), evidence, distractors
 
 
-def _draw_regions(loaded: LoadedImage) -> np.ndarray:
+def _draw_regions(
+    image: np.ndarray, evidence: Sequence[np.ndarray], distractors: Sequence[np.ndarray]
+) -> np.ndarray:
     """The image with its regions tinted and outlined."""
-    pixels = loaded.image.astype(np.float32)
-    for masks, colour in ((loaded.distractors, OTHER), (loaded.evidence, EVIDENCE)):
+    pixels = image.astype(np.float32)
+    for masks, colour in ((distractors, OTHER), (evidence, EVIDENCE)):
         for mask in masks:
             pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour, dtype=np.float32)
             pixels[mask & ~binary_erosion(mask)] = colour

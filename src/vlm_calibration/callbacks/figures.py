@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_calibration.callbacks.logger import staged, wandb_logger
-from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.callbacks.predictions import require_writer
 from vlm_calibration.data.dataset import PerturbedQueries
 from vlm_calibration.estimators.predictions import PREDICTIONS, read_predictions
 from vlm_calibration.metrics.figures import (
@@ -24,7 +24,7 @@ from vlm_calibration.metrics.figures import (
 )
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable, tables_by_category
-from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.records import Prediction
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.stages.scoring import HasResults
 
@@ -36,20 +36,11 @@ ANSWER_COLUMNS = ("text", "confidence", "correct")
 
 
 class CalibrationFigures(L.Callback):
-    """Log figures and tables to W&B after every validation and evaluation.
+    """Logs figures and tables to a W&B logger after every validation and evaluation. Place it after `PredictionWriter`.
 
-    For each system:
-
-    - `reliability`, `risk_coverage` and, if images were perturbed, `response_curve`: figures.
-    - `confidence_table` and `response_table`: the numbers behind them.
-
-    Once for all systems:
-
-    - `samples`: answers to the same queries each time, with the image that the model was given.
-    - `comparison`, in an evaluation: metrics, a row a system.
-
-    Names begin with `val/`, or with `test/` and the system's name. Without a W&B logger nothing is drawn. Place it after
-    `PredictionWriter`.
+    Names begin with `val/`, or with `test/` and the system's name. For each system: the figures `reliability`, `risk_coverage` and, if
+    images were perturbed, `response_curve`, with their numbers in `confidence_table` and `response_table`. For all systems: `samples`,
+    the answers to the same queries each time, with the image as the model saw it; in an evaluation `comparison`, a row a system.
 
     Args:
         samples: number of queries in `samples`.
@@ -59,9 +50,7 @@ class CalibrationFigures(L.Callback):
         self.samples = samples
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(c, PredictionWriter) for c in callbacks[: callbacks.index(self)]):
-            raise DataError("trainer.callbacks: CalibrationFigures needs a PredictionWriter before it")
+        require_writer(trainer, self)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -98,14 +87,11 @@ class CalibrationFigures(L.Callback):
 
 def tables_by_perturbation(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> ResponseTables:
     """Count predictions by kind and strength of perturbation; those to splits that are not perturbed under `UNPERTURBED`."""
-    return tables_by_category(
-        [p.confidence for p in predictions],
-        [p.correct for p in predictions],
-        [
-            (p.perturbation or "", p.strength or 0.0) if dataset.is_noised(p.id) else UNPERTURBED
-            for p in predictions
-        ],
-    )
+    places = [
+        (p.perturbation or "", p.strength or 0.0) if dataset.is_noised(p.id) else UNPERTURBED
+        for p in predictions
+    ]
+    return tables_by_category([p.confidence for p in predictions], [p.correct for p in predictions], places)
 
 
 def media_of(tables: ResponseTables) -> dict[str, Any]:
@@ -148,14 +134,12 @@ def sample_table(
         # Validation and evaluation use the noise of epoch 0, whatever the epoch of training.
         sample = dataset[0, round(place)]
         query, given = sample.query, [of_system.get(sample.query.id) for of_system in by_id.values()]
-        if not any(given):
-            continue
-        photo = Image.fromarray(np.ascontiguousarray(sample.image))
-        photo.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        image = wandb.Image(photo, file_type="jpg")
-        cells = [query.id, image, query.question, query.answer, *sample.perturbation]
-        cells += [sample.confidence] if taught else []
-        rows.append([*cells, *(getattr(p, name, None) for p in given for name in ANSWER_COLUMNS)])
+        if any(given):
+            photo = Image.fromarray(np.ascontiguousarray(sample.image))
+            photo.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+            cells = [query.id, wandb.Image(photo, file_type="jpg"), query.question, query.answer]
+            cells += [*sample.perturbation, *([sample.confidence] if taught else [])]
+            rows.append([*cells, *(getattr(p, name, None) for p in given for name in ANSWER_COLUMNS)])
     columns = ["id", "image", "question", "answer", "perturbation", "strength"]
     columns += ["earned_confidence"] if taught else []
     columns += [f"{system}_{name}" if system else name for system in by_id for name in ANSWER_COLUMNS]

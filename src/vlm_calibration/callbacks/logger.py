@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -46,12 +46,8 @@ class RunLogger(WandbLogger):
     Args:
         save_dir: folder of the run; the command line gives the run directory.
         project: by default WANDB_PROJECT, or `vlm-calibration`.
-        entity, group, job_type, tags: as in `wandb.init`.
         name: of the run; by default WANDB_NAME, or the name of `save_dir`.
-        settings: of `wandb.Settings`.
-
-    Attributes:
-        waiting: log nothing and start no run yet; the command line ends this when a stage begins.
+        settings: of `wandb.Settings`; the others as in `wandb.init`.
     """
 
     def __init__(
@@ -71,7 +67,6 @@ class RunLogger(WandbLogger):
         # "dryrun" is an older name, which Lightning still sets.
         offline = mode in ("offline", "dryrun") if mode else not logged_in()
         self._folder = Path(save_dir or "runs")
-        self.waiting = False
         self._warned = False
         super().__init__(
             save_dir=str(self._folder),
@@ -85,19 +80,16 @@ class RunLogger(WandbLogger):
             settings=wandb.Settings(**{**TIMEOUTS, **(settings or {})}),
         )
         # Lightning passes it even if it is not set, and W&B then warns.
-        if self._wandb_init.get("anonymous") is None:
-            self._wandb_init.pop("anonymous", None)
+        self._wandb_init.pop("anonymous", None)
         if offline:
             self._go_offline()
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The `wandb.Run`, offline if the server cannot be reached or refuses; a dummy while `waiting`."""
+        """The `wandb.Run`, offline if the server cannot be reached or refuses."""
         from wandb.errors import CommError
 
-        if self.waiting:
-            return _DummyExperiment()
         if self._experiment is not None:
             return super().experiment
         with writing(self._folder):
@@ -121,7 +113,7 @@ class RunLogger(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log to the run; warn once if the disk is full."""
-        if not (self.waiting or self._warned) and self._is_full():
+        if not self._warned and self._is_full():
             self._warned = True
             rank_zero_warn(
                 f"cannot write {self._folder / 'wandb'}: {os.strerror(errno.ENOSPC)}; metrics from here on are lost"

@@ -31,26 +31,20 @@ class NanGuard(L.Callback):
         self._losses.append((loss.detach(), self._ids))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        """Check the losses and gradients of the step, with one device synchronisation and one reduction over processes.
-
-        Raises:
-            DataError: a value is not finite.
-        """
+        """Check the losses and gradients of the step, with one device synchronisation and one reduction over processes."""
         batches, self._losses = self._losses, []
         finite = torch.stack([loss for loss, _ in batches]).isfinite()
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         scaled = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler
         sound = finite.all() if scaled else finite.all() & torch.nn.utils.get_total_norm(gradients).isfinite()
         if not trainer.strategy.reduce_boolean_decision(bool(sound), all=True):
-            culprits = [
-                i for good, (_, ids) in zip(finite.tolist(), batches, strict=True) if not good for i in ids
-            ]
-            what = "loss"
-            records = [i for part in all_gather(trainer, culprits) for i in part]
+            all_finite = zip(finite.tolist(), batches, strict=True)
+            culprits = [i for is_finite, (_, ids) in all_finite if not is_finite for i in ids]
+            of_step = [i for _, ids in batches for i in ids]
+            gathered = all_gather(trainer, (culprits, of_step))
+            what, records = "loss", [i for ids, _ in gathered for i in ids]
             if not records:
-                what = "gradient"
-                of_step = [i for _, ids in batches for i in ids]
-                records = [i for part in all_gather(trainer, of_step) for i in part]
+                what, records = "gradient", [i for _, ids in gathered for i in ids]
             raise DataError(
                 f"the {what} is not finite at step {trainer.global_step}, in a batch of the records {', '.join(records)}: look at "
                 "their images and answers, or lower the learning rate; checkpoints are as they were before this step"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -12,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from vlm_calibration.benchmarks.official import OfficialCounts, official_scores
-from vlm_calibration.callbacks.predictions import OFFICIAL, PredictionWriter
+from vlm_calibration.callbacks.predictions import METRICS, OFFICIAL, require_writer
 from vlm_calibration.data.dataset import EvalSplit, with_split_name
 from vlm_calibration.data.sources.benchmark import BenchmarkSource
-from vlm_calibration.estimators.predictions import read_predictions
-from vlm_calibration.files import json_number, name_some, write_json, write_rows
+from vlm_calibration.estimators.predictions import PREDICTIONS, read_predictions
+from vlm_calibration.files import json_number, name_some, read_json, write_json, write_rows
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.tables import official_table
 from vlm_calibration.stages.scoring import HasResults
@@ -30,10 +29,7 @@ class OfficialScores(L.Callback):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        before = callbacks[: callbacks.index(self)]
-        if not any(isinstance(callback, PredictionWriter) for callback in before):
-            raise DataError("trainer.callbacks: OfficialScores needs a PredictionWriter before it")
+        require_writer(trainer, self)
         test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
         if not any(isinstance(split.source, BenchmarkSource) for split in test.values()):
             raise DataError(
@@ -62,7 +58,7 @@ class OfficialScores(L.Callback):
 
 def _score(folder: Path, splits: Mapping[str, BenchmarkSource]) -> dict[str, float]:
     """Score one system's predictions and write the files into its folder."""
-    replies_by_id = {p.id: (p.text, p.confidence) for p in read_predictions(folder / "predictions.jsonl")}
+    replies_by_id = {p.id: (p.text, p.confidence) for p in read_predictions(folder / PREDICTIONS)}
     counts: dict[str, OfficialCounts] = {}
     for name, source in splits.items():
         ids = [with_split_name(query, name).id for query in source.queries()]
@@ -78,6 +74,6 @@ def _score(folder: Path, splits: Mapping[str, BenchmarkSource]) -> dict[str, flo
             file = folder / OFFICIAL / (f"{name}.{end}" if name else end)
             write_rows(file, rows, lines=end.endswith(".jsonl"))
     scores = official_scores(counts) if counts else {}
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    write_json(folder / "metrics.json", metrics | {k: json_number(k, v) for k, v in scores.items()})
+    metrics = read_json(folder / METRICS)
+    write_json(folder / METRICS, metrics | {k: json_number(k, v) for k, v in scores.items()})
     return scores

@@ -13,6 +13,7 @@ from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import clear_leftovers, json_number, remove, write_json
 from vlm_calibration.models.base import THRESHOLDS
+from vlm_calibration.records import DataError
 from vlm_calibration.stages.answer_log import VALIDATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 from vlm_calibration.stages.scoring import HasResults
@@ -32,10 +33,11 @@ class PredictionWriter(L.Callback):
     `AnswerLog`, from which the first process writes them in the order of the data.
     """
 
+    _log: AnswerLog
+
     def __init__(self) -> None:
         self.start_over = False
         """Whether an evaluation asks all queries again, whatever an earlier one answered."""
-        self._log: AnswerLog | None = None
         self._state = ResumeState()
         self._complete = False
 
@@ -45,20 +47,22 @@ class PredictionWriter(L.Callback):
         return [folder / system / METRICS for system in systems]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove the log of a validation that was killed; find out where to resume a test."""
-        folder, rank = Path(trainer.default_root_dir), trainer.global_rank
-        if trainer.is_global_zero:
-            AnswerLog(folder, rank, {}, name=VALIDATED).clear()
-        self._log, self._complete = None, False
-        if stage == "test":
-            module, data = cast(EvaluationModule, pl_module), _data(trainer)
-            log = self._log = AnswerLog(folder, rank, data.tested_queries, module.run_digest)
-            complete = asks_all(trainer)
-            if self.start_over:
-                self._state = ResumeState()
-            else:
-                self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
-            data.leave_out_answered(self._state.answered or {})
+        folder, rank, data = Path(trainer.default_root_dir), trainer.global_rank, _data(trainer)
+        self._complete = False
+        if stage != "test":
+            queries = data.sets[VALIDATION].queries if VALIDATION in data.sets else ()
+            self._log = AnswerLog(folder, rank, {VALIDATION: queries}, name=VALIDATED)
+            if trainer.is_global_zero:
+                # A validation that was killed may have left answers.
+                self._log.clear()
+            return
+        module = cast(EvaluationModule, pl_module)
+        log = self._log = AnswerLog(folder, rank, data.tested_queries, module.run_digest)
+        complete = asks_all(trainer)
+        self._state = ResumeState()
+        if not self.start_over:
+            self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
+        data.leave_out_answered(self._state.answered or {})
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin or resume, now that the model is loaded."""
@@ -66,7 +70,6 @@ class PredictionWriter(L.Callback):
         broadcast_from_first(trainer, lambda: self._begin(trainer, cast(EvaluationModule, module)))
 
     def _begin(self, trainer: L.Trainer, module: EvaluationModule) -> None:
-        assert self._log is not None
         if self._state.message:
             rank_zero_info(self._state.message)
         for folder in (self._log.folder, *(self._log.folder / system for system in module.systems)):
@@ -84,7 +87,7 @@ class PredictionWriter(L.Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
     ) -> None:
-        self._validation_log(trainer).add(VALIDATION, BatchAnswers(answers=outputs, passes={}))
+        self._log.add(VALIDATION, BatchAnswers(answers=outputs, passes={}))
 
     def on_test_batch_end(
         self,
@@ -95,27 +98,18 @@ class PredictionWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        assert self._log is not None
         self._log.add(TESTED[dataloader_idx], cast(BatchAnswers, outputs))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._write(trainer, self._validation_log(trainer), cast(HasResults, module))
-        self._log = None
+        self._write(trainer, cast(HasResults, module))
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert self._log is not None
-        self._write(trainer, self._log, cast(HasResults, module))
+        self._write(trainer, cast(HasResults, module))
         self._complete = True
 
-    def _validation_log(self, trainer: L.Trainer) -> AnswerLog:
-        if self._log is None:
-            queries = {VALIDATION: _data(trainer).sets["validation"].queries}
-            folder = Path(trainer.default_root_dir)
-            self._log = AnswerLog(folder, trainer.global_rank, queries, name=VALIDATED)
-        return self._log
-
-    def _write(self, trainer: L.Trainer, log: AnswerLog, module: HasResults) -> None:
+    def _write(self, trainer: L.Trainer, module: HasResults) -> None:
         """Write the files of all systems, in the first process."""
+        log = self._log
         log.close()
         trainer.strategy.barrier("answers")
         if trainer.is_global_zero:
@@ -128,8 +122,7 @@ class PredictionWriter(L.Callback):
                     log.write_predictions(system, split, folder / FILES[split], total)
                 if not trainer.sanity_checking:
                     write_json(folder / METRICS, {k: json_number(k, v) for k, v in metrics.items()})
-                    notes = getattr(module, "notes", {}).get(system)
-                    if notes:
+                    if notes := getattr(module, "notes", {}).get(system):
                         write_json(folder / NOTES, dict(notes))
                     else:
                         remove(folder / NOTES)
@@ -138,15 +131,21 @@ class PredictionWriter(L.Callback):
         trainer.strategy.barrier("predictions written")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove the log of an evaluation that is complete."""
-        if self._complete and trainer.is_global_zero and self._log is not None:
+        if self._complete and trainer.is_global_zero:
             self._log.clear()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if self._log is not None:
+        if hasattr(self, "_log"):
             self._log.close()
             if VALIDATION in self._log.queries:
                 self._log.path.unlink(missing_ok=True)
+
+
+def require_writer(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Raise a DataError unless a `PredictionWriter` stands before a callback that reads its files."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(c, PredictionWriter) for c in callbacks[: callbacks.index(callback)]):
+        raise DataError(f"trainer.callbacks: {type(callback).__name__} needs a PredictionWriter before it")
 
 
 def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:

@@ -50,18 +50,19 @@ class RegionWriter(L.Callback):
     settings of its source, such as `train.parquet`, and `data.regions` names the folder.
     """
 
+    _log: AppendLog
+
     def __init__(self) -> None:
         self.start_over = False
         """Whether all shards are extracted again, whatever an earlier run finished."""
-        self._log: AppendLog | None = None
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The files that are written when all shards are finished, by whichever part; reads the queries of all sources."""
+        """The files that the last part to end writes; reads the queries of all sources."""
         plan = data.plan_extraction(cast(RegionExtractor, module).keep_known)
         return [*(folder / extraction.file for extraction in plan.extractions), folder / SUMMARY]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the shards that this run has finished before; raises a DataError if there are shards of another run."""
+        """Find the shards that this run has finished; raises a DataError if there are shards of another run."""
         data, folder, run = _data(trainer), Path(trainer.default_root_dir), pl_module.run_digest
         path = folder / SHARDS / f"{data.part}.{trainer.global_rank}.jsonl"
         remedy = f"remove {folder}, or give another trainer.default_root_dir"
@@ -75,30 +76,22 @@ class RegionWriter(L.Callback):
             )
 
     def _clear(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if _data(trainer).parts > 1:
+        if (parts := _data(trainer).parts) > 1:
+            remedy = f"remove {trainer.default_root_dir} and start all parts"
             raise DataError(
-                f"--overwrite in one run of {_data(trainer).parts} would remove the shards of the others: remove "
-                f"{trainer.default_root_dir} and start all parts"
+                f"--overwrite in one run of {parts} would remove the shards of the others: {remedy}"
             )
-        assert self._log is not None
         self._log.clear()
         for path in self.outputs(Path(trainer.default_root_dir), module, _data(trainer)):
             path.unlink(missing_ok=True)
 
     def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: RawBatch,
-        *_: Any,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RawBatch, *_: Any
     ) -> None:
-        assert self._log is not None
         if batch.rows:
             self._log.append({"shard": batch.shard, "rows": [row_of(extracted) for extracted in outputs]})
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self._log is not None
         self._log.close()
         trainer.strategy.barrier("shards")
         if trainer.is_global_zero:
@@ -108,10 +101,8 @@ class RegionWriter(L.Callback):
             shards = len(data.region_plan.shards)
             missing = sum(number not in lines for number in range(shards))
             if missing and data.parts == 1:
-                raise DataError(
-                    f"{folder / SHARDS}: {missing} of {shards} shards are missing: run again without "
-                    "trainer.limit_predict_batches"
-                )
+                what = f"{missing} of {shards} shards are missing"
+                raise DataError(f"{folder / SHARDS}: {what}: run again without trainer.limit_predict_batches")
             if missing:
                 print(
                     f"part {data.part} of {data.parts} is done; {missing} of {shards} shards are other parts': the "
@@ -122,35 +113,33 @@ class RegionWriter(L.Callback):
         trainer.strategy.barrier("merged")
 
     def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, JsonLine], folder: Path) -> None:
-        """Write the rows of each source as one file, and the summary of all."""
-        assert self._log is not None
-        total, files = RegionSummary(), {}
+        """Write the rows of each source as one file without unreadable ones, and the summary of all."""
+        total = RegionSummary()
+        files: dict[str, RegionSummary] = {}
         plan = data.region_plan
         for index, extraction in enumerate(plan.extractions):
-            summary = files[folder / extraction.file] = RegionSummary()
+            summary = files[extraction.file] = RegionSummary()
             own = [lines[number] for number, shard in enumerate(plan.shards) if shard.extraction == index]
             tracked = track(own, f"writing {folder / extraction.file}", len(own), "shards")
-            shards = (self._log.reread(line)["rows"] for line in tracked)
-            write_rows(
-                folder / extraction.file, (_usable(rows, summary, total) for rows in shards), extraction.note
-            )
+            shards = (self._usable(line, summary, total) for line in tracked)
+            write_rows(folder / extraction.file, shards, extraction.note)
+        by_file = {name: summary.to_dict() for name, summary in files.items()}
         complete = [f"data.{setting}" for setting in plan.complete]
-        by_name = {path.name: summary.to_dict() for path, summary in files.items()}
-        content = {**total.to_dict(), "unreadable": total.notes, "files": by_name, "complete": complete}
+        content = {**total.to_dict(), "files": by_file, "complete": complete}
         write_json(folder / SUMMARY, content)
-        print_summary(total, files, complete)
+        print_summary(folder, content)
+
+    def _usable(self, line: JsonLine, *summaries: RegionSummary) -> list[dict[str, Any]]:
+        """The rows of a shard that can be trained on; the summaries count all rows."""
+        rows: list[dict[str, Any]] = self._log.reread(line)["rows"]
+        for row in rows:
+            for summary in summaries:
+                summary.add(row)
+        return [row for row in rows if row["outcome"] != "unreadable"]
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if self._log is not None:
+        if hasattr(self, "_log"):
             self._log.close()
-
-
-def _usable(rows: Sequence[dict[str, Any]], *summaries: RegionSummary) -> list[dict[str, Any]]:
-    """The rows that can be trained on; the summaries count all rows."""
-    for row in rows:
-        for summary in summaries:
-            summary.add(row)
-    return [row for row in rows if row["outcome"] != "unreadable"]
 
 
 def row_of(extracted: Extracted) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import cast
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.models.base import ADAPTER
@@ -15,11 +16,16 @@ from vlm_calibration.stages.scoring import HasResults
 
 
 class ResultsTable(L.Callback):
-    """Prints a table of the main metrics when a run ends.
+    """Prints a table of the main metrics when a run ends, the notes on systems, and the folder of what was written.
 
-    Its rows are the systems of an evaluation, or of a training the validations that `AdapterWriter` puts into the card. Below it are
-    the notes on systems and the folder of what was written. Place it after `AdapterWriter`.
+    The rows are the systems of an evaluation, or the `validations` that an `AdapterWriter` before this callback has kept.
+
+    Args:
+        tolerance: warn if accuracy on the validation queries fell by more than this in training, in [0, 1].
     """
+
+    def __init__(self, tolerance: float = 0.01) -> None:
+        self.tolerance = tolerance
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -36,6 +42,15 @@ class ResultsTable(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         writers = [c for c in trainer.callbacks if isinstance(c, AdapterWriter)]  # type: ignore[attr-defined]
-        if writers and trainer.is_global_zero and not trainer.interrupted:
-            adapter = Path(trainer.default_root_dir) / ADAPTER
-            print_results(writers[0].validated(trainer), files={"adapter": adapter})
+        if not writers or not trainer.is_global_zero or trainer.interrupted:
+            return
+        validations = writers[0].validations
+        print_results(validations, files={"adapter": Path(trainer.default_root_dir) / ADAPTER})
+        before, after = validations.get("before"), validations.get("after")
+        if before is not None and after is None:
+            rank_zero_warn("training ended without a validation to compare with the one before it")
+        elif before and after and (lost := before["accuracy"] - after["accuracy"]) > self.tolerance:
+            rank_zero_warn(
+                f"accuracy on the validation queries fell by {lost:.1%} in training: fewer steps, a lower learning rate, a "
+                "larger loss.beta or a larger model.nll_weight preserve it"
+            )

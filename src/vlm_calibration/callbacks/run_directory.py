@@ -1,7 +1,7 @@
 """What a run directory holds for a command that is to run in it (nothing, the same run or another one), and the beginning of a run.
 
-`find_prior` decides before a model is loaded, in every process from the same files. Nothing is written and no logger starts before all
-checks have passed, the model is loaded and a checkpoint is read, so a run that fails earlier leaves the directory unchanged.
+Nothing is written and no logger starts before all checks have passed, the model is loaded and a checkpoint is read, so a run that fails
+earlier leaves the directory unchanged.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from vlm_calibration.callbacks.adapter import ADAPTER
 from vlm_calibration.callbacks.checkpoint import FOLDER
 from vlm_calibration.callbacks.distributed import broadcast_from_first
-from vlm_calibration.callbacks.logger import RunLogger
 from vlm_calibration.callbacks.regions import SHARDS, SUMMARY
 from vlm_calibration.callbacks.run_record import RunRecord, command_of, differences, new_record, read_record
 from vlm_calibration.data.module import PerturbedQueryDataModule
@@ -55,22 +55,21 @@ class ResultWriter(Protocol):
 
 
 class Prior(NamedTuple):
-    """What a run directory holds: nothing to resume, or the run that is interrupted or finished, with its record."""
+    """What a run directory holds: nothing to resume, or a run with its record."""
 
     state: Literal["none", "interrupted", "finished"]
     record: RunRecord | None = None
 
 
 def find_prior(cli: LightningCLI) -> Prior:
-    """Find out what the run directory holds for this command line, whose classes are instantiated.
+    """Find out what the run directory holds for this command line, whose classes are instantiated; alike in every process.
 
     `--overwrite` replaces a run of the same command. `--resume` resumes the same run if it was interrupted, and does nothing if it is
     finished. Without either, trainings and finished evaluations are refused. A training resumes from a checkpoint of its own directory
     (`--ckpt_path`) with whatever settings.
 
     Raises:
-        DataError: it holds another run: one of another command, or of other settings or inputs; or one that nothing is asked to do with;
-            or the new run would overwrite a file that it starts from.
+        DataError: it holds a run that these options do not replace or resume, or the new run would overwrite what it starts from.
     """
     trainer, module, subcommand = cli.trainer, cli.model, str(cli.subcommand)
     config, folder = cli.config[subcommand], Path(trainer.default_root_dir)
@@ -98,11 +97,8 @@ def find_prior(cli: LightningCLI) -> Prior:
     has_progress = any(path.stat().st_size for pattern in PROGRESS for path in folder.glob(pattern))
     if starts_anyway or not (has_progress or any(path.exists() for path in outputs)):
         return Prior("none")
-    is_finished = (
-        record.finished
-        and all(path.exists() for path in outputs)
-        and record.results == results_outside(folder, outputs)
-    )
+    are_there = all(path.exists() for path in outputs)
+    is_finished = record.finished and are_there and record.results == results_outside(folder, outputs)
     state: Literal["interrupted", "finished"] = "finished" if is_finished else "interrupted"
     if not config.resume and (command == "fit" or (is_finished and command == "test")):
         does = "does nothing if it is the one that is asked for" if is_finished else "resumes it"
@@ -150,27 +146,28 @@ class SaveRunConfig(SaveConfigCallback):
         super().__init__(*args, **{**settings, "save_to_log_dir": False})
         self.record: RunRecord | None = None
         self._lock: FileIO | None = None
+        self._loggers: list[Logger] = []
 
     def hold(self, trainer: L.Trainer) -> None:
-        """Keep the trainer's loggers waiting until the run begins, and make this the first callback."""
+        """Keep the loggers from the trainer until the run begins, and make this the first callback."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: callback is not self)
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.waiting = True
+        self._loggers, trainer.loggers = trainer.loggers, []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the record, by whose digest the module tells its own answers from those of another run."""
-        if subcommand := SUBCOMMANDS.get(trainer.state.fn):
+        subcommand = SUBCOMMANDS.get(trainer.state.fn)
+        if subcommand is None:
+            return
 
-            def digest() -> str:
-                if self.record is None:
-                    command, data = command_of(subcommand, pl_module), trainer.datamodule  # type: ignore[attr-defined]
-                    config = self._repeating(Path(trainer.default_root_dir))
-                    self.record = new_record(command, self.parser, config, trainer, data)
-                return self.record.digest
+        def digest() -> str:
+            if self.record is None:
+                command, data = command_of(subcommand, pl_module), trainer.datamodule  # type: ignore[attr-defined]
+                config = self._repeating(Path(trainer.default_root_dir))
+                self.record = new_record(command, self.parser, config, trainer, data)
+            return self.record.digest
 
-            pl_module.run_digest = broadcast_from_first(trainer, digest)  # type: ignore[assignment]
+        pl_module.run_digest = broadcast_from_first(trainer, digest)  # type: ignore[assignment]
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the run, at whichever of these hooks comes first."""
@@ -178,9 +175,7 @@ class SaveRunConfig(SaveConfigCallback):
             return
         self.already_saved = True
         broadcast_from_first(trainer, lambda: self.save_config(trainer, pl_module, ""))
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.waiting = False
+        trainer.loggers = self._loggers
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / CONFIG
             self._lock = hold(path)

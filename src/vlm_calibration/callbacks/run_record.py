@@ -1,7 +1,6 @@
 """The record of a run, `run.json` in its directory: what was run, from which inputs, and whether it has finished.
 
-It holds every setting that can change the result, digests of the content behind them, and versions. Two runs are the same if
-their records are: e.g. a level table that was measured again is another input at the same path.
+Two runs are the same if their records are: e.g. a level table that was measured again is another input at the same path.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -35,44 +35,44 @@ SOURCES = ("train", "validation", "test", "calibration", "levels", "predict")
 """Settings of `data` that are sources, or named splits of them."""
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "scikit-learn", "numpy")
 """Packages whose versions are recorded."""
-
 ANSWERING_PACKAGES = PACKAGES[:4]
 """Those whose versions may not change within an evaluation or measurement."""
 BATCH = "data.batch_size x processes"
 """The queries of a step of training, among the settings of a record, e.g. "4 x 2"."""
+SPLITS = {
+    "fit": ("train", "validation"),
+    "test": ("test", "calibration"),
+    "levels fit": ("levels", "train"),
+    "predict": SOURCES,
+}
+"""Command -> the sources that it reads."""
+TESTING = r"limit_test_batches|overfit_batches"
 TRAINER = {
-    "fit": (
-        *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "accumulate_grad_batches"),
-        *("gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "limit_val_batches"),
-        *("overfit_batches", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"),
-        *("sync_batchnorm", "callbacks"),
-    ),
-    "test": ("limit_test_batches", "overfit_batches"),
-    "levels fit": ("limit_test_batches", "overfit_batches"),
-    "predict": (),
+    "fit": r"(max|min)_.*|accumulate_grad_batches|gradient_clip_\w+|limit_(train|val)_batches|overfit_batches|\w*val_\w+"
+    r"|sync_batchnorm|callbacks.*",
+    "test": TESTING,
+    "levels fit": TESTING,
+    "predict": "",
 }
 """Command -> settings of `trainer` that can change its result, beside the precision and the number of processes."""
-LOADING = frozenset({"batch_size", "parts", "part", "workers", "regions"})
-"""Settings of `data` that change no result, or whose effect is compared otherwise: batch size, and content of regions."""
-BATCHES = frozenset({"eval_batch_size", "shard_size"})
-"""Those that decide which queries an extraction looks at together."""
-TRAINING = frozenset({"augment", "candidates", "max_length", "on_too_long"})
+LOADING = "batch_size|parts|part|workers|regions"
+TRAINING = "augment|candidates|max_length|on_too_long"
 IGNORED_DATA = {
-    "fit": LOADING | BATCHES,
-    "test": LOADING | BATCHES | TRAINING,
-    "levels fit": LOADING | BATCHES | TRAINING,
-    "predict": LOADING | TRAINING | {"noise", "prompt", "grading"},
+    "fit": f"{LOADING}|eval_batch_size|shard_size",
+    "test": f"{LOADING}|eval_batch_size|shard_size|{TRAINING}",
+    "levels fit": f"{LOADING}|eval_batch_size|shard_size|{TRAINING}",
+    "predict": f"{LOADING}|{TRAINING}|noise|prompt|grading",
 }
-"""Command -> settings of `data`, other than sources, that do not count."""
-IGNORED_MODEL = frozenset({"gradient_checkpointing", "out", "likelihoods"})
+"""Command -> settings of `data` that do not count, beside the sources that it does not read.
+
+An extraction looks at the queries of a batch together. The batch size of training counts as `BATCH`, regions by their content."""
+IGNORED_MODEL = "gradient_checkpointing|out|likelihoods"
 """Settings of the model that do not count: how it computes, and where its results go, which are compared by content."""
-PASSIVE = frozenset(
-    {
-        *("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint"),
-        *("ProgressBar", "RichModelSummary", "RichProgressBar", "ThroughputMonitor", "TQDMProgressBar"),
-    }
-)  # fmt: skip
-"""Lightning's callbacks that only observe a run."""
+PASSIVE = re.compile(
+    r"vlm_calibration\.callbacks\..*|lightning\.pytorch\.callbacks\.(.*\.)?(DeviceStatsMonitor|LearningRateMonitor|ModelCheckpoint"
+    r"|ModelSummary|OnExceptionCheckpoint|ProgressBar|RichModelSummary|RichProgressBar|ThroughputMonitor|TQDMProgressBar)"
+)
+"""Callbacks that only observe a run: all of ours, and some of Lightning's."""
 TYPED = ("limit_", "overfit_batches", "val_check_interval")
 """Settings of which 1 is a number of batches, and 1.0 is all of them."""
 
@@ -136,8 +136,9 @@ def new_record(
 ) -> RunRecord:
     """The record of a run that begins, from its configuration, the configuration's parser, and what was made from it."""
     values = yaml.safe_load(parser.dump(config, skip_none=False))
-    deciding = deciding_settings(command, values)
-    settings = {**dict(flat(deciding)), "trainer.precision": str(trainer.precision)}
+    settings = deciding_settings(command, values)
+    inputs = run_inputs(settings, data, with_regions=command != "predict")
+    settings["trainer.precision"] = str(trainer.precision)
     if command == "fit":
         settings[BATCH] = f"{values['data']['batch_size']} x {trainer.num_devices * trainer.num_nodes}"
     if command in ("test", "levels fit"):
@@ -147,97 +148,69 @@ def new_record(
         # A package that runs from a source tree has no version.
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    inputs = run_inputs(deciding, data, with_regions=command != "predict")
     stage = values["model"]["class_path"].rpartition(".")[-1]
     return RunRecord(command, stage, False, settings, inputs, versions=versions)
 
 
 def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that can change the result of a command, of a configuration with all defaults filled in."""
+    """The settings that can change the result of a command, by dotted name, of a configuration with all defaults filled in."""
     trainer, data, model = (settings.get(name) or {} for name in ("trainer", "data", "model"))
-    arguments = {k: v for k, v in (model.get("init_args") or {}).items() if k not in IGNORED_MODEL}
-    if arguments.get("endpoints"):
-        # How requests are sent changes no answer, and a server may have moved.
-        arguments["endpoints"] = {
-            name: {key: endpoint.get(key) for key in DECIDING}
-            for name, endpoint in arguments["endpoints"].items()
-        }
-    counted = {name: trainer.get(name) for name in TRAINER[command]}
-    if callbacks := counted.get("callbacks"):
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        counted["callbacks"] = [c for c in callbacks if not _is_passive(c["class_path"])] or None
-    sources: Collection[str] = {"fit": ("train", "validation"), "test": ("test", "calibration")}.get(
-        command, ()
+    given = model.get("init_args") or {}
+    sources = ("predict",) if command == "predict" and data.get("predict") else SPLITS[command]
+    if command == "levels fit" and given.get("likelihoods") is None:
+        sources = ("levels",)
+    ignored = "|".join([*(name for name in SOURCES if name not in sources), IGNORED_DATA[command]])
+    # How requests are sent to an endpoint changes no answer, and a server may have moved.
+    sending = rf"endpoints\.[^.]+\.(?!({'|'.join(DECIDING)})\b)"
+    deciding = re.compile(
+        rf"seed_everything|ckpt_path|trainer\.({TRAINER[command]})"
+        rf"|model\.(?!init_args\.({IGNORED_MODEL}|{sending})\b).*|data\.(?!({ignored})\b).*"
     )
-    if command == "levels fit":
-        with_likelihoods = (model.get("init_args") or {}).get("likelihoods") is not None
-        sources = ("levels", "train") if with_likelihoods else ("levels",)
-    elif command == "predict":
-        sources = ("predict",) if data.get("predict") else SOURCES
-    ignored = IGNORED_DATA[command]
-    return {
-        "seed_everything": settings.get("seed_everything"),
-        "ckpt_path": settings.get("ckpt_path"),
-        "trainer": counted,
-        "model": {**model, "init_args": arguments},
-        "data": {
-            name: value
-            for name, value in data.items()
-            if (name in sources if name in SOURCES else name not in ignored)
-        },
-    }
-
-
-def _is_passive(class_path: str) -> bool:
-    """Whether a callback only observes a run: all of ours, and Lightning's `PASSIVE`."""
-    package, _, name = class_path.rpartition(".")
-    return package.startswith("vlm_calibration.callbacks") or (
-        package.startswith("lightning.pytorch.callbacks") and name in PASSIVE
-    )
+    callbacks = trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    active = [c for c in callbacks if not PASSIVE.fullmatch(c["class_path"])] or None
+    values = flat({**settings, "trainer": {**trainer, "callbacks": active}})
+    return {name: value for name, value in values if deciding.fullmatch(name)}
 
 
 def run_inputs(
     settings: Mapping[str, Any], data: PerturbedQueryDataModule, *, with_regions: bool
 ) -> dict[str, str]:
-    """Digests of the content behind the settings of a run: setting, with dots -> digest.
+    """Digests of the content behind the settings of a run: setting -> digest.
 
     The queries of a source count, but not the bytes of its images; of models and adapters the weights and configurations; of
     other files the whole content. A setting whose content is not on this machine is left out.
 
     Args:
-        settings: the sections `model` and `data`.
+        settings: by dotted name.
         data: has the sources that `settings` describes.
         with_regions: whether the run reads the sources with the regions in `data.regions`.
     """
-    content = dict(_contents("model", settings.get("model", {})))
-    for name, value in settings.get("data", {}).items():
-        if name not in SOURCES:
-            content |= _contents(f"data.{name}", value)
-        elif name != "predict":
+    inputs: dict[str, str] = {}
+    sources: list[str] = []
+    for setting, value in settings.items():
+        section, *names = setting.split(".")
+        if section == "data" and names[0] in SOURCES:
+            sources.append(names[0])
+        elif section in ("model", "data") and isinstance(value, str):
+            revision = settings.get(f"{setting.rpartition('.')[0]}.revision")
+            if (content := _content(names, value, revision)) is not None:
+                inputs[setting] = content
+    for name in dict.fromkeys(sources):
+        if name != "predict":
             splits = data.read_splits(name) if with_regions else data.splits.get(name, {})
             for split, of_split in splits.items():
-                content[f"data.{setting_of(name, split)}"] = queries_digest(of_split.source)
+                inputs[f"data.{setting_of(name, split)}"] = queries_digest(of_split.source)
         elif data.predict is not None:
-            content["data.predict"] = queries_digest(data.predict)
-    return content
+            inputs["data.predict"] = queries_digest(data.predict)
+    return inputs
 
 
-def _contents(name: str, value: Any, revision: str | None = None) -> Iterator[tuple[str, str]]:
-    """Name and digest of every setting at and below `name` that names a model, an adapter or a file."""
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _contents(f"{name}.{key}", part, value.get("revision"))
-    elif isinstance(value, list):
-        for number, part in enumerate(value):
-            yield from _contents(f"{name}.{number}", part)
-    elif isinstance(value, str) and (content := _content(name.split("."), value, revision)) is not None:
-        yield name, content
-
-
-def _content(name: list[str], value: str, revision: str | None) -> str | None:
-    if name[-1] == "name_or_path":
+def _content(names: list[str], value: str, revision: str | None) -> str | None:
+    """The digest of what a setting names: a model, an adapter or a file; None for another text."""
+    if names[-1] == "name_or_path":
         return model_identity(value, revision)
-    if name[-1] == "adapter" or name[-2] == "adapters":
+    if names[-1] == "adapter" or names[-2:-1] == ["adapters"]:
         return adapter_digest(find_adapter(value))
     path = Path(value)
     if path.is_file():

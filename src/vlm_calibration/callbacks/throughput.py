@@ -15,24 +15,16 @@ from torch.distributed.tensor import DTensor
 
 from vlm_calibration.data.candidates import CandidateBatch
 
-GIB = 2**30
-
 
 class Throughput(L.Callback):
     """Logs metrics of the steps since the last log, every `trainer.log_every_n_steps` steps:
 
     - `train/samples_per_second` and `train/tokens_per_second`: of all processes, assuming all are as fast as the first.
-      Padding is not counted, image tokens are; a prompt that several responses share counts once. The time includes
-      waiting for data but not validation.
+      Padding is not counted, image tokens are; a prompt that several responses share counts once. Validation does not count.
     - `train/data_wait`: the share of the time spent waiting for data, in [0, 1].
     - `train/grad_norm`: L2 norm of the gradients of that step before clipping.
     - `memory/peak_gib`: peak memory so far, of the GPU or else of this process.
     """
-
-    def __init__(self) -> None:
-        self._due = False
-        self._norm: Tensor | None = None
-        self._tokens: Tensor | int = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._last_end = time.perf_counter()
@@ -73,20 +65,20 @@ class Throughput(L.Callback):
                 "train/samples_per_second": self._samples * trainer.world_size / seconds,
                 "train/tokens_per_second": tokens * trainer.world_size / seconds,
                 "train/data_wait": self._waited / seconds,
-                "memory/peak_gib": peak_memory(module.device) / GIB,
+                "memory/peak_gib": peak_memory(module.device) / 2**30,
             }
             if self._norm is not None:
                 values["train/grad_norm"] = self._norm
             module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
-            self._due, self._norm = False, None
             self._begin()
         self._last_end = time.perf_counter()
 
     def _begin(self) -> None:
         self._began = time.perf_counter()
-        self._samples = 0
-        self._tokens = 0
-        self._waited = 0.0
+        self._samples, self._waited = 0, 0.0
+        self._tokens: Tensor | int = 0
+        self._norm: Tensor | None = None
+        self._due = False
 
 
 def tokens_of(batch: Any) -> Tensor | int:

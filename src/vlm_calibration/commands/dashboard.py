@@ -6,7 +6,6 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 
-from vlm_calibration.records import DataError
 from vlm_calibration.reporting.dashboard import PROJECT, build, outline, sections
 
 SYSTEMS = ("base", "sft", "dpo")
@@ -39,13 +38,5 @@ def dashboard(
     if print:
         sys.stdout.write(f"{outline(content)}\n")
         return
-    try:
-        urls = build(entity or "", project, content)
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("wandb_workspaces"):
-            raise
-        raise DataError(
-            "wandb-workspaces is not installed: pip install 'vlm-calibration[dashboard]'"
-        ) from error
-    for name, url in urls.items():
+    for name, url in build(entity or "", project, content).items():
         sys.stdout.write(f"{name}: {url}\n")

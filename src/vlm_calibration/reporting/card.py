@@ -1,7 +1,6 @@
 """The model card of an adapter or of a merged model: `README.md` from a template, and its facts in `calibration.json`.
 
-An export writes its own card from the facts, and programs can read them. A `README.md` that a person has edited is left alone. Results
-on test data are those of the very adapter that was evaluated, which `run.json` of an evaluation names by digest.
+A `README.md` that a person has edited is left alone. Results on test data are those of the very adapter that was evaluated.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Evaluation:
         split: the split that the source reads; "test" for sources without splits.
         revision: the digest of the queries.
         parts: the parts of the test set by name.
-        results: "base" and the name of each adapter -> the metrics that tables show, None if undefined.
+        results: "base" and the name of each adapter -> `n` and the metrics that tables show, None if undefined.
     """
 
     adapter: str
@@ -70,45 +69,23 @@ class Evaluation:
         """The number of queries."""
         return int(self.results[self.system]["n"] or 0)
 
-    def hub_results(self) -> list[EvalResult]:
-        """The defined headline metrics of the adapter as the Hub's metadata."""
-        values = self.results[self.system]
-        return [
-            EvalResult(
-                task_type=TASK,
-                dataset_type=self.dataset,
-                dataset_name=f"{self.dataset}: {', '.join(self.parts)}",
-                dataset_split=self.split,
-                dataset_revision=self.revision,
-                dataset_args={"queries": self.n},
-                metric_type=kind,
-                metric_name=title,
-                metric_value=values[name],
-            )
-            for name, (kind, title) in HUB_METRICS.items()
-            if values.get(name) is not None
-        ]
-
 
 @dataclass(frozen=True)
 class Card:
     """The facts about an adapter; only the base model must be known.
 
     Attributes:
-        base: name on the Hub or folder of the base model.
-        base_on_hub: whether it is a name on the Hub, which the metadata then give.
+        base: name on the Hub (`base_on_hub`) or folder of the base model.
         revision: commit or branch of the base model.
         location: where the weights are: a folder, or a name on the Hub.
         merged: whether the weights are those of the whole model, with the adapter merged in.
-        trust_remote_code: whether the base model needs it.
-        dtype: of the base model in training, as in `BaseModel`.
-        quantization: of the base model in training, as in `BaseModel`.
-        training: name -> description of the training: stage, adapter, data, noise.
+        trust_remote_code, dtype, quantization: of the base model in training, as in `BaseModel`.
+        training: stage, steps and adapter, and setting -> value.
         levels: answer type -> kind of perturbation, strength and the confidence in [0, 1] that was taught for it, on average.
         results: "before" and "after" training -> metrics of the validation queries, None if undefined.
         evaluations: results on test data.
         guarantee: what the thresholds beside the weights promise, as a sentence; empty without thresholds.
-        license: metadata of the licence: `license` and, for one that the Hub has no name for, `license_name` and `license_link`.
+        license: metadata of the licence (`hub.LICENSE`).
         template: the prompt, with `{question}` in it.
         conversation: the prompt with `EXAMPLE`, as the chat template formats it.
         has_chat_template: whether the processor has a chat template; PaliGemma's processor formats the prompt itself.
@@ -142,8 +119,23 @@ class Card:
 def card_text(card: Card) -> str:
     """Render the card as Markdown, with the Hub's metadata in front. What is not known is left out."""
     title = f"{card.base.rstrip('/').rsplit('/', 1)[-1]}, calibrated"
-    # The weights of a merged model are not the ones that were evaluated.
-    results = [] if card.merged else [result for e in card.evaluations for result in e.hub_results()]
+    results = [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=evaluation.dataset,
+            dataset_name=f"{evaluation.dataset}: {', '.join(evaluation.parts)}",
+            dataset_split=evaluation.split,
+            dataset_revision=evaluation.revision,
+            dataset_args={"queries": evaluation.n},
+            metric_type=kind,
+            metric_name=metric,
+            metric_value=value,
+        )
+        # The weights of a merged model are not the ones that were evaluated.
+        for evaluation in ([] if card.merged else card.evaluations)
+        for name, (kind, metric) in HUB_METRICS.items()
+        if (value := evaluation.results[evaluation.system].get(name)) is not None
+    ]
     relation = "finetune" if card.merged else "adapter"
     metadata = ModelCardData(
         **card.license,
@@ -187,33 +179,23 @@ def _render(template: str, card: Card, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    rule = "| --- " * (1 + len(COLUMNS)) + "|"
-    head = f"{_line('', map(heading, COLUMNS))}\n{rule}"
-    helpers = {"repr": repr, "quote": shlex.quote, "head": head, "row": _row}
+
+    def line(label: str, cells: Iterable[str]) -> str:
+        return "| " + " | ".join([label.replace("|", r"\|"), *cells]) + " |"
+
+    def row(label: str, metrics: Mapping[str, float | None]) -> str:
+        return line(label, (shown(name, metrics.get(name)) for name in COLUMNS))
+
+    head = f"{line('', map(heading, COLUMNS))}\n{'| --- ' * (1 + len(COLUMNS))}|"
+    helpers = {"repr": repr, "quote": shlex.quote, "head": head, "row": row}
     return environment.get_template(template).render(card=card, **helpers, **values)
 
 
-def _row(label: str, metrics: Mapping[str, float | None]) -> str:
-    """A row of a table of metrics; a dash where one is undefined."""
-    return _line(label, (shown(name, metrics.get(name)) for name in COLUMNS))
-
-
-def _line(label: str, cells: Iterable[str]) -> str:
-    return "| " + " | ".join([label.replace("|", r"\|"), *cells]) + " |"
-
-
-# --- Results of an evaluation ---------------------------------------------------------------------------------------
-
-
 def read_evaluation(folder: Path, adapter: str) -> Evaluation:
-    """Read the results of an adapter, with those of the base model and of other adapters beside it.
-
-    Args:
-        folder: run directory of a finished `vlm-calibration test`.
-        adapter: digest of the adapter's files, as in `run.json`.
+    """Read the results of an adapter, by the digest of its files, with those of the base model and of other adapters beside it.
 
     Raises:
-        DataError: the folder holds no finished evaluation of a whole test set, or not of this adapter.
+        DataError: the run directory holds no finished `vlm-calibration test` of a whole test set, or not of this adapter.
     """
     if not (folder / RECORD).is_file():
         raise DataError(f"{folder}: no {RECORD}: give the run directory of `vlm-calibration test`")
@@ -223,9 +205,7 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
     if ((config.get("trainer") or {}).get("limit_test_batches") or 1.0) != 1.0:
         raise DataError(f"{folder}: a part of the test set: run `vlm-calibration test` without limits")
     inputs = record["inputs"]
-    adapters = {
-        key.removeprefix(ADAPTERS): value for key, value in inputs.items() if key.startswith(ADAPTERS)
-    }
+    adapters = {key[len(ADAPTERS) :]: value for key, value in inputs.items() if key.startswith(ADAPTERS)}
     system = next((name for name, value in adapters.items() if value == adapter), None)
     if system is None:
         raise DataError(
@@ -257,9 +237,6 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
         ],
         results=results,
     )
-
-
-# --- Files ----------------------------------------------------------------------------------------------------------
 
 
 def save_card(folder: Path, card: Card) -> None:
@@ -310,23 +287,15 @@ def load_card(folder: Path) -> Card | None:
             answer_type: [(kind, strength, confidence) for kind, strength, confidence in rows]
             for answer_type, rows in facts.get("levels", {}).items()
         }
-        facts["evaluations"] = [Evaluation(**_known(Evaluation, e)) for e in facts.get("evaluations", [])]
-        return Card(**_known(Card, facts))
+        facts["evaluations"] = [Evaluation(**evaluation) for evaluation in facts.get("evaluations", [])]
+        # A card of another version may have further facts.
+        return Card(**{f.name: facts[f.name] for f in fields(Card) if f.name in facts})
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not the facts of a model card: {error}") from error
 
 
-def _known(kind: type[Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that a class has fields for; those of another version may have more."""
-    return {f.name: facts[f.name] for f in fields(kind) if f.name in facts}
-
-
 def is_edited(folder: Path) -> bool:
-    """Whether `README.md` differs from what `save_card` wrote.
-
-    Raises:
-        DataError: the facts cannot be read.
-    """
+    """Whether `README.md` differs from what `save_card` wrote; raises a DataError if the facts cannot be read."""
     text, facts = folder / TEXT, folder / FACTS
     if not text.is_file():
         return False

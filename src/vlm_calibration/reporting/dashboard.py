@@ -1,7 +1,4 @@
-"""The W&B workspace and report of a project, from the sections in `dashboard.yaml`; each of them answers a question.
-
-Neither W&B nor its workspaces are imported before something is built, so the project's name and the check for a login cost nothing.
-"""
+"""The W&B workspace and report of a project, from the sections in `dashboard.yaml`; W&B is imported when something is built."""
 
 from __future__ import annotations
 
@@ -25,12 +22,8 @@ STEP = "trainer/global_step"
 NAME = "Calibration"
 RUNS = {"training": ["sft", "dpo"], "evaluation": ["evaluation"]}
 """Runs of a section of the report -> the tags that `Artifacts` gives these runs."""
-GRID_COLUMNS = 24
-"""Width of a report."""
-KINDS = ("curve", "bars", "figures", "table")
-"""The kinds of panels."""
 Section = dict[str, Any]
-"""A section as in `dashboard.yaml`; each of its `panels` has `title`, `kind`, `keys`, `unit` and `range`."""
+"""A section as in `dashboard.yaml`."""
 
 
 def logged_in() -> bool:
@@ -59,13 +52,11 @@ def sections(systems: Sequence[str]) -> list[Section]:
 
     content: list[Section] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for panel in (panel for section in content for panel in section["panels"]):
-        [panel["kind"]] = [kind for kind in KINDS if kind in panel]
-        keys = panel.pop(panel["kind"])
         panel["keys"] = [
-            key.replace("*", name) for key in keys for name in (systems if "*" in key else systems[:1])
+            key.replace("*", name)
+            for key in panel["keys"]
+            for name in (systems if "*" in key else systems[:1])
         ]
-        panel.setdefault("unit", None)
-        panel.setdefault("range", (None, None))
     return content
 
 
@@ -75,7 +66,7 @@ def outline(sections: Sequence[Section]) -> str:
     for section in sections:
         lines += ["", f"{section['question']} ({section['runs']} runs)", f"  {section['note']}"]
         for panel in section["panels"]:
-            unit = f" ({panel['unit']})" if panel["unit"] else ""
+            unit = f" ({panel['unit']})" if "unit" in panel else ""
             lines.append(f"  - {panel['title']}: {panel['kind']} of {', '.join(panel['keys'])}{unit}")
     return "\n".join(lines[1:])
 
@@ -84,12 +75,16 @@ def build(entity: str, project: str, sections: Sequence[Section]) -> dict[str, s
     """Save the report, which creates the project if necessary, and the workspace; returns the URL of each.
 
     Raises:
-        ModuleNotFoundError: `wandb-workspaces` is not installed.
-        DataError: nobody is logged in, or the server refuses or cannot be reached.
+        DataError: `wandb-workspaces` is not installed, nobody is logged in, or the server refuses or cannot be reached.
     """
     import wandb
-    import wandb_workspaces  # noqa: F401
 
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "wandb-workspaces is not installed: pip install 'vlm-calibration[dashboard]'"
+        ) from error
     if not logged_in():
         raise DataError("nobody is logged in to W&B: run `wandb login`, or print the dashboard with --print")
     try:
@@ -123,15 +118,12 @@ def report(entity: str, project: str, sections: Sequence[Section]) -> Any:
     blocks: list[Any] = [wr.TableOfContents()]
     for section in sections:
         runs = wr.Runset(name=section["runs"], filters=[ws.Tags().isin(RUNS[section["runs"]])])
-        # Panels from left to right and top to bottom; wide tables and several figures take a whole row.
-        panels, x, y, row_height = [], 0, 0, 0
+        panels = []
         for panel in section["panels"]:
             is_wide = len(panel["keys"]) > 1 or panel["keys"][0].endswith(("/samples", "/comparison"))
             width, height = (8, 7) if panel["kind"] in ("curve", "bars") else (24 if is_wide else 12, 11)
-            if x + width > GRID_COLUMNS:
-                x, y, row_height = 0, y + row_height, 0
-            panels.append(_wandb_panel(panel, layout=wr.Layout(x=x, y=y, w=width, h=height)))
-            x, row_height = x + width, max(row_height, height)
+            # W&B moves panels that overlap to the right, or down.
+            panels.append(_wandb_panel(panel, layout=wr.Layout(w=width, h=height)))
         grid = wr.PanelGrid(runsets=[runs], panels=panels)
         blocks += [wr.H2(section["question"]), wr.P(section["note"]), grid]
     return wr.Report(
@@ -148,12 +140,12 @@ def _wandb_panel(panel: dict[str, Any], **place: Any) -> Any:
     """Convert a panel to W&B's class; `place` is its layout in a report."""
     import wandb_workspaces.reports.v2 as wr
 
-    title, keys = panel["title"], panel["keys"]
+    title, keys, limits = panel["title"], panel["keys"], tuple(panel.get("range", (None, None)))
     if panel["kind"] == "curve":
-        axes = {"x": STEP, "title_x": "Step", "title_y": panel["unit"], "range_y": tuple(panel["range"])}
+        axes = {"x": STEP, "title_x": "Step", "title_y": panel.get("unit"), "range_y": limits}
         return wr.LinePlot(title=title, y=keys, **axes, **place)
     if panel["kind"] == "bars":
-        return wr.BarPlot(title=title, metrics=keys, orientation="v", range_x=tuple(panel["range"]), **place)
+        return wr.BarPlot(title=title, metrics=keys, orientation="v", range_x=limits, **place)
     if panel["kind"] == "figures":
         return wr.MediaBrowser(title=title, media_keys=keys, num_columns=len(keys), **place)
     return wr.WeavePanelSummaryTable(table_name=keys[0], **place)

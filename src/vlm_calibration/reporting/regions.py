@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,69 +36,54 @@ class RegionSummary:
             self.located += len({r["label"] for r in row["regions"]} & set(row["objects"]))
         if row["outcome"] == "found":
             evidence = [r for r in row["regions"] if not row["objects"] or r["label"] in row["objects"]]
-            self.shares.append(_union_share(evidence))
+            masks = [{**r["mask"], "counts": r["mask"]["counts"].encode()} for r in evidence if r["mask"]]
+            pixels = np.prod(masks[0]["size"]) if masks else 1
+            self.shares.append(float(coco.area(coco.merge(masks)) / pixels) if masks else 0.0)
         if row["note"] and len(self.notes) < MAX_NOTES:
             self.notes.append(row["note"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts without `notes`, and deciles of the share of the image that the regions of a query cover."""
+        """The counts, and deciles of the share of the image, in [0, 1], that the regions of a query cover."""
         shares = np.quantile(self.shares, (0.1, 0.5, 0.9)).tolist() if self.shares else [None] * 3
         return {
-            "queries": sum(self.outcomes.values()),
+            "queries": self.outcomes.total(),
             "outcomes": {name: self.outcomes[name] for name in OUTCOMES},
             "phrases": {"named": self.named, "located": self.located},
             "share_of_image": dict(zip(("p10", "median", "p90"), shares, strict=True)),
             "rejected_regions": dict(sorted(self.reasons.items())),
+            "unreadable": self.notes,
         }
 
 
-def _union_share(regions: list[Mapping[str, Any]]) -> float:
-    """The share of the image, in [0, 1], that the union of the regions' masks covers."""
-    masks = [{**r["mask"], "counts": r["mask"]["counts"].encode()} for r in regions if r["mask"] is not None]
-    if not masks:
-        return 0.0
-    height, width = masks[0]["size"]
-    return float(coco.area(coco.merge(masks))) / (height * width)
-
-
-def print_summary(
-    summary: RegionSummary, files: Mapping[Path, RegionSummary], complete: Sequence[str]
-) -> None:
-    """Print the summary, and what each file holds.
-
-    Args:
-        summary: of all queries.
-        files: the summary of each file that was written.
-        complete: the settings of the sources that need no extraction.
-    """
+def print_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Print a summary of all queries, in which `files` has that of each file in `folder`, and `complete` names settings."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    if files:
-        n = summary.outcomes.total()
+    if n := summary["queries"]:
         table = Table(title=f"Regions of {n} queries")
         table.add_column("")
         table.add_column("queries", justify="right")
         table.add_column("share", justify="right")
-        for name in OUTCOMES:
-            if count := summary.outcomes[name]:
+        for name, count in summary["outcomes"].items():
+            if count:
                 table.add_row(name, str(count), f"{count / n:.1%}")
         console.print(table)
-        if summary.named:
-            console.print(f"phrases: {summary.located} of {summary.named} located")
-        if summary.shares:
-            low, median, high = np.quantile(summary.shares, (0.1, 0.5, 0.9))
-            console.print(
-                f"share of the image: median {median:.1%}, 80% of queries within {low:.1%} to {high:.1%}"
-            )
-        for reason, count in sorted(summary.reasons.items()):
+        phrases, share = summary["phrases"], summary["share_of_image"]
+        if phrases["named"]:
+            console.print(f"phrases: {phrases['located']} of {phrases['named']} located")
+        if share["median"] is not None:
+            within = f"{share['p10']:.1%} to {share['p90']:.1%}"
+            console.print(f"share of the image: median {share['median']:.1%}, 80% of queries within {within}")
+        for reason, count in summary["rejected_regions"].items():
             console.print(f"regions left out ({reason}): {count}")
-        for note in summary.notes:
+        for note in summary["unreadable"]:
             console.print(f"unreadable: {note}")
-    for path, of_file in files.items():
-        counts = of_file.outcomes
+    for name, of_file in summary["files"].items():
+        outcomes = of_file["outcomes"]
+        readable = of_file["queries"] - outcomes["unreadable"]
+        located = outcomes["found"] + outcomes["known"]
+        console.print(f"wrote {folder / name}: {readable} queries, {located} with regions")
+    if summary["complete"]:
         console.print(
-            f"wrote {path}: {counts.total() - counts['unreadable']} queries, {counts['found'] + counts['known']} with regions"
-        )
-    if complete:
-        console.print(
-            f"nothing to extract for {', '.join(complete)}: each query has a region, or an answer that says that its object is absent"
+            f"nothing to extract for {', '.join(summary['complete'])}: each query has a region, or an answer that says that its "
+            "object is absent"
         )

@@ -1,7 +1,4 @@
-"""Run directories as their files describe them: the records below a folder, and the configuration of a run.
-
-Only small files are read, and neither torch nor Lightning is imported, so that a list of many runs appears at once.
-"""
+"""Run directories as their small files describe them; neither torch nor Lightning is imported."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ class Run:
 
     Attributes:
         folder: its path.
-        stage: "sft", "dpo", "levels", "evaluation" or "regions", or the command of a record without a stage.
+        stage: "sft", "dpo", "levels", "evaluation" or "regions".
         state: whether it is finished.
         detail: what is damaged.
         model: name or folder of the base model; empty if the record does not say it.
@@ -64,20 +61,17 @@ def _read_run(folder: Path) -> Run:
     run = Run(folder, datetime.fromtimestamp((folder / RECORD).stat().st_mtime).astimezone())
     try:
         record = read_object(folder / RECORD)
-        run.stage = stage_name(record["stage"]) if "stage" in record else record["command"]
-        run.model = record.get("settings", {}).get("model.init_args.base.name_or_path") or ""
+        run.stage = stage_name(record["stage"])
+        run.model = record["settings"].get("model.init_args.base.name_or_path") or ""
         for path in (folder / METRICS, *sorted(folder.glob(f"*/{METRICS}"))):
             system = "" if path.parent == folder else path.parent.name
             # A folder with a record of its own is another run.
             if path.is_file() and not (system and (path.parent / RECORD).exists()):
                 metrics = read_object(path)
                 run.figures[system] = {name: metrics[name] for name in HEADLINE if name in metrics}
-        if record["finished"]:
-            run.state = "finished"
-        elif is_held(folder / CONFIG):
-            run.state = "running"
-        else:
-            run.state = "interrupted"
+        is_running = not record["finished"] and is_held(folder / CONFIG)
+        run.state = "finished" if record["finished"] else "running" if is_running else "interrupted"
+        if run.state == "interrupted":
             config = shlex.quote(str(folder / CONFIG))
             run.command = f"vlm-calibration {record['command']} --config {config} --resume"
     except KeyError as error:
