@@ -94,7 +94,7 @@ def test_files_from_before_are_read(tmp_path: Path) -> None:
         ({"answer_type": "number"}, "'answer_type' must be one of yes_no, short, open"),
         ({"category": 3}, "'category' must be a string or null"),
         ({"text": None}, "'text' must be a string"),
-        ({"probes": 0.5}, "'probes' must be an object, found 0.5"),
+        ({"probes": 0.5}, "'probes' must be an object with the key 'original', found 0.5"),
         ({"probes": {"original": 0.5, "image": 2}}, "found 2 as 'image'"),
         ({"probes": {"image": 0.5}}, "'probes' must be an object with the key 'original'"),
     ],

@@ -110,7 +110,7 @@ def test_confidences_are_those_read_one_response_at_a_time(
     texts = [text for *_, text in ROWS]
     copied = with_copies(samples, copies_of(PROBES), chat)
     batch = answering(model, chat, copied, texts, LEVELS, keep_cache=True)
-    readings = read_probes(batch, PROBES)
+    probed, passes = read_probes(batch, PROBES)
     scored: dict[str, Any] = {name: batch.score_copy(copy, with_levels=True) for name, copy in COPIES.items()}
     scored["answer"] = score_opposite(batch)
     processor, levels = chat.processor.image_processor, (0.9, 0.6, 0.3)
@@ -118,9 +118,9 @@ def test_confidences_are_those_read_one_response_at_a_time(
         images = {name: blanked(row, sample.image, name, processor) for name in COPIES}
         cases = {ORIGINAL: (sample.image, answer), "answer": (sample.image, OPPOSITE[row])}
         cases |= {name: (image, answer) for name, image in images.items()}
-        assert readings.probed[row].keys() == cases.keys()
+        assert probed[row].keys() == cases.keys()
         for name, (image, given) in cases.items():
-            found = readings.probed[row][name]
+            found = probed[row][name]
             if image is None or given is None:
                 assert found is None, (row, name)
                 continue
@@ -129,7 +129,7 @@ def test_confidences_are_those_read_one_response_at_a_time(
             if name != ORIGINAL:
                 assert scored[name][row].level_log_p.tolist() == pytest.approx(log_p, abs=2e-3), (row, name)
     # The original, three copies of which two images lack one each, and the opposite of two answers.
-    assert readings.passes == [5, 3, 4, 4, 4]
+    assert passes == [5, 3, 4, 4, 4]
 
 
 @torch.no_grad()
@@ -145,8 +145,8 @@ def test_probes_and_other_copies_are_read_together_as_alone(
     )
     assert read_probes(together, PROBES) == read_probes(probes, PROBES)
     assert stable.estimate(together) == stable.estimate(copies)
-    assert read_probes(together, ("object",)).probed == [
-        {name: p[name] for name in (ORIGINAL, "object")} for p in read_probes(probes, PROBES).probed
+    assert read_probes(together, ("object",))[0] == [
+        {name: p[name] for name in (ORIGINAL, "object")} for p in read_probes(probes, PROBES)[0]
     ]
 
 
@@ -155,7 +155,7 @@ def test_probes_without_their_copies_are_an_error(
 ) -> None:
     chat = ChatFormat(processor, ElicitationPrompt())
     batch: AnsweredBatch = answering(load_model(), chat, samples_of(scenes(1), ASKED[:1]), ["Yes"])
-    assert read_probes(batch, ("answer",)).probed[0]["answer"] is not None
+    assert read_probes(batch, ("answer",))[0][0]["answer"] is not None
     with pytest.raises(ValueError, match="without the copies"):
         read_probes(batch, ("image",))
 

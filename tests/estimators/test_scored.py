@@ -246,9 +246,9 @@ def test_the_tower_and_the_prompt_run_once(demo: tuple[Any, ChatFormat], answeri
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"template": "{question} {answer} {more}"}, "only {question} and {answer}"),
-        ({"template": "{question}"}, "needs both"),
-        ({"template": "{question} {answer"}, "only {question} and {answer}"),
+        ({"template": "{question} {answer} {more}"}, "needs {question} and {answer}"),
+        ({"template": "{question}"}, "needs {question} and {answer}"),
+        ({"template": "{question} {answer"}, "PTrue.template"),
         ({"true": "Yes", "false": "Yes "}, "two different answers"),
     ],
 )

@@ -227,7 +227,6 @@ def test_copies_are_made_of_the_perturbed_image() -> None:
         ({"strengths": {"blur": [0.0]}}, r"in \(0, 1\]"),
         ({"strengths": {"blur": [float("nan")]}}, r"in \(0, 1\]"),
         ({"strengths": {"blur": [1.1]}}, r"in \(0, 1\]"),
-        ({"seed": -1}, "Stability.seed"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -1,7 +1,6 @@
 """From the listed tokens of a response to probabilities: of yes and no, of the answer's tokens, of the stated percentage.
 
-A server lists the likeliest tokens at each position (mostly 20), not the likelihood of a text that we choose. So these probabilities
-are approximations of what `estimators.answer_scoring` computes: what is not listed counts as impossible.
+They approximate what `estimators.answer_scoring` computes: a server lists the likeliest tokens, and others count as impossible.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ PERCENTS = range(101)
 FOLLOWED = 0.01
 """Probability from which on the beginning of a percentage is followed by another request."""
 CONTINUED = 0.5
-"""Least probability of what can follow in a percentage; with less the server has begun a new answer."""
+"""Least probability of what continues a percentage; with less the server has begun a new answer."""
 
 
 def complete_statement(text: str) -> str:
@@ -33,13 +32,9 @@ def complete_statement(text: str) -> str:
 
 
 def p_yes(tokens: Sequence[Token]) -> float | None:
-    r"""The probability of yes against no at the first token of a response: :math:`P(yes) / (P(yes) + P(no))`.
+    """P(yes) / (P(yes) + P(no)) at the first token of a response; None if it does not begin with one of the words.
 
-    A listed token counts for the word that it is, or that it begins; case and surrounding space do not matter. Local scoring compares
-    the likelihoods of both words as written.
-
-    Returns:
-        In [0, 1]; None if the response does not begin with one of the words, or has no tokens.
+    A listed token counts for the word that it is, or that it begins, whatever its case.
     """
     # Some tokenizers have white space as a token of its own.
     first = next((t for t in tokens if t.text.strip()), None)
@@ -59,16 +54,9 @@ def _verdict(token: bytes) -> str | None:
 
 
 def answer_likelihood(tokens: Sequence[Token], answer: str) -> float | None:
-    r"""The likelihood of an answer, normalised by its length: :math:`\exp(\frac{1}{T} \sum_t \log p(a_t))` over its T generated tokens.
+    """The geometric mean of the probabilities of the generated tokens of an answer, its text without the stated confidence.
 
-    Local scoring takes the tokens of the answer as training would write it; here they are those that were generated.
-
-    Args:
-        tokens: of the response.
-        answer: its text without the stated confidence.
-
-    Returns:
-        In [0, 1]; None if the response does not begin with the answer, or has no tokens.
+    None if the response does not begin with the answer, or has no tokens.
     """
     content = _text(tokens)
     start = len(content) - len(content.lstrip())
@@ -93,10 +81,8 @@ def percent_distribution(
     .. math:: p(c_k) \propto \sum_{\text{pieces of } c_k} p(\text{piece} \mid v, q, a)
 
     The tokens that the server lists at the stated percentage are its pieces: whole numbers ("80"), or beginnings ("8"). A
-    beginning that is likelier than 1% is continued by another request, unless it was generated, and then the response itself
-    has the continuation. Our exact scoring instead computes the likelihood of each whole response, written as in training; what
-    follows the number, the wording before it, unlisted tokens and unlikely beginnings make the difference. In both the
-    probabilities are normalised to 1.
+    beginning that is likelier than `FOLLOWED` is continued by the response itself if it was generated, else by another request.
+    The probabilities are normalised to 1.
 
     Args:
         tokens: of the response.

@@ -36,8 +36,7 @@ class PromptedSegmenter(Segmenter):
         name_or_path: SAM (arXiv 2304.02643) or SAM 2 (arXiv 2408.00714): a name on the Hub or a folder.
         mask_threshold: minimum logit of a pixel of the mask, exclusive; 0 is a probability of one half.
         dtype: of weights and arithmetic.
-        revision: as in `from_pretrained`.
-        trust_remote_code: as in `from_pretrained`.
+        revision, trust_remote_code: as in `from_pretrained`.
     """
 
     name_or_path: str = "facebook/sam2.1-hiera-large"
@@ -52,10 +51,9 @@ class PromptedSegmenter(Segmenter):
 
     def load(self, device: torch.device) -> None:
         self.model, self.processor = load_pair(AutoModelForMaskGeneration, self, device)
-        if self.model.config.model_type not in ("sam", "sam2", "sam2_video"):
-            raise DataError(
-                f"{self.name_or_path!r} is a {self.model.config.model_type}, expected one of sam, sam2"
-            )
+        model_type = self.model.config.model_type
+        if model_type not in ("sam", "sam2", "sam2_video"):
+            raise DataError(f"{self.name_or_path!r} is a {model_type}, expected one of sam, sam2")
 
     @torch.inference_mode()
     def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ wrong: a grader that guesses would hide the hedging that a calibrated model shou
 
 Yes/no replies, in this order:
 
-1. Idioms that only look like a "no" are removed ("no doubt", "without question", "not only").
+1. Idioms that only look like a "no" are removed ("no doubt", "not only").
 2. A yes or no word at the start decides, after lead-ins such as "The answer is" or "I think": "Yes, there is no dog" is
    yes. If the opposite word also stands alone ("Yes and no", "Yes. No.", "No, yes"), there is no answer.
 3. Uncertainty is no answer: "I don't know", "It cannot be determined", "Maybe".
@@ -36,12 +36,7 @@ from vlm_calibration.text.matching import first_answer, fold, match_key, normali
 
 
 class Grade(NamedTuple):
-    """The grade of one reply.
-
-    Attributes:
-        predicted: the parsed answer, None if the reply has none.
-        correct: whether it is correct.
-    """
+    """The parsed answer of a reply, None if it has none, and whether it is correct."""
 
     predicted: str | None
     correct: bool
@@ -62,9 +57,8 @@ class Grading:
         short: rule for short answers.
         open: rule for open answers.
         min_f1: minimum F1 of a correct answer under "token_f1", in (0, 1].
-        rank_levels: `levels fit` does not grade open answers but ranks given ones: how often the model assigns the gold answer a
-            higher log-likelihood per token than every wrong answer of the source, whatever it would generate; one half by chance
-            against one wrong answer. Validation, evaluation and stage 2 grade what is generated all the same.
+        rank_levels: `levels fit`, and nothing else, ranks given open answers: how often the model assigns the gold answer a higher
+            log-likelihood per token than every wrong answer of the source, whatever it would generate.
 
     Raises:
         ValueError: an unknown rule, or `min_f1` is not in (0, 1].
@@ -78,10 +72,8 @@ class Grading:
     def __post_init__(self) -> None:
         for name, rule in (("short", self.short), ("open", self.open)):
             if rule not in get_args(TextGrader):
-                raise ValueError(
-                    f"grading.{name} must be one of {', '.join(get_args(TextGrader))}, found {rule!r}; a ranking grades no generated "
-                    "answer, but measures levels: grading.rank_levels"
-                )
+                known = ", ".join(get_args(TextGrader))
+                raise ValueError(f"grading.{name} must be one of {known}, found {rule!r}")
         if not 0 < self.min_f1 <= 1:
             raise ValueError(f"grading.min_f1 must be in (0, 1], found {self.min_f1}")
 
@@ -99,7 +91,7 @@ EXACT = Grading()
 
 
 def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str | None:
-    """Parse the normalised answer from a reply, with or without a stated confidence; None if there is none. See the rules above.
+    """Parse the answer from a reply, with or without a stated confidence, by the rules above; None if there is none.
 
     Args:
         text: the reply.
@@ -107,8 +99,7 @@ def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str 
         question: what a yes/no reply answers; without it, every clause of a reply counts (rule 5).
 
     Returns:
-        "yes" or "no"; for other answer types the lower-case answer without articles, punctuation and lead-in and with number words
-        as digits.
+        "yes" or "no"; for other answer types the lower-case answer after VQA normalisation, without lead-in.
     """
     if answer_type not in ANSWER_TYPES:
         raise ValueError(f"unknown answer type {answer_type!r}; known: {', '.join(ANSWER_TYPES)}")
