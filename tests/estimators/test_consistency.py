@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
-from vlm_calibration.data.collate import ChatFormat
+from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
@@ -22,8 +22,7 @@ from vlm_calibration.records import Query
 from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from .conftest import Answering
-from .test_scored import ASKED, samples_of, scenes
+from .conftest import ASKED, Answering, samples_of, scenes
 
 
 class Urn:
@@ -57,8 +56,6 @@ def test_the_share_is_the_models_probability(processor: Any, temperature: float,
     urn = Urn({yes: 0.75, no: 0.25}, tokenizer.eos_token_id, len(tokenizer))
     chat = ChatFormat(processor, ElicitationPrompt())
     samples = samples_of(scenes(4))
-    from vlm_calibration.data.collate import PromptCollator
-
     texts = ("Yes. Confidence: 80%", "no such word", "No", "It is white.")
     predictions = [graded_prediction(s.query, t, CLEAN, 0) for s, t in zip(samples, texts, strict=True)]
     batch = AnsweredBatch(

@@ -126,11 +126,3 @@ def test_the_line_is_named(tmp_path: Path, lines: tuple[Any, ...], says: str) ->
         read_predictions(path)
     assert str(path) in str(caught.value)
     assert says in str(caught.value)
-
-
-def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="none.jsonl: cannot be read: No such file"):
-        read_predictions(tmp_path / "none.jsonl")
-    (tmp_path / "p.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="p.jsonl:1: not UTF-8"):
-        read_predictions(tmp_path / "p.jsonl")
