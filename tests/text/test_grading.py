@@ -14,6 +14,10 @@ def rows(text):
     return [line.split(" | ") for line in text.strip().splitlines()]
 
 
+def texts(block):
+    return tuple(chain(*rows(block)))
+
+
 SAID = """
 yes | Yes | **Yes** | Absolutely. | The answer is yes. | Yes, there is no dog | Yes, there is no doubt
 yes | Yes, without a doubt. | There is no doubt that there is a dog | A dog? Yes. | There is a dog
@@ -73,61 +77,34 @@ def test_a_hedge_in_front_changes_no_answer(opening, there, noun, place):
 
 
 PLACES = ("", " in the image", " on the sofa")
-AFFIRMED = (
-    "there is a X",
-    "there are two Xs",
-    "I see a small X",
-    "the image shows the X",
-    "a X is visible",
-    "I can see Xs",
+AFFIRMED = texts(
+    "there is a X | there are two Xs | I see a small X | the image shows the X | a X is visible | I can see Xs"
 )
-DENIED = (
-    *(
-        "there is no X",
-        "there are no Xs",
-        "there are zero Xs",
-        "I see zero Xs",
-        "I see 0 Xs",
-        "there isn't a X",
-    ),
-    *("I don't see any Xs", "I do not see a X", "the image does not show a X", "the scene lacks a X"),
-    *("there is not a single X", "there is unlikely to be a X", "it is unlikely that there is a X"),
-    *("a X is not visible", "no X can be seen", "there is no sign of a X", "the image is devoid of Xs"),
-)
-UNDECIDED = (
-    "there may be a X",
-    "it is unclear whether there is a X",
-    "there could be a X",
-    "there is hardly a X",
+DENIED = texts("""
+there is no X | there are no Xs | there are zero Xs | I see zero Xs | I see 0 Xs | there isn't a X
+I don't see any Xs | I do not see a X | the image does not show a X | the scene lacks a X
+there is not a single X | there is unlikely to be a X | it is unlikely that there is a X | a X is not visible
+no X can be seen | there is no sign of a X | the image is devoid of Xs
+""")
+UNDECIDED = texts(
+    "there may be a X | it is unclear whether there is a X | there could be a X | there is hardly a X"
 )
 # Two objects in one clause: of Y what the clause affirms, of X what it denies.
-DENIED_BESIDE = (
-    *(
-        "there is a Y without a X",
-        "there is a Y, not a X",
-        "there is an empty Y, no X",
-        "I see a Y with no X",
-    ),
-    *("the image shows a Y and no X", "there is a Y instead of a X", "there is a Y rather than a X"),
-    *("not a X, there is a Y", "I see two Ys and zero Xs"),
-)
-BOTH_AFFIRMED = ("there is a X and a Y", "I see a X, a Y", "the image shows a X with a Y")
-BOTH_DENIED = (
-    "there is no X or Y",
-    "there are no Xs or Ys",
-    "neither a X nor a Y is visible",
-    "I see no X and no Y",
+DENIED_BESIDE = texts("""
+there is a Y without a X | there is a Y, not a X | there is an empty Y, no X | I see a Y with no X
+the image shows a Y and no X | there is a Y instead of a X | there is a Y rather than a X
+not a X, there is a Y | I see two Ys and zero Xs
+""")
+BOTH_AFFIRMED = texts("there is a X and a Y | I see a X, a Y | the image shows a X with a Y")
+BOTH_DENIED = texts(
+    "there is no X or Y | there are no Xs or Ys | neither a X nor a Y is visible | I see no X and no Y"
 )
 JOINED = (", but ", ". ", "; ", ", and ", ", while ", " and ", ", although ")
-NOUNS = (
-    *("dog", "cat", "red bicycle", "dining table", "person", "doghouse", "teddy bear", "bear"),
-    *("hot dog", "elephant"),
+NOUNS = texts(
+    "dog | cat | red bicycle | dining table | person | doghouse | teddy bear | bear | hot dog | elephant"
 )
-QUESTIONS = (
-    "Is there a X in the image?",
-    "Do you see any X in this photo?",
-    "Does the image contain a X?",
-    "Is a X visible?",
+QUESTIONS = texts(
+    "Is there a X in the image? | Do you see any X in this photo? | Does the image contain a X? | Is a X visible?"
 )
 
 
@@ -238,8 +215,8 @@ I don't know = dog | doghouse = dog | 50 = 50% | -5 = 5 | 3.5 = 35 | bus = bush 
 """
 
 
-def _pairs(texts):
-    return [pair.split(" = ") for pair in chain(*rows(texts))]
+def _pairs(block):
+    return [pair.split(" = ") for pair in texts(block)]
 
 
 @pytest.mark.parametrize("answer_type", ["short", "open"])
