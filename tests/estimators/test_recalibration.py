@@ -47,16 +47,7 @@ def predictions(
     rows = zip(confidence, correct, images, strict=True)
     return [
         EstimatedPrediction(
-            f"{prefix}{i}",
-            "?",
-            "Yes",
-            "",
-            "yes",
-            c,
-            bool(r),
-            None,
-            None,
-            "yes_no",
+            *(f"{prefix}{i}", "?", "Yes", "", "yes", c, bool(r), None, None, "yes_no"),
             image=image,
             estimates={"other": c},
         )

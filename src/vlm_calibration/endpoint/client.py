@@ -65,11 +65,7 @@ class Endpoint:
             )
 
     def key(self) -> str:
-        """The key, from the environment.
-
-        Raises:
-            DataError: another variable than the default one is named and not set.
-        """
+        """The key, from the environment; DataError if another variable than the default one is named and not set."""
         key = os.environ.get(self.key_variable, "").strip()
         if not key and self.key_variable != DEFAULT_KEY:
             raise DataError(f"endpoint.key_variable: the environment variable {self.key_variable} is not set")

@@ -36,7 +36,7 @@ class AppliedRule(NamedTuple):
         confidence: the confidence that was compared, in [0, 1]; None if there is none.
         group: the category that the threshold is for; empty if it is for all questions.
         guarantee: what the rule promises, as a sentence.
-        unfamiliar: how the question differs from those that the rule was chosen on, so that it goes to a person; None: it is like them.
+        unfamiliar: how the question differs from those that the rule was chosen on; None: it is like them.
     """
 
     threshold: float | None
@@ -48,7 +48,6 @@ class AppliedRule(NamedTuple):
 
     @property
     def decision(self) -> Decision:
-        """Whether the answer may be given."""
         may = self.unfamiliar is None and may_answer(self.confidence, self.threshold)
         return "answer" if may else "review"
 
@@ -91,9 +90,6 @@ class DecisionRule:
 
     def __post_init__(self) -> None:
         """Check what decisions depend on; ValueError for a value of the wrong type or range."""
-        for name in ("weights", "prompt", "estimator", "guarantee"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name!r} must be a text")
         if self.by not in (None, "category"):
             raise ValueError(f"'by' must be null or \"category\", found {self.by!r}")
         if not isinstance(self.groups, Mapping) or not self.groups:
@@ -151,7 +147,7 @@ def check_rule(rule: DecisionRule, path: Path, weights: str | None, prompt: str)
     """Raise a DataError for a rule, of the file `path`, that was chosen with weights of another digest or another prompt."""
     what = None
     if rule.weights != weights:
-        what = f"other weights (digest {rule.weights[:8]}, here {str(weights)[:8]})"
+        what = f"other weights (digest {rule.weights!s:.8}, here {weights!s:.8})"
     elif rule.prompt != prompt:
         what = f"another prompt ({rule.prompt!r}, here {prompt!r})"
     if what is not None:

@@ -73,14 +73,11 @@ class ZeroShotDetector(Detector):
             )
         self.model: Any = None
         self.processor: Any = None
-        self._is_grounding_dino = False
 
     def load(self, device: torch.device) -> None:
-        self.model, self.processor = load_pair(AutoModelForZeroShotObjectDetection, self, device)
-        model_type, known = self.model.config.model_type, (*GROUNDING_DINO, *OWL)
-        if model_type not in known:
-            raise DataError(f"{self.name_or_path!r} is a {model_type}, expected one of {', '.join(known)}")
-        self._is_grounding_dino = model_type in GROUNDING_DINO
+        kind, known = AutoModelForZeroShotObjectDetection, (*GROUNDING_DINO, *OWL)
+        self.model, self.processor = load_pair(kind, known, self, device)
+        self._is_grounding_dino = self.model.config.model_type in GROUNDING_DINO
 
     @torch.inference_mode()
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
@@ -147,11 +144,11 @@ def _to_prompt(phrase: str) -> str:
     return " ".join(phrase.lower().replace(".", " ").split()) or "object"
 
 
-def load_pair(kind: Any, settings: Any, device: torch.device) -> tuple[Any, Any]:
+def load_pair(kind: Any, known: Sequence[str], settings: Any, device: torch.device) -> tuple[Any, Any]:
     """Load the model of a detector or segmenter, of the AutoModel class `kind`, in eval mode on the device, and its processor.
 
     Raises:
-        DataError: the model does not exist, or is not of this class.
+        DataError: the model does not exist, or is not of this class and one of the `known` types.
     """
     name = settings.name_or_path
     origin = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
@@ -159,6 +156,8 @@ def load_pair(kind: Any, settings: Any, device: torch.device) -> tuple[Any, Any]
     with loading(kind.__name__, name):
         model = kind.from_pretrained(name, dtype=dtype, **origin)
         processor = AutoProcessor.from_pretrained(name, **origin)
+    if model.config.model_type not in known:
+        raise DataError(f"{name!r} is a {model.config.model_type}, expected one of {', '.join(known)}")
     return model.eval().to(device), processor
 
 

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForMaskGeneration
 
 from vlm_calibration.models.base import Dtype
-from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import Box, load_pair, to_device
 
 
@@ -50,10 +49,8 @@ class PromptedSegmenter(Segmenter):
         self.processor: Any = None
 
     def load(self, device: torch.device) -> None:
-        self.model, self.processor = load_pair(AutoModelForMaskGeneration, self, device)
-        model_type = self.model.config.model_type
-        if model_type not in ("sam", "sam2", "sam2_video"):
-            raise DataError(f"{self.name_or_path!r} is a {model_type}, expected one of sam, sam2")
+        known = ("sam", "sam2", "sam2_video")
+        self.model, self.processor = load_pair(AutoModelForMaskGeneration, known, self, device)
 
     @torch.inference_mode()
     def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:
