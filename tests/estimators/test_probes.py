@@ -35,7 +35,6 @@ from vlm_calibration.perturbation.kinds import RegionFade
 from vlm_calibration.records import ORIGINAL, DataError, LoadedImage, Query
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.text.confidence import render_response
-from vlm_calibration.text.prompts import ElicitationPrompt
 
 from .conftest import ASKED, LEVELS, ROWS, Answering, samples_of, scenes, with_copies
 from .naive import Alone
@@ -110,9 +109,9 @@ def test_confidences_are_those_read_one_response_at_a_time(
 
 @torch.no_grad()
 def test_probes_and_other_copies_are_read_together_as_alone(
-    load_model: Any, processor: Any, answering: Answering
+    demo: tuple[Any, ChatFormat], answering: Answering
 ) -> None:
-    model, chat = load_model(), ChatFormat(processor, ElicitationPrompt())
+    model, chat = demo
     samples, texts = samples_of(scenes(5), ROWS), [text for *_, text in ROWS]
     stable = Stability({"noise": [0.2], "fade": [1.0]})
     together, probes, copies = (
@@ -126,11 +125,8 @@ def test_probes_and_other_copies_are_read_together_as_alone(
     ]
 
 
-def test_probes_without_their_copies_are_an_error(
-    load_model: Any, processor: Any, answering: Answering
-) -> None:
-    chat = ChatFormat(processor, ElicitationPrompt())
-    batch: AnsweredBatch = answering(load_model(), chat, samples_of(scenes(1), ASKED[:1]), ["Yes"])
+def test_probes_without_their_copies_are_an_error(demo: tuple[Any, ChatFormat], answering: Answering) -> None:
+    batch: AnsweredBatch = answering(*demo, samples_of(scenes(1), ASKED[:1]), ["Yes"])
     assert read_probes(batch, ("answer",))[0][0]["answer"] is not None
     with pytest.raises(ValueError, match="without the copies"):
         read_probes(batch, ("image",))

@@ -14,7 +14,7 @@ import torch
 from vlm_calibration.data.collate import ChatFormat, PromptBatch
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import DataNeeds, PerturbedQueryDataModule
-from vlm_calibration.data.noise import ImageCopy, NoisePolicy, Sample, perturbed_copies, query_rng
+from vlm_calibration.data.noise import ImageCopy, NoisePolicy, perturbed_copies, query_rng
 from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
@@ -34,10 +34,9 @@ ANSWERS = ("Yes", "a blue umbrella", "No", "It is white")
 
 @torch.no_grad()
 def test_the_likelihood_is_the_mean_over_perturbed_images(
-    asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering
+    demo: tuple[Any, ChatFormat], answering: Answering
 ) -> None:
-    model, chat, samples = asked
-    estimator, samples = Stability(STRENGTHS, seed=3), samples[:4]
+    (model, chat), samples, estimator = demo, samples_of(scenes(4)), Stability(STRENGTHS, seed=3)
     texts = [text for *_, text in ASKED]
     batch = answering(
         model, chat, with_copies(samples, estimator.copies, chat), texts, LEVELS, keep_cache=True

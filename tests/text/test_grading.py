@@ -61,21 +61,6 @@ def test_yes_no_answers(text, answer):
     assert grade(text, "no.", "yes_no") == Grade(answer, answer == "no")
 
 
-OPENING = st.sampled_from(
-    ["", "Well, ", "I think ", "I believe that ", "It seems that ", "Certainly, ", "Indeed, "]
-)
-THERE = st.sampled_from(["there is", "there appears to be", "there seems to be", "there looks to be"])
-NOUN = st.sampled_from(["dog", "red bicycle", "person with a hat"])
-PLACE = st.sampled_from(["", " in the image", " on the left", ", as far as I can see", ". It is brown"])
-
-
-@given(OPENING, THERE, NOUN, PLACE)
-def test_a_hedge_in_front_changes_no_answer(opening, there, noun, place):
-    for article, answer in (("a", "yes"), ("no", "no")):
-        text = f"{opening}{there} {article} {noun}{place}."
-        assert parse_answer(text[0].upper() + text[1:], "yes_no") == answer
-
-
 PLACES = ("", " in the image", " on the sofa")
 AFFIRMED = texts(
     "there is a X | there are two Xs | I see a small X | the image shows the X | a X is visible | I can see Xs"

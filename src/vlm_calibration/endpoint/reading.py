@@ -9,6 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
 from vlm_calibration.endpoint.client import Token
 from vlm_calibration.text.confidence import end_of_confidence, parse_confidence, render_answer
@@ -64,12 +65,9 @@ def answer_likelihood(tokens: Sequence[Token], answer: str) -> float | None:
         return None
     sentence = render_answer(answer)
     end = start + len(sentence if content[start:].startswith(sentence) else answer)
-    log_p, position = [], 0
-    for token in tokens:
-        if position >= len(_bytes(content[:end])):
-            break
-        log_p.append(token.log_p)
-        position += len(token.text)
+    starts = accumulate((len(token.text) for token in tokens), initial=0)
+    length = len(_bytes(content[:end]))
+    log_p = [token.log_p for token, start in zip(tokens, starts, strict=False) if start < length]
     return min(1.0, math.exp(sum(log_p) / len(log_p)))
 
 
@@ -98,28 +96,27 @@ def percent_distribution(
     number = re.search(r"(\d{1,3})\s{0,3}\\?%\Z", statement)
     if number is None or parse_confidence(statement) is None:
         return {}
-    before = content[: number.start()]
-    first, position = 0, 0
-    while position + len(tokens[first].text) <= len(_bytes(before)):
-        position += len(tokens[first].text)
-        first += 1
-    # The first token of the number may begin with the end of the text before it, such as a space.
-    overlap = tokens[first].text[: len(_bytes(before)) - position]
-    generated = tokens[first].text[len(overlap) :].decode("utf-8", "replace")
-    # Whether the tokenizer does not split numbers, so that no digit can follow one.
-    is_one_token = len(number[1]) > 1 and generated.startswith(number[1])
-    listed = {
-        "": {t[len(overlap) :]: p for t, p in tokens[first].alternatives.items() if t.startswith(overlap)}
-    }
-    for token in tokens[first + 1 :]:
-        listed[generated] = dict(token.alternatives)
-        generated += token.text.decode("utf-8", "replace")
+    before, generated = _bytes(content[: number.start()]), b""
+    # The beginning of a number that was generated -> the tokens that are listed after it.
+    listed: dict[str, dict[bytes, float]] = {}
+    is_one_token = False
+    for token in tokens:
+        if len(generated) + len(token.text) > len(before):
+            # The first token of the number may begin with the end of the text before it, such as a space.
+            overlap = before[len(generated) :]
+            piece = generated[len(before) :].decode("utf-8", "replace")
+            pairs = token.alternatives.items()
+            listed[piece] = {t[len(overlap) :]: p for t, p in pairs if t.startswith(overlap)}
+            # Such a tokenizer does not split numbers, so that no digit can follow one.
+            is_whole = len(number[1]) > 1 and token.text[len(overlap) :].startswith(number[1].encode())
+            is_one_token |= piece == "" and is_whole
+        generated += token.text
 
     mass: dict[int, float] = defaultdict(float)
     unfinished = [("", 1.0)]
     while unfinished:
         piece, p = unfinished.pop(0)
-        following = listed.get(piece) or ask_after(_bytes(before + piece).decode("utf-8", "replace"))
+        following = listed.get(piece) or ask_after((before + piece.encode()).decode("utf-8", "replace"))
         if following is None:
             return {}
         likely = 0.0

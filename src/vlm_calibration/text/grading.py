@@ -42,6 +42,7 @@ class Grade(NamedTuple):
     correct: bool
 
 
+Verdict = Literal["yes", "no"]
 TextGrader = Literal["exact", "contains", "token_f1"]
 
 
@@ -236,7 +237,7 @@ _PLACES = _stems(
 """Words that say nothing about what a reply names if the question has none of them."""
 
 
-def _yes_or_no(answer: str, question: str = "") -> Literal["yes", "no"] | None:
+def _yes_or_no(answer: str, question: str = "") -> Verdict | None:
     """Apply rules 1 to 6 of the module in order."""
     text = _without_lead_ins(_plain(answer))
     yes, no = _YES.match(text), _NO.match(text)
@@ -244,14 +245,11 @@ def _yes_or_no(answer: str, question: str = "") -> Literal["yes", "no"] | None:
     leading = yes or no
     if cannot_tell and (not leading or cannot_tell.start() == 0):
         return None  # "no idea" starts with a negation but is uncertainty
+    lone = _LONE.findall(text[leading.end() :] if leading else text)
+    verdicts: set[Verdict | None] = {"yes" if word.startswith("y") else "no" for word in lone}
     if leading:
-        lone = {_polarity(word) for word in _LONE.findall(text[leading.end() :])}
-        verdict: Literal["yes", "no"] = "yes" if yes else "no"
-        return None if lone - {verdict} else verdict
-    lone = {_polarity(word) for word in _LONE.findall(text)}
-    if lone:
-        return lone.pop() if len(lone) == 1 else None
-    verdicts = _verdicts(text, _plain(question))
+        verdicts.add("yes" if yes else "no")
+    verdicts = verdicts or _verdicts(text, _plain(question))
     return verdicts.pop() if len(verdicts) == 1 else None
 
 
@@ -267,15 +265,11 @@ def _without_lead_ins(text: str) -> str:
     return text
 
 
-def _polarity(word: str) -> Literal["yes", "no"]:
-    return "yes" if word.startswith("y") else "no"
-
-
-def _verdicts(text: str, question: str) -> set[Literal["yes", "no"] | None]:
+def _verdicts(text: str, question: str) -> set[Verdict | None]:
     """What each clause about the question says; None for one that denies twice. Empty for a negative question."""
     if _NEGATION.search(question):
         return set()
-    verdicts: set[Literal["yes", "no"] | None] = set()
+    verdicts: set[Verdict | None] = set()
     asked = [word for word in _words(_IN_PICTURE.sub("", question)) if word not in _FUNCTION]
     # Words that add nothing to what is asked.
     same = _FUNCTION.union(asked, _PLACES if _PLACES.isdisjoint(asked) else ())
