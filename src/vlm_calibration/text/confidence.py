@@ -145,8 +145,8 @@ _AMOUNT = rf"""
 
 def _amount(match: re.Match[str], scale: float | None = None) -> float | None:
     """The confidence of a match of `_AMOUNT`, or None; `scale` is the number that means 100% if there is no unit."""
-    value = _number(match["number"])
-    if value is None or match["sign"] in ("-", "–") or match["range"] or match["percents"]:
+    value, is_between = _number(match["number"]), match.groupdict().get("between") is not None
+    if value is None or is_between or match["sign"] in ("-", "–") or match["range"] or match["percents"]:
         return None
     if match["percent"]:
         scale = 100.0
@@ -293,8 +293,7 @@ def _bare(text: str) -> list[_Statement]:
 
 
 def _statement(match: re.Match[str], start: int, scale: float | None = None) -> _Statement:
-    is_range = match.groupdict().get("between") is not None
-    return _Statement(start, match.end(), None if is_range else _amount(match, scale))
+    return _Statement(start, match.end(), _amount(match, scale))
 
 
 def _is_negated(text: str, start: int) -> bool:
@@ -335,8 +334,7 @@ def _widen(text: str, statement: _Statement) -> tuple[int, int]:
     """The statement's span extended by its lead-in ("I am", "with a"), brackets and markup."""
     before = text[max(0, statement.start - 60) : statement.start]
     lead_in = _LEAD_IN.search(before)
-    start = statement.start - (len(before) - lead_in.start() if lead_in else 0)
-    end = statement.end
+    start, end = statement.start - (len(before) - lead_in.start() if lead_in else 0), statement.end
     for closer in text[end : end + 6]:
         inside, opener = text[start:end], _PAIRS.get(closer, "")
         opened = inside.count(closer) % 2 if opener == closer else inside.count(opener) > inside.count(closer)
