@@ -37,7 +37,7 @@ def strip_format_request(question: str) -> str:
 
 
 def infer_answer_type(answer: str) -> AnswerType:
-    """ "yes_no" for yes or no, with an explanation or without; "short" for up to `MAX_SHORT_WORDS` words; else "open"."""
+    """The type by form: "yes_no" for yes or no, explained or not; "short" up to `MAX_SHORT_WORDS` words; else "open"."""
     if _YES_NO.match(answer) and parse_answer(answer, "yes_no") is not None:
         return "yes_no"
     return "short" if len(answer.split()) <= MAX_SHORT_WORDS else "open"

@@ -31,7 +31,11 @@ def check_template(template: str, name: str, *placeholders: str) -> None:
 
 @dataclass(frozen=True)
 class ElicitationPrompt:
-    """A prompt template with the placeholder `{question}`; see `check_template`, which raises a DataError."""
+    """A prompt template.
+
+    Args:
+        template: text with at least one `{question}` and no other placeholder; see `check_template`, which raises a DataError.
+    """
 
     template: str = DEFAULT_TEMPLATE
 
