@@ -108,8 +108,7 @@ def percent_distribution(
             pairs = token.alternatives.items()
             listed[piece] = {t[len(overlap) :]: p for t, p in pairs if t.startswith(overlap)}
             # Such a tokenizer does not split numbers, so that no digit can follow one.
-            is_whole = len(number[1]) > 1 and token.text[len(overlap) :].startswith(number[1].encode())
-            is_one_token |= piece == "" and is_whole
+            is_one_token |= len(number[1]) > 1 and token.text[len(overlap) :].startswith(number[1].encode())
         generated += token.text
 
     mass: dict[int, float] = defaultdict(float)
