@@ -170,10 +170,8 @@ def _build_tree(prompts: Prompts, responses: Responses, shared: Tensor) -> _Tree
         parents.append(parent)
         indices.append(of_query)
     device = prompts.lengths.device
-    return _Tree(
-        padded(ids, 0, device),
-        padded(parents, -1, device),
-        *torch.tensor(list(predictors), device=device).unbind(-1),
-        *torch.tensor(list(predictions), device=device).unbind(-1),
-        padded_table(indices, device),
-    )
+    rows, columns = torch.tensor(list(predictors), device=device).unbind(-1)
+    predictor, targets = torch.tensor(list(predictions), device=device).unbind(-1)
+    token_ids, parent_columns = padded(ids, 0, device), padded(parents, -1, device)
+    table = padded_table(indices, device)
+    return _Tree(token_ids, parent_columns, rows, columns, predictor, targets, table)
