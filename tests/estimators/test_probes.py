@@ -14,7 +14,7 @@ import torch
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import CopiedRegion, ImageCopy, NoisePolicy, Sample, perturbed_copies
+from vlm_calibration.data.noise import CopiedRegion, ImageCopy, NoisePolicy, Sample
 from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.source import DemoSource
@@ -35,17 +35,10 @@ from vlm_calibration.perturbation.images import resize_mask
 from vlm_calibration.records import ORIGINAL, DataError, LoadedImage, Query
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.text.confidence import render_response
-from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..models.families import FOUR
-from ..models.processors import cached_family
-from ..models.runs import SIZES
-from .conftest import Answering
+from .conftest import ASKED, LEVELS, ROWS, Answering, samples_of, scenes, with_copies
 from .naive import Alone
-from .test_scored import ASKED, LEVELS, UNANSWERED, samples_of, scenes
 
-POLICY = NoisePolicy()
-ROWS = (*ASKED, UNANSWERED)
 ANSWERS = ("Yes", "a blue umbrella", "No", "It is white", None)
 OPPOSITE = ("No", None, "Yes", None, None)
 OBJECT, DISTRACTOR = (slice(2, 9), slice(3, 12)), (slice(12, 19), slice(5, 15))
@@ -62,24 +55,6 @@ def regions_of(row: int, image: np.ndarray) -> tuple[list[np.ndarray], list[np.n
     """Key objects and distractors: the third query has no key object, the second no distractor."""
     evidence = [] if row == 2 else [mask_of(image, OBJECT)]
     return evidence, [] if row == 1 else [mask_of(image, DISTRACTOR)]
-
-
-@pytest.fixture(params=FOUR)
-def asked(request: pytest.FixtureRequest) -> tuple[Any, ChatFormat, list[Sample]]:
-    family, rng = cached_family(request.param), np.random.default_rng(0)
-    torch.manual_seed(0)
-    sizes = [*SIZES, SIZES[0]][:5]
-    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-    return family.model().eval(), ChatFormat(family.processor, ElicitationPrompt()), samples_of(images, ROWS)
-
-
-def with_copies(samples: Sequence[Sample], copies: Sequence[ImageCopy], chat: ChatFormat) -> list[Sample]:
-    made = []
-    for row, sample in enumerate(samples):
-        evidence, distractors = regions_of(row, sample.image)
-        loaded = LoadedImage(sample.image, tuple(evidence), tuple(distractors))
-        made.append(perturbed_copies(sample, loaded, copies, POLICY, chat.processor.image_processor))
-    return [s._replace(copies=copied) for s, copied in zip(samples, made, strict=True)]
 
 
 def blanked(row: int, image: np.ndarray, region: str, processor: Any) -> np.ndarray | None:
@@ -108,9 +83,9 @@ def test_confidences_are_those_read_one_response_at_a_time(
 ) -> None:
     model, chat, samples = asked
     texts = [text for *_, text in ROWS]
-    copied = with_copies(samples, copies_of(PROBES), chat)
+    copied = with_copies(samples, copies_of(PROBES), chat, regions_of)
     batch = answering(model, chat, copied, texts, LEVELS, keep_cache=True)
-    readings = read_probes(batch, PROBES)
+    probed, passes = read_probes(batch, PROBES)
     scored: dict[str, Any] = {name: batch.score_copy(copy, with_levels=True) for name, copy in COPIES.items()}
     scored["answer"] = score_opposite(batch)
     processor, levels = chat.processor.image_processor, (0.9, 0.6, 0.3)
@@ -118,9 +93,9 @@ def test_confidences_are_those_read_one_response_at_a_time(
         images = {name: blanked(row, sample.image, name, processor) for name in COPIES}
         cases = {ORIGINAL: (sample.image, answer), "answer": (sample.image, OPPOSITE[row])}
         cases |= {name: (image, answer) for name, image in images.items()}
-        assert readings.probed[row].keys() == cases.keys()
+        assert probed[row].keys() == cases.keys()
         for name, (image, given) in cases.items():
-            found = readings.probed[row][name]
+            found = probed[row][name]
             if image is None or given is None:
                 assert found is None, (row, name)
                 continue
@@ -129,33 +104,30 @@ def test_confidences_are_those_read_one_response_at_a_time(
             if name != ORIGINAL:
                 assert scored[name][row].level_log_p.tolist() == pytest.approx(log_p, abs=2e-3), (row, name)
     # The original, three copies of which two images lack one each, and the opposite of two answers.
-    assert readings.passes == [5, 3, 4, 4, 4]
+    assert passes == [5, 3, 4, 4, 4]
 
 
 @torch.no_grad()
 def test_probes_and_other_copies_are_read_together_as_alone(
-    load_model: Any, processor: Any, answering: Answering
+    demo: tuple[Any, ChatFormat], answering: Answering
 ) -> None:
-    model, chat = load_model(), ChatFormat(processor, ElicitationPrompt())
+    model, chat = demo
     samples, texts = samples_of(scenes(5), ROWS), [text for *_, text in ROWS]
     stable = Stability({"noise": [0.2], "fade": [1.0]})
     together, probes, copies = (
-        answering(model, chat, with_copies(samples, wanted, chat), texts, LEVELS)
+        answering(model, chat, with_copies(samples, wanted, chat, regions_of), texts, LEVELS)
         for wanted in ([*stable.copies, *copies_of(PROBES)], copies_of(PROBES), stable.copies)
     )
     assert read_probes(together, PROBES) == read_probes(probes, PROBES)
     assert stable.estimate(together) == stable.estimate(copies)
-    assert read_probes(together, ("object",)).probed == [
-        {name: p[name] for name in (ORIGINAL, "object")} for p in read_probes(probes, PROBES).probed
+    assert read_probes(together, ("object",))[0] == [
+        {name: p[name] for name in (ORIGINAL, "object")} for p in read_probes(probes, PROBES)[0]
     ]
 
 
-def test_probes_without_their_copies_are_an_error(
-    load_model: Any, processor: Any, answering: Answering
-) -> None:
-    chat = ChatFormat(processor, ElicitationPrompt())
-    batch: AnsweredBatch = answering(load_model(), chat, samples_of(scenes(1), ASKED[:1]), ["Yes"])
-    assert read_probes(batch, ("answer",)).probed[0]["answer"] is not None
+def test_probes_without_their_copies_are_an_error(demo: tuple[Any, ChatFormat], answering: Answering) -> None:
+    batch: AnsweredBatch = answering(*demo, samples_of(scenes(1), ASKED[:1]), ["Yes"])
+    assert read_probes(batch, ("answer",))[0][0]["answer"] is not None
     with pytest.raises(ValueError, match="without the copies"):
         read_probes(batch, ("image",))
 

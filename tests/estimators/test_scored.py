@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
-from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.estimators import answer_scoring
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
@@ -25,67 +21,29 @@ from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import TEMPLATE, PTrue
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
 from vlm_calibration.models import shared_prefix
-from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels
+from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..level_tables import noise_counts
-from ..models.families import FOUR
-from ..models.processors import cached_family
-from ..models.runs import SIZES
-from .conftest import Answering
+from .conftest import ASKED, LEVELS, UNANSWERED, Answering, logits, samples_of, scenes
 from .naive import Alone
 
-ASKED = (
-    ("A dog?", "Yes", "yes_no", "Yes. Confidence: 80%"),
-    ("What is at the very top left?", "umbrella", "short", "a blue umbrella"),
-    ("Do you see a cup?", "Yes", "yes_no", "Confidence: 10%. No"),
-    ("Is it late?", "No", "yes_no", "It is white."),
-)
-LEVELS = AnchoredLevels.fit(
-    dict.fromkeys(("yes_no", "short"), noise_counts((0, 100, 90), (0.5, 100, 60), (1, 100, 30)))
-)
-"""90%, 60% and 30%: two digits each, so that no level is likelier for being shorter."""
-UNANSWERED = ("Is there a cat?", "No", "yes_no", "Confidence: 10%")
-
-
-def samples_of(images: list[np.ndarray], rows: tuple[tuple[str, ...], ...] = ASKED) -> list[Sample]:
-    return [
-        Sample(Query(f"q{i}", f"{i}.png", q, a, kind), image, 0.5, CLEAN, 0)  # type: ignore[arg-type]
-        for i, ((q, a, kind, _), image) in enumerate(zip(rows, images, strict=True))
-    ]
-
-
-def logits(confidence: Sequence[float | None]) -> list[float]:
-    """Log-odds, which resolve confidences near 0 and 1."""
-    return [math.log(c / (1 - c)) for c in confidence if c is not None]
-
-
-def scenes(n: int) -> list[np.ndarray]:
-    return [np.asarray(render_scene(i).image) for i in range(n)]
-
-
-@pytest.fixture(scope="module", params=FOUR)
-def asked(request: pytest.FixtureRequest) -> tuple[Any, ChatFormat, list[Sample]]:
-    family, rng = cached_family(request.param), np.random.default_rng(0)
-    torch.manual_seed(0)
-    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
-    return family.model().eval(), ChatFormat(family.processor, ElicitationPrompt()), samples_of(images)
+TEXTS = [text for *_, text in ASKED]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["without a cache", "from the cache"])
 def answered(
     request: pytest.FixtureRequest, asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering
 ) -> AnsweredBatch:
-    texts = [text for *_, text in ASKED]
-    return answering(*asked, texts, LEVELS, keep_cache=request.param)
+    model, chat, samples = asked
+    return answering(model, chat, samples[:4], TEXTS, LEVELS, keep_cache=request.param)
 
 
 @pytest.fixture(scope="module")
 def alone(asked: tuple[Any, ChatFormat, list[Sample]]) -> list[Alone]:
     model, chat, samples = asked
-    return [Alone(model, chat, s.image, s.query.question) for s in samples]
+    return [Alone(model, chat, s.image, s.query.question) for s in samples[:4]]
 
 
 @pytest.mark.slow
@@ -128,7 +86,7 @@ def test_the_prompt_is_not_computed_again(
     asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, chat, samples = asked
-    batch = answering(model, chat, samples, [text for *_, text in ASKED], LEVELS, keep_cache=True)
+    batch = answering(model, chat, samples[:4], TEXTS, LEVELS, keep_cache=True)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("scored without the cache")
@@ -144,11 +102,6 @@ def test_the_prompt_is_not_computed_again(
 
 
 # --- On the demo's architecture alone -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def demo(load_model: Any, processor: Any) -> tuple[Any, ChatFormat]:
-    return load_model(), ChatFormat(processor, ElicitationPrompt())
 
 
 @torch.no_grad()
@@ -170,7 +123,7 @@ def test_levels_of_several_kinds_are_taken_together(
     """Halves and thirds: 0 and 1 count once, and 33.3% is stated as 33%."""
     model, chat = demo
     samples = samples_of(scenes(4))
-    batch = answering(model, chat, samples, [text for *_, text in ASKED])
+    batch = answering(model, chat, samples, TEXTS)
     both = replace(batch, tokenizer=AnswerTokenizer(chat, [LinearLevels(3), LinearLevels(4)]))
     confidence = ExpectedConfidence().estimate(both).confidence
     levels = (1.0, 2 / 3, 0.5, 1 / 3, 0.0)
@@ -205,12 +158,12 @@ def test_responses_that_replace_unlike_parts_of_the_prompt_have_the_rest_in_fron
 def test_what_is_scored_one_by_one_costs_more(
     demo: tuple[Any, ChatFormat], answering: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples, texts = samples_of(scenes(4)), [text for *_, text in ASKED]
-    together = answering(*demo, samples, texts)
+    samples = samples_of(scenes(4))
+    together = answering(*demo, samples, TEXTS)
     shared = ExpectedConfidence().estimate(together)
     reason = "rows are read from left to right"
     monkeypatch.setattr(shared_prefix, "why_not_shared", lambda model, length: reason)
-    one_by_one = ExpectedConfidence().estimate(answering(*demo, samples, texts))
+    one_by_one = ExpectedConfidence().estimate(answering(*demo, samples, TEXTS))
     assert one_by_one.confidence == pytest.approx(shared.confidence, abs=1e-5)
     assert one_by_one.passes == [13, 11, 13, 13], "eleven levels, and yes and no"
 
@@ -226,9 +179,7 @@ def test_the_tower_and_the_prompt_run_once(demo: tuple[Any, ChatFormat], answeri
     model.model.vision_tower.register_forward_pre_hook(lambda *_: towers.append(1))
     by_cache = {}
     for keep_cache in (False, True):
-        batch = answering(
-            model, chat, samples_of(scenes(4)), [text for *_, text in ASKED], keep_cache=keep_cache
-        )
+        batch = answering(model, chat, samples_of(scenes(4)), TEXTS, keep_cache=keep_cache)
         before = len(widths)
         for estimator in (ExpectedConfidence(), AnswerLikelihood(), PTrue()):
             estimator.estimate(batch)
@@ -246,9 +197,9 @@ def test_the_tower_and_the_prompt_run_once(demo: tuple[Any, ChatFormat], answeri
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"template": "{question} {answer} {more}"}, "only {question} and {answer}"),
-        ({"template": "{question}"}, "needs both"),
-        ({"template": "{question} {answer"}, "only {question} and {answer}"),
+        ({"template": "{question} {answer} {more}"}, "needs {question} and {answer}"),
+        ({"template": "{question}"}, "needs {question} and {answer}"),
+        ({"template": "{question} {answer"}, "PTrue.template"),
         ({"true": "Yes", "false": "Yes "}, "two different answers"),
     ],
 )
@@ -264,7 +215,7 @@ def test_a_template_with_the_question_before_the_image_is_named(
     demo: tuple[Any, ChatFormat], answering: Answering
 ) -> None:
     model, chat = demo
-    batch = answering(model, chat, samples_of(scenes(4)), [text for *_, text in ASKED])
+    batch = answering(model, chat, samples_of(scenes(4)), TEXTS)
 
     class Backwards:
         def render(self, prompt: str, response: str | None) -> str:
@@ -290,13 +241,12 @@ def test_adapters_and_the_cache(
 
     model, chat = demo
     adapted = load_adapters(model, {"one": new_adapter(1)})
-    samples, texts = samples_of(scenes(4)), [text for *_, text in ASKED]
-    confidence = {}
+    samples, confidence = samples_of(scenes(4)), {}
     with torch.no_grad():
         for name in (None, "one"):
             for keep_cache in (False, True):
                 with using_adapter(adapted, name):
-                    batch = answering(adapted, chat, samples, texts, keep_cache=keep_cache)
+                    batch = answering(adapted, chat, samples, TEXTS, keep_cache=keep_cache)
                     confidence[name, keep_cache] = ExpectedConfidence().estimate(batch).confidence
     assert confidence[None, True] == pytest.approx(confidence[None, False], abs=1e-5)
     assert confidence["one", True] == pytest.approx(confidence["one", False], abs=1e-5)

@@ -12,57 +12,35 @@ import pytest
 import torch
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch
-from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import DataNeeds, PerturbedQueryDataModule
-from vlm_calibration.data.noise import ImageCopy, NoisePolicy, Sample, perturbed_copies, query_rng
+from vlm_calibration.data.noise import ImageCopy, NoisePolicy, perturbed_copies, query_rng
 from vlm_calibration.data.resolution import resize_to_model
-from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.levels import CLEAN, Perturbation
-from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.records import DataError, LoadedImage
 
-from ..models.families import FOUR
-from ..models.processors import cached_family
-from ..models.runs import SIZES
-from .conftest import Answering
+from .conftest import ASKED, LEVELS, Answering, logits, samples_of, scenes, with_copies
 from .naive import Alone
-from .test_scored import ASKED, LEVELS, logits, samples_of, scenes
 
 POLICY = NoisePolicy()
 STRENGTHS = {"noise": [0.2, 0.3], "blur": [0.2]}
 ANSWERS = ("Yes", "a blue umbrella", "No", "It is white")
 
 
-def with_copies(samples: Sequence[Sample], estimator: Stability, chat: ChatFormat) -> list[Sample]:
-    processor = chat.processor.image_processor
-    copied = [
-        perturbed_copies(s, LoadedImage(s.image, (), ()), estimator.copies, POLICY, processor)
-        for s in samples
-    ]
-    return [s._replace(copies=copies) for s, copies in zip(samples, copied, strict=True)]
-
-
-@pytest.fixture(params=FOUR)
-def asked(request: pytest.FixtureRequest) -> tuple[Any, ChatFormat, list[Sample]]:
-    family, rng = cached_family(request.param), np.random.default_rng(0)
-    torch.manual_seed(0)
-    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
-    return family.model().eval(), ChatFormat(family.processor, ElicitationPrompt()), samples_of(images)
-
-
 @torch.no_grad()
 def test_the_likelihood_is_the_mean_over_perturbed_images(
-    asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering
+    demo: tuple[Any, ChatFormat], answering: Answering
 ) -> None:
-    model, chat, samples = asked
-    estimator = Stability(STRENGTHS, seed=3)
+    (model, chat), samples, estimator = demo, samples_of(scenes(4)), Stability(STRENGTHS, seed=3)
     texts = [text for *_, text in ASKED]
-    batch = answering(model, chat, with_copies(samples, estimator, chat), texts, LEVELS, keep_cache=True)
+    batch = answering(
+        model, chat, with_copies(samples, estimator.copies, chat), texts, LEVELS, keep_cache=True
+    )
     estimate = estimator.estimate(batch)
 
     expected = []
@@ -149,59 +127,21 @@ def test_batches_are_the_same_beside_their_copies(model_folder: str) -> None:
             assert torch.equal(copied.inputs["input_ids"], a.inputs["input_ids"])
 
 
-class _Square(QuerySource):
-    """A dog in a square of a textured image, and an absent cat."""
-
-    def queries(self) -> Sequence[Query]:
-        return [
-            Query("dog", "x", "A dog?", "Yes", "yes_no", ("dog",)),
-            Query("cat", "x", "A cat?", "No", "yes_no", ("cat",)),
-        ]
-
-    def load(self, query: Query) -> LoadedImage:
-        mask = np.zeros((40, 40), dtype=bool)
-        mask[8:24, 8:24] = True
-        image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        return LoadedImage(image, (mask,) if query.id == "dog" else (), ())
-
-    def has_evidence(self, query: Query) -> bool:
-        return query.id == "dog"
-
-
-class _Absent(_Square):
-    def queries(self) -> Sequence[Query]:
-        return super().queries()[1:]
-
-
-def test_on_the_object_only_its_pixels_change() -> None:
-    dataset = PerturbedQueries({"": EvalSplit(_Square())}, NoisePolicy(resolution="native"), None)
-    dataset.make_copies(Stability({"noise": [0.5]}, region="object").copies)
-    dog, cat = dataset[0, 0], dataset[0, 1]
-    [copy] = dog.copies.values()
-    assert copy is not None
-    changed = (copy != dog.image).any(-1)
-    assert changed[8:24, 8:24].mean() > 0.9
-    changed[8:24, 8:24] = False
-    assert not changed.any()
-    assert [*cat.copies.values()] == [None]
-    dataset.make_copies(())
-    assert not dataset[0, 0].copies
-
-
 @torch.no_grad()
 def test_a_query_without_a_region_has_no_confidence(
-    load_model: Any, processor: Any, answering: Answering
+    demo: tuple[Any, ChatFormat], answering: Answering
 ) -> None:
-    chat, estimator = ChatFormat(processor, ElicitationPrompt()), Stability(region="object")
-    dataset = PerturbedQueries({"": EvalSplit(_Square())}, POLICY, processor.image_processor)
-    dataset.make_copies(estimator.copies)
-    samples = [dataset[0, 1], dataset[0, 0]]
-    estimate = estimator.estimate(answering(load_model(), chat, samples, ["No", "Yes"]))
+    (model, chat), estimator = demo, Stability(region="object")
+
+    def regions_of(row: int, image: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        return [np.eye(*image.shape[:2], dtype=bool)] * row, []
+
+    samples = with_copies(samples_of(scenes(2), ASKED[:1] * 2), estimator.copies, chat, regions_of)
+    estimate = estimator.estimate(answering(model, chat, samples, ["No", "Yes"]))
     assert estimate.confidence[0] is None
     assert estimate.confidence[1] is not None
     assert estimate.passes == [0, 4]
-    absent = estimator.estimate(answering(load_model(), chat, samples[:1], ["No"]))
-    assert absent == ([None], [0])
+    assert estimator.estimate(answering(model, chat, samples[:1], ["No"])) == ([None], [0])
 
 
 def test_copies_are_made_of_the_perturbed_image() -> None:
@@ -227,16 +167,8 @@ def test_copies_are_made_of_the_perturbed_image() -> None:
         ({"strengths": {"blur": [0.0]}}, r"in \(0, 1\]"),
         ({"strengths": {"blur": [float("nan")]}}, r"in \(0, 1\]"),
         ({"strengths": {"blur": [1.1]}}, r"in \(0, 1\]"),
-        ({"seed": -1}, "Stability.seed"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Stability(**settings)
-
-
-def test_objects_without_regions_are_refused() -> None:
-    policy = NoisePolicy(resolution="native")
-    dataset = PerturbedQueries({"": EvalSplit(_Absent())}, policy, None, where="data.test")
-    with pytest.raises(DataError, match=r"data\.test: no query has a region"):
-        dataset.make_copies(Stability(region="object").copies)

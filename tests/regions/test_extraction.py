@@ -17,8 +17,9 @@ from vlm_calibration.callbacks.contact_sheet import ContactSheet
 from vlm_calibration.callbacks.regions import RegionWriter, row_of, write_rows
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.regions import RawQuery, read_with_regions
+from vlm_calibration.data.regions import RawBatch, RawQuery, read_with_regions
 from vlm_calibration.data.sources.base import with_regions
+from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.masks import mask_to_rle, region_to_mask
@@ -212,9 +213,11 @@ def test_what_is_known_is_left_alone() -> None:
     assert _extract(scripted, known).query == known
     again = _extract(scripted, replace(PLAIN, regions=(DOG,)), keep_known=False)
     assert [r.label for r in again.query.regions] == ["cat"]
-    with_distractor = _extract(scripted, replace(PLAIN, objects=("cat",), regions=(DOG,)))
-    assert with_distractor.outcome == "found"
-    assert [r.label for r in with_distractor.query.regions] == ["cat", "dog"]
+    # Beside a distractor, and where one of two objects has its region.
+    for objects in (("cat",), ("dog", "cat")):
+        result = _extract(scripted, replace(PLAIN, objects=objects, regions=(DOG,)))
+        assert result.outcome == "found"
+        assert [r.label for r in result.query.regions] == ["cat", "dog"]
 
 
 def test_objects_of_the_record_come_before_the_describer_s() -> None:
@@ -226,14 +229,6 @@ def test_objects_of_the_record_come_before_the_describer_s() -> None:
     assert [r.label for r in result.query.regions] == ["Dog"]
     for name in ("cup", "a Cup", "the cups"):
         assert _extract(scripted, replace(PLAIN, objects=(name,))).outcome == "absent"
-
-
-def test_what_is_known_in_part_is_extracted() -> None:
-    boxes = [Detection("cat", (0.0, 0.0, 4.0, 4.0), 0.5)]
-    scripted = Scripted(Description(("cat",)), boxes, [_mask(0, 4, 0, 4)])
-    result = _extract(scripted, replace(PLAIN, objects=("dog", "cat"), regions=(DOG,)))
-    assert result.outcome == "found"
-    assert [r.label for r in result.query.regions] == ["cat", "dog"]
 
 
 def test_what_the_describer_says_is_absent_is_so_whatever_the_question(tmp_path: Path) -> None:
@@ -266,13 +261,20 @@ class Unlocated(DemoSource):
         return ()
 
 
-def _predict(data: PerturbedQueryDataModule, folder: Path, detector: Detector, segmenter: Segmenter) -> None:
+def _predict(
+    data: PerturbedQueryDataModule,
+    folder: Path,
+    detector: Detector,
+    segmenter: Segmenter,
+    **trainer_settings: Any,
+) -> None:
     trainer = L.Trainer(
         default_root_dir=str(folder),
         callbacks=[RegionWriter(), ContactSheet(queries=2)],
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
+        **trainer_settings,
     )
     module = RegionExtractor(RuleDescriber(), detector, segmenter, ALL)
     module.run_digest = "of these settings"
@@ -319,6 +321,26 @@ def test_all_sources_of_a_configuration_are_extracted_and_read(
             assert np.array_equal(loaded.image, expected.image)
             if exact.answer != "No" and expected.evidence[0].any():
                 assert _iou(loaded.evidence[0], expected.evidence[0]) >= 0.95
+
+
+def test_what_stops_an_extraction(truth: Truth, model_folder: str, tmp_path: Path) -> None:
+    exact = ExactDetector(truth), ExactSegmenter(truth)
+    limited = PerturbedQueryDataModule(
+        model_folder, train=Unlocated("test", scenes=3), workers=0, eval_batch_size=3
+    )
+    with pytest.raises(DataError, match=f"^{tmp_path}/shards: 2 of 3 shards are missing"):
+        _predict(limited, tmp_path, *exact, limit_predict_batches=1)
+    assert not (tmp_path / "train.parquet").exists()
+    with pytest.raises(DataError, match=r"data\.predict is not set"):
+        _predict(PerturbedQueryDataModule(model_folder, workers=0), tmp_path / "none", *exact)
+    with pytest.raises(DataError, match="data: needs 0 <= part < parts, found part 2 of 2"):
+        PerturbedQueryDataModule(model_folder, parts=2, part=2)
+    damaged = RawBatch([RawQuery(PLAIN, None, "x.png: damaged")], 0)
+    with pytest.raises(DataError, match="^x.png: damaged$"):
+        RegionExtractor(RuleDescriber(), *exact).predict_step(damaged, 0)
+    (tmp_path / "q.parquet").write_bytes(b"PAR1\n")
+    with pytest.raises(DataError, match=r"q\.parquet: a Parquet file, expected JSON lines: .*ParquetSource$"):
+        JsonlSource(str(tmp_path / "q.parquet")).queries()
 
 
 @pytest.mark.parametrize("source", [DemoSource("test", scenes=3), Unlocated("test", scenes=3)])

@@ -10,6 +10,9 @@ import transformers as tf
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 CLIP_LENGTH = 16
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+PROMPTS: dict[str, Any] = {"hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
+DECODER: dict[str, Any] = {**SMALL, "mlp_dim": 32, "iou_head_depth": 2, "iou_head_hidden_dim": 16}
 
 
 def _bert_tokenizer() -> Any:
@@ -21,36 +24,19 @@ def _bert_tokenizer() -> Any:
 
 def grounding_dino(folder: Path) -> str:
     tokenizer = _bert_tokenizer()
-    backbone = tf.SwinConfig(
-        image_size=64,
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=4,
-        out_indices=[2, 3, 4],
-    )
-    text = tf.BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=128,
-    )
+    stages = {"depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "out_indices": [2, 3, 4]}
+    text = {**SMALL, "vocab_size": len(tokenizer), "intermediate_size": 32, "max_position_embeddings": 128}
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_feature_levels": 4}
     config = tf.GroundingDinoConfig(
-        backbone_config=backbone,
-        text_config=text,
+        backbone_config=tf.SwinConfig(image_size=64, embed_dim=8, **stages),
+        text_config=tf.BertConfig(**text),
         num_queries=12,
         d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        num_feature_levels=4,
         max_text_len=64,
         use_timm_backbone=False,
+        **layers,
+        **heads,
     )
     model = tf.GroundingDinoForObjectDetection(config)
     processor = tf.GroundingDinoProcessor(
@@ -65,11 +51,9 @@ def owlv2(folder: Path) -> str:
         tokens[letter] = len(tokens)
         tokens[f"{letter}</w>"] = len(tokens)
     tokenizer = tf.CLIPTokenizer(vocab=tokens, merges=[], pad_token="!", model_max_length=CLIP_LENGTH)
-    text = {"vocab_size": len(tokens), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    text |= {"num_attention_heads": 2, "max_position_embeddings": CLIP_LENGTH, "pad_token_id": 0}
-    text |= {"bos_token_id": 1, "eos_token_id": 2}
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 64, "patch_size": 16}
+    text = {**SMALL, "vocab_size": len(tokens), "intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 1}
+    text |= {"max_position_embeddings": CLIP_LENGTH, "eos_token_id": 2}
+    vision = {**SMALL, "intermediate_size": 32, "image_size": 64, "patch_size": 16}
     config = tf.Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
     model = tf.Owlv2ForObjectDetection(config)
     processor = tf.Owlv2Processor(tf.Owlv2ImageProcessor(size={"height": 64, "width": 64}), tokenizer)
@@ -77,27 +61,10 @@ def owlv2(folder: Path) -> str:
 
 
 def sam(folder: Path) -> str:
-    vision = tf.SamVisionConfig(
-        hidden_size=16,
-        output_channels=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=64,
-        patch_size=16,
-        mlp_dim=32,
-        window_size=2,
-        global_attn_indexes=[0],
-        num_pos_feats=8,
-    )
-    prompts = tf.SamPromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4)
-    decoder = tf.SamMaskDecoderConfig(
-        hidden_size=16,
-        mlp_dim=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        iou_head_hidden_dim=16,
-        iou_head_depth=2,
-    )
+    vision = {**SMALL, "output_channels": 16, "image_size": 64, "patch_size": 16, "mlp_dim": 32}
+    vision |= {"window_size": 2, "global_attn_indexes": [0], "num_pos_feats": 8}
+    vision, prompts = tf.SamVisionConfig(**vision), tf.SamPromptEncoderConfig(**PROMPTS)
+    decoder = tf.SamMaskDecoderConfig(**DECODER)
     config = tf.SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
     images = tf.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
     return _saved(tf.SamModel(config), tf.SamProcessor(images), folder)
@@ -115,22 +82,14 @@ def sam2(folder: Path) -> str:
         global_attention_blocks=[3],
         window_positional_embedding_background_size=[4, 4],
     )
+    features = {
+        "backbone_channel_list": [64, 32, 16, 8],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    }
     vision = tf.Sam2VisionConfig(
-        backbone_config=backbone,
-        backbone_channel_list=[64, 32, 16, 8],
-        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
-        fpn_hidden_size=16,
-        num_feature_levels=3,
+        backbone_config=backbone, fpn_hidden_size=16, num_feature_levels=3, **features
     )
-    prompts = tf.Sam2PromptEncoderConfig(hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4)
-    decoder = tf.Sam2MaskDecoderConfig(
-        hidden_size=16,
-        mlp_dim=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        iou_head_hidden_dim=16,
-        iou_head_depth=2,
-    )
+    prompts, decoder = tf.Sam2PromptEncoderConfig(**PROMPTS), tf.Sam2MaskDecoderConfig(**DECODER)
     config = tf.Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
     images = tf.Sam2ImageProcessor(size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16})
     return _saved(tf.Sam2Model(config), tf.Sam2Processor(images), folder)

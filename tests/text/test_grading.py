@@ -1,5 +1,5 @@
 import time
-from itertools import permutations
+from itertools import chain, permutations
 from typing import NamedTuple
 
 import pytest
@@ -9,111 +9,49 @@ from hypothesis import strategies as st
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.grading import Grade, Grading, grade, parse_answer
 
-YES_NO = {
-    # a word at the start decides
-    "Yes": "yes",
-    "yes.": "yes",
-    "YES!": "yes",
-    "**Yes**": "yes",
-    "Yeah": "yes",
-    "Absolutely.": "yes",
-    "Definitely yes": "yes",
-    "No": "no",
-    "No.": "no",
-    "Nope": "no",
-    "Definitely not": "no",
-    "Probably not": "no",
-    "None": "no",
-    "The answer is yes.": "yes",
-    "Answer: No": "no",
-    "I think no": "no",
-    "Yes, there is no dog": "yes",
-    "No, there is a cat": "no",
-    # idioms
-    "Yes, there is no doubt": "yes",
-    "Yes, without a doubt.": "yes",
-    "There is no doubt that there is a dog": "yes",
-    # both
-    "Yes and no": None,
-    "Yes or no": None,
-    "Yes/no": None,
-    "Yes. No.": None,
-    "No, yes": None,
-    "Yes, but also no": None,
-    "Yes, no": None,
-    # cannot tell
-    "I don't know": None,
-    "I'm not sure": None,
-    "Not sure": None,
-    "It cannot be determined": None,
-    "Maybe": None,
-    "No idea": None,
-    "It is hard to tell": None,
-    # later clause
-    "A dog? Yes.": "yes",
-    "Is there a dog? No.": "no",
-    "A dog, a cat. Yes. No.": None,
-    # statements
-    "There is no dog": "no",
-    "There isn't any": "no",
-    "I don't see a dog": "no",
-    "I cannot see a dog": "no",
-    "It is not red": "no",
-    "There is a dog": "yes",
-    "I see a dog, not a cat": None,  # without a question
-    "The image shows a dog": "yes",
-    "Certainly, there is a dog.": "yes",
-    "It is white": None,
-    "A dog": None,
-    "Is there a dog": None,
-    "": None,
-    "80%": None,
-    # with a confidence
-    "Yes. Confidence: 80%": "yes",
-    "Confidence: 0.9. No": "no",
-    "Answer: No\nConfidence: 80%": "no",
-    "I am 80% sure there is a dog": "yes",
-    "Yes 95%": "yes",
-    '{"answer": "No", "confidence": 0.9}': "no",
-}
 
-HEDGED = {
-    "yes": [
-        *("There appears to be a dog", "There appear to be two dogs."),
-        *("There seems to be a dog in the image", "There looks to be a dog"),
-        *("There would appear to be a dog", "There does appear to be a dog"),
-        *("Certainly, there appears to be a dog", "Based on the image, there seems to be a dog"),
-        *("It appears that there is a dog", "It seems there's a dog"),
-        *("It looks like there is a dog", "It looks as if there is a dog"),
-        *("Looks like there are two dogs", "There is clearly a dog", "There probably is a dog"),
-        *("There is indeed a dog", "I can clearly see a dog", "I do see a dog", "We see a dog"),
-        *("A dog is clearly visible in the background", "In the image, a dog is visible"),
-        *("Two dogs are present", "A dog can clearly be seen", "The image appears to show a dog"),
-        *("The scene seems to contain a dog", "It seems so", "So it seems", "I think so"),
-        *("Looks like it", "Indeed", "Indeed it is", "Indeed, yes", "Indeed, there is a dog"),
-        "Apparently yes",
-    ],
-    "no": [
-        *("There seems to be no dog", "There appears not to be a dog"),
-        *("There does not appear to be a dog", "There doesn't seem to be a dog"),
-        *("It appears that there is no dog", "It looks like there isn't a dog"),
-        *("It doesn't look like there is a dog", "It doesn't look like it", "It does not seem so"),
-        *("It seems not", "I don't think so", "I think not", "I'm afraid not", "Apparently not"),
-        *("Unfortunately not", "Indeed not", "Indeed no", "Indeed, there is no dog"),
-        *("Absolutely not", "Certainly not", "Of course not", "Of course there isn't"),
-        *("Not really", "Not at all", "Not that I can see", "Not visible", "A dog is not visible"),
-        *("No dog can be seen", "A dog can't be seen", "The dog is nowhere to be seen"),
-        *("Nowhere to be seen", "There isn't", "There aren't any dogs", "I don't see a dog"),
-        *("I see none", "The image doesn't appear to show a dog", "The image lacks a dog"),
-        *("The scene is devoid of dogs", "A dog is missing from the image", "The dog is absent"),
-    ],
-    None: [
-        *("There may be a dog", "There might be a dog", "It might be", "Perhaps so"),
-        *("It looks like a dog", "It appears to be red", "It seems to be a cat"),
-        *("Is a dog visible?", "I'm not sure there appears to be a dog", "Looks can deceive"),
-    ],
-}
-YES_NO |= {text: answer for answer, texts in HEDGED.items() for text in texts}
+def rows(text):
+    return [line.split(" | ") for line in text.strip().splitlines()]
+
+
+def texts(block):
+    return tuple(chain(*rows(block)))
+
+
+SAID = """
+yes | Yes | **Yes** | Absolutely. | The answer is yes. | Yes, there is no dog | Yes, there is no doubt
+yes | Yes, without a doubt. | There is no doubt that there is a dog | A dog? Yes. | There is a dog
+yes | The image shows a dog | Certainly, there is a dog. | Yes. Confidence: 80% | I am 80% sure there is a dog | Yes 95%
+yes | There appears to be a dog | There appear to be two dogs. | There seems to be a dog in the image
+yes | There looks to be a dog | There would appear to be a dog | There does appear to be a dog
+yes | Certainly, there appears to be a dog | Based on the image, there seems to be a dog | It appears that there is a dog
+yes | It seems there's a dog | It looks like there is a dog | It looks as if there is a dog
+yes | Looks like there are two dogs | There is clearly a dog | There probably is a dog | There is indeed a dog
+yes | I can clearly see a dog | I do see a dog | We see a dog | A dog is clearly visible in the background
+yes | In the image, a dog is visible | Two dogs are present | A dog can clearly be seen | The image appears to show a dog
+yes | The scene seems to contain a dog | It seems so | So it seems | I think so | Looks like it | Indeed | Indeed it is
+yes | Indeed, yes | Indeed, there is a dog | Apparently yes
+no | No | Nope | Definitely not | Answer: No | I think no | No, there is a cat | Is there a dog? No.
+no | There is no dog | There isn't any | I don't see a dog | I cannot see a dog | It is not red | Confidence: 0.9. No
+no | {"answer": "No", "confidence": 0.9} | There seems to be no dog | There appears not to be a dog
+no | There does not appear to be a dog | There doesn't seem to be a dog | It appears that there is no dog
+no | It looks like there isn't a dog | It doesn't look like there is a dog | It doesn't look like it
+no | It does not seem so | It seems not | I don't think so | I think not | I'm afraid not | Apparently not
+no | Unfortunately not | Indeed not | Indeed no | Indeed, there is no dog | Absolutely not | Certainly not
+no | Of course not | Of course there isn't | Not really | Not at all | Not that I can see | Not visible
+no | A dog is not visible | No dog can be seen | A dog can't be seen | The dog is nowhere to be seen
+no | Nowhere to be seen | There isn't | There aren't any dogs | I see none | The image doesn't appear to show a dog
+no | The image lacks a dog | The scene is devoid of dogs | A dog is missing from the image | The dog is absent
+none | Yes or no | Yes/no | Yes. No. | No, yes | Yes, no | I don't know | It cannot be determined | Maybe | No idea
+none | It is hard to tell | A dog, a cat. Yes. No. | I see a dog, not a cat | It is white | A dog | Is there a dog | 80%
+none | There may be a dog | There might be a dog | It might be | Perhaps so | It looks like a dog | It appears to be red
+none | It seems to be a cat | Is a dog visible? | I'm not sure there appears to be a dog | Looks can deceive
+"""
+"""Each line: what replies say, and the replies, with hedges, statements, both words and confidences."""
+YES_NO = {
+    "Answer: No\nConfidence: 80%": "no",
+    "": None,
+} | {text: None if row[0] == "none" else row[0] for row in rows(SAID) for text in row[1:]}
 
 
 @pytest.mark.parametrize(("text", "answer"), YES_NO.items())
@@ -123,77 +61,35 @@ def test_yes_no_answers(text, answer):
     assert grade(text, "no.", "yes_no") == Grade(answer, answer == "no")
 
 
-OPENING = st.sampled_from(
-    ["", "Well, ", "I think ", "I believe that ", "It seems that ", "Certainly, ", "Indeed, "]
-)
-THERE = st.sampled_from(["there is", "there appears to be", "there seems to be", "there looks to be"])
-NOUN = st.sampled_from(["dog", "red bicycle", "person with a hat"])
-PLACE = st.sampled_from(["", " in the image", " on the left", ", as far as I can see", ". It is brown"])
-
-
-@given(OPENING, THERE, NOUN, PLACE)
-def test_a_hedge_in_front_changes_no_answer(opening, there, noun, place):
-    for article, answer in (("a", "yes"), ("no", "no")):
-        text = f"{opening}{there} {article} {noun}{place}."
-        assert parse_answer(text[0].upper() + text[1:], "yes_no") == answer
-
-
 PLACES = ("", " in the image", " on the sofa")
-AFFIRMED = (
-    "there is a X",
-    "there are two Xs",
-    "I see a small X",
-    "the image shows the X",
-    "a X is visible",
-    "I can see Xs",
+AFFIRMED = texts(
+    "there is a X | there are two Xs | I see a small X | the image shows the X | a X is visible | I can see Xs"
 )
-DENIED = (
-    *(
-        "there is no X",
-        "there are no Xs",
-        "there are zero Xs",
-        "I see zero Xs",
-        "I see 0 Xs",
-        "there isn't a X",
-    ),
-    *("I don't see any Xs", "I do not see a X", "the image does not show a X", "the scene lacks a X"),
-    *("there is not a single X", "there is unlikely to be a X", "it is unlikely that there is a X"),
-    *("a X is not visible", "no X can be seen", "there is no sign of a X", "the image is devoid of Xs"),
-)
-UNDECIDED = (
-    "there may be a X",
-    "it is unclear whether there is a X",
-    "there could be a X",
-    "there is hardly a X",
+DENIED = texts("""
+there is no X | there are no Xs | there are zero Xs | I see zero Xs | I see 0 Xs | there isn't a X
+I don't see any Xs | I do not see a X | the image does not show a X | the scene lacks a X
+there is not a single X | there is unlikely to be a X | it is unlikely that there is a X | a X is not visible
+no X can be seen | there is no sign of a X | the image is devoid of Xs
+""")
+UNDECIDED = texts(
+    "there may be a X | it is unclear whether there is a X | there could be a X | there is hardly a X"
 )
 # Two objects in one clause: of Y what the clause affirms, of X what it denies.
-DENIED_BESIDE = (
-    *(
-        "there is a Y without a X",
-        "there is a Y, not a X",
-        "there is an empty Y, no X",
-        "I see a Y with no X",
-    ),
-    *("the image shows a Y and no X", "there is a Y instead of a X", "there is a Y rather than a X"),
-    *("not a X, there is a Y", "I see two Ys and zero Xs"),
-)
-BOTH_AFFIRMED = ("there is a X and a Y", "I see a X, a Y", "the image shows a X with a Y")
-BOTH_DENIED = (
-    "there is no X or Y",
-    "there are no Xs or Ys",
-    "neither a X nor a Y is visible",
-    "I see no X and no Y",
+DENIED_BESIDE = texts("""
+there is a Y without a X | there is a Y, not a X | there is an empty Y, no X | I see a Y with no X
+the image shows a Y and no X | there is a Y instead of a X | there is a Y rather than a X
+not a X, there is a Y | I see two Ys and zero Xs
+""")
+BOTH_AFFIRMED = texts("there is a X and a Y | I see a X, a Y | the image shows a X with a Y")
+BOTH_DENIED = texts(
+    "there is no X or Y | there are no Xs or Ys | neither a X nor a Y is visible | I see no X and no Y"
 )
 JOINED = (", but ", ". ", "; ", ", and ", ", while ", " and ", ", although ")
-NOUNS = (
-    *("dog", "cat", "red bicycle", "dining table", "person", "doghouse", "teddy bear", "bear"),
-    *("hot dog", "elephant"),
+NOUNS = texts(
+    "dog | cat | red bicycle | dining table | person | doghouse | teddy bear | bear | hot dog | elephant"
 )
-QUESTIONS = (
-    "Is there a X in the image?",
-    "Do you see any X in this photo?",
-    "Does the image contain a X?",
-    "Is a X visible?",
+QUESTIONS = texts(
+    "Is there a X in the image? | Do you see any X in this photo? | Does the image contain a X? | Is a X visible?"
 )
 
 
@@ -287,77 +183,35 @@ def test_a_statement_about_what_is_asked_is_an_answer(question, reply, answer):
     assert graded == Grade(answer, answer == "no")
 
 
-RIGHT = [
-    ("a dog", "dog"),
-    ("Dogs.", "dog"),
-    ("the DOG", "A dog"),
-    ("It is a dog.", "dog"),
-    ("It's a dog", "dog"),
-    ("The answer is: dog", "dog"),
-    ("Answer: It is a dog", "dog"),
-    ("I see a dog.", "dog"),
-    ("The object at the top left is a dog.", "dog"),
-    ("At the top left, there is a dog", "dog"),
-    ("In the top left corner of the image is a dog", "dog"),
-    ("There is a dog at the top left of the image. It is brown.", "dog"),
-    ("dog\nI can see its tail", "dog"),
-    ("A dog. Confidence: 80%", "dog"),
-    ('{"answer": "dog", "confidence": 0.9}', "dog"),
-    ("two", "2"),
-    ("2", "two"),
-    ("Twenty-one", "21"),
-    ("1,000", "1000"),
-    ("50 %", "50%"),
-    ("3.5", "3.5"),
-    ("10:30", "10:30"),
-    ("A", "a"),
-    ("t-shirt", "T shirt"),
-    ("Dr. Pepper", "dr pepper"),
-    ("There is a light. It never goes out", "There is a light. It never goes out"),
-    ("on the left", "on the left"),
-    ("It is on the left", "on the left"),
-    ("Ｄｏｇ", "dog"),
-    ("犬", "犬"),
-    ("don't walk", "Don’t walk"),
-    ("shoes", "shoe"),
-    ("buses", "bus"),
-    ("boxes", "box"),
-    ("knives", "knife"),
-    ("berries", "berry"),
-    ("cookies", "cookie"),
-    ("tomatoes", "tomato"),
-    ("people", "person"),
-    ("firemen", "fireman"),
-    ("horses", "horse"),
-]
-WRONG = [
-    ("cat", "dog"),
-    ("hot dog", "dog"),
-    ("a dog or a cat", "dog"),
-    ("dog, cat", "dog"),
-    ("dog and cat", "dog"),
-    ("It's not a dog", "dog"),
-    ("There is no dog", "dog"),
-    ("I don't know", "dog"),
-    ("doghouse", "dog"),
-    ("50", "50%"),
-    ("-5", "5"),
-    ("3.5", "35"),
-    ("bus", "bush"),
-    ("", "dog"),
-    ("...", "dog"),
-    ("Confidence: 80%", "dog"),
-]
+RIGHT = """
+a dog = dog | the DOG = A dog | It is a dog. = dog | The answer is: dog = dog | Answer: It is a dog = dog
+I see a dog. = dog | The object at the top left is a dog. = dog | At the top left, there is a dog = dog
+In the top left corner of the image is a dog = dog
+There is a dog at the top left of the image. It is brown. = dog | A dog. Confidence: 80% = dog
+{"answer": "dog", "confidence": 0.9} = dog | 2 = two | Twenty-one = 21 | 1,000 = 1000 | 50 % = 50% | 3.5 = 3.5
+10:30 = 10:30 | A = a | t-shirt = T shirt | Dr. Pepper = dr pepper
+There is a light. It never goes out = There is a light. It never goes out | on the left = on the left
+It is on the left = on the left | Ｄｏｇ = dog | 犬 = 犬 | don't walk = Don’t walk | shoes = shoe | boxes = box
+knives = knife | berries = berry | tomatoes = tomato | people = person | firemen = fireman
+"""
+WRONG = """
+hot dog = dog | a dog or a cat = dog | dog, cat = dog | It's not a dog = dog | There is no dog = dog
+I don't know = dog | doghouse = dog | 50 = 50% | -5 = 5 | 3.5 = 35 | bus = bush | ... = dog | Confidence: 80% = dog
+"""
+
+
+def _pairs(block):
+    return [pair.split(" = ") for pair in texts(block)]
 
 
 @pytest.mark.parametrize("answer_type", ["short", "open"])
-@pytest.mark.parametrize(("text", "gold"), RIGHT)
+@pytest.mark.parametrize(("text", "gold"), [*_pairs(RIGHT), *[("dog\nI can see its tail", "dog")]])
 def test_right_short_answers(text, gold, answer_type):
     assert grade(text, gold, answer_type).correct
 
 
 @pytest.mark.parametrize("answer_type", ["short", "open"])
-@pytest.mark.parametrize(("text", "gold"), WRONG)
+@pytest.mark.parametrize(("text", "gold"), [*_pairs(WRONG), *[("", "dog")]])
 def test_wrong_short_answers(text, gold, answer_type):
     assert not grade(text, gold, answer_type).correct
 
@@ -433,7 +287,7 @@ def test_a_rule_is_for_its_type_of_answer_alone():
 
 @pytest.mark.parametrize("answer_type", ["short", "open"])
 def test_a_ranking_measures_levels_and_grades_no_answer(answer_type):
-    with pytest.raises(ValueError, match=rf"grading\.{answer_type} must be one of .*'ranking'.*rank_levels"):
+    with pytest.raises(ValueError, match=rf"grading\.{answer_type} must be one of .*'ranking'"):
         Grading(**{answer_type: "ranking"})
     ranking = Grading(open="contains", rank_levels=True)
     assert [ranking.level_rule(kind) for kind in ("yes_no", "short", "open")] == ["exact", "exact", "ranking"]

@@ -10,20 +10,8 @@ import pytest
 from vlm_calibration.demo.questions import scene_queries
 from vlm_calibration.text.known_questions import KnownQuestions
 
-OBJECTS = (
-    "dog",
-    "cat",
-    "red car",
-    "teddy bear",
-    "traffic light",
-    "bird",
-    "cup",
-    "chair",
-    "bus",
-    "kite",
-    "sheep",
-    "sofa",
-)
+NAMES = "dog|cat|red car|teddy bear|traffic light|bird|cup|chair|bus|kite|sheep|sofa"
+OBJECTS = NAMES.split("|")
 QUESTIONS = [f"Is there a {name} in the image?" for name in OBJECTS] + [
     f"What is beside the {name}?" for name in OBJECTS
 ]

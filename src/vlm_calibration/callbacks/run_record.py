@@ -58,9 +58,9 @@ TRAINER = {
 LOADING = "batch_size|parts|part|workers|regions"
 TRAINING = "augment|candidates|max_length|on_too_long"
 IGNORED_DATA = {
-    "fit": f"{LOADING}|eval_batch_size|shard_size",
-    "test": f"{LOADING}|eval_batch_size|shard_size|{TRAINING}",
-    "levels fit": f"{LOADING}|eval_batch_size|shard_size|{TRAINING}",
+    "fit": f"{LOADING}|eval_batch_size",
+    "test": f"{LOADING}|eval_batch_size|{TRAINING}",
+    "levels fit": f"{LOADING}|eval_batch_size|{TRAINING}",
     "predict": f"{LOADING}|{TRAINING}|noise|prompt|grading",
 }
 """Command -> settings of `data` that do not count, beside the sources that it does not read.

@@ -1,8 +1,4 @@
-"""An endpoint, and a client that sends one request to it.
-
-The key comes from the environment, so that no configuration or record can hold it. The `openai` client repeats a request after faults,
-waits as the server asks, and gives up in time.
-"""
+"""An endpoint, and a client that sends requests to it, with the key from the environment so that no record can hold it."""
 
 from __future__ import annotations
 
@@ -18,15 +14,13 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from vlm_calibration.records import DataError
 
-TOP = 20
-"""Number of tokens that a server lists at each position, the most that OpenAI and vLLM allow by default."""
 SHOWN = 300
 """Number of characters of a server's message in an error."""
 DECIDING = ("model", "parameters")
 """The settings of an endpoint that decide its answers; a server may move to another address within a run."""
 DEFAULT_KEY = "OPENAI_API_KEY"
 UNKEYED = "none"
-"""Sent as the key to a server for which no key is set; the client does not work without one."""
+"""Sent as the key if none is set; the `openai` client does not work without one."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class Endpoint:
         key_variable: environment variable with the key. The default one may be unset, for servers without keys.
         concurrency: maximum number of requests in flight, of each process.
         timeout: seconds until a request without a response counts as failed.
-        retries: how often a failed request is sent again, after growing waits or those of the header `Retry-After`.
+        retries: how often a failed request is sent again, after growing waits or as the header `Retry-After` says.
         parameters: further keys of each request's body; null removes a key. Reasoning models of OpenAI need
             `{temperature: null, max_tokens: null, max_completion_tokens: 2000}`.
 
@@ -60,7 +54,7 @@ class Endpoint:
             if not value or value.startswith("${"):
                 raise DataError(f"an endpoint needs an address and a model: {option} is not given")
         address = urlsplit(self.url)
-        # Shown without what may be a key.
+        # Without what may be a key.
         shown = self.url.partition("?")[0].partition("#")[0].rpartition("@")[2]
         if address.scheme not in ("http", "https") or not address.hostname:
             raise DataError(f"--url: expected an address such as http://127.0.0.1:8000/v1, found {shown!r}")
@@ -71,11 +65,7 @@ class Endpoint:
             )
 
     def key(self) -> str:
-        """The key, from the environment.
-
-        Raises:
-            DataError: another variable than the default one is named and not set.
-        """
+        """The key, from the environment; DataError if another variable than the default one is named and not set."""
         key = os.environ.get(self.key_variable, "").strip()
         if not key and self.key_variable != DEFAULT_KEY:
             raise DataError(f"endpoint.key_variable: the environment variable {self.key_variable} is not set")
@@ -83,12 +73,9 @@ class Endpoint:
 
 
 class Token(NamedTuple):
-    """A generated token.
+    """A generated token, as bytes since it may be a part of a character, with its log-probability.
 
-    Attributes:
-        text: its bytes; a token may be a part of a character.
-        log_p: its log-probability.
-        alternatives: the listed tokens at its position, itself included -> log-probability.
+    `alternatives` has the log-probabilities of the listed tokens at its position, itself included.
     """
 
     text: bytes
@@ -97,13 +84,7 @@ class Token(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A response to a request.
-
-    Attributes:
-        text: the generated text; empty for a response without one.
-        tokens: its tokens; empty if the server lists none.
-        generated: number of generated tokens; 0 if the server does not count them.
-    """
+    """A generated text, its tokens (empty if the server lists none), and their number (0 if the server does not count them)."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -115,7 +96,7 @@ class RefusedError(DataError):
 
 
 class Client:
-    """Asks one endpoint; thread-safe.
+    """Asks one endpoint; thread-safe. The `openai` client repeats failed requests.
 
     Args:
         endpoint: the endpoint.
@@ -143,12 +124,7 @@ class Client:
         )
 
     def ask(self, messages: Sequence[Mapping[str, Any]], max_tokens: int, **body: Any) -> Response:
-        """The likeliest response to some messages.
-
-        Args:
-            messages: of the chat completions API.
-            max_tokens: length limit of the response.
-            body: further keys of the request; those of `Endpoint.parameters` take precedence.
+        """The likeliest response to messages of the chat completions API; `Endpoint.parameters` take precedence over `body`.
 
         Raises:
             RefusedError: the server does not understand the request.
@@ -178,11 +154,8 @@ class Client:
         try:
             choice, usage = answer.choices[0], answer.usage
             listed = (choice.logprobs and choice.logprobs.content) or ()
-            response = Response(
-                choice.message.content or "",
-                tuple(map(_token, listed)),
-                usage.completion_tokens or 0 if usage else 0,
-            )
+            generated = usage.completion_tokens or 0 if usage else 0
+            response = Response(choice.message.content or "", tuple(map(_token, listed)), generated)
         except (AttributeError, TypeError, IndexError) as error:
             raise DataError(
                 self._about(f"answers with something other than a chat completion: {answer}")

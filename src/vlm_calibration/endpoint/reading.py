@@ -1,7 +1,6 @@
 """From the listed tokens of a response to probabilities: of yes and no, of the answer's tokens, of the stated percentage.
 
-A server lists the likeliest tokens at each position (mostly 20), not the likelihood of a text that we choose. So these probabilities
-are approximations of what `estimators.answer_scoring` computes: what is not listed counts as impossible.
+They approximate what `estimators.answer_scoring` computes: a server lists the likeliest tokens, and others count as impossible.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 
 from vlm_calibration.endpoint.client import Token
 from vlm_calibration.text.confidence import end_of_confidence, parse_confidence, render_answer
@@ -18,7 +18,7 @@ PERCENTS = range(101)
 FOLLOWED = 0.01
 """Probability from which on the beginning of a percentage is followed by another request."""
 CONTINUED = 0.5
-"""Least probability of what can follow in a percentage; with less the server has begun a new answer."""
+"""Least probability of what continues a percentage; with less the server has begun a new answer."""
 
 
 def complete_statement(text: str) -> str:
@@ -33,13 +33,9 @@ def complete_statement(text: str) -> str:
 
 
 def p_yes(tokens: Sequence[Token]) -> float | None:
-    r"""The probability of yes against no at the first token of a response: :math:`P(yes) / (P(yes) + P(no))`.
+    """P(yes) / (P(yes) + P(no)) at the first token of a response; None if it does not begin with one of the words.
 
-    A listed token counts for the word that it is, or that it begins; case and surrounding space do not matter. Local scoring compares
-    the likelihoods of both words as written.
-
-    Returns:
-        In [0, 1]; None if the response does not begin with one of the words, or has no tokens.
+    A listed token counts for the word that it is, or that it begins, whatever its case.
     """
     # Some tokenizers have white space as a token of its own.
     first = next((t for t in tokens if t.text.strip()), None)
@@ -59,16 +55,9 @@ def _verdict(token: bytes) -> str | None:
 
 
 def answer_likelihood(tokens: Sequence[Token], answer: str) -> float | None:
-    r"""The likelihood of an answer, normalised by its length: :math:`\exp(\frac{1}{T} \sum_t \log p(a_t))` over its T generated tokens.
+    """The geometric mean of the probabilities of the generated tokens of an answer, its text without the stated confidence.
 
-    Local scoring takes the tokens of the answer as training would write it; here they are those that were generated.
-
-    Args:
-        tokens: of the response.
-        answer: its text without the stated confidence.
-
-    Returns:
-        In [0, 1]; None if the response does not begin with the answer, or has no tokens.
+    None if the response does not begin with the answer, or has no tokens.
     """
     content = _text(tokens)
     start = len(content) - len(content.lstrip())
@@ -76,12 +65,9 @@ def answer_likelihood(tokens: Sequence[Token], answer: str) -> float | None:
         return None
     sentence = render_answer(answer)
     end = start + len(sentence if content[start:].startswith(sentence) else answer)
-    log_p, position = [], 0
-    for token in tokens:
-        if position >= len(_bytes(content[:end])):
-            break
-        log_p.append(token.log_p)
-        position += len(token.text)
+    starts = accumulate((len(token.text) for token in tokens), initial=0)
+    length = len(_bytes(content[:end]))
+    log_p = [token.log_p for token, start in zip(tokens, starts, strict=False) if start < length]
     return min(1.0, math.exp(sum(log_p) / len(log_p)))
 
 
@@ -93,10 +79,8 @@ def percent_distribution(
     .. math:: p(c_k) \propto \sum_{\text{pieces of } c_k} p(\text{piece} \mid v, q, a)
 
     The tokens that the server lists at the stated percentage are its pieces: whole numbers ("80"), or beginnings ("8"). A
-    beginning that is likelier than 1% is continued by another request, unless it was generated, and then the response itself
-    has the continuation. Our exact scoring instead computes the likelihood of each whole response, written as in training; what
-    follows the number, the wording before it, unlisted tokens and unlikely beginnings make the difference. In both the
-    probabilities are normalised to 1.
+    beginning that is likelier than `FOLLOWED` is continued by the response itself if it was generated, else by another request.
+    The probabilities are normalised to 1.
 
     Args:
         tokens: of the response.
@@ -112,28 +96,26 @@ def percent_distribution(
     number = re.search(r"(\d{1,3})\s{0,3}\\?%\Z", statement)
     if number is None or parse_confidence(statement) is None:
         return {}
-    before = content[: number.start()]
-    first, position = 0, 0
-    while position + len(tokens[first].text) <= len(_bytes(before)):
-        position += len(tokens[first].text)
-        first += 1
-    # The first token of the number may begin with the end of the text before it, such as a space.
-    overlap = tokens[first].text[: len(_bytes(before)) - position]
-    generated = tokens[first].text[len(overlap) :].decode("utf-8", "replace")
-    # Whether the tokenizer does not split numbers, so that no digit can follow one.
-    is_one_token = len(number[1]) > 1 and generated.startswith(number[1])
-    listed = {
-        "": {t[len(overlap) :]: p for t, p in tokens[first].alternatives.items() if t.startswith(overlap)}
-    }
-    for token in tokens[first + 1 :]:
-        listed[generated] = dict(token.alternatives)
-        generated += token.text.decode("utf-8", "replace")
+    before, generated = _bytes(content[: number.start()]), b""
+    # The beginning of a number that was generated -> the tokens that are listed after it.
+    listed: dict[str, dict[bytes, float]] = {}
+    is_one_token = False
+    for token in tokens:
+        if len(generated) + len(token.text) > len(before):
+            # The first token of the number may begin with the end of the text before it, such as a space.
+            overlap = before[len(generated) :]
+            piece = generated[len(before) :].decode("utf-8", "replace")
+            pairs = token.alternatives.items()
+            listed[piece] = {t[len(overlap) :]: p for t, p in pairs if t.startswith(overlap)}
+            # Such a tokenizer does not split numbers, so that no digit can follow one.
+            is_one_token |= len(number[1]) > 1 and token.text[len(overlap) :].startswith(number[1].encode())
+        generated += token.text
 
     mass: dict[int, float] = defaultdict(float)
     unfinished = [("", 1.0)]
     while unfinished:
         piece, p = unfinished.pop(0)
-        following = listed.get(piece) or ask_after(_bytes(before + piece).decode("utf-8", "replace"))
+        following = listed.get(piece) or ask_after((before + piece.encode()).decode("utf-8", "replace"))
         if following is None:
             return {}
         likely = 0.0

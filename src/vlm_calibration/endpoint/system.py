@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.endpoint.client import TOP, Client, Endpoint, RefusedError
+from vlm_calibration.endpoint.client import Client, Endpoint, RefusedError
 from vlm_calibration.endpoint.reading import (
     answer_likelihood,
     complete_statement,
@@ -34,19 +34,14 @@ EXPECTED, LIKELIHOOD = ExpectedConfidence.name, AnswerLikelihood.name
 NOT_SCORED = "an endpoint does not score a given answer, which this estimator needs"
 NO_TOKENS = "the server gives no log-probabilities (logprobs)"
 NO_CONTINUATION = "the server does not continue a given answer (continue_final_message): no value where a percentage is several tokens"
-LISTED = {"logprobs": True, "top_logprobs": TOP}
-
-
-class _Served(NamedTuple):
-    """The answer to one query: see `SystemAnswers`."""
-
-    prediction: EstimatedPrediction
-    generated: Mapping[str, int]
-    distribution: Mapping[float, float]
+LISTED = {"logprobs": True, "top_logprobs": 20}
+"""Lists as many tokens at each position as OpenAI and vLLM allow by default."""
+_Served = tuple[EstimatedPrediction, Mapping[str, int], Mapping[float, float]]
+"""The answer to one query, with passes and distribution as in `SystemAnswers`."""
 
 
 class EndpointSystem(System):
-    """Answers questions through an endpoint; thread-safe. Prompt, image, limit of length and grading are those of local models.
+    """Answers questions through an endpoint, as local models do; thread-safe. A DataError as for `Client`.
 
     The stated confidence is read from the text; the expected confidence and the likelihood of the answer from the tokens that the
     server lists. Other estimators, and all probes, need the scores of texts that we choose, which no server gives.
@@ -59,9 +54,6 @@ class EndpointSystem(System):
 
     Attributes:
         prompt: how a question is put.
-
-    Raises:
-        DataError: see `Client`.
     """
 
     def __init__(
@@ -75,22 +67,16 @@ class EndpointSystem(System):
         self.notes: dict[str, str] = {e.name: NOT_SCORED for e in estimators if type(e) not in given}
 
     def answer(self, batch: PromptBatch, probes: Sequence[Probe] = ()) -> SystemAnswers:
-        """Answer a batch that has its images, several queries at the same time. After a failure no query is begun.
-
-        Args:
-            batch: the questions.
-            probes: not read.
+        """Answer a batch that has its images, several queries at the same time, without probes.
 
         Raises:
-            DataError: a request failed for good.
+            DataError: a request failed for good; no query is begun after it.
         """
         with ThreadPoolExecutor(self.client.endpoint.concurrency) as threads:
             served = list(threads.map(partial(self._answer, batch), range(len(batch.queries))))
-        return SystemAnswers(
-            [answer.prediction for answer in served],
-            {name: [answer.generated[name] for answer in served] for name in self.estimators},
-            [answer.distribution for answer in served],
-        )
+        predictions, generated, distributions = (list(column) for column in zip(*served, strict=True))
+        passes = {name: [of_query[name] for of_query in generated] for name in self.estimators}
+        return SystemAnswers(predictions, passes, distributions)
 
     def _answer(self, batch: PromptBatch, row: int) -> _Served:
         query = batch.queries[row]
@@ -127,7 +113,7 @@ class EndpointSystem(System):
                 mean = sum(level * p for level, p in distribution.items())
                 estimates[EXPECTED] = min(max(mean, 0.0), 1.0)
         estimates = {name: None if value is None else rounded(value) for name, value in estimates.items()}
-        return _Served(replace(prediction, estimates=estimates), generated, distribution)
+        return replace(prediction, estimates=estimates), generated, distribution
 
     def _continue(
         self, messages: Sequence[Mapping[str, Any]], beginning: str

@@ -1,8 +1,4 @@
-"""Scores an answer with every confidence that can follow it, and yes against no, in one forward pass.
-
-Each query has one packed row (`models.shared_prefix`) with everything that the estimators need to score, so the answer is
-computed once. Image and prompt were computed when the answer was generated (`cached`).
-"""
+"""Scores an answer with every confidence that can follow it, and yes against no, in one pass of one packed row for each query."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ YES_NO = ("Yes", "No")
 CACHED = 1 << 14
 """Number of tokenized answers that are kept."""
 EVERY_PERCENT = LinearLevels(n_levels=101)
-"""The confidences that evaluations and `load_calibrated` score after an answer: every whole percent, whatever a model was taught."""
+"""The confidences that evaluations and `load_calibrated` score after an answer, whatever a model was taught."""
 
 
 class ResponsePass(NamedTuple):
@@ -56,13 +52,7 @@ class ResponsePass(NamedTuple):
 
 
 class ScoredAnswers(NamedTuple):
-    """The scores of B answers.
-
-    Attributes:
-        answers: what was scored.
-        scores: of each answer's `tokens`.
-        passes: number of forward passes of each.
-    """
+    """The scores of B answers, of each answer's `tokens`, with the number of forward passes of each."""
 
     answers: Sequence[TokenizedAnswer]
     scores: ResponseScores
@@ -85,18 +75,15 @@ class ScoredAnswers(NamedTuple):
     def candidates(self) -> ResponseScores:
         """The scores of the candidates alone, [B, K, T] for the largest number K of candidates."""
         width = max(len(answer.candidates) for answer in self.answers)
-        rows = []
+        columns = []
         for values in self.scores:
-            # Tokens of the prompt that precede a candidate in its row are no part of it.
-            parts = [
-                torch.nn.functional.pad(
-                    value[: len(answer.candidates), answer.offset :],
-                    (0, answer.offset, 0, width - len(answer.candidates)),
-                )
-                for value, answer in zip(values, self.answers, strict=True)
-            ]
-            rows.append(torch.stack(parts))
-        return ResponseScores(*rows)
+            column = torch.zeros_like(values[:, :width])
+            for row, answer in enumerate(self.answers):
+                # Tokens of the prompt that precede a candidate in its row are no part of it.
+                own = values[row, : len(answer.candidates), answer.offset :]
+                column[row, : own.shape[0], : own.shape[1]] = own
+            columns.append(column)
+        return ResponseScores(*columns)
 
 
 class TokenizedAnswer(NamedTuple):
@@ -105,8 +92,7 @@ class TokenizedAnswer(NamedTuple):
     Attributes:
         cut: how many tokens at the end of the prompt the responses replace (mostly 0).
         tokens: token ids of each of `candidates`, then, for a yes/no question, of the words yes and no.
-        candidates: the answer with each confidence that can be stated, in falling order, then the opposite answer with each if
-            the tokenizer adds it.
+        candidates: the answer with each confidence, in falling order, then the opposite answer if the tokenizer adds it.
         offset: how many leading tokens of each candidate's row in `tokens` belong to the prompt (mostly 0).
     """
 
@@ -127,34 +113,20 @@ class TokenizedAnswer(NamedTuple):
         )
 
 
-def right_padded(
-    inputs: Mapping[str, Tensor], cut: Sequence[int] | None = None, suffixes: Sequence[Sequence[int]] = ()
-) -> Prompts:
-    """Convert prompts, arguments of a model's forward, from left to right padding.
-
-    Args:
-        cut: for each prompt how many tokens to remove at its end.
-        suffixes: for each prompt the text tokens to append.
-    """
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    padding = (ids.shape[1] - mask.sum(1)).tolist()
-    ends = [ids.shape[1] - n for n in cut or [0] * len(ids)]
-    suffixes = suffixes or [()] * len(ids)
+def right_padded(inputs: Mapping[str, Tensor]) -> Prompts:
+    """Convert prompts, arguments of a model's forward, from left to right padding."""
+    ids, lengths = inputs["input_ids"], inputs["attention_mask"].sum(1)
+    starts = (ids.shape[1] - lengths).tolist()
     padded = dict(inputs)
     for name, values in inputs.items():
-        if values.shape != ids.shape or name == "pixel_values":
-            continue
-        rows = []
-        for row, start, end, suffix in zip(values, padding, ends, suffixes, strict=True):
-            # The token type of text is 0.
-            tail = list(suffix) if name == "input_ids" else [int(name == "attention_mask")] * len(suffix)
-            rows.append(torch.cat([row[start:end], row.new_tensor(tail)]))
-        padded[name] = pad_sequence(rows, batch_first=True)
-    return Prompts(padded, padded["attention_mask"].sum(1))
+        if values.shape == ids.shape and name != "pixel_values":
+            rows = [row[start:] for row, start in zip(values, starts, strict=True)]
+            padded[name] = pad_sequence(rows, batch_first=True)
+    return Prompts(padded, lengths)
 
 
 def strip_common_suffix(first: list[int], second: list[int]) -> tuple[list[int], list[int]]:
-    """Two responses without their common ending, such as a full stop and the end of the turn; at least one token is left of each."""
+    """Two responses without their common ending, such as the end of the turn; at least one token is left of each."""
     same = common_prefix(first[::-1], second[::-1])
     same = min(same, len(first) - 1, len(second) - 1)
     return first[: len(first) - same], second[: len(second) - same]
@@ -167,9 +139,9 @@ def score_counted(
     cache: PromptCache | None = None,
     shared_lengths: Tensor | None = None,
 ) -> tuple[ResponseScores, list[int]]:
-    """`score_responses`, and the number of forward passes for each query: one, or one per response if none share a prefix.
+    """`score_responses`, from the cache of the prompts if that is exact (`score_cached`).
 
-    `cache` has keys and values of the prompts, which are used if that is exact (`score_cached`).
+    Also the number of forward passes for each query: one, or one per response if they cannot share a prefix.
     """
     if cache is not None:
         cached = score_cached(model, cache, prompts, responses, shared_lengths)
@@ -185,12 +157,9 @@ def score_counted(
 
 
 def score_answers(
-    model: Any,
-    answers: Sequence[TokenizedAnswer],
-    prompts: Prompts,
-    cache: PromptCache | None = None,
+    model: Any, answers: Sequence[TokenizedAnswer], prompts: Prompts, cache: PromptCache | None = None
 ) -> ScoredAnswers:
-    """Score B answers with every level after them in one pass; `prompts` are padded on the right, `cache` as in `score_counted`."""
+    """Score B answers with every level after them in one pass; `prompts` are padded on the right."""
     lengths = prompts.lengths - torch.tensor([a.cut for a in answers], device=prompts.lengths.device)
     tokens = [a.tokens for a in answers]
     return ScoredAnswers(answers, *score_counted(model, prompts._replace(lengths=lengths), tokens, cache))
@@ -201,8 +170,7 @@ class AnswerTokenizer:
 
     Args:
         chat: renders and tokenizes conversations.
-        levels: confidences of any of these scales can be stated.
-        grid: percent, as in `CandidateSettings`.
+        levels, grid: as for `ResponseTokenizer`.
         opposite: also score the opposite answer to a yes/no question with every confidence.
     """
 
@@ -244,9 +212,5 @@ class AnswerTokenizer:
         [prompt] = self.chat.token_ids([prompt_text])
         before_stated = prompt[len(prompt) - cut : len(prompt) - stated_cut]
         before_words = prompt[len(prompt) - cut : len(prompt) - words_cut]
-        return TokenizedAnswer(
-            cut,
-            [*([*before_stated, *c.tokens] for c in candidates), *([*before_words, *w] for w in words)],
-            candidates,
-            len(before_stated),
-        )
+        tokens = [[*before_stated, *c.tokens] for c in candidates] + [[*before_words, *w] for w in words]
+        return TokenizedAnswer(cut, tokens, candidates, len(before_stated))

@@ -1,8 +1,7 @@
 """The interface of a confidence estimator, and its input: a batch of queries with a model's answers.
 
 An estimator rates the given answer and does not change it. Its cost is the number of forward passes of the language model per
-query, as if it ran alone: responses that are scored together are one pass, and so is each generated token. A pass after a
-prompt whose keys and values are cached is short, and the frozen vision tower runs once for all estimators.
+query, as if it ran alone: responses that are scored together are one pass, and so is each generated token.
 """
 
 from __future__ import annotations
@@ -31,12 +30,7 @@ from vlm_calibration.text.confidence import strip_confidence
 
 
 class Estimate(NamedTuple):
-    """The confidence in each of B answers.
-
-    Attributes:
-        confidence: B confidences in [0, 1]; None for an answer without one.
-        passes: B numbers of forward passes.
-    """
+    """The confidence in [0, 1] in each of B answers, None for an answer without one; and its forward passes."""
 
     confidence: list[float | None]
     passes: list[int]
@@ -76,25 +70,15 @@ class AnsweredBatch:
     ) -> AnsweredBatch:
         """The greedy answers of the active adapter. Call it in eval mode and under `torch.no_grad`.
 
-        Args:
-            keep_cache: keep what generation computed of the prompts, for estimators.
+        `keep_cache` keeps what generation computed of the prompts, for estimators.
         """
         recorder = GenerationRecorder(model, keep_cache=keep_cache)
         answers = answer_batch(recorder, batch, tokenizer.chat.processor.tokenizer, max_new_tokens)
-        return AnsweredBatch(
-            model,
-            batch,
-            answers,
-            recorder.passes,
-            tokenizer,
-            max_new_tokens,
-            recorder.cache,
-            recorder.complete,
-        )
+        passes, cache, complete = recorder.passes, recorder.cache, recorder.complete
+        return AnsweredBatch(model, batch, answers, passes, tokenizer, max_new_tokens, cache, complete)
 
     @property
     def chat(self) -> ChatFormat:
-        """Renders and tokenizes conversations."""
         return self.tokenizer.chat
 
     @cached_property
@@ -117,7 +101,7 @@ class AnsweredBatch:
 
     @cached_property
     def scored(self) -> list[ResponsePass | None]:
-        """For each query the scores of its answer with every level, in one pass; None without an answer."""
+        """For each query the scores of its answer with every level; None without an answer."""
         scores = zip(self.scored_answers.by_answer(), self.answers, strict=True)
         return [s if answer is not None else None for s, answer in scores]
 
@@ -148,7 +132,6 @@ class AnsweredBatch:
 
     @cached_property
     def _tokenized(self) -> list[TokenizedAnswer]:
-        """For each query its answer with every level; for one without an answer the gold answer, whose scores are dropped."""
         pairs = zip(self.batch.queries, self.answers, strict=True)
         return [self.tokenizer.tokenize(query, answer or query.answer) for query, answer in pairs]
 

@@ -1,14 +1,11 @@
 """Scores responses to a prompt that has been answered, from the keys and values that generation cached.
 
-Left to compute are the prompt's last token and the responses, as a tree: responses share the tokens of their common beginning,
-so an answer is computed once for all confidences after it. Another prompt with the same beginning works too, from where it
-differs. As in `models.shared_prefix`, the model builds mask and positions itself, and a hook before its language model
-replaces them. If the result would not be exact, nothing is scored here.
+Left to compute are the prompt's last token and the responses, as a tree: an answer is computed once for all confidences after it.
+As in `models.shared_prefix`, a hook before the language model replaces the mask and positions that the model builds.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,10 +46,7 @@ class _Tree(NamedTuple):
     Attributes:
         ids: int64 [B, W], the tokens, 0 for padding.
         parent: int64 [B, W], the column of the previous token, -1 for the first token and for padding.
-        depth: int64 [B, W], the number of previous tokens.
-        first: int64 [B], the column of the cached prompt at which the tree begins.
-        rows: int64 [M], row of each token that predicts another.
-        columns: int64 [M], column of each token that predicts another.
+        rows, columns: int64 [M], place of each token that predicts another.
         predictor: int64 [N], index among the M of the token that makes each distinct prediction.
         targets: int64 [N], the predicted token.
         predictions: int64 [B, K, T], index among the N of token t of response k; -1 for padding.
@@ -60,13 +54,22 @@ class _Tree(NamedTuple):
 
     ids: Tensor
     parent: Tensor
-    depth: Tensor
-    first: Tensor
     rows: Tensor
     columns: Tensor
     predictor: Tensor
     targets: Tensor
     predictions: Tensor
+
+    def attended(self) -> Tensor:
+        """bool [B, W, W]: which tokens of its tree each token attends to, itself and its ancestors."""
+        batch, width = self.parent.shape
+        mask = torch.zeros(batch, width, width, dtype=torch.bool, device=self.parent.device)
+        rows = torch.arange(batch, device=self.parent.device)
+        for column in range(width):
+            previous = self.parent[:, column]
+            mask[:, column] = mask[rows, previous.clamp(min=0)] & (previous >= 0)[:, None]
+            mask[:, column, column] = True
+        return mask
 
 
 def reads_both_ways(model: Any) -> bool:
@@ -90,25 +93,41 @@ def score_cached(
             all of an image's; None: they are the same prompts.
     """
     lengths = cache.mask.sum(1)
-    same_prompts = shared_lengths is None
     shared = prompts.lengths - 1 if shared_lengths is None else shared_lengths
-    tree = _build_tree(prompts, responses, shared, cache.mask.shape[1] - lengths + shared)
-    cached = cache.key_values.get_seq_length()
-    if why_not_shared(model, cached + tree.ids.shape[1]) is not None:
+    tree = _build_tree(prompts, responses, shared)
+    (batch, width), device = tree.ids.shape, tree.ids.device
+    cached, prompt_width = cache.key_values.get_seq_length(), cache.mask.shape[1]
+    config = unwrap_peft(model).config
+    image_tokens = {getattr(config, name, None) for name in ("image_token_id", "image_token_index")} - {None}
+    if (
+        why_not_shared(model, cached + width) is not None
+        or (reads_both_ways(model) and not (shared_lengths is None and bool((shared == lengths - 1).all())))
+        # A tree may not begin with an image, whose features are not embedded as tokens.
+        or not image_tokens.isdisjoint(tree.ids[:, 0].tolist())
+    ):
         return None
-    if reads_both_ways(model) and not (same_prompts and bool((shared == lengths - 1).all())):
-        return None
-    if bool(torch.isin(tree.ids[:, 0], _image_tokens(model, tree.ids)).any()):
-        return None  # the tree begins with an image, whose features are not embedded as tokens
     # The position in the cached prompt at which each tree begins.
-    rows = torch.arange(len(tree.ids), device=tree.ids.device)
-    begin = cache.positions.to(tree.ids.device)[..., rows, tree.first]
-    positions = begin[..., None] + tree.depth
-    hook = partial(_replace_mask, cache=cache, tree=tree, positions=positions)
-    handle = unwrap_peft(model).get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    first = prompt_width - lengths + shared
+    begin = cache.positions.to(device)[..., torch.arange(batch, device=device), first]
+    attended = tree.attended()
+    positions = begin[..., None] + attended.sum(-1) - 1
+    # Of the cache, a tree attends to the prompt up to where it begins, and to no generated token.
+    before = torch.arange(prompt_width, device=device) < first[:, None]
+    allowed = torch.zeros(batch, width, cached + width, dtype=torch.bool, device=device)
+    allowed[:, :, :prompt_width] = (cache.mask.bool() & before)[:, None]
+    allowed[:, :, cached:] = attended
+
+    def replace_mask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        dtype, original = kwargs["inputs_embeds"].dtype, kwargs.get("attention_mask")
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+        mask = mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+        by_kind = dict.fromkeys(original, mask) if isinstance(original, dict) else mask
+        return args, {**kwargs, "attention_mask": by_kind, "position_ids": positions}
+
+    handle = unwrap_peft(model).get_decoder().register_forward_pre_hook(replace_mask, with_kwargs=True)
     inputs = {
         "input_ids": tree.ids,
-        "attention_mask": cache.mask.new_ones(len(tree.ids), cached + tree.ids.shape[1]),
+        "attention_mask": cache.mask.new_ones(batch, cached + width),
         cache.keyword: cache.key_values,
         # Without them, Qwen's models compute positions from those of the last prompts that they saw, of any number of rows.
         "position_ids": positions,
@@ -121,19 +140,17 @@ def score_cached(
     return scores_at(logits.float().log_softmax(-1)[tree.predictor, tree.targets], tree.predictions)
 
 
-def _build_tree(prompts: Prompts, responses: Responses, shared: Tensor, first: Tensor) -> _Tree:
+def _build_tree(prompts: Prompts, responses: Responses, shared: Tensor) -> _Tree:
     """The tokens of prompts after their first `shared` ones, and the responses after them."""
     ids: list[list[int]] = []
     parents: list[list[int]] = []
-    depths: list[list[int]] = []
     predictors: dict[tuple[int, int], int] = {}  # (row, column) -> index among the M
     predictions: dict[tuple[int, int], int] = {}  # (index among the M, token) -> index among the N
     indices: list[list[list[int]]] = []  # as `_Tree.predictions`
     bounds = zip(prompts.inputs["input_ids"].tolist(), shared.tolist(), prompts.lengths.tolist(), strict=True)
     for row, ((prompt, start, end), candidates) in enumerate(zip(bounds, responses, strict=True)):
         tokens = prompt[start:end]
-        parent, depth = list(range(-1, len(tokens) - 1)), list(range(len(tokens)))
-        last = len(tokens) - 1
+        parent, last = list(range(-1, len(tokens) - 1)), len(tokens) - 1
         children: dict[tuple[int, int], int] = {}  # (column, next token) -> its column
         of_query = []
         for candidate in candidates:
@@ -147,73 +164,14 @@ def _build_tree(prompts: Prompts, responses: Responses, shared: Tensor, first: T
                     children[column, token] = len(tokens)
                     tokens.append(token)
                     parent.append(column)
-                    depth.append(depth[column] + 1)
                 column = children[column, token]
             of_query.append(of_response)
         ids.append(tokens)
         parents.append(parent)
-        depths.append(depth)
         indices.append(of_query)
     device = prompts.lengths.device
     rows, columns = torch.tensor(list(predictors), device=device).unbind(-1)
     predictor, targets = torch.tensor(list(predictions), device=device).unbind(-1)
-    return _Tree(
-        padded(ids, 0, device),
-        padded(parents, -1, device),
-        padded(depths, 0, device),
-        first,
-        rows,
-        columns,
-        predictor,
-        targets,
-        padded_table(indices, device),
-    )
-
-
-def _tree_mask(parent: Tensor) -> Tensor:
-    """bool [B, W, W]: which tokens of its tree each token attends to, itself and its ancestors."""
-    batch, width = parent.shape
-    mask = torch.zeros(batch, width, width, dtype=torch.bool, device=parent.device)
-    rows = torch.arange(batch, device=parent.device)
-    for column in range(width):
-        previous = parent[:, column]
-        mask[:, column] = mask[rows, previous.clamp(min=0)] & (previous >= 0)[:, None]
-        mask[:, column, column] = True
-    return mask
-
-
-def _image_tokens(model: Any, like: Tensor) -> Tensor:
-    config = unwrap_peft(model).config
-    ids = {getattr(config, name, None) for name in ("image_token_id", "image_token_index")}
-    return like.new_tensor([i for i in ids if i is not None])
-
-
-def _replace_mask(
-    module: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    cache: PromptCache,
-    tree: _Tree,
-    positions: Tensor,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of the language model: the attention mask and the positions of the tree's tokens."""
-    dtype, device = kwargs["inputs_embeds"].dtype, tree.ids.device
-    batch, width = tree.ids.shape
-    prompt = cache.mask.shape[1]
-    columns = torch.arange(prompt, device=device)
-    allowed = torch.zeros(
-        batch, width, cache.key_values.get_seq_length() + width, dtype=torch.bool, device=device
-    )
-    # Of the cache, the tree attends to the prompt up to where it begins, and to no generated token.
-    allowed[:, :, :prompt] = (cache.mask.bool() & (columns[None] < tree.first[:, None]))[:, None]
-    allowed[:, :, -width:] = _tree_mask(tree.parent)
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(
-        ~allowed, torch.finfo(dtype).min
-    )[:, None]
-    original = kwargs.get("attention_mask")
-    return args, {
-        **kwargs,
-        "attention_mask": dict.fromkeys(original, mask) if isinstance(original, dict) else mask,
-        "position_ids": positions,
-    }
+    token_ids, parent_columns = padded(ids, 0, device), padded(parents, -1, device)
+    table = padded_table(indices, device)
+    return _Tree(token_ids, parent_columns, rows, columns, predictor, targets, table)

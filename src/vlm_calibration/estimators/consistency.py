@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -10,16 +11,15 @@ from vlm_calibration.data.noise import query_rng
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
 from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.models.generation import generate_texts
-from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.records import Prediction
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.grading import EXACT, Grading, grade
 
 
 class InverseTransformSampler(LogitsProcessor):
-    """Samples one token per row from the model's distribution by inverse transform sampling with given numbers.
+    """Samples one token per row by inverse transform sampling, so that a row's tokens do not depend on the rest of the batch.
 
-    Token t is the one at which the cumulative distribution exceeds the row's t-th number. So a row's tokens do not depend on
-    the rest of the batch.
+    Token t is the one at which the cumulative distribution exceeds the row's t-th number.
 
     Args:
         temperature: divisor of the logits, above 0.
@@ -54,45 +54,34 @@ class SelfConsistency(Estimator):
         samples: number of sampled answers per query.
         temperature: temperature of the sampled distribution.
         seed: seed of the samples.
-
-    Raises:
-        DataError: fewer than one sample, a temperature that is not above 0, or a negative seed.
     """
 
     name = "self_consistency"
 
-    def __init__(self, samples: int = 10, temperature: float = 0.7, seed: int = 0) -> None:
-        if samples < 1:
-            raise DataError(f"SelfConsistency.samples must be at least 1, found {samples}")
-        if not 0 < temperature < float("inf"):
-            raise DataError(f"SelfConsistency.temperature must be above 0, found {temperature}")
-        if seed < 0:
-            raise DataError(f"SelfConsistency.seed must be at least 0, found {seed}")
+    def __init__(
+        self, samples: PositiveInt = 10, temperature: PositiveFloat = 0.7, seed: NonNegativeInt = 0
+    ) -> None:
         self.samples = samples
         self.temperature = temperature
         self.seed = seed
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
-        agreeing = [0] * len(answered.predictions)
-        passes = [0] * len(answered.predictions)
+        n = len(answered.predictions)
+        agreeing, passes = [0] * n, [0] * n
         for sample in range(self.samples):
             texts, sample_passes = self._sample(answered, sample)
-            for row, (prediction, text) in enumerate(zip(answered.predictions, texts, strict=True)):
-                agreeing[row] += agrees(prediction, text, answered.batch.grading or EXACT)
+            for row, prediction in enumerate(answered.predictions):
+                agreeing[row] += agrees(prediction, texts[row], answered.batch.grading or EXACT)
                 passes[row] += sample_passes[row]
         counts = zip(agreeing, answered.predictions, strict=True)
-        return Estimate([n / self.samples if p.predicted else None for n, p in counts], passes)
+        return Estimate([k / self.samples if p.predicted else None for k, p in counts], passes)
 
     def _sample(self, answered: AnsweredBatch, sample: int) -> tuple[list[str], list[int]]:
         """One sampled text for each query, and its forward passes."""
         inputs, limit = answered.batch.inputs, answered.max_new_tokens
-        numbers = [
-            torch.from_numpy(query_rng(self.seed, sample, query.id, self.name).random(limit))
-            for query in answered.batch.queries
-        ]
-        sampler = InverseTransformSampler(
-            self.temperature, torch.stack(numbers), inputs["input_ids"].shape[1]
-        )
+        rngs = [query_rng(self.seed, sample, query.id, self.name) for query in answered.batch.queries]
+        numbers = torch.stack([torch.from_numpy(rng.random(limit)) for rng in rngs])
+        sampler = InverseTransformSampler(self.temperature, numbers, inputs["input_ids"].shape[1])
         generating = GenerationRecorder(answered.model, sampler)
         tokenizer = answered.chat.processor.tokenizer
         texts = generate_texts(generating, inputs, tokenizer, limit, end_of_confidence)

@@ -1,7 +1,6 @@
-"""The decision rule of a model: answer from a confidence on, else send the question to a person; read from and written to `thresholds.json`.
+"""The decision rule of a model, in `thresholds.json`: answer from a confidence on, else send the question to a person.
 
-`vlm-calibration threshold` chooses a rule with `metrics.risk_control` and writes it beside the weights. This module imports neither torch
-nor a model, so that a rule can be checked before one is loaded.
+This module imports neither torch nor a model, so that a rule can be checked before one is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class AppliedRule(NamedTuple):
         confidence: the confidence that was compared, in [0, 1]; None if there is none.
         group: the category that the threshold is for; empty if it is for all questions.
         guarantee: what the rule promises, as a sentence.
-        unfamiliar: how the question differs from those that the rule was chosen on, so that it goes to a person; None: it is like them.
+        unfamiliar: how the question differs from those that the rule was chosen on; None: it is like them.
     """
 
     threshold: float | None
@@ -49,7 +48,6 @@ class AppliedRule(NamedTuple):
 
     @property
     def decision(self) -> Decision:
-        """Whether the answer may be given."""
         may = self.unfamiliar is None and may_answer(self.confidence, self.threshold)
         return "answer" if may else "review"
 
@@ -71,7 +69,7 @@ class DecisionRule:
         correction: how several tests share the error probability.
         guarantee: what the rule promises, as a sentence.
         assumptions: what the guarantee rests on.
-        answers: the answers that the rule was chosen on: "split", "digest" of their file, "n", "images" and "without_group".
+        answers: that the rule was chosen on: "split", "digest" of their file, "n", "images" and "without_group".
         questions: their words and forms. A question with others goes to a person.
     """
 
@@ -91,10 +89,7 @@ class DecisionRule:
     questions: KnownQuestions = field(default_factory=KnownQuestions)
 
     def __post_init__(self) -> None:
-        """Check what decisions depend on; ValueError on a threshold that is no confidence, or a value of the wrong type."""
-        for name in ("weights", "prompt", "estimator", "guarantee"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name!r} must be a text")
+        """Check what decisions depend on; ValueError for a value of the wrong type or range."""
         if self.by not in (None, "category"):
             raise ValueError(f"'by' must be null or \"category\", found {self.by!r}")
         if not isinstance(self.groups, Mapping) or not self.groups:
@@ -103,8 +98,7 @@ class DecisionRule:
             raise ValueError("'groups' must have the one key \"\" without 'by'")
         for name, group in self.groups.items():
             value = group["threshold"]
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (is_number and 0 <= value <= 1):
+            if value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
                 raise ValueError(
                     f"the threshold of group {name!r} must be in [0, 1] or null, found {value!r}"
                 )
@@ -112,13 +106,7 @@ class DecisionRule:
     def applied(
         self, confidence: float | None, category: str | None, unfamiliar: str | None = None
     ) -> AppliedRule | None:
-        """The rule for one answer; None if the rule goes by category and knows no threshold for this one.
-
-        Args:
-            confidence: what the rule's estimator says, in [0, 1]; None if it says nothing.
-            category: the category of the question.
-            unfamiliar: how the question differs from those that the rule was chosen on.
-        """
+        """The rule for an answer with what its estimator says; None if it goes by category and has no threshold for this one."""
         group = EVERYTHING if self.by is None else category
         if group is None or group not in self.groups:
             return None
@@ -156,13 +144,10 @@ def rule_of_adapter(folder: Path) -> DecisionRule | None:
 
 
 def check_rule(rule: DecisionRule, path: Path, weights: str | None, prompt: str) -> None:
-    """Raise a DataError for a rule that was chosen with other weights (by their digest) or another template of the prompt.
-
-    `path` is the rule's file, for messages.
-    """
+    """Raise a DataError for a rule, of the file `path`, that was chosen with weights of another digest or another prompt."""
     what = None
     if rule.weights != weights:
-        what = f"other weights (digest {rule.weights[:8]}, here {str(weights)[:8]})"
+        what = f"other weights (digest {rule.weights!s:.8}, here {weights!s:.8})"
     elif rule.prompt != prompt:
         what = f"another prompt ({rule.prompt!r}, here {prompt!r})"
     if what is not None:

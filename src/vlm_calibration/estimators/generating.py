@@ -15,9 +15,6 @@ from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.generation import CompleteAnswerCriteria, generate_texts
 from vlm_calibration.text.confidence import end_of_confidence
 
-KEYWORDS = ("cache", "past_key_values")
-"""Names of the cache in transformers, the newer one first."""
-
 
 def answer_batch(
     model: Any, batch: PromptBatch, tokenizer: Any, max_new_tokens: int
@@ -30,10 +27,7 @@ def answer_batch(
         return []
     texts = generate_texts(model, batch.inputs, tokenizer, max_new_tokens, end_of_confidence)
     rows = zip(batch.queries, texts, batch.perturbations, batch.noise_steps, strict=True)
-    return [
-        graded_prediction(query, text, perturbation, step, batch.grading)
-        for query, text, perturbation, step in rows
-    ]
+    return [graded_prediction(*row, batch.grading) for row in rows]
 
 
 class GenerationRecorder:
@@ -83,15 +77,16 @@ class GenerationRecorder:
         self.complete = ended.any(1).tolist()
         for criterion in settings.get("stopping_criteria", ()):
             if isinstance(criterion, CompleteAnswerCriteria):
-                lengths = criterion.lengths.tolist()
-                self.passes = [length or n for length, n in zip(lengths, self.passes, strict=True)]
-                self.complete = [length > 0 or c for length, c in zip(lengths, self.complete, strict=True)]
+                for row, length in enumerate(criterion.lengths.tolist()):
+                    self.passes[row] = length or self.passes[row]
+                    self.complete[row] |= length > 0
         return output.sequences
 
 
 def _prompt_cache(output: Any, mask: Tensor, positions: Tensor | None) -> PromptCache | None:
     """The cache in the dictionary that `generate` returned; positions that are not given count from the first column."""
-    keyword = next((name for name in KEYWORDS if name in output), KEYWORDS[0])
+    # transformers renames it.
+    keyword = "cache" if "cache" in output else "past_key_values"
     cache = output.get(keyword)
     if not isinstance(cache, DynamicCache):
         return None

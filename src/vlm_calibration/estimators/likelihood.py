@@ -26,12 +26,7 @@ class AnswerLikelihood(Estimator):
 
 
 def likelihood_of(scores: ResponsePass, predicted: str | None) -> float | None:
-    """The likelihood of an answer, in [0, 1], as `AnswerLikelihood` defines it; None for an answer other than yes and no.
-
-    Args:
-        scores: of the answer.
-        predicted: the parsed answer.
-    """
+    """The likelihood in [0, 1] of an answer with its parsed form; None for one to a yes/no question that is neither."""
     if scores.yes_no_log_p is None:
         return min(1.0, float(scores.answer_log_p.double().mean().exp()))
     words = [word.lower() for word in YES_NO]

@@ -6,10 +6,11 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.layout import common_prefix
-from vlm_calibration.estimators.answer_scoring import right_padded, score_counted, strip_common_suffix
+from vlm_calibration.estimators.answer_scoring import score_counted, strip_common_suffix
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
+from vlm_calibration.models.shared_prefix import Prompts, append_tokens
 from vlm_calibration.records import DataError, Query
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.prompts import ElicitationPrompt, check_template
 
 TEMPLATE = (
     "Question: {question}\nProposed answer: {answer}\nIs the proposed answer true or false?\n"
@@ -24,25 +25,18 @@ class PTrue(Estimator):
     one form of question only answers at random.
 
     Args:
-        template: the question about the answer, with the placeholders `{question}` and `{answer}`.
+        template: the question about the answer, with the placeholders `{question}` and `{answer}`, see `check_template`.
         true: the response that affirms the answer.
         false: the response that denies it.
 
     Raises:
-        DataError: the template lacks a placeholder or has another one, or the two responses are the same.
+        DataError: a wrong template, or the two responses are the same.
     """
 
     name = "p_true"
 
     def __init__(self, template: str = TEMPLATE, true: str = "True", false: str = "False") -> None:
-        try:
-            filled = template.format(question="\0", answer="\1")
-        except (LookupError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"PTrue.template {template!r}: only {{question}} and {{answer}} can be filled in"
-            ) from error
-        if "\0" not in filled or "\1" not in filled:
-            raise DataError(f"PTrue.template {template!r} needs both {{question}} and {{answer}}")
+        check_template(template, "PTrue.template", "question", "answer")
         if not true.strip() or not false.strip() or true.strip() == false.strip():
             raise DataError(f"PTrue needs two different answers, found {true!r} and {false!r}")
         self.template = template
@@ -53,12 +47,11 @@ class PTrue(Estimator):
         pairs = zip(answered.batch.queries, answered.answers, strict=True)
         follow_ups = [self._follow_up(answered.chat, query, answer or "-") for query, answer in pairs]
         cuts, suffixes, response_cuts, responses = (list(column) for column in zip(*follow_ups, strict=True))
-        inputs = answered.batch.inputs
-        prompts = right_padded(inputs, cuts, suffixes)
-        cut, response_cut = (torch.tensor(n, device=prompts.lengths.device) for n in (cuts, response_cuts))
-        shared_lengths = inputs["attention_mask"].sum(1) - cut
-        prompts = prompts._replace(lengths=prompts.lengths - response_cut)
-        scores, passes = score_counted(answered.model, prompts, responses, answered.cache, shared_lengths)
+        inputs, lengths = answered.prompts
+        cut, response_cut = (torch.tensor(n, device=lengths.device) for n in (cuts, response_cuts))
+        inputs = append_tokens(Prompts(inputs, lengths - cut), suffixes)
+        prompts = Prompts(inputs, inputs["attention_mask"].sum(1) - response_cut)
+        scores, passes = score_counted(answered.model, prompts, responses, answered.cache, lengths - cut)
         p = torch.softmax(scores.total.double(), -1)[:, 0].tolist()
         rated = zip(p, answered.answers, strict=True)
         return Estimate([value if answer is not None else None for value, answer in rated], passes)
@@ -69,8 +62,8 @@ class PTrue(Estimator):
         """The prompt about an answer, as an edit of the prompt that was answered.
 
         Returns:
-            How many tokens at the end of the answered prompt it replaces; the token ids in their place; how many tokens at the end of
-            these the responses replace (mostly 0); the token ids of true and of false.
+            How many tokens at its end are replaced, by which token ids, how many of these the responses replace (mostly 0), and
+            the token ids of true and of false.
         """
         plain_chat = ChatFormat(chat.processor, ElicitationPrompt("{question}"))
         text = self.template.format(question=query.question, answer=answer)

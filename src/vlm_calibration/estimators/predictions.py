@@ -1,12 +1,8 @@
-"""Predictions with their image and the confidences of further estimators, as an evaluation writes them.
-
-The image is the unit of data splits, because the correctness of answers about one image is correlated.
-"""
+"""Predictions with their image and the confidences of further estimators, as an evaluation writes them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,8 +26,7 @@ class EstimatedPrediction(Prediction):
     Attributes:
         image: the query's image, as its source names it; None if a file lacks it.
         estimates: estimator name -> confidence in [0, 1], or None. Each is a key of its own in `predictions.jsonl`.
-        probes: probe, or `ORIGINAL` -> the confidence read after it, in [0, 1], or None (`estimators.probes`). Empty, and no key of
-            `predictions.jsonl`, without probes.
+        probes: probe, or `ORIGINAL` -> the confidence read after it, in [0, 1], or None; without probes no key of the file.
     """
 
     image: str | None = None
@@ -62,13 +57,14 @@ def graded_prediction(
         noise_step: diffusion step of its noise; None for other kinds.
         grading: the rule; None: the answer is not graded, and not correct.
     """
+    kind, question = query.answer_type, query.question
     if grading is None:
-        outcome = Grade(parse_answer(text, query.answer_type, query.question), False)
+        outcome = Grade(parse_answer(text, kind, question), False)
     else:
-        outcome = grade(text, query.answer, query.answer_type, query.synonyms, grading, query.question)
+        outcome = grade(text, query.answer, kind, query.synonyms, grading, question)
     return EstimatedPrediction(
         id=query.id,
-        question=query.question,
+        question=question,
         answer=query.answer,
         text=text,
         predicted=outcome.predicted,
@@ -76,7 +72,7 @@ def graded_prediction(
         correct=outcome.correct,
         category=query.category,
         noise_step=noise_step,
-        answer_type=query.answer_type,
+        answer_type=kind,
         perturbation=None if perturbation is None else perturbation.kind,
         strength=None if perturbation is None else perturbation.strength,
         image=query.image,
@@ -85,13 +81,29 @@ def graded_prediction(
 
 KEYS = tuple(f.name for f in fields(EstimatedPrediction) if f.name != "estimates")
 REQUIRED = tuple(f.name for f in fields(Prediction) if f.default is MISSING)
+TEXT, TEXT_OR_NULL, SHARE = "a string", "a string or null", "a number in [0, 1] or null"
+FLAG, STEP, TYPE = "true or false", "a whole number or null", f"one of {', '.join(ANSWER_TYPES)}"
+EXPECTED = (
+    dict.fromkeys(("id", "question", "answer", "text"), TEXT)
+    | dict.fromkeys(("predicted", "category", "perturbation", "image"), TEXT_OR_NULL)
+    | {"correct": FLAG, "noise_step": STEP, "answer_type": TYPE}
+)
+"""Key -> what its value must be; those of all other keys are shares."""
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    TEXT: lambda value: isinstance(value, str),
+    TEXT_OR_NULL: lambda value: isinstance(value, str | None),
+    FLAG: lambda value: isinstance(value, bool),
+    STEP: lambda value: isinstance(value, int | None) and not isinstance(value, bool),
+    TYPE: lambda value: value in ANSWER_TYPES,
+    SHARE: lambda value: value is None or (type(value) in (int, float) and 0 <= value <= 1),
+}
 
 
 def read_predictions(path: Path) -> list[EstimatedPrediction]:
     """The predictions of a `predictions.jsonl`; blank lines are passed over.
 
     Raises:
-        DataError: the file cannot be read, holds no prediction, repeats an id, or has a line that is none (named).
+        DataError: the file cannot be read, holds no prediction, repeats an id, or has a line that is none.
     """
     predictions: dict[str, EstimatedPrediction] = {}
     for line in json_lines(path):
@@ -114,30 +126,18 @@ def prediction_from_dict(data: Any) -> EstimatedPrediction:
         raise RecordError("expected an object with the keys of a prediction")
     if missing := [key for key in REQUIRED if key not in data]:
         raise RecordError(f"no key {missing[0]!r}; a prediction has {', '.join(REQUIRED)}")
-    estimators = [key for key in data if key not in KEYS]
     probes = data.get("probes", {})
-    step = data["noise_step"]
-
-    def check(key: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise RecordError(f"'{key}' must be {expected}, found {data[key]!r}")
-
-    for key in ("id", "question", "answer", "text"):
-        check(key, isinstance(data[key], str), "a string")
-    for key in ("predicted", "category", "perturbation", "image"):
-        check(key, isinstance(data.get(key), str | None), "a string or null")
-    check("noise_step", isinstance(step, int | None) and not isinstance(step, bool), "a whole number or null")
-    check("correct", isinstance(data["correct"], bool), "true or false")
-    check("answer_type", data["answer_type"] in ANSWER_TYPES, f"one of {', '.join(ANSWER_TYPES)}")
-    for key in ("confidence", "strength", *estimators):
-        check(key, _is_share(data.get(key)), "a number in [0, 1] or null")
-    check("probes", isinstance(probes, Mapping), "an object")
+    for key, value in data.items():
+        expected = EXPECTED.get(key, SHARE)
+        if key != "probes" and not CHECKS[expected](value):
+            raise RecordError(f"'{key}' must be {expected}, found {value!r}")
+    if not isinstance(probes, Mapping) or (probes and ORIGINAL not in probes):
+        raise RecordError(f"'probes' must be an object with the key {ORIGINAL!r}, found {probes!r}")
     for name, value in probes.items():
-        if not _is_share(value):
+        if not CHECKS[SHARE](value):
             raise RecordError(f"'probes' must have numbers in [0, 1] or null, found {value!r} as {name!r}")
-    check("probes", not probes or ORIGINAL in probes, f"an object with the key {ORIGINAL!r}")
     own = {key: data[key] for key in KEYS if key in data}
-    return EstimatedPrediction(**own, estimates={key: data[key] for key in estimators})
+    return EstimatedPrediction(**own, estimates={key: data[key] for key in data if key not in KEYS})
 
 
 def estimators_of(predictions: Sequence[EstimatedPrediction]) -> tuple[str, ...]:
@@ -150,10 +150,3 @@ def probes_of(predictions: Sequence[EstimatedPrediction]) -> tuple[str, ...]:
     """The probes that all predictions have, in the order of the first one."""
     first = [name for name in predictions[0].probes if name != ORIGINAL]
     return tuple(name for name in first if all(name in p.probes for p in predictions))
-
-
-def _is_share(value: Any) -> bool:
-    if value is None:
-        return True
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and 0 <= value <= 1

@@ -1,22 +1,21 @@
-"""What a confidence listens to: how it changes when the image, a part of the image or the answer is changed.
+"""What a confidence listens to: how it changes when the image, a part of it or the answer is changed.
 
-Calibrated confidences may still ignore the image (arXiv 2609.18453). The answer is held, and the confidence after it is read again:
+A calibrated confidence may ignore the image (arXiv 2609.18453). The answer is held, and the confidence after it is read again:
 
 - "image": the whole image is blank;
 - "object": the key object is blank, and nothing else;
 - "distractor": one object that the question is not about is blank, and nothing else;
 - "answer": the opposite of a yes/no answer is given.
 
-A confidence that listens falls without the image and without the key object, hardly moves without a distractor, and adds up to 1 with that
-in the opposite answer. Nothing is generated again: the confidence is the likeliest of those that can be stated after the answer, and
-so is the original one that it is compared with. Each probe, and the original reading, is one forward pass for each query that it applies
-to; the original one is that of `ExpectedConfidence`.
+A confidence that listens falls without the image and without the key object, hardly moves without a distractor, and adds up to 1 with
+that in the opposite answer. Nothing is generated: it is the likeliest of the confidences that can be stated after the answer, and so is
+the original one. Each probe, and the original reading, which is that of `ExpectedConfidence`, is one forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from vlm_calibration.data.noise import ImageCopy
 from vlm_calibration.estimators.answer_scoring import ResponsePass, score_answers
@@ -28,8 +27,7 @@ from vlm_calibration.records import ORIGINAL, DataError
 Probe = Literal["image", "object", "distractor", "answer"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
 BLANK = Perturbation("fade", 1.0)
-"""A whole image is uniformly grey after it. A region is filled with its surroundings, so that not even its outline shows the object,
-as it does after occlusion."""
+"""A whole image is uniformly grey after it; a region is filled with its surroundings, so that its outline does not show the object."""
 COPIES: dict[Probe, ImageCopy] = {
     "image": ImageCopy(BLANK, "image"),
     "object": ImageCopy(BLANK, "object"),
@@ -38,25 +36,8 @@ COPIES: dict[Probe, ImageCopy] = {
 """The copy of the image that a probe reads the confidence with."""
 
 
-class ProbeReadings(NamedTuple):
-    """The probed confidences of B answers.
-
-    Attributes:
-        probed: for each answer the original confidence and that of every probe; None where it does not apply, and for a text
-            without an answer.
-        passes: B numbers of forward passes, as if the probes ran alone.
-    """
-
-    probed: list[Probed]
-    passes: list[int]
-
-
 def check_probes(probes: Sequence[str]) -> tuple[Probe, ...]:
-    """The probes in the order of `PROBES`.
-
-    Raises:
-        DataError: there is no such probe, or one appears twice.
-    """
+    """The probes in the order of `PROBES`; DataError if there is no such probe, or one appears twice."""
     if unknown := [probe for probe in probes if probe not in PROBES]:
         raise DataError(f"model.probes: there is no probe {unknown[0]!r}: expected {', '.join(PROBES)}")
     if twice := [probe for probe in PROBES if list(probes).count(probe) > 1]:
@@ -69,8 +50,12 @@ def copies_of(probes: Sequence[Probe]) -> list[ImageCopy]:
     return [COPIES[probe] for probe in probes if probe in COPIES]
 
 
-def read_probes(answered: AnsweredBatch, probes: Sequence[Probe]) -> ProbeReadings:
-    """Read the confidence in each answer of a batch after every probe. Call it under `torch.no_grad` or in inference mode.
+def read_probes(answered: AnsweredBatch, probes: Sequence[Probe]) -> tuple[list[Probed], list[int]]:
+    """Read the confidence in each of B answers after every probe. Call it under `torch.no_grad` or in inference mode.
+
+    Returns:
+        For each answer the original confidence and that of every probe, None where it does not apply, and for a text without an
+        answer; and B numbers of forward passes, as if the probes ran alone.
 
     Raises:
         ValueError: the copies of the images were not made, see `AnsweredBatch.score_copy`.
@@ -88,7 +73,7 @@ def read_probes(answered: AnsweredBatch, probes: Sequence[Probe]) -> ProbeReadin
             passes[row] += scores.passes
             if original[row] is not None:
                 probed[row][probe] = _likeliest_level(scores)
-    return ProbeReadings(list(probed), passes)
+    return list(probed), passes
 
 
 def _likeliest_level(scores: ResponsePass) -> float:
@@ -100,11 +85,9 @@ def score_opposite(answered: AnsweredBatch) -> dict[int, ResponsePass]:
     """Row -> the scores of the opposite word with the image as it is, for answers yes and no to yes/no questions."""
     words = {"yes": "No", "no": "Yes"}
     opposite = {
-        row: words[prediction.predicted]
-        for row, prediction in enumerate(answered.predictions)
-        if answered.batch.queries[row].answer_type == "yes_no"
-        and prediction.predicted in words
-        and answered.answers[row] is not None
+        row: words[p.predicted]
+        for row, p in enumerate(answered.predictions)
+        if p.answer_type == "yes_no" and p.predicted in words and answered.answers[row] is not None
     }
     if not opposite:
         return {}

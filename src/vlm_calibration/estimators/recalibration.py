@@ -1,9 +1,8 @@
 """Post-hoc recalibration, the baseline that training for calibration must beat.
 
-Maps from confidence to accuracy are fitted on the answers of a calibration set and applied to those of a test set. The sets
-share no image, because the correctness of answers about one image is correlated. Each answer type has a map of its own, as stage 2's
-teacher has: the likelihood of yes against no and that of a text's tokens are not comparable. The maps are those of scikit-learn. All
-but histogram binning are monotone, so within an answer type they fix calibration, not ranking.
+Maps from confidence to accuracy are fitted on the answers of a calibration set and applied to those of a test set, which shares no
+image with it, since the correctness of answers about one image is correlated. Each answer type has its own map: the likelihood of yes
+against no and that of a text's tokens are not comparable. All but histogram binning are monotone: they fix calibration, not ranking.
 
 Each method is a function that takes confidences, float64 [N] in [0, 1], their correctness, bool [N], N at least 1, and the `epsilon` of
 `logit`. It returns the fitted map, from confidences to recalibrated ones, float64 [M] in [0, 1].
@@ -40,24 +39,27 @@ def platt(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST
     It is strictly increasing, so AUROC does not change. If accuracy falls with confidence, a is `MIN_SLOPE`, and all
     confidences map to about the overall accuracy.
     """
-    if correct.all() or not correct.any():
-        return _succession(correct)
-    logistic = LogisticRegression(C=UNREGULARISED, max_iter=1000)
-    logistic.fit(logit(confidence, epsilon)[:, None], correct.astype(np.float64))
-    if logistic.coef_[0, 0] < MIN_SLOPE:
-        logistic.coef_ = np.array([[MIN_SLOPE]])
-        logistic.intercept_ = logit(np.array([correct.mean()]))
-    return lambda c: logistic.predict_proba(logit(c, epsilon)[:, None])[:, 1]
+    return _logistic(confidence, correct, epsilon, intercept=True)
 
 
 def temperature(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
     """Temperature scaling (Guo et al., arXiv 1706.04599): sigmoid(logit(c) / T)."""
+    return _logistic(confidence, correct, epsilon, intercept=False)
+
+
+def _logistic(confidence: np.ndarray, correct: np.ndarray, epsilon: float, intercept: bool) -> Map:
     if correct.all() or not correct.any():
-        return _succession(correct)
-    logistic = LogisticRegression(C=UNREGULARISED, fit_intercept=False, max_iter=1000)
+        # One outcome has no finite logistic fit: the rule of succession.
+        constant = (correct.sum() + 1) / (len(correct) + 2)
+        return lambda c: np.full(len(c), constant)
+    logistic = LogisticRegression(C=UNREGULARISED, fit_intercept=intercept, max_iter=1000)
     logistic.fit(logit(confidence, epsilon)[:, None], correct.astype(np.float64))
-    # If accuracy falls with confidence, the best temperature is infinite.
-    logistic.coef_ = np.maximum(logistic.coef_, 0.0)
+    if not intercept:
+        # If accuracy falls with confidence, the best temperature is infinite.
+        logistic.coef_ = np.maximum(logistic.coef_, 0.0)
+    elif logistic.coef_[0, 0] < MIN_SLOPE:
+        logistic.coef_ = np.array([[MIN_SLOPE]])
+        logistic.intercept_ = logit(np.array([correct.mean()]))
     return lambda c: logistic.predict_proba(logit(c, epsilon)[:, None])[:, 1]
 
 
@@ -85,12 +87,6 @@ def histogram(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMAL
     return lambda c: np.clip(regression.predict(c[:, None]), 0.0, 1.0)
 
 
-def _succession(correct: np.ndarray) -> Map:
-    """One outcome has no finite logistic fit: the rule of succession."""
-    constant = (correct.sum() + 1) / (len(correct) + 2)
-    return lambda c: np.full(len(c), constant)
-
-
 METHODS = {"platt": platt, "temperature": temperature, "isotonic": isotonic, "histogram": histogram}
 
 
@@ -106,16 +102,7 @@ def recalibrated(
     estimator: str,
     calibration: Sequence[EstimatedPrediction],
 ) -> list[float | None]:
-    """Recalibrate the confidences of an estimator with maps fitted on answers about other images, one for each answer type.
-
-    Args:
-        method: one of `METHODS`.
-        predictions: answers to recalibrate.
-        estimator: name of the estimator.
-        calibration: answers to fit the maps on.
-
-    Returns:
-        For each prediction its recalibrated confidence, None without a confidence.
+    """For each prediction the confidence of an estimator, recalibrated by one of `METHODS`; None without a confidence.
 
     Raises:
         DataError: an image is in both sets or unknown, or no calibration answer of a type has a confidence.
@@ -135,10 +122,8 @@ def recalibrated(
         fitted_on = [calibration[row] for row in _rated(calibration, estimator)[kind]]
         confidence = np.array([p.confidence_of(estimator) for p in fitted_on], dtype=np.float64)
         fitted = METHODS[method](confidence, np.array([p.correct for p in fitted_on]), epsilon)
-        mapped = fitted(
-            np.array([predictions[row].confidence_of(estimator) for row in rows], dtype=np.float64)
-        )
-        for row, value in zip(rows, mapped.tolist(), strict=True):
+        own = np.array([predictions[row].confidence_of(estimator) for row in rows], dtype=np.float64)
+        for row, value in zip(rows, fitted(own).tolist(), strict=True):
             values[row] = value
     return values
 
@@ -146,7 +131,7 @@ def recalibrated(
 def unrated_types(
     predictions: Sequence[EstimatedPrediction], estimator: str, calibration: Sequence[EstimatedPrediction]
 ) -> list[str]:
-    """The types of answers that an estimator rates, but none of a calibration set, so that no map can be fitted."""
+    """The types of answers that an estimator rates, but not in the calibration set."""
     return sorted(_rated(predictions, estimator).keys() - _rated(calibration, estimator).keys())
 
 

@@ -1,7 +1,6 @@
 """One way to answer: a system takes a batch of questions about images, and gives graded answers with their confidences.
 
-Here a model of this process; `endpoint.system` has the model behind an address. Evaluations, `levels fit`, `ask` and the web page
-use both.
+Here is a model in this process; `endpoint.system` has the model behind an address.
 """
 
 from __future__ import annotations
@@ -51,26 +50,16 @@ class System(ABC):
 
     @abstractmethod
     def answer(self, batch: PromptBatch, probes: Sequence[Probe] = ()) -> SystemAnswers:
-        """Answer a batch of at least one query.
-
-        Args:
-            batch: the prompts, with the copies of images that estimators and probes need.
-            probes: what is changed before the confidence in an answer is read again.
-        """
+        """Answer a batch of at least one query, which has the copies of images that estimators and probes need."""
 
     def close(self) -> None:  # noqa: B027  (a model in this process has nothing to close)
         """Close connections."""
 
 
 class LocalSystem(System):
-    """A model in this process with one of its adapters.
+    """A transformers or peft model in this process, in eval mode, with one of its adapters; None: without any.
 
-    Args:
-        model: a transformers or peft model in eval mode.
-        adapter: name of the adapter; None: the model without any.
-        tokenizer: tokenizes answers with the confidences that can be stated.
-        max_new_tokens: length limit of an answer.
-        estimators: of the confidence in its answers.
+    The other arguments are as in `AnsweredBatch`, and the estimators that rate its answers.
     """
 
     def __init__(
@@ -95,16 +84,18 @@ class LocalSystem(System):
                 self.model, batch, self.tokenizer, self.max_new_tokens, keep_cache=rates
             )
             estimates = {estimator.name: estimator.estimate(answered) for estimator in self.estimators}
-            readings = read_probes(answered, probes) if probes else None
+            probed, probing = read_probes(answered, probes) if probes else (None, [])
         passes = {name: estimate.passes for name, estimate in estimates.items()}
+        if probes:
+            passes[PROBES] = probing
         columns = {name: e.confidence for name, e in estimates.items() if name != VERBALIZED}
         predictions = [
-            replace(answer, estimates={name: column[row] for name, column in columns.items()})
+            replace(
+                answer,
+                estimates={name: column[row] for name, column in columns.items()},
+                probes=probed[row] if probed else {},
+            )
             for row, answer in enumerate(answered.predictions)
         ]
-        if readings is not None:
-            passes[PROBES] = readings.passes
-            probed = zip(predictions, readings.probed, strict=True)
-            predictions = [replace(answer, probes=confidences) for answer, confidences in probed]
         scored = answered.scored if ExpectedConfidence.name in estimates else [None] * len(predictions)
         return SystemAnswers(predictions, passes, [s.distribution if s else {} for s in scored])

@@ -35,12 +35,9 @@ class ExpectedConfidence(Estimator):
     name = "expected"
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
-        confidence: list[float | None] = []
-        for scores in answered.scored:
-            confidence.append(
-                None if scores is None else expected_confidence(scores.levels, scores.level_log_p)
-            )
-        return Estimate(confidence, [scores.passes if scores else 1 for scores in answered.scored])
+        scored = answered.scored
+        confidence = [expected_confidence(s.levels, s.level_log_p) if s else None for s in scored]
+        return Estimate(confidence, [s.passes if s else 1 for s in scored])
 
 
 def rounded(confidence: float) -> float:

@@ -178,7 +178,7 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
     device = prompts.lengths.device
     rows, at, targets = torch.tensor(list(numbers), device=device).unbind(-1)
     return Packed(
-        _append_tokens(prompts, ids),
+        append_tokens(prompts, ids),
         padded(segments, -1, device),
         padded(shifts, 0, device),
         rows,
@@ -213,7 +213,7 @@ def _score_plain(model: Any, prompts: Prompts, responses: Responses) -> Response
     return ResponseScores(log_likelihood, tokens)
 
 
-def _append_tokens(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
+def append_tokens(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
     """Append text tokens to each prompt's inputs."""
     lengths = prompts.lengths.tolist()
     shape = prompts.inputs["input_ids"].shape

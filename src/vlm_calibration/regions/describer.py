@@ -1,4 +1,4 @@
-"""Interface of a describer, M_desc(q, r) of the method: from a question and its response to the phrases to detect."""
+"""Interface of a describer, M_desc(q, r): from a question and its response to the phrases to detect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Description(NamedTuple):
-    """The key objects of a query, as phrases in lower case: those to locate, and those that the response says are not in the image."""
+    """The key objects of a query, as phrases in lower case, and those that the response says are not in the image."""
 
     objects: tuple[str, ...]
     absent: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Open-vocabulary detection of phrases with transformers' detectors (Grounding DINO, OWLv2 and variants).
 
-The model's processor scales boxes to pixels, but does not assign labels: Grounding DINO's joins all tokens with a high score into
-a label, which may be half a phrase or two phrases. Here phrases are assigned by the scores of each box for each phrase.
+Phrases are assigned by the scores of each box for each of them: Grounding DINO's processor joins all tokens with a high score into a
+label, which may be half a phrase or two phrases.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels, inside the image."""
 
 GROUNDING_DINO, OWL = ("grounding-dino", "mm-grounding-dino"), ("owlv2", "owlvit")
-"""Supported model types."""
 SEPARATOR = ". "
 
 
@@ -57,8 +56,7 @@ class ZeroShotDetector(Detector):
         threshold: minimum score of a box for a phrase, exclusive, in [0, 1). OWLv2's scores are lower; use about 0.1.
         max_boxes: maximum number of boxes per phrase and image, the ones with the highest scores.
         dtype: of weights and arithmetic.
-        revision: as in `from_pretrained`.
-        trust_remote_code: as in `from_pretrained`.
+        revision, trust_remote_code: as in `from_pretrained`.
     """
 
     name_or_path: str = "IDEA-Research/grounding-dino-base"
@@ -77,16 +75,9 @@ class ZeroShotDetector(Detector):
         self.processor: Any = None
 
     def load(self, device: torch.device) -> None:
-        self.model, self.processor = load_pair(AutoModelForZeroShotObjectDetection, self, device)
-        model_type = self.model.config.model_type
-        if model_type not in (*GROUNDING_DINO, *OWL):
-            raise DataError(
-                f"{self.name_or_path!r} is a {model_type}, expected one of {', '.join((*GROUNDING_DINO, *OWL))}"
-            )
-
-    @property
-    def _is_grounding_dino(self) -> bool:
-        return self.model.config.model_type in GROUNDING_DINO
+        kind, known = AutoModelForZeroShotObjectDetection, (*GROUNDING_DINO, *OWL)
+        self.model, self.processor = load_pair(kind, known, self, device)
+        self._is_grounding_dino = self.model.config.model_type in GROUNDING_DINO
 
     @torch.inference_mode()
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
@@ -106,39 +97,32 @@ class ZeroShotDetector(Detector):
         )
         probabilities = outputs.logits.float().sigmoid().cpu()
         detections = []
-        for i, (row, image) in enumerate(zip(phrases, images, strict=True)):
+        for i, row in enumerate(phrases):
             scores = self._phrase_scores(probabilities[i], prompts[i])
-            height, width = image.shape[:2]
-            boxes = scaled[i]["boxes"].float().cpu().clamp(min=0)
-            boxes = torch.minimum(boxes, torch.tensor([width, height, width, height], dtype=boxes.dtype))
+            corner = sizes[i].flip(0).repeat(2).float()
+            boxes = torch.minimum(scaled[i]["boxes"].float().cpu().clamp(min=0), corner)
             detections.append(self._select_boxes(row, scores, boxes))
         return detections
 
     def _phrase_scores(self, probabilities: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score of each box for each phrase, float32 [boxes, phrases]: the maximum over the phrase's tokens."""
         if not self._is_grounding_dino:
-            # Further columns pad the batch.
-            return probabilities[:, : len(prompts)]
-        offsets = self.processor.tokenizer(_join_prompts(prompts), return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
+            return probabilities[:, : len(prompts)]  # further columns pad the batch
+        encoded = self.processor.tokenizer(_join_prompts(prompts), return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"][: probabilities.shape[1]]
         columns, begin = [], 0
         for prompt in prompts:
             end = begin + len(prompt)
-            tokens = [
-                t for t, (a, b) in enumerate(offsets) if begin <= a < b <= end and t < probabilities.shape[1]
-            ]
-            columns.append(
-                probabilities[:, tokens].amax(dim=1) if tokens else torch.zeros(len(probabilities))
-            )
+            tokens = [t for t, (a, b) in enumerate(offsets) if begin <= a < b <= end]
+            none = torch.zeros(len(probabilities))
+            columns.append(probabilities[:, tokens].amax(dim=1) if tokens else none)
             begin = end + len(SEPARATOR)
         return torch.stack(columns, dim=1)
 
     def _select_boxes(self, phrases: Sequence[str], scores: Tensor, boxes: Tensor) -> list[Detection]:
         """Non-empty boxes above the threshold, highest score first, at most `max_boxes` per phrase."""
-        above = (scores > self.threshold) & (
-            torch.arange(scores.shape[1]) == scores.argmax(dim=1, keepdim=True)
-        )
+        best = torch.arange(scores.shape[1]) == scores.argmax(dim=1, keepdim=True)
+        above = (scores > self.threshold) & best
         above &= ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))[:, None]
         detections = []
         for column, phrase in enumerate(phrases):
@@ -160,13 +144,11 @@ def _to_prompt(phrase: str) -> str:
     return " ".join(phrase.lower().replace(".", " ").split()) or "object"
 
 
-def load_pair(kind: Any, settings: Any, device: torch.device) -> tuple[Any, Any]:
-    """Load a model of the AutoModel class `kind`, in eval mode on the device, and its processor.
-
-    `settings` has `name_or_path`, `revision`, `trust_remote_code` and `dtype`.
+def load_pair(kind: Any, known: Sequence[str], settings: Any, device: torch.device) -> tuple[Any, Any]:
+    """Load the model of a detector or segmenter, of the AutoModel class `kind`, in eval mode on the device, and its processor.
 
     Raises:
-        DataError: the model does not exist, or is not of this class.
+        DataError: the model does not exist, or is not of this class and one of the `known` types.
     """
     name = settings.name_or_path
     origin = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
@@ -174,6 +156,8 @@ def load_pair(kind: Any, settings: Any, device: torch.device) -> tuple[Any, Any]
     with loading(kind.__name__, name):
         model = kind.from_pretrained(name, dtype=dtype, **origin)
         processor = AutoProcessor.from_pretrained(name, **origin)
+    if model.config.model_type not in known:
+        raise DataError(f"{name!r} is a {model.config.model_type}, expected one of {', '.join(known)}")
     return model.eval().to(device), processor
 
 

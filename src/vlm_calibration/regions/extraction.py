@@ -65,14 +65,7 @@ class Rejected(NamedTuple):
 
 @dataclass(frozen=True)
 class Extracted:
-    """The result of extraction for one query.
-
-    Attributes:
-        query: the query with its regions.
-        outcome: see `OUTCOMES`.
-        rejected: regions that failed a check.
-        note: the error message of an unreadable image.
-    """
+    """A query with its regions, the outcome of its extraction, its rejected regions, and why its image is unreadable."""
 
     query: Query
     outcome: Outcome
@@ -82,15 +75,7 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The models of region extraction and the limits on regions.
-
-    Args:
-        describer: names the key objects.
-        detector: finds their boxes.
-        segmenter: turns boxes into masks.
-        gates: limits that a region must meet.
-        keep_known: keep the regions of a query that comes with a region of its key objects; otherwise extract them again.
-    """
+    """The models of region extraction, the limits on regions, and whether known regions of key objects are kept."""
 
     describer: Describer
     detector: Detector
@@ -100,23 +85,22 @@ class Pipeline:
 
     def extract(self, batch: Sequence[RawQuery]) -> list[Extracted]:
         """Extract regions for each query of a batch, in order."""
-        results: list[Extracted | None] = [None] * len(batch)
-        for i, raw in enumerate(batch):
-            query, labels = raw.query, [r.label for r in raw.query.regions]
-            if raw.image is None:
-                results[i] = Extracted(replace(query, regions=()), "unreadable", note=raw.problem)
-                continue
-            has_evidence = any(is_evidence(query, label) for label in labels)
-            if self.keep_known and has_evidence and not unlocated_objects(query, labels):
-                results[i] = Extracted(query, "known")
-        pending = [i for i, result in enumerate(results) if result is None]
-        rows = [batch[i] for i in pending]
+        ready = [self._without_models(raw) for raw in batch]
+        rows = [raw for raw, result in zip(batch, ready, strict=True) if result is None]
         described = self._describe(rows)
         detected = self._detect(rows, described)
-        masks = self._segment(rows, detected)
-        for i, description, boxes, outlines in zip(pending, described, detected, masks, strict=True):
-            results[i] = self._result(batch[i].query, description, boxes, outlines)
-        return [result for result in results if result is not None]
+        parts = zip(rows, described, detected, self._segment(rows, detected), strict=True)
+        extracted = iter([self._result(raw.query, *found) for raw, *found in parts])
+        return [result or next(extracted) for result in ready]
+
+    def _without_models(self, raw: RawQuery) -> Extracted | None:
+        """The result for an unreadable image, and for a query that comes with the regions of its key objects."""
+        query, labels = raw.query, [region.label for region in raw.query.regions]
+        if raw.image is None:
+            return Extracted(replace(query, regions=()), "unreadable", note=raw.problem)
+        has_evidence = any(is_evidence(query, label) for label in labels)
+        is_known = self.keep_known and has_evidence and not unlocated_objects(query, labels)
+        return Extracted(query, "known") if is_known else None
 
     def _describe(self, batch: Sequence[RawQuery]) -> list[Description]:
         """The phrases of each query. A query's own `objects` and `absent` replace the describer's."""
@@ -133,10 +117,8 @@ class Pipeline:
     def _detect(self, batch: Sequence[RawQuery], described: Sequence[Description]) -> list[list[Detection]]:
         rows = [i for i, description in enumerate(described) if description.objects]
         images, phrases = [_pixels(batch[i]) for i in rows], [described[i].objects for i in rows]
-        detected: list[list[Detection]] = [[] for _ in batch]
-        for i, boxes in zip(rows, self.detector.detect(images, phrases), strict=True):
-            detected[i] = boxes
-        return detected
+        by_row = dict(zip(rows, self.detector.detect(images, phrases), strict=True))
+        return [by_row.get(i, []) for i in range(len(batch))]
 
     def _segment(
         self, batch: Sequence[RawQuery], detected: Sequence[Sequence[Detection]]
@@ -159,11 +141,7 @@ class Pipeline:
         self, query: Query, description: Description, boxes: Sequence[Detection], masks: np.ndarray
     ) -> Extracted:
         objects = (*description.objects, *description.absent)
-        named = replace(query, objects=objects, absent=description.absent)
         known = query.regions if self.keep_known else ()
-        if not description.objects:
-            outcome: Outcome = "absent" if description.absent else "no phrase"
-            return Extracted(replace(named, regions=known), outcome)
         regions: list[Region] = []
         rejected: list[Rejected] = []
         for phrase in description.objects:
@@ -174,8 +152,11 @@ class Pipeline:
                     regions.append(region)
                 else:
                     rejected.append(Rejected(region, reason))
-        outcome = "found" if regions else "rejected" if rejected else "not detected"
-        return Extracted(replace(named, regions=(*regions, *known)), outcome, tuple(rejected))
+        outcome: Outcome = "found" if regions else "rejected" if rejected else "not detected"
+        if not description.objects:
+            outcome = "absent" if description.absent else "no phrase"
+        named = replace(query, objects=objects, absent=description.absent, regions=(*regions, *known))
+        return Extracted(named, outcome, tuple(rejected))
 
     def _unite(
         self, phrase: str, boxes: Sequence[Detection], masks: np.ndarray

@@ -1,8 +1,7 @@
 """The default describer: rules on parts of speech that find the objects of a question and its answer, and say when they cannot.
 
-The form of the question ("Is there a X", "What colour is the X", "How many X", "What is the man holding?") decides whether
-the answer names an object and whether an object is absent. The objects are the remaining noun phrases, except for those that
-name nothing visible: parts of the picture ("left side"), attributes ("colour"), times, moods and counts.
+The form of the question ("Is there a X", "What colour is the X", "How many X") decides whether the answer names an object and whether an
+object is absent. The objects are the remaining noun phrases, except for those that name nothing visible ("left side", "colour").
 """
 
 from __future__ import annotations

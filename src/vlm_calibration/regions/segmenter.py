@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForMaskGeneration
 
 from vlm_calibration.models.base import Dtype
-from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import Box, load_pair, to_device
 
 
@@ -36,8 +35,7 @@ class PromptedSegmenter(Segmenter):
         name_or_path: SAM (arXiv 2304.02643) or SAM 2 (arXiv 2408.00714): a name on the Hub or a folder.
         mask_threshold: minimum logit of a pixel of the mask, exclusive; 0 is a probability of one half.
         dtype: of weights and arithmetic.
-        revision: as in `from_pretrained`.
-        trust_remote_code: as in `from_pretrained`.
+        revision, trust_remote_code: as in `from_pretrained`.
     """
 
     name_or_path: str = "facebook/sam2.1-hiera-large"
@@ -51,11 +49,8 @@ class PromptedSegmenter(Segmenter):
         self.processor: Any = None
 
     def load(self, device: torch.device) -> None:
-        self.model, self.processor = load_pair(AutoModelForMaskGeneration, self, device)
-        if self.model.config.model_type not in ("sam", "sam2", "sam2_video"):
-            raise DataError(
-                f"{self.name_or_path!r} is a {self.model.config.model_type}, expected one of sam, sam2"
-            )
+        known = ("sam", "sam2", "sam2_video")
+        self.model, self.processor = load_pair(AutoModelForMaskGeneration, known, self, device)
 
     @torch.inference_mode()
     def segment(self, images: Sequence[np.ndarray], boxes: Sequence[Sequence[Box]]) -> list[np.ndarray]:

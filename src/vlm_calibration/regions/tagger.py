@@ -1,8 +1,7 @@
 """Noun phrases of a text, and whether the rules can tell them.
 
-Parts of speech come from HanTa (C. Wartena, "A Probabilistic Morphology Model for German Lemmatization", KONVENS 2019), whose package
-contains its English model. Tags are the C5 tags of the British National Corpus. It was trained on statements: in questions the
-predicate ("Is the wine glass red?") and the verb ("Does the dog sleep?") have to be told from compounds.
+Parts of speech, as C5 tags of the British National Corpus, come from HanTa (C. Wartena, KONVENS 2019). It was trained on statements: in
+questions the predicate ("Is the wine glass red?") and the verb ("Does the dog sleep?") have to be told from compounds.
 """
 
 from __future__ import annotations
@@ -52,11 +51,7 @@ class NounPhrase(NamedTuple):
 
 @lru_cache(maxsize=1)
 def load_tagger() -> Any:
-    """HanTa's tagger with its English model.
-
-    Raises:
-        DataError: HanTa is not installed.
-    """
+    """HanTa's tagger with its English model; DataError if HanTa is not installed."""
     try:
         from HanTa.HanoverTagger import HanoverTagger
     except ImportError as error:
@@ -69,11 +64,7 @@ def load_tagger() -> Any:
 
 @lru_cache(maxsize=4096)
 def tag(text: str) -> tuple[tuple[Word, ...], bool]:
-    """Split a text into words and tag them; and whether the rules can tell its noun phrases, which is not so in another language.
-
-    Raises:
-        DataError: the tagger is not installed.
-    """
+    """Split a text into words and tag them; and whether the rules can tell its noun phrases, which is not so in another language."""
     texts = _WORD.findall(text)
     # A capital at the start of a sentence would tag any noun as a name.
     for i, word in enumerate(texts):
@@ -130,8 +121,7 @@ def _repair_question(words: list[Word]) -> bool:
 def _tell_last(words: list[Word], verb: int, index: int, kind: str) -> bool:
     """Give the last of the content words around `index` a tag if it may have it, and those before it that are joined by "or".
 
-    Returns:
-        False if it may not, and no other word lies behind the verb: then it may be the noun of a compound subject, or a predicate.
+    False if it may not, and no other word lies behind the verb: then it may be the noun of a compound subject, or a predicate.
     """
     begin = stop = index
     while begin > verb + 1 and words[begin - 1].tag.startswith(_CONTENT):
@@ -155,11 +145,7 @@ def _tell_last(words: list[Word], verb: int, index: int, kind: str) -> bool:
 
 
 def noun_phrases(words: Sequence[Word]) -> list[NounPhrase]:
-    """The noun phrases of a text from left to right, without overlap.
-
-    >>> [" ".join(p.texts) for p in noun_phrases(tag("A red bicycle leans against the brick wall.")[0])]
-    ['red bicycle', 'brick wall']
-    """
+    """The noun phrases of a text from left to right, without overlap."""
     phrases: list[NounPhrase] = []
     start = 0
     while start < len(words):

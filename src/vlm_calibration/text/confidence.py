@@ -44,15 +44,14 @@ def parse_confidence(text: str) -> float | None:
 def end_of_confidence(text: str) -> int | None:
     """Position at which generation may stop: the end of a complete statement in percent behind an answer; else None.
 
-    A statement is complete when no continuation can change its number. The percent sign alone is not enough: "Yes.
-    Confidence: 80%" may continue as "to 90%", a range. "Yes. Confidence: 80%." and "Yes. Confidence: 80% to be" are
-    complete, both at the percent sign. Text behind a complete statement is ignored.
+    A statement is complete when no continuation can change its number: "Yes. Confidence: 80%" may continue as "to 90%", a
+    range, while "Yes. Confidence: 80%." and "Yes. Confidence: 80% to be" are complete, both at the percent sign.
     """
     plain = _replace_variants(text)
     stated = _labelled(plain)
     if not stated or stated[-1].value is None:
         return None
-    _, end, _ = stated[-1]
+    end = stated[-1].end
     if not _ENDS_IN_PERCENT.search(plain[max(0, end - 20) : end]) or _MAY_BECOME_RANGE.match(plain, end):
         return None
     return end if any(c.isalnum() for c in strip_confidence(plain[:end])) else None
@@ -65,16 +64,10 @@ def render_answer(answer: str) -> str:
 
 
 def render_response(answer: str, confidence: float) -> str:
-    """Render a response with its confidence: `("Yes", 0.8)` becomes `"Yes. Confidence: 80%"`.
+    """Render any answer with its confidence in [0, 1]: `("Yes", 0.8)` becomes `"Yes. Confidence: 80%"`.
 
-    Args:
-        answer: any text; surrounding white space is stripped.
-        confidence: in [0, 1]; its shortest decimal form is rounded to the nearest whole percent, ties up (0.125 is
-            13%, 0.995 is 100%).
-
-    Returns:
-        A text that starts with `render_answer(answer)`. `parse_confidence` reads the rounded confidence from it for any
-        answer.
+    The confidence's shortest decimal form is rounded to the nearest whole percent, ties up (0.125 is 13%), which
+    `parse_confidence` reads back.
 
     Raises:
         ValueError: the confidence is NaN or outside [0, 1].
@@ -87,11 +80,9 @@ def render_response(answer: str, confidence: float) -> str:
 
 
 def strip_confidence(text: str) -> str:
-    """Remove all statements of confidence from a text, which leaves the answer.
+    """Remove all statements of confidence from a text, which leaves the answer: "Confidence: 0.9. No" becomes "No".
 
-    "Confidence: 0.9. No" becomes "No", so that a rule that reads the first sentence gets the answer. For a JSON reply
-    the value of "answer" is returned. A text without a statement, or with only a number, which may be the answer, is
-    returned stripped of surrounding white space.
+    For a JSON reply the value of "answer" is returned. A text that is only a number may be the answer, and stays.
     """
     plain = _replace_variants(text)
     verbal = [_Statement(match.start(), match.end(), None) for match in _VERBAL.finditer(plain)]
@@ -113,7 +104,7 @@ def strip_confidence(text: str) -> str:
 
 
 class _Statement(NamedTuple):
-    """Characters `start:end` of the text and the confidence that they state."""
+    """Characters of the text and the confidence that they state."""
 
     start: int
     end: int
@@ -123,11 +114,7 @@ class _Statement(NamedTuple):
 _ENDS_IN_PUNCTUATION = re.compile(r"""[.!?…。！？,;:][)\]}"'”’»*_`]*\Z""")
 
 _CHARACTERS = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms of ASCII
-_CHARACTERS |= dict.fromkeys(map(ord, "﹪٪"), "%")
-_CHARACTERS |= dict.fromkeys(map(ord, "−﹣‐‑"), "-")
-_CHARACTERS |= dict.fromkeys(map(ord, "⁄∕"), "/")
-_CHARACTERS |= dict.fromkeys(map(ord, "∶﹕"), ":")
-_CHARACTERS |= {ord("٫"): ".", ord("’"): "'"}
+_CHARACTERS |= {ord(a): b for a, b in zip("﹪٪−﹣‐‑⁄∕∶﹕٫’", "%%----//::.'", strict=True)}
 _CHARACTERS |= dict.fromkeys([0x3000, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFEFF], " ")
 
 
@@ -158,8 +145,8 @@ _AMOUNT = rf"""
 
 def _amount(match: re.Match[str], scale: float | None = None) -> float | None:
     """The confidence of a match of `_AMOUNT`, or None; `scale` is the number that means 100% if there is no unit."""
-    value = _number(match["number"])
-    if value is None or match["sign"] in ("-", "–") or match["range"] or match["percents"]:
+    value, is_between = _number(match["number"]), match.groupdict().get("between") is not None
+    if value is None or is_between or match["sign"] in ("-", "–") or match["range"] or match["percents"]:
         return None
     if match["percent"]:
         scale = 100.0
@@ -306,8 +293,7 @@ def _bare(text: str) -> list[_Statement]:
 
 
 def _statement(match: re.Match[str], start: int, scale: float | None = None) -> _Statement:
-    is_range = match.groupdict().get("between") is not None
-    return _Statement(start, match.end(), None if is_range else _amount(match, scale))
+    return _Statement(start, match.end(), _amount(match, scale))
 
 
 def _is_negated(text: str, start: int) -> bool:
@@ -318,8 +304,7 @@ def _is_negated(text: str, start: int) -> bool:
 def _scale(match: re.Match[str]) -> float | None:
     """The number that means 100% on the scale between label and number: 100 for "(0-100)" and "(%)"; None without a scale."""
     scale = match["scale"] or match["scale_words"] or ""
-    numbers = re.findall(_NUMBER, scale, re.IGNORECASE)
-    if numbers:
+    if numbers := re.findall(_NUMBER, scale, re.IGNORECASE):
         return _number(numbers[-1])
     return 100.0 if "%" in scale or "percent" in scale.lower() else None
 
@@ -349,8 +334,7 @@ def _widen(text: str, statement: _Statement) -> tuple[int, int]:
     """The statement's span extended by its lead-in ("I am", "with a"), brackets and markup."""
     before = text[max(0, statement.start - 60) : statement.start]
     lead_in = _LEAD_IN.search(before)
-    start = statement.start - (len(before) - lead_in.start() if lead_in else 0)
-    end = statement.end
+    start, end = statement.start - (len(before) - lead_in.start() if lead_in else 0), statement.end
     for closer in text[end : end + 6]:
         inside, opener = text[start:end], _PAIRS.get(closer, "")
         opened = inside.count(closer) % 2 if opener == closer else inside.count(opener) > inside.count(closer)

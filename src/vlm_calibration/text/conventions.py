@@ -13,7 +13,6 @@ AnswerTypeChoice = Literal["infer", "yes_no", "short", "open"]
 """An answer type for all answers of a source, or `infer`: see `infer_answer_type`."""
 
 MAX_SHORT_WORDS = 4
-"""Longest answer, in words, that counts as short."""
 ANNOTATORS = 10
 """Number of annotators that answer a question of VQAv2 and of the data sets that follow it."""
 MIN_AGREEING = 3
@@ -29,20 +28,16 @@ _YES_NO = re.compile(r"\s*(?:yes|no)\s*(?:[.,;:!—–-]|\Z)", re.IGNORECASE)
 
 
 def strip_format_request(question: str) -> str:
-    """Remove LLaVA-1.5's "Answer the question using a single word or phrase." from the end or begin of a question.
+    """Remove LLaVA-1.5's "Answer the question using a single word or phrase." from either end of a question.
 
-    The elicitation prompt makes its own request (see `text.prompts`). Requests that the answer depends on, such as "Answer with the
-    option's letter from the given choices directly.", stay.
+    Requests that the answer depends on, such as "Answer with the option's letter from the given choices directly.", stay.
     """
     stripped = _AT_BEGIN.sub("", _AT_END.sub("", question)).strip()
     return stripped or question.strip()
 
 
 def infer_answer_type(answer: str) -> AnswerType:
-    """The type of an answer by its form.
-
-    "yes_no" if it is yes or no, possibly with an explanation ("No, it is red."); "short" up to `MAX_SHORT_WORDS` words; else "open".
-    """
+    """The type by form: "yes_no" for yes or no, explained or not; "short" up to `MAX_SHORT_WORDS` words; else "open"."""
     if _YES_NO.match(answer) and parse_answer(answer, "yes_no") is not None:
         return "yes_no"
     return "short" if len(answer.split()) <= MAX_SHORT_WORDS else "open"

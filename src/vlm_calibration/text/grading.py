@@ -5,7 +5,7 @@ wrong: a grader that guesses would hide the hedging that a calibrated model shou
 
 Yes/no replies, in this order:
 
-1. Idioms that only look like a "no" are removed ("no doubt", "without question", "not only").
+1. Idioms that only look like a "no" are removed ("no doubt", "not only").
 2. A yes or no word at the start decides, after lead-ins such as "The answer is" or "I think": "Yes, there is no dog" is
    yes. If the opposite word also stands alone ("Yes and no", "Yes. No.", "No, yes"), there is no answer.
 3. Uncertainty is no answer: "I don't know", "It cannot be determined", "Maybe".
@@ -36,17 +36,13 @@ from vlm_calibration.text.matching import first_answer, fold, match_key, normali
 
 
 class Grade(NamedTuple):
-    """The grade of one reply.
-
-    Attributes:
-        predicted: the parsed answer, None if the reply has none.
-        correct: whether it is correct.
-    """
+    """The parsed answer of a reply, None if it has none, and whether it is correct."""
 
     predicted: str | None
     correct: bool
 
 
+Verdict = Literal["yes", "no"]
 TextGrader = Literal["exact", "contains", "token_f1"]
 
 
@@ -62,9 +58,8 @@ class Grading:
         short: rule for short answers.
         open: rule for open answers.
         min_f1: minimum F1 of a correct answer under "token_f1", in (0, 1].
-        rank_levels: `levels fit` does not grade open answers but ranks given ones: how often the model assigns the gold answer a
-            higher log-likelihood per token than every wrong answer of the source, whatever it would generate; one half by chance
-            against one wrong answer. Validation, evaluation and stage 2 grade what is generated all the same.
+        rank_levels: `levels fit`, and nothing else, ranks given open answers: how often the model assigns the gold answer a higher
+            log-likelihood per token than every wrong answer of the source, whatever it would generate.
 
     Raises:
         ValueError: an unknown rule, or `min_f1` is not in (0, 1].
@@ -78,10 +73,8 @@ class Grading:
     def __post_init__(self) -> None:
         for name, rule in (("short", self.short), ("open", self.open)):
             if rule not in get_args(TextGrader):
-                raise ValueError(
-                    f"grading.{name} must be one of {', '.join(get_args(TextGrader))}, found {rule!r}; a ranking grades no generated "
-                    "answer, but measures levels: grading.rank_levels"
-                )
+                known = ", ".join(get_args(TextGrader))
+                raise ValueError(f"grading.{name} must be one of {known}, found {rule!r}")
         if not 0 < self.min_f1 <= 1:
             raise ValueError(f"grading.min_f1 must be in (0, 1], found {self.min_f1}")
 
@@ -99,7 +92,7 @@ EXACT = Grading()
 
 
 def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str | None:
-    """Parse the normalised answer from a reply, with or without a stated confidence; None if there is none. See the rules above.
+    """Parse the answer from a reply, with or without a stated confidence, by the rules above; None if there is none.
 
     Args:
         text: the reply.
@@ -107,8 +100,7 @@ def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str 
         question: what a yes/no reply answers; without it, every clause of a reply counts (rule 5).
 
     Returns:
-        "yes" or "no"; for other answer types the lower-case answer without articles, punctuation and lead-in and with number words
-        as digits.
+        "yes" or "no"; for other answer types the lower-case answer after VQA normalisation, without lead-in.
     """
     if answer_type not in ANSWER_TYPES:
         raise ValueError(f"unknown answer type {answer_type!r}; known: {', '.join(ANSWER_TYPES)}")
@@ -245,7 +237,7 @@ _PLACES = _stems(
 """Words that say nothing about what a reply names if the question has none of them."""
 
 
-def _yes_or_no(answer: str, question: str = "") -> Literal["yes", "no"] | None:
+def _yes_or_no(answer: str, question: str = "") -> Verdict | None:
     """Apply rules 1 to 6 of the module in order."""
     text = _without_lead_ins(_plain(answer))
     yes, no = _YES.match(text), _NO.match(text)
@@ -253,14 +245,11 @@ def _yes_or_no(answer: str, question: str = "") -> Literal["yes", "no"] | None:
     leading = yes or no
     if cannot_tell and (not leading or cannot_tell.start() == 0):
         return None  # "no idea" starts with a negation but is uncertainty
+    lone = _LONE.findall(text[leading.end() :] if leading else text)
+    verdicts: set[Verdict | None] = {"yes" if word.startswith("y") else "no" for word in lone}
     if leading:
-        lone = {_polarity(word) for word in _LONE.findall(text[leading.end() :])}
-        verdict: Literal["yes", "no"] = "yes" if yes else "no"
-        return None if lone - {verdict} else verdict
-    lone = {_polarity(word) for word in _LONE.findall(text)}
-    if lone:
-        return lone.pop() if len(lone) == 1 else None
-    verdicts = _verdicts(text, _plain(question))
+        verdicts.add("yes" if yes else "no")
+    verdicts = verdicts or _verdicts(text, _plain(question))
     return verdicts.pop() if len(verdicts) == 1 else None
 
 
@@ -276,15 +265,11 @@ def _without_lead_ins(text: str) -> str:
     return text
 
 
-def _polarity(word: str) -> Literal["yes", "no"]:
-    return "yes" if word.startswith("y") else "no"
-
-
-def _verdicts(text: str, question: str) -> set[Literal["yes", "no"] | None]:
+def _verdicts(text: str, question: str) -> set[Verdict | None]:
     """What each clause about the question says; None for one that denies twice. Empty for a negative question."""
     if _NEGATION.search(question):
         return set()
-    verdicts: set[Literal["yes", "no"] | None] = set()
+    verdicts: set[Verdict | None] = set()
     asked = [word for word in _words(_IN_PICTURE.sub("", question)) if word not in _FUNCTION]
     # Words that add nothing to what is asked.
     same = _FUNCTION.union(asked, _PLACES if _PLACES.isdisjoint(asked) else ())

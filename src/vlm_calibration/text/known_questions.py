@@ -18,9 +18,6 @@ GAP = "_"
 class KnownQuestions:
     """The words and forms of some questions. A form has a gap for each run of rare words: "is there a _ in the image".
 
-    Where further questions of the same source would often have a new word or form, newness is not checked. That share is
-    estimated by the questions whose word or form occurs in no other one (Good, Biometrika 1953).
-
     Attributes:
         words: all words, in lower case; empty if new ones are not checked.
         frequent: the words that forms consist of.
@@ -33,14 +30,16 @@ class KnownQuestions:
 
     @classmethod
     def of(cls, questions: Sequence[str]) -> KnownQuestions:
-        """Collect the words and forms of N questions.
+        """Collect the words and forms of N questions; new ones are not checked where further questions would often have some.
+
+        The questions whose word or form occurs in no other one estimate that share (Good, Biometrika 1953).
 
         >>> known = KnownQuestions.of(["Is there a dog?", "Is there a cat?", "Is there a mat?"] * 20)
         >>> known.unfamiliar("Is there a zebra?")
         "the word 'zebra' is in no question that the thresholds were chosen on"
         >>> known.unfamiliar("Is there a mat?")
         """
-        split = [words_of(question) for question in questions]
+        split = [_words(question) for question in questions]
         counts = Counter(word for words in split for word in set(words))
         frequent = {word for word, n in counts.items() if n >= FREQUENT * len(questions)}
         forms = Counter(_form(words, frequent) for words in split)
@@ -54,18 +53,16 @@ class KnownQuestions:
         )
 
     def described(self) -> str:
-        """A sentence on what is checked."""
-        checked = [
-            f"{len(self.words):,} words" if self.words else "",
-            f"{len(self.forms):,} forms" if self.forms else "",
-        ]
-        if not any(checked):
+        """What is checked, as a sentence."""
+        counts = (("words", self.words), ("forms", self.forms))
+        checked = [f"{len(texts):,} {name}" for name, texts in counts if texts]
+        if not checked:
             return "These questions are too different from each other to tell an unfamiliar one."
-        return f"Questions beyond their {' and '.join(filter(None, checked))} go to a person."
+        return f"Questions beyond their {' and '.join(checked)} go to a person."
 
     def unfamiliar(self, question: str) -> str | None:
         """What is new in a question, as a clause; None if nothing is."""
-        words = words_of(question)
+        words = _words(question)
         if self.words and (new := [word for word in words if word not in self.words]):
             return f"the word {new[0]!r} is in no question that the thresholds were chosen on"
         form = _form(words, set(self.frequent))
@@ -74,12 +71,7 @@ class KnownQuestions:
         return None
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, digits among them.
-
-    >>> words_of("Isn't there a dog-sled?")
-    ["isn't", 'there', 'a', 'dog', 'sled']
-    """
+def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
 
 

@@ -28,11 +28,7 @@ COORDINATES = r"\s*[\[(](?:\s*-?\d*\.?\d+\s*,){3}\s*-?\d*\.?\d+\s*[\])]\.?\s*"
 
 
 def asked_existence(question: str) -> str | None:
-    """What follows the form of a question whether something is in the image, in lower case; None for another question.
-
-    >>> asked_existence("Is there a dog in the image?"), asked_existence("Is the dog brown?")
-    ('a dog in the image?', None)
-    """
+    """What follows "is there" or the like in a question whether something is in the image, in lower case; else None."""
     question = question.strip().lower()
     match = _EXISTENCE.match(question)
     rest = question[match.end() :].strip() if match else ""
@@ -46,10 +42,7 @@ def denies_existence(query: Query) -> bool:
 
 
 def absent_objects(query: Query) -> tuple[str, ...]:
-    """The key objects that are not in the image: `absent`, or else what a question asks for whose answer denies its existence.
-
-    Of several objects, a question asks for the one that it names first: the dog in "Is there a dog on the sofa?".
-    """
+    """The key objects that are not in the image: `absent`, or else the one that the question names first, if its existence is denied."""
     if query.absent or not query.objects or not denies_existence(query):
         return query.absent
     question = f" {match_key(query.question)} "
@@ -72,10 +65,7 @@ def question_form(query: Query) -> str:
 
 
 def is_evidence(query: Query, label: str) -> bool:
-    """Whether a region with this label is evidence: the label is one of the query's `objects` or `absent`, or it has none.
-
-    Case, articles and number are ignored: "a Dog" and "dogs" match the object "dog".
-    """
+    """Whether a region with this label is evidence: the query has this object, absent or not (`same_phrase`), or has none."""
     names = (*query.objects, *query.absent)
     return not names or any(same_phrase(label, name) for name in names)
 
@@ -88,11 +78,9 @@ def answer_is_no(query: Query) -> bool:
 def check_answer(query: Query) -> None:
     """Check that replies can be graded against the gold answer, and that it states no confidence, which training would teach.
 
-    A bare percentage ("50%") is an answer. Every source calls this for its records.
-
     Raises:
-        RecordError: the answer to a yes/no question is neither yes nor no, or the answer is only punctuation, states a confidence,
-            or is a box of coordinates.
+        RecordError: the answer to a yes/no question is neither yes nor no, or the answer is only punctuation, states a confidence
+            (a bare percentage is an answer), or is a box of coordinates.
     """
     answer, problem = query.answer.strip(), ""
     if re.search(STATES_CONFIDENCE, answer, re.IGNORECASE) and strip_confidence(answer) != answer:

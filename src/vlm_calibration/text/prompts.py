@@ -3,36 +3,44 @@
 import string
 from dataclasses import dataclass
 
+from vlm_calibration.records import DataError
+
 DEFAULT_TEMPLATE = (
     '{question}\nAnswer briefly, then state your confidence that it is correct as "Confidence: <number>%".'
 )
 """It names the form of the reply, which fine-tuning teaches, and contains no number that a model could repeat."""
 
 
-@dataclass(frozen=True)
-class ElicitationPrompt:
-    """A prompt template with the placeholder `{question}`.
-
-    Args:
-        template: text with at least one `{question}` and no other placeholder; literal braces are doubled, as in `str.format`.
+def check_template(template: str, name: str, *placeholders: str) -> None:
+    """Check that a template has the placeholders and no other; literal braces are doubled, as in `str.format`.
 
     Raises:
-        ValueError: the template has no `{question}` or another placeholder, or its braces do not match.
+        DataError: it does not; `name` is what the message calls it.
+    """
+    try:
+        parsed = string.Formatter().parse(template)
+        fields = {tuple(field) for _, *field in parsed if field[0] is not None}
+    except ValueError as error:
+        raise DataError(f"{name} {template!r}: {error}; double literal braces") from error
+    if fields != {(placeholder, "", None) for placeholder in placeholders}:
+        expected = " and ".join(f"{{{placeholder}}}" for placeholder in placeholders)
+        raise DataError(
+            f"{name} {template!r}: needs {expected}, without a format, and no other placeholder; double literal braces"
+        )
+
+
+@dataclass(frozen=True)
+class ElicitationPrompt:
+    """A prompt template.
+
+    Args:
+        template: text with at least one `{question}` and no other placeholder; see `check_template`, which raises a DataError.
     """
 
     template: str = DEFAULT_TEMPLATE
 
     def __post_init__(self) -> None:
-        try:
-            parsed = string.Formatter().parse(self.template)
-            fields = [tuple(field) for _, *field in parsed if field[0] is not None]
-        except ValueError as error:
-            raise ValueError(f"prompt template {self.template!r}: {error}; double literal braces") from error
-        if not fields or set(fields) != {("question", "", None)}:
-            raise ValueError(
-                f"prompt template {self.template!r}: needs the placeholder {{question}}, without a format, and no other; double "
-                "literal braces"
-            )
+        check_template(self.template, "prompt template", "question")
 
     def render(self, question: str) -> str:
         """The prompt for one question; the question is inserted unchanged, braces included."""
