@@ -108,7 +108,7 @@ def test_a_missing_confidence_is_not_one_half():
     assert imputed == pytest.approx(1.3 / 3)
     table = ConfidenceTable.from_predictions([0.9, 0.9, None], [True, False, False])
     assert float(METRICS["ece"](table)) == pytest.approx(0.4)
-    assert (table.n, table.parsed, table.unparsed) == (3, 2, 1)
+    assert (table.n, table.parsed) == (3, 2)
 
 
 def test_binning_the_negative_of_uncertainty_hides_everything():
