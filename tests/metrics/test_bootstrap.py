@@ -38,19 +38,6 @@ def table():
     return ConfidenceTable.from_predictions(torch.tensor(confidence), torch.tensor(correct))
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_every_replicate_is_the_metric_of_a_table(table, name):
-    """The batched path equals one table at a time, for all metrics and more replicates than one batch holds."""
-    drawn = resample(table, 300, seed=1)
-    batch = bootstrap_replicates(drawn, METRICS[name])
-    assert batch.shape == (300,)
-    for i in range(0, 300, 17):
-        single = METRICS[name](table._replace(counts=drawn.counts[i], unparsed=drawn.unparsed[i]))
-        assert float(batch[i]) == pytest.approx(
-            float(single), abs=5e-6 if name == "smooth_ece" else 1e-12, nan_ok=True
-        )
-
-
 def test_replicates_with_one_class_or_empty_levels_or_nothing():
     """Replicates of small tables lack levels, a class or all answers, and are NaN exactly where that table's metric is."""
     table = ConfidenceTable.from_predictions([0.9, 0.9, 0.3, None, None], [True, True, False, False, True])
