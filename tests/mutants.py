@@ -151,15 +151,15 @@ MUTANTS = [
     Mutant(
         "counts",
         "metrics/table.py",
-        "index = index.mul_(2).add_(correct[part].to(index.device))",
-        "index = index.mul_(2).add_(~correct[part].to(index.device))",
+        "torch.bincount(place * 2 + correct.to(place.device)",
+        "torch.bincount(place * 2 + ~correct.to(place.device)",
         "metrics/test_table.py",
     ),
     Mutant(
         "counts",
         "metrics/functional.py",
-        'return bin_sums(groups, n_bins, "uniform").gap.abs().sum(-1) / groups.total',
-        'return bin_sums(groups, n_bins, "uniform").gap.sum(-1).abs() / groups.total',
+        'return bin_sums(table, n_bins, "uniform").gap.abs().sum(-1) / table.total',
+        'return bin_sums(table, n_bins, "uniform").gap.sum(-1).abs() / table.total',
         "metrics/test_exact.py",
     ),
     Mutant(

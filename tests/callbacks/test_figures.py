@@ -8,13 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 
-from vlm_calibration.callbacks.figures import (
-    UNPERTURBED,
-    CalibrationFigures,
-    media_of,
-    sample_table,
-    tables_by_perturbation,
-)
+from vlm_calibration.callbacks.figures import CalibrationFigures, media_of, sample_table
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
@@ -43,39 +37,35 @@ class Dataset:
         return query_id.startswith("p")
 
 
-def _tables(*answers: tuple[str, str | None, float | None, float | None, bool]) -> Any:
-    predictions = [
-        replace(ANSWER, id=i, perturbation=kind, strength=strength, confidence=confidence, correct=correct)
-        for i, kind, strength, confidence, correct in answers
-    ]
-    return tables_by_perturbation(predictions, Dataset())  # type: ignore[arg-type]
+ANSWERS = [
+    replace(ANSWER, id=i, perturbation=kind, strength=strength, confidence=confidence, correct=correct)
+    for i, kind, strength, confidence, correct in (
+        ("p1", "blur", 0.5, 0.6, True),
+        ("p2", "blur", 0.5, 0.2, False),
+        ("p3", "noise", 0.5, None, True),
+        ("p4", "", 0.0, 0.9, True),
+        ("c1", "", 0.0, 1.0, False),
+        ("c2", None, None, 1.0, True),
+    )
+]
 
 
-ANSWERS = (
-    ("p1", "blur", 0.5, 0.6, True),
-    ("p2", "blur", 0.5, 0.2, False),
-    ("p3", "noise", 0.5, None, True),
-    ("p4", "", 0.0, 0.9, True),
-    ("c1", "", 0.0, 1.0, False),
-    ("c2", None, None, 1.0, True),
-)
-
-
-def test_answers_are_counted_by_kind_and_strength() -> None:
-    tables = _tables(*ANSWERS)
-    counted = {("blur", 0.5): 2, ("noise", 0.5): 1, ("", 0.0): 1, UNPERTURBED: 2}
-    assert {key: table.n for key, table in tables.items()} == counted
-    media = media_of(tables)
-    table = media["response_table"]
-    assert table.columns == ["kind", "strength", "answers", "accuracy", "mean_confidence"]
+def test_the_response_has_a_row_for_each_kind_and_strength_with_confidences() -> None:
+    media = media_of(ANSWERS, Dataset())  # type: ignore[arg-type]
+    assert media["response_table"].columns == ["kind", "strength", "answers", "accuracy", "mean_confidence"]
     rows = [("untouched", 0.0, 1, 1.0, 0.9), ("blur", 0.5, 2, 0.5, 0.4)]
-    assert [row[0] for row in table.data] == [row[0] for row in rows]
-    for row, expected in zip(table.data, rows, strict=True):
+    assert [row[0] for row in media["response_table"].data] == [row[0] for row in rows]
+    for row, expected in zip(media["response_table"].data, rows, strict=True):
         assert row[1:] == pytest.approx(expected[1:])
+    assert [row[0] for row in media["confidence_table"].data] == [0.2, 0.6, 0.9, 1.0]
+    assert media["confidence_table"].data[-1][1:] == [1, 1]
+
+
+def test_without_perturbed_splits_there_is_no_response_curve() -> None:
+    names = {"reliability", "risk_coverage", "confidence_table"}
+    media = media_of(ANSWERS[4:], Dataset())  # type: ignore[arg-type]
+    assert set(media) == names
     assert (media["reliability"]._width, media["reliability"]._height) == (800, 600)
-    without = media_of(_tables(*ANSWERS[4:]))
-    assert set(without) == {"reliability", "risk_coverage", "confidence_table"}, "nothing is perturbed"
-    assert set(media) == set(without) | {"response_curve", "response_table"}
 
 
 def test_samples_are_evenly_spaced_queries_with_the_answers_of_each_system(processor: Any) -> None:

@@ -214,6 +214,7 @@ CONFIDENT = {"confidence": 0.5, "category": "easy"}
         ([CONFIDENT], ["--estimator", "expcted"], ("--estimator", "expected")),
         ([CONFIDENT], ["--system", "stf"], ("--system", "did you mean sft")),
         ([CONFIDENT], ["--system", ""], ("--system", "base, sft")),
+        ([CONFIDENT], None, ("--system, one of base, sft",)),
     ],
 )
 def test_what_cannot_be_used_is_named(
@@ -221,31 +222,11 @@ def test_what_cannot_be_used_is_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     rows: Any,
-    options: list[str],
+    options: list[str] | None,
     named: tuple[str, ...],
 ) -> None:
     path = write(tmp_path / "new.jsonl", rows)
-    system = [] if "--system" in options else ["--system", "sft"]
-    assert main(["monitor", "--reference", str(evaluation), "--new", str(path), *system, *options]) == 1
+    options = [] if options is None else options if "--system" in options else ["--system", "sft", *options]
+    assert main(["monitor", "--reference", str(evaluation), "--new", str(path), *options]) == 1
     [error] = capsys.readouterr().err.splitlines()
     assert [text for text in named if text not in error] == []
-
-
-def test_several_systems_need_a_name(
-    evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path / "new.jsonl", answers(5, 4))
-    assert main(["monitor", "--reference", str(evaluation), "--new", str(path)]) == 1
-    assert "--system, one of base, sft" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("certainty", ["1", "0", "most"])
-def test_a_certainty_outside_its_range_is_an_error_in_the_call(
-    evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], certainty: str
-) -> None:
-    path = write(tmp_path / "new.jsonl", answers(5, 4))
-    command = ["monitor", "--reference", str(evaluation), "--new", str(path), "--certainty", certainty]
-    assert main(command) == 2
-    error = capsys.readouterr().err
-    assert "--certainty" in error
-    assert "a number in (0, 1)" in error

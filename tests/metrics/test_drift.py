@@ -70,10 +70,6 @@ def test_a_shift_of_mean_or_shape_is_found(shares: np.ndarray, n: int) -> None:
     assert sum(test.p_value <= 0.05 for test in tests) >= 40
 
 
-def test_the_wider_shares_have_the_same_mean() -> None:
-    assert np.nansum(LEVELS * (WIDER - SHARES)) == pytest.approx(0, abs=0.005)
-
-
 def test_unparsed_answers_are_a_level_of_their_own() -> None:
     test = drift_test(np.zeros(50), np.full(20, math.nan))
     assert test.difference == 1

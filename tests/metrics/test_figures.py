@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
@@ -46,7 +45,7 @@ def size(figure):
     [
         make(),
         make(levels=101, n=3000),
-        ConfidenceTable.empty(),
+        ConfidenceTable.from_predictions([], []),
         ConfidenceTable.from_predictions([None], [True]),
         ConfidenceTable.from_predictions([1.0], [True]),
         ConfidenceTable.from_predictions([0.0, 0.0], [False, False]),
@@ -77,7 +76,7 @@ def test_the_reliability_diagram_shows_bins_counts_and_ece():
     written = texts(figure)
     for part in (
         "40",
-        "1.5k",
+        "1,500",
         "Perfectly calibrated",
         "95% interval",
         "Answers in each bin",
@@ -136,12 +135,7 @@ KINDS = (
     "noise",
     "blur",
     "motion_blur",
-    "pixelation",
-    "occlusion",
-    "fade",
-    "jpeg",
-    "darkness",
-    "overexposure",
+    *("pixelation", "occlusion", "fade", "jpeg", "darkness", "overexposure"),
 )
 
 
@@ -156,27 +150,25 @@ def curves(ax):
 
 
 def test_the_response_curve_of_one_kind():
-    tables = response(1) | {("noise", 0.75): ConfidenceTable.empty()}
+    tables = response(1) | {("noise", 0.75): ConfidenceTable.from_predictions([], [])}
     figure = figures.response_curve(tables)
     assert size(figure) == (800, 600)
     [ax] = figure.axes
-    assert ax.child_axes == [], "no panels"
     strengths, confidence = curves(ax)["Mean stated confidence"]
     assert strengths == [0, 0.5, 1]
     expected = [tables[key] for key in (("", 0.0), ("noise", 0.5), ("noise", 1.0))]
     assert confidence == pytest.approx([100 * float(METRICS["mean_confidence"](t)) for t in expected])
     accuracy = curves(ax)["Accuracy"][1]
     assert accuracy == pytest.approx([100 * float(METRICS["parsed_accuracy"](t)) for t in expected])
-    assert "Strength of noise" in texts(figure)
-    assert "700 answers" in texts(figure)
+    assert "700 answers" in figure.get_suptitle()
 
 
-@pytest.mark.parametrize("n_kinds", range(2, 10))
+@pytest.mark.parametrize("n_kinds", [2, 3, 5, 9])
 def test_several_kinds_have_a_panel_each_and_share_the_untouched_images(n_kinds):
     tables = response(n_kinds)
     figure = figures.response_curve(tables)
     assert size(figure) == (800, 600)
-    panels = figure.axes[0].child_axes
+    panels = figure.axes
     assert [panel.get_title() for panel in panels] == sorted(k.replace("_", " ") for k in KINDS[:n_kinds])
     untouched = 100 * float(METRICS["mean_confidence"](tables["", 0.0]))
     for panel in panels:
@@ -184,31 +176,24 @@ def test_several_kinds_have_a_panel_each_and_share_the_untouched_images(n_kinds)
         assert (strengths, confidence[0]) == ([0, 0.5, 1], untouched)
     boxes = [panel.get_tightbbox() for panel in panels]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), "all labels can be read"
-    legend = figure.axes[0].get_legend().get_window_extent()
+    legend = figure.legends[0].get_window_extent()
     assert not any(legend.overlaps(box) for box in boxes)
 
 
 def test_the_response_curve_without_answers_or_perturbation():
-    assert "No answer" in texts(figures.response_curve({("", 0.0): ConfidenceTable.empty()}))
+    for tables in ({}, {("", 0.0): ConfidenceTable.from_predictions([], [])}):
+        assert "No answer" in texts(figures.response_curve(tables))
     alone = figures.response_curve({("", 0.0): make()}).axes[0]
     assert curves(alone)["Accuracy"][0] == [0]
-    with pytest.raises(ValueError, match="at least one table"):
-        figures.response_curve({})
 
 
 def test_given_axes_and_titles_are_used():
     figure = Figure()
-    axes = figure.subplots(2, 2).ravel()
-    for draw, ax in zip(DRAWN, axes, strict=False):
-        assert draw(make(), ax=ax, title="mine") is figure
-        assert ax.get_title() == "mine"
-    assert figures.response_curve(response(3), ax=axes[3], title="mine") is figure
-
-
-def test_threads():
-    with ThreadPoolExecutor(4) as pool:
-        sizes = list(pool.map(lambda i: size(DRAWN[i % 3](make(seed=i))), range(6)))
-    assert sizes == [(800, 600)] * 6
+    left, right = figure.subplots(1, 2)
+    assert figures.reliability_diagram(make(), ax=left, title="mine") is figure
+    assert left.get_title() == "mine"
+    assert figures.confidence_histogram(make(), ax=right) is figure
+    assert figures.response_curve(response(3), figure=(given := Figure())) is given
 
 
 @pytest.mark.slow

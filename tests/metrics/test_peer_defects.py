@@ -65,14 +65,6 @@ def test_an_edge_is_in_the_bin_above_it(edge, truth):
     assert relplot_value == pytest.approx(0.475)
 
 
-@pytest.mark.parametrize("percent", range(0, 101, 10))
-def test_every_edge_shares_a_bin_with_what_is_above_it(percent):
-    """By hand: the edge wrong and its neighbour right, together in one bin."""
-    neighbour = percent + 5 if percent < 100 else 95
-    truth = abs((percent + neighbour) / 100 - 1) / 2
-    assert ours([percent / 100, neighbour / 100], [False, True]) == pytest.approx(truth, abs=1e-12)
-
-
 def test_a_confidence_outside_the_unit_interval_is_an_error():
     """A logit-like 1.5 makes torchmetrics squash everything: sigmoid(0.9) = 0.711, sigmoid(1.5) = 0.818.
 
@@ -108,7 +100,7 @@ def test_a_missing_confidence_is_not_one_half():
     assert imputed == pytest.approx(1.3 / 3)
     table = ConfidenceTable.from_predictions([0.9, 0.9, None], [True, False, False])
     assert float(METRICS["ece"](table)) == pytest.approx(0.4)
-    assert (table.n, table.parsed, table.unparsed) == (3, 2, 1)
+    assert (table.n, table.parsed) == (3, 2)
 
 
 def test_binning_the_negative_of_uncertainty_hides_everything():

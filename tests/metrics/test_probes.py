@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from vlm_calibration.metrics.counting import ProbeMetrics
-from vlm_calibration.metrics.probes import probe_difference
 from vlm_calibration.records import ORIGINAL
 
 PROBES = ("image", "answer")
@@ -96,9 +95,3 @@ def test_processes_merge_to_the_same_bits() -> None:
 def test_without_probes_there_is_nothing() -> None:
     metrics = ProbeMetrics((), GROUPS)
     assert metrics.compute() == {}
-
-
-def test_a_difference_needs_both_confidences() -> None:
-    assert probe_difference({ORIGINAL: 0.9, "image": 0.2}, "image") == pytest.approx(-0.7)
-    assert probe_difference({ORIGINAL: None, "image": 0.2}, "image") is None
-    assert probe_difference({ORIGINAL: 0.9, "image": None}, "image") is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mapie.risk_control.fwer_control import FWERFixedSequenceTesting
-from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy.stats import binom, binomtest
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
@@ -13,14 +12,13 @@ from vlm_calibration.metrics.risk_control import (
     GRID_STEPS,
     LATER_START,
     Limits,
+    ThresholdScores,
     control_risk,
     exact_interval,
     fewest_answers,
     graded_answers,
     guarantee,
     lowest_controlled,
-    p_value,
-    threshold_scores,
 )
 from vlm_calibration.reporting.report.thresholds import one_an_image
 
@@ -37,19 +35,6 @@ def _random_answers(seed: int, n: int = 600) -> tuple[np.ndarray, np.ndarray]:
 
 
 # --- Against MAPIE ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("limit", [0.02, 0.05, 0.3])
-def test_p_values_are_those_of_mapie(limit: float) -> None:
-    answers = np.repeat(np.array([1, 20, 64, 512, 4096]), 5)
-    wrong = np.floor(answers * np.tile([0, 0.25, 0.5, 1, 2], 5) * limit).astype(int)
-    theirs = compute_hoeffding_bentkus_p_value(wrong / answers, answers, limit, binary=True)[:, 0]
-    ours = p_value(wrong, answers, limit)
-    # MAPIE recovers the number of wrong answers from their share, which rounding can raise by one.
-    exact = np.ceil(answers * (wrong / answers)) == wrong
-    assert exact.sum() > 15
-    assert ours[exact] == pytest.approx(theirs[exact], rel=1e-9)
-    assert (ours <= theirs * (1 + 1e-9)).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -82,10 +67,12 @@ def test_the_threshold_is_never_above_that_of_a_fixed_sequence(name: str) -> Non
     """MAPIE's controller begins its sequence at the lowest threshold where the measured error rises; here it begins at the highest."""
     for n in (100, 300, 1000):
         for answers in POPULATIONS[name].draw(n, np.random.default_rng(n), 20):
-            wrong, given = answers.counts[:, 0].cumsum(), answers.counts.sum(1).cumsum()
-            passed = FWERFixedSequenceTesting().run(p_value(wrong, given, LIMIT), LEVEL)
+            falling = np.unique(answers.confidence)[::-1]
+            given = answers.confidence >= falling[:, None]
+            p_values = binom.cdf((given & ~answers.correct).sum(1), given.sum(1), LIMIT)
+            passed = FWERFixedSequenceTesting().run(p_values, LEVEL)
             ours = lowest_controlled(answers, LIMIT, LEVEL)
-            assert not len(passed) or (ours is not None and ours <= answers.threshold[passed[-1]])
+            assert not len(passed) or (ours is not None and ours <= falling[passed[-1]])
 
 
 # --- By hand ----------------------------------------------------------------------------------------------------
@@ -109,21 +96,15 @@ def test_an_answer_counts_at_a_threshold_if_and_only_if_it_reaches_it() -> None:
     steps = np.arange(GRID_STEPS + 1) / GRID_STEPS
     confidence = np.concatenate([rng.random(500), steps, np.nextafter(steps[1:], 0)])
     answers = graded_answers(list(confidence), [True] * len(confidence))
-    assert int(answers.counts.sum()) == len(confidence)
     for threshold in steps[::7].tolist():
-        assert threshold_scores(answers, threshold, 0.95).answers == (confidence >= threshold).sum()
-
-
-@pytest.mark.parametrize(("confidence", "correct"), [([0.5, 1.1], [True, True]), ([0.5], [True, False])])
-def test_answers_that_cannot_be_counted(confidence: list[float], correct: list[bool]) -> None:
-    with pytest.raises(ValueError, match="confidence"):
-        graded_answers(confidence, correct)
+        assert ((answers.confidence >= threshold) == (confidence >= threshold)).all()
 
 
 def test_counts_of_a_threshold_with_unparsed_answers() -> None:
     confidence = [0.9] * 8 + [0.5] * 4 + [None] * 3
     correct = [True] * 7 + [False] + [True, False, False, False] + [True, True, False]
-    scores = threshold_scores(graded_answers(confidence, correct), 0.9, 0.95)
+    answers = graded_answers(confidence, correct)
+    scores = ThresholdScores.of(answers.confidence >= 0.9, answers.correct, 0.95)
     assert scores[:5] == (15, 8, 1, 10, 3)
     assert (scores.coverage.value, scores.error.value, scores.sent_away_share.value) == (
         8 / 15,
@@ -165,7 +146,6 @@ def test_groups_share_the_error_probability() -> None:
     assert control_risk({"a": part}, Limits(0.05)).found
     two = control_risk({"a": part, "b": part}, Limits(0.05))
     assert not two.found
-    assert two.level == pytest.approx(0.025)
     assert "Bonferroni over 2" in two.correction
     more = graded_answers([0.8] * 72, [True] * 72)
     assert [c.threshold for c in control_risk({"a": more, "b": part}, Limits(0.05)).choices.values()] == [
@@ -210,12 +190,6 @@ def test_the_sentence() -> None:
         "certainty for all groups together, for questions like mine: a: answer from 80% on, 75% of the questions; b: answer nothing."
     )
     assert guarantee(control_risk({"": bad}, Limits(0.05))) == ""
-
-
-@pytest.mark.parametrize("values", [(0, 0.95, None), (1, 0.95, None), (0.05, 1, None), (0.05, 0.95, 0)])
-def test_limits_outside_the_range_are_refused(values: tuple[float, float, float | None]) -> None:
-    with pytest.raises(ValueError, match=r"must be between 0 and 1 \(exclusive\)"):
-        Limits(*values)
 
 
 # --- The guarantee, by simulation -------------------------------------------------------------------------------

@@ -50,8 +50,7 @@ def test_bounds(cases):
         smooth = float(METRICS["smooth_ece"](table))
         assert smooth == pytest.approx(value(percent / 100, correct), abs=1e-9)
         assert abs(float(METRICS["overconfidence"](table))) <= smooth + 1e-5
-        groups = table.groups()
-        of_levels = (groups.answers * groups.value - groups.correct).abs().sum() / groups.total
+        of_levels = (table.answers * table.value - table.correct).abs().sum() / table.total
         assert smooth <= float(of_levels) + 1e-5
 
 
@@ -64,9 +63,9 @@ def test_perfect_and_worst():
 
 def test_a_small_error_is_that_of_the_narrowest_kernel():
     """A millionth too confident at two far levels in opposite directions: at 1/1024 they do not cancel."""
-    counts = torch.zeros(101, 2, dtype=torch.int64)
-    counts[20], counts[80] = torch.tensor([[800_100, 199_900], [199_900, 800_100]])
-    value = float(METRICS["smooth_ece"](ConfidenceTable(counts)))
+    counts = torch.tensor([[800_100, 199_900], [199_900, 800_100]])
+    table = ConfidenceTable(torch.tensor([0.2, 0.8], dtype=torch.float64), counts, torch.tensor(0))
+    value = float(METRICS["smooth_ece"](table))
     assert value == pytest.approx(1e-4, abs=1e-9)
 
 
@@ -94,14 +93,13 @@ def test_it_is_continuous_where_the_binned_error_jumps():
 
 def test_batched_replicates_equal_single_tables(cases):
     """One fixed-point search for a batch of very different rows finds what each row's own search finds."""
-    tables = [
-        ConfidenceTable.from_predictions(torch.tensor(p / 100), torch.tensor(y))
-        for p, y in cases(30, "percents", seed=35, largest=200)
-    ]
-    counts = torch.stack([t.counts for t in tables])
-    full = ConfidenceTable(torch.ones(101, 2, dtype=torch.int64)).groups()
-    batch = METRICS["smooth_ece"](full._replace(counts=counts))
-    single = torch.stack([METRICS["smooth_ece"](t) for t in tables])
+    counts = torch.zeros(30, 101, 2, dtype=torch.int64)
+    for row, (percent, correct) in zip(counts, cases(30, "percents", seed=35, largest=200), strict=True):
+        np.add.at(row.numpy(), (percent, correct.astype(int)), 1)
+    value = torch.arange(101, dtype=torch.float64) / 100
+    metric = METRICS["smooth_ece"]
+    batch = metric(ConfidenceTable(value, counts, torch.zeros(30, dtype=torch.int64)))
+    single = torch.stack([metric(ConfidenceTable(value, row, torch.tensor(0))) for row in counts])
     assert torch.allclose(batch, single, atol=1e-5, rtol=0)
 
 

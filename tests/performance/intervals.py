@@ -18,7 +18,7 @@ import torch
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.bootstrap import Interval, interval_of
 from vlm_calibration.metrics.functional import METRICS
-from vlm_calibration.metrics.groups import ConfidenceGroups
+from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.reporting.report.bootstrap import ImageBootstrap
 
 GRID = 1000
@@ -49,20 +49,18 @@ class Population:
         share = self.share / self.share.sum()
         return np.stack([share * (1 - self.accuracy), share * self.accuracy], axis=1)
 
-    def groups(self, counts: np.ndarray) -> ConfidenceGroups:
+    def table(self, counts: np.ndarray) -> ConfidenceTable:
         """Counts [..., L, 2] at the levels that hold an answer."""
         occupied = counts.reshape(-1, len(self.level), 2).sum((0, 2)) > 0
-        return ConfidenceGroups(
+        return ConfidenceTable(
             torch.from_numpy(self.level[occupied] / GRID),
             torch.from_numpy(counts[..., occupied, :]),
-            torch.from_numpy(self.level[occupied]),
-            GRID,
             torch.zeros(counts.shape[:-2], dtype=torch.int64),
         )
 
     def truth(self, metric: str) -> float:
         """The metric of the population."""
-        return float(METRICS[metric](self.groups((self.cells * 1e12).round().astype(np.int64))))
+        return float(METRICS[metric](self.table((self.cells * 1e12).round().astype(np.int64))))
 
 
 def continuous(a: float, b: float, accuracy: Callable[[np.ndarray], np.ndarray]) -> Population:
@@ -113,7 +111,7 @@ def intervals(
     draws = np.zeros((replicates, len(cells)), dtype=np.int64)
     draws[:, occupied] = rng.multinomial(n, counts[occupied] / n, size=replicates)
     # Together, so that answers and draws have the same levels.
-    both = population.groups(np.concatenate([counts[None], draws]).reshape(replicates + 1, -1, 2))
+    both = population.table(np.concatenate([counts[None], draws]).reshape(replicates + 1, -1, 2))
     answers = both._replace(counts=both.counts[0], unparsed=both.unparsed[0])
     resampled = both._replace(counts=both.counts[1:], unparsed=both.unparsed[1:])
     return {metric: interval_of(METRICS[metric], answers, resampled) for metric in metrics}

@@ -47,10 +47,8 @@ class Population:
             yield self.graded(level[one], luck[one] >= self.error[level[one]])
 
     def graded(self, level: np.ndarray, correct: np.ndarray) -> GradedAnswers:
-        """The counts of answers at given confidences."""
-        counts = np.bincount(2 * level + correct, minlength=2 * len(self.value)).reshape(-1, 2)
-        occupied = np.flatnonzero(counts.sum(1))[::-1]
-        return GradedAnswers(self.value[occupied], counts[occupied], np.zeros(2, dtype=np.int64))
+        """Answers at given confidences."""
+        return GradedAnswers(self.value[level], correct)
 
     def index(self, threshold: float) -> int:
         """The place of a threshold among the confidences."""
@@ -103,19 +101,17 @@ def of_mapie(answers: GradedAnswers) -> float | None:
     """The lowest threshold of MAPIE's fixed sequence over all confidences."""
     from mapie.risk_control import BinaryClassificationController, precision
 
-    confidence = np.repeat(answers.threshold, answers.counts.sum(1))
-    correct = np.concatenate([np.repeat([0, 1], counts) for counts in answers.counts])
     controller = BinaryClassificationController(
         lambda x: np.stack([1 - x, x], -1),
         precision,
         1 - LIMIT,
         1 - LEVEL,
-        list_predict_params=answers.threshold,
+        list_predict_params=np.unique(answers.confidence)[::-1],
         fwer_method="fixed_sequence",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no threshold
-        controller.calibrate(confidence, correct)
+        controller.calibrate(answers.confidence, answers.correct.astype(int))
     return min(map(float, controller.valid_predict_params), default=None)
 
 

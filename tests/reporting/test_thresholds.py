@@ -25,7 +25,6 @@ from vlm_calibration.reporting.report.thresholds import (
     broken_sentence,
     parts_of,
     promises_of,
-    uncalibrated_sentence,
 )
 from vlm_calibration.settings import file_digest
 
@@ -51,9 +50,9 @@ def system(name: str, likelihood: float | None = None, calibrated: bool = True) 
 
 
 def test_each_limit_gives_the_share_that_its_threshold_gives() -> None:
-    [row] = promises_of([system("tuned")])
-    assert [promise.limits.max_error for promise in row.promises] == list(MAX_ERRORS)
-    one, two, five, ten = row.promises
+    [row] = promises_of([system("tuned")]).values()
+    assert [promise.limits.max_error for promise in row] == list(MAX_ERRORS)
+    one, two, five, ten = row
     assert (one.choice.threshold, two.choice.threshold, five.choice.threshold) == (None, None, 0.9)
     assert coverage_cell(five)[:2] == ("75.0%", ["70.5–79.2%", "from 90% on"])
     assert coverage_cell(two).value == coverage_cell(one).value == "no threshold gives this"
@@ -63,8 +62,8 @@ def test_each_limit_gives_the_share_that_its_threshold_gives() -> None:
 
 
 def test_the_parts_where_the_guarantee_breaks_are_named() -> None:
-    [row] = promises_of([system("tuned")])
-    ten = row.promises[-1]
+    [row] = promises_of([system("tuned")]).values()
+    ten = row[-1]
     assert {name: (s.n, s.answers, s.wrong) for name, s in ten.tested.items()} == {
         ALL: (320, 300, 32),
         "easy": (220, 200, 2),
@@ -78,17 +77,19 @@ def test_the_parts_where_the_guarantee_breaks_are_named() -> None:
     assert broken_sentence(row) == (
         "The guarantee does not hold on “hard” (limit 5% and 10%): the whole interval of the error lies above the limit."
     )
-    sound = replace(system("tuned"), predictions=answers("easy", 200, 2))
-    assert broken_sentence(promises_of([sound])[0]).startswith("On no part")
-    whole = replace(system("tuned"), predictions=answers("hard", 200, 60))
-    assert "on the test answers as a whole (limit 5% and 10%)" in broken_sentence(promises_of([whole])[0])
+    for predictions, says in (
+        (answers("easy", 200, 2), "On no part"),
+        (answers("hard", 200, 60), "on the test answers as a whole (limit 5% and 10%)"),
+    ):
+        [row] = promises_of([replace(system("tuned"), predictions=predictions)]).values()
+        assert says in broken_sentence(row)
 
 
 def test_the_likelihood_of_the_base_model_is_compared_and_no_other() -> None:
     rows = promises_of([system("base", 0.5), system("tuned", 0.5), system("bare", calibrated=False)])
-    assert [row.name for row in rows] == ["base", "base, likelihood", "tuned"]
-    assert rows[0].promises[-1].choice.threshold == 0.9
-    assert rows[1].promises[-1].choice.threshold is None, "all answers are equally likely"
+    assert list(rows) == [("base", "verbalized"), ("base", "likelihood"), ("tuned", "verbalized")]
+    assert rows["base", "verbalized"][-1].choice.threshold == 0.9
+    assert rows["base", "likelihood"][-1].choice.threshold is None, "all answers are equally likely"
 
 
 def test_parts_are_splits_or_else_categories() -> None:
@@ -100,18 +101,6 @@ def test_parts_are_splits_or_else_categories() -> None:
     named = [replace(a, id=f"easy:{i}") for i, a in enumerate(categories)]
     assert list(parts_of(named)) == ["dog", "cat", "other"]
     assert parts_of(unnamed) == {}
-
-
-def test_systems_without_calibration_answers_are_named() -> None:
-    bare, other = system("bare", calibrated=False), system("other", calibrated=False)
-    assert uncalibrated_sentence([system("tuned")]) == ""
-    assert uncalibrated_sentence([system("tuned"), bare]).startswith("bare has no answers")
-    assert uncalibrated_sentence([system("tuned"), bare, other]).startswith("bare and other have no answers")
-    assert uncalibrated_sentence([bare]).startswith("The system has no answers")
-    assert uncalibrated_sentence([bare, other]).startswith("The systems have no answers")
-
-
-# --- The files ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -149,7 +138,7 @@ def test_without_calibration_answers_the_section_says_what_to_do(evaluation: Pat
     for name in ("base", "tuned"):
         (evaluation / name / "calibration.jsonl").unlink()
     text = _section(evaluation)
-    assert "The systems have no answers to a calibration set" in text
+    assert "No answers to a calibration set: base, tuned." in text
     assert "--calibration" in text
     assert "at most" not in text
 

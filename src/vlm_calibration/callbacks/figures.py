@@ -16,20 +16,13 @@ from vlm_calibration.callbacks.logger import staged, wandb_logger
 from vlm_calibration.callbacks.predictions import require_writer
 from vlm_calibration.data.dataset import PerturbedQueries
 from vlm_calibration.estimators.predictions import PREDICTIONS, read_predictions
-from vlm_calibration.metrics.figures import (
-    ResponseTables,
-    reliability_diagram,
-    response_curve,
-    risk_coverage_figure,
-)
+from vlm_calibration.metrics.figures import reliability_diagram, response_curve, risk_coverage_figure
 from vlm_calibration.metrics.functional import METRICS
-from vlm_calibration.metrics.table import ConfidenceTable, tables_by_category
+from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.records import Prediction
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.stages.scoring import HasResults
 
-UNPERTURBED = ("unperturbed", 0.0)
-"""Key of the answers in splits that are not perturbed, which are not those of a response curve."""
 LARGEST_SIDE = 512
 """Longest side of a logged photo, in pixels."""
 ANSWER_COLUMNS = ("text", "confidence", "correct")
@@ -78,45 +71,45 @@ class CalibrationFigures(L.Callback):
                 media["test/comparison"] = _table(["system", *names], rows)
             for system, predictions in answers.items():
                 prefix = f"{stage}/{system}" if system else stage
-                tables = tables_by_perturbation(predictions, dataset)
-                media |= {f"{prefix}/{name}": value for name, value in media_of(tables).items()}
+                media |= {f"{prefix}/{name}": value for name, value in media_of(predictions, dataset).items()}
             media[f"{stage}/samples"] = sample_table(dataset, answers, self.samples, taught=stage == "val")
             # Lightning counts the steps of metrics from 0.
             logger.log_metrics(media, step=max(trainer.global_step - 1, 0))
 
 
-def tables_by_perturbation(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> ResponseTables:
-    """Count predictions by kind and strength of perturbation; those to splits that are not perturbed under `UNPERTURBED`."""
-    places = [
-        (p.perturbation or "", p.strength or 0.0) if dataset.is_noised(p.id) else UNPERTURBED
-        for p in predictions
-    ]
-    return tables_by_category([p.confidence for p in predictions], [p.correct for p in predictions], places)
-
-
-def media_of(tables: ResponseTables) -> dict[str, Any]:
-    """The figures and tables of one system, by name."""
-    total = sum(tables.values(), start=ConfidenceTable.empty())
+def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> dict[str, Any]:
+    """The figures and tables of one system, by name; those of the response are over the splits with perturbed images."""
+    total = _counted(predictions)
     counts = [
-        [level / total.grid_steps, correct, wrong]
-        for level, (wrong, correct) in enumerate(total.counts.tolist())
-        if correct or wrong
+        [confidence, correct, wrong]
+        for confidence, (wrong, correct) in zip(total.value.tolist(), total.counts.tolist(), strict=True)
     ]
     media: dict[str, Any] = {
         "reliability": _drawing(reliability_diagram(total)),
         "risk_coverage": _drawing(risk_coverage_figure(total)),
         "confidence_table": _table(["confidence", "right", "wrong"], counts),
     }
-    if perturbed := {key: table for key, table in tables.items() if key != UNPERTURBED}:
+    by_perturbation: dict[tuple[str, float], list[Prediction]] = {}
+    for p in predictions:
+        if dataset.is_noised(p.id):
+            by_perturbation.setdefault((p.perturbation or "", p.strength or 0.0), []).append(p)
+    if by_perturbation:
+        tables = {key: _counted(answers) for key, answers in sorted(by_perturbation.items())}
         shares = ("parsed_accuracy", "mean_confidence")
         rows = [
             [kind or "untouched", strength, table.parsed, *(float(METRICS[name](table)) for name in shares)]
-            for (kind, strength), table in sorted(perturbed.items())
+            for (kind, strength), table in tables.items()
             if table.parsed
         ]
-        media["response_curve"] = _drawing(response_curve(perturbed))
+        media["response_curve"] = _drawing(response_curve(tables))
         media["response_table"] = _table(["kind", "strength", "answers", "accuracy", "mean_confidence"], rows)
     return media
+
+
+def _counted(predictions: Sequence[Prediction]) -> ConfidenceTable:
+    return ConfidenceTable.from_predictions(
+        [p.confidence for p in predictions], [p.correct for p in predictions]
+    )
 
 
 def sample_table(

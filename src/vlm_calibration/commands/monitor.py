@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from jsonargparse.typing import OpenUnitInterval
 
-from vlm_calibration.errors import CommandError, did_you_mean
+from vlm_calibration.errors import CommandError
 from vlm_calibration.files import json_lines
 from vlm_calibration.records import DataError, RecordError, category_groups, short_repr
 
@@ -21,19 +21,18 @@ DRIFT_STATUS = 3
 
 
 class MonitoredAnswer(NamedTuple):
-    """An answer without its correctness.
-
-    Attributes:
-        id: decides which of several answers about an image counts.
-        image: None if the file names none; each such answer counts.
-        confidence: in [0, 1], NaN if unparsed.
-        groups: the groups that it counts in, beside all answers.
-    """
+    """An answer without its correctness, with its confidence in [0, 1], NaN if unparsed, and the groups that it counts in."""
 
     id: str
     image: str | None
     confidence: float
     groups: tuple[str, ...]
+
+    @classmethod
+    def of(cls, id: str, image: str | None, confidence: float | None, group: str | None) -> MonitoredAnswer:
+        """An answer with the category or type that it is compared by, None without `--by`."""
+        groups = (part for part in category_groups(group) if "/" not in part)
+        return cls(id, image, math.nan if confidence is None else float(confidence), tuple(groups))
 
 
 def monitor(
@@ -48,8 +47,8 @@ def monitor(
 ) -> None:
     """Compare the confidences of new answers with those of an evaluation: are they still of the same kind? Exit status 3 if not.
 
-    A guarantee holds for questions like those that it was measured on. The new answers need not be graded, and their order does not
-    matter. Of several answers about one image one counts.
+    A guarantee holds for questions like those that it was measured on. The new answers need not be graded. Of several answers about one
+    image one counts.
 
     Args:
         reference: folder of an evaluation, or of one of its systems; its answers to the calibration set are the reference, or those to
@@ -62,11 +61,24 @@ def monitor(
         json: print one JSON object
 
     Raises:
-        ArgumentError: an argument is missing or wrong.
         DataError: a file, a line of it, or the system or estimator cannot be used.
         CommandError: the answers have changed.
     """
-    answers = _reference_answers(reference, system, estimator, by)
+    # These import torch, which the help does not need.
+    from vlm_calibration.reporting.report.data import check_estimator, read_systems, system_named
+
+    systems = read_systems([str(reference)])
+    if system is None and len(systems) > 1:
+        raise DataError(
+            f"{reference}: several systems: give --system, one of {', '.join(s.name for s in systems)}"
+        )
+    chosen = systems[0] if system is None else system_named(systems, system)
+    known_answers = chosen.predictions if chosen.calibration is None else chosen.calibration
+    check_estimator(estimator, known_answers, reference)
+    answers = [
+        MonitoredAnswer.of(a.id, a.image, a.confidence_of(estimator), getattr(a, by) if by else None)
+        for a in known_answers
+    ]
     key = "confidence" if estimator == "verbalized" else estimator
     new_answers = [line.read(partial(_new_answer, key=key, by=by)) for line in json_lines(new)]
     if not new_answers:
@@ -76,31 +88,24 @@ def monitor(
         raise DataError(f"--by {by}: {_listed(groups_of_new)} in {new}, {_listed(known)} in {reference}")
     # A false alarm anywhere is at most as probable as the sum of the errors.
     error = (1 - certainty) / (1 + len(known))
-    overall = _compare(answers, new_answers, error)
-    groups = {}
+    compared = {"overall": _compare(answers, new_answers, error)}
     for group in sorted(known):
         old, asked = ([a for a in some if group in a.groups] for some in (answers, new_answers))
-        groups[group] = _compare(old, asked, error)
-    has_drifted = any(figures["drift"] for figures in (overall, *groups.values()))
-    result = {
-        "reference": str(reference),
-        "new": str(new),
-        "estimator": estimator,
-        "certainty": float(certainty),
-        "drift": has_drifted,
-        "without_reference": sorted(groups_of_new - known),
-        "overall": overall,
-        "groups": groups,
-    }
+        compared[group] = _compare(old, asked, error)
+    has_drifted = any(figures["drift"] for figures in compared.values())
+    without_reference = groups_of_new - known
     if json:
-        print(json_format.dumps(result))
+        result = {"reference": str(reference), "new": str(new), "estimator": estimator}
+        result |= {"certainty": float(certainty), "drift": has_drifted}
+        result |= {"without_reference": sorted(without_reference), "overall": compared.pop("overall")}
+        print(json_format.dumps({**result, "groups": compared}))
     else:
-        print("\n".join(_line(*item) for item in {"overall": overall, **groups}.items()))
+        print("\n".join(_line(*item) for item in compared.items()))
         print(
             f"Without drift an alarm has a probability of at most {1 - certainty:.3g}: p of at most {error:.2g}."
         )
-        if unknown := groups_of_new - known:
-            print(f"without reference, counted overall alone: {_listed(unknown)}")
+        if without_reference:
+            print(f"without reference, counted overall alone: {_listed(without_reference)}")
     if has_drifted:
         raise CommandError("", DRIFT_STATUS)
 
@@ -120,8 +125,6 @@ def _compare(
 
     # Sorted, so that not even the last digit of a mean depends on the order of the lines.
     before, after = (np.sort([a.confidence for a in one_an_image(answers)]) for answers in (reference, new))
-    # Twice as many as make a p-value of this error possible.
-    test = drift_test(before, after, permutations=max(999, math.ceil(2 / error))) if new else None
     figures: dict[str, Any] = {}
     for name, values in (("reference", before), ("new", after)):
         parsed = values[~np.isnan(values)]
@@ -130,69 +133,25 @@ def _compare(
             f"{name}_mean_confidence": float(parsed.mean()) if len(parsed) else None,
             f"{name}_unparsed": len(values) - len(parsed),
         }
-    return {
-        **figures,
-        "difference": None if test is None else test.difference,
-        "p_value": None if test is None else test.p_value,
-        "drift": test is not None and test.p_value <= error,
-    }
+    if not new:
+        return {**figures, "difference": None, "p_value": None, "drift": False}
+    # Twice as many as make a p-value of this error possible.
+    test = drift_test(before, after, permutations=max(999, math.ceil(2 / error)))
+    return {**figures, **test._asdict(), "drift": test.p_value <= error}
 
 
 def _line(name: str, figures: Mapping[str, Any]) -> str:
     """The figures of a group for the terminal."""
-    counts = [
-        f"{answers} {figures[f'{answers}_n']:,}" + ("" if mean is None else f" (mean {mean:.1%})")
-        for answers in ("reference", "new")
-        for mean in [figures[f"{answers}_mean_confidence"]]
-    ]
+    counts = []
+    for answers in ("reference", "new"):
+        mean = figures[f"{answers}_mean_confidence"]
+        counts.append(
+            f"{answers} {figures[f'{answers}_n']:,}" + ("" if mean is None else f" (mean {mean:.1%})")
+        )
     if figures["p_value"] is None:
         return f"{name}: {', '.join(counts)}"
     verdict = "drift" if figures["drift"] else "no drift"
     return f"{name}: {', '.join(counts)}, difference {figures['difference']:.1%}, p = {figures['p_value']:.2g}: {verdict}"
-
-
-# --- Answers --------------------------------------------------------------------------------------------------------
-
-
-def _reference_answers(
-    folder: Path, system: str | None, estimator: str, by: By | None
-) -> list[MonitoredAnswer]:
-    """The answers of a system to the calibration set, or without one to the test set."""
-    # These import torch, which the help does not need.
-    from vlm_calibration.estimators.predictions import estimators_of
-    from vlm_calibration.reporting.report.data import read_systems
-
-    systems = {found.name: found for found in read_systems([str(folder)])}
-    if system is None and len(systems) > 1:
-        raise DataError(f"{folder}: several systems: give --system, one of {', '.join(systems)}")
-    if system is not None and system not in systems:
-        raise DataError(
-            f"--system: {folder} has no {system!r}{did_you_mean(system, list(systems))}; it has {', '.join(systems)}"
-        )
-    chosen = systems[system or next(iter(systems))]
-    answers = chosen.calibration if chosen.calibration is not None else chosen.predictions
-    if estimator not in (estimators := estimators_of(answers)):
-        raise DataError(
-            f"--estimator: {folder}: {chosen.name} has no {estimator!r}{did_you_mean(estimator, estimators)}; "
-            f"it has {', '.join(estimators)}"
-        )
-    return [
-        MonitoredAnswer(
-            answer.id,
-            answer.image,
-            _float(answer.confidence_of(estimator)),
-            _groups(answer.category if by == "category" else answer.answer_type) if by else (),
-        )
-        for answer in answers
-    ]
-
-
-def _groups(category: str | None) -> tuple[str, ...]:
-    return tuple(group for group in category_groups(category) if "/" not in group)
-
-
-def _float(confidence: float | None) -> float:
-    return math.nan if confidence is None else float(confidence)
 
 
 def _new_answer(data: Any, key: str, by: By | None) -> MonitoredAnswer:
@@ -210,4 +169,4 @@ def _new_answer(data: Any, key: str, by: By | None) -> MonitoredAnswer:
         if not (data.get(name) is None or isinstance(data[name], str)):
             raise RecordError(f"{name!r} must be a string or null, found {short_repr(data[name])}")
     identifier = str(data.get("id", json_format.dumps(data, sort_keys=True)))
-    return MonitoredAnswer(identifier, data.get("image"), _float(value), _groups(data[by]) if by else ())
+    return MonitoredAnswer.of(identifier, data.get("image"), value, data[by] if by else None)

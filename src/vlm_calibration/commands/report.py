@@ -7,7 +7,6 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.files import write_text
-from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import PAGE
 
 
@@ -44,28 +43,27 @@ def report(
             there is no such system.
     """
     # These import torch and matplotlib, which the help does not need.
-    from vlm_calibration.reporting.report.data import read_calibration, read_systems
+    from vlm_calibration.reporting.report.data import read_calibration, read_systems, system_named
     from vlm_calibration.reporting.report.page import render_page
     from vlm_calibration.reporting.report.summary import largest_error, subject_of
-    from vlm_calibration.reporting.report.table import compare, write_table
+    from vlm_calibration.reporting.report.table import compare, stated_rows
     from vlm_calibration.reporting.runs import commands_with
     from vlm_calibration.reporting.tables import print_results
 
     systems = read_systems(runs)
-    if system is not None and system not in [s.name for s in systems]:
-        raise DataError(f"--system: no system {system!r}; there are {', '.join(s.name for s in systems)}")
+    about = subject_of(systems) if system is None else system_named(systems, system)
     if calibration is not None:
         systems = read_calibration(str(calibration), systems)
-    about = subject_of(systems, system)
-    compared = compare(systems, replicates, seed)
+        about = system_named(systems, about.name)
+    frame, notes = compare(systems, replicates, seed)
     page = out if out is not None else Path(runs[0]) / PAGE
     table = page.with_suffix(".csv")
-    html = render_page(systems, compared, about, table, images=images, replicates=replicates, seed=seed)
+    html = render_page(systems, frame, notes, about, table, images=images, replicates=replicates, seed=seed)
     write_text(page, html)
-    write_table(compared, table)
-    worst = largest_error(compared.groups[about.name])
+    write_text(table, frame.to_csv(index=False, lineterminator="\n"))
+    worst = largest_error(frame, about.name)
     print_results(
-        {s.name: s.values for s in systems},
+        stated_rows(frame).set_index("system").to_dict("index"),
         words=f"{about.name}: its {worst}" if worst else "",
         files={"report": page},
         commands=commands_with(about.adapter),

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json as json_format
-from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jsonargparse.typing import OpenUnitInterval
+
 from vlm_calibration.errors import CommandError
+from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
     from vlm_calibration.metrics.risk_control import RiskControl, ThresholdScores
-    from vlm_calibration.reporting.report.thresholds import Evaluated
 
 NOT_FOUND = 3
 """Exit status if no threshold keeps the limits."""
@@ -23,9 +24,9 @@ NOT_FOUND = 3
 def threshold(
     run: str,
     *,
-    max_error: float = 0.05,
-    certainty: float = 0.95,
-    max_sent_away: float | None = None,
+    max_error: OpenUnitInterval = OpenUnitInterval(0.05),
+    certainty: OpenUnitInterval = OpenUnitInterval(0.95),
+    max_sent_away: OpenUnitInterval | None = None,
     by: Literal["category"] | None = None,
     estimator: str = "verbalized",
     system: str | None = None,
@@ -37,40 +38,45 @@ def threshold(
 
     Args:
         run: folder of an evaluation
-        max_error: largest share of wrong answers among the answers given, in (0, 1)
-        certainty: how sure the promise is, in (0, 1)
-        max_sent_away: largest share of the correct answers that are not given, in (0, 1); no limit without it
+        max_error: largest share of wrong answers among the answers given
+        certainty: how sure the promise is
+        max_sent_away: largest share of the correct answers that are not given; no limit without it
         by: a threshold for each category instead of one for all; the promise holds for all at once
         estimator: estimator of the confidence that is compared, such as expected or likelihood
         system: system of the evaluation (default: the last trained one)
         json: print one JSON object
 
     Raises:
-        ArgumentError: a limit is not in (0, 1).
         DataError: there are no answers, they cannot be used, or the adapter is not that of the evaluation.
         CommandError: no threshold keeps the limits.
     """
     # These import torch, which the help does not need.
     from vlm_calibration.estimators.decision import DecisionRule, read_rule, write_rule
+    from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
     from vlm_calibration.metrics.risk_control import ASSUMPTIONS, Limits, guarantee
     from vlm_calibration.reporting.card import state_guarantee
-    from vlm_calibration.reporting.report.thresholds import choose, model_of, read_evaluated, realised
+    from vlm_calibration.reporting.report.data import ORACLE, check_estimator, read_systems, system_named
+    from vlm_calibration.reporting.report.thresholds import choose, grouped, model_of, realised
     from vlm_calibration.settings import file_digest
     from vlm_calibration.text.known_questions import KnownQuestions
 
-    try:
-        limits = Limits(max_error, certainty, max_sent_away)
-    except ValueError as error:
-        raise ArgumentError(None, f"--{str(error).replace('_', '-')}") from error
-    evaluated = read_evaluated(Path(run), system, estimator, by)
-    model = model_of(evaluated.system)
-    control = choose(evaluated.groups, estimator, limits)
+    limits = Limits(max_error, certainty, max_sent_away)
+    systems = [s for s in read_systems([run]) if s.name != ORACLE]
+    if not systems:
+        raise DataError(f"{run}: holds no answers of a model")
+    about = systems[-1] if system is None else system_named(systems, system)
+    fields, folder, has_adapter = model_of(about)
+    answers, file, questions = about.calibration, CALIBRATION, "those of the calibration split"
+    if answers is None:
+        answers, file, questions = about.predictions, PREDICTIONS, "the evaluated ones"
+    path = about.folder / about.name / file
+    check_estimator(estimator, answers, path)
+    groups = grouped(answers, by)
+    if not groups:
+        raise DataError(f"{path}: no answer has a category: leave --by out")
+    control = choose(groups, estimator, limits)
     rule = DecisionRule(
-        base=model.base.name_or_path,
-        quantization=model.base.quantization,
-        dtype=model.base.dtype,
-        weights=model.weights,
-        prompt=model.prompt,
+        **fields,
         estimator=estimator,
         by=by,
         groups={
@@ -85,34 +91,32 @@ def threshold(
         },
         limits=asdict(limits),
         correction=control.correction,
-        guarantee=guarantee(control, evaluated.questions),
+        guarantee=guarantee(control, questions),
         assumptions=list(ASSUMPTIONS),
         answers={
-            "split": evaluated.split,
-            "digest": file_digest(evaluated.path),
-            "n": len(evaluated.answers),
-            "images": len({a.image for a in evaluated.answers if a.image is not None}) or None,
-            "without_group": evaluated.without_group,
+            "split": path.stem,
+            "digest": file_digest(path),
+            "n": len(answers),
+            "images": len({a.image for a in answers if a.image is not None}) or None,
+            "without_group": len(answers) - sum(map(len, groups.values())),
         },
-        questions=KnownQuestions.of([answer.question for answer in evaluated.answers]),
+        questions=KnownQuestions.of([answer.question for answer in answers]),
     )
-    tested = (
-        realised(control, estimator, evaluated.system.predictions) if evaluated.split == "calibration" else {}
-    )
-    written = str(write_rule(rule, model.folder)) if control.found else None
+    tested = {} if about.calibration is None else realised(control, estimator, about.predictions)
+    written = str(write_rule(rule, folder)) if control.found else None
     if control.found:
-        state_guarantee(model.folder, rule.guarantee)
+        state_guarantee(folder, rule.guarantee)
     if json:
         test = {name: _plain(scores) for name, scores in tested.items()} or None
         row = {"found": control.found, "written": written, **asdict(rule), "test": test}
         print(json_format.dumps(row, indent=2, ensure_ascii=False))
     else:
-        _print(rule, control, evaluated, tested)
-        if control.found:
+        _print(path, rule, control, tested)
+        if written:
             print(f"wrote {written}")
-        elif earlier := read_rule(model.folder):
-            print(f"The thresholds of an earlier run stay in {model.folder}: {earlier.guarantee}")
-        if control.found and not model.has_adapter:
+        elif earlier := read_rule(folder):
+            print(f"The thresholds of an earlier run stay in {folder}: {earlier.guarantee}")
+        if written and not has_adapter:
             print(
                 "No adapter belongs to this model: the file is read where it lies beside a model's weights."
             )
@@ -129,45 +133,42 @@ def _plain(scores: ThresholdScores) -> dict[str, Any]:
 
 
 def _print(
-    rule: DecisionRule, control: RiskControl, evaluated: Evaluated, tested: Mapping[str, ThresholdScores]
+    path: Path, rule: DecisionRule, control: RiskControl, tested: Mapping[str, ThresholdScores]
 ) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from vlm_calibration.metrics.risk_control import percent
+    from vlm_calibration.reporting.tables import text_table
 
-    images = rule.answers["images"]
+    images, split = rule.answers["images"], rule.answers["split"]
     about = f" about {images} images, of which one each counts" if images else ""
-    print(f"{evaluated.path}: {len(evaluated.answers)} answers{about}; confidence: {rule.estimator}")
-    if evaluated.split == "predictions":
+    print(f"{path}: {rule.answers['n']} answers{about}; confidence: {rule.estimator}")
+    if split == "predictions":
         print(
             "The evaluation has no calibration split, so the threshold is chosen on the answers that it scores: they cannot check the "
             "promise as well. Give data.calibration."
         )
-    if evaluated.without_group:
-        print(f"{evaluated.without_group} answers have no category and are left out.")
+    if left_out := rule.answers["without_group"]:
+        print(f"{left_out} answers have no category and are left out.")
     print(rule.guarantee or "No threshold keeps the limits, so nothing is written.")
     for name, choice in control.choices.items():
         if choice.reason:
             print(f"{name or 'Why'}: {choice.reason}.")
     if not control.found:
         return
-    table = Table(
-        title=f"Intervals at {percent(control.limits.certainty)}", title_justify="left", title_style="bold"
-    )
-    for heading in ("answers", "threshold", "answered", "wrong of those", "correct, but sent away"):
-        table.add_column(heading, justify="left" if heading == "answers" else "right")
-    rows: list[tuple[str, str, ThresholdScores]] = []
-    for name, choice in control.choices.items():
-        if choice.scores is not None and choice.threshold is not None:
-            label = f"{evaluated.split} (chosen on)" + (f": {name}" if name else "")
-            rows.append((label, percent(choice.threshold), choice.scores))
+    rows = [
+        (f"{split} (chosen on)" + (f": {name}" if name else ""), percent(choice.threshold), choice.scores)
+        for name, choice in control.choices.items()
+        if choice.scores is not None and choice.threshold is not None
+    ]
     rows += [("test" if name == "all" else f"test: {name}", "", scores) for name, scores in tested.items()]
+    cells = []
     for label, from_on, scores in rows:
         shares = (scores.coverage, scores.error, scores.sent_away_share)
-        cells = [f"{v:.1%} [{low:.1%}, {high:.1%}]" if v == v else "-" for v, low, high in shares]
-        table.add_row(label, from_on, *cells)
-    Console().print(table)
+        texts = [f"{v:.1%} [{low:.1%}, {high:.1%}]" if v == v else "-" for v, low, high in shares]
+        cells.append((label, from_on, *texts))
+    headings = ("answers", "threshold", "answered", "wrong of those", "correct, but sent away")
+    Console().print(text_table(f"Intervals at {percent(control.limits.certainty)}", headings, cells))
     print(rule.questions.described())
     if "all" in tested:
         max_error, scores = control.limits.max_error, tested["all"]

@@ -1,17 +1,13 @@
 """Calibration metrics: one table of integer counts, every metric an exact function of it.
 
-`functional` declares every metric as a function of raw values, and `functional.METRICS` holds the declarations, which take
-tables. Figures are in `figures`. The torchmetrics classes are imported on first use: importing torchmetrics takes seconds, and
-scoring a file does not need it.
+`functional` declares every metric, as a function of raw values and of tables; figures are in `figures`. The torchmetrics classes are
+imported on first use: importing torchmetrics takes seconds, and scoring a file does not need it.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from vlm_calibration.metrics.functional import BrierDecomposition
-from vlm_calibration.metrics.groups import UndefinedMetricWarning
-from vlm_calibration.metrics.summary import summarize
-from vlm_calibration.metrics.table import ConfidenceTable, tables_by_category
-from vlm_calibration.metrics.task import TaskTable, task_scores
+from vlm_calibration.metrics.functional import BrierDecomposition, UndefinedMetricWarning
+from vlm_calibration.metrics.table import ConfidenceTable
 
 if TYPE_CHECKING:
     from vlm_calibration.metrics.counting import CalibrationMetrics, TaskMetrics
@@ -21,11 +17,7 @@ __all__ = [
     "CalibrationMetrics",
     "ConfidenceTable",
     "TaskMetrics",
-    "TaskTable",
     "UndefinedMetricWarning",
-    "summarize",
-    "tables_by_category",
-    "task_scores",
 ]
 
 

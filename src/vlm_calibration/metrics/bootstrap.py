@@ -14,46 +14,40 @@ import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from vlm_calibration.metrics.groups import CalibrationSpec, ConfidenceGroups, GapNorm
+from vlm_calibration.metrics.functional import MetricSpec
+from vlm_calibration.metrics.table import ConfidenceTable, GapNorm
 
 LEVEL = 0.95
 """Nominal coverage."""
 _BATCH_CELLS = 1 << 19
 """Number of confidences in a batch of replicates, approximately; bounds memory for fine grids."""
-
 _HALVINGS = 10
 _MAX_SHIFT = 8.0
 """Largest number of standard errors by which a population's gaps may exceed the measured ones."""
 
 
 class Interval(NamedTuple):
-    """A value with its confidence bounds; all NaN where the metric is undefined.
-
-    Attributes:
-        value: the metric of the answers.
-        low: lower bound, at most `value`.
-        high: upper bound, at least `value`.
-    """
+    """A value with its confidence bounds, which contain it; all NaN where the metric is undefined."""
 
     value: float
     low: float
     high: float
 
 
-def bootstrap_replicates(groups: ConfidenceGroups, function: Callable[[ConfidenceGroups], Tensor]) -> Tensor:
-    """A function of groups on every replicate, float64 [B], in batches of bounded memory."""
-    step = max(1, _BATCH_CELLS // max(len(groups.value), 512))
+def bootstrap_replicates(table: ConfidenceTable, function: Callable[[ConfidenceTable], Tensor]) -> Tensor:
+    """A function of a table on every replicate, float64 [B], in batches of bounded memory."""
+    step = max(1, _BATCH_CELLS // max(len(table.value), 512))
     batches = [
-        function(groups._replace(counts=groups.counts[i : i + step], unparsed=groups.unparsed[i : i + step]))
-        for i in range(0, len(groups.counts), step)
+        function(table._replace(counts=table.counts[i : i + step], unparsed=table.unparsed[i : i + step]))
+        for i in range(0, len(table.counts), step)
     ]
     return torch.cat(batches)
 
 
 def interval_of(
-    metric: CalibrationSpec,
-    groups: ConfidenceGroups,
-    draws: ConfidenceGroups,
+    metric: MetricSpec,
+    table: ConfidenceTable,
+    draws: ConfidenceTable,
     replicates: Tensor | None = None,
     rarer: int | None = None,
 ) -> Interval:
@@ -61,21 +55,21 @@ def interval_of(
 
     Args:
         metric: the metric.
-        groups: the answers.
+        table: the answers.
         draws: B resamples of the answers, drawn one by one or in clusters: counts [B, L, 2] over the same confidences.
         replicates: the metric of the draws, float [B], if it is computed already.
         rarer: see `percentile_interval`; by default that of answers drawn one by one.
     """
-    value = float(metric(groups))
+    value = float(metric(table))
     if value != value:
         return Interval(value, value, value)
     if metric.gaps is not None:
-        low, high = _compatible_errors(metric.gaps, groups, draws)
+        low, high = _compatible_errors(metric.gaps, table, draws)
         return Interval(value, min(low * value, value), max(min(high * value, metric.upper), value))
     if replicates is None:
         replicates = bootstrap_replicates(draws, metric)
     if rarer is None:
-        rarer = int(groups.counts.sum(0).amin())
+        rarer = int(table.counts.sum(0).amin())
     return percentile_interval(value, replicates, rarer)
 
 
@@ -96,10 +90,10 @@ def percentile_interval(value: float, replicates: Tensor, rarer: int) -> Interva
 
 
 def _compatible_errors(
-    gap_norm: GapNorm, groups: ConfidenceGroups, draws: ConfidenceGroups
+    gap_norm: GapNorm, table: ConfidenceTable, draws: ConfidenceTable
 ) -> tuple[float, float]:
     """The smallest and the largest true error compatible with the measured one, as multiples of the measured one."""
-    gaps, noise, standard_error = _gaps_and_noise(gap_norm, groups, draws)
+    gaps, noise, standard_error = _gaps_and_noise(gap_norm, table, draws)
     norm, miss = gap_norm.norm, 1 - LEVEL
     measured = float(norm(gaps))
     if measured == 0:
@@ -134,29 +128,29 @@ def _boundary(holds: Callable[[float], bool], inside: float, outside: float) -> 
 
 
 def _gaps_and_noise(
-    gap_norm: GapNorm, groups: ConfidenceGroups, draws: ConfidenceGroups
+    gap_norm: GapNorm, table: ConfidenceTable, draws: ConfidenceTable
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The measured gaps [K], their sampling noise in B draws [B, K], and its standard error [K], all float64."""
-    weights = gap_norm.weights(groups)
+    weights = gap_norm.weights(table)
 
     # Contribution of a wrong and of a correct answer at each confidence to the gaps' numerators and denominators: [2 L, K].
-    value = torch.stack([groups.value, groups.value - 1], dim=-1)
+    value = torch.stack([table.value, table.value - 1], dim=-1)
     numerators = (value[..., None] * weights[:, None]).flatten(0, 1)
     denominators = (
         weights.repeat_interleave(2, 0) if gap_norm.of_bin else numerators.new_ones(len(numerators), 1)
     )
 
-    def sums(groups: ConfidenceGroups) -> tuple[Tensor, Tensor]:
-        counts = groups.counts.flatten(-2).double()
+    def sums(table: ConfidenceTable) -> tuple[Tensor, Tensor]:
+        counts = table.counts.flatten(-2).double()
         return counts @ numerators, counts @ denominators
 
-    (total, n), (total_drawn, n_drawn) = sums(groups), sums(draws)
+    (total, n), (total_drawn, n_drawn) = sums(table), sums(draws)
     gaps = total / n
     noise = (total_drawn - gaps * n_drawn) / n
     variance = noise.square().mean(0)
     # A bin whose answers are all correct or all wrong shows no variance. Half of what it falls short of the variance of a calibrated
     # model, which follows from the confidences, is added.
-    calibrated = (groups.answers * groups.value * (1 - groups.value)) @ weights.square() / n.square()
+    calibrated = (table.answers * table.value * (1 - table.value)) @ weights.square() / n.square()
     missing = (calibrated - variance).clamp_min(0) / 2
     generator = torch.Generator().manual_seed(0)
     extra = torch.randn(noise.shape, generator=generator, dtype=torch.float64)

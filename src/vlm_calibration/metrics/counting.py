@@ -4,24 +4,31 @@ The state is O(1) in the number of predictions, is not changed by autocast or dt
 processes by a single all-reduce sum, however many metrics are computed from it.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+import math
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from vlm_calibration.metrics.functional import REPORTED, to_device_of
-from vlm_calibration.metrics.groups import check_correct
-from vlm_calibration.metrics.probes import Probed, count_probes, probe_values
-from vlm_calibration.metrics.summary import (
-    check_category,
-    check_names,
+from vlm_calibration.metrics.functional import (
+    METRICS,
+    REPORTED,
+    UndefinedMetricWarning,
     table_values,
-    warn_undefined_values,
+    to_device_of,
 )
-from vlm_calibration.metrics.table import ConfidenceTable, check_grid_steps, count_cells
-from vlm_calibration.metrics.task import TASK_SHAPE, TaskTable, check_positive, count_answers, task_scores
+from vlm_calibration.metrics.probes import Probed, count_probes, probe_values
+from vlm_calibration.metrics.table import (
+    ConfidenceTable,
+    check_confidence,
+    check_correct,
+    check_grid_steps,
+    to_level,
+)
+from vlm_calibration.metrics.task import ALL_METRICS, TASK_SHAPE, answer_cells, task_scores
 
 Category = str | Collection[str] | None
 """The category of an answer, several of them, or none."""
@@ -34,6 +41,18 @@ def sum_across_processes(counts: Tensor, group: Any = None) -> list[Tensor]:
     return [total]
 
 
+def warn_undefined_values(values: Mapping[str, float]) -> None:
+    """Issue one warning that names all values of declared metrics that are NaN, and why they are."""
+    by_reason: dict[str, list[str]] = {}
+    for name, value in values.items():
+        spec = ALL_METRICS.get(name.split("/", 1)[0])
+        if spec is not None and math.isnan(value):
+            by_reason.setdefault(spec.undefined, []).append(name)
+    if by_reason:
+        message = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+        warnings.warn(f"undefined (NaN): {message}", UndefinedMetricWarning, stacklevel=3)
+
+
 class CountingMetric(Metric):
     """Metrics whose whole state is one int64 tensor `counts`.
 
@@ -42,11 +61,8 @@ class CountingMetric(Metric):
     Args:
         shape: of the counts of one row.
         categories: names to break the metrics down by, fixed so that every process has the same state; None for
-            no breakdown, in which case the categories of an update are not used.
+            no breakdown, in which case the categories of an update are not used. ValueError on an empty or repeated one.
         kwargs: those of `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: on an empty or repeated category.
     """
 
     is_differentiable = False
@@ -61,32 +77,31 @@ class CountingMetric(Metric):
         if isinstance(categories, str):
             raise ValueError(f"categories must be a list of names, got the string {categories!r}")
         names = tuple(categories or ())
-        for category in names:
-            check_category(category)
         self._row_of = {name: row for row, name in enumerate(names, start=1)}
-        if len(self._row_of) != len(names):
-            raise ValueError(f"categories must differ, got {list(names)}")
+        if len(self._row_of) != len(names) or "" in names:
+            raise ValueError(f"categories must differ and not be empty, got {list(names)}")
         self.suffixes = ("", *(f"/{name}" for name in names))
         self.add_state("counts", torch.zeros(1 + len(names), *shape, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def rows(self, category: Sequence[Category] | None, n: int) -> tuple[Tensor | None, Tensor | None]:
-        """Which of N answers to count in which rows, int64 [M] each; None and None for every answer in row 0.
+    def count(self, cell: Tensor, category: Sequence[Category] | None) -> None:
+        """Count each of N answers once in row 0 and once in the row of each of its categories, with one `bincount`.
 
-        Raises:
-            ValueError: on a category that was not declared, or another number of categories than answers.
+        `cell` is int64 [N], the place of each answer in the flattened counts of a row. ValueError on a category that was not declared, or
+        another number of categories than answers.
         """
-        if not self._row_of or category is None:
-            return None, None
-        if isinstance(category, str) or len(category) != n:
-            raise ValueError(f"category must hold one name for each of the {n} answers, got {category!r}")
-        names = [(name,) if isinstance(name, str) else name or () for name in category]
-        unknown = {name for of_answer in names for name in of_answer if name not in self._row_of}
-        if unknown:
-            raise ValueError(f"unknown categories {sorted(unknown)}; declared are {list(self._row_of)}")
-        # All answers come first, so that an error in one names its index.
-        index = [*range(n), *(i for i, of_answer in enumerate(names) for _ in of_answer)]
-        row = [0] * n + [self._row_of[name] for of_answer in names for name in of_answer]
-        return torch.tensor(index, dtype=torch.int64), torch.tensor(row, dtype=torch.int64)
+        n, size = len(cell), self.counts[0].numel()
+        if self._row_of and category is not None:
+            if isinstance(category, str) or len(category) != n:
+                raise ValueError(f"category must hold one name for each of the {n} answers, got {category!r}")
+            names = [(name,) if isinstance(name, str) else name or () for name in category]
+            unknown = {name for of_answer in names for name in of_answer if name not in self._row_of}
+            if unknown:
+                raise ValueError(f"unknown categories {sorted(unknown)}; declared are {list(self._row_of)}")
+            index = [i for i, of_answer in enumerate(names) for _ in of_answer]
+            row = torch.tensor([self._row_of[name] for of_answer in names for name in of_answer])
+            cell = torch.cat([cell, cell[index] + row.to(cell) * size])
+        counts = torch.bincount(cell, minlength=self.counts.numel()).view_as(self.counts)
+        self.counts = self.counts + counts.to(self.counts.device)
 
     @property
     def update_called(self) -> bool:
@@ -120,49 +135,40 @@ class CalibrationCounts(CountingMetric):
         check_grid_steps(grid_steps)
         super().__init__((grid_steps + 2, 2), categories, **kwargs)
         self.grid_steps = grid_steps
-        self.names = check_names(metrics)
+        self.names = tuple(metrics)
+        if unknown := [name for name in self.names if name not in METRICS]:
+            raise ValueError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
 
     def update(self, confidence: Tensor, correct: Tensor, category: Sequence[Category] | None = None) -> None:
-        """Count N answers.
+        """Count N answers; ValueError on what is no confidence, correctness or declared category.
 
         Args:
             confidence: float [N] in [0, 1], NaN where it could not be parsed.
             correct: bool [N].
             category: N names, collections of names or None, if there are categories.
-
-        Raises:
-            ValueError: on a confidence outside [0, 1], a `correct` of another shape, an undeclared category.
         """
         correct = check_correct(correct, confidence.shape)
-        index, row = self.rows(category, len(confidence))
-        if index is not None and row is not None:
-            confidence, correct = confidence[index.to(confidence.device)], correct[index.to(correct.device)]
-            row = row.to(confidence.device)
-        cells = count_cells(confidence, correct, self.grid_steps, row, len(self.counts))
-        self.counts = self.counts + cells.to(self.counts.device)
+        check_confidence(confidence, nan_is_unparsed=True)
+        level = to_level(confidence.detach(), self.grid_steps)
+        self.count(level * 2 + correct.to(level.device), category)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
-        return table_values(ConfidenceTable.from_cells(counts), self.names, suffix)
+        return table_values(ConfidenceTable.from_grid(counts), self.names, suffix)
 
 
 class CalibrationMetrics(MetricCollection):
     """All calibration metrics over one table; keys are those of `metrics.json`.
 
-    `compute()` returns `n, ece, ace, mce, brier, brier_reliability, brier_resolution, brier_uncertainty, log_loss,
-    auroc, aurc, smooth_ece, mean_confidence, overconfidence, parse_failure_rate`, float64, each again with a
-    `/category` suffix for every category. `n` counts all answers; the other metrics are over the answers whose confidence
-    could be read.
+    `compute()` returns each metric, float64, and each again with a `/category` suffix for every category. `n` counts all answers; the
+    other metrics are over the answers whose confidence could be read.
 
     Args:
         prefix: put before every key.
         postfix: put after every key, category included.
         categories: names to break down by; None for no breakdown.
         grid_steps: grid steps from 0 to 1.
-        metrics: names from `METRICS`, by default those above.
+        metrics: names from `METRICS`, by default those of `metrics.json`.
         kwargs: those of `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: on an unknown metric, bad grid steps, an empty or repeated category.
 
     Example:
         >>> metrics = CalibrationMetrics(prefix="val/", metrics=("n", "ece", "brier"))
@@ -184,13 +190,11 @@ class CalibrationMetrics(MetricCollection):
         super().__init__(counts, prefix=prefix, postfix=postfix)
 
 
-class TaskCounts(CountingMetric):
-    """The member of `TaskMetrics`, with its arguments."""
+class TaskMetrics(CountingMetric):
+    """Accuracy over all answers; precision, recall, F1 and yes ratio over the yes/no questions; see `CountingMetric`."""
 
-    def __init__(self, positive: str, categories: Iterable[str] | None, **kwargs: Any) -> None:
-        check_positive(positive)
+    def __init__(self, categories: Iterable[str] | None = None, **kwargs: Any) -> None:
         super().__init__(TASK_SHAPE, categories, **kwargs)
-        self.positive = positive
 
     def update(
         self,
@@ -199,58 +203,15 @@ class TaskCounts(CountingMetric):
         correct: Tensor,
         category: Sequence[Category] | None = None,
     ) -> None:
-        """Count N answers.
-
-        Args:
-            predicted: N parsed answers, None where none could be parsed.
-            answer: N gold answers.
-            correct: bool [N], for the accuracy.
-            category: as for `CalibrationCounts.update`.
-
-        Raises:
-            ValueError: if the lengths differ, `correct` is not bool, or a category was not declared.
-        """
-        correct = check_correct(correct, torch.Size([len(answer)]))
-        cells = count_answers(predicted, answer, correct, *self.rows(category, len(answer)), len(self.counts))
-        self.counts = self.counts + cells.to(self.counts.device)
+        """Count N answers, see `answer_cells`; `category` as for `CalibrationCounts.update`."""
+        self.count(answer_cells(predicted, answer, correct), category)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
-        scores = task_scores(TaskTable(counts), positive=self.positive)
-        return {name + suffix: score for name, score in scores.items()}
-
-
-class TaskMetrics(MetricCollection):
-    """Accuracy over all answers; precision, recall, F1 and yes ratio over the yes/no questions.
-
-    Args:
-        positive: the positive class of precision, recall and F1, `yes` or `no`.
-        prefix: put before every key.
-        postfix: put after every key, category included.
-        categories: names to break down by; None for no breakdown.
-        kwargs: those of `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: on another `positive`, an empty or repeated category.
-    """
-
-    def __init__(
-        self,
-        positive: str = "yes",
-        prefix: str | None = None,
-        postfix: str | None = None,
-        categories: Iterable[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(TaskCounts(positive, categories, **kwargs), prefix=prefix, postfix=postfix)
+        return task_scores(counts, suffix)
 
 
 class ProbeMetrics(CountingMetric):
-    """The metrics of `probe_values` over all answers, and as `NAME/CATEGORY` over each category.
-
-    Args:
-        probes: names of the probes; none: there are no metrics.
-        categories: names to break down by.
-    """
+    """The metrics of `probe_values` for probes by name, over all answers and each category."""
 
     def __init__(self, probes: Sequence[str] = (), categories: Sequence[str] = ()) -> None:
         super().__init__((len(probes), 5), categories)

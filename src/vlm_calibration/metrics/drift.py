@@ -10,12 +10,7 @@ GRID_STEPS = 1000
 
 
 class Drift(NamedTuple):
-    """The outcome of a test.
-
-    Attributes:
-        difference: largest difference between the shares of both sides up to a confidence, in [0, 1].
-        p_value: probability of such a difference without drift, in (0, 1].
-    """
+    """The largest difference between the shares of both sides up to a confidence, in [0, 1], and the probability of it without drift."""
 
     difference: float
     p_value: float
@@ -25,17 +20,14 @@ def drift_test(reference: npt.ArrayLike, new: npt.ArrayLike, permutations: int =
     """Test whether new answers are draws from the same source as a reference, by the Kolmogorov-Smirnov statistic.
 
     The p-value is the share of random divisions of all answers into two sides of these sizes with at least this difference, so it is exact
-    for a few tied percents too. It assumes independent answers: give one of those about an image. The order of the answers does not
-    matter. A confidence that could not be parsed is a level of its own below all others.
+    for a few tied percents too; it is at least 1 / (permutations + 1). It assumes independent answers: give one of those about an image.
+    The order of the answers does not matter. A confidence that could not be parsed is a level of its own below all others.
 
     Args:
-        reference: float64 [M], confidences in [0, 1] or NaN.
+        reference: float64 [M], confidences in [0, 1] or NaN. ValueError for others, or none.
         new: float64 [N], likewise.
-        permutations: number of random divisions; the p-value is at least 1 / (permutations + 1).
+        permutations: number of random divisions.
         seed: of the divisions.
-
-    Raises:
-        ValueError: a confidence outside [0, 1], or no reference or new answer.
     """
     sides = [np.asarray(side, dtype=np.float64) for side in (reference, new)]
     if not all(map(len, sides)):

@@ -1,40 +1,75 @@
-"""Every metric, declared once: here as a pure function of `(confidence, correct)`, and in `METRICS` by its flat name.
+"""Every metric, declared once: here as a pure function of `(confidence, correct)`, and in `METRICS` as one of a `ConfidenceTable`.
 
-Common to all functions: `confidence` is float [N] in [0, 1] without NaN, `correct` is bool [N]; a ValueError names the
-first value that is neither. Values are grouped by one sort and not rounded. The result is a float64 scalar on the device of
-`confidence` (float32 on MPS), NaN with one `UndefinedMetricWarning` where the metric is undefined.
-
-A formula below is a function of `ConfidenceGroups`, and its declaration adds heading, bounds and direction; the torchmetrics
-classes, the columns of tables and the tests follow from it. For many predictions prefer a `ConfidenceTable`, which
-`METRICS[name](table)` takes: exact for confidences on its grid, while others move by at most `1 / (2 * grid_steps)`.
-
-Ranking metrics depend on the order of equally confident answers, which a table does not record: their expectation over random
-orders is computed in closed form.
+`confidence` is float [N] in [0, 1] without NaN, `correct` is bool [N]; a ValueError names the first value that is neither. Values are
+grouped by one sort and not rounded. The result is a float64 scalar on the device of `confidence` (float32 on MPS), NaN with one
+`UndefinedMetricWarning` where the metric is undefined. Ranking metrics are in expectation over random orders of equally confident answers.
 """
 
 import inspect
-from collections.abc import Callable
-from functools import wraps
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlm_calibration.metrics import smooth
-from vlm_calibration.metrics.groups import (
+from vlm_calibration.metrics.table import (
     Binning,
-    CalibrationSpec,
-    ConfidenceGroups,
+    ConfidenceTable,
     GapNorm,
     bin_index,
     bin_sums,
-    group_values,
-    warn_undefined,
+    check_confidence,
 )
 
-METRICS: dict[str, CalibrationSpec] = {}
-"""The declarations of all metrics by flat name, those of `metrics.json` first and in their order there."""
 UNPARSED = "there is no answer with a readable confidence"
+
+
+class UndefinedMetricWarning(UserWarning):
+    """A metric is undefined on the given answers, such as AUROC when all are correct, and is NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSpec:
+    """The declaration of a metric.
+
+    Attributes:
+        name: flat name, the key in `metrics.json`.
+        heading: short name for table columns.
+        function: from a `ConfidenceTable`, or the counts of `metrics.task`, to float64 [...], NaN where undefined.
+        undefined: when the value is NaN, as the end of a sentence.
+        higher_is_better: None where neither direction is better by itself.
+        lower: smallest possible value.
+        upper: largest possible value; infinity if there is none.
+        format: format of the value in tables.
+        gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
+    """
+
+    name: str
+    heading: str
+    function: Callable[..., Tensor]
+    undefined: str
+    higher_is_better: bool | None = None
+    lower: float = 0.0
+    upper: float = 1.0
+    format: str = ".3f"
+    gaps: GapNorm | None = None
+
+    def __call__(self, counts: Any, **options: Any) -> Tensor:
+        """The value on a table or a batch of replicates, float64, NaN where undefined, without a warning."""
+        return self.function(counts, **options)
+
+
+METRICS: dict[str, MetricSpec] = {}
+"""The declarations of all metrics of confidence by flat name, those of `metrics.json` first and in their order there."""
+
+
+def table_values(table: ConfidenceTable, names: Iterable[str], suffix: str = "") -> dict[str, float]:
+    """The named metrics of one table, NaN where undefined, without a warning."""
+    return {name + suffix: float(METRICS[name](table)) for name in names}
 
 
 def to_device_of(value: Tensor, like: Tensor) -> Tensor:
@@ -43,14 +78,16 @@ def to_device_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def of_values(formula: Callable[..., Any], undefined: str = UNPARSED) -> Callable[..., Any]:
-    """Turn a formula of `ConfidenceGroups` into a function of raw values with the formula's options."""
+    """Turn a formula of a `ConfidenceTable` into a function of raw values with the formula's options."""
 
     @wraps(formula)
     def function(confidence: Tensor, correct: Tensor, **options: Any) -> Any:
-        value = formula(group_values(confidence, correct), **options)
+        check_confidence(confidence, nan_is_unparsed=False)
+        value = formula(ConfidenceTable.from_predictions(confidence, correct, None), **options)
         parts = value if isinstance(value, tuple) else (value,)
         if any(bool(part.isnan().any()) for part in parts):
-            warn_undefined(formula.__name__, undefined)
+            message = f"{formula.__name__} is undefined (NaN): {undefined}"
+            warnings.warn(message, UndefinedMetricWarning, stacklevel=2)
         moved = [to_device_of(part, confidence) for part in parts]
         return type(value)(*moved) if isinstance(value, tuple) else moved[0]
 
@@ -69,20 +106,13 @@ def metric(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Declare the decorated formula: enter it in `METRICS` and put its function of raw values in its place.
 
-    Args:
-        name: flat name, not yet taken.
-        heading: short name for table columns.
-        undefined: when the value is NaN.
-        declaration: further fields of `CalibrationSpec`.
-
-    Raises:
-        ValueError: if the name is taken.
+    `declaration` has further fields of `MetricSpec`; ValueError if the name is taken.
     """
 
     def declare(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in METRICS:
             raise ValueError(f"the metric {name!r} is declared twice")
-        METRICS[name] = CalibrationSpec(
+        METRICS[name] = MetricSpec(
             name=name, heading=heading, undefined=undefined, function=formula, **declaration
         )
         return of_values(formula, undefined)
@@ -91,35 +121,26 @@ def metric(
 
 
 @metric("n", "n", "", upper=float("inf"))
-def answer_count(groups: ConfidenceGroups) -> Tensor:
+def answer_count(table: ConfidenceTable) -> Tensor:
     """Number of all answers, unparsed ones included.
 
     >>> answer_count(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(3., dtype=torch.float64)
     """
-    return groups.total + groups.unparsed
+    return table.total + table.unparsed
 
 
-# --- Binned errors --------------------------------------------------------------------------------------------------
+def membership(table: ConfidenceTable, binning: Binning) -> Tensor:
+    """Which confidence is in which of the ten bins, float64 [L, K]; bins without an answer are left out."""
+    one_hot = torch.nn.functional.one_hot(bin_index(table, 10, binning), 10).double()
+    return one_hot[:, table.answers @ one_hot > 0]
 
 
-def membership(binning: Binning) -> Callable[[ConfidenceGroups], Tensor]:
-    """A function to float64 [L, K]: which confidence is in which of the ten bins; bins without an answer are left out."""
-
-    def of_groups(groups: ConfidenceGroups) -> Tensor:
-        one_hot = torch.nn.functional.one_hot(bin_index(groups, 10, binning), 10).double()
-        return one_hot[:, groups.answers @ one_hot > 0]
-
-    return of_groups
+UNIFORM, QUANTILE = partial(membership, binning="uniform"), partial(membership, binning="quantile")
 
 
-@metric(
-    "ece",
-    "ECE",
-    higher_is_better=False,
-    gaps=GapNorm(membership("uniform"), lambda gaps: gaps.abs().sum(-1)),
-)
-def expected_calibration_error(groups: ConfidenceGroups, *, n_bins: int = 10) -> Tensor:
+@metric("ece", "ECE", higher_is_better=False, gaps=GapNorm(UNIFORM, lambda gaps: gaps.abs().sum(-1)))
+def expected_calibration_error(table: ConfidenceTable, *, n_bins: int = 10) -> Tensor:
     r"""Expected calibration error (ECE), Naeini et al. (AAAI 2015) and Guo et al. (arXiv 1706.04599).
 
     :math:`\sum_b w_b |acc_b - conf_b|`, with the share of answers `w_b`, mean confidence `conf_b` and accuracy `acc_b` of each
@@ -130,16 +151,11 @@ def expected_calibration_error(groups: ConfidenceGroups, *, n_bins: int = 10) ->
     >>> expected_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.3667, dtype=torch.float64)
     """
-    return bin_sums(groups, n_bins, "uniform").gap.abs().sum(-1) / groups.total
+    return bin_sums(table, n_bins, "uniform").gap.abs().sum(-1) / table.total
 
 
-@metric(
-    "ace",
-    "ACE",
-    higher_is_better=False,
-    gaps=GapNorm(membership("quantile"), lambda gaps: gaps.abs().mean(-1), of_bin=True),
-)
-def adaptive_calibration_error(groups: ConfidenceGroups, *, n_bins: int = 10) -> Tensor:
+@metric("ace", "ACE", higher_is_better=False, gaps=GapNorm(QUANTILE, lambda gaps: gaps.abs().mean(-1), True))
+def adaptive_calibration_error(table: ConfidenceTable, *, n_bins: int = 10) -> Tensor:
     r"""Adaptive calibration error (ACE), Nixon et al. (arXiv 1904.01685): mean gap over equal-mass bins.
 
     :math:`\frac{1}{B} \sum_b |acc_b - conf_b|` over the B of `n_bins` bins that hold an answer, as in netcal. Equal confidences
@@ -148,76 +164,68 @@ def adaptive_calibration_error(groups: ConfidenceGroups, *, n_bins: int = 10) ->
     >>> adaptive_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.3500, dtype=torch.float64)
     """
-    sums = bin_sums(groups, n_bins, "quantile")
+    sums = bin_sums(table, n_bins, "quantile")
     return sums.mean_gap.abs().sum(-1) / (sums.answers > 0).sum(-1).double()
 
 
-@metric(
-    "mce",
-    "MCE",
-    higher_is_better=False,
-    gaps=GapNorm(membership("uniform"), lambda gaps: gaps.abs().amax(-1), of_bin=True),
-)
-def maximum_calibration_error(groups: ConfidenceGroups, *, n_bins: int = 10) -> Tensor:
+@metric("mce", "MCE", higher_is_better=False, gaps=GapNorm(UNIFORM, lambda gaps: gaps.abs().amax(-1), True))
+def maximum_calibration_error(table: ConfidenceTable, *, n_bins: int = 10) -> Tensor:
     r"""Maximum calibration error (MCE), :math:`\max_b |acc_b - conf_b|` over the bins of the ECE that hold an answer.
 
     >>> maximum_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.4000, dtype=torch.float64)
     """
-    largest = bin_sums(groups, n_bins, "uniform").mean_gap.abs().amax(-1)
-    return torch.where(groups.total > 0, largest, torch.nan)
-
-
-# --- Proper scores --------------------------------------------------------------------------------------------------
+    largest = bin_sums(table, n_bins, "uniform").mean_gap.abs().amax(-1)
+    return torch.where(table.total > 0, largest, torch.nan)
 
 
 @metric("brier", "Brier", higher_is_better=False)
-def brier_score(groups: ConfidenceGroups) -> Tensor:
+def brier_score(table: ConfidenceTable) -> Tensor:
     r"""Brier score (1950), :math:`\frac{1}{N} \sum_i (c_i - y_i)^2`.
 
     >>> brier_score(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.3033, dtype=torch.float64)
     """
-    squares = groups.wrong * groups.value.square() + groups.correct * (1 - groups.value).square()
-    return squares.sum(-1) / groups.total
+    squares = table.wrong * table.value.square() + table.correct * (1 - table.value).square()
+    return squares.sum(-1) / table.total
 
 
 @metric("brier_reliability", "reliability", higher_is_better=False)
-def brier_reliability(groups: ConfidenceGroups) -> Tensor:
+def brier_reliability(table: ConfidenceTable) -> Tensor:
     r"""Murphy's reliability :math:`\sum_k w_k (c_k - acc_k)^2` over distinct confidences.
 
     >>> brier_reliability(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.1367, dtype=torch.float64)
     """
-    gap = groups.answers * groups.value - groups.correct
-    return (gap.square() / groups.answers.clamp_min(1)).sum(-1) / groups.total
+    gap = table.answers * table.value - table.correct
+    return (gap.square() / table.answers.clamp_min(1)).sum(-1) / table.total
 
 
 @metric("brier_resolution", "resolution", higher_is_better=True, upper=0.25)
-def brier_resolution(groups: ConfidenceGroups) -> Tensor:
+def brier_resolution(table: ConfidenceTable) -> Tensor:
     r"""Murphy's resolution :math:`\sum_k w_k (acc_k - acc)^2` over distinct confidences.
 
     >>> brier_resolution(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.0556, dtype=torch.float64)
     """
-    base = (groups.correct.sum(-1) / groups.total).unsqueeze(-1)
-    accuracy = groups.correct / groups.answers.clamp_min(1)
-    return (groups.answers * (accuracy - base).square()).sum(-1) / groups.total
+    base = (table.correct.sum(-1) / table.total).unsqueeze(-1)
+    accuracy = table.correct / table.answers.clamp_min(1)
+    return (table.answers * (accuracy - base).square()).sum(-1) / table.total
 
 
 @metric("brier_uncertainty", "uncertainty", upper=0.25)
-def brier_uncertainty(groups: ConfidenceGroups) -> Tensor:
+def brier_uncertainty(table: ConfidenceTable) -> Tensor:
     """Murphy's uncertainty `acc * (1 - acc)`, which does not depend on the confidences.
 
     >>> brier_uncertainty(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.2222, dtype=torch.float64)
     """
-    accuracy = groups.correct.sum(-1) / groups.total
+    accuracy = table.correct.sum(-1) / table.total
     return accuracy * (1 - accuracy)
 
 
 @metric("log_loss", "log loss", higher_is_better=False, upper=float("inf"))
-def log_loss(groups: ConfidenceGroups) -> Tensor:
+def log_loss(table: ConfidenceTable) -> Tensor:
     r"""Logarithmic loss in nats, :math:`-\frac{1}{N} \sum_i [y_i \ln c_i + (1 - y_i) \ln (1 - c_i)]`.
 
     A wrong answer at 100% would cost infinity, which makes every mean infinite and which JSON cannot write. As in
@@ -227,16 +235,13 @@ def log_loss(groups: ConfidenceGroups) -> Tensor:
     tensor(0.9215, dtype=torch.float64)
     """
     eps = torch.finfo(torch.float64).eps
-    value = groups.value.clamp(eps, 1 - eps)
-    likelihood = torch.xlogy(groups.correct, value) + torch.xlogy(groups.wrong, 1 - value)
-    return (0 - likelihood).sum(-1) / groups.total
-
-
-# --- Ranking --------------------------------------------------------------------------------------------------------
+    value = table.value.clamp(eps, 1 - eps)
+    likelihood = torch.xlogy(table.correct, value) + torch.xlogy(table.wrong, 1 - value)
+    return (0 - likelihood).sum(-1) / table.total
 
 
 @metric("auroc", "AUROC", "all answers are correct or all are wrong", higher_is_better=True)
-def auroc(groups: ConfidenceGroups) -> Tensor:
+def auroc(table: ConfidenceTable) -> Tensor:
     r"""Area under the ROC curve: the probability that a correct answer has more confidence than a wrong one.
 
     :math:`\frac{1}{n_+ n_-} \sum_{i: y_i = 1} \sum_{j: y_j = 0} [c_i > c_j] + \frac{1}{2} [c_i = c_j]` (Mann-Whitney).
@@ -244,14 +249,14 @@ def auroc(groups: ConfidenceGroups) -> Tensor:
     >>> auroc(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.7500, dtype=torch.float64)
     """
-    wrong, correct = groups.wrong, groups.correct
+    wrong, correct = table.wrong, table.correct
     wrong_below = wrong.cumsum(-1) - wrong
     pairs_won = (correct * (wrong_below + wrong / 2)).sum(-1)
     return pairs_won / (correct.sum(-1) * wrong.sum(-1))
 
 
 @metric("aurc", "AURC", higher_is_better=False)
-def area_under_risk_coverage(groups: ConfidenceGroups) -> Tensor:
+def area_under_risk_coverage(table: ConfidenceTable) -> Tensor:
     r"""Area under the risk-coverage curve (AURC), Geifman & El-Yaniv (arXiv 1805.08206).
 
     :math:`\frac{1}{N} \sum_{k=1}^N risk_k`, where `risk_k` is the error rate of the `k` most confident answers, in
@@ -260,7 +265,7 @@ def area_under_risk_coverage(groups: ConfidenceGroups) -> Tensor:
     >>> area_under_risk_coverage(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.5556, dtype=torch.float64)
     """
-    answers, wrong = groups.answers.flip(-1), groups.wrong.flip(-1)
+    answers, wrong = table.answers.flip(-1), table.wrong.flip(-1)
     answers_before = answers.cumsum(-1) - answers
     wrong_before = wrong.cumsum(-1) - wrong
     rate = wrong / answers.clamp_min(1)
@@ -268,10 +273,8 @@ def area_under_risk_coverage(groups: ConfidenceGroups) -> Tensor:
     # difference of digamma functions.
     reciprocals = torch.digamma(answers_before + answers + 1) - torch.digamma(answers_before + 1)
     area = wrong + (wrong_before - answers_before * rate) * reciprocals
-    return area.sum(-1) / groups.total
+    return area.sum(-1) / table.total
 
-
-# --- Smooth error and means -----------------------------------------------------------------------------------------
 
 smooth_calibration_error = metric(
     "smooth_ece", "smooth ECE", higher_is_better=False, gaps=smooth.SMOOTH_GAPS
@@ -279,33 +282,33 @@ smooth_calibration_error = metric(
 
 
 @metric("mean_confidence", "mean conf.")
-def mean_confidence(groups: ConfidenceGroups) -> Tensor:
+def mean_confidence(table: ConfidenceTable) -> Tensor:
     r"""Mean confidence :math:`\frac{1}{N} \sum_i c_i`.
 
     >>> mean_confidence(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.7000, dtype=torch.float64)
     """
-    return (groups.answers * groups.value).sum(-1) / groups.total
+    return (table.answers * table.value).sum(-1) / table.total
 
 
 @metric("overconfidence", "overconf.", lower=-1.0, format="+.3f")
-def overconfidence(groups: ConfidenceGroups) -> Tensor:
+def overconfidence(table: ConfidenceTable) -> Tensor:
     """Mean confidence minus accuracy, signed: positive is overconfident.
 
     >>> overconfidence(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.3667, dtype=torch.float64)
     """
-    return (groups.answers * groups.value - groups.correct).sum(-1) / groups.total
+    return (table.answers * table.value - table.correct).sum(-1) / table.total
 
 
 @metric("parse_failure_rate", "unparsed", "there is no answer", higher_is_better=False, format=".1%")
-def parse_failure_rate(groups: ConfidenceGroups) -> Tensor:
+def parse_failure_rate(table: ConfidenceTable) -> Tensor:
     """Share of all answers whose confidence could not be read; 0 for raw values, which all are read.
 
     >>> parse_failure_rate(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0., dtype=torch.float64)
     """
-    return groups.unparsed / (groups.total + groups.unparsed)
+    return table.unparsed / (table.total + table.unparsed)
 
 
 REPORTED = tuple(METRICS)
@@ -313,23 +316,17 @@ REPORTED = tuple(METRICS)
 
 
 @metric("parsed_accuracy", "accuracy (parsed)", higher_is_better=True)
-def parsed_accuracy(groups: ConfidenceGroups) -> Tensor:
+def parsed_accuracy(table: ConfidenceTable) -> Tensor:
     """Accuracy over the answers with a readable confidence.
 
     >>> parsed_accuracy(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.3333, dtype=torch.float64)
     """
-    return groups.correct.sum(-1) / groups.total
+    return table.correct.sum(-1) / table.total
 
 
 class BrierDecomposition(NamedTuple):
-    """Murphy's parts of the Brier score: `brier = reliability - resolution + uncertainty`.
-
-    Attributes:
-        reliability: float64 scalar in [0, 1], lower is better.
-        resolution: float64 scalar in [0, 1/4], higher is better.
-        uncertainty: float64 scalar in [0, 1/4], a property of the task.
-    """
+    """Murphy's parts of the Brier score, float64 scalars: `brier = reliability - resolution + uncertainty`."""
 
     reliability: Tensor
     resolution: Tensor
@@ -337,14 +334,11 @@ class BrierDecomposition(NamedTuple):
 
 
 @of_values
-def brier_decomposition(groups: ConfidenceGroups) -> BrierDecomposition:
+def brier_decomposition(table: ConfidenceTable) -> BrierDecomposition:
     """Murphy's parts of the Brier score (1973), over distinct confidences, so that they add up exactly.
 
     >>> parts = brier_decomposition(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     >>> parts.reliability - parts.resolution + parts.uncertainty
     tensor(0.3033, dtype=torch.float64)
     """
-    return BrierDecomposition(*(METRICS[f"brier_{part}"](groups) for part in BrierDecomposition._fields))
-
-
-__doc__ = (__doc__ or "") + "".join(f"\n- `{name}`: {s.summary}" for name, s in METRICS.items())
+    return BrierDecomposition(*(METRICS[f"brier_{part}"](table) for part in BrierDecomposition._fields))

@@ -22,12 +22,6 @@ Probed = Mapping[str, float | None]
 """The probed confidences of one answer by name, in [0, 1], `ORIGINAL` among them; None where a probe does not apply."""
 
 
-def probe_difference(probed: Probed, probe: str) -> float | None:
-    """The change of the confidence, probed minus original, in [-1, 1]; None where the probe does not apply."""
-    original, changed = probed[ORIGINAL], probed[probe]
-    return None if original is None or changed is None else changed - original
-
-
 def count_probes(
     probed: Iterable[Probed], probes: Sequence[str], rows: Iterable[Sequence[int]], n_rows: int
 ) -> Tensor:
@@ -51,10 +45,9 @@ def count_probes(
 def probe_values(counts: Tensor, probes: Sequence[str], suffix: str = "") -> dict[str, float]:
     """The metrics of one row of `count_probes`, int64 [P, 5].
 
-    Returns:
-        For each probe `probe_NAME_n`, the number of answers that it applies to; `probe_NAME_change`, the mean change of the
-        confidence in [-1, 1]; `probe_NAME_fell`, `_stayed` and `_rose`, shares of answers; and for the swapped answer
-        `probe_answer_sum`, the mean sum of both confidences in [0, 2]. NaN without answers. `suffix` is behind every name.
+    For each probe `probe_NAME_n`, the number of answers that it applies to; `probe_NAME_change`, the mean change of the
+    confidence in [-1, 1]; `probe_NAME_fell`, `_stayed` and `_rose`, shares of answers; and for the swapped answer
+    `probe_answer_sum`, the mean sum of both confidences in [0, 2]. NaN without answers. `suffix` is behind every name.
     """
     values: dict[str, float] = {}
     for probe, cell in zip(probes, counts.tolist(), strict=True):

@@ -40,34 +40,23 @@ class Limits:
         max_error: largest share of wrong answers among the answers given, in (0, 1).
         certainty: probability that the promise is kept, in (0, 1).
         max_sent_away: largest share of the correct answers that are not given, in (0, 1); None: no limit.
-
-    Raises:
-        ValueError: on a value outside (0, 1).
     """
 
     max_error: float
     certainty: float = 0.95
     max_sent_away: float | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("max_error", "certainty", "max_sent_away"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name} must be between 0 and 1 (exclusive), got {value}")
-
 
 class GradedAnswers(NamedTuple):
-    """Counts of independent answers, at most one about an image.
+    """Independent answers, at most one about an image.
 
     Attributes:
-        threshold: float64 [L], those that give further answers, from the highest down; whole tenths of a percent.
-        counts: int64 [L, 2], the wrong and the correct answers that each gives beside those of the one above it.
-        unparsed: int64 [2], the same without a readable confidence, which are never given.
+        confidence: float64 [N], the highest threshold that gives each answer; NaN without a readable confidence: none does.
+        correct: bool [N].
     """
 
-    threshold: npt.NDArray[np.float64]
-    counts: Counts
-    unparsed: Counts
+    confidence: npt.NDArray[np.float64]
+    correct: npt.NDArray[np.bool_]
 
 
 class ThresholdScores(NamedTuple):
@@ -95,12 +84,14 @@ class ThresholdScores(NamedTuple):
 
     @classmethod
     def of(
-        cls, n: int, answers: int, wrong: int, correct: int, sent_away: int, certainty: float
+        cls, given: npt.NDArray[np.bool_], correct: npt.NDArray[np.bool_], certainty: float
     ) -> "ThresholdScores":
-        """The scores of counts; `certainty` is that of each interval, in (0, 1)."""
-        shares = ((answers, n), (wrong, answers), (sent_away, correct))
+        """The scores of N answers, of which some are given; `certainty` is that of each interval, in (0, 1)."""
+        n, answers, n_correct = len(correct), int(given.sum()), int(correct.sum())
+        right = int((given & correct).sum())
+        shares = ((answers, n), (answers - right, answers), (n_correct - right, n_correct))
         intervals = (exact_interval(events, trials, certainty) for events, trials in shares)
-        return cls(n, answers, wrong, correct, sent_away, *intervals)
+        return cls(n, answers, answers - right, n_correct, n_correct - right, *intervals)
 
 
 class Choice(NamedTuple):
@@ -127,12 +118,10 @@ class RiskControl(NamedTuple):
     Attributes:
         limits: what is promised.
         choices: group -> its threshold; the key of all answers as one group is "".
-        level: the error probability of each limit of a group.
     """
 
     limits: Limits
     choices: Mapping[str, Choice]
-    level: float
 
     @property
     def found(self) -> bool:
@@ -146,43 +135,12 @@ class RiskControl(NamedTuple):
         return f"fallback testing of thresholds from the highest down; Bonferroni over {sequences} sequences"
 
 
-# --- Counts and tests -----------------------------------------------------------------------------------------------
-
-
 def graded_answers(confidence: Sequence[float | None], correct: Sequence[bool]) -> GradedAnswers:
-    """Count N answers at the highest threshold that gives them.
-
-    Args:
-        confidence: in [0, 1]; None or NaN where it could not be parsed.
-        correct: whether each is.
-
-    Raises:
-        ValueError: on a confidence outside [0, 1], or inputs of different lengths.
-    """
+    """Round confidences in [0, 1], None or NaN where they could not be parsed, down to the highest threshold that gives the answer."""
     values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
-    is_correct = np.asarray(correct, dtype=bool)
-    if len(values) != len(is_correct):
-        raise ValueError(f"{len(values)} confidences but {len(is_correct)} correct")
-    read = ~np.isnan(values)
-    if ((values[read] < 0) | (values[read] > 1)).any():
-        raise ValueError("a confidence is outside [0, 1]")
-    # Rounding down, so that an answer is at or above a threshold in the counts if and only if its confidence is.
-    level = np.round(values[read] * GRID_STEPS)
-    level -= level / GRID_STEPS > values[read]
-    negative, place = np.unique(-level, return_inverse=True)
-    counts = np.zeros((len(negative), 2), dtype=np.int64)
-    np.add.at(counts, (place, is_correct[read].astype(np.int64)), 1)
-    unparsed = np.bincount(is_correct[~read], minlength=2).astype(np.int64)
-    return GradedAnswers(-negative / GRID_STEPS, counts, unparsed)
-
-
-def p_value(events: npt.ArrayLike, trials: npt.ArrayLike, limit: float) -> npt.NDArray[np.float64]:
-    """Exact p-value of "the rate exceeds `limit`": the probability of at most `events` in `trials` at the rate `limit`.
-
-    >>> round(float(p_value(0, 59, 0.05)), 4)
-    0.0485
-    """
-    return np.asarray(binom.cdf(events, trials, limit))
+    level = np.round(values * GRID_STEPS)
+    level -= level / GRID_STEPS > values
+    return GradedAnswers(level / GRID_STEPS, np.array(correct, dtype=bool))
 
 
 def exact_interval(events: int, trials: int, certainty: float) -> Interval:
@@ -208,19 +166,14 @@ def lowest_controlled(answers: GradedAnswers, max_error: float, level: float) ->
     """The lowest threshold at which "the error rate among the answers given exceeds `max_error`" is rejected; None if there is none.
 
     Thresholds are tested from the highest down, each at the error probability that the one above it hands on after a rejection (the fallback
-    procedure, Wiens, 2003). All of it enters at the highest confidence if enough answers have it to pass; otherwise a half enters
-    at the first threshold with enough answers, and the other half at `LATER_START` times as many. Where it enters depends on the
+    procedure, Wiens, 2003). All of `level`, in (0, 1), enters at the highest confidence if enough answers have it to pass; otherwise a half
+    enters at the first threshold with enough answers, and the other half at `LATER_START` times as many. Where it enters depends on the
     confidences alone, and not on how many answers there are in all, so further answers with little confidence take no threshold
     away. The probability of a wrong rejection is at most `level` if the error rate does not fall when the threshold is lowered:
     each level of confidence below the first threshold that breaks the limit then has at least the error rate `max_error`, and so the
     number of wrong answers is, given all numbers of answers, at least binomial.
-
-    Args:
-        answers: independent ones.
-        max_error: in (0, 1).
-        level: of the test, in (0, 1).
     """
-    wrong, given = answers.counts[:, 0].cumsum(), answers.counts.sum(1).cumsum()
+    thresholds, given, wrong = _steps(answers)
     fewest = fewest_answers(max_error, level)
     entering = np.zeros(len(given) + 1)
     if len(given) and given[0] >= fewest:
@@ -228,27 +181,25 @@ def lowest_controlled(answers: GradedAnswers, max_error: float, level: float) ->
     else:
         for enough in (fewest_answers(max_error, level / 2), LATER_START * fewest):
             entering[np.searchsorted(given, enough)] += level / 2
+    # The exact p-value: the probability of at most so many wrong answers at the limit.
+    p_values = binom.cdf(wrong, given, max_error)
     lowest, available = None, 0.0
-    for threshold, p, enters in zip(
-        answers.threshold, p_value(wrong, given, max_error), entering, strict=False
-    ):
+    for threshold, p_value, enters in zip(thresholds, p_values, entering, strict=False):
         available += enters
-        if 0 < available >= p:
+        if 0 < available >= p_value:
             lowest = float(threshold)
         else:
             available = 0.0
     return lowest
 
 
-# --- Choice ---------------------------------------------------------------------------------------------------------
-
-
-def threshold_scores(answers: GradedAnswers, threshold: float, certainty: float) -> ThresholdScores:
-    """What a threshold does on answers, which need not be those that it was chosen on; `certainty` is that of each interval."""
-    wrong, right = answers.counts[answers.threshold >= threshold].sum(0).tolist()
-    total = answers.counts.sum(0) + answers.unparsed
-    correct = int(total[1])
-    return ThresholdScores.of(int(total.sum()), wrong + right, wrong, correct, correct - right, certainty)
+def _steps(answers: GradedAnswers) -> tuple[npt.NDArray[np.float64], Counts, Counts]:
+    """The thresholds that give further answers, from the highest down, and how many answers and wrong answers each gives, [L] each."""
+    read = ~np.isnan(answers.confidence)
+    negative, place = np.unique(-answers.confidence[read], return_inverse=True)
+    wrong = place[~answers.correct[read]]
+    given, wrong = (np.bincount(places, minlength=len(negative)).cumsum() for places in (place, wrong))
+    return -negative, given, wrong
 
 
 def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskControl:
@@ -258,30 +209,25 @@ def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskCo
         answers: group -> its answers; one group "" for all answers.
         limits: what is promised. Each of the G groups is tested at (1 - certainty) / G, and with two limits each limit at half of it.
 
-    Raises:
-        ValueError: without a group.
-
     Example:
         >>> control = control_risk({"": graded_answers([0.9] * 100 + [0.4] * 20, [True] * 100 + [False] * 20)}, Limits(0.05))
         >>> control.choices[""].threshold
         0.9
     """
-    if not answers:
-        raise ValueError("there is no group of answers")
     level = (1 - limits.certainty) / len(answers) / (1 if limits.max_sent_away is None else 2)
-    return RiskControl(limits, {name: _choose(part, limits, level) for name, part in answers.items()}, level)
+    return RiskControl(limits, {name: _choose(part, limits, level) for name, part in answers.items()})
 
 
 def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
     threshold = lowest_controlled(answers, limits.max_error, level)
     if threshold is None:
         return Choice(None, reason=_why_none(answers, limits.max_error, level))
-    scores = threshold_scores(answers, threshold, limits.certainty)
+    scores = ThresholdScores.of(answers.confidence >= threshold, answers.correct, limits.certainty)
     p_sent_away = None
     if limits.max_sent_away is not None:
         # A sequence of tests from the lowest threshold upwards passes this one if and only if its own test does, since each test has the
         # same number of trials and not fewer events than the one before it.
-        p_sent_away = float(p_value(scores.sent_away, scores.correct, limits.max_sent_away))
+        p_sent_away = float(binom.cdf(scores.sent_away, scores.correct, limits.max_sent_away))
         if p_sent_away > level:
             reason = (
                 f"from {percent(threshold)} on at most {percent(limits.max_error)} of the answers given are wrong, but "
@@ -289,11 +235,8 @@ def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
                 f"{percent(limits.max_sent_away)}): raise one of the two limits, or give more answers"
             )
             return Choice(None, reason=reason)
-    p_error = float(p_value(scores.wrong, scores.answers, limits.max_error))
+    p_error = float(binom.cdf(scores.wrong, scores.answers, limits.max_error))
     return Choice(threshold, scores, p_error, p_sent_away)
-
-
-# --- In words -------------------------------------------------------------------------------------------------------
 
 
 def percent(share: float) -> str:
@@ -302,7 +245,7 @@ def percent(share: float) -> str:
 
 
 def _why_none(answers: GradedAnswers, max_error: float, level: float) -> str:
-    given = answers.counts.sum(1).cumsum()
+    thresholds, given, wrong = _steps(answers)
     fewest = fewest_answers(max_error, level if len(given) == 1 else level / 2)
     if not len(given):
         return "no answer has a confidence"
@@ -310,11 +253,11 @@ def _why_none(answers: GradedAnswers, max_error: float, level: float) -> str:
         return (
             f"{given[-1]} answers with a confidence are too few: even without a wrong one it takes {fewest}"
         )
-    rates = np.where(given >= fewest, answers.counts[:, 0].cumsum() / given, np.inf)
+    rates = np.where(given >= fewest, wrong / given, np.inf)
     best = int(rates.argmin())
     return (
         f"no threshold passes the test: the lowest error found is {percent(rates[best])} of {given[best]} answers, from "
-        f"{percent(answers.threshold[best])} on"
+        f"{percent(thresholds[best])} on"
     )
 
 

@@ -10,24 +10,18 @@ import math
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.groups import ConfidenceGroups, GapNorm
+from vlm_calibration.metrics.table import ConfidenceTable, GapNorm
 
 MIN_BANDWIDTH = 1 / 1024
 """Narrowest kernel, close to that of the authors' code (0.001): a smaller error is computed at this bandwidth."""
 
 _KERNEL_TAIL = 6.5
 """Cosines beyond `_KERNEL_TAIL / (pi * bandwidth)` are damped by less than exp(-_KERNEL_TAIL**2 / 2) = 7e-10."""
-
-_NODES_PER_BANDWIDTH = 8
-_DIRECT_LEVELS = 4096
-_FINE_GRID = 1 << 16
-_TOLERANCE = 1e-6
-
-_GAP_NODES = 64
-_NARROWEST_GAP = 1 / 48
+_NODES_PER_BANDWIDTH, _DIRECT_LEVELS, _FINE_GRID, _TOLERANCE = 8, 4096, 1 << 16, 1e-6
+_GAP_NODES, _NARROWEST_GAP = 64, 1 / 48
 
 
-def smooth_calibration_error(groups: ConfidenceGroups) -> Tensor:
+def smooth_calibration_error(table: ConfidenceTable) -> Tensor:
     r"""Smooth ECE: :math:`\int_0^1 |\frac{1}{N} \sum_i K_\sigma(t, c_i) (c_i - y_i)| dt` at :math:`\sigma = smECE_\sigma`.
 
     `K` is the Gaussian of standard deviation :math:`\sigma` reflected at 0 and 1. Unlike a binned error it has no edges:
@@ -36,17 +30,15 @@ def smooth_calibration_error(groups: ConfidenceGroups) -> Tensor:
     The fixed point is searched down to a bandwidth of `MIN_BANDWIDTH`, and the integral is accurate to about
     1e-5 (also above 4,096 distinct confidences, where residuals are first split linearly over a grid of 65,536 cells).
 
-    All residuals here have one sign, so the error is their mean:
-
     >>> from vlm_calibration.metrics.functional import smooth_calibration_error
     >>> smooth_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([False, False, False]))
     tensor(0.7000, dtype=torch.float64)
     """
-    total = groups.total
-    if groups.value.numel() == 0:
+    total = table.total
+    if table.value.numel() == 0:
         return torch.full_like(total, torch.nan)
-    residual = (groups.answers * groups.value - groups.correct) / total.clamp_min(1).unsqueeze(-1)
-    error = _fixed_point(residual.reshape(-1, residual.shape[-1]), groups.value)
+    residual = (table.answers * table.value - table.correct) / total.clamp_min(1).unsqueeze(-1)
+    error = _fixed_point(residual.reshape(-1, residual.shape[-1]), table.value)
     return torch.where(total > 0, error.reshape(total.shape), torch.nan)
 
 
@@ -156,13 +148,13 @@ def _search(waves: Tensor, low: Tensor, high: Tensor, above: Tensor, below: Tens
     return solution
 
 
-def _kernels(groups: ConfidenceGroups) -> Tensor:
+def _kernels(table: ConfidenceTable) -> Tensor:
     """The reflected Gaussian around each confidence at `_GAP_NODES` nodes, float64 [L, K]; its width is the smooth ECE."""
-    width = max(float(smooth_calibration_error(groups)), _NARROWEST_GAP)
+    width = max(float(smooth_calibration_error(table)), _NARROWEST_GAP)
     order = torch.arange(_terms(width), dtype=torch.float64) * torch.pi
     nodes = (torch.arange(_GAP_NODES, dtype=torch.float64) + 0.5) / _GAP_NODES
     damped = (-0.5 * (order * width).square()).exp() * torch.where(order > 0, 2.0, 1.0)
-    waves = torch.outer(groups.value, order).cos() * damped
+    waves = torch.outer(table.value, order).cos() * damped
     return waves @ torch.outer(order, nodes).cos() / _GAP_NODES
 
 

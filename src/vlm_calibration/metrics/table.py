@@ -1,23 +1,17 @@
-"""ConfidenceTable: integer counts of (confidence level, correctness), from which every metric is computed.
+"""ConfidenceTable: the distinct confidences of a set of answers, with the number of correct and of wrong answers at each.
 
-A model states integer percents, so a 101 x 2 table of counts is a sufficient statistic of any number of
-predictions. It is updated by one `bincount`, added across processes by one sum, and never rounded.
+Every metric is an exact function of it. Binning lives here too, so that bin edges are defined once.
 """
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlm_calibration.metrics.groups import ConfidenceGroups, check_confidence, check_correct
+Binning = Literal["uniform", "quantile"]
 
-C = TypeVar("C", bound=Hashable)
-
-CHUNK = 1 << 18
-"""Predictions counted at a time, which bounds the memory of an update."""
 PROBABILITY_STEPS = 10_000
 """Grid steps from 0 to 1 for confidences that are not whole percents, as those of estimators."""
 
@@ -28,47 +22,31 @@ def check_grid_steps(grid_steps: int) -> None:
         raise ValueError(f"grid_steps must be a positive integer, got {grid_steps!r}")
 
 
-def to_level(confidence: Tensor, grid_steps: int) -> Tensor:
-    """The nearest grid level of each confidence, int64 [N], computed in float64; NaN becomes `grid_steps + 1`.
+def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:
+    """`correct`, bool or integers 0 and 1 of the shape of the confidences, as a bool tensor; ValueError for anything else."""
+    if correct.shape != shape:
+        raise ValueError(f"confidence has shape {tuple(shape)} but correct has {tuple(correct.shape)}")
+    if correct.dtype == torch.bool:
+        return correct
+    if correct.is_floating_point() or not bool(((correct == 0) | (correct == 1)).all()):
+        raise ValueError("correct must be a bool tensor, or integers 0 and 1")
+    return correct.bool()
 
-    The product with `grid_steps` is rounded to the nearest integer, halves to even: 0.29 is level 29
-    in float64, float32, float16 and bfloat16. No confidence moves by more than `1 / (2 * grid_steps)`.
-    """
-    if confidence.device.type != "mps":
-        confidence = confidence.to(torch.float64)
-    return (confidence * grid_steps).round_().nan_to_num_(nan=grid_steps + 1).long()
 
-
-def count_cells(
-    confidence: Tensor, correct: Tensor, grid_steps: int, row: Tensor | None = None, rows: int = 1
-) -> Tensor:
-    """Count predictions by row, level and correctness: one `bincount` for each `CHUNK` of them.
-
-    Args:
-        confidence: float [N] in [0, 1], NaN where it could not be parsed.
-        correct: bool [N].
-        grid_steps: grid steps from 0 to 1.
-        row: int64 [N] in [0, rows), or None for row 0.
-        rows: number of rows.
-
-    Returns:
-        int64 [rows, grid_steps + 2, 2] on the device of `confidence`; the last level counts the unparsed.
-
-    Raises:
-        ValueError: on a confidence outside [0, 1] (not NaN) or a `correct` of another shape or kind.
-    """
-    correct = check_correct(correct, confidence.shape)
-    cells = rows * (grid_steps + 2) * 2
-    count = torch.zeros(cells, dtype=torch.int64, device=confidence.device)
-    for start in range(0, max(confidence.numel(), 1), CHUNK):
-        part = slice(start, start + CHUNK)
-        check_confidence(confidence[part], nan_is_unparsed=True, offset=start)
-        index = to_level(confidence[part].detach(), grid_steps)
-        if row is not None:
-            index += row[part] * (grid_steps + 2)
-        index = index.mul_(2).add_(correct[part].to(index.device))
-        count += torch.bincount(index, minlength=cells)
-    return count.view(rows, grid_steps + 2, 2)
+def check_confidence(confidence: Tensor, *, nan_is_unparsed: bool) -> None:
+    """Raise a ValueError that names the first bad value, unless `confidence` is floating [N] in [0, 1], or NaN where that is allowed."""
+    if not confidence.is_floating_point() or confidence.ndim != 1:
+        found = f"{confidence.dtype} of shape {tuple(confidence.shape)}"
+        raise ValueError(f"confidence must be a floating vector with values in [0, 1], got {found}")
+    bad = (confidence < 0) | (confidence > 1)
+    if not nan_is_unparsed:
+        bad |= confidence.isnan()
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        value = float(confidence[index])
+        if value != value:
+            raise ValueError(f"confidence[{index}] is not a number; leave out answers without a confidence")
+        raise ValueError(f"confidence[{index}] = {value} is outside [0, 1]")
 
 
 def as_confidence_tensor(confidence: Tensor | Sequence[float | None]) -> Tensor:
@@ -78,134 +56,175 @@ def as_confidence_tensor(confidence: Tensor | Sequence[float | None]) -> Tensor:
     return torch.tensor([math.nan if c is None else c for c in confidence], dtype=torch.float64)
 
 
-def as_correct_tensor(correct: Tensor | Sequence[bool]) -> Tensor:
-    """Correctness as a tensor [N]."""
-    return correct if isinstance(correct, Tensor) else torch.tensor(list(correct), dtype=torch.bool)
+def to_level(confidence: Tensor, grid_steps: int) -> Tensor:
+    """The nearest grid level of each confidence, int64 [N], halves to even; NaN becomes `grid_steps + 1`.
+
+    It is computed in float64, so 0.29 is level 29 in any dtype, and no confidence moves by more than `1 / (2 * grid_steps)`.
+    """
+    if confidence.device.type != "mps":
+        confidence = confidence.to(torch.float64)
+    return (confidence * grid_steps).round_().nan_to_num_(nan=grid_steps + 1).long()
 
 
-@dataclass(frozen=True, eq=False)
-class ConfidenceTable:
-    """Counts of correct and wrong answers at each confidence level.
+class ConfidenceTable(NamedTuple):
+    """Counts of wrong and correct answers at each distinct confidence, on the CPU.
 
     Attributes:
-        counts: int64 [grid_steps + 1, 2] on the CPU; `counts[i, 1]` correct answers at confidence
-            `i / grid_steps`, `counts[i, 0]` wrong ones.
-        unparsed: answers whose confidence could not be read. Only `n` and `parse_failure_rate` count them;
+        value: float64 [L], the confidences, ascending and distinct, in [0, 1].
+        counts: int64 [..., L, 2]; `[..., 0]` counts wrong answers, `[..., 1]` correct ones. Leading dimensions are
+            bootstrap replicates.
+        unparsed: int64 [...], answers whose confidence could not be read. Only `n` and `parse_failure_rate` count them;
             nothing is imputed.
-
-    Raises:
-        ValueError: on another shape or dtype, or a negative count.
+        dtype: of the confidences as they were given, in which they are compared with the edges of bins.
 
     Example:
         >>> import torch
         >>> table = ConfidenceTable.from_predictions(
         ...     torch.tensor([0.9, 0.9, 0.1, float("nan")]), torch.tensor([True, False, False, True])
         ... )
-        >>> table.n, table.parsed, table.unparsed, table.counts[90].tolist()
-        (4, 3, 1, [1, 1])
+        >>> table.n, table.parsed, table.value.tolist(), table.counts.tolist()
+        (4, 3, [0.1, 0.9], [[1, 0], [1, 1]])
     """
 
+    value: Tensor
     counts: Tensor
-    unparsed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the invariants and take a private copy on the CPU."""
-        counts = self.counts
-        if counts.ndim != 2 or counts.shape[1] != 2 or len(counts) < 2:
-            raise ValueError(f"counts must have shape (grid_steps + 1, 2), got {tuple(counts.shape)}")
-        if counts.dtype != torch.int64:
-            raise ValueError(f"counts must be int64, got {counts.dtype}")
-        if int(counts.min()) < 0 or self.unparsed < 0:
-            raise ValueError("counts must not be negative")
-        object.__setattr__(self, "counts", counts.detach().cpu().clone())
-
-    @classmethod
-    def empty(cls, grid_steps: int = 100) -> "ConfidenceTable":
-        """A table of no answers, the neutral element of `+`."""
-        check_grid_steps(grid_steps)
-        return cls(torch.zeros(grid_steps + 1, 2, dtype=torch.int64))
+    unparsed: Tensor
+    dtype: torch.dtype = torch.float64
 
     @classmethod
     def from_predictions(
         cls,
         confidence: Tensor | Sequence[float | None],
         correct: Tensor | Sequence[bool],
-        grid_steps: int = 100,
+        grid_steps: int | None = 100,
     ) -> "ConfidenceTable":
         """Count predictions.
 
         Args:
-            confidence: [N] in [0, 1]; NaN (or None in a list) where it could not be parsed. A value
-                between two grid levels goes to the nearer one, see `to_level`.
+            confidence: [N] in [0, 1]; NaN (or None in a list) where it could not be parsed. ValueError for others.
             correct: bool [N].
-            grid_steps: grid steps from 0 to 1; 100 for stated percentages, `PROBABILITY_STEPS` for others.
-
-        Raises:
-            ValueError: on a confidence outside [0, 1], or inputs of different lengths.
+            grid_steps: each confidence goes to the nearest of this number of steps from 0 to 1; None: they are grouped by value,
+                exactly for any float.
         """
-        check_grid_steps(grid_steps)
-        confidence = as_confidence_tensor(confidence)
-        return cls.from_cells(count_cells(confidence, as_correct_tensor(correct), grid_steps)[0])
+        confidence = as_confidence_tensor(confidence).detach()
+        if not isinstance(correct, Tensor):
+            correct = torch.tensor(list(correct), dtype=torch.bool)
+        correct = check_correct(correct, confidence.shape)
+        check_confidence(confidence, nan_is_unparsed=True)
+        parsed = ~confidence.isnan()
+        confidence, correct = confidence[parsed], correct[parsed.to(correct.device)]
+        if grid_steps is not None:
+            check_grid_steps(grid_steps)
+            confidence = to_level(confidence, grid_steps).cpu().double() / grid_steps
+        value, place = torch.unique(confidence, sorted=True, return_inverse=True)
+        counts = torch.bincount(place * 2 + correct.to(place.device), minlength=2 * len(value)).view(-1, 2)
+        return cls(value.cpu().double(), counts.cpu(), (~parsed).sum().cpu(), value.dtype)
 
     @classmethod
-    def from_cells(cls, cells: Tensor) -> "ConfidenceTable":
-        """A table from one row of `count_cells`: int64 [grid_steps + 2, 2], the last level unparsed."""
-        return cls(cells[:-1], int(cells[-1].sum()))
+    def from_grid(cls, counts: Tensor) -> "ConfidenceTable":
+        """The table of counts on a grid, int64 [grid_steps + 2, 2]: wrong and correct answers at each level, the last one unparsed."""
+        level = counts[:-1].sum(1).nonzero()[:, 0]
+        return cls(level.double() / (len(counts) - 2), counts[level], counts[-1].sum())
 
     @property
-    def grid_steps(self) -> int:
-        """Grid steps from 0 to 1."""
-        return len(self.counts) - 1
+    def wrong(self) -> Tensor:
+        """Wrong answers at each confidence, float64 [..., L]."""
+        return self.counts[..., 0].double()
+
+    @property
+    def correct(self) -> Tensor:
+        """Correct answers at each confidence, float64 [..., L]."""
+        return self.counts[..., 1].double()
+
+    @property
+    def answers(self) -> Tensor:
+        """Answers at each confidence, float64 [..., L]."""
+        return self.counts.sum(-1).double()
+
+    @property
+    def total(self) -> Tensor:
+        """Answers with a readable confidence, float64 [...]."""
+        return self.counts.sum((-1, -2)).double()
 
     @property
     def parsed(self) -> int:
-        """Answers with a readable confidence."""
-        return int(self.counts.sum())
+        """`total` of a single table."""
+        return int(self.total)
 
     @property
     def n(self) -> int:
-        """All answers, unparsed ones included."""
-        return self.parsed + self.unparsed
-
-    def groups(self) -> ConfidenceGroups:
-        """The levels that hold answers, as metrics take them."""
-        cell = self.counts.sum(1).nonzero()[:, 0]
-        value = cell.double() / self.grid_steps
-        return ConfidenceGroups(value, self.counts[cell], cell, self.grid_steps, torch.tensor(self.unparsed))
-
-    def __add__(self, other: "ConfidenceTable") -> "ConfidenceTable":
-        """The table of both sets of answers; ValueError if the grids differ."""
-        if not isinstance(other, ConfidenceTable):
-            return NotImplemented
-        if self.grid_steps != other.grid_steps:
-            raise ValueError(f"cannot add tables of {self.grid_steps} and {other.grid_steps} grid steps")
-        return ConfidenceTable(self.counts + other.counts, self.unparsed + other.unparsed)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both hold the same counts on the same grid."""
-        if not isinstance(other, ConfidenceTable):
-            return NotImplemented
-        return self.unparsed == other.unparsed and torch.equal(self.counts, other.counts)
-
-    __hash__ = None  # type: ignore[assignment]
+        """All answers of a single table."""
+        return self.parsed + int(self.unparsed)
 
 
-def tables_by_category(
-    confidence: Tensor | Sequence[float | None],
-    correct: Tensor | Sequence[bool],
-    category: Sequence[C | None],
-    grid_steps: int = 100,
-) -> dict[C, ConfidenceTable]:
-    """One table for each category, in order of first appearance, of N answers; see `ConfidenceTable.from_predictions`.
+class BinSums(NamedTuple):
+    """Numbers of answers and correct answers, and the sum of confidences, in each bin, float64 [..., B]; an empty bin holds zeros."""
 
-    `category` has N names or other keys, None for answers that are left out.
+    answers: Tensor
+    correct: Tensor
+    confidence: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        """Sum of (confidence - correctness) in each bin: positive where the bin is overconfident."""
+        return self.confidence - self.correct
+
+    @property
+    def mean_gap(self) -> Tensor:
+        """Mean of (confidence - correctness) in each bin; 0 where the bin is empty."""
+        return torch.where(self.answers > 0, self.gap / self.answers.clamp_min(1), 0.0)
+
+
+class GapNorm(NamedTuple):
+    """A calibration error as a norm of K gaps, each a mean of (confidence - correctness).
+
+    Attributes:
+        weights: from a table to float64 [L, K], the weight of an answer of each confidence in each gap.
+        norm: from gaps [..., K] to the error [...].
+        of_bin: whether a gap is the mean over its bin; else it is the sum over its bin divided by the number of all answers.
     """
-    check_grid_steps(grid_steps)
-    confidence, correct = as_confidence_tensor(confidence), as_correct_tensor(correct)
-    if len(category) != len(confidence):
-        raise ValueError(f"{len(confidence)} confidences but {len(category)} categories")
-    names = list(dict.fromkeys(c for c in category if c is not None))
-    row_of = {name: i for i, name in enumerate(names, start=1)}
-    row = torch.tensor([0 if c is None else row_of[c] for c in category], dtype=torch.int64)
-    cells = count_cells(confidence.cpu(), correct.cpu(), grid_steps, row, len(names) + 1)
-    return {name: ConfidenceTable.from_cells(cells[row_of[name]]) for name in names}
+
+    weights: Callable[[ConfidenceTable], Tensor]
+    norm: Callable[[Tensor], Tensor]
+    of_bin: bool = False
+
+
+def uniform_bin(value: Tensor, n_bins: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The equal-width bin of each confidence, float64 [L], int64 in [0, n_bins - 1].
+
+    Bin `b` holds the confidences in `[b / n_bins, (b + 1) / n_bins)`; the last bin also holds 1. An edge belongs to the bin above it, as in
+    `numpy.histogram`, netcal and torchmetrics. It is the number nearest to `b / n_bins` in `dtype`, that of the given confidences, as
+    are the literal 0.3 and the level 30 / 100: none of them falls on the wrong side.
+    """
+    edges = (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(dtype).double()
+    return torch.bucketize(value, edges, right=True)
+
+
+def quantile_bin(count: Tensor, n_bins: int) -> Tensor:
+    """The equal-mass bin of each distinct confidence, int64 [..., L] in [0, n_bins - 1]; equal confidences share a bin.
+
+    This equals binning at the edges `numpy.quantile(confidences, b / n_bins)`, an edge in the bin above it,
+    in integers: `(rank of the last answer with this confidence - 1) * n_bins // (N - 1)`. `count` is int64 [..., L], the answers at
+    each confidence, ascending.
+    """
+    rank = count.cumsum(-1)
+    last = (rank[..., -1:] - 1).clamp_min(1)
+    return ((rank - 1) * n_bins).div(last, rounding_mode="floor").clamp(0, n_bins - 1)
+
+
+def bin_index(table: ConfidenceTable, n_bins: int, binning: Binning) -> Tensor:
+    """The bin of each distinct confidence, int64 [L] in [0, n_bins - 1]; [..., L] for `quantile`, which depends on counts."""
+    if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1:
+        raise ValueError(f"n_bins must be a positive integer, got {n_bins!r}")
+    if binning == "quantile":
+        return quantile_bin(table.counts.sum(-1), n_bins)
+    return uniform_bin(table.value, n_bins, table.dtype)
+
+
+def bin_sums(table: ConfidenceTable, n_bins: int, binning: Binning) -> BinSums:
+    """Sum answers, correct answers and confidence over bins of equal width (`uniform`) or equal mass (`quantile`); see `bin_index`."""
+    answers = table.answers
+    sums = BinSums(answers, table.correct, answers * table.value)
+    index = bin_index(table, n_bins, binning).expand_as(answers)
+    empty = answers.new_zeros((*answers.shape[:-1], n_bins))
+    return BinSums(*(empty.scatter_add(-1, index, part) for part in sums))

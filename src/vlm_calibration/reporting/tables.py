@@ -30,14 +30,14 @@ OFFICIAL_COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 def heading(name: str) -> str:
     """The heading of a metric, as declared with it."""
-    from vlm_calibration.metrics.summary import ALL_METRICS  # imports torch, which no help page needs
+    from vlm_calibration.metrics.task import ALL_METRICS  # imports torch, which no help page needs
 
     return ALL_METRICS[name].heading
 
 
 def shown(name: str, value: float | None, *, percent: bool = False) -> str:
     """A metric as text in its declared format, or those of `SHARES` in percent; a dash where it is undefined."""
-    from vlm_calibration.metrics.summary import ALL_METRICS
+    from vlm_calibration.metrics.task import ALL_METRICS
 
     if value is None or math.isnan(value):
         return "-"
@@ -60,7 +60,7 @@ def print_results(
         by_group: print tables of the main metrics by group of answers as well.
         words: a sentence on the results.
         files: what was written -> its path, which a terminal links to.
-        commands: what to try next; each begins with `vlm-calibration`.
+        commands: what to try next.
     """
     console = Console(highlight=False)
     if results:
@@ -68,7 +68,7 @@ def print_results(
         any_unparsed = any(values["parse_failure_rate"] for values in results.values())
         names = (*PRINTED, "parse_failure_rate") if any_unparsed else PRINTED
         rows = [(system, *(shown(m, values[m]) for m in names)) for system, values in results.items()]
-        console.print(_table(f"All {int(first['n'])} answers", ["system", *map(heading, names)], rows))
+        console.print(text_table(f"All {int(first['n'])} answers", ["system", *map(heading, names)], rows))
         groups = sorted(name.removeprefix("n/") for name in first if name.startswith("n/"))
         for metric in BROKEN_DOWN if by_group and groups else ():
             rows = [
@@ -79,7 +79,7 @@ def print_results(
                 )
                 for group in groups
             ]
-            console.print(_table(f"{heading(metric)} by group", ["group", "n", *results], rows))
+            console.print(text_table(f"{heading(metric)} by group", ["group", "n", *results], rows))
     if words:
         console.print(Text(words))
     for name, path in files.items():
@@ -116,7 +116,7 @@ def official_table(results: Results) -> Table:
         form = ".4f" if "yes_ratio" in scores else ".1f"
         texts = [format(scores.get(key, math.nan), form) for key in columns]
         cells.append((system, part, *("-" if text == "nan" else text for text in texts)))
-    table = _table("Official scores", ["system", "part", *map(heading, columns)], cells)
+    table = text_table("Official scores", ["system", "part", *map(heading, columns)], cells)
     table.columns[1].justify = "left"
     table.caption_justify = "left"
     table.caption = (
@@ -125,7 +125,7 @@ def official_table(results: Results) -> Table:
     return table
 
 
-def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def text_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table whose first column is aligned to the left, and all others to the right."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for number, name in enumerate(headings):

@@ -22,19 +22,14 @@ from vlm_calibration.metrics.bootstrap import (
     percentile_interval,
 )
 from vlm_calibration.metrics.functional import METRICS, REPORTED
-from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
+from vlm_calibration.metrics.table import ConfidenceTable
 
 MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
 """Metrics of every confidence: the accuracy over all answers, and the calibration metrics of `metrics.json`."""
 
 
 class Measured(NamedTuple):
-    """The metrics of one confidence.
-
-    Attributes:
-        intervals: metric -> its interval, NaN if undefined.
-        drawn: metric -> its value in each draw of images, float64 [B].
-    """
+    """The interval of each metric of one confidence, NaN if undefined, and its value in each draw of images, float64 [B]."""
 
     intervals: Mapping[str, Interval]
     drawn: Mapping[str, Tensor]
@@ -79,14 +74,14 @@ class ImageBootstrap:
 
     def measure(self, confidence: Sequence[float | None]) -> Measured:
         """Measure one confidence in each of the answers; None counts as unparsed."""
-        levels, drawn = self._levels(confidence)
+        table, drawn = self._tables(confidence)
         accuracy = self._drawn_sums(self.correct) / self._drawn_sums(np.ones(len(self.correct)))
         of_draws = {"accuracy": torch.from_numpy(accuracy)}
         value = float(self.correct.mean())
         intervals = {"accuracy": percentile_interval(value, of_draws["accuracy"], self.rarer)}
         for name in MEASURED[1:]:
             of_draws[name] = bootstrap_replicates(drawn, METRICS[name])
-            intervals[name] = interval_of(METRICS[name], levels, drawn, of_draws[name], self.rarer)
+            intervals[name] = interval_of(METRICS[name], table, drawn, of_draws[name], self.rarer)
         return Measured(intervals, of_draws)
 
     def mean(self, values: Sequence[float | None]) -> Interval:
@@ -103,18 +98,17 @@ class ImageBootstrap:
         of_units = np.bincount(self.unit_of, weights=numbers.astype(np.float64), minlength=len(self.weights))
         return of_units @ self.weights
 
-    def _levels(self, confidence: Sequence[float | None]) -> tuple[ConfidenceGroups, ConfidenceGroups]:
-        """The confidence groups of the answers, and those of every draw."""
+    def _tables(self, confidence: Sequence[float | None]) -> tuple[ConfidenceTable, ConfidenceTable]:
+        """The table of the answers, and those of every draw."""
         values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
-        parsed = ~np.isnan(values)
-        confidences = torch.from_numpy(values[parsed])
-        levels = group_values(confidences, torch.from_numpy(self.correct[parsed]))
+        table = ConfidenceTable.from_predictions(
+            torch.from_numpy(values), torch.from_numpy(self.correct), None
+        )
         # The cell of each answer: two for each level, wrong and correct, and one for unparsed answers.
-        cell = np.full(len(values), 2 * len(levels.value))
-        cell[parsed] = 2 * torch.searchsorted(levels.value, confidences).numpy() + self.correct[parsed]
-        shape = (2 * len(levels.value) + 1, len(self.weights))
+        cell = 2 * np.searchsorted(table.value.numpy(), values) + self.correct
+        cell[np.isnan(values)] = 2 * len(table.value)
+        shape = (2 * len(table.value) + 1, len(self.weights))
         per_unit = csr_matrix((np.ones(len(values), dtype=np.int64), (cell, self.unit_of)), shape=shape)
         counts = torch.from_numpy(np.ascontiguousarray((per_unit @ self.weights).T))
         drawn = counts[:, :-1].reshape(len(counts), -1, 2)
-        unparsed = torch.tensor(int((~parsed).sum()))
-        return levels._replace(unparsed=unparsed), levels._replace(counts=drawn, unparsed=counts[:, -1])
+        return table, table._replace(counts=drawn, unparsed=counts[:, -1])

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
+from vlm_calibration.errors import did_you_mean
 from vlm_calibration.estimators.decision import DecisionRule, read_rule, rule_of_adapter
 from vlm_calibration.estimators.predictions import (
     CALIBRATION,
@@ -22,12 +20,10 @@ from vlm_calibration.estimators.predictions import (
     read_predictions,
 )
 from vlm_calibration.files import name_some
-from vlm_calibration.metrics import TaskTable
-from vlm_calibration.metrics.functional import REPORTED
-from vlm_calibration.metrics.groups import ConfidenceGroups, group_values
+from vlm_calibration.metrics.functional import REPORTED, table_values
 from vlm_calibration.metrics.probes import count_probes, probe_values
-from vlm_calibration.metrics.summary import table_values
-from vlm_calibration.metrics.task import task_scores
+from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.metrics.task import count_answers, task_scores
 from vlm_calibration.models.base import ADAPTER, read_object
 from vlm_calibration.models.base import CONFIG as WEIGHTS
 from vlm_calibration.records import DataError, category_groups
@@ -50,8 +46,7 @@ class Origin(NamedTuple):
 
     Attributes:
         label: how it was trained, in a few words; empty if that is not known.
-        facts: heading -> text: base model, adapter, the training as far as the adapter's card and its run recorded it, the
-            guarantee of the thresholds beside the weights, and the notes of the evaluation.
+        facts: heading -> text: base model, adapter, training, guarantee of the thresholds, and the notes of the evaluation.
     """
 
     label: str = ""
@@ -65,12 +60,12 @@ class System:
     Attributes:
         name: its name in tables.
         predictions: its answers.
-        metrics: the metrics that the evaluation wrote beside them; may be empty.
-        folder: folder of the whole evaluation.
-        config: configuration of the evaluation, None if there is none.
-        calibration: its answers to the calibration set, to fit recalibration on; None if there are none.
+        metrics: those that the evaluation wrote beside them; may be empty.
+        folder: of the whole evaluation.
+        config: of the evaluation, None if there is none.
+        calibration: its answers to the calibration set; None if there are none.
         origin: what it is.
-        versions: name -> version of the software that answered; empty if the run did not record them.
+        versions: name -> version of the software that answered; may be empty.
     """
 
     name: str
@@ -82,11 +77,6 @@ class System:
     origin: Origin = field(default_factory=Origin)
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    @cached_property
-    def values(self) -> dict[str, float]:
-        """All metrics of the answers, as in `metrics.json`; NaN if undefined."""
-        return summarize_predictions(self.predictions)
-
     @property
     def adapter(self) -> str | None:
         """Its adapter as commands take it: a run, the folder of an adapter or a name on the Hub; None for a base model."""
@@ -96,14 +86,10 @@ class System:
         return str(self.folder) if (self.folder / ADAPTER).is_dir() else None
 
 
-# --- Reading --------------------------------------------------------------------------------------------------------
-
-
 def read_systems(folders: Sequence[str]) -> list[System]:
     """Read the systems of evaluations and runs; names that occur twice get their folder in front.
 
-    Raises:
-        DataError: a folder holds no predictions, a file in it cannot be used, or two systems answered different questions.
+    DataError if a folder holds no predictions, a file in it cannot be used, or two systems answered different questions.
     """
     systems = [system for folder in dict.fromkeys(folders) for system in _read_folder(Path(folder))]
     if not systems:
@@ -120,6 +106,22 @@ def read_systems(folders: Sequence[str]) -> list[System]:
             )
     count = Counter(s.name for s in systems)
     return [replace(s, name=f"{s.folder}/{s.name}") if count[s.name] > 1 else s for s in systems]
+
+
+def system_named(systems: Sequence[System], name: str) -> System:
+    """The system of this name; DataError if there is none."""
+    by_name = {system.name: system for system in systems}
+    if name not in by_name:
+        similar = did_you_mean(name, by_name)
+        raise DataError(f"--system: no system {name!r}{similar}; there are {', '.join(by_name)}")
+    return by_name[name]
+
+
+def check_estimator(estimator: str, answers: Sequence[EstimatedPrediction], where: Path) -> None:
+    """Raise a DataError if not all of the answers in a file or folder have the confidence of an estimator."""
+    if estimator not in (known := estimators_of(answers)):
+        similar = did_you_mean(estimator, known)
+        raise DataError(f"--estimator: {where}: no {estimator!r}{similar}; it has {', '.join(known)}")
 
 
 def _read_folder(folder: Path) -> list[System]:
@@ -152,11 +154,7 @@ def _read_folder(folder: Path) -> list[System]:
 
 
 def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
-    """Add to each system its answers in another evaluation, to fit recalibration on; None for systems without any.
-
-    Raises:
-        DataError: the evaluation has answers of none of the systems.
-    """
+    """Give each system its answers in another evaluation as those to the calibration set; DataError if it has answers of none."""
     by_name = {s.name: s.predictions for s in read_systems([folder])}
     if not by_name.keys() & {s.name for s in systems}:
         raise DataError(
@@ -166,19 +164,11 @@ def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
     return [replace(s, calibration=by_name.get(s.name)) for s in systems]
 
 
-# --- What a system is -----------------------------------------------------------------------------------------------
-
-
 def origin_of(path: Path, folder: Path, config: Mapping[str, Any] | None) -> Origin:
     """Read what a system is. Its adapter may be gone, or on the Hub; then only its name is known.
 
-    Args:
-        path: folder of its predictions.
-        folder: folder of the whole evaluation, or of the run if `path` is the same.
-        config: configuration in `folder`, None if there is none.
-
-    Raises:
-        DataError: the card of its adapter, its thresholds, the notes on it, or the configuration of its training, cannot be read.
+    `path` is the folder of its predictions, `folder` with the configuration that of the evaluation, or of the run if both are the same.
+    DataError if a file on it cannot be read.
     """
     adapters: Mapping[str, str] = _model_settings(config, "adapters")
     base = _model_settings(config, "base").get("name_or_path")
@@ -247,48 +237,44 @@ def _model_settings(config: Mapping[str, Any] | None, name: str) -> Mapping[str,
     return (((config or {}).get("model") or {}).get("init_args") or {}).get(name) or {}
 
 
-# --- Metrics --------------------------------------------------------------------------------------------------------
-
-
 def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
-    """Compute every metric over all predictions, and as `METRIC/GROUP` over each part of their categories.
+    """Compute every metric over all predictions, and as `METRIC/GROUP` over each part of their categories; NaN if undefined.
 
     Further estimators that all predictions have are scored as `METRIC@ESTIMATOR`, their probes as `probe_NAME_change` and others.
     Confidences are not rounded to a grid.
-
-    Returns:
-        Name -> value, NaN if undefined.
     """
     groups: dict[str, list[EstimatedPrediction]] = {"": list(predictions)}
     for prediction in predictions:
         for group in category_groups(prediction.category):
             groups.setdefault(f"/{group}", []).append(prediction)
-    estimators, probes = estimators_of(predictions)[1:], probes_of(predictions)
+    probes = probes_of(predictions)
     values: dict[str, float] = {}
     for suffix, members in sorted(groups.items()):
         values |= {f"{name}{suffix}": value for name, value in metrics_of(members).items()}
-        for name in estimators:
-            values |= table_values(_confidence_groups(members, name), REPORTED[1:], f"@{name}{suffix}")
-        if probes:
-            [counts] = count_probes((p.probes for p in members), probes, [[0]] * len(members), 1)
-            values |= probe_values(counts, probes, suffix)
+        for name in estimators_of(predictions)[1:]:
+            values |= table_values(table_of(members, name), REPORTED[1:], f"@{name}{suffix}")
+        values |= probe_values_of(members, probes, suffix)
     return values
 
 
 def metrics_of(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
     """The metrics of answers and of their stated confidence by name, NaN if undefined."""
-    table = TaskTable.from_predictions(
+    counts = count_answers(
         [p.predicted for p in predictions], [p.answer for p in predictions], [p.correct for p in predictions]
     )
-    return {**table_values(_confidence_groups(predictions, VERBALIZED), REPORTED), **task_scores(table)}
+    return {**table_values(table_of(predictions), REPORTED), **task_scores(counts)}
 
 
-def _confidence_groups(predictions: Sequence[EstimatedPrediction], estimator: str) -> ConfidenceGroups:
-    """The distinct confidences with their counts; None counts as unparsed."""
-    rows = [(p.confidence_of(estimator), p.correct) for p in predictions]
-    parsed = [(confidence, correct) for confidence, correct in rows if confidence is not None]
-    levels = group_values(
-        torch.tensor([confidence for confidence, _ in parsed], dtype=torch.float64),
-        torch.tensor([correct for _, correct in parsed], dtype=torch.bool),
-    )
-    return levels._replace(unparsed=torch.tensor(len(rows) - len(parsed)))
+def probe_values_of(
+    predictions: Sequence[EstimatedPrediction], probes: Sequence[str] | None = None, suffix: str = ""
+) -> dict[str, float]:
+    """The metrics of some probes, by default of those that all predictions have, see `probe_values`."""
+    probes = probes_of(predictions) if probes is None else probes
+    [counts] = count_probes((p.probes for p in predictions), probes, [[0]] * len(predictions), 1)
+    return probe_values(counts, probes, suffix)
+
+
+def table_of(predictions: Sequence[EstimatedPrediction], estimator: str = VERBALIZED) -> ConfidenceTable:
+    """The distinct confidences of an estimator with their counts."""
+    confidences = [p.confidence_of(estimator) for p in predictions]
+    return ConfidenceTable.from_predictions(confidences, [p.correct for p in predictions], None)

@@ -10,33 +10,18 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 
 from vlm_calibration.metrics.risk_control import percent
-from vlm_calibration.metrics.summary import ALL_METRICS
-from vlm_calibration.reporting.report.data import System
+from vlm_calibration.metrics.task import ALL_METRICS
+from vlm_calibration.reporting.report import summary, table, thresholds
+from vlm_calibration.reporting.report.data import System, probe_values_of
 from vlm_calibration.reporting.report.pictures import examples_of, panels_of, thumbnails
-from vlm_calibration.reporting.report.summary import (
-    MIN_CHECKED,
-    ROUGH,
-    TRUSTED,
-    probe_sentences,
-    summarize_system,
-    weakest_group,
-)
-from vlm_calibration.reporting.report.table import RAW, TOLERANCE, Compared, Row, confidence_name
-from vlm_calibration.reporting.report.thresholds import (
-    CERTAINTY,
-    MAX_ERRORS,
-    Promise,
-    broken_sentence,
-    promises_of,
-    uncalibrated_sentence,
-)
 from vlm_calibration.reporting.tables import heading, shown
 
 TEMPLATE = "page.html.j2"
@@ -65,9 +50,10 @@ class Cell(NamedTuple):
 
 def render_page(
     systems: Sequence[System],
-    compared: Compared,
+    frame: pd.DataFrame,
+    notes: Sequence[str],
     about: System,
-    table: Path,
+    csv: Path,
     *,
     images: bool,
     replicates: int,
@@ -77,9 +63,10 @@ def render_page(
 
     Args:
         systems: all systems are compared with the first one.
-        compared: the comparison of all systems.
+        frame: their comparison, see `compare`.
+        notes: why rows are missing in it.
         about: the system that the summary and the examples describe.
-        table: file of all numbers, which lies beside the page.
+        csv: file of all numbers, which lies beside the page.
         images: whether to show images.
         replicates: number of bootstrap draws of the comparison.
         seed: seed of the draws.
@@ -88,18 +75,18 @@ def render_page(
     examples = examples_of(about, [s for s in ordered[1:2] if s is systems[0]])
     answers = [example.answer for part in examples.values() for example in part]
     pictures, missing = thumbnails(about, answers) if images else ({}, "")
-    panels, summary = panels_of(systems), summarize_system(about, compared)
-    probed = [(s.name, sentences) for s in ordered if (sentences := probe_sentences(s.values))]
-    grouped = [(s.name, compared.groups[s.name]) for s in ordered if compared.groups[s.name]]
-    promises = promises_of(systems)
+    panels, promises = panels_of(systems), thresholds.promises_of(systems)
+    bands = table.parts_of_system(frame, about.name, table.BAND).to_dict("records")
+    grouped = {s.name: table.parts_of_system(frame, s.name, table.GROUP).to_dict("records") for s in ordered}
+    probed = {s.name: summary.probe_sentences(probe_values_of(s.predictions)) for s in ordered}
     contents = {
-        "confidence": "What it says, and how often that is right" if compared.bands[about.name] else "",
+        "confidence": "What it says, and how often that is right" if bands else "",
         "systems": "The systems",
         "comparison": "Side by side",
         "thresholds": "What to send to a person",
-        **{panel.anchor: panel.heading for panel in panels},
-        "probes": "What confidence listens to" if probed else "",
-        "groups": "By category" if grouped else "",
+        **{panel["anchor"]: panel["heading"] for panel in panels},
+        "probes": "What confidence listens to" if any(probed.values()) else "",
+        "groups": "By category" if any(grouped.values()) else "",
         "overconfident": "Most confident wrong answers",
         "underconfident": "Least confident correct answers",
         "numbers": "What the numbers mean",
@@ -108,53 +95,43 @@ def render_page(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["points"] = lambda share, decimals=0: f"{100 * share:.{decimals}f}"
+    environment.filters["percent"] = percent
+    words: dict[str, Any] = {"summary": summary, "table": table, "thresholds": thresholds, "shown": shown}
+    environment.globals |= {**words, "coverage_cell": coverage_cell, "error_cell": error_cell}
     source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         contents={anchor: title for anchor, title in contents.items() if title},
-        csv=quote(table.name),
-        summary=summary,
+        csv=quote(csv.name),
+        overview=summary.summarize_system(about.name, frame),
         about=about,
-        bands=compared.bands[about.name],
-        rule={"trusted": TRUSTED, "rough": ROUGH, "answers": MIN_CHECKED, "points": TOLERANCE},
-        cards=[(s.name, s.origin, weakest_group(compared.groups[s.name])) for s in systems],
+        bands=bands,
+        systems=systems,
+        weakest={s.name: summary.weakest_group(frame, s.name) for s in systems},
         headings=[heading(name) for name in METRICS],
-        raw=[
-            (confidence_name(row.system, row.estimator), [metric_cell(row, metric) for metric in METRICS])
-            for row in compared.rows
-            if row.recalibration == RAW
-        ],
-        promised=[(row.name, [coverage_cell(promise) for promise in row.promises]) for row in promises],
-        max_errors=[percent(limit) for limit in MAX_ERRORS],
-        certainty=percent(CERTAINTY),
-        tested=[
-            (
-                row.name,
-                broken_sentence(row),
-                {
-                    part: [error_cell(promise, part) for promise in row.promises]
-                    for promise in row.promises
-                    for part in promise.tested
-                },
-            )
-            for row in sorted(promises, key=lambda row: row.system != about.name)
-        ],
-        uncalibrated=uncalibrated_sentence(systems),
+        raw={
+            table.confidence_name(row.system, row.estimator): [
+                metric_cell(row, m, frame.iloc[0]) for m in METRICS
+            ]
+            for _, row in frame[(frame.kind == table.ALL) & (frame.recalibration == table.RAW)].iterrows()
+        },
+        promises=promises,
+        # The described system first.
+        tested=sorted(promises.items(), key=lambda item: item[0][0] != about.name),
         panels=panels,
-        probed=probed,
-        grouped=grouped,
+        probed={name: sentences for name, sentences in probed.items() if sentences},
+        grouped={name: rows for name, rows in grouped.items() if rows},
         fitted_on="; ".join(dict.fromkeys(_fitted_on(s) for s in systems if s.calibration)),
-        notes=compared.notes,
+        notes=notes,
         examples=examples,
         pictures=pictures,
         missing=missing,
-        made_from=[(s.name, len(s.predictions)) for s in systems],
         versions={str(s.folder): s.versions for s in systems},
         configs={
             str(s.folder): yaml.safe_dump(s.config, sort_keys=False) for s in systems if s.config is not None
         },
         replicates=replicates,
         seed=seed,
-        shown=shown,
     )
 
 
@@ -174,23 +151,21 @@ def _fitted_on(system: System) -> str:
     )
 
 
-def metric_cell(row: Row, name: str) -> Cell:
-    """A metric of a row, with its interval."""
-    (value, *bounds), p, spec = row.metrics[name], row.p[name], ALL_METRICS[name]
+def metric_cell(row: Any, name: str, base: Any) -> Cell:
+    """A metric of a row of the frame, with its interval, and compared with the first row."""
+    spec, value, p = ALL_METRICS[name], row[name], row[f"{name}_p"]
     if math.isnan(value):
         return Cell("–")
     between = " to " if spec.lower < 0 else "–"  # where a dash may be a minus
-    interval = between.join(shown(name, bound, percent=True).removesuffix("%") for bound in bounds)
-    cell = Cell(shown(name, value, percent=True), [interval])
-    if p is None or math.isnan(p):
-        return cell
+    bounds = (shown(name, row[f"{name}_{end}"], percent=True).removesuffix("%") for end in ("low", "high"))
     mark = ""
     if p < 0.05 and spec.higher_is_better is not None:
-        mark = "better" if (row.difference[name] > 0) == spec.higher_is_better else "worse"
-    return cell._replace(mark=mark, why=f"p = {p:.3f}")
+        mark = "better" if (value > base[name]) == spec.higher_is_better else "worse"
+    why = "" if math.isnan(p) else f"p = {p:.3f}"
+    return Cell(shown(name, value, percent=True), [between.join(bounds)], mark, why)
 
 
-def coverage_cell(promise: Promise) -> Cell:
+def coverage_cell(promise: thresholds.Promise) -> Cell:
     """The share of the calibration answers that a threshold gives."""
     choice = promise.choice
     if choice.scores is None or choice.threshold is None:
@@ -199,7 +174,7 @@ def coverage_cell(promise: Promise) -> Cell:
     return Cell(f"{value:.1%}", [f"{100 * low:.1f}–{high:.1%}", f"from {percent(choice.threshold)} on"])
 
 
-def error_cell(promise: Promise, part: str) -> Cell:
+def error_cell(promise: thresholds.Promise, part: str) -> Cell:
     """The share of wrong answers among those given on a part of the test."""
     if part not in promise.tested:
         return Cell("–")

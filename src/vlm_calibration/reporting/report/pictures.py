@@ -17,10 +17,10 @@ from PIL import Image
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import first_line
 from vlm_calibration.metrics.figures import FEW, ResponseTables, reliability_diagram, response_curve
-from vlm_calibration.metrics.table import PROBABILITY_STEPS, ConfidenceTable
+from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.report.data import System
+from vlm_calibration.reporting.report.data import System, table_of
 
 SIZE = (5.2, 4.4)
 """Width and height of a figure in inches: small, so that its text stays readable on a phone."""
@@ -31,47 +31,36 @@ PIXEL_ART_SIDE = 128
 """Images up to this size are stored losslessly, as PNG."""
 
 
-class FigurePanel(NamedTuple):
-    """Figures of one kind side by side.
-
-    Attributes:
-        anchor: name of their section.
-        heading: what they show.
-        how: how to read them.
-        kind: what one figure is.
-        pictures: name of each system -> its figure as a data URI.
-    """
-
-    anchor: str
-    heading: str
-    how: str
-    kind: str
-    pictures: dict[str, str]
-
-
-def panels_of(systems: Sequence[System]) -> list[FigurePanel]:
-    """Draw every kind of figure for each system whose answers allow it."""
-    panels = [
-        FigurePanel(
-            "reliability",
-            "Reliability",
-            "Answers are binned by their stated confidence. A calibrated model lies on the dashed line, an overconfident one "
+def panels_of(systems: Sequence[System]) -> list[dict[str, Any]]:
+    """Every kind of figure: anchor, heading and introduction of its section, kind of a figure, and system -> figure as a data URI."""
+    panels: list[dict[str, Any]] = [
+        {
+            "anchor": "reliability",
+            "heading": "Reliability",
+            "how": "Answers are binned by their stated confidence. A calibrated model lies on the dashed line, an overconfident one "
             f"below it. Bins with fewer than {FEW} answers are drawn faint, and no line leads to them.",
-            "reliability diagram",
-            {s.name: _draw(reliability_diagram, _table(s.predictions)) for s in systems},
-        ),
+            "kind": "reliability diagram",
+            "pictures": {s.name: _draw(_draw_reliability, table_of(s.predictions)) for s in systems},
+        }
     ]
     responses = {s.name: _tables_by_perturbation(s.predictions) for s in systems}
     curves = {name: _draw(response_curve, tables) for name, tables in responses.items() if len(tables) > 1}
     if curves:
-        how = (
-            "The key object is perturbed, more strongly to the right, until nothing of it is left. For each kind of perturbation "
-            "both curves should fall together: stated confidence follows what the model can see."
-        )
         panels.append(
-            FigurePanel("response", "Response to lost evidence", how, "response to perturbation", curves)
+            {
+                "anchor": "response",
+                "heading": "Response to lost evidence",
+                "how": "The key object is perturbed, more strongly to the right, until nothing of it is left. For each kind of "
+                "perturbation both curves should fall together: stated confidence follows what the model can see.",
+                "kind": "response to perturbation",
+                "pictures": curves,
+            }
         )
     return panels
+
+
+def _draw_reliability(table: ConfidenceTable, figure: Any) -> None:
+    reliability_diagram(table, ax=figure.subplots())
 
 
 def _draw(draw: Callable[..., Any], data: Any) -> str:
@@ -83,7 +72,7 @@ def _draw(draw: Callable[..., Any], data: Any) -> str:
         {"svg.hashsalt": "report", "font.size": 10, "axes.titlesize": 11, "legend.fontsize": 8.5}
     ):
         figure = Figure(figsize=SIZE, layout="constrained")
-        draw(data, ax=figure.subplots())
+        draw(data, figure=figure)
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return _data_uri("image/svg+xml", out)
@@ -91,13 +80,6 @@ def _draw(draw: Callable[..., Any], data: Any) -> str:
 
 def _data_uri(kind: str, file: io.BytesIO) -> str:
     return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-
-
-def _table(predictions: Sequence[EstimatedPrediction]) -> ConfidenceTable:
-    """Counts on the fine grid: a level oracle's confidences are not whole percents, and figures must agree with the table."""
-    return ConfidenceTable.from_predictions(
-        [p.confidence for p in predictions], [p.correct for p in predictions], grid_steps=PROBABILITY_STEPS
-    )
 
 
 def _tables_by_perturbation(predictions: Sequence[EstimatedPrediction]) -> ResponseTables:
@@ -109,20 +91,11 @@ def _tables_by_perturbation(predictions: Sequence[EstimatedPrediction]) -> Respo
         if prediction.strength is not None and split_of[prediction.id] in perturbed:
             key = (prediction.perturbation or "", prediction.strength)
             groups.setdefault(key, []).append(prediction)
-    return {key: _table(answers) for key, answers in sorted(groups.items())}
-
-
-# --- Examples -------------------------------------------------------------------------------------------------------
+    return {key: table_of(answers) for key, answers in sorted(groups.items())}
 
 
 class Example(NamedTuple):
-    """An answer as the page shows it.
-
-    Attributes:
-        answer: the prediction.
-        perturbation: what happened to the image, in words; empty if that is not known.
-        others: name of another system -> its output.
-    """
+    """An answer, what happened to its image in words, empty if that is not known, and the outputs of other systems by name."""
 
     answer: EstimatedPrediction
     perturbation: str
@@ -149,11 +122,7 @@ def examples_of(system: System, others: Sequence[System]) -> dict[str, list[Exam
 
 
 def thumbnails(system: System, predictions: Sequence[EstimatedPrediction]) -> tuple[dict[str, str], str]:
-    """Make thumbnails of the images behind some predictions.
-
-    Returns:
-        Query id -> data URI, and why images are missing, empty if none is.
-    """
+    """Thumbnails of the images behind some predictions, query id -> data URI, and why images are missing, empty if none is."""
     try:
         dataset = _dataset(system.config, predictions)
         index = {query.id: i for i, query in enumerate(dataset.queries)}
@@ -185,11 +154,7 @@ def thumbnail(image: np.ndarray) -> str:
 
 
 def _dataset(config: Mapping[str, Any] | None, predictions: Sequence[EstimatedPrediction]) -> Any:
-    """The data set that a run answered, built from the run's configuration.
-
-    Raises:
-        DataError: there is no configuration, or it has no such data.
-    """
+    """The data set that a run answered, built from the run's configuration; DataError if it has none."""
     from vlm_calibration.data.module import PerturbedQueryDataModule
 
     if not config or not isinstance(config.get("data"), Mapping):

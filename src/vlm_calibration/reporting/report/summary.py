@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from vlm_calibration.estimators.predictions import VERBALIZED
+import pandas as pd
+
 from vlm_calibration.metrics.probes import SWAPPED
 from vlm_calibration.reporting.report.data import ORACLE, System
-from vlm_calibration.reporting.report.table import RAW, TOLERANCE, Compared, Group, Match, Row
+from vlm_calibration.reporting.report.table import (
+    BAND,
+    GROUP,
+    TOLERANCE,
+    parts_of_system,
+    stated_rows,
+)
 
 Verdict = Literal["yes", "partly", "no", "unknown"]
 TRUSTED, ROUGH = (0.05, 0.70), (0.10, 0.60)
@@ -32,18 +39,6 @@ PROBES = {
 """What a probe does, in words."""
 
 
-class Checks(NamedTuple):
-    """The groups and bands that the verdict depends on, see `checks_of`.
-
-    Attributes:
-        bands: name of a band -> what it states and how often that is correct.
-        groups: the same for groups of answers.
-    """
-
-    bands: Mapping[str, Match]
-    groups: Mapping[str, Match]
-
-
 class Summary(NamedTuple):
     """The summary of a report.
 
@@ -60,97 +55,83 @@ class Summary(NamedTuple):
     sentences: list[str]
 
 
-def subject_of(systems: Sequence[System], name: str | None = None) -> System:
-    """The system that a report describes: that of this name, by default the last one that is not the oracle."""
-    named = [s for s in systems if s.name == name] or [s for s in systems if s.name != ORACLE]
-    return (named or list(systems))[-1]
+def subject_of(systems: Sequence[System]) -> System:
+    """The system that a report describes by default: the last one that is not the oracle."""
+    return ([s for s in systems if s.name != ORACLE] or list(systems))[-1]
 
 
-def summarize_system(system: System, compared: Compared) -> Summary:
-    """Summarise one system and compare it with the first one."""
-    stated = {
-        row.system: row for row in compared.rows if (row.estimator, row.recalibration) == (VERBALIZED, RAW)
-    }
-    row, base = stated[system.name], next(iter(stated.values()))
-    bands, groups = compared.bands[system.name], compared.groups[system.name]
-    checks = checks_of(bands, groups)
+def summarize_system(system: str, frame: pd.DataFrame) -> Summary:
+    """Summarise one system and compare it with the first one; `frame` is that of `compare`."""
+    stated = stated_rows(frame)
+    row, base = stated[stated.system == system].iloc[0], stated.iloc[0]
+    bands = parts_of_system(frame, system, BAND)
+    checks = checked(parts_of_system(frame, system, GROUP, BAND))
     verdict = verdict_of(row, checks)
     none = "None of its{} answers states a confidence that could be parsed."
     headline, sentences = none.format(""), [none.format(f" {row.n:,}")]
-    if bands:
-        band = max(bands, key=lambda band: band.n)
-        headline = f"When it says {band.name}, on average {band.match.says:.0f}%, it is right {band.match.right:.0f}% of the time."
-        mean, gap, ece, unparsed = (
-            row.metrics[name].value
-            for name in ("mean_confidence", "overconfidence", "ece", "parse_failure_rate")
-        )
-        missing = f" {round(unparsed * row.n):,} of the answers state none that could be parsed."
+    if len(bands):
+        band = bands.loc[bands.n.idxmax()]
+        headline = f"When it says {band.group}, on average {band.says:.0%}, it is right {band.is_right:.0%} of the time."
+        missing = f" {row.n - row.parsed:,} of the answers state none that could be parsed."
         sentences = [
-            f"Over {row.n:,} answers it says {mean:.0%} on average and is right {mean - gap:.0%} of the time; "
-            f"stated confidence and accuracy differ by {100 * ece:.1f} points on average (ECE).{missing if unparsed else ''}"
+            f"Over {row.n:,} answers it says {row.mean_confidence:.0%} on average and is right "
+            f"{row.mean_confidence - row.overconfidence:.0%} of the time; stated confidence and accuracy differ by "
+            f"{100 * row.ece:.1f} points on average (ECE).{missing if row.n > row.parsed else ''}"
         ]
-    if base is not row:
+    if system != base.system:
         sentences.append(_compared_with(row, base))
-    if worst := largest_error(groups):
+    if worst := largest_error(frame, system):
         sentences.append(f"Its {worst}")
     return Summary(verdict, verdict_sentence(verdict, row, checks), headline, sentences)
 
 
-def _compared_with(row: Row, base: Row) -> str:
+def _compared_with(row: Any, base: Any) -> str:
     """How the error of a system's stated confidence differs from that of the first system."""
-    was, now, p = base.metrics["ece"].value, row.metrics["ece"].value, row.p["ece"]
     change, chance = "not comparable", ""
-    if was > 0 and not math.isnan(now):
-        change = f"{abs(1 - now / was):.0%} {'smaller' if now < was else 'larger'}"
-    if p is not None and not math.isnan(p):
-        chance = f", which is {'more than chance' if p < 0.05 else 'within chance'} (p = {p:.3f})"
-    says, right = base.metrics["mean_confidence"].value, base.metrics["accuracy"].value
+    if base.ece > 0 and not math.isnan(row.ece):
+        change = f"{abs(1 - row.ece / base.ece):.0%} {'smaller' if row.ece < base.ece else 'larger'}"
+    if not math.isnan(row.ece_p):
+        chance = (
+            f", which is {'more than chance' if row.ece_p < 0.05 else 'within chance'} (p = {row.ece_p:.3f})"
+        )
+    says = "-" if math.isnan(base.mean_confidence) else f"{base.mean_confidence:.0%}"
     return (
-        f"“{base.system}” says {'-' if math.isnan(says) else f'{says:.0%}'} on average, is right {right:.0%} of the time and is off by "
-        f"{100 * was:.1f} points: the error is {change}{chance}."
+        f"“{base.system}” says {says} on average, is right {base.accuracy:.0%} of the time and is off by "
+        f"{100 * base.ece:.1f} points: the error is {change}{chance}."
     )
 
 
-def largest_error(groups: Sequence[Group]) -> str:
-    """The weakest group, in words; empty without one."""
-    if (worst := weakest_group(groups)) is None:
+def largest_error(frame: pd.DataFrame, system: str) -> str:
+    """The weakest group of a system, in words; empty without one."""
+    if (worst := weakest_group(frame, system)) is None:
         return ""
     return (
-        f"largest error is on “{worst.name}”: it says {worst.match.says:.0f}% and is right "
-        f"{worst.match.right:.0f}% of the time ({worst.match.answers:,} answers)."
+        f"largest error is on “{worst.group}”: it says {worst.says:.0%} and is right "
+        f"{worst.is_right:.0%} of the time ({worst.parsed:,} answers)."
     )
 
 
-def weakest_group(groups: Sequence[Group]) -> Group | None:
-    """The group of at least `MIN_ANSWERS` answers whose stated confidence and accuracy differ most; None without one."""
-    known = [group for group in groups if group.match.answers >= MIN_ANSWERS]
-    return max(known, key=lambda group: abs(group.match.says - group.match.right), default=None)
+def weakest_group(frame: pd.DataFrame, system: str) -> Any:
+    """The row of the group of at least `MIN_ANSWERS` answers whose stated confidence and accuracy differ most; None without one."""
+    groups = parts_of_system(frame, system, GROUP)
+    known = groups[groups.parsed >= MIN_ANSWERS]
+    return known.loc[(known.says - known.is_right).abs().idxmax()] if len(known) else None
 
 
-# --- The verdict ----------------------------------------------------------------------------------------------------
-
-
-def checks_of(bands: Sequence[Group], groups: Sequence[Group]) -> Checks:
-    """The bands and groups of at least `MIN_CHECKED` answers, without those that have too few to tell.
+def checked(parts: pd.DataFrame) -> pd.DataFrame:
+    """The bands and groups of at least `MIN_CHECKED` answers that the verdict depends on, without those that have too few to tell.
 
     An interval wider than `TOLERANCE` would leave it open for most calibrated models.
     """
-
-    def is_checked(match: Match) -> bool:
-        is_narrow = match.high - match.low <= TOLERANCE
-        return match.answers >= MIN_CHECKED and (is_narrow or match.agrees is not None)
-
-    return Checks(
-        *({part.name: part.match for part in parts if is_checked(part.match)} for parts in (bands, groups))
-    )
+    is_narrow = parts.is_right_high - parts.is_right_low <= TOLERANCE
+    return parts[(parts.parsed >= MIN_CHECKED) & (is_narrow | (parts.agrees != "unclear"))]
 
 
-def verdict_of(row: Row, checks: Checks) -> Verdict:
-    """Judge a stated confidence.
+def verdict_of(row: Any, checks: pd.DataFrame) -> Verdict:
+    """Judge a stated confidence by its row over all answers and the rows of its checked groups and bands.
 
     What counts are 95% intervals, so that chance decides nothing: a limit is kept if the whole interval is within it, and broken if all
-    of the interval is beyond it. Checked are groups of answers (category, part of a category, answer type) and bands of stated
-    confidence (`EDGES`), see `checks_of`; their limit is a difference of `TOLERANCE` points between stated confidence and accuracy.
+    of the interval is beyond it. The limit of groups and bands is a difference of `TOLERANCE` between stated confidence and accuracy.
 
     - "no": no answer states a confidence, every checked band breaks its limit, the ECE breaks 10% or the AUROC 0.60 (`ROUGH`)
     - "partly": else, a checked group or band breaks its limit, the ECE breaks 5% or the AUROC 0.70 (`TRUSTED`)
@@ -159,55 +140,55 @@ def verdict_of(row: Row, checks: Checks) -> Verdict:
 
     The AUROC is undefined if all answers are correct, and then there is nothing to rank.
     """
-    ece, auroc = row.metrics["ece"], row.metrics["auroc"]
-    bands = [match.agrees for match in checks.bands.values()]
-    if row.metrics["parse_failure_rate"].value == 1 or ece.low > ROUGH[0] or auroc.high < ROUGH[1]:
+    bands = checks[checks.kind == BAND].agrees
+    if row.parse_failure_rate == 1 or row.ece_low > ROUGH[0] or row.auroc_high < ROUGH[1]:
         return "no"
-    if bands and all(agrees is False for agrees in bands):
+    if len(bands) and (bands == "no").all():
         return "no"
-    kept = [*_keeps(row), *bands, *(match.agrees for match in checks.groups.values())]
-    if False in kept:
+    kept = {*_keeps(row), *checks.agrees}
+    if "no" in kept:
         return "partly"
-    return "yes" if bands and None not in kept else "unknown"
+    return "yes" if len(bands) and "unclear" not in kept else "unknown"
 
 
-def _keeps(row: Row) -> tuple[bool | None, bool | None]:
-    """Whether ECE and AUROC keep the limits of `TRUSTED`; None where their intervals leave it open."""
-    ece, auroc = row.metrics["ece"], row.metrics["auroc"]
-    keeps_ece = True if ece.high <= TRUSTED[0] else False if ece.low > TRUSTED[0] else None
-    if math.isnan(auroc.value) or auroc.low >= TRUSTED[1]:
-        return keeps_ece, True
-    return keeps_ece, False if auroc.high < TRUSTED[1] else None
+def _keeps(row: Any) -> tuple[str, str]:
+    """Whether ECE and AUROC keep the limits of `TRUSTED`: "yes", "no", or "unclear" where their intervals leave it open."""
+    ece = "yes" if row.ece_high <= TRUSTED[0] else "no" if row.ece_low > TRUSTED[0] else "unclear"
+    if math.isnan(row.auroc) or row.auroc_low >= TRUSTED[1]:
+        return ece, "yes"
+    return ece, "no" if row.auroc_high < TRUSTED[1] else "unclear"
 
 
-def verdict_sentence(verdict: Verdict, row: Row, checks: Checks) -> str:
+def verdict_sentence(verdict: Verdict, row: Any, checks: pd.DataFrame) -> str:
     """The verdict as one sentence: where stated confidence and accuracy agree, and with numbers where they do not."""
-    ece, auroc = row.metrics["ece"], row.metrics["auroc"]
     keeps_ece, keeps_auroc = _keeps(row)
-    holds, fails, unclear = (_places(checks, agrees) for agrees in (True, False, None))
-    if row.metrics["parse_failure_rate"].value == 1:
+    holds, fails, unclear = (_places(checks, agrees) for agrees in ("yes", "no", "unclear"))
+    bands = int((checks.kind == BAND).sum())
+    if row.parse_failure_rate == 1:
         return f"No: none of its {row.n:,} answers states a confidence that could be parsed."
     if verdict == "yes":
         return (
             "Yes: its stated confidence can be trusted, in every group and every range of confidence with enough answers to tell "
-            f"({len(checks.groups)} groups, {len(checks.bands)} ranges)."
+            f"({len(checks) - bands} groups, {bands} ranges)."
         )
-    if verdict == "unknown" and not checks.bands:
+    if verdict == "unknown" and not bands:
         return f"It cannot be told: none of its ranges of confidence has enough of the {row.n:,} answers for a check."
     if verdict == "unknown":
-        between = f"off by {100 * ece.low:.1f} to {100 * ece.high:.1f} points on average (ECE)"
+        between = f"off by {100 * row.ece_low:.1f} to {100 * row.ece_high:.1f} points on average (ECE)"
         doubts = [
-            f"it may be {between}" if keeps_ece is None else "",
-            f"its AUROC may be {auroc.low:.2f} to {auroc.high:.2f}" if keeps_auroc is None else "",
-            f"it may be off by more than {TOLERANCE} points {unclear}" if unclear else "",
+            f"it may be {between}" if keeps_ece == "unclear" else "",
+            f"its AUROC may be {row.auroc_low:.2f} to {row.auroc_high:.2f}"
+            if keeps_auroc == "unclear"
+            else "",
+            f"it may be off by more than {100 * TOLERANCE:.0f} points {unclear}" if unclear else "",
         ]
         return f"It cannot be told from {row.n:,} answers: {'; '.join(filter(None, doubts))}."
     limit = TRUSTED[0] if verdict == "partly" else ROUGH[0]
     reasons = [
-        f"it is off by {100 * ece.value:.1f} points on average (ECE)" if ece.low > limit else "",
+        f"it is off by {100 * row.ece:.1f} points on average (ECE)" if row.ece_low > limit else "",
         f"it does not hold {fails}" if fails else "",
-        f"it hardly tells right answers from wrong ones (AUROC {auroc.value:.2f})"
-        if keeps_auroc is False
+        f"it hardly tells right answers from wrong ones (AUROC {row.auroc:.2f})"
+        if keeps_auroc == "no"
         else "",
     ]
     if verdict == "partly":
@@ -219,38 +200,35 @@ def verdict_sentence(verdict: Verdict, row: Row, checks: Checks) -> str:
     )
 
 
-def _places(checks: Checks, agrees: bool | None) -> str:
-    """The first checked groups and bands that agree, that do not, or that are unclear (None), in words; empty if there are none.
+def _places(checks: pd.DataFrame, agrees: str) -> str:
+    """The first checked groups and bands that agree, do not, or are unclear, in words; empty if there are none.
 
     Those that do not agree come with their numbers, coarse groups first, since they explain their parts.
     """
-    places = [
-        (start, name, match)
-        for start, matches in (("on", checks.groups), ("where it says", checks.bands))
-        for name, match in matches.items()
-        if match.agrees is agrees
-    ]
-    if agrees is False:
-        places.sort(key=lambda p: (p[0], p[1].count("/"), -abs(p[2].says - p[2].right)))
+    places = list(checks[checks.agrees == agrees].itertuples())
+    if agrees == "no":
+        places.sort(key=lambda p: (p.kind == BAND, p.group.count("/"), -abs(p.says - p.is_right)))
     parts = []
-    for start, joint in (("on", "and"), ("where it says", "or")):
+    for kind, start, joint in ((GROUP, "on", "and"), (BAND, "where it says", "or")):
         names = [
-            f"{name} ({match.numbers})" if agrees is False else name
-            for kind, name, match in places[:MAX_PLACES]
-            if kind == start
+            f"{place.group} ({in_numbers(place)})" if agrees == "no" else place.group
+            for place in places[:MAX_PLACES]
+            if place.kind == kind
         ]
         if names:
             parts.append(f"{start} {listed(names, joint)}")
     return " and ".join(parts)
 
 
+def in_numbers(row: Any) -> str:
+    """Stated confidence and accuracy of a row: "says 80%, is right 65%"."""
+    return f"says {row.says:.0%}, is right {row.is_right:.0%}"
+
+
 def listed(names: Sequence[str], joint: str = "and") -> str:
     """Names as an enumeration: "a, b and c"."""
     *most, last = names
     return f"{', '.join(most)} {joint} {last}" if most else last
-
-
-# --- What confidence listens to -------------------------------------------------------------------------------------
 
 
 def probe_sentences(values: Mapping[str, float]) -> list[str]:

@@ -1,24 +1,20 @@
-"""The comparison of all systems: every confidence with intervals and p-values, and where stated confidence and accuracy agree.
+"""The comparison of all systems as one frame: every confidence with intervals and p-values, and the stated one in groups and bands.
 
-It is written as CSV beside the page.
+The terminal, the page and the CSV file beside it take their numbers from it.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, pairwise
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import pandas as pd
 import torch
 
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, estimators_of
 from vlm_calibration.estimators.recalibration import METHODS, recalibrated, unrated_types
-from vlm_calibration.files import write_text
-from vlm_calibration.metrics.bootstrap import Interval
 from vlm_calibration.metrics.figures import wilson_interval
 from vlm_calibration.progress import track
 from vlm_calibration.records import category_groups
@@ -26,156 +22,68 @@ from vlm_calibration.reporting.report.bootstrap import MEASURED, ImageBootstrap,
 from vlm_calibration.reporting.report.data import ORACLE, System, metrics_of
 
 RAW = "raw"
+ALL, GROUP, BAND = "all", "group", "band"
+"""Kinds of rows: all answers of a system, those of a category, part of a category or answer type, those of a range of confidence."""
+COLUMNS = (
+    *("system", "estimator", "recalibration", "kind", "group", "n", "parsed", "forward_passes"),
+    *(f"{name}{end}" for name in MEASURED for end in ("", "_low", "_high", "_p")),
+    *("says", "is_right", "is_right_low", "is_right_high", "agrees"),
+)
+"""The columns of the frame. Shares are in [0, 1]; what is undefined or does not apply to a kind of row is NaN.
+
+`forward_passes` are those for each query. Each metric has its 95% interval, and the p-value of its difference from the first row, which
+holds the stated confidence of the first system. `says` is the mean stated confidence of the answers whose confidence was parsed,
+`is_right` the share of these that are correct, with its 95% interval; `agrees` is "yes", "no" or "unclear", see `agreement`."""
 EDGES = (0, 20, 40, 60, 80, 90, 100)
 """Edges of the bands of stated confidence, in percent; a band includes its lower edge, the last band both."""
-TOLERANCE = 5
-"""Points of percent by which stated confidence and accuracy may differ."""
+TOLERANCE = 0.05
+"""The difference between stated confidence and accuracy that is small enough."""
 GROUPED = ("accuracy", "mean_confidence", "overconfidence", "parse_failure_rate", "ece", "auroc")
 """Metrics of each group."""
 TYPES = {"yes_no": "yes-or-no answers", "short": "short answers", "open": "open answers"}
 """Answer type -> the name of its group."""
 
 
-class Match(NamedTuple):
-    """Stated confidence beside accuracy, over answers whose confidence was parsed; all shares in percent.
+def compare(
+    systems: Sequence[System], replicates: int = 1000, seed: int = 0
+) -> tuple[pd.DataFrame, list[str]]:
+    """Measure every confidence of every system with a number of bootstrap draws, and compare it with the first system's stated one.
 
-    Attributes:
-        says: mean stated confidence; NaN without answers, as the next three.
-        right: share of correct answers.
-        low: lower end of its 95% interval: over images, for the given `says`, and at least the Wilson interval of independent answers,
-            which stays wide where all answers are correct.
-        high: upper end of this interval.
-        answers: number of answers.
+    Returns:
+        The frame with `COLUMNS`: the confidences of all systems, the stated one of each first; then for each system its groups, and its
+        bands from the highest down. And why recalibrated confidences are missing.
     """
-
-    says: float
-    right: float
-    low: float
-    high: float
-    answers: int
-
-    @property
-    def agrees(self) -> bool | None:
-        """Whether both differ by at most `TOLERANCE`; None where the interval leaves it open."""
-        least, most = self.says - TOLERANCE - 1e-9, self.says + TOLERANCE + 1e-9
-        if least <= self.low and self.high <= most:
-            return True
-        return False if self.high < least or self.low > most else None
-
-    @property
-    def agreement(self) -> str:
-        """`agrees` as a word."""
-        return {True: "yes", False: "no", None: "unclear"}[self.agrees]
-
-    @property
-    def numbers(self) -> str:
-        """Both in words: "says 80%, is right 65%"."""
-        return f"says {self.says:.0f}%, is right {self.right:.0f}%"
-
-
-class Group(NamedTuple):
-    """Answers of one category, part of a category, answer type or range of stated confidence (a band).
-
-    Attributes:
-        name: of the group.
-        n: number of answers.
-        match: what they state, and how many are correct.
-        metrics: name -> value, NaN if undefined; empty for a band.
-    """
-
-    name: str
-    n: int
-    match: Match
-    metrics: Mapping[str, float] = {}
-
-
-class Row(NamedTuple):
-    """One confidence in the answers of one system.
-
-    Attributes:
-        system: name of the system.
-        estimator: estimator of the confidence.
-        recalibration: method, or `RAW`.
-        n: number of answers.
-        metrics: name -> value with its 95% interval, NaN if undefined.
-        difference: name -> value minus that of the first system's stated confidence.
-        p: name -> p-value of the difference, None in the row that all others are compared with.
-        passes: forward passes for each query, None if they were not counted.
-    """
-
-    system: str
-    estimator: str
-    recalibration: str
-    n: int
-    metrics: Mapping[str, Interval]
-    difference: Mapping[str, float]
-    p: Mapping[str, float | None]
-    passes: float | None
-
-
-def confidence_name(system: str, estimator: str) -> str:
-    """The name of a system, with the estimator if it is not the stated confidence."""
-    return system if estimator == VERBALIZED else f"{system}, {estimator}"
-
-
-class Compared(NamedTuple):
-    """The comparison.
-
-    Attributes:
-        rows: rows of every system, its stated confidence first.
-        notes: why rows are missing.
-        bands: system -> its bands of stated confidence, the highest first.
-        groups: system -> its groups of answers.
-    """
-
-    rows: list[Row]
-    notes: list[str]
-    bands: Mapping[str, Sequence[Group]]
-    groups: Mapping[str, Sequence[Group]]
-
-
-def compare(systems: Sequence[System], replicates: int = 1000, seed: int = 0) -> Compared:
-    """Measure every confidence of every system, and compare it with the stated confidence of the first system.
-
-    Args:
-        systems: the systems.
-        replicates: number of bootstrap draws.
-        seed: seed of the draws.
-    """
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     notes: list[str] = []
-    bands: dict[str, Sequence[Group]] = {}
-    groups: dict[str, Sequence[Group]] = {}
     base: Measured | None = None
-    planned = [(system, *pair) for system in systems for pair in _planned(system, notes)]
-    bootstraps: dict[str, ImageBootstrap] = {}
-    for system, estimator, method in track(planned, "bootstrap intervals", len(planned), "confidences"):
-        if system.name not in bootstraps:
-            # One at a time, since the draws of many images take memory.
-            bootstrap = ImageBootstrap(system.predictions, replicates, seed)
-            bootstraps = {system.name: bootstrap}
-            bands[system.name] = bands_of(system.predictions, bootstrap)
-            groups[system.name] = groups_of_system(system, bootstrap)
-        confidences = [p.confidence_of(estimator) for p in system.predictions]
-        if method != RAW:
-            assert system.calibration is not None
-            confidences = recalibrated(method, system.predictions, estimator, system.calibration)
-        measured = bootstraps[system.name].measure(confidences)
-        base = base or measured
-        passes = system.metrics.get(f"forward_passes@{estimator}") if method == RAW else None
-        rows.append(
-            Row(
-                system.name,
-                estimator,
-                method,
-                len(system.predictions),
-                measured.intervals,
-                {m: measured.intervals[m].value - base.intervals[m].value for m in MEASURED},
-                {m: None if measured is base else p_value(measured, base, m) for m in MEASURED},
-                passes,
-            )
-        )
-    return Compared(rows, notes, bands, groups)
+    for system in systems:
+        bootstrap = ImageBootstrap(system.predictions, replicates, seed)
+        planned = list(_planned(system, notes))
+        name = f"bootstrap intervals of {system.name}"
+        for estimator, method in track(planned, name, len(planned), "confidences"):
+            confidences = [p.confidence_of(estimator) for p in system.predictions]
+            if method != RAW:
+                assert system.calibration is not None
+                confidences = recalibrated(method, system.predictions, estimator, system.calibration)
+            measured = bootstrap.measure(confidences)
+            base = base or measured
+            row: dict[str, Any] = {"system": system.name, "estimator": estimator, "recalibration": method}
+            row |= {"kind": ALL, "group": "", "n": len(confidences)}
+            row["parsed"] = len(confidences) - confidences.count(None)
+            if method == RAW:
+                row["forward_passes"] = system.metrics.get(f"forward_passes@{estimator}")
+            for metric, interval in measured.intervals.items():
+                row |= {
+                    metric: interval.value,
+                    f"{metric}_low": interval.low,
+                    f"{metric}_high": interval.high,
+                }
+                row[f"{metric}_p"] = math.nan if measured is base else p_value(measured, base, metric)
+            rows.append(row)
+        keys = {"system": system.name, "estimator": VERBALIZED, "recalibration": RAW}
+        parts += [keys | part for part in (*groups_of(system, bootstrap), *bands_of(system, bootstrap))]
+    return pd.DataFrame(rows + parts, columns=COLUMNS), notes
 
 
 def _planned(system: System, notes: list[str]) -> Iterator[tuple[str, str]]:
@@ -196,50 +104,67 @@ def _planned(system: System, notes: list[str]) -> Iterator[tuple[str, str]]:
         notes.append(f"{system.name}: {estimator} is not recalibrated: {reason}.")
 
 
-# --- Groups of answers ----------------------------------------------------------------------------------------------
+def stated_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the stated confidence in all answers of each system."""
+    return frame[(frame.kind == ALL) & (frame.estimator == VERBALIZED) & (frame.recalibration == RAW)]
 
 
-def match_of(
-    predictions: Sequence[EstimatedPrediction],
-    bootstrap: ImageBootstrap,
-    belongs: Callable[[EstimatedPrediction], bool],
-) -> Match:
-    """Put the mean stated confidence of some answers beside their accuracy.
+def parts_of_system(frame: pd.DataFrame, system: str, *kinds: str) -> pd.DataFrame:
+    """The rows of a system's groups or bands."""
+    return frame[(frame.system == system) & frame.kind.isin(kinds)]
 
-    Args:
-        predictions: all answers of a system.
-        bootstrap: draws of the images behind them.
-        belongs: chooses the answers, among those that state a confidence.
+
+def confidence_name(system: str, estimator: str) -> str:
+    """The name of a system, with the estimator if it is not the stated confidence."""
+    return system if estimator == VERBALIZED else f"{system}, {estimator}"
+
+
+def agreement(says: float, low: float, high: float) -> str:
+    """Whether an interval of the accuracy is within `TOLERANCE` of the stated confidence: "yes", "no", or "unclear" if it is in part."""
+    least, most = says - TOLERANCE - 1e-11, says + TOLERANCE + 1e-11
+    if least <= low and high <= most:
+        return "yes"
+    return "no" if high < least or low > most else "unclear"
+
+
+def match_of(system: System, bootstrap: ImageBootstrap, belongs: Sequence[bool]) -> dict[str, Any]:
+    """The columns `parsed` and, if there are any such answers, `says` to `agrees` of some answers of a system.
+
+    The interval is over images, for the given `says`, and at least the Wilson interval of independent answers, which stays wide
+    where all answers are correct.
     """
     gaps = [
-        p.confidence - p.correct if p.confidence is not None and belongs(p) else None for p in predictions
+        p.confidence - p.correct if p.confidence is not None and chosen else None
+        for p, chosen in zip(system.predictions, belongs, strict=True)
     ]
-    correct = [p.correct for p, gap in zip(predictions, gaps, strict=True) if gap is not None]
+    correct = [p.correct for p, gap in zip(system.predictions, gaps, strict=True) if gap is not None]
     if not correct:
-        return Match(math.nan, math.nan, math.nan, math.nan, 0)
+        return {"parsed": 0}
     n, right, gap = len(correct), sum(correct) / len(correct), bootstrap.mean(gaps)
     says = right + gap.value
     low, high = map(float, wilson_interval(torch.tensor(float(sum(correct))), torch.tensor(float(n))))
     low, high = max(0.0, min(low, says - gap.high)), min(1.0, max(high, says - gap.low))
-    return Match(100 * says, 100 * right, 100 * low, 100 * high, n)
+    agrees = agreement(says, low, high)
+    return {
+        "parsed": n, "says": says, "is_right": right, "is_right_low": low, "is_right_high": high, "agrees": agrees
+    }  # fmt: skip
 
 
-def bands_of(predictions: Sequence[EstimatedPrediction], bootstrap: ImageBootstrap) -> list[Group]:
-    """The bands that contain answers, the highest first."""
+def bands_of(system: System, bootstrap: ImageBootstrap) -> list[dict[str, Any]]:
+    """The rows of the bands that contain answers, the highest first."""
+    percents = [None if p.confidence is None else round(100 * p.confidence, 6) for p in system.predictions]
     bands = []
-    for low, high in pairwise(EDGES):
-
-        def belongs(prediction: EstimatedPrediction, low: int = low, high: int = high) -> bool:
-            percent = round(100 * (prediction.confidence or 0.0), 6)
-            return low <= percent < high or percent == high == 100
-
-        match = match_of(predictions, bootstrap, belongs)
-        bands.append(Group(f"{low}–{high if high == 100 else high - 1}%", match.answers, match))
-    return [band for band in bands[::-1] if band.n]
+    for low, high in list(pairwise(EDGES))[::-1]:
+        belongs = [p is not None and (low <= p < high or p == high == 100) for p in percents]
+        if any(belongs):
+            name = f"{low}–{high if high == 100 else high - 1}%"
+            match = match_of(system, bootstrap, belongs)
+            bands.append({"kind": BAND, "group": name, "n": match["parsed"], **match})
+    return bands
 
 
-def groups_of_system(system: System, bootstrap: ImageBootstrap) -> list[Group]:
-    """The groups of a system's answers: answer types if there are several, parts of categories, and pairs of these.
+def groups_of(system: System, bootstrap: ImageBootstrap) -> list[dict[str, Any]]:
+    """The rows of a system's groups: answer types if there are several, parts of categories, and pairs of these.
 
     A pair that has as many answers as one of its parts is omitted.
     """
@@ -251,7 +176,7 @@ def groups_of_system(system: System, bootstrap: ImageBootstrap) -> list[Group]:
         for name in (*parts, *map("/".join, combinations(parts, 2))):
             by_category.setdefault(name, []).append(prediction)
     types = {name: members for name, members in by_type.items() if members}
-    categories = {
+    categories: Mapping[str, list[EstimatedPrediction]] = {
         name: members
         for name, members in sorted(by_category.items(), key=lambda item: (item[0].count("/"), item[0]))
         if "/" not in name or len(members) not in [len(by_category[part]) for part in name.split("/")]
@@ -259,49 +184,8 @@ def groups_of_system(system: System, bootstrap: ImageBootstrap) -> list[Group]:
     groups = []
     for name, members in ({**types, **categories} if len(types) > 1 else categories).items():
         ids = {p.id for p in members}
-        match = match_of(system.predictions, bootstrap, lambda p, ids=ids: p.id in ids)  # type: ignore[misc]
+        match = match_of(system, bootstrap, [p.id in ids for p in system.predictions])
         metrics = metrics_of(members)
-        groups.append(Group(name, len(members), match, {m: metrics[m] for m in GROUPED}))
+        values = {metric: metrics[metric] for metric in GROUPED}
+        groups.append({"kind": GROUP, "group": name, "n": len(members), **match, **values})
     return groups
-
-
-# --- As a file ------------------------------------------------------------------------------------------------------
-
-COLUMNS = (
-    *("system", "estimator", "recalibration", "group", "n", "forward_passes"),
-    *(f"{name}{end}" for name in MEASURED for end in ("", "_low", "_high", "_p")),
-    *("says", "is_right", "is_right_low", "is_right_high", "agrees"),
-)
-"""The columns of the CSV file."""
-
-
-def write_table(compared: Compared, path: Path) -> None:
-    """Write all rows as CSV: system x estimator x recalibration x group; shares in [0, 1], and undefined values are empty.
-
-    A row is one confidence of one system over all answers (`group` is empty), or the stated confidence in one group or band.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in compared.rows:
-        cells = {"n": row.n, "forward_passes": row.passes}
-        for name, (value, low, high) in row.metrics.items():
-            cells |= {name: value, f"{name}_low": low, f"{name}_high": high, f"{name}_p": row.p[name]}
-        keys = {"system": row.system, "estimator": row.estimator, "recalibration": row.recalibration}
-        writer.writerow(keys | _defined(cells))
-    for system, groups in compared.groups.items():
-        for group in (*groups, *compared.bands[system]):
-            match = group.match
-            cells = {"n": group.n, **group.metrics, "says": match.says / 100, "is_right": match.right / 100}
-            cells |= {"is_right_low": match.low / 100, "is_right_high": match.high / 100}
-            keys = {"system": system, "estimator": VERBALIZED, "recalibration": RAW, "group": group.name}
-            keys |= {"agrees": match.agreement} if match.answers else {}
-            writer.writerow(keys | _defined(cells))
-    write_text(path, out.getvalue())
-
-
-def _defined(cells: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: value for name, value in cells.items() if value is not None and not math.isnan(value)}
