@@ -6,7 +6,7 @@ without pyplot, so that they need no display and are safe in threads. Colours ar
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def confidence_histogram(table: ConfidenceTable, *, ax: "Axes | None" = None) ->
         centre, width = 5 * torch.arange(20) + 2.5, 4.5
         correct, wrong = sums.correct, sums.answers - sums.correct
     ax.bar(centre.numpy(), correct.numpy(), width, color=BLUE, label="Right")
-    hatched = {"hatch": "///", "edgecolor": "white", "linewidth": 0}
+    hatched: dict[str, Any] = {"hatch": "///", "edgecolor": "white", "linewidth": 0}
     ax.bar(centre.numpy(), -wrong.numpy(), width, color=ORANGE, label="Wrong", **hatched)
     ax.axhline(0, color="black", linewidth=0.8)
     for name, heading, color, style, line_width in (

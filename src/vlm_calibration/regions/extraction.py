@@ -89,8 +89,9 @@ class Pipeline:
         rows = [raw for raw, result in zip(batch, ready, strict=True) if result is None]
         described = self._describe(rows)
         detected = self._detect(rows, described)
-        parts = zip(rows, described, detected, self._segment(rows, detected), strict=True)
-        extracted = iter([self._result(raw.query, *found) for raw, *found in parts])
+        segmented = self._segment(rows, detected)
+        queries = [raw.query for raw in rows]
+        extracted = map(self._result, queries, described, detected, segmented)
         return [result or next(extracted) for result in ready]
 
     def _without_models(self, raw: RawQuery) -> Extracted | None:
