@@ -37,6 +37,7 @@ from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import strip_confidence
+from vlm_calibration.text.grading import Grading
 
 from ..level_tables import measured, noise_counts
 from ..trainers import plain_trainer
@@ -203,6 +204,14 @@ def test_the_card_of_stage_2(sft: Path, demo_model: str, tmp_path: Path) -> None
     )
     assert card.results == {}, "nothing was validated"
     assert "## Validation" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_says_that_levels_are_by_ranking(model_folder: str, tmp_path: Path) -> None:
+    levels = measured(model_folder, {"open": COUNTS["short"]}, grading=Grading(rank_levels=True))
+    trainer = _trainer(tmp_path, _data(model_folder, noise=NoisePolicy(levels=levels)))
+    card = AdapterWriter().card(trainer, _module(Saver("x")))
+    assert card.training["levels"] == "open answers by ranking"
+    assert card.levels == {"open": [("", 0, 0.8), ("noise", 1, 0.0)]}
 
 
 # --- Whole or not at all ----------------------------------------------------------------------------------------

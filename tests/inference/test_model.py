@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import shutil
@@ -282,8 +283,12 @@ def test_models_trained_anew_have_another_name(adapter_run: Path, tmp_path: Path
 def test_the_package_offers_what_it_says() -> None:
     assert vlm_calibration.load_calibrated is load_calibrated
     assert set(vlm_calibration.__all__) <= set(dir(vlm_calibration))
+    source = ast.parse(Path(vlm_calibration.__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(source) if isinstance(node, ast.ImportFrom)]
+    seen_by_type_checkers = {alias.name: node.module for node in imports for alias in node.names}
     for name in vlm_calibration.__all__:
-        assert getattr(vlm_calibration, name).__name__ == name
+        offered = getattr(vlm_calibration, name)
+        assert (offered.__name__, offered.__module__) == (name, seen_by_type_checkers[name])
     with pytest.raises(AttributeError, match="no attribute 'ask'"):
         vlm_calibration.ask  # noqa: B018
 
