@@ -27,12 +27,13 @@ from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
 from vlm_calibration.commands.data_fetch import _download
 from vlm_calibration.commands.data_split import split
+from vlm_calibration.perturbation.level_table import write_likelihoods
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answer_log import AnswerLog
 
 from .command_line import LIMIT, Ended, Server, callback, inherited_environment
-from .level_tables import noise_counts
+from .level_tables import measured_likelihoods, noise_counts
 
 Run = Callable[..., Ended]
 Start = Callable[..., list[str]]
@@ -123,6 +124,12 @@ def _levels(folder: Path) -> None:
     AnchoredLevels.fit({"yes_no": noise_counts(*rows)}).save(folder / "levels.json")
 
 
+def _likelihoods(folder: Path) -> None:
+    provenance = {"weights": "w", "prompt": "p", "max_pixels": None}
+    likelihoods = measured_likelihoods({os.urandom(8).hex(): 0.5 for _ in range(5_000)})
+    write_likelihoods(folder / "likelihoods.parquet", likelihoods, provenance)
+
+
 def _regions(folder: Path) -> None:
     noise = os.urandom(50_000).hex()
     empty: Mapping[str, Any] = dict.fromkeys(SCHEMA.names)
@@ -164,6 +171,7 @@ def _divided(folder: Path) -> None:
 
 WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
     "levels.json": (_levels, True),
+    "likelihoods.parquet": (_likelihoods, True),
     "queries.parquet": (_regions, True),
     ".answered.0.jsonl": (_answered, False),
     "answers.jsonl": (_asked, False),

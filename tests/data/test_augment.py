@@ -114,6 +114,7 @@ def test_epoch_and_query_decide_what_training_sees(model_folder: str) -> None:
     assert _samples(model_folder, 0, batch_size=2) == {
         q: first[q] for q in _samples(model_folder, 0, batch_size=2)
     }
+    assert _samples(model_folder, 0, workers=2) == first
     assert _samples(model_folder, 0, noise=NoisePolicy(seed=1)) != first
 
 

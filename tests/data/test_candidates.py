@@ -254,6 +254,14 @@ def test_a_wrong_answer_with_the_image_token_is_refused(
         )
 
 
+def test_text_after_the_end_of_turn_is_left_out(processor: Any, samples: Sequence[Sample]) -> None:
+    breaking = copy(processor)
+    breaking.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")
+    batch = _collate(ChatFormat(breaking, ElicitationPrompt()), samples)
+    texts = [processor.tokenizer.decode(c.tokens) for row in batch.candidates for c in row]
+    assert all(text.endswith("%<|end|>") for text in texts)
+
+
 def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(
     processor: Any, samples: Sequence[Sample]
 ) -> None:

@@ -30,7 +30,8 @@ yes | Looks like there are two dogs | There is clearly a dog | There probably is
 yes | I can clearly see a dog | I do see a dog | We see a dog | A dog is clearly visible in the background
 yes | In the image, a dog is visible | Two dogs are present | A dog can clearly be seen | The image appears to show a dog
 yes | The scene seems to contain a dog | It seems so | So it seems | I think so | Looks like it | Indeed | Indeed it is
-yes | Indeed, yes | Indeed, there is a dog | Apparently yes
+yes | Indeed, yes | Indeed, there is a dog | Apparently yes | I believe that there is a dog
+yes | There is a dog, as far as I can see. | There seems to be a dog on the left. It is brown.
 no | No | Nope | Definitely not | Answer: No | I think no | No, there is a cat | Is there a dog? No.
 no | There is no dog | There isn't any | I don't see a dog | I cannot see a dog | It is not red | Confidence: 0.9. No
 no | {"answer": "No", "confidence": 0.9} | There seems to be no dog | There appears not to be a dog
@@ -40,6 +41,7 @@ no | It does not seem so | It seems not | I don't think so | I think not | I'm a
 no | Unfortunately not | Indeed not | Indeed no | Indeed, there is no dog | Absolutely not | Certainly not
 no | Of course not | Of course there isn't | Not really | Not at all | Not that I can see | Not visible
 no | A dog is not visible | No dog can be seen | A dog can't be seen | The dog is nowhere to be seen
+no | I believe that there is no dog | There is no dog, as far as I can see. | There seems to be no dog on the left.
 no | Nowhere to be seen | There isn't | There aren't any dogs | I see none | The image doesn't appear to show a dog
 no | The image lacks a dog | The scene is devoid of dogs | A dog is missing from the image | The dog is absent
 none | Yes or no | Yes/no | Yes. No. | No, yes | Yes, no | I don't know | It cannot be determined | Maybe | No idea
