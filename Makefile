@@ -170,7 +170,7 @@ slurm-all: $(SETUP)  ## submit all stages, or STAGES=, to SLURM, each after the 
 	PYTHON="$(PYTHON)" configs/slurm/submit.sh $(STAGES) $(CALIBRATION) $(ARGS)
 
 # Two to four test processes; each runs whole files, so that a file's fixtures are set up once.
-PYTEST = $(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST = $(PYTHON) -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 test: $(DEV)  ## the test suite; test-all adds what is marked `nightly`
 	$(PYTEST) -m "not nightly" $(ARGS)

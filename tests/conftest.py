@@ -46,15 +46,28 @@ def pytest_itemcollected(item: pytest.Item) -> None:
             item.add_marker(mark)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes, one runs all tests of a file.
+TOGETHER = {
+    **dict.fromkeys(
+        ("callbacks/test_wandb_log", "commands/test_export", "reporting/test_dashboard", "test_cli"),
+        "offline_runs",
+    ),
+    "slurm/": "cluster",
+    "app/": "browser",
+}
+"""Begin of the path of a test file below this folder -> the fixture that all such files share."""
 
-    Tests of SLURM, of the web page, and of the runs of all stages each have one process for all files, so that these start once.
-    """
-    for item in items:
-        used = getattr(item, "fixturenames", ())
-        shared = next((name for name in ("cluster", "browser", "offline_runs") if name in used), None)
-        item.add_marker(pytest.mark.xdist_group(shared or item.nodeid.partition("::")[0]))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several test processes, one runs all tests of a file, and of files that are `TOGETHER`, so that fixtures are set up once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0].removeprefix("tests/")
+            return next((name for begin, name in TOGETHER.items() if file.startswith(begin)), file)
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

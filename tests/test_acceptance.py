@@ -91,7 +91,12 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Stranger:
     base = tmp_path_factory.mktemp("stranger")
     environment = base / "environment"
     _run(sys.executable, "-m", "venv", "--without-pip", str(environment))
-    _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(base), str(ROOT))
+    # Of a copy, since a build leaves files in its folder.
+    source = base / "source"
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(base), str(source))
     [wheel] = base.glob("*.whl")
     python = environment / "bin/python"
     _run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel))

@@ -299,7 +299,7 @@ def test_tests_need_more_than_training(checkout: Path) -> None:
     assert not [c for c in _calls(checkout) if "dev" in c]
     _make(checkout, "test")
     assert [c for c in _calls(checkout) if "dev]" in c]
-    in_processes = "-m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder"
+    in_processes = "-m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder"
     _make(checkout, "test", "ARGS=-x tests/data")
     assert _calls(checkout) == [f"{in_processes} -m not nightly -x tests/data"]
     _make(checkout, "test-fast", "ARGS=-x")
