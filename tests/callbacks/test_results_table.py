@@ -42,7 +42,8 @@ class Scored(L.LightningModule):
         pass
 
     def on_validation_epoch_end(self) -> None:
-        self.results = {"": _results(next(self.accuracies))}
+        # In place: what is kept of a validation does not change with the next one.
+        self.results.setdefault("", {}).update(_results(next(self.accuracies)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)

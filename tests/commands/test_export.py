@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from vlm_calibration import cli, hub
 from vlm_calibration.estimators.decision import read_rule
@@ -351,7 +352,7 @@ def test_a_mistake_in_the_call(
 
 
 class FakeApi:
-    """Records calls and uploaded files."""
+    """Records the calls that the real client would take, and the uploaded files."""
 
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
     uploaded: dict[str, bytes]
@@ -359,6 +360,7 @@ class FakeApi:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def called(*arguments: Any, **settings: Any) -> None:
+            inspect.signature(getattr(HfApi, name)).bind(self, *arguments, **settings)
             if name == "upload_folder":
                 FakeApi.uploaded = _files(settings.pop("folder_path"))
                 if FakeApi.error is not None:

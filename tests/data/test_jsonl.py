@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -84,10 +85,15 @@ def test_a_bad_record_is_named_or_counted(
     assert f"left out 1 of 3 records: {says}" in str(warned[0].message)
 
 
-def test_skipped_records_are_counted_and_a_few_named(write_jsonl: Write, record: Record) -> None:
-    path = write_jsonl(record("one"), *["{"] * 40)
+def test_skipped_records_are_counted_once_and_a_few_named(write_jsonl: Write, record: Record) -> None:
+    """Data workers, which receive a copy of the source, do not warn again."""
+    source = JsonlSource(str(write_jsonl(record("one"), *["{"] * 40)), on_bad_record="skip")
     with pytest.warns(UserWarning, match="left out 40 of 41 records") as warned:
-        assert len(JsonlSource(str(path), on_bad_record="skip").queries()) == 1
+        assert len(source.queries()) == 1
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(source.queries()) == len(pickle.loads(pickle.dumps(source)).queries()) == 1
     assert str(warned[0].message).count("not JSON") == 5
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm_calibration.metrics import bootstrap
 from vlm_calibration.metrics.bootstrap import bootstrap_replicates, interval_of, percentile_interval
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
@@ -38,8 +39,9 @@ def table():
     return ConfidenceTable.from_predictions(torch.tensor(confidence), torch.tensor(correct))
 
 
-def test_replicates_with_one_class_or_empty_levels_or_nothing():
-    """Replicates of small tables lack levels, a class or all answers, and are NaN exactly where that table's metric is."""
+def test_replicates_with_one_class_or_empty_levels_or_nothing(monkeypatch):
+    """Replicates of small tables, in three batches, lack levels, a class or all answers, and are NaN exactly where that table's metric is."""
+    monkeypatch.setattr(bootstrap, "_BATCH_CELLS", 64 * 512)
     table = ConfidenceTable.from_predictions([0.9, 0.9, 0.3, None, None], [True, True, False, False, True])
     drawn = resample(table, 150, seed=0)
     parsed = drawn.counts.sum((1, 2))

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
@@ -194,6 +195,12 @@ def test_given_axes_and_titles_are_used():
     assert left.get_title() == "mine"
     assert figures.confidence_histogram(make(), ax=right) is figure
     assert figures.response_curve(response(3), figure=(given := Figure())) is given
+
+
+def test_figures_are_drawn_in_threads():
+    with ThreadPoolExecutor(4) as pool:
+        sizes = list(pool.map(lambda i: size(DRAWN[i % 3](make(seed=i))), range(6)))
+    assert sizes == [(800, 600)] * 6
 
 
 @pytest.mark.slow

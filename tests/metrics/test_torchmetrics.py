@@ -48,7 +48,7 @@ def floats(values):
 
 @pytest.fixture
 def filled():
-    metrics = CalibrationMetrics(prefix="val/", categories=["a", "b"])
+    metrics = CalibrationMetrics(prefix="val/", categories=(name for name in ("a", "b")))
     for batch in batches():
         metrics.update(*batch)
     return metrics
