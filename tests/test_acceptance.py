@@ -30,7 +30,7 @@ pytestmark = pytest.mark.nightly
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "src/vlm_calibration/demo/model"
 COMMANDS = ("README.md", "## Your own data", "bash")
-STEPS = ("configs/README.md", "## All stages", "python")
+STEPS = ("configs/experiment/README.md", "## From Python", "python")
 """Page, section and language of what a stranger types, and of the same from Python."""
 IMAGES = 300
 SIZES = ((192, 192), (320, 240), (240, 320), (500, 375), (96, 128))

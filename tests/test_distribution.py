@@ -76,15 +76,16 @@ def _files(wheel: Path) -> dict[str, int]:
         return {i.filename: i.CRC for i in archive.infolist() if not i.filename.endswith("/RECORD")}
 
 
-def test_the_wheel_holds_presets_model_and_templates(wheel: Path, root: Path) -> None:
+def test_the_wheel_holds_presets_their_pages_model_and_templates(wheel: Path, root: Path) -> None:
     files = _files(wheel)
     assert [name for name in CONTENTS if name not in files] == []
-    presets = {
-        f"vlm_calibration/configs/{p.relative_to(root / 'configs')}"
-        for p in (root / "configs").rglob("*.yaml")
-    }
+    configs = root / "configs"
+    presets, pages = (
+        {f"vlm_calibration/configs/{path.relative_to(configs)}" for path in configs.rglob(pattern)}
+        for pattern in ("*.yaml", "README.md")
+    )
     assert len(presets) > 30
-    assert presets <= files.keys()
+    assert presets | pages <= files.keys()
     assert not [name for name in files if name.startswith(("tests", "notebooks"))]
 
 

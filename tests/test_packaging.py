@@ -114,7 +114,9 @@ def test_package_data_holds_the_demo_model(root: Path) -> None:
     package = root / "src" / "vlm_calibration"
     shipped = {p for pattern in settings["package-data"]["vlm_calibration"] for p in package.glob(pattern)}
     data = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
-    assert {p for p in data if p.name != "README.md"} <= shipped, "except pages about the source"
+    assert data - {package / "README.md"} <= shipped, "except the page about the source"
+    configs = package / "configs"
+    assert {*configs.rglob("*.yaml"), *configs.rglob("README.md")} <= shipped
     assert package / "demo" / "model" / "model.safetensors" in shipped
 
 

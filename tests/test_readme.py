@@ -189,11 +189,29 @@ def test_the_query_of_the_readme_loads(tmp_path: Path) -> None:
 
 
 def test_the_table_has_the_keys_of_a_query() -> None:
-    page = (ROOT / "configs/README.md").read_text(encoding="utf-8")
+    page = (ROOT / "configs/data/README.md").read_text(encoding="utf-8")
     table = page.split("| key | meaning |", 1)[1].split("\n\n", 1)[0]
     first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     keys = [key for cell in first for key in re.findall(r"`(\w+)`", cell)]
     assert sorted(keys) == sorted(field.name for field in fields(Query))
+
+
+def test_the_table_has_every_extra_that_a_command_needs() -> None:
+    page = (ROOT / "configs/README.md").read_text(encoding="utf-8")
+    table = page.split("| extra | commands that need it |", 1)[1].split("\n\n", 1)[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == EXTRAS.keys() - {"bench", "dev"}
+
+
+def test_the_table_of_models_has_the_memory_of_each_preset() -> None:
+    page = (ROOT / "configs/model/README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(model/\w+)`[^|]*\| ([\d.]+) GiB \| ([\d.]+) GiB", page, re.MULTILINE)
+    measured = []
+    for path in (ROOT / "configs/model").glob("*.yaml"):
+        comment = path.read_text(encoding="utf-8")
+        [weights] = re.findall(r"^# .* = ([\d.]+) GiB$", comment, re.MULTILINE)
+        [step] = re.findall(r"tokens add about ([\d.]+) GiB", comment)
+        measured.append((f"model/{path.stem}", weights, step))
+    assert sorted(shown) == sorted(row for row in measured if row[0] != "model/qlora")
 
 
 PAGE = """
