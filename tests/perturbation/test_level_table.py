@@ -233,6 +233,27 @@ def test_each_answer_type_and_kind_must_teach_something(counts, messages):
     assert all(message in str(error.value) for message in messages)
 
 
+@pytest.mark.parametrize(
+    ("highest", "lowest", "n"), [(0.9, 0.5, 20), (0.7, 0.5, 100), (0.9, 0.7, 100), (0.8, 0.7, 250)]
+)
+def test_the_queries_that_levels_need_as_the_page_of_data_says(highest, lowest, n):
+    rng = np.random.default_rng(0)
+    accepted = []
+    for _ in range(100):
+        clean = (0, n, rng.binomial(n, highest))
+        perturbed = {
+            kind: [(s, n, rng.binomial(n, highest - (highest - lowest) * s)) for s in STRENGTHS[1:]]
+            for kind in ("noise", "blur", "occlusion")
+        }
+        counts = AnswerTypeCounts.of_kinds({kind: [clean, *rows] for kind, rows in perturbed.items()})
+        try:
+            LevelTable({"yes_no": counts}).check_usable()
+            accepted.append(True)
+        except ValueError:
+            accepted.append(False)
+    assert np.mean(accepted) >= 0.95
+
+
 def test_the_trend_is_that_of_a_contingency_table():
     """The square of the statistic is N times the squared correlation of strength and being correct."""
     rows = [LevelCount(0, 30, 25), LevelCount(0.2, 20, 14), LevelCount(0.7, 40, 22)]
