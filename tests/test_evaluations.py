@@ -96,9 +96,7 @@ def test_an_adapter_of_another_base_model(
     }
     ended = run(*settings[command])
     assert ended.status == 1
-    assert ended.error().startswith(
-        f"the adapter at {adapter} does not fit the base model {other_model}: model."
-    )
+    assert ended.error().startswith(f"the adapter at {adapter} does not fit the base model {other_model}: ")
     assert f"its base model is {model_folder}: " in ended.error()
 
 
