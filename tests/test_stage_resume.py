@@ -127,7 +127,10 @@ def test_an_interrupted_training_of_other_settings_is_refused_until_it_is_overwr
     assert run(*start("run", kill), "--resume").status == -signal.SIGKILL
     more = ["--trainer.max_epochs", "1"]
     _assert_refused(
-        run(*start("run"), "--resume", *more), tmp_path / "run", "max_epochs was 2 and is 1", "interrupted"
+        run(*start("run", kill), "--resume", *more),
+        tmp_path / "run",
+        "max_epochs was 2 and is 1",
+        "interrupted",
     )
     assert run(*start("run"), "--overwrite", *more).status == 0
     _assert_done(run(*start("run"), "--resume", *more), tmp_path / "run")
