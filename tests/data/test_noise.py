@@ -255,6 +255,7 @@ def test_levels_of_a_query_are_stated_for_it(tmp_path: Path) -> None:
         ({"kinds": {"noise": 2.0, "blur": -1.0}}, "noise.kinds"),
         ({"kinds": {"noise": float("inf")}}, "noise.kinds"),
         ({"seed": -1}, "noise.seed must be at least 0, found -1"),
+        ({"absent": "typo"}, "noise.absent must be distractor, clean or skip, found 'typo'"),
         ({"dilate": -0.1}, "noise.dilate must be a finite number of at least 0, found -0.1"),
     ],
 )

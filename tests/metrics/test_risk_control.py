@@ -100,6 +100,12 @@ def test_an_answer_counts_at_a_threshold_if_and_only_if_it_reaches_it() -> None:
         assert ((answers.confidence >= threshold) == (confidence >= threshold)).all()
 
 
+@pytest.mark.parametrize(("confidence", "correct"), [([0.5, 1.1], [True, True]), ([0.5], [True, False])])
+def test_answers_that_cannot_be_counted(confidence: list[float], correct: list[bool]) -> None:
+    with pytest.raises(ValueError, match="confidence"):
+        graded_answers(confidence, correct)
+
+
 def test_counts_of_a_threshold_with_unparsed_answers() -> None:
     confidence = [0.9] * 8 + [0.5] * 4 + [None] * 3
     correct = [True] * 7 + [False] + [True, False, False, False] + [True, True, False]
@@ -190,6 +196,12 @@ def test_the_sentence() -> None:
         "certainty for all groups together, for questions like mine: a: answer from 80% on, 75% of the questions; b: answer nothing."
     )
     assert guarantee(control_risk({"": bad}, Limits(0.05))) == ""
+
+
+@pytest.mark.parametrize("values", [(0, 0.95, None), (1, 0.95, None), (0.05, 1, None), (0.05, 0.95, 0)])
+def test_limits_outside_the_range_are_refused(values: tuple[float, float, float | None]) -> None:
+    with pytest.raises(ValueError, match=r"must be between 0 and 1 \(exclusive\)"):
+        Limits(*values)
 
 
 # --- The guarantee, by simulation -------------------------------------------------------------------------------

@@ -114,6 +114,8 @@ class NoisePolicy:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise DataError(f"noise.{name} must be in [0, 1], found {value}")
+        if self.absent not in ("distractor", "clean", "skip"):
+            raise DataError(f"noise.absent must be distractor, clean or skip, found {self.absent!r}")
         if unknown := sorted(set(self.kinds) - set(KIND_NAMES)):
             raise DataError(f"noise.kinds: there is no kind {unknown[0]!r}: expected {', '.join(KIND_NAMES)}")
         if not all(0 <= w < math.inf for w in self.kinds.values()) or not sum(self.kinds.values()):

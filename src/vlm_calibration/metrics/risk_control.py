@@ -40,11 +40,19 @@ class Limits:
         max_error: largest share of wrong answers among the answers given, in (0, 1).
         certainty: probability that the promise is kept, in (0, 1).
         max_sent_away: largest share of the correct answers that are not given, in (0, 1); None: no limit.
+
+    Raises:
+        ValueError: on a value outside (0, 1).
     """
 
     max_error: float
     certainty: float = 0.95
     max_sent_away: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must be between 0 and 1 (exclusive), got {value}")
 
 
 class GradedAnswers(NamedTuple):
@@ -136,8 +144,16 @@ class RiskControl(NamedTuple):
 
 
 def graded_answers(confidence: Sequence[float | None], correct: Sequence[bool]) -> GradedAnswers:
-    """Round confidences in [0, 1], None or NaN where they could not be parsed, down to the highest threshold that gives the answer."""
+    """Round confidences in [0, 1], None or NaN where they could not be parsed, down to the highest threshold that gives the answer.
+
+    Raises:
+        ValueError: on a confidence outside [0, 1], or inputs of different lengths.
+    """
     values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
+    if len(values) != len(correct):
+        raise ValueError(f"{len(values)} confidences but {len(correct)} correct")
+    if ((values < 0) | (values > 1)).any():
+        raise ValueError("a confidence is outside [0, 1]")
     level = np.round(values * GRID_STEPS)
     level -= level / GRID_STEPS > values
     return GradedAnswers(level / GRID_STEPS, np.array(correct, dtype=bool))
