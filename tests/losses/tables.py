@@ -15,7 +15,13 @@ PREFERENCE_LOSSES: list[PreferenceLoss] = [
     Ordinal(beta=0.4, offset=2.5),
     Listwise(beta=0.8),
 ]
-DISTRIBUTION_LOSSES: list[CandidateLoss] = [SoftLabel(width=0.3), TokenizedBrier(), ExpectedBrier(), RLCR()]
+DISTRIBUTION_LOSSES: list[CandidateLoss] = [
+    SoftLabel(width=0.3),
+    SoftLabel(width=0.3, opposite_weight=0.4),
+    TokenizedBrier(),
+    ExpectedBrier(),
+    RLCR(),
+]
 
 
 def table(

@@ -136,6 +136,7 @@ def test_tables_that_are_refused(scores: Callable[[], CandidateScores], message:
         (SimPO, "gamma", [-0.1, math.inf, math.nan]),
         (Ordinal, "offset", [-0.1, math.inf, math.nan]),
         (SoftLabel, "width", [-0.1, 0.0, 0.0009, 1.1, math.nan]),
+        (SoftLabel, "opposite_weight", [-0.1, math.inf, math.nan]),
     ],
 )
 def test_bad_settings(kind: Callable[..., CandidateLoss], name: str, values: list[float]) -> None:

@@ -42,9 +42,15 @@ def _by_loop(loss: CandidateLoss, scores: CandidateScores) -> float:
             mass = {k: math.exp(policy[k] - answer[k]) for k in own}
             pi = {k: mass[k] / sum(mass.values()) for k in own}
             match loss:
-                case SoftLabel(width):
+                case SoftLabel(width, opposite_weight):
                     q = {k: math.exp(-((c[k] - t) ** 2) / (2 * width**2)) for k in own}
                     value = -sum(q[k] / sum(q.values()) * math.log(pi[k]) for k in own)
+                    q = {
+                        k: math.exp(-((c[k] - (1 - t)) ** 2) / (2 * width**2)) for k in {*candidates} - {*own}
+                    }
+                    value -= opposite_weight * sum(
+                        q[k] / sum(q.values()) * (policy[k] - answer[k]) for k in q
+                    )
                 case TokenizedBrier():
                     value = sum(pi[k] * (c[k] - t) ** 2 for k in own)
                 case ExpectedBrier():
@@ -181,6 +187,23 @@ def fit_confidences(loss: CandidateLoss) -> tuple[Tensor, Tensor]:
 
     s = minimise(value, (len(CONTEXTS), len(LEVELS) + 1)).log_softmax(-1)[:, :-1]
     return s.softmax(-1), s.logsumexp(-1)
+
+
+def test_the_optimum_after_the_opposite_answer_is_around_what_the_own_one_leaves() -> None:
+    own = torch.arange(2 * len(LEVELS)) < len(LEVELS)
+    scores = table([[0.0] * 2 * len(LEVELS)], confidence=[LEVELS * 2], target=[0.8])._replace(own=own[None])
+
+    def log_p(logits: Tensor) -> Tensor:
+        return torch.cat([part.log_softmax(-1)[:, :-1] for part in logits.chunk(2, -1)], -1)
+
+    logits = minimise(
+        lambda x: SoftLabel(0.05, opposite_weight=0.3)(scores._replace(policy=log_p(x))),
+        (1, 2 * len(LEVELS) + 2),
+    )
+    stated, opposite = log_p(logits)[0].exp().chunk(2)
+    assert (LEVELS[int(stated.argmax())], LEVELS[int(opposite.argmax())]) == (0.8, 0.2)
+    torch.testing.assert_close(opposite, stated.flip(0), rtol=0, atol=1e-3)
+    assert min(stated.sum(), opposite.sum()) > 0.99
 
 
 @pytest.mark.parametrize("width", [0.05, 0.2])

@@ -193,7 +193,12 @@ def loss_by_hand(loss: CandidateLoss, policy: list[Stated], reference: list[Stat
     own = [r for r in policy if r.own]
     s, c = [r.s for r in own], np.array([r.confidence for r in own])
     if isinstance(loss, SoftLabel):
-        return -float(softmax(-(((c - target) / loss.width) ** 2) / 2) @ s)
+        value = -float(softmax(-(((c - target) / loss.width) ** 2) / 2) @ s)
+        if opposite := [r for r in policy if not r.own]:
+            c = np.array([r.confidence for r in opposite])
+            q = softmax(-(((c - (1 - target)) / loss.width) ** 2) / 2)
+            value -= loss.opposite_weight * float(q @ [r.s for r in opposite])
+        return value
     if isinstance(loss, TokenizedBrier):
         return float(softmax(s) @ (c - target) ** 2) - log_sum(s)
     if isinstance(loss, RLCR):

@@ -203,7 +203,13 @@ def test_losses_by_hand(make_step: MakeStep, answers: CandidateSettings) -> None
         [step.stated(row, of, answers.wrong_answer) for row in range(6)] for of in (False, True)
     )
     targets = [_target(step, row, "expected") for row in range(6)]
-    for loss in (SoftLabel(width=0.2), TokenizedBrier(), RLCR(), DPO(beta=0.4)):
+    for loss in (
+        SoftLabel(0.2),
+        SoftLabel(0.2, opposite_weight=0.5),
+        TokenizedBrier(),
+        RLCR(),
+        DPO(beta=0.4),
+    ):
         step.module.loss = loss
         rows = zip(policy, reference, targets, strict=True)
         expected = np.mean([loss_by_hand(loss, *row) for row in rows])
@@ -477,9 +483,10 @@ def test_a_resumed_run_keeps_its_teacher(
     [
         (CandidateSettings(), {"pairs": PairPolicy("likelihood")}, r"likelihood.*data\.candidates\.answers"),
         (OWN, {"loss": SoftLabel(), "reference": "none"}, r"data\.candidates.*model\.reference"),
+        (OWN, {"loss": SoftLabel(opposite_weight=0.3)}, r"opposite_weight.*data\.candidates\.wrong_answer"),
         (None, {}, r"data\.candidates is not set"),
     ],
-    ids=["gold", "none", "without"],
+    ids=["gold", "none", "opposite", "without"],
 )
 def test_data_that_does_not_fit_the_module_is_rejected(
     make_module: MakeModule,

@@ -91,6 +91,7 @@ _RULES = {
     "beta": (lambda value: 0 < value < math.inf, "a finite number above 0"),
     "gamma": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
     "offset": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+    "opposite_weight": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
     "width": (lambda value: 0.001 <= value <= 1, "in [0.001, 1]"),
 }
 

@@ -35,24 +35,35 @@ class DistributionLoss(CandidateLoss):
 
 @dataclass(frozen=True)
 class SoftLabel(DistributionLoss):
-    """Cross-entropy to a distribution around the target:
+    """Cross-entropy to a distribution around the target, for the own answer and for its opposite:
 
         -sum_k q_k s_k = -sum_k q_k log pi_k - Z,   q_k proportional to exp(-((c_k - t) / width)^2 / 2)
 
-    Optimum: pi = q and Z = 0; for targets that vary at the same input, pi is the mean of their q.
+    Optimum: pi = q and Z = 0; for targets that vary at the same input, pi is the mean of their q. Of two answers of which exactly
+    one is correct, the opposite is correct with probability 1 - t: the same term with this target, over the candidates that give
+    the opposite answer, is added with a weight. It teaches that confidence is about the answer, not about the evidence alone.
 
     Args:
         width: standard deviation of q before it is restricted to the candidates, in [0.001, 1]; far below the
             distance between confidences, q is the one nearest to t.
+        opposite_weight: weight of the opposite answer's term, at least 0.
     """
 
     width: float = 0.05
+    opposite_weight: float = 0.0
 
     def forward(self, scores: CandidateScores) -> Tensor:
-        s = scores.policy - scores.answer
-        log_q = -(((scores.confidence - scores.target[:, None]) / self.width) ** 2) / 2
-        q = log_q.masked_fill(~scores.own, -torch.inf).softmax(-1)
-        return -(q * s).sum(-1).mean()
+        loss = self._cross_entropy(scores, scores.target, scores.own)
+        if self.opposite_weight:
+            opposite = self._cross_entropy(scores, 1 - scores.target, scores.valid & ~scores.own)
+            loss = loss + self.opposite_weight * opposite
+        return loss.mean()
+
+    def _cross_entropy(self, scores: CandidateScores, target: Tensor, among: Tensor) -> Tensor:
+        """Float [B], over the candidates in the mask `among`, bool [B, K]; 0 for a query without any."""
+        log_q = -(((scores.confidence - target[:, None]) / self.width) ** 2) / 2
+        q = log_q.masked_fill(~among, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return -(q * (scores.policy - scores.answer)).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,14 @@ class DPOModule(TrainingStage):
     def check_data(self, data: PerturbedQueryDataModule) -> None:
         if data.candidates is None:
             raise DataError("data.candidates is not set: preference optimisation needs it")
-        if data.candidates.answers == "own":
+        own = data.candidates.answers == "own"
+        opposite = isinstance(self.loss, SoftLabel) and self.loss.opposite_weight
+        if opposite and not (own and data.candidates.wrong_answer):
+            raise DataError(
+                "model.loss.opposite_weight teaches the opposites of own answers: set data.candidates.answers to own and "
+                "data.candidates.wrong_answer to true, or leave the weight at 0"
+            )
+        if own:
             if self.reference == "none":
                 raise DataError(
                     "data.candidates: `answers: own` are the reference's, but model.reference is none: set it, or use `answers: gold`"
