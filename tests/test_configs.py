@@ -26,7 +26,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 SFT = CONFIGS / "sft.yaml"
 DPO = CONFIGS / "dpo.yaml"
 EVAL = CONFIGS / "eval/demo.yaml"
-DEVELOPMENT = CONFIGS / "eval/demo_development.yaml"
 COMMANDS = {
     **dict.fromkeys(("SFTModule", "DPOModule"), "fit"),
     **dict.fromkeys(("LevelFitModule", "EvaluationModule"), "test"),
@@ -167,6 +166,7 @@ PAPER = {
     DPO: {
         *(*BOTH_STAGES, LEARNING_RATE, "model.init_args.loss", "model.init_args.reference"),
         *("model.init_args.drift_weight", "model.init_args.pairs.target", "data.candidates.answers"),
+        "data.candidates.wrong_answer",
         *("model.init_args.pairs.rejected", "model.init_args.pairs.n_rejected"),
     },
 }
@@ -245,13 +245,22 @@ def test_the_benchmark_refuses_to_choose_on_test_scenes(
         with pytest.raises(Stopped):
             demo_seeds.main(arguments)
     systems = [json.loads(a[a.index("--model.init_args.adapters") + 1]) for a in answered]
-    assert set(systems[1]) == {"sft", "dpo"}
+    assert set(systems[1]) == {*demo_seeds.REPORTED} - {"base", "oracle"}
     assert set(ABLATIONS) < set(systems[0])
-    assert [str(DEVELOPMENT.relative_to(CONFIGS.parent)) in a for a in answered] == [True, False]
+    given = [
+        [a.partition("=")[2] for a in arguments if a.startswith("--data.test=")] for arguments in answered
+    ]
+    assert given[0] == [], "development scenes, as the preset has them"
+    [parts] = map(json.loads, given[1])
+    preset = yaml.safe_load(EVAL.read_text(encoding="utf-8"))["data"]["test"]
+    development = json.loads(json.dumps(preset))  # no source is shared by two parts
+    for split, sources in (("test", parts), ("development", development)):
+        assert {part["source"]["init_args"].pop("split") for part in sources.values()} == {split}
+    assert parts == development, "but for the split"
 
 
 def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() -> None:
-    """The same holds for the test set. Scenes are compared by split and index, over all configurations."""
+    """The same holds for the scenes of the evaluation, and no preset asks about test scenes. Scenes are compared by split and index."""
     scenes: dict[str, set[tuple[str, int]]] = {}
     for path in CONFIGS.rglob("*.yaml"):
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -263,22 +272,29 @@ def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() ->
                 scenes[name] = {(source["split"], i) for i in range(first, first + value)}
     recalibration = {name for name in scenes if ": data.calibration." in name}
     test = {name for name in scenes if "eval/demo.yaml: data.test." in name}
-    assert (len(recalibration), len(test), len(scenes)) == (3, 5, 20)
+    assert (len(recalibration), len(test), len(scenes)) == (3, 5, 15)
+    assert "test" not in {split for of_source in scenes.values() for split, _ in of_source}
     for group in (recalibration, test):
         for name in group:
             assert not [other for other in scenes if other not in group and scenes[other] & scenes[name]]
 
 
-def test_the_demo_is_developed_on_the_same_parts_as_it_is_tested_on() -> None:
-    test, development = (
-        yaml.safe_load((CONFIGS / f"eval/{name}.yaml").read_text(encoding="utf-8"))["data"]["test"]
-        for name in ("demo", "demo_development")
-    )
-    sources = [part["source"]["init_args"] for part in test.values()]
-    assert {source["split"] for source in sources} == {"test"}
-    for source in sources:
-        source["split"] = "development"
-    assert development == test
+def test_the_preset_of_stage_2_is_chosen_by_its_rule() -> None:
+    """The lowest Brier score of those with readable answers and the base model's accuracy on every part, averaged over seeds."""
+    right = {f"accuracy{part}": 0.8 for part in demo_seeds.PARTS}
+
+    def run(**brier: float) -> dict[str, dict[str, float]]:
+        systems = {
+            name: {**right, "brier": value, "parse_failure_rate": 0.0} for name, value in brier.items()
+        }
+        return {"base": right, **systems}
+
+    runs = [run(a=0.13, b=0.14, c=0.1, d=0.11), run(a=0.15, b=0.12, c=0.1, d=0.11)]
+    for seed in runs:
+        seed["c"]["accuracy/foreign"] = 0.78
+        seed["d"]["parse_failure_rate"] = 0.002
+    assert demo_seeds.chosen(runs, "abcd") == "b"
+    assert demo_seeds.chosen(runs, "cd") == "none"
 
 
 def test_the_parts_of_coco_share_no_image() -> None:

@@ -136,7 +136,7 @@ def test_the_base_model_answers_easy_scenes_and_is_always_sure(systems: dict[str
 
 def test_the_base_model_is_right_often_enough_on_each_part(call: Caller, root: Path) -> None:
     """Every part but the easy one has natural errors to rank; no part is beyond the model."""
-    parts = yaml.safe_load((root / "configs/eval/demo_development.yaml").read_text())["data"]["test"]
+    parts = yaml.safe_load((root / "configs/eval/demo.yaml").read_text())["data"]["test"]
     for part in parts.values():
         part["source"]["init_args"].update(scenes=60, **UNSEEN)
     metrics = _evaluate(call, "parts", {}, parts)["base"].metrics
