@@ -113,10 +113,9 @@ ALONE = [
 ]
 STAGE_2_ALONE = {"alone": ALONE, "alone-untouched": [*ALONE, "--data.noise.clean_fraction", "1.0"]}
 UNTRAINED = ("base", "oracle")
-REPORTED = (
-    *("base", "alone-untouched", "alone", "sft", "own-answer", "dpo", "sft-paper", "dpo-paper", "oracle"),
-)
-"""The systems that answer the test scenes, once their settings are chosen."""
+REPORTED = ("base", "sft", "dpo", "oracle")
+STATED = ("alone-untouched", "alone", "own-answer", "sft-paper", "dpo-paper")
+"""The systems that answer the test scenes, once their settings are chosen; of the second, only what they state."""
 PARTS_OF_EVALUATION = yaml.safe_load(Path("configs/eval/demo.yaml").read_text())["data"]["test"]
 NO_PROBES = ["--model.init_args.probes", "[]"]
 TEACHER = {
@@ -127,7 +126,6 @@ TEACHER = {
     "noise": "drawn",
 }
 """The labelled answers that stage 2 fits its teacher on, for every system's maps as well."""
-TEST = [*NO_PROBES, f"--data.calibration.teacher={json.dumps(TEACHER)}"]
 STATED_ALONE = ["--model.init_args.estimators", "[]", "--data.calibration", "null"]
 SYSTEMS = {
     "base": "base",
@@ -237,19 +235,29 @@ def run_seed(seed: int, root: Path, systems: Sequence[str], *, resume: bool, tes
         **fits("dpo", STAGE_2_ALONE),
     }
     train({**fits("sft", ABLATIONS), **fits("sft", LEFT_OUT), **stage_2}, resume)
-    evaluated = evaluation(root, seed, test)
-    adapters = json.dumps({name: str(folder / "adapter") for name, folder in folders.items()})
-    finish(
-        start(
-            *("test", "--config", "configs/eval/demo.yaml", "--config", "configs/eval/demo_estimators.yaml"),
-            *(test_scenes() if test else []),
-            *(*own, *into(evaluated), "--overwrite"),
-            *("--model.init_args.adapters", adapters),
-            *(TEST if test else [*NO_PROBES, *STATED_ALONE]),
-            threads=2,
+    metrics = {}
+    for estimated in (False, True) if test else (False,):
+        of_these = [s for s in systems if (s in REPORTED) == estimated or not test]
+        adapters = {s: str(folders[s] / "adapter") for s in of_these if s in folders}
+        evaluated = evaluation(root, seed, test, estimated)
+        finish(
+            start(
+                *(
+                    "test",
+                    "--config",
+                    "configs/eval/demo.yaml",
+                    "--config",
+                    "configs/eval/demo_estimators.yaml",
+                ),
+                *(test_scenes() if test else []),
+                *(*own, *into(evaluated), "--overwrite", *NO_PROBES),
+                *("--model.init_args.adapters", json.dumps(adapters)),
+                *([f"--data.calibration.teacher={json.dumps(TEACHER)}"] if estimated else STATED_ALONE),
+                threads=2,
+            )
         )
-    )
-    return {s: json.loads((evaluated / s / "metrics.json").read_text()) for s in systems}
+        metrics |= {s: json.loads((evaluated / s / "metrics.json").read_text()) for s in of_these}
+    return metrics
 
 
 def test_scenes() -> list[str]:
@@ -278,8 +286,8 @@ def chosen(runs: list[Metrics], candidates: Iterable[str]) -> str:
     return min(allowed, key=lambda system: mean(system, "brier"), default="none")
 
 
-def evaluation(root: Path, seed: int, test: bool) -> Path:
-    return root / f"{'test' if test else 'eval'}-{seed}"
+def evaluation(root: Path, seed: int, test: bool, estimated: bool = False) -> Path:
+    return root / f"{'test' if test else 'eval'}{'-estimated' if estimated else ''}-{seed}"
 
 
 def spread(values: list[float | None]) -> str:
@@ -364,9 +372,13 @@ CONFIDENCES = {
 LIKELIHOOD = Confidence("base", "likelihood", "platt")
 
 
-def measure(folder: Path) -> dict[Confidence, Measured]:
-    """Each of `CONFIDENCES` in one evaluation, all with the same draws of images."""
-    systems = {system.name: system for system in read_systems([str(folder)])}
+def measure(root: Path, seed: int) -> dict[Confidence, Measured]:
+    """Each of `CONFIDENCES` of one seed on the test scenes, all with the same draws of images."""
+    systems = {
+        system.name: system
+        for estimated in (False, True)
+        for system in read_systems([str(evaluation(root, seed, True, estimated))])
+    }
     measured = {}
     for confidence in CONFIDENCES:
         system, estimator = systems[confidence.system], confidence.estimator
@@ -427,10 +439,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.test and args.systems:
         parser.error(
             f"--test takes no --systems {' '.join(args.systems)}: settings are chosen on development scenes; the test scenes are "
-            f"for {', '.join(REPORTED)}"
+            f"for {', '.join((*REPORTED, *STATED))}"
         )
     compared = [name for name in all_systems if args.systems is None or name in {*needed, *args.systems}]
-    systems = REPORTED if args.test else compared
+    systems = (*REPORTED, *STATED) if args.test else compared
     runs = [run_seed(seed, args.out, systems, resume=args.resume, test=args.test) for seed in args.seeds]
     print(markdown(runs, SYSTEMS))
     if not args.test:
@@ -443,7 +455,7 @@ def main(arguments: list[str] | None = None) -> None:
         if {"noise-alone", *LEFT_OUT} <= {*systems}:
             print(f"{left_out([evaluation(args.out, seed, test=False) for seed in args.seeds])}\n")
     else:
-        seeds = [measure(evaluation(args.out, seed, test=True)) for seed in args.seeds]
+        seeds = [measure(args.out, seed) for seed in args.seeds]
         print(f"{as_a_table(seeds)}\n\n{against_likelihood(seeds)}")
 
 
