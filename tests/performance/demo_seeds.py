@@ -62,33 +62,25 @@ LOSS = "--model.init_args.loss"
 # At the default learning rate, losses whose gradient vanishes on a single level collapse to one.
 SLOWER = ["--model.init_args.optimizer.lr", "1.0e-4"]
 TARGET = "--model.init_args.pairs.target"
-OWN_ALONE = ["--data.candidates.wrong_answer", "false"]
+OPPOSITES = ["--data.candidates.wrong_answer", "true"]
 OPPOSITE_WEIGHT = f"{LOSS}.init_args.opposite_weight"
 STAGE_2 = {
     "dpo": [],
-    "own-answer": [OPPOSITE_WEIGHT, "0.0", *OWN_ALONE],
-    "opposite-1": [OPPOSITE_WEIGHT, "1.0"],
+    "opposites": [OPPOSITE_WEIGHT, "0.3", *OPPOSITES],
+    "opposites-1": [OPPOSITE_WEIGHT, "1.0", *OPPOSITES],
     "target-expected": [TARGET, "expected"],
     "target-likelihood": [TARGET, "likelihood"],
     "target-level": [TARGET, "level"],
     "target-correct": [TARGET, "correct"],
     "map-isotonic": ["--model.init_args.teacher", '{"features": ["likelihood"], "map": "isotonic"}'],
-    "gold-answers": [
-        "--data.candidates.answers",
-        "gold",
-        TARGET,
-        "expected",
-        OPPOSITE_WEIGHT,
-        "0.0",
-        *OWN_ALONE,
-    ],
+    "gold-answers": ["--data.candidates.answers", "gold", TARGET, "expected"],
     "grid-10": ["--data.candidates.grid", "10"],
     "tokenized-brier": [LOSS, f"{DISTRIBUTION}TokenizedBrier", TARGET, "correct", *SLOWER],
     "expected-brier": [LOSS, f"{DISTRIBUTION}ExpectedBrier", *SLOWER],
-    "rlcr": [LOSS, f"{DISTRIBUTION}RLCR", *SLOWER],
-    "preferred": [LOSS, f"{PREFERENCE}DPO", f"{LOSS}.init_args.beta", "0.3", *OWN_ALONE],
-    "ordinal": [LOSS, f"{PREFERENCE}Ordinal", f"{LOSS}.init_args.beta", "0.3", *OWN_ALONE],
-    "listwise": [LOSS, f"{PREFERENCE}Listwise", f"{LOSS}.init_args.beta", "0.3", *OWN_ALONE],
+    "rlcr": [LOSS, f"{DISTRIBUTION}RLCR", *OPPOSITES, *SLOWER],
+    "preferred": [LOSS, f"{PREFERENCE}DPO", f"{LOSS}.init_args.beta", "0.3"],
+    "ordinal": [LOSS, f"{PREFERENCE}Ordinal", f"{LOSS}.init_args.beta", "0.3"],
+    "listwise": [LOSS, f"{PREFERENCE}Listwise", f"{LOSS}.init_args.beta", "0.3"],
     "level-dpo": ["--config", "configs/experiment/level_dpo.yaml"],
 }
 # Stage 2 from the adapter of "sft-paper", at the learning rate of the Makefile; at the default one it collapses.
@@ -100,21 +92,14 @@ STAGE_2_PAPER = {
 }
 # Stage 2 from the base model, with a new adapter of stage 1's size on as many steps as both stages together need.
 ALONE = [
-    *(
-        "--model.init_args.adapter",
-        "null",
-        "--model.init_args.reference",
-        "base",
-        "--model.init_args.parts",
-        "null",
-    ),
+    *("--model.init_args.adapter", "null", "--model.init_args.reference", "base"),
+    *("--model.init_args.parts", "null", "--data.train.init_args.scenes", "4000"),
     *("--model.init_args.lora", '{"dropout": 0.0, "parts": ["language", "projector"]}'),
-    *("--data.train.init_args.scenes", "4000"),
 ]
 STAGE_2_ALONE = {"alone": ALONE, "alone-untouched": [*ALONE, "--data.noise.clean_fraction", "1.0"]}
 UNTRAINED = ("base", "oracle")
 REPORTED = ("base", "sft", "dpo", "oracle")
-STATED = ("alone-untouched", "alone", "own-answer", "sft-paper", "dpo-paper")
+STATED = ("alone-untouched", "alone", "sft-paper", "dpo-paper")
 """The systems that answer the test scenes, once their settings are chosen; of the second, only what they state."""
 PARTS_OF_EVALUATION = yaml.safe_load(Path("configs/eval/demo.yaml").read_text())["data"]["test"]
 NO_PROBES = ["--model.init_args.probes", "[]"]
@@ -134,9 +119,9 @@ SYSTEMS = {
     "sft": "SFT",
     "alone-untouched": "stage 2 alone, untouched images",
     "alone": "stage 2 alone",
-    "dpo": "SFT + stage 2: soft labels, fitted teacher, own answers and their opposites",
-    "own-answer": "soft labels for own answers alone",
-    "opposite-1": "`opposite_weight: 1`",
+    "dpo": "SFT + stage 2: soft labels, fitted teacher, own answers",
+    "opposites": "soft labels for both answers (`opposite_weight: 0.3`)",
+    "opposites-1": "`opposite_weight: 1`",
     "target-expected": "`target: expected`",
     "target-likelihood": "`target: likelihood`",
     "target-level": "`target: level`",
@@ -364,7 +349,6 @@ CONFIDENCES = {
     Confidence("dpo-paper"): "paper's preset, both stages, as stated",
     Confidence("sft"): "stage 1, as stated",
     Confidence("sft", "expected"): "stage 1, expected",
-    Confidence("own-answer"): "both stages, own answers alone, as stated",
     Confidence("dpo"): "**both stages, as stated**",
     Confidence("dpo", "expected"): "both stages, expected",
 }
