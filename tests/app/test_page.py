@@ -26,7 +26,7 @@ from vlm_calibration.app.subject import (
     uploaded_subject,
 )
 from vlm_calibration.estimators.decision import AppliedRule
-from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.asking import Answer
 from vlm_calibration.inference.model import BASE, CALIBRATED, DEMO_MODEL, CalibratedModel, load_calibrated
 from vlm_calibration.perturbation import KIND_NAMES
 from vlm_calibration.records import DataError

@@ -25,8 +25,6 @@ from vlm_calibration.estimators.probes import (
     PROBES,
     check_probes,
     copies_of,
-    read_probes,
-    score_opposite,
 )
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.models.loading import BaseModel
@@ -85,9 +83,9 @@ def test_confidences_are_those_read_one_response_at_a_time(
     texts = [text for *_, text in ROWS]
     copied = with_copies(samples, copies_of(PROBES), chat, regions_of)
     batch = answering(model, chat, copied, texts, LEVELS, keep_cache=True)
-    probed, passes = read_probes(batch, PROBES)
+    probed, passes = batch.read_probes(PROBES)
     scored: dict[str, Any] = {name: batch.score_copy(copy, with_levels=True) for name, copy in COPIES.items()}
-    scored["answer"] = score_opposite(batch)
+    scored["answer"] = batch.score_opposite()
     processor, levels = chat.processor.image_processor, (0.9, 0.6, 0.3)
     for row, (sample, answer) in enumerate(zip(samples, ANSWERS, strict=True)):
         images = {name: blanked(row, sample.image, name, processor) for name in COPIES}
@@ -118,18 +116,18 @@ def test_probes_and_other_copies_are_read_together_as_alone(
         answering(model, chat, with_copies(samples, wanted, chat, regions_of), texts, LEVELS)
         for wanted in ([*stable.copies, *copies_of(PROBES)], copies_of(PROBES), stable.copies)
     )
-    assert read_probes(together, PROBES) == read_probes(probes, PROBES)
+    assert together.read_probes(PROBES) == probes.read_probes(PROBES)
     assert stable.estimate(together) == stable.estimate(copies)
-    assert read_probes(together, ("object",))[0] == [
-        {name: p[name] for name in (ORIGINAL, "object")} for p in read_probes(probes, PROBES)[0]
+    assert together.read_probes(("object",))[0] == [
+        {name: p[name] for name in (ORIGINAL, "object")} for p in probes.read_probes(PROBES)[0]
     ]
 
 
 def test_probes_without_their_copies_are_an_error(demo: tuple[Any, ChatFormat], answering: Answering) -> None:
     batch: AnsweredBatch = answering(*demo, samples_of(scenes(1), ASKED[:1]), ["Yes"])
-    assert read_probes(batch, ("answer",))[0][0]["answer"] is not None
+    assert batch.read_probes(("answer",))[0][0]["answer"] is not None
     with pytest.raises(ValueError, match="without the copies"):
-        read_probes(batch, ("image",))
+        batch.read_probes(("image",))
 
 
 # --- Which pixels change ------------------------------------------------------------------------------------------

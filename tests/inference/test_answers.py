@@ -10,7 +10,7 @@ import pytest
 
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.decision import AppliedRule
-from vlm_calibration.inference.answers import Answer
+from vlm_calibration.inference.asking import Answer
 from vlm_calibration.inference.model import load_calibrated
 
 from ..decision_rules import write_decision_rule

@@ -24,8 +24,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.system import LocalSystem
+from vlm_calibration.estimators.base import AnsweredBatch, LocalSystem
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.inference.asking import answer_type_of
 from vlm_calibration.inference.model import (

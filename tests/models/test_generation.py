@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from vlm_calibration.data.collate import PromptBatch, SFTBatch
-from vlm_calibration.estimators.generating import GenerationRecorder
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate, generate_texts
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.text.confidence import end_of_confidence
 
@@ -109,12 +108,12 @@ def test_an_answer_ends_where_it_is_complete(
         return torch.full_like(output, -100.0).scatter(-1, target.expand(*output.shape[:2], 1), 100.0)
 
     model.get_output_embeddings().register_forward_hook(script)
-    generating = GenerationRecorder(model)
-    texts = generate_texts(generating, prompts.inputs, tokenizer, 16, end_of_confidence)
-    assert texts == [answer, answer, " ".join(["dog"] * 16)]
-    assert generating.passes == [len(ids), len(ids), 16]
+    generated = generate(model, prompts.inputs, tokenizer, 16, end_of_confidence)
+    assert generated.texts == [answer, answer, " ".join(["dog"] * 16)]
+    assert generated.passes == [len(ids), len(ids), 16]
+    assert generated.complete == [True, True, False]
 
     steps.clear()
     complete = {name: values[:2] for name, values in prompts.inputs.items()}
-    assert generate_texts(generating, complete, tokenizer, 16, end_of_confidence) == [answer, answer]
+    assert generate_texts(model, complete, tokenizer, 16, end_of_confidence) == [answer, answer]
     assert len(steps) == len(ids), "no pass after all answers are complete"

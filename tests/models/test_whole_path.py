@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.data.collate import IGNORE, SFTBatch
-from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.adapters import using_adapter
 from vlm_calibration.models.forward import labelled_logits, unwrap_peft
@@ -127,8 +128,8 @@ def test_both_stages_find_a_response_as_likely(run: Run, scoring: Scoring) -> No
 
 
 def test_the_model_answers_as_it_learnt(run: Run) -> None:
-    prompts, tokenizer = run.batch("prompts"), run.data.processor.tokenizer
-    predictions = answer_batch(run.dpo.model, prompts, tokenizer, 16)
+    tokenizer = AnswerTokenizer(run.data.chat)
+    predictions = AnsweredBatch.generate(run.dpo.model, run.batch("prompts"), tokenizer, 16).predictions
     assert [p.id for p in predictions] == ["q0", "q1", "q2", "q3"]
     assert [p.noise_step for p in predictions] == [500] * 4
     for number, answer in ((0, "Yes"), (2, "No")):

@@ -23,7 +23,7 @@ import torch
 
 from vlm_calibration import load_calibrated
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.system import LocalSystem
+from vlm_calibration.estimators.base import LocalSystem
 from vlm_calibration.inference.model import DEMO_MODEL
 from vlm_calibration.models.generation import generate_texts
 from vlm_calibration.text.confidence import end_of_confidence

@@ -103,15 +103,14 @@ class OwnStep:
     def write(self, answers: dict[int, str]) -> None:
         """Let the reference answer queries with given texts: row -> text."""
         self.written = {self.samples[row].query.id: text for row, text in answers.items()}
-        original = base.answer_batch
 
-        def written(model: Any, batch: PromptBatch, *settings: Any) -> list[Any]:
+        def written(batch: PromptBatch, texts: Sequence[str]) -> list[Any]:
             return [
-                graded_prediction(query, self.written.get(query.id, p.text), None, None)
-                for query, p in zip(batch.queries, original(model, batch, *settings), strict=True)
+                graded_prediction(query, self.written.get(query.id, text), None, None)
+                for query, text in zip(batch.queries, texts, strict=True)
             ]
 
-        self.monkeypatch.setattr(base, "answer_batch", written)
+        self.monkeypatch.setattr(base, "grade_answers", written)
 
     @contextmanager
     def _using(self, reference: bool) -> Iterator[None]:

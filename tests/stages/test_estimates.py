@@ -16,9 +16,8 @@ import torch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators import base
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch, Estimator
+from vlm_calibration.estimators.base import AnsweredBatch, Estimator, grade_answers
 from vlm_calibration.estimators.consistency import SelfConsistency
-from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.predictions import prediction_from_dict
@@ -115,9 +114,9 @@ def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
     stated = iter([0.875] * fractional + [0.29] * (15 - fractional))
 
     def answers(*arguments: Any) -> list[Any]:
-        return [replace(answer, confidence=next(stated)) for answer in answer_batch(*arguments)]
+        return [replace(answer, confidence=next(stated)) for answer in grade_answers(*arguments)]
 
-    monkeypatch.setattr(base, "answer_batch", answers)
+    monkeypatch.setattr(base, "grade_answers", answers)
     with pytest.raises(DataError, match="'base'.* 87.5%") if refused else nullcontext():
         run_evaluation({}, **chosen)
 

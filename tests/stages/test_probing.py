@@ -18,7 +18,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.predictions import read_predictions
-from vlm_calibration.estimators.probes import PROBES, read_probes
+from vlm_calibration.estimators.probes import PROBES
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.adapters import load_adapters, using_adapter
@@ -63,7 +63,7 @@ def test_every_answer_of_a_model_has_its_probed_confidences(
             for start, batch in zip((0, 4, 8, 12), test, strict=True):
                 part = predictions[start : start + 4]
                 answered = AnsweredBatch(model, batch, part, [0] * len(part), tokenizer, 5)
-                assert read_probes(answered, PROBES)[0] == [p.probes for p in part]
+                assert answered.read_probes(PROBES)[0] == [p.probes for p in part]
         assert not any(p.probes for p in read_predictions(folder / system / "calibration.jsonl"))
 
         metrics = metrics_of(folder / system)

@@ -15,8 +15,8 @@ from vlm_calibration.text.grading import EXACT, Grade, Grading, grade, parse_ans
 
 PREDICTIONS, CALIBRATION = "predictions.jsonl", "calibration.jsonl"
 """Files of a system's answers to the test set and to the calibration set."""
-VERBALIZED = "verbalized"
-"""Name of the estimator whose key in a file is `confidence`."""
+VERBALIZED, EXPECTED = "verbalized", "expected"
+"""Names of `VerbalizedConfidence`, whose key in a file is `confidence`, and of `ExpectedConfidence`."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ KEYS = tuple(f.name for f in fields(EstimatedPrediction) if f.name != "estimates
 REQUIRED = tuple(f.name for f in fields(Prediction) if f.default is MISSING)
 TEXT, TEXT_OR_NULL, SHARE = "a string", "a string or null", "a number in [0, 1] or null"
 FLAG, STEP, TYPE = "true or false", "a whole number or null", f"one of {', '.join(ANSWER_TYPES)}"
-EXPECTED = (
+VALUES = (
     dict.fromkeys(("id", "question", "answer", "text"), TEXT)
     | dict.fromkeys(("predicted", "category", "perturbation", "image"), TEXT_OR_NULL)
     | {"correct": FLAG, "noise_step": STEP, "answer_type": TYPE}
@@ -128,7 +128,7 @@ def prediction_from_dict(data: Any) -> EstimatedPrediction:
         raise RecordError(f"no key {missing[0]!r}; a prediction has {', '.join(REQUIRED)}")
     probes = data.get("probes", {})
     for key, value in data.items():
-        expected = EXPECTED.get(key, SHARE)
+        expected = VALUES.get(key, SHARE)
         if key != "probes" and not CHECKS[expected](value):
             raise RecordError(f"'{key}' must be {expected}, found {value!r}")
     if not isinstance(probes, Mapping) or (probes and ORIGINAL not in probes):

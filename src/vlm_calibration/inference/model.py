@@ -15,11 +15,10 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import Estimator
+from vlm_calibration.estimators.base import Estimator, LocalSystem
 from vlm_calibration.estimators.decision import DecisionRule, check_rule, read_rule
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import VERBALIZED
-from vlm_calibration.estimators.system import LocalSystem
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.hub import is_hub_name, loading
 from vlm_calibration.inference.asking import BASE, CALIBRATED, CalibratedModel
