@@ -168,24 +168,12 @@ def test_texts_of_visitors_are_shown_as_they_are() -> None:
     assert plain("<b>no</b> [link](x) *") == r"&lt;b&gt;no&lt;/b&gt; \[link\]\(x\) \*."
 
 
-@pytest.mark.parametrize(
-    ("threshold", "confidence", "says"),
-    [
-        (0.925, 0.95, "answer: stated 95%, at least 92.5%"),
-        (0.925, 0.9, "review: stated 90%, below 92.5%"),
-        (0.925, None, "review: no stated confidence"),
-        (None, 1.0, "review: no threshold keeps the limits"),
-    ],
-)
-def test_an_answer_says_whether_it_may_be_given_and_why(
-    threshold: float | None, confidence: float | None, says: str
-) -> None:
-    rule = AppliedRule(threshold, "verbalized", confidence, "", "At most 5% ...")
-    answer = Answer("Yes", "Yes", confidence, None, {}, "yes_no", rule=rule)
-    [[model, text, stated, expected, decision]] = answer_rows({CALIBRATED: answer})
-    assert (model, text, expected, decision) == ("Calibrated model", "Yes", "none", says)
-    assert stated == ("none" if confidence is None else f"{confidence:.0%}")
-    assert answer_rows({CALIBRATED: replace(answer, rule=None)})[0][-1] == ""
+def test_an_answer_is_a_row_with_its_decision() -> None:
+    rule = AppliedRule(0.925, "verbalized", 0.9, "", "At most 5% ...")
+    answer = Answer("Yes. 90%", "Yes", 0.9, None, {}, "yes_no", rule=rule)
+    decided = "review: stated 90%, below 92.5%"
+    assert answer_rows({CALIBRATED: answer}) == [["Calibrated model", "Yes", "90%", "none", decided]]
+    assert answer_rows({BASE: replace(answer, rule=None)})[0][-1] == ""
 
 
 def test_the_page_is_served_to_this_machine_alone(handlers: PageHandlers) -> None:

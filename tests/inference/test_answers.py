@@ -17,21 +17,23 @@ from ..decision_rules import write_decision_rule
 
 
 @pytest.mark.parametrize(
-    ("threshold", "confidence", "decision"),
+    ("threshold", "confidence", "decision", "reason"),
     [
-        (0.8, 0.8, "answer"),
-        (0.801, 0.8, "review"),
-        (0.0, None, "review"),
-        (None, 1.0, "review"),
-        (0.0, 0.0, "answer"),
+        (0.925, 0.95, "answer", "stated 95%, at least 92.5%"),
+        (0.8, 0.8, "answer", "stated 80%, at least 80%"),
+        (0.801, 0.8, "review", "stated 80%, below 80.1%"),
+        (0.0, None, "review", "no stated confidence"),
+        (None, 1.0, "review", "no threshold keeps the limits"),
+        (0.0, 0.0, "answer", "stated 0%, at least 0%"),
     ],
 )
-def test_the_decision(threshold: float | None, confidence: float | None, decision: str) -> None:
+def test_the_decision_and_its_reason(
+    threshold: float | None, confidence: float | None, decision: str, reason: str
+) -> None:
     rule = AppliedRule(threshold, "verbalized", confidence, "", "At most 5% ...")
-    assert rule.decision == decision
     answer = Answer("Yes", "Yes", confidence, None, {}, "yes_no", rule)
-    assert (answer.decision, answer.to_dict()["decision"]) == (decision, decision)
-    assert answer.to_dict()["threshold"] == threshold
+    assert (rule.decision, answer.decision, answer.reason) == (decision, decision, reason)
+    assert (answer.to_dict()["decision"], answer.to_dict()["threshold"]) == (decision, threshold)
 
 
 def test_as_json() -> None:
