@@ -3,98 +3,67 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
 
 from vlm_calibration import cli
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated
 
-from ..command_line import Ended, Server
+from ..command_line import Ended, Server, write_evaluation
 from .demo_server import MODEL, DemoServer
 from .test_evaluation import files
 
 KEY = "sk-secret-7f3a9c"
-DEMO = "vlm_calibration.demo.source.DemoSource"
 
 
 @pytest.fixture
 def command(url: str, tmp_path: Path) -> list[str]:
-    """An evaluation of the address alone, with short waits."""
+    """An evaluation of the address alone, in batches of four."""
     callbacks = ("predictions.PredictionWriter", "results_table.ResultsTable", "progress.Progress")
-    trainer = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "default_root_dir": "${runs}/eval",
-        "callbacks": [{"class_path": f"vlm_calibration.callbacks.{name}"} for name in callbacks],
-    }
-    settings = {
-        "adapters": {"sft": "nowhere"},
-        "max_new_tokens": 16,
-        "estimators": [{"class_path": "vlm_calibration.estimators.likelihood.AnswerLikelihood"}],
-    }
-    source = {"class_path": DEMO, "init_args": {"split": "test", "scenes": 4}}
-    config: dict[str, Any] = {
-        "seed_everything": 0,
-        "trainer": trainer,
-        "model": {
-            "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
-            "init_args": settings,
-        },
-        "data": {"test": {"clean": {"source": source}}},
-    }
-    quick = {"data": {"eval_batch_size": 4, "workers": 0}}
-    for name, content in (("eval", config), ("quick", quick)):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    names = ("eval.yaml", "system/endpoint", "quick.yaml")
-    return ["test", *(a for n in names for a in ("--config", n)), "--url", url, "--served-model", MODEL]
+    estimators = [{"class_path": "vlm_calibration.estimators.likelihood.AnswerLikelihood"}]
+    settings = {"adapters": {"sft": "nowhere"}, "max_new_tokens": 16, "estimators": estimators}
+    test = write_evaluation(tmp_path / "eval.yaml", "${runs}/eval", 4, callbacks, **settings)
+    options = ("--config", "system/endpoint", "--data.eval_batch_size", "4")
+    return [*test, *options, "--url", url, "--served-model", MODEL]
 
 
-def test_a_killed_evaluation_resumes_and_hides_the_key(
+def test_a_failed_evaluation_resumes_and_hides_the_key(
     server: Server, command: list[str], api: DemoServer, tmp_path: Path
 ) -> None:
-    def start(runs: str, *more: str) -> int:
-        return server.start([*command, "--runs", runs, *more], tmp_path, {"OPENAI_API_KEY": KEY})
+    def evaluate(runs: str, *more: str) -> Ended:
+        environment = {"OPENAI_API_KEY": KEY}
+        return server.wait(server.start([*command, "--runs", runs, *more], tmp_path, environment))
 
-    ended = server.wait(start("whole"))
+    ended = evaluate("whole")
     assert ended.status == 0, ended.err
     whole = files(tmp_path / "whole/eval")
     assert {"endpoint/predictions.jsonl", "endpoint/metrics.json", "config.yaml"} <= set(whole)
     api.answered.clear()
 
-    log = tmp_path / "killed/eval/.answered.0.jsonl"
     api.stopped_after = 6
-    pid = start("killed")
-    while not (log.is_file() and log.read_text()):
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    assert server.wait(pid).status not in (0, 1)
+    failed = evaluate("failed", "--model.init_args.endpoints.endpoint.retries", "0")
+    assert "out of memory" in failed.error()
     api.stopped_after = None
-    ended = server.wait(start("killed", "--resume"))
+    ended = evaluate("failed", "--resume")
     assert ended.status == 0, ended.err
     assert list(api.answered.values()).count(1) >= 4, "a logged batch is not asked again"
     for name in ("endpoint/predictions.jsonl", "endpoint/metrics.json"):
-        assert files(tmp_path / "killed/eval")[name] == whole[name]
+        assert files(tmp_path / "failed/eval")[name] == whole[name]
 
     assert all(headers["authorization"] == f"Bearer {KEY}" for headers in api.headers)
     written = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()]
-    assert KEY not in ended.out + ended.err
+    assert KEY not in ended.out + ended.err + failed.out + failed.err
     assert not [content for content in written if KEY.encode() in content]
 
 
 def test_what_cannot_be_used_is_one_line(run: Callable[..., Ended], command: list[str]) -> None:
     ended = run(*command, "--served-model", "other")
     assert (ended.status, "The model `other` does not exist." in ended.error()) == (1, True)
-    ended = run("test", "--config", "eval.yaml", *command[-4:])
+    ended = run(*command[:3], *command[-4:])
     assert ended.status == 2
     assert "has no effect: give --config system/endpoint as well" in ended.error()
     ended = run(*command[:-4])

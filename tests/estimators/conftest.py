@@ -98,7 +98,7 @@ def answering() -> Answering:
         max_new_tokens: int = 3,
     ) -> AnsweredBatch:
         batch: PromptBatch = PromptCollator(chat)(samples)
-        tokenizer = AnswerTokenizer(chat, [levels or LinearLevels()])
+        tokenizer = AnswerTokenizer(chat, levels or LinearLevels())
         answered = AnsweredBatch.generate(model, batch, tokenizer, max_new_tokens, keep_cache)
         return replace(answered, predictions=grade_answers(batch, texts)) if texts else answered
 

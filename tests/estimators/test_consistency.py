@@ -58,7 +58,7 @@ def test_the_share_is_the_models_probability(processor: Any, temperature: float,
     texts = ("Yes. Confidence: 80%", "no such word", "No", "It is white.")
     predictions = [graded_prediction(s.query, t, CLEAN, 0) for s, t in zip(samples, texts, strict=True)]
     batch = AnsweredBatch(
-        urn, PromptCollator(chat)(samples), predictions, [2] * 4, AnswerTokenizer(chat, [LinearLevels()]), 4
+        urn, PromptCollator(chat)(samples), predictions, [2] * 4, AnswerTokenizer(chat, LinearLevels()), 4
     )
     estimate = SelfConsistency(400, temperature).estimate(batch)
     agree, unlike, disagree, unparsed = estimate.confidence

@@ -97,24 +97,18 @@ def _pixels(batches: Sequence[PromptBatch]) -> dict[str, list[bytes]]:
     return by_query
 
 
+@pytest.mark.slow
 def test_copies_depend_on_seed_and_query_alone(model_folder: str) -> None:
     estimator = Stability(STRENGTHS)
     expected = _pixels(_batches(model_folder, estimator))
     assert len(expected) == 6
     assert all(len(set(copies)) == 3 for copies in expected.values())
-    assert _pixels(_batches(model_folder, estimator, eval_batch_size=5)) == expected
+    assert _pixels(_batches(model_folder, estimator, eval_batch_size=5, workers=2)) == expected
     assert _pixels(_batches(model_folder, Stability(STRENGTHS, seed=1))) != expected
     # A resumed evaluation asks the rest only.
     rest = _pixels(_batches(model_folder, estimator, {"test": [0, 3]}))
     assert len(rest) == 4
     assert rest == {query: expected[query] for query in rest}
-
-
-@pytest.mark.slow
-def test_workers_make_the_same_copies(model_folder: str) -> None:
-    estimator = Stability(STRENGTHS)
-    expected = _pixels(_batches(model_folder, estimator))
-    assert _pixels(_batches(model_folder, estimator, workers=2)) == expected
 
 
 def test_batches_are_the_same_beside_their_copies(model_folder: str) -> None:
@@ -163,7 +157,6 @@ def test_copies_are_made_of_the_perturbed_image() -> None:
     [
         ({"strengths": {"rain": [0.1]}}, "'rain'"),
         ({"strengths": {}}, "one or more copies"),
-        ({"strengths": {"blur": []}}, "one or more copies"),
         ({"strengths": {"blur": [0.0]}}, r"in \(0, 1\]"),
         ({"strengths": {"blur": [float("nan")]}}, r"in \(0, 1\]"),
         ({"strengths": {"blur": [1.1]}}, r"in \(0, 1\]"),

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from vlm_calibration import cli, load_calibrated
 from vlm_calibration.demo.source import DemoSource
@@ -18,7 +17,7 @@ from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..command_line import Server, callback
+from ..command_line import Server, write_evaluation
 from ..endpoint.test_evaluation import lines, metrics
 
 QUESTIONS = 60
@@ -27,13 +26,7 @@ SCENES, TOKENS = 16, 16
 
 
 class Question(NamedTuple):
-    """A question about the image of one scene.
-
-    Attributes:
-        image: uint8 [H, W, 3].
-        text: the question.
-        prompt: what a server is sent.
-    """
+    """A question about an image, uint8 [H, W, 3], and the prompt that a server is sent."""
 
     image: np.ndarray
     text: str
@@ -113,42 +106,13 @@ def evaluate(server: Server, tmp_path: Path) -> Callable[..., Path]:
 
     Its arguments say which model, as those of the command line do.
     """
-    estimators = "vlm_calibration.estimators"
-    config = {
-        "seed_everything": 0,
-        "trainer": {
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "default_root_dir": "${runs}",
-            "callbacks": [callback("predictions.PredictionWriter")],
-        },
-        "model": {
-            "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
-            "init_args": {
-                "max_new_tokens": TOKENS,
-                "estimators": [
-                    {"class_path": f"{estimators}.verbal.ExpectedConfidence"},
-                    {"class_path": f"{estimators}.likelihood.AnswerLikelihood"},
-                ],
-            },
-        },
-        "data": {
-            "workers": 0,
-            "test": {
-                "clean": {
-                    "source": {
-                        "class_path": "vlm_calibration.demo.source.DemoSource",
-                        "init_args": {"split": "test", "scenes": SCENES},
-                    }
-                }
-            },
-        },
-    }
-    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
+    kinds = ("verbal.ExpectedConfidence", "likelihood.AnswerLikelihood")
+    estimators = [{"class_path": f"vlm_calibration.estimators.{kind}"} for kind in kinds]
+    settings = {"max_new_tokens": TOKENS, "estimators": estimators}
+    command = write_evaluation(tmp_path / "eval.yaml", "${runs}", SCENES, **settings)
 
     def run(name: str, *which: str) -> Path:
-        ended = server.wait(server.start(["test", "--config", "eval.yaml", *which, "--runs", name], tmp_path))
+        ended = server.wait(server.start([*command, *which, "--runs", name], tmp_path))
         assert ended.status == 0, ended.err
         return tmp_path / name
 

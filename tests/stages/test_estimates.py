@@ -81,7 +81,7 @@ def test_every_estimator_has_its_key_and_its_metrics(
 
     # Another batch, other padding, no cache: the same estimates.
     model = load_adapters(load_model(), {"one": adapter})
-    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels(n_levels=101)])
+    tokenizer = AnswerTokenizer(queries.chat, LinearLevels(n_levels=101))
     with torch.no_grad(), using_adapter(model, "one"):
         part, batch = predictions[:5], next(iter(queries.test_dataloader()))
         answered = AnsweredBatch(model, batch, part, [0] * 5, tokenizer, 5)

@@ -54,7 +54,7 @@ def test_every_answer_of_a_model_has_its_probed_confidences(
     run_evaluation({"one": new_adapter(1)}, queries=queries, estimators=estimators, probes=[*PROBES[::-1]])
     folder = tmp_path / "run"
     model = load_adapters(load_model(), {"one": new_adapter(1)})
-    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels(n_levels=101)])
+    tokenizer = AnswerTokenizer(queries.chat, LinearLevels(n_levels=101))
     for system in ("base", "one"):
         predictions = read_predictions(folder / system / "predictions.jsonl")
         assert [tuple(p.probes) for p in predictions] == [KEYS] * 15

@@ -183,7 +183,7 @@ class AnswerTokenizer:
     def __init__(
         self,
         chat: ChatFormat,
-        levels: Sequence[ConfidenceLevels] = (EVERY_PERCENT,),
+        levels: ConfidenceLevels = EVERY_PERCENT,
         grid: int | None = None,
         opposite: bool = False,
     ) -> None:

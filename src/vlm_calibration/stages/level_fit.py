@@ -116,7 +116,7 @@ class LevelFitModule(L.LightningModule):
 
     def on_test_start(self) -> None:
         # The likelihood of an answer does not depend on the confidences that are scored after it.
-        self.tokenizer = AnswerTokenizer(self._data.chat, [LinearLevels(2)])
+        self.tokenizer = AnswerTokenizer(self._data.chat, LinearLevels(2))
         if self._state.message:
             rank_zero_info(self._state.message)
         if self._state.answered is None:
