@@ -21,7 +21,7 @@ from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem
 from vlm_calibration.estimators.base import System
 from vlm_calibration.estimators.decision import AppliedRule, Decision, DecisionRule
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.verbal import ExpectedConfidence, rounded
 from vlm_calibration.inference.pixels import ImageLike, pixels_of
 from vlm_calibration.metrics.risk_control import percent
@@ -155,7 +155,7 @@ class CalibratedModel:
             text=prediction.text,
             answer=strip_confidence(prediction.text),
             confidence=prediction.confidence,
-            expected=prediction.estimates[ExpectedConfidence.name],
+            expected=prediction.estimates[EXPECTED],
             distribution=distribution,
             answer_type=prediction.answer_type,
             rule=applied,
