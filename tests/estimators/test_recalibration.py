@@ -143,8 +143,9 @@ def test_each_answer_type_has_the_map_of_its_own_answers() -> None:
         assert np.abs(mapped[start::2] - share * confidence[start:4000:2]).mean() < 0.05
     unrated = replace(test[0], estimates={"other": None})
     assert recalibrated("isotonic", [unrated], "other", calibration) == [None]
+    unfit = [*calibration[::2], replace(calibration[1], estimates={"other": None})]
     with pytest.raises(DataError, match="isotonic: no short answer"):
-        recalibrated("isotonic", test, "other", calibration[::2])
+        recalibrated("isotonic", test, "other", unfit)
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -171,12 +172,6 @@ def test_splits_that_would_leak_are_refused(
     with pytest.raises(DataError) as caught:
         recalibrated("platt", rows(test), VERBALIZED, rows(calibration))
     assert message in str(caught.value)
-
-
-def test_nothing_to_fit_on_is_an_error() -> None:
-    calibration = predictions([None, None], [True, False], ["a", "b"])
-    with pytest.raises(DataError, match="platt: no yes_no answer"):
-        recalibrated("platt", predictions([0.5], [True], ["c"]), VERBALIZED, calibration)
 
 
 def test_recalibration_fixes_overconfidence_and_not_the_ranking() -> None:

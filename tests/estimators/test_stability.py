@@ -21,7 +21,7 @@ from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.perturbation.by_kind import region_perturbation
-from vlm_calibration.perturbation.levels import CLEAN, Perturbation
+from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError, LoadedImage
 
 from .conftest import ASKED, LEVELS, Answering, logits, samples_of, scenes, with_copies
@@ -73,12 +73,8 @@ def test_the_likelihood_is_the_mean_over_perturbed_images(
 def _batches(
     folder: str, estimator: Stability | None, answered: dict[str, list[int]] | None = None, **settings: Any
 ) -> list[PromptBatch]:
-    plain = {
-        "test": {"a": EvalSplit(DemoSource("test", scenes=2), "drawn")},
-        "workers": 0,
-        "eval_batch_size": 4,
-    }
-    module = PerturbedQueryDataModule(folder, **{**plain, **settings})  # type: ignore[arg-type]
+    test = {"a": EvalSplit(DemoSource("test", scenes=2), "drawn")}
+    module = PerturbedQueryDataModule(folder, test=test, **{"workers": 0, "eval_batch_size": 4, **settings})
     needs = DataNeeds(copies={"test": estimator.copies if estimator else ()})
     module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(data_needs=needs))  # type: ignore[assignment]
     module.setup("test")
@@ -141,12 +137,11 @@ def test_a_query_without_a_region_has_no_confidence(
 def test_copies_are_made_of_the_perturbed_image() -> None:
     sample = samples_of(scenes(1), ASKED[:1])[0]
     blurred = ImageCopy(Perturbation("blur", 0.05))
-    black = sample._replace(image=np.zeros_like(sample.image), perturbation=Perturbation("darkness", 1.0))
-    loaded, native = LoadedImage(sample.image, (), ()), replace(POLICY, resolution="native")
-    copy = perturbed_copies(black, loaded, [blurred], native, None)[blurred]
+    black = sample._replace(image=np.zeros_like(sample.image))
+    native = replace(POLICY, resolution="native")
+    copy = perturbed_copies(black, LoadedImage(sample.image, (), ()), [blurred], native, None)[blurred]
     assert copy is not None
     assert not copy.any()
-    assert sample.perturbation == CLEAN
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -60,20 +59,19 @@ def test_every_estimator_has_its_key_and_its_metrics(
         assert [p["stability"] for p in estimates[system]] != [p["likelihood"] for p in estimates[system]]
 
         metrics = json.loads((folder / system / "metrics.json").read_text())
-        for name in NAMES:
-            rated = [(p.estimates[name], p.correct) for p in predictions if p.estimates[name] is not None]
-            assert metrics[f"parse_failure_rate@{name}"] == pytest.approx(1 - len(rated) / 15)
-            if rated:
-                confidence = torch.tensor([c for c, _ in rated], dtype=torch.float64)
-                correct = torch.tensor([r for _, r in rated])
-                brier = float(functional.brier_score(confidence, correct))
-                assert metrics[f"brier@{name}"] == pytest.approx(brier, abs=1e-4)
-                assert metrics[f"mean_confidence@{name}"] == pytest.approx(float(confidence.mean()), abs=1e-4)
-        shifted = [p.estimates["expected"] for p in predictions if "shifted" in (p.category or "").split("/")]
-        shifted = [c for c in shifted if c is not None]
-        assert metrics["mean_confidence@expected/shifted"] == pytest.approx(
-            math.fsum(shifted) / len(shifted), abs=1e-4
-        )
+        shifted = [p for p in predictions if "shifted" in (p.category or "").split("/")]
+        for suffix, part in (("", predictions), ("/shifted", shifted)):
+            for name in NAMES:
+                rated = [(c, p.correct) for p in part if (c := p.estimates[name]) is not None]
+                assert metrics[f"parse_failure_rate@{name}{suffix}"] == pytest.approx(
+                    1 - len(rated) / len(part)
+                )
+                if rated:
+                    confidence, correct = (torch.tensor(column) for column in zip(*rated, strict=True))
+                    brier = float(functional.brier_score(confidence.double(), correct))
+                    assert metrics[f"brier@{name}{suffix}"] == pytest.approx(brier, abs=1e-4)
+                    mean = float(confidence.mean())
+                    assert metrics[f"mean_confidence@{name}{suffix}"] == pytest.approx(mean, abs=1e-4)
         assert [metrics[f"forward_passes@{n}"] for n in (*NAMES[:3], "stability")] == [1, 1, 1, 4]
         assert 1 <= metrics["forward_passes@verbalized"] <= 5
         assert 2 <= metrics["forward_passes@self_consistency"] <= 10
