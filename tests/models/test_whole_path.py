@@ -22,7 +22,7 @@ from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.adapters import using_adapter
 from vlm_calibration.models.forward import labelled_logits, unwrap_peft
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_response
@@ -260,7 +260,7 @@ def test_gradients_are_as_before_after_a_pass_in_eval_mode(run: Run) -> None:
     module, batch = _adapted(run), run.batch("sft")
     before = _gradients(module, batch)
     module.model.eval()
-    generate_texts(module.model, run.batch("prompts").inputs, run.data.processor.tokenizer, 2)
+    generate(module.model, run.batch("prompts").inputs, run.data.processor.tokenizer, 2)
     module.model.train()
     after = _gradients(module, batch)
     for name, gradient in before.items():

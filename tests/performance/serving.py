@@ -25,7 +25,7 @@ from vlm_calibration import load_calibrated
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.base import LocalSystem
 from vlm_calibration.inference.model import DEMO_MODEL
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -52,7 +52,7 @@ def in_process(folder: str, asked: Sequence[Question]) -> float:
 
     def answer(batch: Sequence[Question]) -> None:
         inputs = model.collate([model.sample(q.image, q.text) for q in batch]).inputs
-        generate_texts(model.model, inputs, tokenizer, TOKENS, end_of_confidence)
+        generate(model.model, inputs, tokenizer, TOKENS, end_of_confidence)
 
     return rate(answer, [asked[i : i + BATCH] for i in range(0, len(asked), BATCH)], 1) * BATCH
 

@@ -16,7 +16,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import prediction_from_dict
 from vlm_calibration.models.adapters import load_adapters, using_adapter
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError
@@ -38,7 +38,7 @@ def texts_alone(model: Any, queries: PerturbedQueryDataModule, system: str) -> l
     texts: list[str] = []
     for batch in queries.test_dataloader():
         with using_adapter(model, None if system == "base" else system):
-            texts += generate_texts(model, batch.inputs, queries.processor.tokenizer, 5)
+            texts += generate(model, batch.inputs, queries.processor.tokenizer, 5).texts
     return texts
 
 

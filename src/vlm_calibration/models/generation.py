@@ -155,17 +155,6 @@ def generate(
     return Generated([text.strip() for text in texts], passes, complete, cache)
 
 
-def generate_texts(
-    model: Any,
-    inputs: Mapping[str, Tensor],
-    tokenizer: Any,
-    max_new_tokens: int,
-    end_of: Callable[[str], int | None] | None = None,
-) -> list[str]:
-    """The texts of `generate`."""
-    return generate(model, inputs, tokenizer, max_new_tokens, end_of).texts
-
-
 def _prompt_cache(output: Any, mask: Tensor, positions: Tensor | None) -> PromptCache | None:
     """The cache in the dictionary that `generate` returned; positions that are not given count from the first column."""
     # transformers renames it.
