@@ -25,7 +25,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, LocalSystem
 from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.inference.asking import answer_type_of
+from vlm_calibration.inference.asking import answer_type_of, pixels_of
 from vlm_calibration.inference.model import (
     BASE,
     CALIBRATED,
@@ -33,7 +33,6 @@ from vlm_calibration.inference.model import (
     CalibratedModel,
     load_calibrated,
 )
-from vlm_calibration.inference.pixels import pixels_of
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError
