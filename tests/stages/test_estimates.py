@@ -187,26 +187,6 @@ def test_every_answer_of_a_model_has_its_probed_confidences(
     assert not any(p.probes for p in read_predictions(folder / "oracle/predictions.jsonl"))
 
 
-@pytest.mark.slow
-def test_probes_change_nothing_else(
-    run_evaluation: Callable[..., EvaluationModule], data: Data, tmp_path: Path
-) -> None:
-    """The same answers, confidences and metrics; without probes no key of them."""
-    files = {}
-    for probes in ([], ["image", "object"]):
-        queries = data(test={"": EvalSplit(DemoSource("test", scenes=2), "drawn")})
-        run_evaluation({}, queries=queries, estimators=[ExpectedConfidence()], probes=probes)
-        base = tmp_path / "run/base"
-        lines = [json.loads(line) for line in (base / "predictions.jsonl").read_text().splitlines()]
-        metrics = json.loads((base / "metrics.json").read_text())
-        assert all(("probes" in line) == bool(probes) for line in lines)
-        assert bool(metrics_of(base)) == bool(probes)
-        for line in lines:
-            line.pop("probes", None)
-        files[bool(probes)] = lines, {k: v for k, v in metrics.items() if k not in metrics_of(base)}
-    assert files[True] == files[False]
-
-
 def test_the_original_confidence_is_the_stated_one(
     demo_folder: str, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:

@@ -26,7 +26,6 @@ from vlm_calibration.estimators.base import (
     System,
     SystemAnswers,
     grade_answers,
-    with_estimates,
 )
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction
@@ -97,8 +96,7 @@ class EndpointSystem(System):
             LIKELIHOOD: Estimate(likelihoods, [0] * n),
         }
         estimates = {name: known.get(name, Estimate([None] * n, [0] * n)) for name in self.estimators}
-        passes = {name: estimate.passes for name, estimate in estimates.items()}
-        return SystemAnswers(with_estimates(answers, estimates), passes, list(distributions))
+        return SystemAnswers.of(answers, estimates, distributions)
 
     def _ask(self, batch: PromptBatch, row: int) -> tuple[Messages, Response]:
         """The messages about one query, and the response."""

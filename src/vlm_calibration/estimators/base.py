@@ -8,7 +8,7 @@ together are one pass, and so is each generated token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -79,6 +79,21 @@ class SystemAnswers(NamedTuple):
     passes: dict[str, list[int]]
     distributions: list[Mapping[float, float]]
 
+    @staticmethod
+    def of(
+        answers: Sequence[EstimatedPrediction],
+        estimates: Mapping[str, Estimate],
+        distributions: Iterable[Mapping[float, float]],
+    ) -> SystemAnswers:
+        """Graded answers, with the estimates of their confidence by the name of the estimator."""
+        columns = {name: e.confidence for name, e in estimates.items() if name != VERBALIZED}
+        predictions = [
+            replace(answer, estimates={name: column[row] for name, column in columns.items()})
+            for row, answer in enumerate(answers)
+        ]
+        passes = {name: estimate.passes for name, estimate in estimates.items()}
+        return SystemAnswers(predictions, passes, list(distributions))
+
 
 class System(ABC):
     """Answers questions about images.
@@ -118,25 +133,14 @@ class LocalSystem(System):
                 self.model, batch, self.tokenizer, self.max_new_tokens, keep_cache=rates
             )
             estimates = {estimator.name: estimator.estimate(answered) for estimator in self.estimators}
-            probed, probing = answered.read_probes(probes) if probes else (None, [])
-        passes = {name: estimate.passes for name, estimate in estimates.items()}
-        predictions = with_estimates(answered.predictions, estimates)
-        if probed is not None:
-            passes[PROBES] = probing
-            predictions = [replace(p, probes=own) for p, own in zip(predictions, probed, strict=True)]
-        scored = answered.scored if EXPECTED in estimates else [None] * len(predictions)
-        return SystemAnswers(predictions, passes, [s.distribution if s else {} for s in scored])
-
-
-def with_estimates(
-    answers: Sequence[EstimatedPrediction], estimates: Mapping[str, Estimate]
-) -> list[EstimatedPrediction]:
-    """Answers with the estimates of their confidence, by the name of the estimator."""
-    columns = {name: e.confidence for name, e in estimates.items() if name != VERBALIZED}
-    return [
-        replace(answer, estimates={name: column[row] for name, column in columns.items()})
-        for row, answer in enumerate(answers)
-    ]
+            scored = answered.scored if EXPECTED in estimates else [None] * len(batch.queries)
+            distributions = [scores.distribution if scores else {} for scores in scored]
+            answers = SystemAnswers.of(answered.predictions, estimates, distributions)
+            if not probes:
+                return answers
+            probed, passes = answered.read_probes(probes)
+        predictions = [replace(p, probes=own) for p, own in zip(answers.predictions, probed, strict=True)]
+        return answers._replace(predictions=predictions, passes={**answers.passes, PROBES: passes})
 
 
 def grade_answers(batch: PromptBatch, texts: Sequence[str]) -> list[EstimatedPrediction]:
