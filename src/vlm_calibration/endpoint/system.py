@@ -40,7 +40,6 @@ NO_TOKENS = "the server gives no log-probabilities (logprobs)"
 NO_CONTINUATION = "the server does not continue a given answer (continue_final_message): no value where a percentage is several tokens"
 LISTED = {"logprobs": True, "top_logprobs": 20}
 """Lists as many tokens at each position as OpenAI and vLLM allow by default."""
-Messages = list[dict[str, Any]]
 
 
 class EndpointSystem(System):
@@ -77,14 +76,9 @@ class EndpointSystem(System):
             DataError: a request failed for good; no query is begun after it.
         """
         n = len(batch.queries)
-        distributions: list[dict[float, float]] = [{}] * n
-        continued = [0] * n
         with ThreadPoolExecutor(self.client.endpoint.concurrency) as threads:
             asked = list(threads.map(partial(self._ask, batch), range(n)))
-            if EXPECTED in self.estimators:
-                followed = threads.map(self._percentages, asked)
-                distributions, continued = (list(column) for column in zip(*followed, strict=True))
-        responses = [response for _, response in asked]
+        responses, distributions, continued = (list(column) for column in zip(*asked, strict=True))
         if not all(response.tokens for response in responses):
             self.notes |= dict.fromkeys(self.of_tokens, NO_TOKENS)
         answers = grade_answers(batch, [complete_statement(response.text) for response in responses])
@@ -98,19 +92,16 @@ class EndpointSystem(System):
         estimates = {name: known.get(name, Estimate([None] * n, [0] * n)) for name in self.estimators}
         return SystemAnswers.of(answers, estimates, distributions)
 
-    def _ask(self, batch: PromptBatch, row: int) -> tuple[Messages, Response]:
-        """The messages about one query, and the response."""
+    def _ask(self, batch: PromptBatch, row: int) -> tuple[Response, dict[float, float], int]:
+        """The response to one query, its `percent_distribution` if that is asked for, and how many tokens were generated for it."""
         content = [
             {"type": "image_url", "image_url": {"url": data_uri(batch.images[row])}},
             {"type": "text", "text": self.prompt.render(batch.queries[row].question)},
         ]
-        messages: Messages = [{"role": "user", "content": content}]
-        listed = LISTED if self.of_tokens else {}
-        return messages, self.client.ask(messages, self.max_new_tokens, **listed)
-
-    def _percentages(self, asked: tuple[Messages, Response]) -> tuple[dict[float, float], int]:
-        """`percent_distribution` of a response, and how many tokens were generated for it."""
-        messages, response = asked
+        messages = [{"role": "user", "content": content}]
+        response = self.client.ask(messages, self.max_new_tokens, **(LISTED if self.of_tokens else {}))
+        if EXPECTED not in self.estimators:
+            return response, {}, 0
         continued: list[bool] = []
 
         def after(beginning: str) -> Mapping[bytes, float] | None:
@@ -118,9 +109,11 @@ class EndpointSystem(System):
             continued.append(listed is not None)
             return listed
 
-        return percent_distribution(response.tokens, after), continued.count(True)
+        return response, percent_distribution(response.tokens, after), continued.count(True)
 
-    def _continue(self, messages: Messages, beginning: str) -> Mapping[bytes, float] | None:
+    def _continue(
+        self, messages: Sequence[Mapping[str, Any]], beginning: str
+    ) -> Mapping[bytes, float] | None:
         """The listed tokens after the beginning of an answer, as vLLM and SGLang give them; None: the server cannot."""
         if self.notes.get(EXPECTED) == NO_CONTINUATION:
             return None
