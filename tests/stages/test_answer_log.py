@@ -26,8 +26,22 @@ def _batch(*numbers: int) -> BatchAnswers:
     """Answers to the queries of these numbers by two systems."""
 
     def answers(text: str) -> list[EstimatedPrediction]:
-        facts = ("Größe?\u2028", "Yes", text, "yes", 0.29, True, None, 0, "yes_no", "", 0.0, None)
-        return [EstimatedPrediction(f"q{n}", *facts, {"p": 1e-6}) for n in numbers]  # type: ignore[arg-type]
+        facts = (
+            "Größe?\u2028",
+            "Yes",
+            text,
+            "yes",
+            0.29,
+            True,
+            None,
+            0,
+            "yes_no",
+            "",
+            0.0,
+            None,
+            {"p": 1e-6},
+        )
+        return [EstimatedPrediction(f"q{n}", *facts) for n in numbers]  # type: ignore[arg-type]
 
     passes = {"base": {"verbalized": [2] * len(numbers)}}
     return BatchAnswers(answers={"base": answers("Yes\n"), "one": answers("No")}, passes=passes)
@@ -52,7 +66,6 @@ def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
     _begun(tmp_path, [(0, 2), (4, 6)], [(1, 3)])
     held_out = _log(tmp_path, 2)
     held_out.add("calibration", _batch(2, 0))
-    held_out.add("calibration", BatchAnswers(answers={"base": [], "one": []}, passes={}))
     held_out.close()
     later = _log(tmp_path)
     state = later.find()
@@ -72,6 +85,11 @@ def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in lines] == ["q0", "q2"]
     later.clear()
     assert {p.name for p in tmp_path.iterdir()} == {"one.jsonl", "held_out.jsonl"}
+
+
+def test_a_batch_without_answers_is_not_written(tmp_path: Path) -> None:
+    _log(tmp_path).add("test", BatchAnswers(answers={"base": [], "one": []}, passes={}))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_line_that_is_cut_off_does_not_count_anywhere(tmp_path: Path) -> None:
@@ -138,11 +156,14 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> None:
     log = _begun(tmp_path, [(0, 1)], [(2, 3)])
-    # One is missing; then as many queries, and then as many answers, as expected, but one is there twice, and thrice.
-    for total in (5, 4, 6):
+    for batch, total in ((None, 5), ((3, 4), 5), ((3, 4), 6)):
+        if batch:
+            other = _log(tmp_path, 1)
+            other.add("test", _batch(*batch))
+            other.close()
         with pytest.raises(DataError, match="does another evaluation write into this folder"):
             log.write_predictions("base", "test", tmp_path / "predictions.jsonl", total)
-        other = _log(tmp_path, 1)
-        other.add("test", _batch(3))
-        other.close()
+        (tmp_path / ".answered.1.jsonl").write_bytes(
+            (tmp_path / ".answered.1.jsonl").read_bytes().splitlines(keepends=True)[0]
+        )
     assert not (tmp_path / "predictions.jsonl").exists()
