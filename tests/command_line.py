@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ERROR = "vlm-calibration: error: "
 LIMIT = 240
@@ -118,6 +120,39 @@ def callback(name: str, **settings: Any) -> dict[str, Any]:
     """The configuration of a callback of the package or of `disasters`."""
     package = "" if name.startswith("disasters") else "vlm_calibration.callbacks."
     return {"class_path": package + name, "init_args": settings}
+
+
+def write_evaluation(
+    path: Path,
+    runs: str,
+    scenes: int,
+    callbacks: Sequence[str] = ("predictions.PredictionWriter",),
+    **model: Any,
+) -> list[str]:
+    """Write the settings of an evaluation on scenes of the demo; returns the arguments that run it.
+
+    `runs` is its run directory, `model` are arguments of `EvaluationModule`.
+    """
+    source = {"class_path": "vlm_calibration.demo.source.DemoSource"}
+    config = {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "default_root_dir": runs,
+            "callbacks": [callback(name) for name in callbacks],
+        },
+        "model": {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule", "init_args": model},
+        "data": {
+            "test": {"clean": {"source": {**source, "init_args": {"split": "test", "scenes": scenes}}}},
+            "eval_batch_size": 4,
+            "workers": 0,
+        },
+    }
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return ["test", "--config", str(path)]
 
 
 def run_plainly(command: list[str], root: Path, cwd: Path) -> Ended:

@@ -8,47 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from vlm_calibration.demo.architecture import build_model
 
-from .command_line import Ended
+from .command_line import Ended, write_evaluation
 
 
-def _evaluation(model_folder: str, folder: Path, adapters: dict[str, str]) -> list[str]:
-    """Arguments of an evaluation of the base model and adapters, which writes to `folder`/eval."""
-    demo = {"class_path": "vlm_calibration.demo.source.DemoSource"}
-    config = {
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "default_root_dir": str(folder / "eval"),
-            "callbacks": [
-                {"class_path": "vlm_calibration.callbacks.predictions.PredictionWriter"},
-            ],
-        },
-        "model": {
-            "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
-            "init_args": {
-                "base": {"name_or_path": model_folder, "dtype": "float32"},
-                "adapters": adapters,
-                "max_new_tokens": 5,
-            },
-        },
-        "data": {
-            "test": {"clean": {"source": {**demo, "init_args": {"split": "test", "scenes": 1}}}},
-            "eval_batch_size": 4,
-            "workers": 0,
-        },
-    }
-    path = folder / "eval.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return ["test", "--config", str(path)]
+def _evaluation(folder: Path, adapters: dict[str, str], model_folder: str | None = None) -> list[str]:
+    """Arguments of an evaluation of a base model, or the one that the adapters name, and adapters, which writes to `folder`/eval."""
+    base = {"base": {"name_or_path": model_folder, "dtype": "float32"}} if model_folder else {}
+    settings = {**base, "adapters": adapters, "max_new_tokens": 5}
+    return write_evaluation(folder / "eval.yaml", str(folder / "eval"), 1, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +32,6 @@ def other_model(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> str
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
-
-
-def _without_base(arguments: list[str]) -> list[str]:
-    """Remove the base model from the configuration of an evaluation."""
-    path = Path(arguments[2])
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    del config["model"]["init_args"]["base"]
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return arguments
 
 
 @pytest.mark.parametrize("command", ["test", "ask", "dpo"])
@@ -84,7 +47,7 @@ def test_an_adapter_of_another_base_model(
     adapter = new_adapter(1)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     settings = {
-        "test": _evaluation(other_model, tmp_path, {"one": adapter}),
+        "test": _evaluation(tmp_path, {"one": adapter}, other_model),
         "ask": ["ask", "a.png", "A dog?", "--base", other_model, "--adapter", adapter],
         "dpo": [
             *fit("dpo"),
@@ -108,17 +71,17 @@ def test_the_base_model_is_the_one_that_the_adapters_name(
     tmp_path: Path,
 ) -> None:
     adapters = {"one": new_adapter(1)}
-    named = run(*_evaluation(model_folder, tmp_path, adapters))
+    named = run(*_evaluation(tmp_path, adapters, model_folder))
     assert named.status == 0, named.err
     (tmp_path / "eval").rename(tmp_path / "named")
-    ended = run(*_without_base(_evaluation(model_folder, tmp_path, adapters)))
+    ended = run(*_evaluation(tmp_path, adapters))
     assert ended.status == 0, ended.err
     for name in ("base/predictions.jsonl", "one/predictions.jsonl", "one/metrics.json"):
         assert (tmp_path / "eval" / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
 
 
-def test_no_base_model_is_named(run: Callable[..., Ended], model_folder: str, tmp_path: Path) -> None:
-    ended = run(*_without_base(_evaluation(model_folder, tmp_path, {})))
+def test_no_base_model_is_named(run: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = run(*_evaluation(tmp_path, {}))
     assert ended.error().startswith("no base model: give model.init_args.base.name_or_path")
     assert ended.status == 1
     assert not (tmp_path / "eval").exists()
@@ -134,9 +97,7 @@ def test_adapters_of_two_base_models(
     other = Path(new_adapter(2))
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": other_model}))
-    ended = run(
-        *_without_base(_evaluation(model_folder, tmp_path, {"one": new_adapter(1), "two": str(other)}))
-    )
+    ended = run(*_evaluation(tmp_path, {"one": new_adapter(1), "two": str(other)}))
     assert ended.error().startswith(
         f"the adapters 'one' and 'two' have different base models: {model_folder} (auto) and {other_model} (auto); "
     )

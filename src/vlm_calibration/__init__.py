@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from vlm_calibration.inference.answers import Answer
+    from vlm_calibration.inference.asking import Answer
     from vlm_calibration.inference.model import load_calibrated
     from vlm_calibration.steps import (
         Plan,
@@ -45,7 +45,7 @@ if not TYPE_CHECKING:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         elsewhere = {
-            "Answer": "inference.answers",
+            "Answer": "inference.asking",
             "load_calibrated": "inference.model",
             "parse_confidence": "text.confidence",
         }

@@ -1,35 +1,48 @@
-"""What the page computes, without a browser: answers, perturbed pictures, curves, messages, and uploads that it refuses."""
+"""What the page computes, without a browser: answers, perturbed pictures, curves, messages, uploads, and the key objects in them."""
 
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vlm_calibration.app import serve
 from vlm_calibration.app.page import EDITOR_SIDE, PageHandlers, answer_rows, plain
 from vlm_calibration.app.subject import (
+    DETECTED,
     DRAWN,
     MAX_PIXELS,
     MAX_UPLOAD,
     WHOLE,
+    KeyObjectFinder,
+    Subject,
     demo_subject,
+    key_object,
     painted,
     uploaded_subject,
 )
+from vlm_calibration.cli import main
 from vlm_calibration.estimators.decision import AppliedRule
-from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.model import BASE, CALIBRATED, DEMO_MODEL, CalibratedModel, load_calibrated
+from vlm_calibration.inference.asking import Answer
+from vlm_calibration.inference.model import BASE, CALIBRATED, DEMO_MODEL, CalibratedModel
 from vlm_calibration.perturbation import KIND_NAMES
 from vlm_calibration.records import DataError
+from vlm_calibration.regions.detector import ZeroShotDetector
+from vlm_calibration.regions.phrases import RuleDescriber
+from vlm_calibration.regions.segmenter import PromptedSegmenter
+from vlm_calibration.regions.tagger import load_tagger
+
+from ..regions.conftest import tiny as tiny
+from ..regions.truth import ExactDetector, ExactSegmenter, Truth
 
 SUBJECT = demo_subject(2)
 KEY = next(iter(SUBJECT.objects))
@@ -70,19 +83,15 @@ def test_what_is_painted_is_perturbed(handlers: PageHandlers) -> None:
     layer = np.zeros((EDITOR_SIDE, EDITOR_SIDE, 4), np.uint8)
     layer[: EDITOR_SIDE // 2, : EDITOR_SIDE // 2, 3] = 255
     editor: dict[str, Any] = {"background": None, "layers": [layer], "composite": None}
-    mask = painted(editor, SUBJECT.image.shape)
-    assert mask is not None
+    empty = {**editor, "layers": [0 * layer]}
     half = SUBJECT.image.shape[0] // 2
-    assert mask[:half, :half].all()
-    assert mask.sum() == half**2
-    changed = (
-        _small(handlers.answer(SUBJECT, DRAWN, editor, SUBJECT.question, "occlusion", 100)[0])
-        != SUBJECT.image
-    ).any(axis=2)
-    assert not changed[~mask].any()
-    assert painted({**editor, "layers": [0 * layer]}, SUBJECT.image.shape) is None
-    assert handlers.choose_painted(SUBJECT, editor) == DRAWN
-    assert handlers.choose_painted(SUBJECT, {**editor, "layers": [0 * layer]}) == gr.skip()
+    mask = np.zeros(SUBJECT.image.shape[:2], bool)
+    mask[:half, :half] = True
+    np.testing.assert_array_equal(painted(editor, SUBJECT.image.shape), mask)
+    assert painted(empty, SUBJECT.image.shape) is None
+    seen = handlers.answer(SUBJECT, DRAWN, editor, SUBJECT.question, "occlusion", 100)[0]
+    assert not (_small(seen) != SUBJECT.image).any(axis=2)[~mask].any()
+    assert [handlers.choose_painted(SUBJECT, e) for e in (editor, empty)] == [DRAWN, gr.skip()]
     nothing = handlers.answer(SUBJECT, DRAWN, None, SUBJECT.question, "noise", 50)
     assert nothing == (None, [], "Paint over the key object to perturb it.")
 
@@ -106,7 +115,7 @@ def test_a_new_subject_begins_untouched_with_the_object_of_its_question(handlers
     assert handlers.name_object(SUBJECT, "Is it raining?") == gr.skip()
 
 
-def test_a_question_is_flagged_for_the_demo_model_alone(tmp_path: Path, handlers: PageHandlers) -> None:
+def test_a_question_is_flagged_for_the_demo_model_alone(handlers: PageHandlers) -> None:
     zebra = "Is there a zebra in the image?"
     _, rows, message = handlers.answer(SUBJECT, KEY, None, zebra, "noise", 0)
     assert rows == []
@@ -115,10 +124,8 @@ def test_a_question_is_flagged_for_the_demo_model_alone(tmp_path: Path, handlers
     seen, rows, message = handlers.answer(SUBJECT, KEY, None, " ", "noise", 100)
     assert seen is not None
     assert (rows, message) == ([], "Ask a question.")
-    (tmp_path / "own").symlink_to(DEMO_MODEL)
-    own = PageHandlers(load_calibrated(str(tmp_path / "own"), device="cpu"), None, tmp_path)
-    if not own.model.is_demo:
-        assert own.answer(SUBJECT, KEY, None, zebra, "noise", 0)[1]
+    handlers.model = replace(handlers.model, is_demo=False)
+    assert handlers.answer(SUBJECT, KEY, None, zebra, "noise", 0)[1]
 
 
 def _png(width: int, height: int) -> bytes:
@@ -127,31 +134,19 @@ def _png(width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (partial(_png, 8000, MAX_PIXELS // 8000 + 1), "the image: 8000 x 6251 pixels, more than the"),
-        (lambda: b"Not a picture, whatever its name says.", "the image: not an image in a format"),
-    ],
-    ids=["too many pixels", "text"],
-)
-def test_files_that_are_no_images_are_refused(
-    handlers: PageHandlers, tmp_path: Path, content: Callable[[], bytes], says: str
+def test_files_that_are_no_images_are_refused_and_large_ones_shrunk(
+    handlers: PageHandlers, tmp_path: Path
 ) -> None:
     path = tmp_path / "sent.png"
-    path.write_bytes(content())
-    with pytest.raises(gr.Error) as refused:
-        handlers.begin_upload(str(path))
-    assert says in str(refused.value)
-    assert str(tmp_path) not in str(refused.value)
-    assert not path.exists(), "it is deleted"
-
-
-def test_a_large_photograph_is_shrunk(tmp_path: Path) -> None:
-    (tmp_path / "sent.png").write_bytes(_png(4000, 3000))
-    assert uploaded_subject(tmp_path / "sent.png").image.shape == (1536, 2048, 3)
-    with pytest.raises(DataError):
-        uploaded_subject(tmp_path / "none.png")
+    too_large = _png(8000, MAX_PIXELS // 8000 + 1)
+    for content, says in ((too_large, "8000 x 6251 pixels, more than the"), (b"text", "not an image")):
+        path.write_bytes(content)
+        with pytest.raises(gr.Error, match=f"the image: {says}") as refused:
+            handlers.begin_upload(str(path))
+        assert str(tmp_path) not in str(refused.value)
+        assert not path.exists(), "it is deleted"
+    path.write_bytes(_png(4000, 3000))
+    assert uploaded_subject(path).image.shape == (1536, 2048, 3)
 
 
 def test_the_report_is_isolated(handlers: PageHandlers) -> None:
@@ -168,24 +163,12 @@ def test_texts_of_visitors_are_shown_as_they_are() -> None:
     assert plain("<b>no</b> [link](x) *") == r"&lt;b&gt;no&lt;/b&gt; \[link\]\(x\) \*."
 
 
-@pytest.mark.parametrize(
-    ("threshold", "confidence", "says"),
-    [
-        (0.925, 0.95, "answer: stated 95%, at least 92.5%"),
-        (0.925, 0.9, "review: stated 90%, below 92.5%"),
-        (0.925, None, "review: no stated confidence"),
-        (None, 1.0, "review: no threshold keeps the limits"),
-    ],
-)
-def test_an_answer_says_whether_it_may_be_given_and_why(
-    threshold: float | None, confidence: float | None, says: str
-) -> None:
-    rule = AppliedRule(threshold, "verbalized", confidence, "", "At most 5% ...")
-    answer = Answer("Yes", "Yes", confidence, None, {}, "yes_no", rule=rule)
-    [[model, text, stated, expected, decision]] = answer_rows({CALIBRATED: answer})
-    assert (model, text, expected, decision) == ("Calibrated model", "Yes", "none", says)
-    assert stated == ("none" if confidence is None else f"{confidence:.0%}")
-    assert answer_rows({CALIBRATED: replace(answer, rule=None)})[0][-1] == ""
+def test_an_answer_is_a_row_with_its_decision() -> None:
+    rule = AppliedRule(0.925, "verbalized", 0.9, "", "At most 5% ...")
+    answer = Answer("Yes. 90%", "Yes", 0.9, None, {}, "yes_no", rule=rule)
+    decided = "review: stated 90%, below 92.5%"
+    assert answer_rows({CALIBRATED: answer}) == [["Calibrated model", "Yes", "90%", "none", decided]]
+    assert answer_rows({BASE: replace(answer, rule=None)})[0][-1] == ""
 
 
 def test_the_page_is_served_to_this_machine_alone(handlers: PageHandlers) -> None:
@@ -195,3 +178,85 @@ def test_the_page_is_served_to_this_machine_alone(handlers: PageHandlers) -> Non
     hosts, _ = settings["app_kwargs"]["middleware"]
     assert set(hosts.kwargs["allowed_hosts"]) == {"127.0.0.1", "localhost"}
     assert page.blocks
+
+
+# --- Key objects of uploaded images ---
+
+
+SCENES = 6
+
+
+@pytest.fixture
+def upload(tmp_path: Path) -> Callable[[np.ndarray], Subject]:
+    """Makes the subject of an uploaded image, without known objects."""
+
+    def sent(image: np.ndarray) -> Subject:
+        path = tmp_path / "sent.png"
+        Image.fromarray(image).save(path)
+        return uploaded_subject(path)
+
+    return sent
+
+
+def test_all_objects_of_a_question_are_found_and_none_that_is_not_there(
+    upload: Callable[[np.ndarray], Subject],
+) -> None:
+    truth = Truth(SCENES, split="development")
+    detector = ExactDetector(truth)
+    finder = KeyObjectFinder(RuleDescriber(), detector, ExactSegmenter(truth))
+    for index in range(SCENES):
+        scene = demo_subject(index)
+        subject, masks = upload(scene.image), truth.masks(scene.image)
+        names = [*scene.objects]
+        expected = {f"Is there a {name} in the image?": masks[name] for name in scene.objects}
+        expected |= {f"Is the {name} brown?": masks[name] for name in names}
+        if names[1:]:
+            question = f"Is the {names[0]} to the left of the {names[1]}?"
+            expected[question] = masks[names[0]] | masks[names[1]]
+        for question, mask in expected.items():
+            np.testing.assert_array_equal(key_object(subject, DETECTED, None, question, finder), mask)
+    asked = len(detector.asked)
+    finder.find(subject, question)
+    assert len(detector.asked) == asked, "it is remembered"
+    for nothing in ("Is there a guitar?", "Is it raining?"):
+        with pytest.raises(DataError, match="detector finds no object of this question: paint over it"):
+            key_object(subject, DETECTED, None, nothing, finder)
+
+
+def test_the_command_s_detector_decides_where_the_page_puts_noise(
+    tiny: Callable[[str], str], upload: Callable[[np.ndarray], Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`vlm-calibration app --detector ... --segmenter ...` with models of random weights, used directly and through the page."""
+    served: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(serve, "serve", lambda *arguments: served.append(arguments))
+    models = ("--detector", tiny("grounding_dino"), "--segmenter", tiny("sam2"))
+    assert main(["app", "--base", str(DEMO_MODEL), "--device", "cpu", *models]) == 0
+    [(model, finder, report, _)] = served
+    handlers = PageHandlers(model, finder, report)
+
+    scene = demo_subject(3)
+    subject, question = upload(scene.image), "Is there a cat in the image?"
+    detector, segmenter = ZeroShotDetector(tiny("grounding_dino")), PromptedSegmenter(tiny("sam2"))
+    for part in (detector, segmenter):
+        part.load(torch.device("cpu"))
+    [boxes] = detector.detect([scene.image], [["cat"]])
+    [masks] = segmenter.segment([scene.image], [[d.box for d in boxes]])
+    expected = masks.any(axis=0)
+    assert 0.02 < expected.mean() < 0.9, "some of the image, and not all of it"
+    np.testing.assert_array_equal(handlers.finder.find(subject, question), expected)
+
+    factor = EDITOR_SIDE // max(scene.image.shape)
+    seen = handlers.answer(subject, DETECTED, None, question, "noise", 100)[0][::factor, ::factor]
+    changed = (seen != scene.image).any(axis=2)
+    assert not changed[~expected].any()
+    assert changed[expected].mean() > 0.95
+    assert [value for value, _ in handlers.begin(subject)[3].choices] == [DETECTED, DRAWN, WHOLE]
+
+
+def test_without_the_tagger_no_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "HanTa.HanoverTagger", None)
+    load_tagger.cache_clear()
+    assert main(["app", "--base", "no/model", "--detector", "no/model", "--segmenter", "no/model"]) == 1
+    assert "pip install 'vlm-calibration[regions]'" in capsys.readouterr().err

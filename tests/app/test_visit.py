@@ -86,13 +86,12 @@ def test_a_visit(
 
     def shows(index: int) -> None:
         subject = demo_subject(index)
-        image, question = subject.image, subject.question
-        answers = {
-            BASE: calibrated.ask(image, question, as_base=True),
-            CALIBRATED: calibrated.ask(image, question),
+        asked = {
+            system: calibrated.ask(subject.image, subject.question, as_base=system == BASE)
+            for system in (BASE, CALIBRATED)
         }
-        expect(page.get_by_label("Question", exact=True)).to_have_value(question)
-        for row in answer_rows(answers):
+        expect(page.get_by_label("Question", exact=True)).to_have_value(subject.question)
+        for row in answer_rows(asked):
             shown = page.get_by_role("row").filter(has_text=row[0])
             expect(shown).to_have_text(re.compile(r"\s*".join(map(re.escape, row[:4]))))
 
@@ -100,10 +99,11 @@ def test_a_visit(
     page.locator("#scenes button").nth(2).click()
     shows(2)
     expect(page.locator("#curve canvas, #curve svg").first).to_be_visible()
-    before = page.locator("#seen img").get_attribute("src")
+    seen = page.locator("#seen img")
+    before = seen.get_attribute("src")
     page.locator("#strength input[type=number]").fill("100")
     page.locator("#strength input[type=number]").press("Enter")
-    expect(page.locator("#seen img")).not_to_have_attribute("src", before or "")
+    expect(seen).not_to_have_attribute("src", before or "")
 
     canvas = page.locator("#picture canvas").first.bounding_box()
     assert canvas is not None
@@ -113,9 +113,9 @@ def test_a_visit(
     page.mouse.move(x + 40, y, steps=8)
     page.mouse.up()
     expect(page.locator("#object input")).to_have_value("what I paint")
-    before = page.locator("#seen img").get_attribute("src")
+    before = seen.get_attribute("src")
     page.locator("#ask").click()
-    expect(page.locator("#seen img")).not_to_have_attribute("src", before or "")
+    expect(seen).not_to_have_attribute("src", before or "")
 
     page.get_by_role("tab", name="Report").click()
     frame = page.frame_locator("iframe[title=Report]")

@@ -25,7 +25,8 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
@@ -172,10 +173,9 @@ def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path
     data = _data(demo_model)
     batch = PromptCollator(data.chat)(samples)
     base = load_base(BaseModel(demo_model))
-    before = answer_batch(base, batch, data.processor.tokenizer, 16)
-    found = answer_batch(
-        PeftModel.from_pretrained(base, str(sft)).eval(), batch, data.processor.tokenizer, 16
-    )
+    before = AnsweredBatch.generate(base, batch, AnswerTokenizer(data.chat), 16).predictions
+    adapted = PeftModel.from_pretrained(base, str(sft)).eval()
+    found = AnsweredBatch.generate(adapted, batch, AnswerTokenizer(data.chat), 16).predictions
     assert ran.stdout.splitlines() == [f"{strip_confidence(p.text)} {p.confidence}" for p in found]
     assert all(p.confidence is not None for p in found)
     assert [p.confidence for p in before] != [p.confidence for p in found], "the adapter speaks"

@@ -89,7 +89,7 @@ def test_a_template_that_changes_text_changes_the_candidates_with_it(
     chats: dict[str, ChatFormat], samples: Sequence[Sample]
 ) -> None:
     chat = chats["upper case"]
-    _, candidates = ResponseTokenizer(chat, [LinearLevels()]).tokenize(samples[0].query, [samples[0].answer])
+    _, candidates = ResponseTokenizer(chat, LinearLevels()).tokenize(samples[0].query, [samples[0].answer])
     for candidate in candidates:
         percent = round(candidate.confidence * 100)
         response = chat.processor.tokenizer.decode(candidate.tokens).strip()

@@ -24,7 +24,7 @@ from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.adapters import layer_parts
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import render_response
@@ -148,8 +148,8 @@ def test_the_model_answers_in_batches_as_it_does_alone(
     model: Any, chat: ChatFormat, unlike: Sequence[Sample]
 ) -> None:
     collate, tokenizer = PromptCollator(chat), chat.processor.tokenizer
-    together = generate_texts(model, collate(unlike).inputs, tokenizer, 5)
-    assert together == [generate_texts(model, collate([s]).inputs, tokenizer, 5)[0] for s in unlike]
+    together = generate(model, collate(unlike).inputs, tokenizer, 5).texts
+    assert together == [generate(model, collate([s]).inputs, tokenizer, 5).texts[0] for s in unlike]
 
 
 def test_the_model_has_its_parts(family: Family, model: Any) -> None:

@@ -144,10 +144,10 @@ class DemoServer:
 
 
 @contextmanager
-def serving(server: Any, port: int = 0) -> Iterator[str]:
+def serving(server: Any) -> Iterator[str]:
     """Run the `app` of a server in a thread; yields the address of its API."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))
+        probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     runner = uvicorn.Server(uvicorn.Config(server.app, port=port, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=runner.run, daemon=True)

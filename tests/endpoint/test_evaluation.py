@@ -1,4 +1,4 @@
-"""An endpoint is a system like any other: equal answers and metrics, whatever the server does."""
+"""An endpoint is a system like any other: equal answers and metrics, whatever the server does; in Python, and by `test` and `ask`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlm_calibration.cli import main
 from vlm_calibration.data.dataset import EvalSplit
@@ -15,10 +16,12 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.inference.model import DEMO_MODEL, load_calibrated
 from vlm_calibration.records import DataError
 
+from ..command_line import Ended, Server, write_evaluation
 from .conftest import queries
-from .demo_server import DemoServer, serving
+from .demo_server import MODEL, DemoServer, serving
 
 pytestmark = pytest.mark.slow
 Evaluate = Callable[..., Any]
@@ -117,3 +120,96 @@ def test_no_model_is_loaded_for_endpoints_alone(
     assert [with_processor[line["id"]] for line in found] == found
     with pytest.raises(DataError, match="the size at which an endpoint sees an image is not known"):
         evaluate("noised", url, base=None, data=queries(processor=None))
+
+
+# --- The command line ---
+
+
+KEY = "sk-secret-7f3a9c"
+
+
+@pytest.fixture
+def command(url: str, tmp_path: Path) -> list[str]:
+    """An evaluation of the address alone, in batches of four."""
+    callbacks = ("predictions.PredictionWriter", "results_table.ResultsTable", "progress.Progress")
+    estimators = [{"class_path": "vlm_calibration.estimators.likelihood.AnswerLikelihood"}]
+    settings = {"adapters": {"sft": "nowhere"}, "max_new_tokens": 16, "estimators": estimators}
+    test = write_evaluation(tmp_path / "eval.yaml", "${runs}/eval", 4, callbacks, **settings)
+    options = ("--config", "system/endpoint", "--data.eval_batch_size", "4")
+    return [*test, *options, "--url", url, "--served-model", MODEL]
+
+
+def test_a_failed_evaluation_resumes_and_hides_the_key(
+    server: Server, command: list[str], api: DemoServer, tmp_path: Path
+) -> None:
+    def evaluate(runs: str, *more: str) -> Ended:
+        environment = {"OPENAI_API_KEY": KEY}
+        return server.wait(server.start([*command, "--runs", runs, *more], tmp_path, environment))
+
+    ended = evaluate("whole")
+    assert ended.status == 0, ended.err
+    whole = files(tmp_path / "whole/eval")
+    assert {"endpoint/predictions.jsonl", "endpoint/metrics.json", "config.yaml"} <= set(whole)
+    api.answered.clear()
+
+    api.stopped_after = 6
+    failed = evaluate("failed", "--model.init_args.endpoints.endpoint.retries", "0")
+    assert "out of memory" in failed.error()
+    api.stopped_after = None
+    ended = evaluate("failed", "--resume")
+    assert ended.status == 0, ended.err
+    assert list(api.answered.values()).count(1) >= 4, "a logged batch is not asked again"
+    for name in ("endpoint/predictions.jsonl", "endpoint/metrics.json"):
+        assert files(tmp_path / "failed/eval")[name] == whole[name]
+
+    assert all(headers["authorization"] == f"Bearer {KEY}" for headers in api.headers)
+    written = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()]
+    assert KEY not in ended.out + ended.err + failed.out + failed.err
+    assert not [content for content in written if KEY.encode() in content]
+
+
+def test_what_cannot_be_used_is_one_line(run: Callable[..., Ended], command: list[str]) -> None:
+    ended = run(*command, "--served-model", "other")
+    assert (ended.status, "The model `other` does not exist." in ended.error()) == (1, True)
+    ended = run(*command[:3], *command[-4:])
+    assert ended.status == 2
+    assert "has no effect: give --config system/endpoint as well" in ended.error()
+    ended = run(*command[:-4])
+    assert (ended.status, "--url is not given" in ended.error()) == (1, True)
+
+
+def test_ask_answers_as_the_model_itself(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, asked = DemoSource("test", scenes=2), []
+    for query in source.queries():
+        Image.fromarray(source.load(query).image).save(f"{query.image}.png")
+        asked.append({"id": query.id, "image": f"{query.image}.png", "question": query.question})
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    served = ("--url", url, "--served-model", MODEL)
+    many = ("ask", "--questions", "questions.jsonl", "--out", "out.jsonl")
+    assert main([*many, *served, "--max-new-tokens", "16"]) == 0
+    answers = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    model = load_calibrated(str(DEMO_MODEL), device="cpu", max_new_tokens=16)
+    own = list(model.ask_many((row["image"], row["question"]) for row in asked))
+    for found, expected in zip(answers, own, strict=True):
+        stated = expected.confidence
+        assert (found["text"], found["answer"], found["confidence"]) == (
+            expected.text,
+            expected.answer,
+            stated,
+        )
+        assert found["expected"] == pytest.approx(expected.expected, abs=0.02)
+        likeliest, _ = max(found["distribution"], key=lambda pair: pair[1])
+        assert likeliest == stated
+    capsys.readouterr()
+    assert main(["ask", asked[0]["image"], asked[0]["question"], *served, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == f"{MODEL} at {url}"
+    for options, says in (
+        (served[:2], "--url and --served-model belong together"),
+        ((*served, "--adapter", "a"), "--adapter is for a model that is loaded here"),
+        ((*served, "--abstain"), "the model has no thresholds.json"),
+    ):
+        assert main(["ask", asked[0]["image"], "A dog?", *options]) != 0
+        assert says in capsys.readouterr().err

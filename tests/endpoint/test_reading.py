@@ -87,29 +87,21 @@ def test_digits_are_followed(space: bool) -> None:
     )
 
 
-def test_digits_without_continuation_have_no_value() -> None:
-    answer = tokens(("Yes. Confidence: ", 1.0), ("8", 0.5, {"9": 0.3}), ("0", 1.0), ("%", 1.0))
-    assert distribution(answer) == {}
-    sure = tokens(("Yes. Confidence: ", 1.0), ("8", 0.999), ("0", 1.0), ("%", 1.0))
-    assert distribution(sure)[0.8] == 1
-
-
 @pytest.mark.parametrize(
-    "text", ["Yes.", "Yes. Confidence: high", "Yes. Confidence: 0.8", "Yes. Confidence: 80-90%"]
+    "text", ["", "Yes.", "Yes. Confidence: high", "Yes. Confidence: 0.8", "Yes. Confidence: 80-90%"]
 )
 def test_without_a_percentage_there_is_no_value(text: str) -> None:
-    assert distribution(tokens((text, 1.0))) == {}
+    assert distribution(tokens((text, 1.0)) if text else ()) == {}
 
 
-def test_no_tokens() -> None:
-    assert distribution(()) == {}
-    assert p_yes(()) is None
-    assert answer_likelihood((), "Yes") is None
+def test_digits_that_are_not_continued_have_no_value() -> None:
+    def answer(p: float, others: dict[str, float]) -> tuple[Token, ...]:
+        return tokens(("Yes. Confidence: ", 1.0), ("8", p, others), ("0", 1.0), ("%", 1.0))
 
-
-def test_a_server_that_begins_a_new_answer_gives_no_value() -> None:
-    answer = tokens(("Yes. Confidence: ", 1.0), ("8", 0.5, {"9": 0.3}), ("0", 1.0), ("%", 1.0))
-    assert distribution(answer, Server({"Yes. Confidence: 9": {"Yes": 0.8, "9": 0.1}})) == {}
+    assert distribution(answer(0.5, {"9": 0.3})) == {}
+    new_answer = Server({"Yes. Confidence: 9": {"Yes": 0.8, "9": 0.1}})
+    assert distribution(answer(0.5, {"9": 0.3}), new_answer) == {}
+    assert distribution(answer(0.999, {}))[0.8] == 1
 
 
 @pytest.mark.parametrize(
@@ -127,10 +119,9 @@ def test_a_server_that_begins_a_new_answer_gives_no_value() -> None:
 def test_the_first_of_two_words(first: str, others: dict[str, float], expected: float | None) -> None:
     found = p_yes(tokens((first, 0.6, others), (".", 1.0)))
     assert found == (None if expected is None else pytest.approx(expected))
-
-
-def test_space_before_the_word_is_skipped() -> None:
-    assert p_yes(tokens((" ", 1.0), ("Y", 0.6, {"N": 0.2}))) == pytest.approx(0.75)
+    after_space = p_yes(tokens((" ", 1.0), (first, 0.6, others)))
+    assert after_space == found
+    assert p_yes(()) is None
 
 
 def test_the_likelihood_of_an_answer_is_that_of_its_own_tokens() -> None:
@@ -142,6 +133,7 @@ def test_the_likelihood_of_an_answer_is_that_of_its_own_tokens() -> None:
     assert answer_likelihood(umlaut, "B\u00e4r") == pytest.approx(0.25 ** (1 / 3))
     assert answer_likelihood(answer, "A cat") is None
     assert answer_likelihood(answer, "") is None
+    assert answer_likelihood((), "Yes") is None
 
 
 @pytest.mark.parametrize(

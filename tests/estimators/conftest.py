@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,7 @@ from vlm_calibration.data.collate import ChatFormat, PromptBatch, PromptCollator
 from vlm_calibration.data.noise import ImageCopy, NoisePolicy, Sample, perturbed_copies
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.generating import GenerationRecorder
-from vlm_calibration.estimators.predictions import graded_prediction
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.estimators.base import AnsweredBatch, grade_answers
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, ConfidenceLevels, LinearLevels
 from vlm_calibration.records import LoadedImage, Query
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -100,22 +98,8 @@ def answering() -> Answering:
         max_new_tokens: int = 3,
     ) -> AnsweredBatch:
         batch: PromptBatch = PromptCollator(chat)(samples)
-        generating = GenerationRecorder(model, keep_cache=keep_cache)
-        with torch.no_grad():
-            generated = generate_texts(generating, batch.inputs, chat.processor.tokenizer, max_new_tokens)
-        answers = texts or generated
-        predictions = [
-            graded_prediction(s.query, t, s.perturbation, s.noise_step)
-            for s, t in zip(samples, answers, strict=True)
-        ]
-        return AnsweredBatch(
-            model,
-            batch,
-            predictions,
-            generating.passes,
-            AnswerTokenizer(chat, [levels or LinearLevels()]),
-            max_new_tokens,
-            generating.cache,
-        )
+        tokenizer = AnswerTokenizer(chat, levels or LinearLevels())
+        answered = AnsweredBatch.generate(model, batch, tokenizer, max_new_tokens, keep_cache)
+        return replace(answered, predictions=grade_answers(batch, texts)) if texts else answered
 
     return answered

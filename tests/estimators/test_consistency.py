@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,14 +9,14 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
-from vlm_calibration.data.collate import ChatFormat, PromptCollator
+from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch, Estimator
+from vlm_calibration.estimators import consistency
+from vlm_calibration.estimators.base import Estimator
 from vlm_calibration.estimators.consistency import InverseTransformSampler, SelfConsistency, agrees
-from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.predictions import graded_prediction
-from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
+from vlm_calibration.models.generation import Generated
+from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import Query
 from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
@@ -25,50 +24,17 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 from .conftest import ASKED, Answering, samples_of, scenes
 
 
-class Urn:
-    """A model by hand: one word with given probabilities, then the end of the turn."""
-
-    def __init__(self, words: dict[int, float], end: int, vocabulary: int) -> None:
-        self.generation_config = SimpleNamespace(eos_token_id=end)
-        self.decoder = nn.Identity()
-        self.first = torch.full((vocabulary,), -torch.inf)
-        for word, p in words.items():
-            self.first[word] = torch.tensor(p).log()
-        self.second = torch.full((vocabulary,), -torch.inf)
-        self.second[end] = 0.0
-
-    def get_decoder(self) -> nn.Module:
-        return self.decoder
-
-    def generate(self, input_ids: torch.Tensor, logits_processor: Any, **_: Any) -> Any:
-        ids = input_ids
-        for logits in (self.first, self.second):
-            sampled = logits_processor(ids, logits.expand(len(ids), -1).clone())
-            ids = torch.cat([ids, sampled.argmax(-1, keepdim=True)], 1)
-        return SimpleNamespace(sequences=ids)
-
-
-@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.75), (0.5, 0.9)])
-def test_the_share_is_the_models_probability(processor: Any, temperature: float, share: float) -> None:
-    """p(yes) = 3/4 against 1/4; at temperature 1/2 they are squared. 400 draws: 3 standard deviations are 0.065."""
-    tokenizer = processor.tokenizer
-    yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
-    urn = Urn({yes: 0.75, no: 0.25}, tokenizer.eos_token_id, len(tokenizer))
-    chat = ChatFormat(processor, ElicitationPrompt())
-    samples = samples_of(scenes(4))
+def test_the_share_of_samples_that_agree(
+    demo: tuple[Any, ChatFormat], answering: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Yes is sampled three times of four; the answers are yes, other words, no, and none."""
     texts = ("Yes. Confidence: 80%", "no such word", "No", "It is white.")
-    predictions = [graded_prediction(s.query, t, CLEAN, 0) for s, t in zip(samples, texts, strict=True)]
-    batch = AnsweredBatch(
-        urn, PromptCollator(chat)(samples), predictions, [2] * 4, AnswerTokenizer(chat, [LinearLevels()]), 4
+    answered = answering(*demo, samples_of(scenes(4)), texts)
+    sampled = iter(["Yes", "yes.", "No", "Yes. Confidence: 10%"])
+    monkeypatch.setattr(
+        consistency, "generate", lambda *_: Generated([next(sampled)] * 4, [2, 2, 3, 2], [True] * 4, None)
     )
-    estimate = SelfConsistency(400, temperature).estimate(batch)
-    agree, unlike, disagree, unparsed = estimate.confidence
-    assert agree == pytest.approx(share, abs=0.065)
-    assert disagree == pytest.approx(1 - share, abs=0.065)
-    assert unlike == 0
-    assert unparsed is None
-    assert estimate.passes == [800] * 4, "a word and the end, each time"
-    assert agree != pytest.approx(1 - disagree, abs=1e-9), "queries are sampled independently"
+    assert SelfConsistency(4).estimate(answered) == ([0.75, 0.0, 0.25, None], [8, 8, 12, 8])
 
 
 def test_tokens_are_sampled_by_their_probabilities() -> None:
@@ -99,9 +65,9 @@ def test_the_samples_of_a_query_do_not_depend_on_the_batch(
     samples = samples_of(scenes(4), rows)
     estimator = SelfConsistency(8, temperature=0.3, seed=3)
 
-    def rated(chosen: list[Sample], seed: int = 3) -> dict[str, float | None]:
+    def rated(chosen: list[Sample], seed: int = 3, temperature: float = 0.3) -> dict[str, float | None]:
         batch = answering(model, chat, chosen)
-        estimator.seed = seed
+        estimator.seed, estimator.temperature = seed, temperature
         confidence = estimator.estimate(batch).confidence
         return {s.query.id: c for s, c in zip(chosen, confidence, strict=True)}
 
@@ -113,15 +79,16 @@ def test_the_samples_of_a_query_do_not_depend_on_the_batch(
     assert rated(samples[::-1]) == together
     assert {k: v for s in samples for k, v in rated([s]).items()} == together
     assert rated(samples, seed=4) != together
+    assert set(rated(samples, temperature=1e-6).values()) <= {1.0, None}, "as the greedy answers"
 
 
-@pytest.mark.parametrize(("setting", "value"), [("samples", 0), ("temperature", 0.0), ("seed", -1)])
-def test_settings_that_make_no_sense_are_refused(setting: str, value: float) -> None:
+def test_settings_that_make_no_sense_are_refused() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Estimator, "estimator")
-    settings = {"class_path": f"{SelfConsistency.__module__}.SelfConsistency", "init_args": {setting: value}}
-    with pytest.raises(ArgumentError, match=setting):
-        parser.parse_object({"estimator": settings})
+    path = f"{SelfConsistency.__module__}.SelfConsistency"
+    for setting, value in {"samples": 0, "temperature": 0.0, "seed": -1}.items():
+        with pytest.raises(ArgumentError, match=setting):
+            parser.parse_object({"estimator": {"class_path": path, "init_args": {setting: value}}})
 
 
 @torch.no_grad()
@@ -141,16 +108,12 @@ def test_passes_are_counted_to_the_end_of_each_answer(
     batch = answering(model, ChatFormat(processor, ElicitationPrompt()), samples, max_new_tokens=4)
     handle.remove()
     assert list(batch.answer_passes) == [4, 2, 1]
-    assert GenerationRecorder(model).passes == []
 
 
-@pytest.mark.parametrize(
-    ("grading", "same"),
-    [(Grading(), False), (Grading(short="contains"), True), (Grading(short="token_f1"), True)],
-)
-def test_samples_agree_by_the_rule_that_grades_answers(grading: Grading, same: bool) -> None:
-    query = Query("1", "a.png", "What is it?", "dog", "short")
-    assert agrees(graded_prediction(query, "a dog", CLEAN, 0), "a big dog. Confidence: 80%", grading) is same
+def test_samples_agree_by_the_rule_that_grades_answers() -> None:
+    prediction = graded_prediction(Query("1", "a.png", "What is it?", "dog", "short"), "a dog", CLEAN, 0)
+    rules = (Grading(), Grading(short="contains"), Grading(short="token_f1"))
+    assert [agrees(prediction, "a big dog. Confidence: 80%", rule) for rule in rules] == [False, True, True]
 
 
 @pytest.mark.parametrize(("asked", "answer"), [("dog", "no"), ("cat", "yes"), ("bird", None)])

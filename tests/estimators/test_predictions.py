@@ -37,32 +37,25 @@ def write(path: Path, *lines: Any) -> Path:
     return path
 
 
+PROBABILITY = st.none() | st.floats(0, 1)
+
+
 @given(
     text=st.text(),
-    confidence=st.none() | st.floats(0, 1),
-    estimates=st.dictionaries(st.sampled_from(["expected", "p_true"]), st.none() | st.floats(0, 1)),
-    image=st.none() | st.text(),
-    perturbation=st.none() | st.sampled_from(["", "noise", "blur"]),
-    strength=st.none() | st.floats(0, 1),
-    probes=st.just({}) | st.fixed_dictionaries({"original": st.none() | st.floats(0, 1), "image": st.none()}),
+    confidence=PROBABILITY,
+    further=st.fixed_dictionaries(
+        {
+            "perturbation": st.none() | st.sampled_from(["", "noise", "blur"]),
+            "strength": PROBABILITY,
+            "image": st.none() | st.text(),
+            "estimates": st.dictionaries(st.sampled_from(["expected", "p_true"]), PROBABILITY),
+            "probes": st.just({}) | st.fixed_dictionaries({"original": PROBABILITY, "image": st.none()}),
+        }
+    ),
 )
-def test_what_is_written_is_read(
-    text: str,
-    confidence: float | None,
-    estimates: dict[str, float | None],
-    image: str | None,
-    perturbation: str | None,
-    strength: float | None,
-    probes: dict[str, float | None],
-) -> None:
-    made = EstimatedPrediction(
-        *("a", "?", "Yes", text, None, confidence, False, None, None, "short"),
-        perturbation=perturbation,
-        strength=strength,
-        image=image,
-        estimates=estimates,
-        probes=probes,
-    )
+def test_what_is_written_is_read(text: str, confidence: float | None, further: dict[str, Any]) -> None:
+    facts = ("a", "?", "Yes", text, None, confidence, False, None, None, "short")
+    made = EstimatedPrediction(*facts, **further)  # type: ignore[arg-type]
     assert prediction_from_dict(json.loads(json.dumps(made.to_dict(), ensure_ascii=False))) == made
 
 
@@ -83,14 +76,11 @@ def test_files_from_before_are_read(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"confidence": 1.5}, "'confidence' must be a number in [0, 1] or null, found 1.5"),
-        ({"confidence": True}, "'confidence' must be"),
         ({"expected": float("nan")}, "'expected' must be"),
+        ({"strength": True}, "'strength' must be"),
         ({"note": "well"}, "'note' must be a number in [0, 1] or null, found 'well'"),
         ({"correct": 1}, "'correct' must be true or false"),
         ({"noise_step": 0.5}, "'noise_step' must be a whole number or null"),
-        ({"perturbation": 1}, "'perturbation' must be a string or null, found 1"),
-        ({"strength": 1.5}, "'strength' must be a number in [0, 1] or null, found 1.5"),
-        ({"strength": "strong"}, "'strength' must be a number in [0, 1] or null, found 'strong'"),
         ({"answer_type": "number"}, "'answer_type' must be one of yes_no, short, open"),
         ({"category": 3}, "'category' must be a string or null"),
         ({"text": None}, "'text' must be a string"),
@@ -105,10 +95,10 @@ def test_a_value_of_the_wrong_kind_is_named(change: dict[str, Any], says: str) -
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("key", list(LINE))
-def test_a_missing_key_is_named(key: str) -> None:
-    with pytest.raises(RecordError, match=f"no key '{key}'"):
-        prediction_from_dict({k: v for k, v in LINE.items() if k != key})
+def test_a_missing_key_is_named() -> None:
+    for key in LINE:
+        with pytest.raises(RecordError, match=f"no key '{key}'"):
+            prediction_from_dict({k: v for k, v in LINE.items() if k != key})
 
 
 @pytest.mark.parametrize(

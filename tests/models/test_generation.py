@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from vlm_calibration.data.collate import PromptBatch, SFTBatch
-from vlm_calibration.estimators.generating import GenerationRecorder
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.text.confidence import end_of_confidence
 
@@ -37,7 +36,7 @@ def test_generation_stops_at_the_end_of_the_turn(
     model, tokenizer = load_model(), processor.tokenizer
     yes = tokenizer("Yes", add_special_tokens=False)["input_ids"]
     steps = _script(model, [*yes, tokenizer.eos_token_id])
-    assert generate_texts(model, prompts.inputs, tokenizer, 20) == ["Yes"] * 3
+    assert generate(model, prompts.inputs, tokenizer, 20).texts == ["Yes"] * 3
     assert len(steps) == 2
 
 
@@ -70,7 +69,7 @@ def test_no_generation_setting_of_a_checkpoint_changes_an_answer(
         "do_sample": False,
         "num_beams": 1,
     }
-    answers = generate_texts(model, prompts.inputs, processor.tokenizer, 8)
+    answers = generate(model, prompts.inputs, processor.tokenizer, 8).texts
     assert answers == _likeliest(model, prompts, processor.tokenizer, 8)
 
 
@@ -89,7 +88,7 @@ def _likeliest(model: Any, prompts: PromptBatch, tokenizer: Any, n: int) -> list
 
 def test_right_padding_is_refused(load_model: Callable[..., Any], processor: Any, batch: SFTBatch) -> None:
     with pytest.raises(ValueError, match="padded on the left"):
-        generate_texts(load_model(), batch.inputs, processor.tokenizer, 3)
+        generate(load_model(), batch.inputs, processor.tokenizer, 3)
 
 
 def test_an_answer_ends_where_it_is_complete(
@@ -109,12 +108,12 @@ def test_an_answer_ends_where_it_is_complete(
         return torch.full_like(output, -100.0).scatter(-1, target.expand(*output.shape[:2], 1), 100.0)
 
     model.get_output_embeddings().register_forward_hook(script)
-    generating = GenerationRecorder(model)
-    texts = generate_texts(generating, prompts.inputs, tokenizer, 16, end_of_confidence)
-    assert texts == [answer, answer, " ".join(["dog"] * 16)]
-    assert generating.passes == [len(ids), len(ids), 16]
+    generated = generate(model, prompts.inputs, tokenizer, 16, end_of_confidence)
+    assert generated.texts == [answer, answer, " ".join(["dog"] * 16)]
+    assert generated.passes == [len(ids), len(ids), 16]
+    assert generated.complete == [True, True, False]
 
     steps.clear()
     complete = {name: values[:2] for name, values in prompts.inputs.items()}
-    assert generate_texts(generating, complete, tokenizer, 16, end_of_confidence) == [answer, answer]
+    assert generate(model, complete, tokenizer, 16, end_of_confidence).texts == [answer, answer]
     assert len(steps) == len(ids), "no pass after all answers are complete"

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.data.collate import IGNORE, SFTBatch
-from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.adapters import using_adapter
 from vlm_calibration.models.forward import labelled_logits, unwrap_peft
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_response
@@ -127,8 +128,8 @@ def test_both_stages_find_a_response_as_likely(run: Run, scoring: Scoring) -> No
 
 
 def test_the_model_answers_as_it_learnt(run: Run) -> None:
-    prompts, tokenizer = run.batch("prompts"), run.data.processor.tokenizer
-    predictions = answer_batch(run.dpo.model, prompts, tokenizer, 16)
+    tokenizer = AnswerTokenizer(run.data.chat)
+    predictions = AnsweredBatch.generate(run.dpo.model, run.batch("prompts"), tokenizer, 16).predictions
     assert [p.id for p in predictions] == ["q0", "q1", "q2", "q3"]
     assert [p.noise_step for p in predictions] == [500] * 4
     for number, answer in ((0, "Yes"), (2, "No")):
@@ -259,7 +260,7 @@ def test_gradients_are_as_before_after_a_pass_in_eval_mode(run: Run) -> None:
     module, batch = _adapted(run), run.batch("sft")
     before = _gradients(module, batch)
     module.model.eval()
-    generate_texts(module.model, run.batch("prompts").inputs, run.data.processor.tokenizer, 2)
+    generate(module.model, run.batch("prompts").inputs, run.data.processor.tokenizer, 2)
     module.model.train()
     after = _gradients(module, batch)
     for name, gradient in before.items():

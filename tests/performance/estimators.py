@@ -35,13 +35,12 @@ from vlm_calibration.demo.scenes import CLASSES, SCENE_SIZE
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, Estimator
 from vlm_calibration.estimators.consistency import SelfConsistency
-from vlm_calibration.estimators.generating import GenerationRecorder
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import LoadedImage, Query
@@ -120,8 +119,13 @@ def bench_of(name: str, folder: Path, side: int) -> Bench:
 def seconds(bench: Bench, estimators: Sequence[Estimator]) -> float:
     """Seconds to answer the batch and to estimate the confidence of "Yes. Confidence: 80%"."""
     began = time.perf_counter()
-    generating = GenerationRecorder(bench.model, keep_cache=bool(estimators))
-    generate_texts(generating, bench.batch.inputs, bench.chat.processor.tokenizer, bench.tokens)
+    generated = generate(
+        bench.model,
+        bench.batch.inputs,
+        bench.chat.processor.tokenizer,
+        bench.tokens,
+        keep_cache=bool(estimators),
+    )
     if estimators:
         predictions = [
             graded_prediction(q, render_response("Yes", 0.8), CLEAN, 0) for q in bench.batch.queries
@@ -130,10 +134,10 @@ def seconds(bench: Bench, estimators: Sequence[Estimator]) -> float:
             bench.model,
             bench.batch,
             predictions,
-            generating.passes,
+            generated.passes,
             bench.tokenizer,
             bench.tokens,
-            generating.cache,
+            generated.cache,
         )
         for estimator in estimators:
             estimator.estimate(answered)

@@ -38,7 +38,7 @@ from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.forward import frozen_vision, unwrap_peft
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, score_responses
 from vlm_calibration.text.confidence import end_of_confidence
@@ -208,9 +208,7 @@ class Bench:
 
         def run() -> None:
             with torch.autocast(self.device.type, dtype=BF16):
-                generate_texts(
-                    self.model, batch.inputs, chat.processor.tokenizer, NEW_TOKENS, end_of_confidence
-                )
+                generate(self.model, batch.inputs, chat.processor.tokenizer, NEW_TOKENS, end_of_confidence)
 
         run()
         if self.device.type == "cuda":

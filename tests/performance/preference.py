@@ -266,7 +266,7 @@ def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[st
     from tests.performance.trl_peer import as_row
 
     chat = ChatFormat(AutoProcessor.from_pretrained(folder), ElicitationPrompt())
-    responses = ResponseTokenizer(chat, [LEVELS])
+    responses = ResponseTokenizer(chat, LEVELS)
     rows = []
     for sample in samples:
         query = sample.query

@@ -22,25 +22,24 @@ from urllib.error import HTTPError
 import torch
 
 from vlm_calibration import load_calibrated
-from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.system import LocalSystem
+from vlm_calibration.estimators.base import LocalSystem
 from vlm_calibration.inference.model import DEMO_MODEL
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.text.confidence import end_of_confidence
-from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..serving.conftest import Question
-from ..serving.served import VLLM, ask_served, save_qwen, serving, transformers_serve, vllm_serve
+from ..serving.served import (
+    VLLM,
+    Question,
+    ask_served,
+    questions,
+    save_qwen,
+    serving,
+    transformers_serve,
+    vllm_serve,
+)
 
 SCENES, BATCH, TOKENS = 96, 8, 16
 CONCURRENT = (1, 16)
-
-
-def questions() -> list[Question]:
-    """One question about each scene."""
-    source, prompt = DemoSource("test", scenes=SCENES), ElicitationPrompt()
-    of_scene = {query.image: query for query in source.queries()}.values()
-    return [Question(source.load(q).image, q.question, prompt.render(q.question)) for q in of_scene]
 
 
 def in_process(folder: str, asked: Sequence[Question]) -> float:
@@ -52,7 +51,7 @@ def in_process(folder: str, asked: Sequence[Question]) -> float:
 
     def answer(batch: Sequence[Question]) -> None:
         inputs = model.collate([model.sample(q.image, q.text) for q in batch]).inputs
-        generate_texts(model.model, inputs, tokenizer, TOKENS, end_of_confidence)
+        generate(model.model, inputs, tokenizer, TOKENS, end_of_confidence)
 
     return rate(answer, [asked[i : i + BATCH] for i in range(0, len(asked), BATCH)], 1) * BATCH
 
@@ -82,7 +81,7 @@ def rate(answer: Callable[..., None], asked: Sequence[object], concurrent: int) 
 
 def main() -> None:
     torch.set_num_threads(1)
-    asked = questions()
+    asked = questions(SCENES)
     servers = {"`transformers serve`": transformers_serve, "vLLM": vllm_serve}
     if not VLLM.exists():
         del servers["vLLM"]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import Query
@@ -53,4 +53,4 @@ def test_the_program_asks_as_we_do(family: str, tmp_path: Path, monkeypatch: pyt
     for name, tensor in batch.inputs.items():
         assert (scope["inputs"][name] == tensor).all(), name
     model = load_base(BaseModel(folder))
-    assert generate_texts(model, batch.inputs, processor.tokenizer, 6) == [scope["reply"].strip()]
+    assert generate(model, batch.inputs, processor.tokenizer, 6).texts == [scope["reply"].strip()]

@@ -1,61 +1,29 @@
-"""An adapter of the demo, the demo with it merged, and questions that both are asked."""
+"""An adapter of the demo, the demo with it merged, and evaluations of both."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
 
-from vlm_calibration import cli, load_calibrated
-from vlm_calibration.demo.source import DemoSource
+from vlm_calibration import cli
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..command_line import Server, callback
+from ..command_line import Server, write_evaluation
 from ..endpoint.test_evaluation import lines, metrics
 
-QUESTIONS = 60
 SCENES, TOKENS = 16, 16
 """Of an evaluation: its scenes, of three queries each, and the length limit of an answer."""
-
-
-class Question(NamedTuple):
-    """A question about the image of one scene.
-
-    Attributes:
-        image: uint8 [H, W, 3].
-        text: the question.
-        prompt: what a server is sent.
-    """
-
-    image: np.ndarray
-    text: str
-    prompt: str
 
 
 @pytest.fixture(scope="session")
 def demo_model(root: Path) -> str:
     return str(root / "src/vlm_calibration/demo/model")
-
-
-@pytest.fixture(scope="session")
-def questions() -> list[Question]:
-    """One question about each of 60 scenes."""
-    source = DemoSource("test", scenes=QUESTIONS)
-    of_scene = {query.image: query for query in source.queries()}
-    assert len(of_scene) == QUESTIONS
-    prompt = ElicitationPrompt()
-    return [
-        Question(source.load(query).image, query.question, prompt.render(query.question))
-        for query in of_scene.values()
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -81,29 +49,11 @@ def demo_adapter(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
-def answered(demo_model: str, questions: Sequence[Question]) -> Callable[..., list[str]]:
-    """Function that asks a merged model or an adapter in this process, and checks that its answers are not the base model's."""
-
-    def texts(**which: str) -> list[str]:
-        model = load_calibrated(**which, device="cpu")
-        answers = list(model.ask_many((q.image, q.text) for q in questions))
-        base = load_calibrated(demo_model, device="cpu")
-        before = [answer.text for answer in base.ask_many((q.image, q.text) for q in questions)]
-        assert [answer.text for answer in answers] != before
-        assert all(answer.confidence is not None for answer in answers)
-        return [answer.text for answer in answers]
-
-    return texts
-
-
-@pytest.fixture(scope="session")
 def merged(demo_adapter: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The demo with an adapter of language model and projector merged into it, as `vlm-calibration export` writes it."""
     folder = str(tmp_path_factory.mktemp("served") / "merged")
-    assert (
-        cli.main(["export", demo_adapter("language", "projector", scale=0.12), "--merge", "--out", folder])
-        == 0
-    )
+    adapter = demo_adapter("language", "projector", scale=0.12)
+    assert cli.main(["export", adapter, "--merge", "--out", folder]) == 0
     return folder
 
 
@@ -113,42 +63,13 @@ def evaluate(server: Server, tmp_path: Path) -> Callable[..., Path]:
 
     Its arguments say which model, as those of the command line do.
     """
-    estimators = "vlm_calibration.estimators"
-    config = {
-        "seed_everything": 0,
-        "trainer": {
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "default_root_dir": "${runs}",
-            "callbacks": [callback("predictions.PredictionWriter")],
-        },
-        "model": {
-            "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
-            "init_args": {
-                "max_new_tokens": TOKENS,
-                "estimators": [
-                    {"class_path": f"{estimators}.verbal.ExpectedConfidence"},
-                    {"class_path": f"{estimators}.likelihood.AnswerLikelihood"},
-                ],
-            },
-        },
-        "data": {
-            "workers": 0,
-            "test": {
-                "clean": {
-                    "source": {
-                        "class_path": "vlm_calibration.demo.source.DemoSource",
-                        "init_args": {"split": "test", "scenes": SCENES},
-                    }
-                }
-            },
-        },
-    }
-    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
+    kinds = ("verbal.ExpectedConfidence", "likelihood.AnswerLikelihood")
+    estimators = [{"class_path": f"vlm_calibration.estimators.{kind}"} for kind in kinds]
+    settings = {"max_new_tokens": TOKENS, "estimators": estimators}
+    command = write_evaluation(tmp_path / "eval.yaml", "${runs}", SCENES, **settings)
 
     def run(name: str, *which: str) -> Path:
-        ended = server.wait(server.start(["test", "--config", "eval.yaml", *which, "--runs", name], tmp_path))
+        ended = server.wait(server.start([*command, *which, "--runs", name], tmp_path))
         assert ended.status == 0, ended.err
         return tmp_path / name
 

@@ -15,12 +15,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
+
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..models.processors import cached_family
 
@@ -28,6 +31,21 @@ VLLM = Path(__file__).parents[2] / ".venv-serving" / "bin" / "vllm"
 """The command that `tests/serving/setup` installs."""
 STARTING, ANSWERING = 600, 120
 """Longest time until a server answers at all, and until it answers one request, in seconds."""
+
+
+class Question(NamedTuple):
+    """A question about an image, uint8 [H, W, 3], and the prompt that a server is sent."""
+
+    image: np.ndarray
+    text: str
+    prompt: str
+
+
+def questions(scenes: int) -> list[Question]:
+    """One question about each of some scenes of the demo."""
+    source, prompt = DemoSource("test", scenes=scenes), ElicitationPrompt()
+    of_scene = {query.image: query for query in source.queries()}.values()
+    return [Question(source.load(q).image, q.question, prompt.render(q.question)) for q in of_scene]
 
 
 def vllm_serve(folder: str, *options: str) -> list[str]:
@@ -115,15 +133,10 @@ def ask_served(url: str, model: str, image: np.ndarray, prompt: str, max_tokens:
     Image.fromarray(image).save(file, "PNG")
     picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
-    asked = {
-        "model": model,
-        "messages": [{"role": "user", "content": content}],
-        "temperature": 0,
-        "max_tokens": max_tokens,
-    }
+    messages = [{"role": "user", "content": content}]
+    asked = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
     headers = {"Content-Type": "application/json"}
-    with urlopen(
-        Request(f"{url}/v1/chat/completions", json.dumps(asked).encode(), headers), timeout=ANSWERING
-    ) as answer:
+    request = Request(f"{url}/v1/chat/completions", json.dumps(asked).encode(), headers)
+    with urlopen(request, timeout=ANSWERING) as answer:
         text: Any = json.load(answer)["choices"][0]["message"]["content"]
     return str(text).strip()

@@ -21,7 +21,7 @@ from vlm_calibration.losses.distribution import RLCR, SoftLabel, TokenizedBrier
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import using_adapter
 from vlm_calibration.models.forward import shared_vision
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.records import Query
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.preference_targets import Comparison
@@ -103,15 +103,14 @@ class OwnStep:
     def write(self, answers: dict[int, str]) -> None:
         """Let the reference answer queries with given texts: row -> text."""
         self.written = {self.samples[row].query.id: text for row, text in answers.items()}
-        original = base.answer_batch
 
-        def written(model: Any, batch: PromptBatch, *settings: Any) -> list[Any]:
+        def written(batch: PromptBatch, texts: Sequence[str]) -> list[Any]:
             return [
-                graded_prediction(query, self.written.get(query.id, p.text), None, None)
-                for query, p in zip(batch.queries, original(model, batch, *settings), strict=True)
+                graded_prediction(query, self.written.get(query.id, text), None, None)
+                for query, text in zip(batch.queries, texts, strict=True)
             ]
 
-        self.monkeypatch.setattr(base, "answer_batch", written)
+        self.monkeypatch.setattr(base, "grade_answers", written)
 
     @contextmanager
     def _using(self, reference: bool) -> Iterator[None]:
@@ -137,7 +136,7 @@ class OwnStep:
             inputs = chat.inputs([chat.render(sample.query.question)], [sample.image], "left")
             model, tokenizer, limit = self.module.model, chat.processor.tokenizer, self.module.max_new_tokens
             with self._using(reference):
-                [self._texts[key]] = generate_texts(model, inputs, tokenizer, limit, end_of_confidence)
+                [self._texts[key]] = generate(model, inputs, tokenizer, limit, end_of_confidence).texts
         return self._texts[key]
 
     def answer(self, row: int) -> str:

@@ -1,34 +1,38 @@
-"""Estimators in an evaluation: their keys and metrics in the files, their cost, and several processes."""
+"""Estimators and probes in an evaluation: their keys and metrics in the files, and their cost."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
+from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators import base
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch, Estimator
+from vlm_calibration.estimators.base import AnsweredBatch, Estimator, grade_answers
 from vlm_calibration.estimators.consistency import SelfConsistency
-from vlm_calibration.estimators.generating import answer_batch
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
-from vlm_calibration.estimators.predictions import prediction_from_dict
+from vlm_calibration.estimators.predictions import prediction_from_dict, read_predictions
+from vlm_calibration.estimators.probes import PROBES
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
 from vlm_calibration.metrics import functional
 from vlm_calibration.models.adapters import load_adapters, using_adapter
-from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.models.base import BaseModel
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.stages.evaluation import EvaluationModule
 
 Data = Callable[..., PerturbedQueryDataModule]
@@ -61,20 +65,19 @@ def test_every_estimator_has_its_key_and_its_metrics(
         assert [p["stability"] for p in estimates[system]] != [p["likelihood"] for p in estimates[system]]
 
         metrics = json.loads((folder / system / "metrics.json").read_text())
-        for name in NAMES:
-            rated = [(p.estimates[name], p.correct) for p in predictions if p.estimates[name] is not None]
-            assert metrics[f"parse_failure_rate@{name}"] == pytest.approx(1 - len(rated) / 15)
-            if rated:
-                confidence = torch.tensor([c for c, _ in rated], dtype=torch.float64)
-                correct = torch.tensor([r for _, r in rated])
-                brier = float(functional.brier_score(confidence, correct))
-                assert metrics[f"brier@{name}"] == pytest.approx(brier, abs=1e-4)
-                assert metrics[f"mean_confidence@{name}"] == pytest.approx(float(confidence.mean()), abs=1e-4)
-        shifted = [p.estimates["expected"] for p in predictions if "shifted" in (p.category or "").split("/")]
-        shifted = [c for c in shifted if c is not None]
-        assert metrics["mean_confidence@expected/shifted"] == pytest.approx(
-            math.fsum(shifted) / len(shifted), abs=1e-4
-        )
+        shifted = [p for p in predictions if "shifted" in (p.category or "").split("/")]
+        for suffix, part in (("", predictions), ("/shifted", shifted)):
+            for name in NAMES:
+                rated = [(c, p.correct) for p in part if (c := p.estimates[name]) is not None]
+                assert metrics[f"parse_failure_rate@{name}{suffix}"] == pytest.approx(
+                    1 - len(rated) / len(part)
+                )
+                if rated:
+                    confidence, correct = (torch.tensor(column) for column in zip(*rated, strict=True))
+                    brier = float(functional.brier_score(confidence.double(), correct))
+                    assert metrics[f"brier@{name}{suffix}"] == pytest.approx(brier, abs=1e-4)
+                    mean = float(confidence.mean())
+                    assert metrics[f"mean_confidence@{name}{suffix}"] == pytest.approx(mean, abs=1e-4)
         assert [metrics[f"forward_passes@{n}"] for n in (*NAMES[:3], "stability")] == [1, 1, 1, 4]
         assert 1 <= metrics["forward_passes@verbalized"] <= 5
         assert 2 <= metrics["forward_passes@self_consistency"] <= 10
@@ -82,7 +85,7 @@ def test_every_estimator_has_its_key_and_its_metrics(
 
     # Another batch, other padding, no cache: the same estimates.
     model = load_adapters(load_model(), {"one": adapter})
-    tokenizer = AnswerTokenizer(queries.chat, [LinearLevels(n_levels=101)])
+    tokenizer = AnswerTokenizer(queries.chat, LinearLevels(n_levels=101))
     with torch.no_grad(), using_adapter(model, "one"):
         part, batch = predictions[:5], next(iter(queries.test_dataloader()))
         answered = AnsweredBatch(model, batch, part, [0] * 5, tokenizer, 5)
@@ -115,9 +118,9 @@ def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
     stated = iter([0.875] * fractional + [0.29] * (15 - fractional))
 
     def answers(*arguments: Any) -> list[Any]:
-        return [replace(answer, confidence=next(stated)) for answer in answer_batch(*arguments)]
+        return [replace(answer, confidence=next(stated)) for answer in grade_answers(*arguments)]
 
-    monkeypatch.setattr(base, "answer_batch", answers)
+    monkeypatch.setattr(base, "grade_answers", answers)
     with pytest.raises(DataError, match="'base'.* 87.5%") if refused else nullcontext():
         run_evaluation({}, **chosen)
 
@@ -126,3 +129,83 @@ def test_an_estimator_that_appears_twice_is_refused() -> None:
     for chosen in ([PTrue(), PTrue(true="Yes", false="No")], [VerbalizedConfidence()]):
         with pytest.raises(DataError, match=f"'{chosen[0].name}' appears twice"):
             EvaluationModule(BaseModel("nowhere"), estimators=chosen)
+
+
+# --- Probes ---
+
+
+KEYS = ("original", *PROBES)
+
+
+@pytest.fixture
+def queries(data: Data) -> PerturbedQueryDataModule:
+    """Six queries, in batches of four and two, and a calibration set."""
+    source = DemoSource("test", scenes=1)
+    held_out = {"held_out": EvalSplit(DemoSource("calibration", scenes=1))}
+    return data(test={"clean": EvalSplit(source), "noised": EvalSplit(source, "drawn")}, calibration=held_out)
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return {name: value for name, value in values.items() if name.startswith("probe_") or "@probes" in name}
+
+
+@pytest.mark.slow
+def test_every_answer_of_a_model_has_its_probed_confidences(
+    run_evaluation: Callable[..., EvaluationModule],
+    new_adapter: Callable[..., str],
+    load_model: Callable[..., Any],
+    queries: PerturbedQueryDataModule,
+    tmp_path: Path,
+) -> None:
+    estimators = [ExpectedConfidence(), Stability()]
+    run_evaluation({"one": new_adapter(1)}, queries=queries, estimators=estimators, probes=[*PROBES[::-1]])
+    folder = tmp_path / "run"
+    model = load_adapters(load_model(), {"one": new_adapter(1)})
+    tokenizer = AnswerTokenizer(queries.chat, LinearLevels(n_levels=101))
+    for system in ("base", "one"):
+        predictions = read_predictions(folder / system / "predictions.jsonl")
+        assert [tuple(p.probes) for p in predictions] == [KEYS] * 6
+        with torch.no_grad(), using_adapter(model, None if system == "base" else system):
+            test, _ = queries.test_dataloader()
+            for start, batch in zip((0, 4), test, strict=True):
+                part = predictions[start : start + 4]
+                answered = AnsweredBatch(model, batch, part, [0] * len(part), tokenizer, 5)
+                assert answered.read_probes(PROBES)[0] == [p.probes for p in part]
+        assert not any(p.probes for p in read_predictions(folder / system / "calibration.jsonl"))
+
+        metrics = metrics_of(folder / system)
+        assert 3 <= metrics.pop("forward_passes@probes") <= 5
+        again = {k: v for k, v in summarize_predictions(predictions).items() if k.startswith("probe_")}
+        assert metrics == {k: None if v != v else v for k, v in again.items()}
+        changes = [
+            p.probes["image"] - p.probes["original"] for p in predictions if p.probes["original"] is not None
+        ]  # type: ignore[operator]
+        assert metrics["probe_image_n"] == len(changes)
+        if changes:
+            assert metrics["probe_image_change"] == pytest.approx(sum(changes) / len(changes))
+        assert "probe_object_change/noised" in metrics
+    assert metrics_of(folder / "oracle") == {}
+    assert not any(p.probes for p in read_predictions(folder / "oracle/predictions.jsonl"))
+
+
+def test_the_original_confidence_is_the_stated_one(
+    demo_folder: str, trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    """A percentage is one token here, so the likeliest one is stated, whichever it is."""
+    module = EvaluationModule(BaseModel(demo_folder), max_new_tokens=16, probes=["image"])
+    queries = PerturbedQueryDataModule(
+        demo_folder, test={"": EvalSplit(DemoSource("test", scenes=8))}, workers=0
+    )
+    trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
+    predictions = read_predictions(tmp_path / "run" / "base" / "predictions.jsonl")
+    assert [p.probes["original"] for p in predictions] == [p.confidence for p in predictions]
+    assert any(round(100 * (p.confidence or 0)) % 10 for p in predictions)
+
+
+def test_the_calibration_set_is_not_copied_for_probes(model_folder: str) -> None:
+    stable = Stability()
+    module = EvaluationModule(BaseModel(model_folder), estimators=[stable], probes=["image", "answer"])
+    assert [len(copies) for copies in module.data_needs.copies.values()] == [5, 4]
+    assert module.data_needs.copies["calibration"] == stable.copies
+    assert EvaluationModule(BaseModel(model_folder)).data_needs.copies == {"test": [], "calibration": []}

@@ -16,7 +16,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import prediction_from_dict
 from vlm_calibration.models.adapters import load_adapters, using_adapter
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError
@@ -38,7 +38,7 @@ def texts_alone(model: Any, queries: PerturbedQueryDataModule, system: str) -> l
     texts: list[str] = []
     for batch in queries.test_dataloader():
         with using_adapter(model, None if system == "base" else system):
-            texts += generate_texts(model, batch.inputs, queries.processor.tokenizer, 5)
+            texts += generate(model, batch.inputs, queries.processor.tokenizer, 5).texts
     return texts
 
 
@@ -108,30 +108,20 @@ def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
     tmp_path: Path,
 ) -> None:
     adapters = {"one": new_adapter(1), "two": new_adapter(2)}
-
-    def evaluated(name: str, chosen: dict[str, str], with_base: bool) -> tuple[int, dict[str, Any]]:
-        """The number of runs of the tower's first layer, and the predictions of every system."""
-        module = EvaluationModule(
-            BaseModel(model_folder, dtype="float32"), chosen, with_base=with_base, max_new_tokens=5
-        )
+    found: dict[str, list[dict[str, Any]]] = {}
+    for chosen, with_base in ((adapters, True), ({"two": adapters["two"]}, False)):
+        base = BaseModel(model_folder, dtype="float32")
+        module = EvaluationModule(base, chosen, with_base=with_base, max_new_tokens=5)
         module.configure_model()
         runs: list[int] = []
-        base = getattr(module.model, "get_base_model", lambda: module.model)()
         # A hook inside the tower; one on the shared module would run even if its output is reused.
-        base.model.vision_tower.encoder.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
-        run = trainer(PredictionWriter(), default_root_dir=tmp_path / name)
-        (logged,) = run.test(module, datamodule=data(), verbose=False)
+        tower = module.model.get_base_model().model.vision_tower
+        tower.encoder.layers[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        (logged,) = trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
         assert {name.split("/")[1] for name in logged} == {*chosen, *(["base"] if with_base else [])}
-        return len(runs), {p.name: _lines(p / "predictions.jsonl") for p in (tmp_path / name).iterdir()}
-
-    runs, together = evaluated("together", adapters, True)
-    assert runs == 4, "15 queries in batches of 4"
-    assert len({str(lines) for lines in together.values()}) == 3
-    for name in together:
-        chosen = {} if name == "base" else {name: adapters[name]}
-        runs, alone = evaluated(name, chosen, name == "base")
-        assert runs == 4
-        assert alone == {name: together[name]}
+        assert len(runs) == 4, "15 queries in batches of 4"
+        found[str(with_base)] = _lines(tmp_path / "run/two/predictions.jsonl")
+    assert found["True"] == found["False"]
 
 
 @pytest.mark.slow

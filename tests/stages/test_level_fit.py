@@ -18,7 +18,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, query_rng
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators import base
-from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.base import grade_answers
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.level_table import read_likelihoods
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
@@ -41,12 +41,12 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
     def answer(*arguments: Any) -> list[Prediction]:
         graded = [
             replace(p, correct=bool(query_rng(0, 0, p.id).random() >= p.strength))
-            for p in answer_batch(*arguments)
+            for p in grade_answers(*arguments)
         ]
         answers.extend(graded)
         return graded
 
-    monkeypatch.setattr(base, "answer_batch", answer)
+    monkeypatch.setattr(base, "grade_answers", answer)
     return answers
 
 
@@ -225,7 +225,7 @@ TOTAL = 12 * 3 + 9
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, fit: Callable[..., object], batches: int) -> None:
     """Begin to measure, and fail after this many batches."""
-    answer, calls = base.answer_batch, iter(range(batches))
+    answer, calls = base.grade_answers, iter(range(batches))
 
     def fail(*arguments: Any) -> list[Prediction]:
         if next(calls, None) is None:
@@ -233,7 +233,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, fit: Callable[..., object], batch
         return answer(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(base, "answer_batch", fail)
+        patched.setattr(base, "grade_answers", fail)
         with pytest.raises(RuntimeError, match="interrupted"):
             fit()
 
@@ -281,7 +281,7 @@ def test_a_table_that_teaches_nothing_is_not_written_and_keeps_its_answers(
     assert "0/8 at 0, 0/8 at 0.5, 0/8 at 1" in str(caught.value)
     assert str(tmp_path / "run/.answered.*.jsonl") in str(caught.value)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".answered.0.jsonl"]
-    monkeypatch.setattr(base, "answer_batch", None)
+    monkeypatch.setattr(base, "grade_answers", None)
     with pytest.raises(DataError) as again:
         fit_levels()
     assert str(again.value) == str(caught.value)

@@ -30,8 +30,7 @@ from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators import base
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.base import AnsweredBatch, grade_answers
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.models.loading import BaseModel
@@ -185,7 +184,7 @@ def measurement(model_folder: str, data: Data, tmp_path_factory: pytest.TempPath
 
     def answer(*arguments: Any) -> list[Any]:
         result = [
-            replace(p, correct=bool(rng.random() >= (p.strength or 0))) for p in answer_batch(*arguments)
+            replace(p, correct=bool(rng.random() >= (p.strength or 0))) for p in grade_answers(*arguments)
         ]
         graded.extend(result)
         return result
@@ -204,7 +203,7 @@ def measurement(model_folder: str, data: Data, tmp_path_factory: pytest.TempPath
         default_root_dir=folder / "run",
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(base, "answer_batch", answer)
+        patched.setattr(base, "grade_answers", answer)
         run.test(module, datamodule=queries, verbose=False)
     assert outputs_of(run, module, queries)[:2] == [out, likelihoods]
     assert list(queries.tested_queries) == ["levels", "instances"]

@@ -18,7 +18,7 @@ from vlm_calibration.data.module import LEVELS, DataNeeds, PerturbedQueryDataMod
 from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.base import grade_answers
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
@@ -111,12 +111,8 @@ def test_other_queries_and_stages_rank_nothing(
     ],
 )
 def test_one_setting_grades_validation_and_evaluation(
-    data: Data, monkeypatch: pytest.MonkeyPatch, grading: Grading, kind: Any, correct: bool
+    data: Data, grading: Grading, kind: Any, correct: bool
 ) -> None:
-    def generate(model: Any, inputs: Any, *_: Any) -> list[str]:
-        return ["A big brown dog lies there. Confidence: 80%"] * len(inputs["input_ids"])
-
-    monkeypatch.setattr("vlm_calibration.estimators.generating.generate_texts", generate)
     source = DemoSource("test", scenes=1)
     queries = data(validation=source, test={"": EvalSplit(source)}, grading=grading)
     queries.setup("fit")
@@ -126,7 +122,8 @@ def test_one_setting_grades_validation_and_evaluation(
         dogs = batch._replace(
             queries=tuple(replace(q, answer="dog", answer_type=kind) for q in batch.queries)
         )
-        assert [p.correct for p in answer_batch(None, dogs, None, 1)] == [correct] * 3
+        texts = ["A big brown dog lies there. Confidence: 80%"] * 3
+        assert [p.correct for p in grade_answers(dogs, texts)] == [correct] * 3
 
 
 class OpenSource(DemoSource):

@@ -22,7 +22,7 @@ from sklearn.model_selection import GroupKFold
 from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.adapters import load_adapters
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError
 from vlm_calibration.stages import dpo, teachers
@@ -269,7 +269,7 @@ def test_it_is_fitted_on_what_the_reference_answers_and_how_the_estimators_rate_
     for sample in [dataset[0, i] for i in range(12)]:
         query, alone = sample.query, Alone(model, queries.chat, sample.image, sample.query.question)
         inputs = queries.chat.inputs([queries.chat.render(query.question)], [sample.image], "left")
-        text = generate_texts(model, inputs, tokenizer, 8, end_of_confidence)[0]
+        text = generate(model, inputs, tokenizer, 8, end_of_confidence).texts[0]
         graded, answer = grade(text, query.answer, query.answer_type), strip_confidence(text)
         likelihood = alone.likelihood(answer)
         if query.answer_type == "yes_no":

@@ -30,8 +30,7 @@ from vlm_calibration.app.subject import (
     with_longer_side,
 )
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.asking import BASE, CALIBRATED, ENDPOINT, CalibratedModel
+from vlm_calibration.inference.asking import BASE, CALIBRATED, ENDPOINT, Answer, CalibratedModel
 from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
 from vlm_calibration.perturbation.levels import LinearLevels, Perturbation

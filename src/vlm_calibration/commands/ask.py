@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from vlm_calibration.data.noise import Sample
     from vlm_calibration.data.sources.images import ImageFolder
     from vlm_calibration.estimators.decision import DecisionRule
-    from vlm_calibration.inference.answers import Answer
-    from vlm_calibration.inference.asking import CalibratedModel
+    from vlm_calibration.inference.asking import Answer, CalibratedModel
 
 MIN_PRINTED = 0.05
 """Probability from which on a confidence is printed among those that the model might have stated."""

@@ -105,19 +105,14 @@ class CandidateBatch(NamedTuple):
 _EMPTY = CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), (), ())
 
 
-def stated_levels(
-    levels: Sequence[ConfidenceLevels], answer_type: str, grid: int | None = None
-) -> tuple[float, ...]:
-    """The confidences of any of these scales that can be stated for an answer type, in falling order.
+def stated_levels(levels: ConfidenceLevels, answer_type: str, grid: int | None = None) -> tuple[float, ...]:
+    """The confidences that can be stated for an answer type, in falling order.
 
-    Raises a ValueError if a scale was not measured for the answer type; `grid` is that of `CandidateSettings`.
+    Raises a ValueError if the levels were not measured for the answer type; `grid` is that of `CandidateSettings`.
     """
     multiples = set() if grid is None else {percent / 100 for percent in range(0, 101, grid)}
-    # Confidences that round to the same percentage are one: the last scale's highest.
-    by_text: dict[str, float] = {}
-    for scale in levels:
-        own = set(scale.confidences(answer_type))
-        by_text |= {render_response("", c): c for c in sorted(own | multiples)}
+    # Confidences that round to the same percentage are one, the highest.
+    by_text = {render_response("", c): c for c in sorted({*levels.confidences(answer_type)} | multiples)}
     return tuple(sorted(by_text.values(), reverse=True))
 
 
@@ -127,12 +122,12 @@ class ResponseTokenizer:
 
     Args:
         chat: renders and tokenizes conversations.
-        levels: confidences of any of these scales can be stated.
+        levels: the confidences that can be stated.
         grid: percent, as in `CandidateSettings`.
     """
 
     chat: ChatFormat
-    levels: Sequence[ConfidenceLevels]
+    levels: ConfidenceLevels
     grid: int | None = None
 
     def tokenize(self, query: Query, answers: Sequence[str]) -> tuple[int, tuple[Candidate, ...]]:
@@ -194,7 +189,7 @@ class CandidateCollator:
         on_too_long: TooLong = "raise",
     ) -> None:
         self.chat = chat
-        self.responses = ResponseTokenizer(chat, [levels], settings.grid)
+        self.responses = ResponseTokenizer(chat, levels, settings.grid)
         self.settings = settings
         self.max_length = max_length
         self.on_too_long = on_too_long

@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,30 +13,33 @@ import numpy as np
 from PIL import Image
 
 from vlm_calibration.data.collate import PromptBatch
-from vlm_calibration.endpoint.client import Client, Endpoint, RefusedError
+from vlm_calibration.endpoint.client import Client, Endpoint, RefusedError, Response, Token
 from vlm_calibration.endpoint.reading import (
     answer_likelihood,
     complete_statement,
     p_yes,
     percent_distribution,
 )
-from vlm_calibration.estimators.base import Estimator
+from vlm_calibration.estimators.base import (
+    Estimate,
+    Estimator,
+    System,
+    SystemAnswers,
+    grade_answers,
+)
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, graded_prediction
+from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.probes import Probe
-from vlm_calibration.estimators.system import System, SystemAnswers
-from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence, rounded
+from vlm_calibration.estimators.verbal import rounded
 from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-EXPECTED, LIKELIHOOD = ExpectedConfidence.name, AnswerLikelihood.name
+LIKELIHOOD = AnswerLikelihood.name
 NOT_SCORED = "an endpoint does not score a given answer, which this estimator needs"
 NO_TOKENS = "the server gives no log-probabilities (logprobs)"
 NO_CONTINUATION = "the server does not continue a given answer (continue_final_message): no value where a percentage is several tokens"
 LISTED = {"logprobs": True, "top_logprobs": 20}
 """Lists as many tokens at each position as OpenAI and vLLM allow by default."""
-_Served = tuple[EstimatedPrediction, Mapping[str, int], Mapping[float, float]]
-"""The answer to one query, with passes and distribution as in `SystemAnswers`."""
 
 
 class EndpointSystem(System):
@@ -61,10 +63,11 @@ class EndpointSystem(System):
     ) -> None:
         self.client = Client(endpoint, name)
         self.estimators = [estimator.name for estimator in estimators]
+        self.of_tokens = [e for e in self.estimators if e in (EXPECTED, LIKELIHOOD)]
         self.max_new_tokens = max_new_tokens
         self.prompt = ElicitationPrompt()
-        given = (VerbalizedConfidence, ExpectedConfidence, AnswerLikelihood)
-        self.notes: dict[str, str] = {e.name: NOT_SCORED for e in estimators if type(e) not in given}
+        given = (VERBALIZED, EXPECTED, LIKELIHOOD)
+        self.notes: dict[str, str] = {name: NOT_SCORED for name in self.estimators if name not in given}
 
     def answer(self, batch: PromptBatch, probes: Sequence[Probe] = ()) -> SystemAnswers:
         """Answer a batch that has its images, several queries at the same time, without probes.
@@ -72,48 +75,41 @@ class EndpointSystem(System):
         Raises:
             DataError: a request failed for good; no query is begun after it.
         """
+        n = len(batch.queries)
         with ThreadPoolExecutor(self.client.endpoint.concurrency) as threads:
-            served = list(threads.map(partial(self._answer, batch), range(len(batch.queries))))
-        predictions, generated, distributions = (list(column) for column in zip(*served, strict=True))
-        passes = {name: [of_query[name] for of_query in generated] for name in self.estimators}
-        return SystemAnswers(predictions, passes, distributions)
+            asked = list(threads.map(partial(self._ask, batch), range(n)))
+        responses, distributions, continued = (list(column) for column in zip(*asked, strict=True))
+        if not all(response.tokens for response in responses):
+            self.notes |= dict.fromkeys(self.of_tokens, NO_TOKENS)
+        answers = grade_answers(batch, [complete_statement(response.text) for response in responses])
+        rows = zip(answers, responses, strict=True)
+        likelihoods = [rounded(_likelihood(answer, response.tokens)) for answer, response in rows]
+        known = {
+            VERBALIZED: Estimate([a.confidence for a in answers], [r.generated for r in responses]),
+            EXPECTED: Estimate([rounded(_mean(d)) for d in distributions], continued),
+            LIKELIHOOD: Estimate(likelihoods, [0] * n),
+        }
+        estimates = {name: known.get(name, Estimate([None] * n, [0] * n)) for name in self.estimators}
+        return SystemAnswers.of(answers, estimates, distributions)
 
-    def _answer(self, batch: PromptBatch, row: int) -> _Served:
-        query = batch.queries[row]
+    def _ask(self, batch: PromptBatch, row: int) -> tuple[Response, dict[float, float], int]:
+        """The response to one query, its `percent_distribution` if that is asked for, and how many tokens were generated for it."""
         content = [
             {"type": "image_url", "image_url": {"url": data_uri(batch.images[row])}},
-            {"type": "text", "text": self.prompt.render(query.question)},
+            {"type": "text", "text": self.prompt.render(batch.queries[row].question)},
         ]
         messages = [{"role": "user", "content": content}]
-        reads_tokens = EXPECTED in self.estimators or LIKELIHOOD in self.estimators
-        response = self.client.ask(messages, self.max_new_tokens, **(LISTED if reads_tokens else {}))
-        if reads_tokens and not response.tokens:
-            self.notes |= {name: NO_TOKENS for name in (EXPECTED, LIKELIHOOD) if name in self.estimators}
-        text = complete_statement(response.text)
-        prediction = graded_prediction(
-            query, text, batch.perturbations[row], batch.noise_steps[row], batch.grading
-        )
-        generated = dict.fromkeys(self.estimators, 0) | {VERBALIZED: response.generated}
-        estimates: dict[str, float | None] = dict.fromkeys(n for n in self.estimators if n != VERBALIZED)
-        distribution: dict[float, float] = {}
-        if LIKELIHOOD in self.estimators:
-            estimates[LIKELIHOOD] = answer_likelihood(response.tokens, strip_confidence(prediction.text))
-            if query.answer_type == "yes_no":
-                p = p_yes(response.tokens) if prediction.predicted in ("yes", "no") else None
-                estimates[LIKELIHOOD] = 1 - p if p is not None and prediction.predicted == "no" else p
-        if EXPECTED in self.estimators:
+        response = self.client.ask(messages, self.max_new_tokens, **(LISTED if self.of_tokens else {}))
+        if EXPECTED not in self.estimators:
+            return response, {}, 0
+        continued: list[bool] = []
 
-            def after(beginning: str) -> Mapping[bytes, float] | None:
-                listed = self._continue(messages, beginning)
-                generated[EXPECTED] += listed is not None
-                return listed
+        def after(beginning: str) -> Mapping[bytes, float] | None:
+            listed = self._continue(messages, beginning)
+            continued.append(listed is not None)
+            return listed
 
-            distribution = percent_distribution(response.tokens, after)
-            if distribution:
-                mean = sum(level * p for level, p in distribution.items())
-                estimates[EXPECTED] = min(max(mean, 0.0), 1.0)
-        estimates = {name: None if value is None else rounded(value) for name, value in estimates.items()}
-        return replace(prediction, estimates=estimates), generated, distribution
+        return response, percent_distribution(response.tokens, after), continued.count(True)
 
     def _continue(
         self, messages: Sequence[Mapping[str, Any]], beginning: str
@@ -132,6 +128,22 @@ class EndpointSystem(System):
 
     def close(self) -> None:
         self.client.close()
+
+
+def _mean(distribution: Mapping[float, float]) -> float | None:
+    """The mean of a distribution over confidences; None for an empty one."""
+    mean = sum(level * p for level, p in distribution.items())
+    return min(max(mean, 0.0), 1.0) if distribution else None
+
+
+def _likelihood(answer: EstimatedPrediction, tokens: Sequence[Token]) -> float | None:
+    """The likelihood of an answer as in `AnswerLikelihood`, from its listed tokens; None if they do not give it."""
+    if answer.answer_type != "yes_no":
+        return answer_likelihood(tokens, strip_confidence(answer.text))
+    p = p_yes(tokens)
+    if p is None or answer.predicted not in ("yes", "no"):
+        return None
+    return p if answer.predicted == "yes" else 1 - p
 
 
 def data_uri(image: np.ndarray) -> str:

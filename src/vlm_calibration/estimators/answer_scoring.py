@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from vlm_calibration.data.candidates import Candidate, ResponseTokenizer
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.layout import common_prefix
-from vlm_calibration.estimators.cached import PromptCache, score_cached
+from vlm_calibration.estimators.cached import score_cached
 from vlm_calibration.models.forward import unwrap_peft
+from vlm_calibration.models.generation import PromptCache
 from vlm_calibration.models.shared_prefix import Prompts, Responses, ResponseScores, score_responses
 from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
 from vlm_calibration.records import Query
@@ -49,6 +50,11 @@ class ResponsePass(NamedTuple):
         """Confidence -> probability that it is stated after the answer, highest confidence first; sums to 1."""
         p = torch.softmax(self.level_log_p.double(), -1).tolist()
         return dict(zip(self.levels, p, strict=True))
+
+    @property
+    def likeliest_level(self) -> float:
+        """The confidence that is likeliest to be stated after the answer, the highest of equally likely ones."""
+        return self.levels[int(self.level_log_p.argmax())]
 
 
 class ScoredAnswers(NamedTuple):
@@ -177,7 +183,7 @@ class AnswerTokenizer:
     def __init__(
         self,
         chat: ChatFormat,
-        levels: Sequence[ConfidenceLevels] = (EVERY_PERCENT,),
+        levels: ConfidenceLevels = EVERY_PERCENT,
         grid: int | None = None,
         opposite: bool = False,
     ) -> None:

@@ -1,16 +1,19 @@
-"""The interface of a confidence estimator, and its input: a batch of queries with a model's answers.
+"""How a model answers: a `System` takes a batch of questions, and estimators rate its answers.
 
-An estimator rates the given answer and does not change it. Its cost is the number of forward passes of the language model per
-query, as if it ran alone: responses that are scored together are one pass, and so is each generated token.
+A model in this process is here; `endpoint.system` has the model behind an address. An estimator rates the given answer and does not
+change it. Its cost is the number of forward passes of the language model per query, as if it ran alone: responses that are scored
+together are one pass, and so is each generated token.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
+
+import torch
 
 from vlm_calibration.data.collate import ChatFormat, PromptBatch, move
 from vlm_calibration.data.noise import ImageCopy
@@ -22,11 +25,21 @@ from vlm_calibration.estimators.answer_scoring import (
     right_padded,
     score_answers,
 )
-from vlm_calibration.estimators.cached import PromptCache
-from vlm_calibration.estimators.generating import GenerationRecorder, answer_batch
-from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.estimators.predictions import (
+    EXPECTED,
+    VERBALIZED,
+    EstimatedPrediction,
+    graded_prediction,
+)
+from vlm_calibration.estimators.probes import COPIES, Probe
+from vlm_calibration.models.adapters import using_adapter
+from vlm_calibration.models.generation import PromptCache, generate
 from vlm_calibration.models.shared_prefix import Prompts
-from vlm_calibration.text.confidence import strip_confidence
+from vlm_calibration.records import ORIGINAL
+from vlm_calibration.text.confidence import end_of_confidence, strip_confidence
+
+PROBES = "probes"
+"""Name under which the forward passes of all probes are counted."""
 
 
 class Estimate(NamedTuple):
@@ -34,6 +47,106 @@ class Estimate(NamedTuple):
 
     confidence: list[float | None]
     passes: list[int]
+
+
+class Estimator(ABC):
+    """Estimates the confidence in an answer.
+
+    Attributes:
+        name: its key in `predictions.jsonl`, and the suffix after "@" in `metrics.json`.
+        copies: the perturbed copies of each image that it needs.
+    """
+
+    name: ClassVar[str]
+    copies: Sequence[ImageCopy] = ()
+
+    @abstractmethod
+    def estimate(self, answered: AnsweredBatch) -> Estimate:
+        """The confidence in each answer of a batch. Call it under `torch.no_grad` or in inference mode."""
+
+
+class SystemAnswers(NamedTuple):
+    """The answers of a system to B queries.
+
+    Attributes:
+        predictions: B graded answers, with the estimates of the system's estimators and the probes that were asked for.
+        passes: estimator, or `PROBES` -> the forward passes of each query; for an address the generated tokens.
+        distributions: for each query confidence -> probability that the system states it, highest confidence first, if
+            `ExpectedConfidence` is one of its estimators; empty where it cannot be had.
+    """
+
+    predictions: list[EstimatedPrediction]
+    passes: dict[str, list[int]]
+    distributions: list[Mapping[float, float]]
+
+    @staticmethod
+    def of(
+        answers: Sequence[EstimatedPrediction],
+        estimates: Mapping[str, Estimate],
+        distributions: Iterable[Mapping[float, float]],
+    ) -> SystemAnswers:
+        """Graded answers, with the estimates of their confidence by the name of the estimator."""
+        columns = {name: e.confidence for name, e in estimates.items() if name != VERBALIZED}
+        predictions = [
+            replace(answer, estimates={name: column[row] for name, column in columns.items()})
+            for row, answer in enumerate(answers)
+        ]
+        passes = {name: estimate.passes for name, estimate in estimates.items()}
+        return SystemAnswers(predictions, passes, list(distributions))
+
+
+class System(ABC):
+    """Answers questions about images.
+
+    Attributes:
+        notes: estimator, or another part of the results, that lacks values -> why.
+    """
+
+    notes: Mapping[str, str] = {}
+
+    @abstractmethod
+    def answer(self, batch: PromptBatch, probes: Sequence[Probe] = ()) -> SystemAnswers:
+        """Answer a batch of at least one query, which has the copies of images that estimators and probes need."""
+
+    def close(self) -> None:  # noqa: B027  (a model in this process has nothing to close)
+        """Close connections."""
+
+
+@dataclass(eq=False)
+class LocalSystem(System):
+    """A transformers or peft model in this process, in eval mode, with one of its adapters; None: without any.
+
+    The other arguments are as in `AnsweredBatch`, and the estimators that rate its answers.
+    """
+
+    model: Any
+    adapter: str | None
+    tokenizer: AnswerTokenizer
+    max_new_tokens: int
+    estimators: Sequence[Estimator] = ()
+
+    @torch.no_grad()
+    def answer(self, batch: PromptBatch, probes: Sequence[Probe] = ()) -> SystemAnswers:
+        rates = bool(self.estimators or probes)
+        with using_adapter(self.model, self.adapter):
+            answered = AnsweredBatch.generate(
+                self.model, batch, self.tokenizer, self.max_new_tokens, keep_cache=rates
+            )
+            estimates = {estimator.name: estimator.estimate(answered) for estimator in self.estimators}
+            scored = answered.scored if EXPECTED in estimates else [None] * len(batch.queries)
+            distributions = [scores.distribution if scores else {} for scores in scored]
+            answers = SystemAnswers.of(answered.predictions, estimates, distributions)
+            if not probes:
+                return answers
+            probed, passes = answered.read_probes(probes)
+        predictions = [replace(p, probes=own) for p, own in zip(answers.predictions, probed, strict=True)]
+        return answers._replace(predictions=predictions, passes={**answers.passes, PROBES: passes})
+
+
+def grade_answers(batch: PromptBatch, texts: Sequence[str]) -> list[EstimatedPrediction]:
+    """Parse and grade the texts that answer a batch."""
+    rows = zip(batch.queries, texts, batch.perturbations, batch.noise_steps, strict=True)
+    return [graded_prediction(*row, batch.grading) for row in rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +183,19 @@ class AnsweredBatch:
     ) -> AnsweredBatch:
         """The greedy answers of the active adapter. Call it in eval mode and under `torch.no_grad`.
 
-        `keep_cache` keeps what generation computed of the prompts, for estimators.
+        Generation stops after the confidence. `keep_cache` keeps what it computed of the prompts, for estimators.
         """
-        recorder = GenerationRecorder(model, keep_cache=keep_cache)
-        answers = answer_batch(recorder, batch, tokenizer.chat.processor.tokenizer, max_new_tokens)
-        passes, cache, complete = recorder.passes, recorder.cache, recorder.complete
+        if not batch.queries:
+            return AnsweredBatch(model, batch, [], [], tokenizer, max_new_tokens)
+        texts, passes, complete, cache = generate(
+            model,
+            batch.inputs,
+            tokenizer.chat.processor.tokenizer,
+            max_new_tokens,
+            end_of_confidence,
+            keep_cache=keep_cache,
+        )
+        answers = grade_answers(batch, texts)
         return AnsweredBatch(model, batch, answers, passes, tokenizer, max_new_tokens, cache, complete)
 
     @property
@@ -93,6 +214,11 @@ class AnsweredBatch:
         texts = [strip_confidence(p.text) for p in self.predictions]
         # An answer that spells the image token would be tokenized as an image.
         return [text if text and not (image and image in text) else None for text in texts]
+
+    @cached_property
+    def _tokenized(self) -> list[TokenizedAnswer]:
+        pairs = zip(self.batch.queries, self.answers, strict=True)
+        return [self.tokenizer.tokenize(query, answer or query.answer) for query, answer in pairs]
 
     @cached_property
     def scored_answers(self) -> ScoredAnswers:
@@ -130,23 +256,44 @@ class AnsweredBatch:
         scores = score_answers(self.model, answers, right_padded(inputs))
         return dict(zip(copied.rows, scores.by_answer(), strict=True))
 
-    @cached_property
-    def _tokenized(self) -> list[TokenizedAnswer]:
-        pairs = zip(self.batch.queries, self.answers, strict=True)
-        return [self.tokenizer.tokenize(query, answer or query.answer) for query, answer in pairs]
+    def score_opposite(self) -> dict[int, ResponsePass]:
+        """Row -> the scores of the opposite word, for answers yes and no to yes/no questions."""
+        words = {"yes": "No", "no": "Yes"}
+        opposite = {
+            row: words[p.predicted]
+            for row, p in enumerate(self.predictions)
+            if p.answer_type == "yes_no" and p.predicted in words and self.answers[row] is not None
+        }
+        if not opposite:
+            return {}
+        # The other queries keep their rows, which the cache has as well; their scores are dropped.
+        tokenized = [
+            self.tokenizer.tokenize(query, opposite.get(row, query.answer))
+            for row, query in enumerate(self.batch.queries)
+        ]
+        by_answer = score_answers(self.model, tokenized, self.prompts, self.cache).by_answer()
+        return {row: by_answer[row] for row in opposite}
 
+    def read_probes(self, probes: Sequence[Probe]) -> tuple[list[dict[str, float | None]], list[int]]:
+        """Read the likeliest confidence in each answer after every probe; see `estimators.probes`.
 
-class Estimator(ABC):
-    """Estimates the confidence in an answer.
+        Returns:
+            For each answer the original confidence and that of every probe, None where it does not apply, and for a text without an
+            answer; and B numbers of forward passes, as if the probes ran alone.
 
-    Attributes:
-        name: its key in `predictions.jsonl`, and the suffix after "@" in `metrics.json`.
-        copies: the perturbed copies of each image that it needs.
-    """
-
-    name: ClassVar[str]
-    copies: Sequence[ImageCopy] = ()
-
-    @abstractmethod
-    def estimate(self, answered: AnsweredBatch) -> Estimate:
-        """The confidence in each answer of a batch. Call it under `torch.no_grad` or in inference mode."""
+        Raises:
+            ValueError: the copies of the images were not made, see `score_copy`.
+        """
+        passes = [scores.passes if scores else 1 for scores in self.scored]
+        probed: list[dict[str, float | None]] = [
+            {ORIGINAL: scores.likeliest_level if scores else None, **dict.fromkeys(probes)}
+            for scores in self.scored
+        ]
+        for probe in probes:
+            copy = COPIES.get(probe)
+            changed = self.score_opposite() if copy is None else self.score_copy(copy, with_levels=True)
+            for row, scores in changed.items():
+                passes[row] += scores.passes
+                if self.answers[row] is not None:
+                    probed[row][probe] = scores.likeliest_level
+        return probed, passes

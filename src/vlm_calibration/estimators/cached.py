@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from vlm_calibration.models.forward import logits_at, unwrap_peft
+from vlm_calibration.models.generation import PromptCache
 from vlm_calibration.models.shared_prefix import (
     Prompts,
     Responses,
@@ -22,22 +22,6 @@ from vlm_calibration.models.shared_prefix import (
     scores_at,
     why_not_shared,
 )
-
-
-class PromptCache(NamedTuple):
-    """The cache of a generation from B prompts, padded on the left.
-
-    Attributes:
-        key_values: keys and values of the prompts, and of the generated tokens.
-        mask: int64 [B, P], 1 at the tokens of the prompts.
-        positions: int64 [..., B, P], position ids of the prompts, with leading axes for positions of several axes.
-        keyword: name of `key_values` among the arguments of the model's forward.
-    """
-
-    key_values: DynamicCache
-    mask: Tensor
-    positions: Tensor
-    keyword: str
 
 
 class _Tree(NamedTuple):

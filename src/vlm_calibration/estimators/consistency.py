@@ -9,8 +9,7 @@ from transformers import LogitsProcessor
 
 from vlm_calibration.data.noise import query_rng
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
-from vlm_calibration.estimators.generating import GenerationRecorder
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import Generated, generate
 from vlm_calibration.records import Prediction
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.grading import EXACT, Grading, grade
@@ -69,23 +68,21 @@ class SelfConsistency(Estimator):
         n = len(answered.predictions)
         agreeing, passes = [0] * n, [0] * n
         for sample in range(self.samples):
-            texts, sample_passes = self._sample(answered, sample)
+            sampled = self._sample(answered, sample)
             for row, prediction in enumerate(answered.predictions):
-                agreeing[row] += agrees(prediction, texts[row], answered.batch.grading or EXACT)
-                passes[row] += sample_passes[row]
+                agreeing[row] += agrees(prediction, sampled.texts[row], answered.batch.grading or EXACT)
+                passes[row] += sampled.passes[row]
         counts = zip(agreeing, answered.predictions, strict=True)
         return Estimate([k / self.samples if p.predicted else None for k, p in counts], passes)
 
-    def _sample(self, answered: AnsweredBatch, sample: int) -> tuple[list[str], list[int]]:
-        """One sampled text for each query, and its forward passes."""
+    def _sample(self, answered: AnsweredBatch, sample: int) -> Generated:
+        """One sampled answer to each query."""
         inputs, limit = answered.batch.inputs, answered.max_new_tokens
         rngs = [query_rng(self.seed, sample, query.id, self.name) for query in answered.batch.queries]
         numbers = torch.stack([torch.from_numpy(rng.random(limit)) for rng in rngs])
         sampler = InverseTransformSampler(self.temperature, numbers, inputs["input_ids"].shape[1])
-        generating = GenerationRecorder(answered.model, sampler)
         tokenizer = answered.chat.processor.tokenizer
-        texts = generate_texts(generating, inputs, tokenizer, limit, end_of_confidence)
-        return texts, generating.passes
+        return generate(answered.model, inputs, tokenizer, limit, end_of_confidence, sampler)
 
 
 def agrees(prediction: Prediction, text: str, grading: Grading) -> bool:

@@ -141,17 +141,3 @@ def rule_of_adapter(folder: Path) -> DecisionRule | None:
     """The rule beside an adapter; None if there is none, or if it was chosen with other weights. DataError as in `read_rule`."""
     rule = read_rule(folder)
     return rule if rule is not None and rule.weights == adapter_weights_digest(folder) else None
-
-
-def check_rule(rule: DecisionRule, path: Path, weights: str | None, prompt: str) -> None:
-    """Raise a DataError for a rule, of the file `path`, that was chosen with weights of another digest or another prompt."""
-    what = None
-    if rule.weights != weights:
-        what = f"other weights (digest {rule.weights!s:.8}, here {weights!s:.8})"
-    elif rule.prompt != prompt:
-        what = f"another prompt ({rule.prompt!r}, here {prompt!r})"
-    if what is not None:
-        raise DataError(
-            f"{path}: its thresholds were chosen with {what}, so they promise nothing here: evaluate this model and run "
-            "`vlm-calibration threshold` on the evaluation, or remove the file"
-        )

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from vlm_calibration.files import json_lines
 from vlm_calibration.perturbation.levels import Perturbation
-from vlm_calibration.records import ANSWER_TYPES, ORIGINAL, DataError, Prediction, Query, RecordError
+from vlm_calibration.records import (
+    ANSWER_TYPES,
+    ORIGINAL,
+    AnswerType,
+    DataError,
+    Prediction,
+    Query,
+    RecordError,
+)
 from vlm_calibration.text.confidence import parse_confidence
 from vlm_calibration.text.grading import EXACT, Grade, Grading, grade, parse_answer
 
 PREDICTIONS, CALIBRATION = "predictions.jsonl", "calibration.jsonl"
 """Files of a system's answers to the test set and to the calibration set."""
-VERBALIZED = "verbalized"
-"""Name of the estimator whose key in a file is `confidence`."""
+VERBALIZED, EXPECTED = "verbalized", "expected"
+"""Names of `VerbalizedConfidence`, whose key in a file is `confidence`, and of `ExpectedConfidence`."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +89,20 @@ def graded_prediction(
 
 KEYS = tuple(f.name for f in fields(EstimatedPrediction) if f.name != "estimates")
 REQUIRED = tuple(f.name for f in fields(Prediction) if f.default is MISSING)
-TEXT, TEXT_OR_NULL, SHARE = "a string", "a string or null", "a number in [0, 1] or null"
-FLAG, STEP, TYPE = "true or false", "a whole number or null", f"one of {', '.join(ANSWER_TYPES)}"
-EXPECTED = (
-    dict.fromkeys(("id", "question", "answer", "text"), TEXT)
-    | dict.fromkeys(("predicted", "category", "perturbation", "image"), TEXT_OR_NULL)
-    | {"correct": FLAG, "noise_step": STEP, "answer_type": TYPE}
-)
-"""Key -> what its value must be; those of all other keys are shares."""
-CHECKS: dict[str, Callable[[Any], bool]] = {
-    TEXT: lambda value: isinstance(value, str),
-    TEXT_OR_NULL: lambda value: isinstance(value, str | None),
-    FLAG: lambda value: isinstance(value, bool),
-    STEP: lambda value: isinstance(value, int | None) and not isinstance(value, bool),
-    TYPE: lambda value: value in ANSWER_TYPES,
-    SHARE: lambda value: value is None or (type(value) in (int, float) and 0 <= value <= 1),
+TYPES = get_type_hints(EstimatedPrediction)
+SHARE = float | None
+CHECKS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    str: ("a string", lambda value: isinstance(value, str)),
+    str | None: ("a string or null", lambda value: isinstance(value, str | None)),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int | None: ("a whole number or null", lambda value: value is None or type(value) is int),
+    AnswerType: (f"one of {', '.join(ANSWER_TYPES)}", lambda value: value in ANSWER_TYPES),
+    SHARE: (
+        "a number in [0, 1] or null",
+        lambda value: value is None or (type(value) in (int, float) and 0 <= value <= 1),
+    ),
 }
+"""Type of a field -> what its value must be, and the check. Keys that are no fields are shares."""
 
 
 def read_predictions(path: Path) -> list[EstimatedPrediction]:
@@ -128,13 +134,15 @@ def prediction_from_dict(data: Any) -> EstimatedPrediction:
         raise RecordError(f"no key {missing[0]!r}; a prediction has {', '.join(REQUIRED)}")
     probes = data.get("probes", {})
     for key, value in data.items():
-        expected = EXPECTED.get(key, SHARE)
-        if key != "probes" and not CHECKS[expected](value):
+        if key == "probes":
+            continue
+        expected, is_valid = CHECKS.get(TYPES.get(key), CHECKS[SHARE])
+        if not is_valid(value):
             raise RecordError(f"'{key}' must be {expected}, found {value!r}")
     if not isinstance(probes, Mapping) or (probes and ORIGINAL not in probes):
         raise RecordError(f"'probes' must be an object with the key {ORIGINAL!r}, found {probes!r}")
     for name, value in probes.items():
-        if not CHECKS[SHARE](value):
+        if not CHECKS[SHARE][1](value):
             raise RecordError(f"'probes' must have numbers in [0, 1] or null, found {value!r} as {name!r}")
     own = {key: data[key] for key in KEYS if key in data}
     return EstimatedPrediction(**own, estimates={key: data[key] for key in data if key not in KEYS})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
-from vlm_calibration.estimators.predictions import VERBALIZED
+from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED
 
 
 class VerbalizedConfidence(Estimator):
@@ -32,7 +32,7 @@ class ExpectedConfidence(Estimator):
     mode of this distribution; the calibrated statement is its mean.
     """
 
-    name = "expected"
+    name = EXPECTED
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         scored = answered.scored
@@ -40,9 +40,9 @@ class ExpectedConfidence(Estimator):
         return Estimate(confidence, [s.passes if s else 1 for s in scored])
 
 
-def rounded(confidence: float) -> float:
-    """The confidence rounded to a millionth; further digits depend on the batch size."""
-    return round(confidence, 6)
+def rounded(confidence: float | None) -> float | None:
+    """The confidence, if there is one, rounded to a millionth; further digits depend on the batch size."""
+    return None if confidence is None else round(confidence, 6)
 
 
 def expected_confidence(levels: Sequence[float], log_p: Tensor) -> float:

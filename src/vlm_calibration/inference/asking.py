@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from vlm_calibration.data.collate import PromptBatch, PromptCollator
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
@@ -19,18 +22,86 @@ from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.demo.questions import unknown_part
 from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem
-from vlm_calibration.estimators.decision import DecisionRule
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
-from vlm_calibration.estimators.system import System
+from vlm_calibration.estimators.base import System
+from vlm_calibration.estimators.decision import AppliedRule, Decision, DecisionRule
+from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.verbal import ExpectedConfidence, rounded
-from vlm_calibration.inference.answers import Answer
-from vlm_calibration.inference.pixels import ImageLike, pixels_of
+from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.models.forward import shared_vision
+from vlm_calibration.perturbation.images import DEFAULT_MAX_PIXELS, ImageError, load_image
 from vlm_calibration.perturbation.levels import CLEAN, Perturbation
+from vlm_calibration.perturbation.noise import ImageArray, check_image
 from vlm_calibration.records import AnswerType, DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import strip_confidence
 
 BASE, CALIBRATED, ENDPOINT = "base", "calibrated", "endpoint"
+ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+"""A path, the bytes of a file, a Pillow image, or uint8 [H, W, 3]."""
+
+_AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with its confidence.
+
+    Attributes:
+        text: the output as generated.
+        answer: the output without the statement of confidence.
+        confidence: the stated confidence in [0, 1]; None if it could not be parsed.
+        expected: mean of the confidences that the model might have stated after its answer, in [0, 1]; None without an
+            answer. Greedy decoding states the most probable one.
+        distribution: confidence -> probability that the model states it, highest confidence first; sums to 1.
+        answer_type: the kind of question that the model was asked.
+        rule: the threshold that the confidence was compared with, and its guarantee; None if the model has no thresholds, or has them
+            by category and none for this question's.
+        warning: why answer and confidence mean nothing: what the model does not know in the question. None if it knows the
+            question, and for any model but the demo's, since what others know is not known.
+    """
+
+    text: str
+    answer: str
+    confidence: float | None
+    expected: float | None
+    distribution: Mapping[float, float] = field(hash=False, repr=False)
+    answer_type: AnswerType
+    rule: AppliedRule | None = None
+    warning: str | None = None
+
+    @property
+    def decision(self) -> Decision | None:
+        """Whether the answer may be given, or goes to a person for review; None without a rule."""
+        return None if self.rule is None else self.rule.decision
+
+    @property
+    def reason(self) -> str:
+        """Why `decision` is what it is, as a clause; empty without a rule."""
+        if self.rule is None:
+            return ""
+        name = "stated" if self.rule.estimator == VERBALIZED else self.rule.estimator
+        if self.rule.unfamiliar is not None:
+            return self.rule.unfamiliar
+        if self.rule.confidence is None:
+            return f"no {name} confidence"
+        if self.rule.threshold is None:
+            return "no threshold keeps the limits"
+        relation = "at least" if self.decision == "answer" else "below"
+        return f"{name} {percent(self.rule.confidence)}, {relation} {percent(self.rule.threshold)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as plain values; the distribution as pairs of confidence and probability, without those below 0.1%."""
+        return {
+            "text": self.text,
+            "answer": self.answer,
+            "confidence": self.confidence,
+            "expected": self.expected,
+            "distribution": [[level, round(p, 6)] for level, p in self.distribution.items() if p >= 1e-3],
+            "answer_type": self.answer_type,
+            "warning": self.warning,
+            "decision": self.decision,
+            "threshold": None if self.rule is None else self.rule.threshold,
+            "unfamiliar": None if self.rule is None else self.rule.unfamiliar,
+        }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,7 +163,7 @@ class CalibratedModel:
             text=prediction.text,
             answer=strip_confidence(prediction.text),
             confidence=prediction.confidence,
-            expected=prediction.estimates[ExpectedConfidence.name],
+            expected=prediction.estimates[EXPECTED],
             distribution=distribution,
             answer_type=prediction.answer_type,
             rule=applied,
@@ -210,3 +281,40 @@ def answer_type_of(question: str) -> AnswerType:
     """
     begins = _BEGINS_YES_NO.match(question) is not None
     return "yes_no" if begins and not re.search(r"\bor\b", question, re.IGNORECASE) else "short"
+
+
+def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None) -> ImageArray:
+    """Convert an image to uint8 [H, W, 3], by the rules of `load_image`.
+
+    Args:
+        image: the image.
+        max_pixels: larger files and Pillow images are refused.
+        name: name of the image in messages.
+
+    Raises:
+        DataError: the image cannot be used.
+        TypeError, ValueError: an array that is not uint8 [H, W, 3].
+    """
+    if isinstance(image, np.ndarray):
+        check_image(image)
+        return image
+    try:
+        if isinstance(image, Image.Image):
+            # Encoded as a file, it is read like any other, whatever its mode and transparency.
+            return load_image(_png(image, max_pixels), max_pixels=max_pixels, name=name or "image")
+        return load_image(image, max_pixels=max_pixels, name=name)
+    except (ImageError, OSError) as error:
+        raise DataError(str(error)) from error
+
+
+def _png(image: Image.Image, max_pixels: int) -> bytes:
+    if image.width * image.height > max_pixels:
+        raise ImageError(f"image: {image.width} x {image.height} pixels, more than the {max_pixels} allowed")
+    if image.mode in ("F", "LAB"):
+        raise ImageError(
+            f"image: {image.mode} pixels have no unique conversion to 8-bit RGB; convert it to RGB"
+        )
+    upright = ImageOps.exif_transpose(image)
+    file = io.BytesIO()
+    (upright if upright.mode in _AS_PNG else upright.convert("RGB")).save(file, "PNG", compress_level=1)
+    return file.getvalue()

@@ -15,11 +15,10 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.resolution import check_resolution
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import Estimator
-from vlm_calibration.estimators.decision import DecisionRule, check_rule, read_rule
+from vlm_calibration.estimators.base import Estimator, LocalSystem
+from vlm_calibration.estimators.decision import DecisionRule, read_rule
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
-from vlm_calibration.estimators.predictions import VERBALIZED
-from vlm_calibration.estimators.system import LocalSystem
+from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.hub import is_hub_name, loading
 from vlm_calibration.inference.asking import BASE, CALIBRATED, CalibratedModel
@@ -127,11 +126,19 @@ def rule_of(base: BaseModel, adapter: str | Path | None) -> DecisionRule | None:
 def _check_rule(
     rule: DecisionRule, files: Path, adapter: Path | None, model: BaseModel, prompt: ElicitationPrompt
 ) -> None:
-    """Refuse a decision rule that does not hold for this model; warn if the base model is quantised otherwise."""
-    path = files / THRESHOLDS
+    """Refuse a decision rule that was chosen with other weights or another prompt; warn of another quantisation."""
+    path, what = files / THRESHOLDS, None
     weights = weights_digest(model) if adapter is None else adapter_weights_digest(adapter)
-    check_rule(rule, path, weights, prompt.template)
-    known = (VERBALIZED, ExpectedConfidence.name, AnswerLikelihood.name)
+    if rule.weights != weights:
+        what = f"other weights (digest {rule.weights!s:.8}, here {weights!s:.8})"
+    elif rule.prompt != prompt.template:
+        what = f"another prompt ({rule.prompt!r}, here {prompt.template!r})"
+    if what is not None:
+        raise DataError(
+            f"{path}: its thresholds were chosen with {what}, so they promise nothing here: evaluate this model and run "
+            "`vlm-calibration threshold` on the evaluation, or remove the file"
+        )
+    known = (VERBALIZED, EXPECTED, AnswerLikelihood.name)
     if rule.estimator not in known:
         raise DataError(f"{path}: the estimator {rule.estimator!r} is not one of {', '.join(known)}")
     if rule.quantization != model.quantization:

@@ -11,7 +11,7 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat, move
 from vlm_calibration.data.module import load_processor
-from vlm_calibration.models.generation import generate_texts
+from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.regions.describer import Describer, Description
@@ -71,7 +71,7 @@ class PromptedDescriber(Describer):
         prompts = [self.template.format(question=q.question, answer=q.answer) for q in queries]
         texts = [self.chat.render(prompt) for prompt in prompts]
         inputs = move(self.chat.inputs(texts, list(images), "left"), self.model.device)
-        answers = generate_texts(self.model, inputs, self.chat.processor.tokenizer, self.max_new_tokens)
+        answers = generate(self.model, inputs, self.chat.processor.tokenizer, self.max_new_tokens).texts
         return [self.parse(answer) for answer in answers]
 
     def parse(self, answer: str) -> Description:

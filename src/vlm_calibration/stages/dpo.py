@@ -217,7 +217,7 @@ class DPOModule(TrainingStage):
         """Tokenizes own answers with every confidence that can be stated."""
         data, candidates = self.data, self.data.candidates
         assert candidates is not None
-        return AnswerTokenizer(data.chat, [data.noise.levels], candidates.grid, candidates.wrong_answer)
+        return AnswerTokenizer(data.chat, data.noise.levels, candidates.grid, candidates.wrong_answer)
 
     def on_fit_start(self) -> None:
         if self.target.is_ready:

@@ -18,11 +18,10 @@ from vlm_calibration.data.noise import ImageCopy
 from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import Estimator
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.base import PROBES, Estimator, LocalSystem, System
+from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.probes import Probe, check_probes, copies_of
-from vlm_calibration.estimators.system import PROBES, LocalSystem, System
-from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence, rounded
+from vlm_calibration.estimators.verbal import VerbalizedConfidence, rounded
 from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
 from vlm_calibration.models.forward import shared_vision
@@ -125,8 +124,6 @@ class EvaluationModule(L.LightningModule):
             name: EndpointSystem(name, endpoint, self.estimators, max_new_tokens)
             for name, endpoint in endpoints.items()
         }
-        # What answers; the local systems are added when the model is loaded.
-        self.answering: dict[str, System] = dict(self.endpoints)
         self.systems = [*self.local, *self.endpoints, *([ORACLE] if self.oracle else [])]
         further = [name for name in names if name != VERBALIZED]
         self.scorers = nn.ModuleList(
@@ -202,14 +199,16 @@ class EvaluationModule(L.LightningModule):
         for kind in {query.answer_type for queries in data.tested_queries.values() for query in queries}:
             if self.oracle and kind not in self.oracle.answer_types:
                 raise DataError(f"model.oracle_levels: no levels were measured for answer type {kind!r}")
+        # What answers, in the order of `systems`.
+        self.answering: dict[str, System] = {}
         if self.local:
             tokenizer = AnswerTokenizer(data.chat)
-            adapters = {name: None if name == BASE else name for name in self.local}
-            local = {
-                name: LocalSystem(self.model, adapter, tokenizer, self.max_new_tokens, self.estimators)
-                for name, adapter in adapters.items()
-            }
-            self.answering = {**local, **self.endpoints}
+            for name in self.local:
+                adapter = None if name == BASE else name
+                self.answering[name] = LocalSystem(
+                    self.model, adapter, tokenizer, self.max_new_tokens, self.estimators
+                )
+        self.answering |= self.endpoints
         groups = {g for query in data.sets["test"].queries for g in category_groups(query.category)}
         for _, scorer in self._scored():
             scorer.set_groups(groups)
@@ -227,7 +226,7 @@ class EvaluationModule(L.LightningModule):
                     answers[name] = [_rounded(prediction) for prediction in predictions]
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
-        if self.probes or ExpectedConfidence.name in (e.name for e in self.estimators):
+        if self.probes or EXPECTED in (e.name for e in self.estimators):
             self._check_scored(answers)
         output = BatchAnswers(answers=answers, passes=passes)
         if batch.queries and is_scored:
@@ -277,7 +276,7 @@ class EvaluationModule(L.LightningModule):
 def _rounded(prediction: EstimatedPrediction) -> EstimatedPrediction:
     """The prediction with estimates and probes of as many digits as do not depend on the batch size."""
     estimates, probes = (
-        {name: None if confidence is None else rounded(confidence) for name, confidence in values.items()}
+        {name: rounded(confidence) for name, confidence in values.items()}
         for values in (prediction.estimates, prediction.probes)
     )
     return replace(prediction, estimates=estimates, probes=probes)

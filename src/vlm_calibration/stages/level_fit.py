@@ -17,9 +17,9 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.dataset import EvalSplit, query_id_of_level
 from vlm_calibration.data.module import INSTANCES, LEVELS, DataNeeds, PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer, right_padded
+from vlm_calibration.estimators.base import LocalSystem, grade_answers
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
-from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
-from vlm_calibration.estimators.system import LocalSystem
+from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.models.shared_prefix import score_responses
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, Measured, write_likelihoods
@@ -116,7 +116,7 @@ class LevelFitModule(L.LightningModule):
 
     def on_test_start(self) -> None:
         # The likelihood of an answer does not depend on the confidences that are scored after it.
-        self.tokenizer = AnswerTokenizer(self._data.chat, [LinearLevels(2)])
+        self.tokenizer = AnswerTokenizer(self._data.chat, LinearLevels(2))
         if self._state.message:
             rank_zero_info(self._state.message)
         if self._state.answered is None:
@@ -141,8 +141,7 @@ class LevelFitModule(L.LightningModule):
             system = LocalSystem(self.model, None, self.tokenizer, self.max_new_tokens, estimators)
             answers = system.answer(batch).predictions
         else:
-            facts = zip(batch.queries, batch.perturbations, batch.noise_steps, strict=True)
-            answers = [graded_prediction(query, "", p, step, None) for query, p, step in facts]
+            answers = grade_answers(batch._replace(grading=None), [""] * len(batch.queries))
         graded = []
         for answer, rank, clean in zip(answers, ranked, untouched, strict=True):
             # An answer that is none, such as "maybe" to a yes/no question, is not held at all.

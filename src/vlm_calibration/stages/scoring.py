@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torchmetrics import MeanMetric, Metric
 
+from vlm_calibration.estimators.base import PROBES
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
-from vlm_calibration.estimators.system import PROBES
 from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics, UndefinedMetricWarning
 from vlm_calibration.metrics.counting import ProbeMetrics
 from vlm_calibration.metrics.functional import REPORTED

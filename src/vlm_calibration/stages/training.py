@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vlm_calibration.data.candidates import ValidationBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.estimators.generating import answer_batch
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
@@ -162,11 +163,11 @@ class TrainingStage(L.LightningModule, ABC):
         self.scorer.reset()
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
-        predictions = answer_batch(
-            self.model, batch.prompts, self.data.processor.tokenizer, self.max_new_tokens
+        answered = AnsweredBatch.generate(
+            self.model, batch.prompts, AnswerTokenizer(self.data.chat), self.max_new_tokens, keep_cache=False
         )
-        self.scorer.update(predictions)
-        return {"": predictions}
+        self.scorer.update(answered.predictions)
+        return {"": list(answered.predictions)}
 
     def on_validation_epoch_end(self) -> None:
         self.results = {"": self.scorer.compute()}

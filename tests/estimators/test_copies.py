@@ -1,0 +1,363 @@
+"""Stability and probes, which read perturbed copies of images: against one image and one response at a time; which pixels change; refusals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_calibration.data.collate import ChatFormat, PromptBatch
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
+from vlm_calibration.data.module import DataNeeds, PerturbedQueryDataModule
+from vlm_calibration.data.noise import (
+    CopiedRegion,
+    ImageCopy,
+    NoisePolicy,
+    Sample,
+    perturbed_copies,
+    query_rng,
+)
+from vlm_calibration.data.resolution import resize_to_model
+from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.likelihood import AnswerLikelihood
+from vlm_calibration.estimators.probes import (
+    BLANK,
+    COPIES,
+    PROBES,
+    check_probes,
+    copies_of,
+)
+from vlm_calibration.estimators.stability import Stability
+from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation import perturb
+from vlm_calibration.perturbation.by_kind import region_perturbation
+from vlm_calibration.perturbation.images import resize_mask
+from vlm_calibration.perturbation.levels import Perturbation
+from vlm_calibration.records import ORIGINAL, DataError, LoadedImage, Query
+from vlm_calibration.stages.evaluation import EvaluationModule
+from vlm_calibration.text.confidence import render_response
+
+from .conftest import ASKED, LEVELS, ROWS, Answering, logits, samples_of, scenes, with_copies
+from .naive import Alone
+
+POLICY = NoisePolicy()
+STRENGTHS = {"noise": [0.2, 0.3], "blur": [0.2]}
+ANSWERS = ("Yes", "a blue umbrella", "No", "It is white", None)
+
+
+@torch.no_grad()
+def test_the_likelihood_is_the_mean_over_perturbed_images(
+    demo: tuple[Any, ChatFormat], answering: Answering
+) -> None:
+    (model, chat), samples, estimator = demo, samples_of(scenes(4)), Stability(STRENGTHS, seed=3)
+    texts = [text for *_, text in ASKED]
+    batch = answering(
+        model, chat, with_copies(samples, estimator.copies, chat), texts, LEVELS, keep_cache=True
+    )
+    estimate = estimator.estimate(batch)
+
+    expected = []
+    for sample, answer in zip(samples[:3], ANSWERS, strict=False):
+        image = resize_to_model(chat.processor.image_processor, sample.image)
+        scores = []
+        for number, (kind, strength) in enumerate((k, s) for k, own in STRENGTHS.items() for s in own):
+            seed = int(query_rng(3, number, sample.query.id, "copy").integers(2**63))
+            transform = region_perturbation(kind, POLICY.schedule)
+            mask = np.ones(image.shape[:2], dtype=bool)
+            copy = transform(image=image, mask=mask, strength=strength, seed=seed)["image"]
+            assert not np.array_equal(copy, image)
+            alone = Alone(model, chat, copy, sample.query.question)
+            yes = alone.against(alone.prompt, "Yes.", "No.") if answer in ("Yes", "No") else None
+            scores.append(alone.likelihood(answer) if yes is None else yes if answer == "Yes" else 1 - yes)
+        expected.append(sum(scores) / len(scores))
+    *rated, last = estimate.confidence
+    assert logits(rated) == pytest.approx(logits(expected), abs=2e-3)
+    assert last is None, "the answer is neither yes nor no"
+    assert estimate.passes == [3] * 4
+    # Other estimators do not notice the copies.
+    plain = answering(model, chat, samples, texts, LEVELS, keep_cache=True)
+    for other in (ExpectedConfidence(), AnswerLikelihood()):
+        assert other.estimate(batch) == other.estimate(plain)
+
+
+# --- Copies from the data module ----------------------------------------------------------------------------------
+
+
+def _batches(
+    folder: str, estimator: Stability | None, answered: dict[str, list[int]] | None = None, **settings: Any
+) -> list[PromptBatch]:
+    test = {"a": EvalSplit(DemoSource("test", scenes=2), "drawn")}
+    module = PerturbedQueryDataModule(folder, test=test, **{"workers": 0, "eval_batch_size": 4, **settings})
+    needs = DataNeeds(copies={"test": estimator.copies if estimator else ()})
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(data_needs=needs))  # type: ignore[assignment]
+    module.setup("test")
+    module.trainer = None
+    module.leave_out_answered(answered or {})
+    return list(module.test_dataloader())  # type: ignore[arg-type]
+
+
+def _pixels(batches: Sequence[PromptBatch]) -> dict[str, list[bytes]]:
+    """Query id -> the pixels of each copy."""
+    by_query: dict[str, list[bytes]] = {}
+    for batch in batches:
+        for copied in batch.copies.values():
+            for row, pixels in zip(copied.rows, copied.inputs["pixel_values"], strict=True):
+                by_query.setdefault(batch.queries[row].id, []).append(pixels.numpy().tobytes())
+    return by_query
+
+
+@pytest.mark.slow
+def test_copies_depend_on_seed_and_query_alone(model_folder: str) -> None:
+    estimator = Stability(STRENGTHS)
+    expected = _pixels(_batches(model_folder, estimator))
+    assert len(expected) == 6
+    assert all(len(set(copies)) == 3 for copies in expected.values())
+    assert _pixels(_batches(model_folder, estimator, eval_batch_size=5, workers=2)) == expected
+    assert _pixels(_batches(model_folder, Stability(STRENGTHS, seed=1))) != expected
+    # A resumed evaluation asks the rest only.
+    rest = _pixels(_batches(model_folder, estimator, {"test": [0, 3]}))
+    assert len(rest) == 4
+    assert rest == {query: expected[query] for query in rest}
+
+
+def test_batches_are_the_same_beside_their_copies(model_folder: str) -> None:
+    with_copies, without = _batches(model_folder, Stability(STRENGTHS)), _batches(model_folder, None)
+    for a, b in zip(with_copies, without, strict=True):
+        assert not b.copies
+        assert a._replace(inputs={}, copies={}) == b._replace(inputs={}, copies={})
+        assert all(torch.equal(a.inputs[name], b.inputs[name]) for name in a.inputs)
+        for copied in a.copies.values():
+            assert torch.equal(copied.inputs["input_ids"], a.inputs["input_ids"])
+
+
+@torch.no_grad()
+def test_a_query_without_a_region_has_no_confidence(
+    demo: tuple[Any, ChatFormat], answering: Answering
+) -> None:
+    (model, chat), estimator = demo, Stability(region="object")
+
+    def regions_of(row: int, image: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        return [np.eye(*image.shape[:2], dtype=bool)] * row, []
+
+    samples = with_copies(samples_of(scenes(2), ASKED[:1] * 2), estimator.copies, chat, regions_of)
+    estimate = estimator.estimate(answering(model, chat, samples, ["No", "Yes"]))
+    assert estimate.confidence[0] is None
+    assert estimate.confidence[1] is not None
+    assert estimate.passes == [0, 4]
+    assert estimator.estimate(answering(model, chat, samples[:1], ["No"])) == ([None], [0])
+
+
+def test_copies_are_made_of_the_perturbed_image() -> None:
+    sample = samples_of(scenes(1), ASKED[:1])[0]
+    blurred = ImageCopy(Perturbation("blur", 0.05))
+    black = sample._replace(image=np.zeros_like(sample.image))
+    native = replace(POLICY, resolution="native")
+    copy = perturbed_copies(black, LoadedImage(sample.image, (), ()), [blurred], native, None)[blurred]
+    assert copy is not None
+    assert not copy.any()
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strengths": {"rain": [0.1]}}, "'rain'"),
+        ({"strengths": {}}, "one or more copies"),
+        ({"strengths": {"blur": [0.0]}}, r"in \(0, 1\]"),
+        ({"strengths": {"blur": [float("nan")]}}, r"in \(0, 1\]"),
+        ({"strengths": {"blur": [1.1]}}, r"in \(0, 1\]"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Stability(**settings)
+
+
+# --- Probes ---
+
+
+OPPOSITE = ("No", None, "Yes", None, None)
+OBJECT, DISTRACTOR = (slice(2, 9), slice(3, 12)), (slice(12, 19), slice(5, 15))
+"""Boxes of the regions, in images of at least 20 x 16 pixels."""
+
+
+def mask_of(image: np.ndarray, box: tuple[slice, slice]) -> np.ndarray:
+    mask = np.zeros(image.shape[:2], dtype=bool)
+    mask[box] = True
+    return mask
+
+
+def regions_of(row: int, image: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Key objects and distractors: the third query has no key object, the second no distractor."""
+    evidence = [] if row == 2 else [mask_of(image, OBJECT)]
+    return evidence, [] if row == 1 else [mask_of(image, DISTRACTOR)]
+
+
+def blanked(row: int, image: np.ndarray, region: str, processor: Any) -> np.ndarray | None:
+    """The image at the model's resolution with one part blank, made by hand."""
+    evidence, distractors = regions_of(row, image)
+    image = resize_to_model(processor, image)
+    if region == "image":
+        return np.full_like(image, 128)
+    masks = evidence if region == "object" else distractors
+    if not masks:
+        return None
+    mask = resize_mask(masks[0], image.shape[:2])
+    return perturb(image, mask, 0.0, seed=0, kind="fade")
+
+
+@torch.no_grad()
+def test_confidences_are_those_read_one_response_at_a_time(
+    asked: tuple[Any, ChatFormat, list[Sample]], answering: Answering
+) -> None:
+    model, chat, samples = asked
+    texts = [text for *_, text in ROWS]
+    copied = with_copies(samples, copies_of(PROBES), chat, regions_of)
+    batch = answering(model, chat, copied, texts, LEVELS, keep_cache=True)
+    probed, passes = batch.read_probes(PROBES)
+    scored: dict[str, Any] = {name: batch.score_copy(copy, with_levels=True) for name, copy in COPIES.items()}
+    scored["answer"] = batch.score_opposite()
+    processor, levels = chat.processor.image_processor, (0.9, 0.6, 0.3)
+    for row, (sample, answer) in enumerate(zip(samples, ANSWERS, strict=True)):
+        images = {name: blanked(row, sample.image, name, processor) for name in COPIES}
+        cases = {ORIGINAL: (sample.image, answer), "answer": (sample.image, OPPOSITE[row])}
+        cases |= {name: (image, answer) for name, image in images.items()}
+        assert probed[row].keys() == cases.keys()
+        for name, (image, given) in cases.items():
+            found = probed[row][name]
+            if image is None or given is None:
+                assert found is None, (row, name)
+                continue
+            alone = Alone(model, chat, image, sample.query.question)
+            responses = [render_response(given, level) for level in levels]
+            log_p = [math.fsum(alone.response(alone.prompt, text)[1]) for text in responses]
+            assert found == levels[int(np.argmax(log_p))], (row, name)
+            if name != ORIGINAL:
+                assert scored[name][row].level_log_p.tolist() == pytest.approx(log_p, abs=2e-3), (row, name)
+    # The original, three copies of which two images lack one each, and the opposite of two answers.
+    assert passes == [5, 3, 4, 4, 4]
+
+
+@torch.no_grad()
+def test_probes_and_other_copies_are_read_together_as_alone(
+    demo: tuple[Any, ChatFormat], answering: Answering
+) -> None:
+    model, chat = demo
+    samples, texts = samples_of(scenes(5), ROWS), [text for *_, text in ROWS]
+    stable = Stability({"noise": [0.2], "fade": [1.0]})
+    together, probes, copies = (
+        answering(model, chat, with_copies(samples, wanted, chat, regions_of), texts, LEVELS)
+        for wanted in ([*stable.copies, *copies_of(PROBES)], copies_of(PROBES), stable.copies)
+    )
+    assert together.read_probes(PROBES) == probes.read_probes(PROBES)
+    assert stable.estimate(together) == stable.estimate(copies)
+    assert together.read_probes(("object",))[0] == [
+        {name: p[name] for name in (ORIGINAL, "object")} for p in probes.read_probes(PROBES)[0]
+    ]
+    assert [p.keys() for p in copies.read_probes(("answer",))[0]] == [{ORIGINAL, "answer"}] * 5
+    with pytest.raises(ValueError, match="without the copies"):
+        copies.read_probes(("image",))
+
+
+# --- Which pixels change ------------------------------------------------------------------------------------------
+
+
+class _Boxes(QuerySource):
+    """A square for each named object: a dog and a cat apart, and a car that touches the dog."""
+
+    boxes: ClassVar = {"dog": (4, 16, 4, 16), "cat": (24, 36, 24, 36), "car": (10, 20, 10, 20)}
+
+    def __init__(self, objects: Sequence[str] = ("dog", "cat", "car"), asked: str = "dog") -> None:
+        self.objects = list(objects)
+        self.asked = asked
+
+    def queries(self) -> Sequence[Query]:
+        return [Query(f"q{i}", "x", f"A {self.asked}?", "Yes", "yes_no", (self.asked,)) for i in range(3)]
+
+    def load(self, query: Query) -> LoadedImage:
+        image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        masks = {}
+        for name in self.objects:
+            top, bottom, left, right = self.boxes[name]
+            masks[name] = mask_of(image, (slice(top, bottom), slice(left, right)))
+        evidence = tuple(m for name, m in masks.items() if name == self.asked)
+        return LoadedImage(image, evidence, tuple(m for name, m in masks.items() if name != self.asked))
+
+    def has_evidence(self, query: Query) -> bool:
+        return self.asked in self.objects
+
+    def has_distractor(self, query: Query) -> bool:
+        return any(name != self.asked for name in self.objects)
+
+
+def changes(source: QuerySource, region: CopiedRegion, seed: int = 0) -> list[np.ndarray | None]:
+    """For each query which pixels its copy changes, bool [40, 40]; None without a copy."""
+    dataset = PerturbedQueries({"": EvalSplit(source)}, NoisePolicy(resolution="native"), None)
+    copy = ImageCopy(BLANK, region, seed)
+    dataset.make_copies([copy])
+    samples = [dataset[0, i] for i in range(len(dataset))]
+    images = [(s.image, s.copies[copy]) for s in samples]
+    return [None if changed is None else (changed != image).any(-1) for image, changed in images]
+
+
+def test_only_the_region_is_blanked() -> None:
+    image = np.zeros((40, 40))
+    regions: tuple[tuple[CopiedRegion, slice], ...]
+    regions = (("object", slice(4, 16)), ("distractor", slice(24, 36)), ("image", slice(40)))
+    for region, side in regions:
+        inside = mask_of(image, (side, side))
+        for changed in changes(_Boxes(), region):
+            assert changed is not None
+            assert not changed[~inside].any()
+            assert changed[inside].mean() > 0.9
+
+
+def test_a_distractor_is_one_object_that_does_not_touch_the_key_object() -> None:
+    """The car touches the dog; asked about the cat, both are distractors, and either is drawn."""
+    assert changes(_Boxes(("dog", "car")), "distractor") == [None] * 3
+    drawn = [c for seed in range(8) for c in changes(_Boxes(asked="cat"), "distractor", seed)]
+    assert {c is not None and int(c.sum()) > 120 for c in drawn} == {True, False}
+    # An absent object leaves all others.
+    assert None not in [c if c is None else 1 for c in changes(_Boxes(("cat",)), "distractor")]
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("region", "objects"), [("object", ("cat",)), ("distractor", ("dog",)), ("object", ())]
+)
+def test_a_split_without_such_a_region_is_named(
+    model_folder: str, region: str, objects: tuple[str, ...]
+) -> None:
+    parts = {"fine": EvalSplit(_Boxes()), "bare": EvalSplit(_Boxes(objects))}
+    module = PerturbedQueryDataModule(model_folder, test=parts, workers=0)
+    asking = EvaluationModule(BaseModel(model_folder), probes=[region])  # type: ignore[list-item]
+    module.trainer = SimpleNamespace(lightning_module=asking)  # type: ignore[assignment]
+    with pytest.raises(DataError, match=rf"data\.test\.bare: .*'{region}' out of model\.probes"):
+        module.setup("test")
+
+
+@pytest.mark.parametrize(
+    ("probes", "message"), [(["sound"], "no probe 'sound'"), (["image", "image"], "'image' appears twice")]
+)
+def test_probes_that_make_no_sense_are_refused(probes: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"model.probes: .*{message}"):
+        EvaluationModule(BaseModel("nowhere"), probes=probes)
+    assert check_probes(["answer", "image"]) == ("image", "answer")
+
+
+def test_the_demo_knows_its_distractors() -> None:
+    for source in (DemoSource("test", 3), DemoSource("test", 6, hard=1.0)):
+        for query in source.queries():
+            assert source.has_distractor(query) == bool(source.load(query).distractors)
