@@ -62,14 +62,6 @@ def test_conversations_are_those_rendered_one_by_one(
     assert chats[name].conversations(question, bare) == _one_by_one(chats[name], question, bare)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_conversations_of_every_level_under_every_template(chats: dict[str, ChatFormat], name: str) -> None:
-    responses = [render_response(a, c) for a in ("Yes", "No") for c in TENTHS]
-    for order in (responses, responses[::-1]):
-        conversations = chats[name].conversations("A dog?", order)
-        assert conversations == _one_by_one(chats[name], "A dog?", order)
-
-
 def test_a_template_that_inserts_text_unchanged_runs_twice(
     chats: dict[str, ChatFormat], monkeypatch: pytest.MonkeyPatch
 ) -> None:

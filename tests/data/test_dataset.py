@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from vlm_calibration.data.dataset import (
     EvalSplit,
@@ -26,7 +25,6 @@ from vlm_calibration.data.dataset import (
 )
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
-from vlm_calibration.data.sources.benchmark import PopeSource
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
@@ -64,14 +62,6 @@ def test_parts_get_names_and_one_part_none() -> None:
     assert [q.id for q in dataset.queries] == ["clean:dog", "clean:cat", "noised:dog", "noised:cat"]
     assert [q.category for q in dataset.queries] == ["clean/existence", "clean", "noised/existence", "noised"]
     assert [(q.id, q.category) for q in _dataset().queries] == [("dog", "existence"), ("cat", None)]
-
-
-def test_a_clean_part_stays_clean_and_states_the_clean_confidence() -> None:
-    dataset = _dataset(clean=EvalSplit(Square()))
-    for epoch in range(5):
-        sample = dataset[epoch, 0]
-        assert (sample.image == 128).all()
-        assert (sample.perturbation, sample.noise_step, sample.confidence) == (CLEAN, 0, 1.0)
 
 
 @pytest.mark.parametrize("kinds", [{"noise": 1.0}, {"noise": 1.0, "darkness": 0.0, "blur": 2.0}])
@@ -290,7 +280,8 @@ def test_clean_images_need_no_regions(mixed: Path, caplog: pytest.LogCaptureFixt
         warnings.simplefilter("error")
         dataset = _jsonl(mixed, NoisePolicy(resolution="native", no_region="raise", absent="skip"), "none")
     assert [q.id for q in dataset.queries] == [*ASKED, *UNLOCATED]
-    assert {dataset[0, i].perturbation for i in range(9)} == {CLEAN}
+    samples = [dataset[0, i] for i in range(9)]
+    assert {(s.perturbation, s.noise_step, s.confidence) for s in samples} == {(CLEAN, 0, 1.0)}
     assert caplog.text == ""
 
 
@@ -411,41 +402,7 @@ def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any, noise: Any, a
     assert len(_dataset(policy, some=EvalSplit(Empty())).__getitems__([(0, 0)]).samples) == 1
 
 
-def test_what_has_no_region_is_lost_on_neither_side(write_jsonl: Write, record: Record) -> None:
-    """Of ten yes and ten no about an attribute, half located each, all stay, and as many of each are perturbed."""
-    rows = [
-        record(f"{answer} {i}", question="Is the car red?", answer=answer, regions=DOG if i % 2 else [])
-        for answer in ("Yes", "No")
-        for i in range(10)
-    ]
-    with pytest.warns(UserWarning, match=re.escape("10 of 20 queries (5 yes, 5 no)")):
-        dataset = _jsonl(write_jsonl(*rows), replace(POLICY, levels=OnlyAt()))
-    samples = [dataset[0, i] for i in range(len(dataset))]
-    counts = Counter((s.query.answer, s.perturbation.strength > 0) for s in samples)
-    assert counts == dict.fromkeys(((a, s) for a in ("Yes", "No") for s in (True, False)), 5)
-
-
-def test_a_benchmark_loses_no_question_where_it_is_not_noised(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
-    rows = [
-        f'{{"question_id": {i}, "image": "a.jpg", "text": "A dog?", "label": "{a}"}}'
-        for i, a in enumerate(("yes", "no"))
-    ]
-    (tmp_path / "q.json").write_text("\n".join(rows))
-    source = PopeSource(str(tmp_path / "q.json"), str(tmp_path))
-    clean = PerturbedQueries({"": EvalSplit(source)}, POLICY, None)
-    assert len(clean) == 2
-    with pytest.warns(UserWarning, match=re.escape("1 of 2 queries (1 yes) need a region")):
-        noised = PerturbedQueries({"": EvalSplit(source, "drawn")}, POLICY, None)
-    assert [q.answer for q in noised.queries] == ["Yes", "No"]
-
-
 def test_the_same_query_in_two_parts_gets_different_noise() -> None:
     policy = NoisePolicy(resolution="native", levels=OnlyAt())
     dataset = _dataset(policy, one=EvalSplit(Square(), "drawn"), two=EvalSplit(Square(), "drawn"))
     assert not np.array_equal(dataset[0, 0].image, dataset[0, 2].image)
-
-
-def test_skip_leaves_out_what_has_no_evidence() -> None:
-    dataset = _dataset(NoisePolicy(resolution="native", absent="skip"))
-    assert [q.id for q in dataset.queries] == ["dog"]

@@ -67,10 +67,6 @@ def unlike(samples: Sequence[Sample]) -> Sequence[Sample]:
     ]
 
 
-def test_the_resolution_is_known(family: Family) -> None:
-    check_resolution(family.processor)
-
-
 def test_image_tokens_are_as_many_as_the_image_needs(
     family: Family, chat: ChatFormat, unlike: Sequence[Sample]
 ) -> None:

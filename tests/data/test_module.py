@@ -20,7 +20,6 @@ from PIL import Image
 from vlm_calibration.data.candidates import CandidateSettings, ValidationBatch
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
@@ -105,12 +104,6 @@ def test_processes_make_no_difference(
         together |= part
     assert together == {q: expected_epochs[1][q] for q in together}
     assert len(together) == 12 // processes * processes
-
-
-def test_another_seed_is_other_noise(model_folder: str, expected_epochs: list[Drawn]) -> None:
-    samples = _epoch(_module(model_folder, noise=NoisePolicy(seed=1)), 0)
-    assert set(samples) == set(expected_epochs[0])
-    assert sum(samples[q] == expected_epochs[0][q] for q in samples) <= 3
 
 
 def test_the_last_training_batch_is_whole_or_the_only_one(model_folder: str) -> None:

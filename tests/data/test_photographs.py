@@ -20,8 +20,7 @@ from vlm_calibration.perturbation.levels import CLEAN, Perturbation
 from vlm_calibration.records import LoadedImage, Query
 
 from ..models.families import FOUR
-from ..models.processors import cached_family
-from .test_resolution import PUBLISHED
+from ..models.processors import PUBLISHED, cached_family, published_family
 
 
 def photographs() -> dict[str, np.ndarray]:
@@ -44,19 +43,19 @@ def photographs() -> dict[str, np.ndarray]:
 
 
 PHOTOGRAPHS = photographs()
-VIEWED_TWICE = ("InternVL3", "llava_onevision")
+VIEWED_TWICE = ("internvl3_8b", "llava_onevision")
 """Processors whose overview image beside the tiles is made from the file, not from the tiles."""
 
 
-@pytest.fixture(params=[*FOUR, "SmolVLM2 500M", "Qwen3-VL", "InternVL3", "LLaVA-1.5"])
+@pytest.fixture(
+    scope="module", params=[*FOUR, "smolvlm2_500m", "qwen3_vl_8b", "internvl3_8b", "llava_1_5_7b"]
+)
 def family(request: pytest.FixtureRequest) -> tuple[str, Any]:
     """Name and image processor, with few pixels and as published."""
     name = request.param
-    if name in PUBLISHED:
-        kind, settings = PUBLISHED[name]
-        return name, getattr(transformers, f"{kind}ImageProcessor")(**settings)
-    check_resolution(cached_family(name).processor)
-    return name, cached_family(name).processor.image_processor
+    processor = (published_family if name in PUBLISHED else cached_family)(name).processor
+    check_resolution(processor)
+    return name, processor.image_processor
 
 
 def _levels(image_processor: Any, image: np.ndarray) -> torch.Tensor:

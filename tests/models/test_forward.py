@@ -64,17 +64,6 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
         assert torch.allclose(selected_gradients[name], gradient, atol=1e-6 * max(1.0, scale), rtol=0), name
 
 
-def test_labels_far_apart_are_found_as_well(load_model: Callable[..., Any], batch: SFTBatch) -> None:
-    model = load_model()
-    labels = torch.full_like(batch.labels, IGNORE)
-    labels[0, 1], labels[1, 70], labels[1, -1], labels[2, 5] = 9, 8, 7, 6
-    with torch.no_grad():
-        selected, plain = (f(model, batch.inputs, labels) for f in (labelled_logits, plain_logits))
-    assert selected.targets.tolist() == [9, 8, 7, 6]
-    assert selected.rows.tolist() == [0, 1, 1, 2]
-    assert torch.allclose(selected.logits, plain.logits, atol=1e-6)
-
-
 def test_a_label_on_the_first_token_is_refused(load_model: Callable[..., Any], batch: SFTBatch) -> None:
     labels = batch.labels.clone()
     labels[1, 0] = 5

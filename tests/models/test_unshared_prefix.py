@@ -50,7 +50,7 @@ def refused(request: pytest.FixtureRequest) -> tuple[Case, str]:
     return make(), reason
 
 
-def test_a_prefix_that_cannot_be_shared_is_scored_plainly_and_logged_once(
+def test_a_prefix_that_cannot_be_shared_is_scored_plainly_and_logged_once_or_refused(
     refused: tuple[Case, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     case, reason = refused
@@ -65,10 +65,6 @@ def test_a_prefix_that_cannot_be_shared_is_scored_plainly_and_logged_once(
     (record,) = [r for r in caplog.records if r.name == shared_prefix.__name__]
     assert record.levelno == logging.WARNING
     assert re.search(reason, record.getMessage())
-
-
-def test_a_prefix_that_cannot_be_shared_is_refused_if_it_has_to_be(refused: tuple[Case, str]) -> None:
-    case, reason = refused
     assert re.match(reason, why_not_shared(case.model, 60) or "")
     with pytest.raises(ValueError, match=f"^the prefix cannot be shared: {reason}.*; use `scoring: plain`$"):
         score_responses(case.model, case.batch, case.responses, "shared")

@@ -60,18 +60,14 @@ def inputs() -> Callable[..., dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("family", FOUR)
-def test_tower_and_projector_are_found(family: str) -> None:
-    assert names_of(adapted(family, "language")) == set(VISION[family])
-
-
-@pytest.mark.parametrize("family", FOUR)
-def test_what_is_adapted_or_trained_is_not_frozen(family: str) -> None:
+def test_tower_and_projector_are_frozen_unless_adapted_or_trained(family: str) -> None:
     tower, *projector = VISION[family]
     assert tower not in names_of(adapted(family, "language", "tower"))
     if family != "gemma3":  # its projector has no linear layer
         # The projector of the Qwen family is part of the tower.
         assert names_of(adapted(family, "projector")) == ({tower} if projector else set())
     model = adapted(family, "language")
+    assert names_of(model) == set(VISION[family])
     next(unwrap_peft(model).get_submodule(VISION[family][-1]).parameters()).requires_grad_(True)
     assert names_of(model) == ({tower} if projector else set())
     assert not frozen_vision(build(family)), "all weights are trained"

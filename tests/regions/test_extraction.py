@@ -331,8 +331,6 @@ def test_what_stops_an_extraction(truth: Truth, model_folder: str, tmp_path: Pat
     with pytest.raises(DataError, match=f"^{tmp_path}/shards: 2 of 3 shards are missing"):
         _predict(limited, tmp_path, *exact, limit_predict_batches=1)
     assert not (tmp_path / "train.parquet").exists()
-    with pytest.raises(DataError, match=r"data\.predict is not set"):
-        _predict(PerturbedQueryDataModule(model_folder, workers=0), tmp_path / "none", *exact)
     with pytest.raises(DataError, match="data: needs 0 <= part < parts, found part 2 of 2"):
         PerturbedQueryDataModule(model_folder, parts=2, part=2)
     damaged = RawBatch([RawQuery(PLAIN, None, "x.png: damaged")], 0)
