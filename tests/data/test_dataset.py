@@ -24,7 +24,7 @@ from vlm_calibration.data.dataset import (
     query_id_of_level,
 )
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.sources.base import QuerySource
+from vlm_calibration.data.sources.base import QuerySource, with_regions
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
@@ -47,10 +47,7 @@ class Square(QuerySource):
         ]
 
     def load(self, query: Query) -> LoadedImage:
-        mask = np.zeros((10, 10), dtype=bool)
-        mask[2:8, 2:8] = True
-        evidence, distractors = ((mask,), ()) if query.objects == ("dog",) else ((), (mask,))
-        return LoadedImage(np.full((10, 10, 3), 128, dtype=np.uint8), evidence, distractors)
+        return with_regions(query, np.full((10, 10, 3), 128, dtype=np.uint8))
 
 
 def _dataset(policy: NoisePolicy = POLICY, **parts: EvalSplit) -> PerturbedQueries:
