@@ -20,7 +20,7 @@ from vlm_calibration.models import shared_prefix
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.shared_prefix import Packed, Prompts, pack, score_responses, why_not_shared
 
-from .families import FOUR, build, collated, new_prompts
+from .families import FOUR, collated, new_prompts
 from .prefix_cases import (
     Case,
     Responses,
@@ -241,14 +241,6 @@ def test_a_window_as_long_as_the_row_is_long_enough(family: str) -> None:
     assert "rows are longer" in str(why_not_shared(case.model, row + 1))
     with torch.no_grad():
         assert_equal(score_responses(case.model, case.batch, case.responses, "shared"), case)
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "paged|sdpa"])
-def test_attention_without_a_mask_of_its_own_is_refused(attention: str) -> None:
-    model = build("qwen2_5_vl", "sdpa")
-    assert why_not_shared(model, 10_000) is None
-    model.config.get_text_config()._attn_implementation = attention
-    assert f"attention {attention!r} takes no custom mask" in str(why_not_shared(model, 5))
 
 
 # --- Packed rows -----------------------------------------------------------------------------------------------------
