@@ -168,7 +168,6 @@ def test_a_missing_region_is_never_an_absent_object(
         assert (sample.perturbation, sample.confidence) == (CLEAN, 1.0)
         assert (sample.image == (255, 0, 0)).all()
     [message] = [str(w.message) for w in warned]
-    assert f"200 of 201 queries (200 {answer.lower()}) need a region" in message
     assert message.endswith(": 'q 0', 'q 1', 'q 2', 'q 3', 'q 4' and 195 more")
 
 
@@ -180,11 +179,10 @@ def test_only_the_answer_says_that_an_object_is_absent(mixed: Path, noise: str) 
     levels = len(POLICY.perturbations) if noise == "every_level" else 1
     assert asked == {**dict.fromkeys(ASKED, levels), **dict.fromkeys(UNLOCATED, 1)}
     [message] = [str(w.message) for w in warned]
-    assert message == (
-        "data.train: images stay untouched: 5 of 9 queries (2 yes, 2 short, 1 open) need a region of what they ask about and have none: "
-        "'yes without regions', 'yes with another region', 'short', 'a short no', 'open'; "
-        "2 ask about an object that is absent (`absent: distractor`): 'absent', 'absent, with another region'"
-    )
+    missing, absent = message.split("; ")
+    assert "5 of 9 queries (2 yes, 2 short, 1 open)" in missing
+    assert missing.endswith(f": {str(UNLOCATED)[1:-1]}")
+    assert absent.endswith(": 'absent', 'absent, with another region'")
 
 
 def test_all_key_objects_must_have_a_region(write_jsonl: Write, record: Record) -> None:
@@ -221,14 +219,9 @@ def test_absent_objects_may_be_left_out_too(mixed: Path) -> None:
 
 
 def test_a_missing_region_may_stop_the_run(mixed: Path) -> None:
-    with pytest.raises(DataError) as caught:
+    says = r"^data\.train: 5 of 9 queries .* 'yes without regions', .*`data\.noise\.no_region: clean`"
+    with pytest.raises(DataError, match=says):
         _jsonl(mixed, NoisePolicy(resolution="native", no_region="raise"))
-    message = str(caught.value)
-    assert message.startswith(
-        "data.train: 5 of 9 queries (2 yes, 2 short, 1 open) need a region of what they ask about and have none: 'yes without regions', "
-    )
-    assert "`data.noise.no_region: clean`" in message
-    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -304,12 +297,8 @@ def test_an_answer_type_without_levels_is_told_before_anything_is_loaded(
         record("yes", regions=DOG), record("open", regions=DOG, answer="Dogs.", answer_type="open")
     )
     policy = NoisePolicy(resolution="native", levels=levels)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"^data\.train: record 'open': .*levels fit.*`on_bad_record: skip`"):
         _jsonl(path, policy)
-    assert str(caught.value) == (
-        "data.train: record 'open': the level table has no levels for answer type 'open'; measured: yes_no: measure it with "
-        "`vlm-calibration levels fit`; `on_bad_record: skip` leaves such records out"
-    )
     with pytest.warns(UserWarning, match="left out 1 of 2 records: data.train: record 'open'"):
         dataset = _jsonl(path, policy, on_bad_record="skip")
     assert [q.id for q in dataset.queries] == ["yes"]
