@@ -24,7 +24,6 @@ from vlm_calibration.data.dataset import (
     query_id_of_level,
 )
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.sources.base import QuerySource, with_regions
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
@@ -32,30 +31,25 @@ from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLev
 from vlm_calibration.records import DataError, LoadedImage, Query, Region
 
 from ..level_tables import OnlyAt, noise_counts
+from .conftest import Listed
 
 POLICY = NoisePolicy(resolution="native", distractor_probability=0.0)
 
 
-class Square(QuerySource):
-    """Two queries about one grey image: about a dog in it, and about an absent cat."""
-
-    def queries(self) -> Sequence[Query]:
-        regions = (Region("dog", (2, 2, 8, 8)),)
-        return [
-            Query("dog", "x", "A dog?", "Yes", "yes_no", ("dog",), regions, "existence"),
-            Query("cat", "x", "A cat?", "No", "yes_no", ("cat",), regions),
-        ]
-
-    def load(self, query: Query) -> LoadedImage:
-        return with_regions(query, np.full((10, 10, 3), 128, dtype=np.uint8))
+REGIONS = (Region("dog", (2, 2, 8, 8)),)
+SQUARE = (
+    Query("dog", "x", "A dog?", "Yes", "yes_no", ("dog",), REGIONS, "existence"),
+    Query("cat", "x", "A cat?", "No", "yes_no", ("cat",), REGIONS),
+)
+"""Two queries about one grey image: about a dog in it, and about an absent cat."""
 
 
 def _dataset(policy: NoisePolicy = POLICY, **parts: EvalSplit) -> PerturbedQueries:
-    return PerturbedQueries(parts or {"": EvalSplit(Square(), "drawn")}, policy, None)
+    return PerturbedQueries(parts or {"": EvalSplit(Listed(*SQUARE), "drawn")}, policy, None)
 
 
 def test_parts_get_names_and_one_part_none() -> None:
-    dataset = _dataset(clean=EvalSplit(Square()), noised=EvalSplit(Square(), "drawn"))
+    dataset = _dataset(clean=EvalSplit(Listed(*SQUARE)), noised=EvalSplit(Listed(*SQUARE), "drawn"))
     assert [q.id for q in dataset.queries] == ["clean:dog", "clean:cat", "noised:dog", "noised:cat"]
     assert [q.category for q in dataset.queries] == ["clean/existence", "clean", "noised/existence", "noised"]
     assert [(q.id, q.category) for q in _dataset().queries] == [("dog", "existence"), ("cat", None)]
@@ -64,7 +58,7 @@ def test_parts_get_names_and_one_part_none() -> None:
 @pytest.mark.parametrize("kinds", [{"noise": 1.0}, {"noise": 1.0, "darkness": 0.0, "blur": 2.0}])
 def test_every_level_asks_each_query_at_each_level_of_each_kind(kinds: dict[str, float]) -> None:
     policy = replace(POLICY, kinds=kinds, levels=LinearLevels(3))
-    dataset = _dataset(policy, sweep=EvalSplit(Square(), "every_level"))
+    dataset = _dataset(policy, sweep=EvalSplit(Listed(*SQUARE), "every_level"))
     levels = [(kind, s) for kind, weight in kinds.items() if weight for s in (0.5, 1.0)]
     assert len(dataset) == 2 * (1 + len(levels))
     samples = [dataset[0, i] for i in range(len(dataset))]
@@ -86,9 +80,9 @@ def test_the_id_of_a_level_contains_that_of_the_query(query_id: str, perturbatio
 def test_a_part_may_have_kinds_of_its_own() -> None:
     policy = replace(POLICY, levels=LinearLevels(3))
     parts = {
-        "own": EvalSplit(Square(), "every_level", {"blur": 1.0}),
-        "shared": EvalSplit(Square(), "every_level"),
-        "clean": EvalSplit(Square()),
+        "own": EvalSplit(Listed(*SQUARE), "every_level", {"blur": 1.0}),
+        "shared": EvalSplit(Listed(*SQUARE), "every_level"),
+        "clean": EvalSplit(Listed(*SQUARE)),
     }
     dataset = _dataset(policy, **parts)
     kinds: dict[str, set[str]] = {}
@@ -98,25 +92,21 @@ def test_a_part_may_have_kinds_of_its_own() -> None:
     with pytest.raises(
         DataError, match=r"^data\.bad: noise.kinds: there is no kind 'rain': expected noise, blur"
     ):
-        _dataset(policy, bad=EvalSplit(Square(), "drawn", {"rain": 1.0}))
+        _dataset(policy, bad=EvalSplit(Listed(*SQUARE), "drawn", {"rain": 1.0}))
 
 
 def test_nothing_left_is_an_error() -> None:
-    class Absent(Square):
-        def queries(self) -> Sequence[Query]:
-            return super().queries()[1:]
-
     with pytest.raises(DataError, match="no query is left"):
-        _dataset(NoisePolicy(resolution="native", absent="skip"), some=EvalSplit(Absent(), "drawn"))
+        _dataset(NoisePolicy(resolution="native", absent="skip"), some=EvalSplit(Listed(SQUARE[1]), "drawn"))
 
 
 def test_an_error_names_the_record() -> None:
-    class Wrong(Square):
+    class Wrong(Listed):
         def load(self, query: Query) -> LoadedImage:
             return super().load(query)._replace(evidence=(np.zeros((10, 10), dtype=bool),))
 
     with pytest.raises(DataError, match=r"record 'bad:dog': region mask is empty"):
-        _dataset(bad=EvalSplit(Wrong(), "drawn"))[0, 0]
+        _dataset(bad=EvalSplit(Wrong(*SQUARE), "drawn"))[0, 0]
 
 
 Write = Callable[..., Path]
@@ -365,17 +355,14 @@ def test_a_record_that_cannot_be_loaded_stops_the_run_where_it_is_to(damaged: Pa
 def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any, noise: Any, answer: str) -> None:
     """A region has the object's label, but no pixel, as some in COCO. On clean images it does not matter."""
 
-    class Empty(Square):
-        def queries(self) -> Sequence[Query]:
-            dog, cat = super().queries()
-            return [replace(dog, answer=answer), cat]
-
+    class Empty(Listed):
         def load(self, query: Query) -> LoadedImage:
             loaded = super().load(query)
             return loaded._replace(evidence=()) if query.objects == ("dog",) else loaded
 
     policy = NoisePolicy(resolution="native", no_region=rule, levels=OnlyAt())
-    dataset = _dataset(policy, some=EvalSplit(Empty(), noise))
+    source = Empty(replace(SQUARE[0], answer=answer), SQUARE[1])
+    dataset = _dataset(policy, some=EvalSplit(source, noise))
     keys = [(0, i) for i in range(len(dataset))]
     if rule == "raise":
         with pytest.raises(NoEvidenceError, match="record 'some:dog.*no pixel of its image shows"):
@@ -385,10 +372,12 @@ def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any, noise: Any, a
         [dog] = [s for s in drawn.samples if s.query.objects == ("dog",)]
         assert (dog.perturbation, dog.confidence, drawn.empty) == (CLEAN, 1.0, [0])
         assert list(drawn.left_out) == [i for i, q in enumerate(dataset.queries) if "dog@" in q.id and i]
-    assert len(_dataset(policy, some=EvalSplit(Empty())).__getitems__([(0, 0)]).samples) == 1
+    assert len(_dataset(policy, some=EvalSplit(source)).__getitems__([(0, 0)]).samples) == 1
 
 
 def test_the_same_query_in_two_parts_gets_different_noise() -> None:
     policy = NoisePolicy(resolution="native", levels=OnlyAt())
-    dataset = _dataset(policy, one=EvalSplit(Square(), "drawn"), two=EvalSplit(Square(), "drawn"))
+    dataset = _dataset(
+        policy, one=EvalSplit(Listed(*SQUARE), "drawn"), two=EvalSplit(Listed(*SQUARE), "drawn")
+    )
     assert not np.array_equal(dataset[0, 0].image, dataset[0, 2].image)
