@@ -104,13 +104,13 @@ MUTANTS = [
     ),
     Mutant(
         "packing",
-        "models/suffix_masks.py",
+        "models/shared_prefix.py",
         "same_path = ((key == 0) | (key == query)) & (key >= 0)",
         "same_path = key >= 0",
         "models/test_shared_prefix.py",
     ),
     Mutant(
-        "packing", "models/suffix_masks.py", "positions - shift", "positions", "models/test_shared_prefix.py"
+        "packing", "models/shared_prefix.py", "positions - shift", "positions", "models/test_shared_prefix.py"
     ),
     Mutant(
         "packing",

@@ -13,8 +13,26 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 
 from vlm_calibration.data.noise import Sample
+from vlm_calibration.data.sources.base import QuerySource, with_regions
 from vlm_calibration.perturbation.levels import CLEAN
-from vlm_calibration.records import Query
+from vlm_calibration.records import DataError, LoadedImage, Query
+
+
+class Listed(QuerySource):
+    """Given queries about grey images of `size` (height, width) with the regions of each; those with the ids `damaged` cannot be loaded."""
+
+    def __init__(
+        self, *queries: Query, size: tuple[int, int] = (10, 10), damaged: Sequence[str] = ()
+    ) -> None:
+        self.listed, self.size, self.damaged = queries, size, damaged
+
+    def queries(self) -> Sequence[Query]:
+        return self.listed
+
+    def load(self, query: Query) -> LoadedImage:
+        if query.id in self.damaged:
+            raise DataError(f"record {query.id!r}: damaged")
+        return with_regions(query, np.full((*self.size, 3), 128, dtype=np.uint8))
 
 
 @pytest.fixture

@@ -20,13 +20,12 @@ from PIL import Image
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings
 from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
-from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
-from vlm_calibration.data.resolution import check_resolution
+from vlm_calibration.data.noise import NoisePolicy, Sample
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.adapters import layer_parts
 from vlm_calibration.models.generation import generate
-from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
-from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.perturbation.levels import LinearLevels
+from vlm_calibration.records import DataError
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -65,10 +64,6 @@ def unlike(samples: Sequence[Sample]) -> Sequence[Sample]:
         s._replace(image=rng.integers(0, 256, (*size, 3), dtype=np.uint8))
         for s, size in zip(samples, sizes, strict=True)
     ]
-
-
-def test_the_resolution_is_known(family: Family) -> None:
-    check_resolution(family.processor)
 
 
 def test_image_tokens_are_as_many_as_the_image_needs(
@@ -156,33 +151,6 @@ def test_the_model_has_its_parts(family: Family, model: Any) -> None:
     parts = layer_parts(model)
     assert set(parts.values()) == {"language", "tower", *(["projector"] if family.projects else [])}
     assert not [name for name in parts if "lm_head" in name]
-
-
-def test_noise_survives_the_processor(family: Family) -> None:
-    photo = np.full((300, 400, 3), 128, dtype=np.uint8)
-    loaded = LoadedImage(photo, (np.ones((300, 400), dtype=bool),), ())
-    query = Query("q", "x", "Dog?", "Yes", "yes_no")
-    processor = family.processor
-    check_resolution(processor)
-
-    def tiles(image: np.ndarray) -> torch.Tensor:
-        """The pixels without the overview image among the tiles and without the black padding."""
-        pixels = processor.image_processor(images=[image], do_normalize=False, return_tensors="pt")[
-            "pixel_values"
-        ]
-        if pixels.ndim == 5 or family.name == "internvl":
-            pixels = pixels.flatten(0, -4)
-            pixels = pixels[1:] if family.name == "llava_onevision" else pixels[:-1]
-        return pixels[pixels > 0]
-
-    std = {}
-    for resolution in ("model", "native"):
-        policy = NoisePolicy(resolution=resolution, distractor_probability=0.0)  # type: ignore[arg-type]
-        image = perturb_query(
-            query, loaded, policy, processor.image_processor, 0, Perturbation("noise", 0.15)
-        ).image
-        std[resolution] = float(tiles(image).std())
-    assert std["model"] > 3 * std["native"] > 3 * float(tiles(photo).std())
 
 
 def test_an_image_that_the_processor_refuses_is_named(unlike: Sequence[Sample]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -20,12 +19,12 @@ from PIL import Image
 from vlm_calibration.data.candidates import CandidateSettings, ValidationBatch
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.levels import LinearLevels
-from vlm_calibration.records import DataError, LoadedImage, Query, Region
+from vlm_calibration.records import DataError, Query, Region
+
+from .conftest import Listed
 
 TRAIN = DemoSource("train", scenes=4)
 Drawn = dict[str, tuple[bytes, float]]
@@ -105,12 +104,6 @@ def test_processes_make_no_difference(
         together |= part
     assert together == {q: expected_epochs[1][q] for q in together}
     assert len(together) == 12 // processes * processes
-
-
-def test_another_seed_is_other_noise(model_folder: str, expected_epochs: list[Drawn]) -> None:
-    samples = _epoch(_module(model_folder, noise=NoisePolicy(seed=1)), 0)
-    assert set(samples) == set(expected_epochs[0])
-    assert sum(samples[q] == expected_epochs[0][q] for q in samples) <= 3
 
 
 def test_the_last_training_batch_is_whole_or_the_only_one(model_folder: str) -> None:
@@ -249,22 +242,13 @@ def test_a_processor_of_unknown_resolution_is_refused_before_anything_is_read(
         module.setup("fit")
 
 
-class Failing(QuerySource):
-    """The image of the second query cannot be read."""
-
-    def queries(self) -> Sequence[Query]:
-        region = Region("dog", (0, 0, 8, 8))
-        return [Query(f"q{i}", "x", "A dog?", "Yes", "yes_no", regions=(region,)) for i in range(3)]
-
-    def load(self, query: Query) -> LoadedImage:
-        if query.id == "q1":
-            raise DataError("record 'q1': damaged")
-        image = np.zeros((8, 8, 3), dtype=np.uint8)
-        return LoadedImage(image, (np.ones((8, 8), dtype=bool),), ())
-
-
 def test_an_error_in_a_worker_names_the_record(model_folder: str) -> None:
-    module = _module(model_folder, train=Failing(), workers=1, batch_size=1)
+    queries = (
+        Query(f"q{i}", "x", "A dog?", "Yes", "yes_no", regions=(Region("dog", (0, 0, 8, 8)),))
+        for i in range(3)
+    )
+    train = Listed(*queries, damaged=["q1"])
+    module = _module(model_folder, train=train, workers=1, batch_size=1)
     module.setup("fit")
     with pytest.raises(DataError, match="record 'q1': damaged"):
         list(module.train_dataloader())

@@ -12,11 +12,11 @@ from scipy.stats import chi2_contingency
 
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.data.sources.base import QuerySource, with_regions
 from vlm_calibration.perturbation.masks import bounding_box, mask_to_rle
-from vlm_calibration.records import DataError, LoadedImage, Query, Region
+from vlm_calibration.records import DataError, Query, Region
 
 from ..level_tables import OnlyAt
+from .conftest import Listed
 
 SIZE = 48
 
@@ -28,31 +28,36 @@ def _region(label: str, height: int, width: int, *, outlined: bool) -> Region:
     return Region(label, (8, 5, 8 + width, 5 + height), mask_to_rle(mask) if outlined else None)
 
 
-class Located(QuerySource):
-    """As many yes as no about existence on grey images; only what is there has a region of its own, triangles of five sizes.
+def located(outlined: Sequence[bool], others: bool) -> list[Query]:
+    """As many yes as no about existence; only what is there has a region of its own, triangles of five sizes.
 
     Args:
         outlined: for each size, whether its regions have masks.
         others: whether every image has a box of another object as well.
     """
+    cats = (_region("cat", 21, 3, outlined=False),) if others else ()
+    queries = []
+    for i, has_mask in enumerate(outlined):
+        dog = _region("dog", 4 + 3 * i, 12 - i, outlined=has_mask)
+        queries += [
+            Query(f"yes {i}", "x", "Is there a dog?", "Yes", "yes_no", ("dog",), (dog, *cats)),
+            Query(f"no {i}", "x", "Is there a dog?", "No", "yes_no", ("dog",), cats),
+            Query(f"red {i}", "x", "What colour is it?", "red", "short", ("sky",), (_sky(i),)),
+        ]
+    return queries
 
-    def __init__(self, outlined: Sequence[bool], others: bool) -> None:
-        self.outlined, self.others = outlined, others
 
-    def queries(self) -> Sequence[Query]:
-        cats = (_region("cat", 21, 3, outlined=False),) if self.others else ()
-        queries = []
-        for i, outlined in enumerate(self.outlined):
-            dog = _region("dog", 4 + 3 * i, 12 - i, outlined=outlined)
-            queries += [
-                Query(f"yes {i}", "x", "Is there a dog?", "Yes", "yes_no", ("dog",), (dog, *cats)),
-                Query(f"no {i}", "x", "Is there a dog?", "No", "yes_no", ("dog",), cats),
-                Query(f"red {i}", "x", "What colour is it?", "red", "short", ("sky",), (_sky(i),)),
-            ]
-        return queries
-
-    def load(self, query: Query) -> LoadedImage:
-        return with_regions(query, np.full((SIZE, SIZE, 3), 128, dtype=np.uint8))
+def _dataset(
+    queries: Sequence[Query],
+    noise: Any = "drawn",
+    damaged: Sequence[str] = (),
+    rule: Any = "raise",
+    **policy: Any,
+) -> PerturbedQueries:
+    source = Listed(*queries, size=(SIZE, SIZE), damaged=damaged)
+    source.on_bad_record = rule
+    settings = NoisePolicy(levels=OnlyAt(), resolution="native", **policy)
+    return PerturbedQueries({"": EvalSplit(source, noise)}, settings, None)
 
 
 def _sky(i: int) -> Region:
@@ -66,8 +71,7 @@ def _sky(i: int) -> Region:
 )
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "with other objects"])
 def test_both_answers_get_regions_of_one_distribution(outlined: list[bool], others: bool, noise: Any) -> None:
-    policy = NoisePolicy(levels=OnlyAt(), resolution="native", distractor_probability=0.4)
-    dataset = PerturbedQueries({"": EvalSplit(Located(outlined, others), noise)}, policy, None)
+    dataset = _dataset(located(outlined, others), noise, distractor_probability=0.4)
     shapes: dict[str, Counter[tuple[tuple[int, ...], bytes]]] = {"Yes": Counter(), "No": Counter()}
     for epoch in range(60):
         for index, query in enumerate(dataset.queries):
@@ -82,29 +86,16 @@ def test_both_answers_get_regions_of_one_distribution(outlined: list[bool], othe
 
 
 def test_without_a_shape_to_give_boxes_are_perturbed_and_the_run_says_so() -> None:
-    class Absent(Located):
-        def queries(self) -> Sequence[Query]:
-            return [query for query in super().queries() if query.answer == "No"]
-
-    policy = NoisePolicy(levels=OnlyAt(), resolution="native")
+    absent = [query for query in located([True] * 5, True) if query.answer == "No"]
     with pytest.warns(UserWarning, match=r"data: .*shape those of 5 absent objects could have.*random boxes"):
-        dataset = PerturbedQueries({"": EvalSplit(Absent([True] * 5, True), "drawn")}, policy, None)
+        dataset = _dataset(absent)
     changed = (dataset[0, 0].image != 128).any(axis=-1)
     assert changed[bounding_box(changed).slices].all()
 
 
 @pytest.mark.parametrize("rule", ["raise", "skip"])
 def test_a_shape_comes_from_an_image_that_can_be_loaded(rule: Any) -> None:
-    class Damaged(Located):
-        on_bad_record = rule
-
-        def load(self, query: Query) -> LoadedImage:
-            if query.id in ("yes 0", "yes 1", "yes 2", "yes 3"):
-                raise DataError(f"record {query.id!r}: damaged")
-            return super().load(query)
-
-    policy = NoisePolicy(levels=OnlyAt(), resolution="native")
-    dataset = PerturbedQueries({"": EvalSplit(Damaged([True] * 5, False), "drawn")}, policy, None)
+    dataset = _dataset(located([True] * 5, False), damaged=[f"yes {i}" for i in range(4)], rule=rule)
     keys = [
         (epoch, i) for epoch in range(5) for i, query in enumerate(dataset.queries) if query.answer == "No"
     ]

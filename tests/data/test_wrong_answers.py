@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +12,16 @@ from scipy.stats import binomtest, chisquare
 
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query
-from vlm_calibration.data.sources.base import QuerySource, opposite
+from vlm_calibration.data.sources.base import opposite
 from vlm_calibration.demo.questions import scene_seed
 from vlm_calibration.demo.scenes import CLASSES, scene_layout
 from vlm_calibration.demo.source import DemoSource, scene_index
-from vlm_calibration.perturbation.levels import NOISE, AnchoredLevels, LinearLevels, Perturbation
+from vlm_calibration.perturbation.levels import NOISE, AnchoredLevels, Perturbation
 from vlm_calibration.records import LoadedImage, Query, Region
 from vlm_calibration.text.grading import grade
 
 from ..level_tables import OnlyAt, noise_counts
+from .conftest import Listed
 
 IMAGE = np.random.default_rng(0).integers(60, 200, (6, 6, 3), dtype=np.uint8)
 DOG = np.zeros((6, 6), dtype=bool)
@@ -138,14 +138,6 @@ def test_mistakes_have_a_stream_of_their_own() -> None:
 # --- Wrong answers of sources -------------------------------------------------------------------------------------------
 
 
-class Plain(QuerySource):
-    def queries(self) -> Sequence[Query]:
-        return [QUERY]
-
-    def load(self, query: Query) -> LoadedImage:
-        return SCENE
-
-
 def _regions(*labels: str) -> tuple[Region, ...]:
     return tuple(Region(label, (0, 0, 1, 1)) for label in labels)
 
@@ -157,7 +149,7 @@ def _regions(*labels: str) -> tuple[Region, ...]:
 def test_the_opposite_of_yes_or_no(gold: str, expected: str) -> None:
     query = replace(QUERY, answer=gold, regions=_regions("dog", "cat"))
     assert opposite(query) == (expected,)
-    assert tuple(Plain().wrong_answers(query)) == (expected,)
+    assert tuple(Listed(QUERY).wrong_answers(query)) == (expected,)
     assert not grade(expected, gold, "yes_no").correct
 
 
@@ -176,8 +168,8 @@ def test_the_opposite_of_yes_or_no(gold: str, expected: str) -> None:
         "others",
         "each once",
         "not what is right too",
-        "evidence",
         "all is evidence",
+        "no object",
         "unlabelled",
         "no word",
     ],
@@ -188,8 +180,8 @@ def test_a_short_answer_may_be_taken_for_what_else_is_there(
     regions = _regions(*labels)
     query = Query("q", "x", "What is it?", "dog", "short", objects, regions, synonyms=("puppy", "hound"))
     assert opposite(query) == ()
-    assert list(Plain().wrong_answers(query)) == expected
-    assert list(Plain().wrong_answers(replace(query, answer_type="open"))) == []
+    assert list(Listed(QUERY).wrong_answers(query)) == expected
+    assert list(Listed(QUERY).wrong_answers(replace(query, answer_type="open"))) == []
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -213,14 +205,11 @@ def test_the_demo_knows_what_else_is_in_the_scene(shifted: bool) -> None:
 
 def test_the_dataset_asks_the_source() -> None:
     source = DemoSource("train", scenes=4)
-    policy = NoisePolicy(levels=LinearLevels(), wrong_answer_rate=1.0, resolution="native")
-    for parts in ({"": EvalSplit(source, "drawn")}, {"named": EvalSplit(source, "every_level")}):
-        dataset = PerturbedQueries(parts, policy, None)
-        samples = [dataset[3, i] for i in range(len(dataset))]
-        assert all(s.wrong == tuple(source.wrong_answers(s.query)) for s in samples)
-        assert all(s.epoch == 3 for s in samples)
-        assert {s.wrong_answer is None for s in samples} == {True, False}
-        assert all(s.wrong_answer is None or s.wrong_answer in s.wrong for s in samples)
+    policy = NoisePolicy(wrong_answer_rate=1.0, resolution="native")
+    dataset = PerturbedQueries({"named": EvalSplit(source, "every_level")}, policy, None)
+    samples = [dataset[3, i] for i in range(len(dataset))]
+    assert all(s.wrong == tuple(source.wrong_answers(s.query)) for s in samples)
+    assert {s.wrong_answer is None for s in samples} == {True, False}
 
 
 FORMS = {
@@ -229,20 +218,14 @@ FORMS = {
     "Who painted this?": ("nobody", "Nobody.", "nobody", "nobody"),
 }
 """Form of a question about an object -> the gold answers to it about four objects."""
-
-
-class Short(QuerySource):
-    """Short questions of these forms, each object with its region and no other."""
-
-    def queries(self) -> Sequence[Query]:
-        return [
-            Query(f"{form}|{name}", "x", form.format(name), gold, "short", (name,), _regions(name))
-            for form, golds in FORMS.items()
-            for name, gold in zip(("dog", "red car", "cup", "tree"), golds, strict=True)
-        ]
-
-    def load(self, query: Query) -> LoadedImage:
-        return SCENE
+SHORT = Listed(
+    *(
+        Query(f"{form}|{name}", "x", form.format(name), gold, "short", (name,), _regions(name))
+        for form, golds in FORMS.items()
+        for name, gold in zip(("dog", "red car", "cup", "tree"), golds, strict=True)
+    )
+)
+"""Short questions of these forms, each object with its region and no other."""
 
 
 def test_a_wrong_answer_that_the_source_lacks_is_right_to_a_question_of_the_same_form() -> None:
@@ -250,7 +233,7 @@ def test_a_wrong_answer_that_the_source_lacks_is_right_to_a_question_of_the_same
         levels=OnlyAt(), wrong_answer_rate=1.0, resolution="native", distractor_probability=0
     )
     with pytest.warns(UserWarning, match="data: 4 of 12 queries have no wrong answer .*`wrong_answer_rate`"):
-        dataset = PerturbedQueries({"": EvalSplit(Short(), "drawn")}, policy, None)
+        dataset = PerturbedQueries({"": EvalSplit(SHORT, "drawn")}, policy, None)
     given: dict[str, set[str]] = {}
     for epoch in range(12):
         for index, query in enumerate(dataset.queries):
@@ -265,6 +248,6 @@ def test_a_wrong_answer_that_the_source_lacks_is_right_to_a_question_of_the_same
 
 def test_without_wrong_answers_to_give_none_are_reported(recwarn: pytest.WarningsRecorder) -> None:
     policy = NoisePolicy(levels=OnlyAt(), resolution="native")
-    dataset = PerturbedQueries({"": EvalSplit(Short(), "drawn")}, policy, None)
+    dataset = PerturbedQueries({"": EvalSplit(SHORT, "drawn")}, policy, None)
     assert {dataset[0, i].wrong for i in range(12)} == {()}
     assert not recwarn.list

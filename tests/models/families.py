@@ -85,10 +85,6 @@ class Spec:
             "vision_end_token_id": self.end_of_image,
         }
 
-    @property
-    def llava_tokens(self) -> dict[str, int]:
-        return {"image_token_index": self.image, "image_seq_length": 16}
-
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -112,18 +108,10 @@ def _siglip(**changes: Any) -> tf.SiglipVisionConfig:
     return tf.SiglipVisionConfig(**VISION, vision_use_head=False, **changes)
 
 
-def _llava_clip(spec: Spec) -> tuple[Any, Any]:
-    vision, text = tf.CLIPVisionConfig(**VISION), tf.LlamaConfig(**spec.text())
-    return tf.LlavaForConditionalGeneration, tf.LlavaConfig(
-        vision_config=vision, text_config=text, **spec.llava_tokens
-    )
-
-
-def _llava_mistral(spec: Spec) -> tuple[Any, Any]:
-    vision, text = tf.CLIPVisionConfig(**VISION), tf.MistralConfig(**spec.text(sliding_window=WIDE))
-    return tf.LlavaForConditionalGeneration, tf.LlavaConfig(
-        vision_config=vision, text_config=text, **spec.llava_tokens
-    )
+def _llava(spec: Spec, text: Any) -> tuple[Any, Any]:
+    tokens = {"image_token_index": spec.image, "image_seq_length": 16}
+    config = tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**VISION), text_config=text, **tokens)
+    return tf.LlavaForConditionalGeneration, config
 
 
 def _smolvlm(spec: Spec) -> tuple[Any, Any]:
@@ -223,8 +211,8 @@ def _paligemma2(spec: Spec) -> tuple[Any, Any]:
 
 
 FAMILIES: dict[str, Callable[[Spec], tuple[Any, Any]]] = {
-    "llava_clip": _llava_clip,
-    "llava_mistral": _llava_mistral,
+    "llava_clip": lambda spec: _llava(spec, tf.LlamaConfig(**spec.text())),
+    "llava_mistral": lambda spec: _llava(spec, tf.MistralConfig(**spec.text(sliding_window=WIDE))),
     "smolvlm": _smolvlm,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,

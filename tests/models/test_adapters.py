@@ -267,17 +267,10 @@ def test_policy_and_reference_share_one_copy_of_the_base(
     load_model: Callable[..., Any], of_all_parts: str
 ) -> None:
     model = load_model()
-    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    before = {p.data_ptr() for p in model.parameters()}
     policy = continue_adapter(model, of_all_parts)
     parameters = list(policy.named_parameters(remove_duplicate=False))
-    base = {
-        name.removeprefix("base_model.model.").replace("base_layer.", ""): p
-        for name, p in parameters
-        if "lora_" not in name
-    }
-    assert {name: base[name].data_ptr() for name in before} == before
-    assert {p.data_ptr() for p in base.values()} == set(before.values()), "no copies"
-    assert not [name for name, p in base.items() if p.requires_grad]
+    assert {p.data_ptr() for name, p in parameters if "lora_" not in name} == before, "no copies"
     adapters = [p.data_ptr() for name, p in parameters if "lora_" in name]
     assert len(set(adapters)) == len(adapters) == 2 * 2 * len(layer_parts(load_model())), (
         "A and B of two adapters"
@@ -285,12 +278,6 @@ def test_policy_and_reference_share_one_copy_of_the_base(
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_without_an_adapter_is_named(load_model: Callable[..., Any], tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(DataError, match=f"no adapter at {folder} .*: train one first"):
-            load_adapters(load_model(), {"sft": str(folder)})
 
 
 @pytest.mark.parametrize(

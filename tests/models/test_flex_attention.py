@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from vlm_calibration.models import loading, suffix_masks
+from vlm_calibration.models import loading, shared_prefix
+from vlm_calibration.models.base import FLEX
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel, load_base, load_for_training, use_in_language_model
 from vlm_calibration.models.shared_prefix import Prompts, score_responses, why_not_shared
-from vlm_calibration.models.suffix_masks import FLEX
 from vlm_calibration.records import DataError
 
 from .families import FOUR, Spec, build
@@ -83,7 +83,7 @@ def expanded(mask: BlockMask) -> Tensor:
 def test_block_masks_are_the_dense_masks_and_score_alike(
     case: Case, uncompiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suffix_masks, "BLOCK", 4)  # so that rows have several blocks
+    monkeypatch.setattr(shared_prefix, "BLOCK", 4)  # so that rows have several blocks
     blocks, dense = masks_of(case, FLEX), masks_of(case, "eager")
     assert len(blocks) == len(dense) == 2, "layers"
     for mask, expected in zip(blocks, dense, strict=True):

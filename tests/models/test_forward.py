@@ -1,4 +1,4 @@
-"""The output head at labels only: the loss and gradients of the plain path with less memory."""
+"""The output head at labels only, with loss and gradients of the plain path and less memory; frozen vision modules run once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
-from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.forward import IGNORE, LabelledLogits, labelled_logits
+from vlm_calibration.models.adapters import LoraSettings, attach_lora, using_adapter
+from vlm_calibration.models.forward import (
+    IGNORE,
+    LabelledLogits,
+    frozen_vision,
+    labelled_logits,
+    shared_vision,
+    unwrap_peft,
+)
 
-from .families import Spec, build, randomize_adapters
+from .families import FOUR, Spec, build, collated, new_prompts, randomize_adapters
 from .steps import allocated
 
 
@@ -64,17 +71,6 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
         assert torch.allclose(selected_gradients[name], gradient, atol=1e-6 * max(1.0, scale), rtol=0), name
 
 
-def test_labels_far_apart_are_found_as_well(load_model: Callable[..., Any], batch: SFTBatch) -> None:
-    model = load_model()
-    labels = torch.full_like(batch.labels, IGNORE)
-    labels[0, 1], labels[1, 70], labels[1, -1], labels[2, 5] = 9, 8, 7, 6
-    with torch.no_grad():
-        selected, plain = (f(model, batch.inputs, labels) for f in (labelled_logits, plain_logits))
-    assert selected.targets.tolist() == [9, 8, 7, 6]
-    assert selected.rows.tolist() == [0, 1, 1, 2]
-    assert torch.allclose(selected.logits, plain.logits, atol=1e-6)
-
-
 def test_a_label_on_the_first_token_is_refused(load_model: Callable[..., Any], batch: SFTBatch) -> None:
     labels = batch.labels.clone()
     labels[1, 0] = 5
@@ -116,3 +112,179 @@ def test_peak_memory_falls() -> None:
     assert plain > everything, "the plain path has all logits"
     assert selected < everything / 4
     assert plain > 5 * selected
+
+
+# --- Frozen vision modules run once for several passes ---------------------------------------------------------------
+
+
+TOWER_AND_PROJECTOR = ("model.vision_tower", "model.multi_modal_projector")
+VISION = dict.fromkeys(FOUR, TOWER_AND_PROJECTOR) | {"qwen2_5_vl": ("model.visual",)}
+"""Tower and, if it is a separate module, projector."""
+VISION_PARTS = [("language", "projector"), ("language", "tower"), ("projector",), ("tower",)]
+
+
+def adapted(family: str, *parts: str) -> Any:
+    """A model with a random adapter on these parts and all else frozen."""
+    model = attach_lora(build(family), LoraSettings(r=4, alpha=8, dropout=0.0, parts=list(parts)))  # type: ignore[arg-type]
+    return randomize_adapters(model).eval()
+
+
+def names_of(model: Any) -> set[str]:
+    """Names of the frozen vision modules."""
+    names = {id(module): name for name, module in unwrap_peft(model).named_modules()}
+    return {names[id(module)] for module in frozen_vision(model)}
+
+
+def count_runs(module: nn.Module) -> list[int]:
+    """A list that grows whenever the module's first layer runs."""
+    runs: list[int] = []
+    layer = next(m for m in module.modules() if not list(m.children()))
+    layer.register_forward_hook(lambda *_: runs.append(1))
+    return runs
+
+
+def logits_of(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Logits of the model with its adapter, without it, and with it again."""
+    logits = []
+    with torch.no_grad():
+        for adapter in ("default", None, "default"):
+            with using_adapter(model, adapter):
+                logits.append(model(**inputs, use_cache=False).logits)
+    return logits
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Callable[..., dict[str, Tensor]]:
+    """Builds a batch of prompts for a family."""
+    return lambda family, n=3: collated(new_prompts(family, n))
+
+
+# --- Which modules --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FOUR)
+def test_tower_and_projector_are_frozen_unless_adapted_or_trained(family: str) -> None:
+    tower, *projector = VISION[family]
+    assert tower not in names_of(adapted(family, "language", "tower"))
+    if family != "gemma3":  # its projector has no linear layer
+        # The projector of the Qwen family is part of the tower.
+        assert names_of(adapted(family, "projector")) == ({tower} if projector else set())
+    model = adapted(family, "language")
+    assert names_of(model) == set(VISION[family])
+    next(unwrap_peft(model).get_submodule(VISION[family][-1]).parameters()).requires_grad_(True)
+    assert names_of(model) == ({tower} if projector else set())
+    assert not frozen_vision(build(family)), "all weights are trained"
+
+
+# --- Results --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FOUR)
+def test_the_tower_runs_once_and_results_are_the_same(
+    family: str, inputs: Callable[..., dict[str, Tensor]]
+) -> None:
+    model, batch = adapted(family, "language"), inputs(family)
+    runs = [count_runs(unwrap_peft(model).get_submodule(name)) for name in VISION[family]]
+    expected = logits_of(model, batch)
+    assert [len(r) for r in runs] == [3] * len(runs), "check of the count"
+    assert not torch.allclose(expected[0], expected[1], atol=0.1)
+    for _ in range(2):  # each context has its own cache
+        for run in runs:
+            run.clear()
+        with shared_vision(model):
+            actual = logits_of(model, batch)
+        assert [len(r) for r in runs] == [1] * len(runs)
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
+        batch = {n: -v if n == "pixel_values" else v for n, v in batch.items()}
+        expected = logits_of(model, batch)
+
+
+@pytest.mark.parametrize("parts", VISION_PARTS, ids="+".join)
+@pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl"])
+def test_adapters_in_the_vision_keep_their_logits_and_gradients(
+    family: str, parts: tuple[str, ...], inputs: Callable[..., dict[str, Tensor]]
+) -> None:
+    """Gradients of a policy after a pass of the reference, as in preference optimisation."""
+    model, batch = adapted(family, *parts), inputs(family)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad(), using_adapter(model, None):
+            reference = model(**batch, use_cache=False).logits
+        logits = model(**batch, use_cache=False).logits
+        (logits.log_softmax(-1) - reference.log_softmax(-1)).square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    expected, expected_gradients = logits_of(model, batch), gradients()
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+    reached = {n for n, g in expected_gradients.items() if g is not None and g.abs().max() > 0}
+    assert reached
+    with shared_vision(model):
+        actual, actual_gradients = logits_of(model, batch), gradients()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    for name in reached:
+        assert actual_gradients[name] is not None, name
+        assert torch.equal(actual_gradients[name], expected_gradients[name]), name
+
+
+# --- Restored forwards ----------------------------------------------------------------------------------------------
+
+
+def forwards_of(model: Any) -> dict[str, Any]:
+    """Forwards that are attributes of an instance instead of its class."""
+    return {n: m.__dict__["forward"] for n, m in model.named_modules() if "forward" in m.__dict__}
+
+
+def test_forwards_are_restored(inputs: Callable[..., dict[str, Tensor]]) -> None:
+    model, batch = adapted("llava_clip", "language"), inputs("llava_clip")
+    assert not forwards_of(model)
+    with shared_vision(model):
+        assert {n.removeprefix("base_model.model.") for n in forwards_of(model)} == set(TOWER_AND_PROJECTOR)
+        model(**batch)
+    assert not forwards_of(model)
+    with pytest.raises(RuntimeError, match="stop"), shared_vision(model):
+        raise RuntimeError("stop")
+    assert not forwards_of(model)
+
+
+def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[str, Tensor]]) -> None:
+    """Such as the forwards that accelerate and bitsandbytes set."""
+    model, batch = adapted("llava_clip", "language"), inputs("llava_clip")
+    projector = unwrap_peft(model).model.multi_modal_projector
+    usual, runs = projector.forward, []
+
+    def doubled(features: Tensor) -> Tensor:
+        runs.append(1)
+        return 2 * usual(features)
+
+    plain = logits_of(model, batch)
+    projector.forward = doubled
+    expected = logits_of(model, batch)
+    assert not torch.allclose(plain[0], expected[0], atol=0.01)
+    before = forwards_of(model)
+    runs.clear()
+    with shared_vision(model):
+        actual = logits_of(model, batch)
+    assert len(runs) == 1
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert forwards_of(model) == before
+    assert projector.__dict__["forward"] is doubled
+    with pytest.raises(RuntimeError, match="stop"), shared_vision(model):
+        raise RuntimeError("stop")
+    assert projector.__dict__["forward"] is doubled
+
+
+@pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl"])
+@pytest.mark.parametrize("other", ["fewer", "of the same shape"])
+def test_other_images_are_not_mistaken_for_the_first(
+    family: str, other: str, inputs: Callable[..., dict[str, Tensor]]
+) -> None:
+    model, batch = adapted(family, "language"), inputs(family)
+    changed = {**batch, "pixel_values": -batch["pixel_values"]} if other != "fewer" else inputs(family, 2)
+    batches = (batch, changed, batch, changed)
+    with torch.no_grad():
+        expected = [model(**b, use_cache=False).logits for b in batches]
+        with shared_vision(model):
+            actual = [model(**b, use_cache=False).logits for b in batches]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,10 @@ import pytest
 import torch
 import yaml
 from bitsandbytes.nn import Linear4bit
-from torch import Tensor
 
 from vlm_calibration.data.candidates import CandidateSettings
-from vlm_calibration.data.collate import IGNORE, SFTBatch
-from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
-from vlm_calibration.models.forward import labelled_logits, unwrap_peft
+from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.models.shared_prefix import Scoring
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import PairPolicy
@@ -43,59 +38,37 @@ def shipped() -> tuple[dict[str, Any], str, bool]:
     return qlora["model"]["init_args"]["base"], preset["trainer"]["precision"], checkpointing
 
 
-@dataclass
-class Trained:
-    """A family trained in both stages.
-
-    Attributes:
-        batch: the training batch of stage 1.
-        sft: module and recorded training of stage 1.
-        shared: the same of stage 2 with shared prefixes.
-        plain: the same of stage 2 with plain scoring.
-    """
-
-    batch: SFTBatch
-    sft: tuple[SFTModule, Watch]
-    shared: tuple[DPOModule, Watch]
-    plain: tuple[DPOModule, Watch]
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_records(tmp_path_factory.mktemp("records"))
+Trained = dict[str, tuple[Any, Watch]]
+"""Module and recorded training of "sft", and of stage 2 with each scoring, "shared" and "plain"."""
 
 
 @pytest.fixture(scope="module", params=FOUR)
-def trained(
-    request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory
-) -> Trained:
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     settings, precision, checkpointing = shipped()
     family = cached_family(request.param)
     folder = tmp_path_factory.mktemp(request.param)
+    records = write_records(folder)
     base = BaseModel(family.save(folder / "base"), **settings)
     torch.manual_seed(0)
     sft = SFTModule(
         base, LORA, OptimizerSettings(lr=1e-2, warmup_fraction=0.0), gradient_checkpointing=checkpointing
     )
-    data = data_of(base.name_or_path, records)
-    first = fit(sft, data, 6, precision)
-    batch = next(iter(data.train_dataloader()))
+    runs: Trained = {"sft": (sft, fit(sft, data_of(base.name_or_path, records), 6, precision))}
     sft.model.save_pretrained(folder / "adapter")
 
-    def stage_2(scoring: Scoring) -> tuple[DPOModule, Watch]:
+    for scoring in ("shared", "plain"):
         module = DPOModule(
             base,
             str(folder / "adapter"),
             pairs=PairPolicy(target="level"),
             optimizer=OptimizerSettings(lr=1e-3, warmup_fraction=0.0),
             nll_weight=1.0,  # without it the first loss is log 2 for any scores
-            scoring=scoring,
+            scoring=scoring,  # type: ignore[arg-type]
             gradient_checkpointing=checkpointing,
         )
         data = data_of(base.name_or_path, records, CandidateSettings())
-        return module, fit(module, data, 3, precision)
-
-    return Trained(batch, (sft, first), stage_2("shared"), stage_2("plain"))
+        runs[scoring] = module, fit(module, data, 3, precision)
+    return runs
 
 
 def test_the_shipped_combination_is_nf4_in_bfloat16_under_checkpointing() -> None:
@@ -103,7 +76,7 @@ def test_the_shipped_combination_is_nf4_in_bfloat16_under_checkpointing() -> Non
 
 
 def test_the_language_model_is_quantised_and_computes_in_bfloat16(trained: Trained) -> None:
-    for module in (trained.sft[0], trained.shared[0]):
+    for module, _ in (trained["sft"], trained["shared"]):
         base = unwrap_peft(module.model)
         layers = [m for m in base.get_decoder().modules() if isinstance(m, Linear4bit)]
         assert len(layers) == len([m for m in base.modules() if isinstance(m, Linear4bit)]) == 2 * 7
@@ -114,7 +87,7 @@ def test_the_language_model_is_quantised_and_computes_in_bfloat16(trained: Train
 
 @pytest.mark.parametrize("stage", ["sft", "shared", "plain"])
 def test_the_loss_falls_and_only_the_adapter_moves(trained: Trained, stage: str) -> None:
-    module, watch = getattr(trained, stage)
+    module, watch = trained[stage]
     assert all(math.isfinite(loss) for loss in watch.losses)
     assert watch.losses[-1] < watch.losses[0]
     assert len(watch.gradients) == 2 * 2 * 7
@@ -125,7 +98,7 @@ def test_the_loss_falls_and_only_the_adapter_moves(trained: Trained, stage: str)
 
 def test_both_ways_of_scoring_train_alike(trained: Trained) -> None:
     """Losses agree within 1%, gradients within 5% of their norm; the rest is rounding in bfloat16."""
-    shared, plain = trained.shared[1], trained.plain[1]
+    shared, plain = trained["shared"][1], trained["plain"][1]
     assert shared.losses == pytest.approx(plain.losses, rel=0.01)
     difference, norm = (
         math.sqrt(sum(float(g.square().sum()) for g in gradients))
@@ -135,22 +108,3 @@ def test_both_ways_of_scoring_train_alike(trained: Trained) -> None:
         )
     )
     assert difference < 0.05 * norm
-
-
-def test_the_loss_of_stage_1_is_that_of_a_whole_forward(trained: Trained) -> None:
-    """Compare the output head at labels under checkpointing with logits at every position without it."""
-    model, batch = trained.sft[0].model, trained.batch
-
-    def loss(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        likelihood = token_log_likelihood(logits, targets)
-        return response_nll(likelihood, rows, torch.ones_like(likelihood), len(batch.queries))
-
-    with torch.autocast("cpu", torch.bfloat16):
-        labelled = labelled_logits(model.train(), batch.inputs, batch.labels)
-        with torch.no_grad():
-            logits = model.eval()(**batch.inputs, use_cache=False).logits
-    rows, positions = (batch.labels != IGNORE).nonzero(as_tuple=True)
-    expected = loss(logits[rows, positions - 1], rows, batch.labels[rows, positions])
-    assert float(loss(labelled.logits, labelled.rows, labelled.targets)) == pytest.approx(
-        float(expected), rel=0.01
-    )

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
+from vlm_calibration.models.base import FLEX
 from vlm_calibration.models.loading import use_in_language_model
 from vlm_calibration.models.shared_prefix import Prompts, score_responses
-from vlm_calibration.models.suffix_masks import FLEX
 
 SIDE, PATCH, IMAGE, VOCABULARY = 1024, 16, 1, 49152
 IMAGE_TOKENS, PROMPT, RESPONSES, RESPONSE_TOKENS = (SIDE // PATCH) ** 2, 200, 10, 16

@@ -13,10 +13,10 @@ from vlm_calibration.data.collate import (
     PromptBatch,
     PromptCollator,
     TooLong,
+    common_prefix,
     move,
     split_too_long,
 )
-from vlm_calibration.data.layout import common_prefix
 from vlm_calibration.data.noise import Sample, query_rng
 from vlm_calibration.perturbation.levels import ConfidenceLevels
 from vlm_calibration.records import DataError, Query

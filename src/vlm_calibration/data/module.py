@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 from vlm_calibration.data.augment import Augmentation, BasicTransform
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ValidationCollator
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
-from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries, accept
 from vlm_calibration.data.loading import DataPosition, EpochSampler, LoadingLog, QueryLoader
 from vlm_calibration.data.noise import ImageCopy, NoisePolicy
 from vlm_calibration.data.regions import RegionPlan, read_with_regions
@@ -234,7 +234,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             # Levels that depend on the query are known for training queries alone.
             noise if name == "train" else replace(noise, levels=noise.levels.averaged),
             self.processor.image_processor if self._uses_processor else None,
-            self.chat.check if self._uses_processor else _accept,
+            self.chat.check if self._uses_processor else accept,
             f"data.{setting_of(name)}",
             named=name in TESTED,
             augmentation=Augmentation(self.augment) if self.augment and name == "train" else None,
@@ -364,7 +364,6 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             sampler=self.pending_shards or [None],
             num_workers=self.workers,
             worker_init_fn=_ignore_signals,
-            collate_fn=_itself,
         )
 
     @property
@@ -470,14 +469,6 @@ def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[
             f"data.calibration and data.test share {len(shared)} images, {shared[0]!r} among them: recalibration is "
             "fitted on one and scored on the other, so give data.calibration queries about other images"
         )
-
-
-def _accept(query: Query, answers: Sequence[str]) -> None:
-    """Without a processor there is no image token that a text could contain."""
-
-
-def _itself(batch: Any) -> Any:
-    return batch
 
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

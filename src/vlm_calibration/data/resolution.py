@@ -1,12 +1,12 @@
-"""The resolution at which a model sees an image: perturbing at it, and limiting it by `data.max_pixels`."""
+"""The resolution at which a model sees an image, asked of its processor: perturbing at it, and limiting it by `data.max_pixels`."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,18 @@ PROBES = ((60, 84), (700, 400))
 MAX_PROBE_DIFFERENCE = 0.1
 """Largest mean absolute difference of the pixels, relative to the mean absolute contrast of the probe. The overview image beside
 the tiles is resized twice; another crop or order of the pixels differs by more than 1."""
-MAX_TILES = 15
-"""Of InternVL: with more, an image of 3 x 3 tiles would become 4 x 4 when it is resized again."""
+LARGEST_SIDE, PANORAMA = 4096, (16, 1024)
+"""Images that `limit_pixels` asks about: the longest side of squares, which no published processor exceeds, and another shape."""
+
+
+class Seen(NamedTuple):
+    """What a model sees of an image: (height, width) after each successive resize, and the number of pixels after any crop.
+
+    Tiles count together, without the overview image beside them.
+    """
+
+    sizes: list[tuple[int, int]]
+    pixels: int
 
 
 def model_resolution(image_processor: Any, height: int, width: int) -> tuple[int, int]:
@@ -32,7 +42,7 @@ def model_resolution(image_processor: Any, height: int, width: int) -> tuple[int
     Raises:
         DataError: the processor refuses the image, or resizes in a way that cannot be followed (use `resolution: native`).
     """
-    return _resizes(image_processor, height, width)[-1]
+    return _ask(image_processor, height, width).sizes[-1]
 
 
 def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
@@ -46,7 +56,7 @@ def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
     if image_processor.backend != "pil":
         # Left channels-last, which torchvision resizes several times faster than a copy by channels, to the same pixels.
         pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
-    for height, width in _resizes(image_processor, *image.shape[:2]):
+    for height, width in _ask(image_processor, *image.shape[:2]).sizes:
         if pixels.shape[1:] != (height, width):
             size = SizeDict(height=height, width=width)
             pixels = resize(image_processor, pixels, size=size, resample=image_processor.resample)
@@ -54,10 +64,10 @@ def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
 
 
 @lru_cache(maxsize=10_000)
-def _resizes(image_processor: Any, height: int, width: int) -> list[tuple[int, int]]:
-    """The sizes of the image processor's successive resizes: it processes a black image, and its resize is watched."""
+def _ask(image_processor: Any, height: int, width: int) -> Seen:
+    """Let the image processor process a black image, and watch its resizes."""
     if not getattr(image_processor, "do_resize", True):
-        return [(height, width)]
+        return Seen([(height, width)], height * width)
     results: list[tuple[int, int]] = []
     steps: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
@@ -85,27 +95,17 @@ def _resizes(image_processor: Any, height: int, width: int) -> list[tuple[int, i
     targets = [
         size for size in results if 3 * math.prod(size) <= seen.numel() and not (has_tiles and size == tile)
     ]
-    return steps[max(reversed(targets or results), key=math.prod)]
+    sizes = steps[max(reversed(targets or results), key=math.prod)]
+    return Seen(sizes, min(math.prod(sizes[-1]), seen.numel() // 3))
 
 
 def check_resolution(processor: Any) -> None:
-    """Process two textured images with and without `resize_to_model`; a DataError if the results differ (use `resolution: native`).
-
-    Settings that a processor passes to its image processor on each call (InternVL's tiling) are copied to the image processor.
-    """
-    image_processor = processor.image_processor
-    _resizes.cache_clear()
-    for name, value in (getattr(processor, "images_kwargs", None) or {}).items():
-        if hasattr(image_processor, name):
-            setattr(image_processor, name, value)
-    if getattr(image_processor, "crop_to_patches", False):
-        size = _sizes(image_processor.size)
-        if image_processor.max_patches > MAX_TILES or size.get("height") != size.get("width"):
-            raise _unknown(image_processor)
+    """Process textured images with and without `resize_to_model`; a DataError if the results differ (use `resolution: native`)."""
+    image_processor = _configured(processor)
     for probe in PROBES:
         image = _textured(*probe)
         resized = resize_to_model(image_processor, image)
-        again = _resizes(image_processor, *resized.shape[:2])
+        again = _ask(image_processor, *resized.shape[:2]).sizes
         before, after = (
             image_processor(images=[pixels], return_tensors="pt")["pixel_values"]
             for pixels in (image, resized)
@@ -117,15 +117,28 @@ def check_resolution(processor: Any) -> None:
             or (before - after).abs().mean() > MAX_PROBE_DIFFERENCE * (before - before.mean()).abs().mean()
         ):
             raise _unknown(image_processor)
+    if before.ndim > 3:
+        # Where many tiles are allowed, a square of 2.5 x 2.5 tiles would be resized to 3 x 3, and these again to 4 x 4.
+        size = model_resolution(image_processor, *[5 * before.shape[-1] // 2] * 2)
+        if model_resolution(image_processor, *size) != size:
+            raise _unknown(image_processor)
+
+
+def _configured(processor: Any) -> Any:
+    """The image processor with the settings that the processor passes to it on each call (InternVL's tiling)."""
+    image_processor = processor.image_processor
+    _ask.cache_clear()
+    for name, value in (getattr(processor, "images_kwargs", None) or {}).items():
+        if hasattr(image_processor, name):
+            setattr(image_processor, name, value)
+    return image_processor
 
 
 def _textured(height: int, width: int) -> ImageArray:
     """A random texture of two scales, uint8 [H, W, 3], in which no two parts or channels are alike."""
     rng = np.random.default_rng(0)
     layers = [
-        resize_image(
-            rng.integers(0, 256, (rows, max(1, rows * width // height), 3), np.uint8), (height, width)
-        )
+        resize_image(rng.integers(0, 256, (rows, rows * width // height, 3), np.uint8), (height, width))
         for rows in (4, 16)
     ]
     return np.mean(layers, axis=0).astype(np.uint8)
@@ -141,69 +154,54 @@ def _unknown(image_processor: Any) -> DataError:
 def limit_pixels(processor: Any, max_pixels: int) -> None:
     """Set a processor so that no image has more pixels after its resize; smaller images keep their size.
 
-    Each family bounds the size by another setting of its image processor, which a saved processor carries: an adapter is served at
-    the size that it was trained at. Of an image that is cut into tiles the pixels of all tiles count, without the overview image.
-    A limit above the processor's own changes nothing. Of an image that is one patch high or wide, Qwen's processors keep that
-    patch, and so may exceed a low limit.
+    Its image processor bounds the tiles, the longest side or the area of images. This setting becomes the largest with which a large
+    image keeps to the limit. A saved processor carries it: an adapter is served at the size that it was trained at. A limit above
+    the processor's own changes nothing. Of an image that is one patch high or wide, Qwen's processors keep that patch, and so may
+    exceed a low limit.
 
     Raises:
-        DataError: the processor gives all images one larger size, its smallest image is larger, or its settings are unknown.
+        DataError: the smallest image is larger, or no setting bounds the size of images.
     """
     if max_pixels < 1:
         raise DataError(f"data.max_pixels must be at least 1, found {max_pixels}")
-    _resizes.cache_clear()
-    image_processor = processor.image_processor
-    size = _sizes(getattr(image_processor, "size", None))
-    shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
-    tile = _sizes(getattr(image_processor, "max_image_size", None)).get("longest_edge")
-    patch = _sides(getattr(image_processor, "patch_size", None) or 0)
-    # InternVL's processor asks for its tiles on each call of its image processor.
-    settings = getattr(processor, "images_kwargs", None) or {}
-    kind = type(image_processor).__name__
+    image_processor = _configured(processor)
+    size = {k: v for k, v in dict(getattr(image_processor, "size", None) or {}).items() if v is not None}
+    tiles = getattr(image_processor, "max_patches", None)
+    lowest = getattr(image_processor, "min_patches", 1)
+    highest = tiles or size.get("longest_edge")
+    side = min(math.isqrt(max_pixels) + 1, LARGEST_SIDE)
+    # A square uses up a side or an area, a panorama a number of tiles.
+    shapes = [(side, side)] if highest and not tiles else [(side, side), PANORAMA]
 
-    def check(smallest: int) -> None:
-        if max_pixels < smallest:
-            raise DataError(
-                f"data.max_pixels: the smallest image of {kind} has {smallest} pixels, found {max_pixels}: give at least {smallest}"
-            )
+    def limited(bound: int) -> dict[str, Any]:
+        return {"max_patches": bound} if tiles else {"size": {key: min(v, bound) for key, v in size.items()}}
 
-    def unlimited(reason: str) -> DataError:
-        return DataError(
-            f"data.max_pixels: {kind} cannot be limited to {max_pixels} pixels, {reason}: leave the setting out, or take another model"
+    def pixels(bound: int) -> list[int]:
+        asked = copy.copy(image_processor)
+        if highest:
+            vars(asked).update(limited(bound))
+        return [_ask(asked, *shape).pixels for shape in shapes]
+
+    problem = f"data.max_pixels: {type(image_processor).__name__} cannot be limited to {max_pixels} pixels"
+    # The limit itself may be the bound, of an area; else the bound is searched for.
+    bounds = range(lowest, max(lowest, min(highest or lowest, max_pixels)) + 1)
+    try:
+        smallest, largest = pixels(lowest), max(pixels(bounds[-1]))
+        is_bounded = highest or len(set(smallest)) == 1
+    except DataError:
+        is_bounded = False
+    if not is_bounded:
+        raise DataError(
+            f"{problem}, no setting bounds its images: leave the setting out, or take another model"
         )
-
-    if getattr(image_processor, "image_grid_pinpoints", None):
-        raise unlimited("its grids of tiles are also part of the model's configuration")
-    if settings.get("crop_to_patches", getattr(image_processor, "crop_to_patches", False)):
-        pixels = math.prod(_sides(size))
-        check(int(image_processor.min_patches) * pixels)
-        image_processor.max_patches = min(int(image_processor.max_patches), max_pixels // pixels)
-    elif shortest and longest and hasattr(image_processor, "merge_size"):  # areas, of Qwen
-        check((int(image_processor.patch_size) * int(image_processor.merge_size)) ** 2)
-        limits = {"longest_edge": min(longest, max_pixels), "shortest_edge": min(shortest, max_pixels)}
-        image_processor.size = {**size, **limits}
-    elif longest and not shortest and (step := tile if tile and longest % tile == 0 else max(patch)):
-        # Idefics 3 and SmolVLM have tiles, Pixtral patches, of which both sides are multiples.
-        check(step**2)
-        image_processor.size = {**size, "longest_edge": min(longest, math.isqrt(max_pixels) // step * step)}
-    else:
-        if getattr(image_processor, "do_center_crop", False):
-            pixels = math.prod(_sides(image_processor.crop_size))
-        elif size.get("height") and size.get("width"):
-            pixels = int(size["height"]) * int(size["width"])
-        else:
-            raise unlimited("it has no setting for the size of its images")
-        if pixels > max_pixels:
-            raise unlimited(f"it gives every image {pixels} pixels")
-
-
-def _sizes(size: Any) -> Mapping[str, Any]:
-    """A size as its set keys; one number is the shortest edge."""
-    if isinstance(size, int):
-        return {"shortest_edge": size}
-    return {key: value for key, value in dict(size or {}).items() if value is not None}
-
-
-def _sides(size: Any) -> tuple[int, int]:
-    """(height, width) of a patch or crop, which may be set as one number."""
-    return (size, size) if isinstance(size, int) else (int(size["height"]), int(size["width"]))
+    if max(smallest) > max_pixels:
+        raise DataError(
+            f"{problem}, its smallest image has {max(smallest)} pixels: give at least {max(smallest)}, leave the setting out, or "
+            "take another model"
+        )
+    if highest:
+        best = bounds[-1]
+        if largest > max_pixels:
+            best = lowest - 1 + bisect_right(bounds, max_pixels, key=lambda bound: max(pixels(bound)))
+        vars(image_processor).update(limited(best))
+    _ask.cache_clear()

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vlm_calibration.data.candidates import Candidate, ResponseTokenizer
-from vlm_calibration.data.collate import ChatFormat
-from vlm_calibration.data.layout import common_prefix
+from vlm_calibration.data.collate import ChatFormat, common_prefix
 from vlm_calibration.estimators.cached import score_cached
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.generation import PromptCache

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vlm_calibration.data.collate import ChatFormat
-from vlm_calibration.data.layout import common_prefix
+from vlm_calibration.data.collate import ChatFormat, common_prefix
 from vlm_calibration.estimators.answer_scoring import score_counted, strip_common_suffix
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
 from vlm_calibration.models.shared_prefix import Prompts, append_tokens

@@ -21,6 +21,7 @@ from vlm_calibration.settings import digest, file_digest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
+FLEX = "flex_attention"
 
 ADAPTER = "adapter"
 """The adapter's folder within a run directory."""

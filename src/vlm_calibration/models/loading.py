@@ -23,8 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from vlm_calibration import hub
 from vlm_calibration.models.adapters import layer_parts
-from vlm_calibration.models.base import THRESHOLDS, BaseModel
-from vlm_calibration.models.suffix_masks import FLEX
+from vlm_calibration.models.base import FLEX, THRESHOLDS, BaseModel
 from vlm_calibration.records import DataError
 from vlm_calibration.settings import digest, file_digest
 

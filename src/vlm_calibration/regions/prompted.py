@@ -61,7 +61,7 @@ class PromptedDescriber(Describer):
     def load(self, device: torch.device) -> None:
         processor = load_processor(self.base.name_or_path, self.base.revision, self.base.trust_remote_code)
         self.chat = ChatFormat(processor, ElicitationPrompt("{question}"))
-        model = load_base(self.base, device).eval()
+        model = load_base(self.base, device)
         self.model = model if self.base.quantization != "none" else model.to(device)
 
     def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
