@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm_calibration.demo.pictures import picture
+from vlm_calibration.demo.pictures import HANDS, picture
 from vlm_calibration.demo.questions import (
     NEGATIVES,
     SPLITS,
@@ -26,7 +26,7 @@ from vlm_calibration.demo.scenes import (
     render_scene,
     scene_layout,
 )
-from vlm_calibration.demo.shifts import DEGRADATIONS, MILD, SHIFTS, STRENGTHS, draw_shift, mild_degradation
+from vlm_calibration.demo.shifts import DEGRADATIONS, SHIFTS, draw_shift, mild_degradation
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.records import DataError
 from vlm_calibration.text.grading import grade
@@ -38,13 +38,9 @@ def test_scenes_are_as_described() -> None:
     counts: Counter[int] = Counter()
     for seed in MANY:
         scene = render_scene(seed)
-        assert scene.image.shape == (SCENE_SIZE, SCENE_SIZE, 3)
-        assert scene.image.dtype == np.uint8
+        assert (scene.image.shape, scene.image.dtype) == ((SCENE_SIZE, SCENE_SIZE, 3), np.uint8)
         counts[len(scene.objects)] += 1
-        for item in scene.objects:
-            assert item.mask.shape == (SCENE_SIZE, SCENE_SIZE)
-            assert item.mask.dtype == bool
-            assert item.mask.sum() > 40
+        assert min(item.mask.sum() for item in scene.objects) > 40
     assert set(counts) == {1, 2, 3, 4}
     assert min(counts.values()) > 25
     assert len(CLASSES) >= 24
@@ -52,10 +48,10 @@ def test_scenes_are_as_described() -> None:
     assert not np.array_equal(render_scene((1, 5)).image, render_scene((1, 6)).image)
 
 
-def test_every_class_has_a_glyph_of_its_own() -> None:
-    looks = {name: picture(GLYPHS[name]).resize((32, 32)).tobytes() for name in CLASSES}
-    assert len(set(looks.values())) == len(CLASSES)
-    assert all(np.asarray(picture(GLYPHS[name]))[..., 3].any() for name in CLASSES)
+def test_every_class_has_a_picture_of_its_own_in_each_hand() -> None:
+    pictures = [picture(GLYPHS[name], hand) for name in CLASSES for hand in HANDS]
+    assert len({each.resize((32, 32)).tobytes() for each in pictures}) == 2 * len(CLASSES)
+    assert all(np.asarray(each)[..., 3].any() for each in pictures)
 
 
 def test_frequencies_make_popular_absent_objects_popular() -> None:
@@ -110,35 +106,34 @@ def test_splits_share_no_scene_and_no_id() -> None:
 
 @pytest.mark.parametrize("name", SHIFTS)
 def test_shifts_take_more_away_the_stronger_they_are(name: str) -> None:
+    change, strengths = SHIFTS[name]
+
     def harm(strength: float) -> float:
         total = 0.0
         for index in range(20):
             image = render_scene(index).image
             before = image.copy()
-            shifted = SHIFTS[name](image, strength, np.random.default_rng(0))
-            assert shifted.shape == image.shape
-            assert shifted.dtype == np.uint8
+            shifted = change(image, strength, np.random.default_rng(0))
+            assert (shifted.shape, shifted.dtype) == (image.shape, np.uint8)
             assert np.array_equal(image, before)
             total += float(np.abs(shifted.astype(int) - image).mean())
         return total
 
-    test = [harm(s) for s in STRENGTHS[name]]
+    test = [harm(s) for s in strengths]
     assert test == sorted(test)
     assert test[0] > 0
-    if name in MILD:
-        assert 0 < harm(MILD[name][0]) < harm(MILD[name][1]) < test[0]
-    assert len(STRENGTHS[name]) >= 3
-
-
-def test_no_shift_is_a_kind_of_perturbation_that_training_uses() -> None:
-    assert MILD.keys() == DEGRADATIONS.keys()
-    assert {"noise", "blur", "occlusion"}.isdisjoint(SHIFTS)
+    if name in DEGRADATIONS:
+        degrade, (least, most) = DEGRADATIONS[name]
+        assert degrade is change
+        assert 0 < harm(least) < harm(most) < test[0]
+    assert len(strengths) >= 3
+    assert name not in ("noise", "blur", "occlusion"), "training uses them"
 
 
 def test_draws_cover_all_shifts_and_strengths() -> None:
     rng = np.random.default_rng(0)
     drawn = Counter(draw_shift(rng) for _ in range(1500))
-    assert set(drawn) == {(name, float(s)) for name, strengths in STRENGTHS.items() for s in strengths}
+    assert set(drawn) == {(name, float(s)) for name, (_, strengths) in SHIFTS.items() for s in strengths}
     image = render_scene(0).image
     again = [mild_degradation(image, np.random.default_rng(4)) for _ in range(2)]
     assert np.array_equal(*again)

@@ -165,10 +165,8 @@ def test_statistics_spelled_out() -> None:
             "logp_rejected": ((-2 + 1) / 2 - 4) / 2,
         }
     )
-    assert not any(
-        x.requires_grad
-        for x in preference_statistics(loss, scores._replace(policy=scores.policy.requires_grad_())).values()
-    )
+    learning = scores._replace(policy=scores.policy.requires_grad_())
+    assert not any(x.requires_grad for x in preference_statistics(loss, learning).values())
     # equal rewards are no win
     assert float(preference_statistics(loss, table([[-1, -1]]))["reward_accuracy"]) == 0
 

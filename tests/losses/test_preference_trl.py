@@ -23,7 +23,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from vlm_calibration.losses.candidates import CandidateScores
-from vlm_calibration.losses.preference import DPO, IPO, SimPO, preference_statistics
+from vlm_calibration.losses.preference import DPO, SimPO, preference_statistics
 from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
 
 # A prompt and three responses of each query, the first one chosen; equally many pairs a query, so that TRL's mean over
@@ -94,7 +94,7 @@ def _trainer(kind: type, **settings: Any) -> Any:
     return trainer
 
 
-def dpo_trainer(models: Models, loss_type: str, beta: float, **settings: Any) -> Any:
+def dpo_trainer(models: Models, loss_type: str, beta: float) -> Any:
     return _trainer(
         DPOTrainer,
         args=SimpleNamespace(gradient_checkpointing_kwargs=None),
@@ -110,33 +110,19 @@ def dpo_trainer(models: Models, loss_type: str, beta: float, **settings: Any) ->
         _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
-        **settings,
     )
 
 
-def trl_dpo(models: Models, loss_type: str, beta: float, one_by_one: bool = False, **settings: Any) -> Tensor:
+def trl_dpo(models: Models, loss_type: str, beta: float, one_by_one: bool = False) -> Tensor:
     """Mean of `DPOTrainer`'s loss over all pairs, in one batch or in batches of one."""
-    trainer = dpo_trainer(models, loss_type, beta, **settings)
+    trainer = dpo_trainer(models, loss_type, beta)
     batches = [[pair] for pair in PAIRS] if one_by_one else [PAIRS]
     losses = [trainer._compute_loss(models.policy, collate(batch), False) for batch in batches]
     return torch.stack(losses).mean()
 
 
-def cpo_trainer(loss_type: str, beta: float, **settings: Any) -> Any:
-    return _trainer(
-        CPOTrainer,
-        loss_type=loss_type,
-        beta=beta,
-        cpo_alpha=0,
-        alpha=0.0,
-        is_encoder_decoder=False,
-        pad_token_id=0,
-        **settings,
-    )
-
-
-def trl_cpo(models: Models, loss_type: str, beta: float, **settings: Any) -> Tensor:
-    """Mean of `CPOTrainer`'s loss over all pairs."""
+def trl_simpo(models: Models, beta: float, simpo_gamma: float) -> Tensor:
+    """Mean of `CPOTrainer`'s SimPO loss over all pairs."""
     batch = collate(PAIRS)
     batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
     halves = {
@@ -144,7 +130,9 @@ def trl_cpo(models: Models, loss_type: str, beta: float, **settings: Any) -> Ten
         for name, values in batch.items()
         for side, half in zip(("chosen", "rejected"), values.chunk(2), strict=True)
     }
-    return cpo_trainer(loss_type, beta, **settings).get_batch_loss_metrics(models.policy, halves)[0]
+    settings = {"beta": beta, "simpo_gamma": simpo_gamma, "cpo_alpha": 0, "alpha": 0.0, "pad_token_id": 0}
+    trainer = _trainer(CPOTrainer, loss_type="simpo", is_encoder_decoder=False, **settings)
+    return trainer.get_batch_loss_metrics(models.policy, halves)[0]
 
 
 def assert_same(models: Models, ours: Tensor, theirs: Tensor) -> None:
@@ -162,18 +150,8 @@ def test_dpo(models: Models) -> None:
 
 def test_simpo(models: Models) -> None:
     scores = score(models)._replace(reference=None)
-    theirs = trl_cpo(models, "simpo", 2.5, simpo_gamma=0.3)
+    theirs = trl_simpo(models, 2.5, 0.3)
     assert_same(models, SimPO(beta=2.5, gamma=0.3)(scores), theirs)
-
-
-def test_ipo_on_whole_responses(models: Models) -> None:
-    """TRL averages over tokens before its formula, so the formula is called with sums directly."""
-    scores = score(models)
-    assert scores.reference is not None
-    ratios = scores.policy - scores.reference
-    chosen, rejected = ratios[:, :1].expand(3, 2).flatten(), ratios[:, 1:].flatten()
-    theirs = cpo_trainer("ipo", 0.1).cpo_loss(chosen, rejected)[0].mean()
-    assert_same(models, IPO(beta=0.1)(score(models)), theirs)
 
 
 def test_chosen_nll(models: Models) -> None:

@@ -3,13 +3,13 @@
 Each process counts its uneven share of the answers, computes over all processes, and saves the values and the bytes that it sent.
 """
 
-import multiprocessing
 import sys
 import warnings
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics
 
@@ -77,14 +77,7 @@ def process(rank, folder):
 def main(folder):
     """Start three processes; they are forked, so that imports are not repeated."""
     torch.set_num_threads(1)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=process, args=(rank, folder)) for rank in range(3)]
-    for started in processes:
-        started.start()
-    for started in processes:
-        started.join(120)
-    if any(finished.exitcode != 0 for finished in processes):
-        sys.exit(f"exit codes: {[finished.exitcode for finished in processes]}")
+    start_processes(process, args=(folder,), nprocs=3, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -69,12 +69,9 @@ def test_a_declaration_is_all_that_a_new_metric_takes(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_name_is_declared_once():
+def test_a_name_is_declared_once_and_the_reported_ones_come_first():
     with pytest.raises(ValueError, match="'ece' is declared twice"):
         functional.metric("ece", "ECE")(METRICS["ece"].function)
-
-
-def test_the_reported_metrics_come_first():
     assert tuple(METRICS)[: len(REPORTED)] == REPORTED
 
 
@@ -100,9 +97,7 @@ def test_every_form_has_the_same_value_within_the_declared_bounds(cases, name):
 DIRECTED = [name for name, spec in METRICS.items() if spec.higher_is_better is not None]
 
 
-@pytest.mark.parametrize(
-    "name", sorted({*DIRECTED} - {"parsed_accuracy"})
-)  # which the confidences do not change
+@pytest.mark.parametrize("name", sorted({*DIRECTED} - {"parsed_accuracy"}))
 def test_an_oracle_is_at_the_better_bound(name):
     """Confidences of 100% where correct and 0% where wrong are better than the opposite, by every metric with a direction."""
     spec = METRICS[name]

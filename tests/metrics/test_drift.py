@@ -9,9 +9,8 @@ import pytest
 from scipy import stats
 
 from vlm_calibration.metrics.drift import drift_test
-from vlm_calibration.reporting.report.thresholds import one_an_image
 
-from ..performance.drift import LEVELS, SHARES, Asked, drawn, false_alarms
+from ..performance.drift import LEVELS, SHARES, false_alarms
 
 LOWER = np.array([0.02, 0.12, 0.14, 0.16, 0.20, 0.18, 0.12, 0.06])
 # The mean of `SHARES`, with more answers at both ends.
@@ -32,15 +31,11 @@ def test_without_ties_it_is_scipy_s_exact_test(power: float) -> None:
     assert ours.p_value == pytest.approx(theirs.pvalue, rel=0.25)
 
 
-def test_the_order_of_either_side_does_not_matter() -> None:
+def test_neither_order_nor_last_digits_matter() -> None:
     rng = np.random.default_rng(5)
     reference, new = draw(rng, 200), draw(rng, 500, LOWER)
     assert drift_test(np.sort(reference), np.sort(new)) == drift_test(reference, new)
     assert drift_test(reference, reference[::-1]) == (0, 1)
-
-
-def test_the_last_digits_do_not_matter() -> None:
-    rng = np.random.default_rng(5)
     expected = rng.choice([0.8123456, 0.95, 0.9500004], 300)
     assert drift_test(expected, np.round(expected, 6)).p_value == 1
 
@@ -54,15 +49,6 @@ def test_false_alarms_are_rarer_than_the_error(questions: int, correlation: floa
     assert 0 < rate <= stats.binom.ppf(0.999, 200, 0.05) / 200
 
 
-def test_all_answers_about_an_image_would_break_the_promise() -> None:
-    rng = np.random.default_rng(0)
-    alarms = 0
-    for _ in range(50):
-        sides = [np.repeat(drawn(rng, 50, 1, 0.0), 18) for _ in range(2)]
-        alarms += drift_test(*sides, 99).p_value <= 0.05
-    assert alarms > 10
-
-
 @pytest.mark.parametrize(("shares", "n"), [(LOWER, 150), (WIDER, 300)], ids=["mean", "shape"])
 def test_a_shift_of_mean_or_shape_is_found(shares: np.ndarray, n: int) -> None:
     rng = np.random.default_rng(6)
@@ -74,11 +60,6 @@ def test_unparsed_answers_are_a_level_of_their_own() -> None:
     test = drift_test(np.zeros(50), np.full(20, math.nan))
     assert test.difference == 1
     assert test.p_value < 0.01
-
-
-def test_answers_without_an_image_all_count() -> None:
-    answers = [Asked("same", None, 0.5)] * 3  # type: ignore[arg-type]
-    assert one_an_image(answers) == answers
 
 
 @pytest.mark.parametrize("bad", [[1.5], [-0.1, math.nan], [math.inf], []])

@@ -67,6 +67,7 @@ def test_every_number_is_that_of_a_loop(batch: int) -> None:
             expected |= {f"probe_{probe}_{name}{suffix}": value for name, value in named.items()}
     assert values == pytest.approx(expected, abs=1e-15, nan_ok=True)
     assert 0 < values["probe_image_fell"] < 1
+    assert ProbeMetrics((), GROUPS).compute() == {}
 
 
 def test_processes_merge_to_the_same_bits() -> None:
@@ -90,8 +91,3 @@ def test_processes_merge_to_the_same_bits() -> None:
     assert torch.equal(synced.counts, whole.counts)
     synced.unsync()
     assert not torch.equal(synced.counts, whole.counts)
-
-
-def test_without_probes_there_is_nothing() -> None:
-    metrics = ProbeMetrics((), GROUPS)
-    assert metrics.compute() == {}

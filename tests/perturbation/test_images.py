@@ -79,10 +79,12 @@ def test_alpha_is_composited_on_white(rgb):
     np.testing.assert_array_equal(loaded[5:10], rgb[5:10])
 
 
-def test_cmyk_is_converted():
-    image = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
-    red = load_image(encoded(image, "JPEG", quality=100))
+def test_cmyk_is_converted_and_floating_point_and_lab_are_refused(rgb):
+    red = load_image(encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", quality=100))
     assert np.abs(red.astype(int) - [255, 0, 0]).max() <= 3
+    for pixels, mode in ((rgb[..., 0].astype(np.float32), "F"), (rgb, "LAB")):
+        with pytest.raises(ImageError, match=f"x.tif: {mode} pixels have no unique conversion"):
+            load_image(encoded(Image.fromarray(pixels, mode), "TIFF"), name="x.tif")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -125,15 +127,6 @@ def test_an_orientation_that_cannot_be_read_counts_as_upright(rgb, exif):
     data = encoded(Image.fromarray(rgb), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     np.testing.assert_array_equal(load_image(data[:2] + segment + data[2:]), load_image(data))
-
-
-def test_floating_point_and_lab_are_refused(rgb):
-    for image, mode in (
-        (Image.fromarray(rgb[..., 0].astype(np.float32)), "F"),
-        (Image.fromarray(rgb, "LAB"), "LAB"),
-    ):
-        with pytest.raises(ImageError, match=f"x.tif: {mode} pixels have no unique conversion"):
-            load_image(encoded(image, "TIFF"), name="x.tif")
 
 
 def test_thirty_two_bits_are_refused_unless_they_fit_sixteen():
@@ -238,42 +231,25 @@ def test_exactly_half_covered_counts_whatever_the_rounding(factor_y, factor_x):
     assert resize_mask(np.block(blocks), (1, 12)).all()
 
 
-@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 64), st.integers(1, 64), st.data())
-@settings(max_examples=60)
-def test_a_single_pixel_never_vanishes_and_stays_where_it_was(height, width, new_height, new_width, data):
-    y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
-    mask = np.zeros((height, width), dtype=bool)
-    mask[y, x] = True
-    resized = resize_mask(mask, (new_height, new_width))
-    assert resized.shape == (new_height, new_width)
-    rows, columns = np.nonzero(resized)
-    assert rows.size >= 1
-    assert np.all(
-        np.abs((rows + 0.5) / new_height - (y + 0.5) / height) <= 0.5 / new_height + 0.5 / height + 1e-9
-    )
-    assert np.all(
-        np.abs((columns + 0.5) / new_width - (x + 0.5) / width) <= 0.5 / new_width + 0.5 / width + 1e-9
-    )
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
-@settings(max_examples=60)
-def test_coverage_is_the_exact_area(height, width, new_height, new_width, seed):
-    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+@given(*(st.integers(1, 40) for _ in range(4)), st.sampled_from(["one pixel", 0.05, 0.5]), st.integers(0, 99))
+@settings(max_examples=100)
+def test_coverage_is_the_exact_area_and_no_mask_vanishes(height, width, new_height, new_width, share, seed):
+    scores = np.random.default_rng(seed).random((height, width))
+    mask = scores == scores.min() if share == "one pixel" else scores < share
     # On a common grid every old and new pixel is a whole block, so areas are counts.
     fine = np.kron(mask, np.ones((new_height, new_width), bool))
     areas = fine.reshape(new_height, height, new_width, width).mean(axis=(1, 3))
     expected = areas >= min(0.5, areas.max()) * (1 - 1e-5) if mask.any() else np.zeros_like(areas, bool)
-    np.testing.assert_array_equal(resize_mask(mask, (new_height, new_width)), expected)
+    resized = resize_mask(mask, (new_height, new_width))
+    np.testing.assert_array_equal(resized, expected)
+    assert resized.any() == mask.any()
 
 
 def test_wrong_sizes_and_arrays_are_refused(rgb):
-    mask = rgb[..., 0] > 127
     for size in ((0, 5), (5, -1)):
-        with pytest.raises(ValueError, match="size must be a positive"):
-            resize_image(rgb, size)
-        with pytest.raises(ValueError, match="size must be a positive"):
-            resize_mask(mask, size)
+        for resize, array in ((resize_image, rgb), (resize_mask, rgb[..., 0] > 127)):
+            with pytest.raises(ValueError, match="size must be a positive"):
+                resize(array, size)
     with pytest.raises(TypeError, match="image must be a uint8 array"):
         resize_image(rgb.astype(float), (5, 5))
     with pytest.raises(TypeError, match="mask must be a bool array"):

@@ -15,7 +15,7 @@ from vlm_calibration.perturbation.level_table import (
     LevelTable,
     trend_p_value,
 )
-from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
+from vlm_calibration.perturbation.levels import AnchoredLevels
 
 from .conftest import COUNTS, PROVENANCE, noise_counts
 
@@ -42,12 +42,7 @@ def test_a_saved_table_loads_equal(levels, tmp_path):
     path = tmp_path / "new" / "levels.json"
     levels.save(path)
     loaded = AnchoredLevels(path, grid=1)
-    assert loaded.table == levels.table
-    assert loaded.table.provenance == PROVENANCE
-    for answer_type in COUNTS:
-        for strength in np.linspace(0, 1, 21):
-            perturbation = Perturbation("noise", strength)
-            assert loaded.accuracy(perturbation, answer_type) == levels.accuracy(perturbation, answer_type)
+    assert loaded.table == levels.table == LevelTable(COUNTS, PROVENANCE)
     content = json.loads(path.read_text())
     assert content["answer_types"]["short"] == {
         "likelihood_edges": [],
@@ -99,19 +94,18 @@ def test_any_table_loads_as_it_was_saved(tmp_path, table):
     assert loaded.kinds == table.kinds
 
 
-def content(answer_types, **more):
-    return json.dumps({"format": FORMAT, "provenance": {}, "answer_types": answer_types, **more})
+def content(answer_types):
+    return json.dumps({"format": FORMAT, "provenance": {}, "answer_types": answer_types})
 
 
 ROW = {"strength": 0, "n": [10], "n_correct": [9]}
 NONE = {"n": [0], "n_correct": [0]}
 
 
-def one(*rows, edges=(), kind="noise", others=NONE):
+def one(*rows, others=NONE):
     """The content of a table of open answers with these rows."""
-    return content(
-        {"open": {"likelihood_edges": list(edges), "kinds": {kind: list(rows)}, "never_perturbed": others}}
-    )
+    kinds = {"noise": list(rows)} if rows else {}
+    return content({"open": {"likelihood_edges": [], "kinds": kinds, "never_perturbed": others}})
 
 
 @pytest.mark.parametrize(
@@ -125,22 +119,13 @@ def one(*rows, edges=(), kind="noise", others=NONE):
         (content([]), "items"),
         (content({}), "at least one answer type"),
         (content({"open": {"likelihood_edges": []}}), "missing key 'kinds'"),
-        (content({"open": {"likelihood_edges": [], "kinds": {}}}), "missing key 'never_perturbed'"),
-        (content({"open": {"likelihood_edges": [], "kinds": {}, "never_perturbed": NONE}}), "no counts"),
-        (
-            one(ROW).replace('"provenance": {}', '"provenance": {"grading": 1}'),
-            "'grading' must be an object",
-        ),
+        (one(), "no counts"),
+        (one(ROW).replace('"provenance": {}', '"provenance": {"grading": 1}'), "'grading' must be an object"),
         (one(ROW, others={"n": [3, 4], "n_correct": [1, 2]}), "must have 1 bins"),
-        (
-            one(ROW, others={"n": [3], "n_correct": [4]}),
-            "impossible count of 'no kind'",
-        ),
-        (one(ROW, others={"n": [3.5], "n_correct": [1]}), "1 correct of 3.5"),
+        (one(ROW, others={"n": [3], "n_correct": [4]}), "impossible count of 'no kind'"),
         (one({"n": [10], "n_correct": [9]}), "missing key 'strength'"),
         (one({**ROW, "n": []}), "must have 1 bins"),
         (one({**ROW, "n": [10.5]}), "9 correct of 10.5"),
-        (one({**ROW, "n_correct": [11]}), "impossible count of 'noise'"),
         (one(ROW, {**ROW, "strength": float("nan")}), "nan"),
         (one(ROW, {**ROW, "strength": "strong"}), "strong"),
     ],
@@ -163,18 +148,11 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("right", "options", "message"),
     [
-        ([0] * 11, {}, "correct on 0 of 100 clean images, not significantly more than the 5%"),
-        ([8, *[4] * 10], {}, "correct on 8 of 100 clean images"),
-        ([80] * 11, {}, "noise does not significantly lower"),
-        (FALLING[::-1], {"kind": "short"}, "correct on 0 of 100 clean images"),
+        ([8, *[4] * 10], {}, "correct on 8 of 100 clean images, not significantly more than the 5%"),
         ([60, *range(60, 90, 3)], {}, "noise does not significantly lower"),
         ([55, *[45] * 10], {"kind": "yes_no"}, "55 of 100 clean images, not significantly more than the 50%"),
         ([55, *[45] * 10], RANKING, "55 of 100 clean images, not significantly more than the 50%"),
-        (
-            [4] * 5 + [2] * 6,
-            {"kind": "yes_no", "n": 4},
-            "4 clean queries are too few, at least 5",
-        ),
+        ([4] * 5 + [2] * 6, {"kind": "yes_no", "n": 4}, "4 clean queries are too few, at least 5"),
     ],
 )
 def test_a_table_that_teaches_nothing_is_refused(right, options, message, tmp_path):
@@ -182,12 +160,8 @@ def test_a_table_that_teaches_nothing_is_refused(right, options, message, tmp_pa
     with pytest.raises(ValueError, match="teach no confidence") as error:
         AnchoredLevels(path)
     n = options.get("n", 100)
-    for part in (
-        str(path),
-        options.get("kind", "open"),
-        message,
-        f"by strength of noise: {right[0]}/{n} at 0, {right[1]}/{n} at 0.1",
-    ):
+    counts = f"by strength of noise: {right[0]}/{n} at 0, {right[1]}/{n} at 0.1"
+    for part in (str(path), options.get("kind", "open"), message, counts):
         assert part in str(error.value)
     ranked_or_yes_no = options in ({"kind": "yes_no"}, RANKING) or n == 4
     assert ("data.grading" in str(error.value)) is not ranked_or_yes_no
@@ -198,7 +172,6 @@ def test_a_table_that_teaches_nothing_is_refused(right, options, message, tmp_pa
     ("right", "options"),
     [
         (FALLING, {}),
-        ([12, 12, 11, 10, 8, 6, 4, 2, 0, 0, 0], {}),
         ([65, *[64] * 5, *[50] * 5], {"kind": "yes_no"}),
         ([65, *[64] * 5, *[50] * 5], RANKING),
         ([5] * 6 + [2] * 5, {"kind": "yes_no", "n": 5}),
@@ -269,25 +242,6 @@ def test_the_trend_is_that_of_a_contingency_table():
     )
 
 
-@pytest.mark.parametrize(
-    ("kinds", "message"),
-    [
-        ({}, "no counts"),
-        ({"noise": []}, "'noise' must begin at strength 0"),
-        ({"noise": [(0, 10, 5), (1.1, 10, 5)]}, "1.1"),
-        ({"noise": [(0, 10, 5), (-0.1, 10, 5)]}, "-0.1"),
-        ({"noise": [(0, 10, 5), (0, 10, 6)]}, "repeat none"),
-        ({"noise": [(0, 0, 0)]}, "impossible count"),
-        ({"noise": [(0, 10, 11)]}, "impossible count"),
-        ({"noise": [(0, 10, 0.5)]}, "impossible count"),
-        ({"noise": [(0, 10, 5)], "blur": [(0, 10, 6)]}, "different counts of untouched images"),
-    ],
-)
-def test_impossible_counts_are_refused(kinds, message):
-    with pytest.raises(ValueError, match=message):
-        AnswerTypeCounts.of_kinds(kinds)
-
-
 NOISE_ROWS = {"noise": [(0, 10, 5), (1, 10, 1)]}
 
 
@@ -295,9 +249,17 @@ NOISE_ROWS = {"noise": [(0, 10, 5), (1, 10, 1)]}
     ("bins", "edges", "message"),
     [
         ((), (), "no counts"),
-        ((NOISE_ROWS, NOISE_ROWS), (), "2 bins need as many edges less one"),
+        (({},), (), "no counts"),
+        (({"noise": []},), (), "'noise' must begin at strength 0"),
+        (({"noise": [(0, 10, 5), (1.1, 10, 5)]},), (), "1.1"),
+        (({"noise": [(0, 10, 5), (-0.1, 10, 5)]},), (), "-0.1"),
+        (({"noise": [(0, 10, 5), (0, 10, 6)]},), (), "repeat none"),
+        (({"noise": [(0, 0, 0)]},), (), "impossible count"),
+        (({"noise": [(0, 10, 11)]},), (), "impossible count"),
+        (({"noise": [(0, 10, 0.5)]},), (), "impossible count"),
+        (({"noise": [(0, 10, 5)], "blur": [(0, 10, 6)]},), (), "different counts of untouched images"),
+        ((NOISE_ROWS,) * 2, (), "2 bins need as many edges less one"),
         ((NOISE_ROWS,), (0.5,), "1 bins need as many edges less one"),
-        ((NOISE_ROWS,) * 3, (0.6, 0.4), "rising"),
         ((NOISE_ROWS,) * 3, (0.5, 0.5), "rising"),
         ((NOISE_ROWS,) * 2, (1.5,), "1.5"),
         ((NOISE_ROWS,) * 2, (float("nan"),), "nan"),
@@ -305,27 +267,18 @@ NOISE_ROWS = {"noise": [(0, 10, 5), (1, 10, 1)]}
         ((NOISE_ROWS, {"noise": [(0, 10, 5), (0.9, 10, 1)]}), (0.5,), "different kinds or strengths"),
     ],
 )
-def test_impossible_bins_are_refused(bins, edges, message):
+def test_impossible_counts_and_bins_are_refused(bins, edges, message):
     with pytest.raises(ValueError, match=message):
         AnswerTypeCounts(bins, edges)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"noise": [(0, 10, 5)], "blur": [(0, 10, 5)]},
-        {"blur": [(0, 10, 5)]},
-        {"noise": [(0, 10, 5), (0.9, 10, 5)]},
-    ],
-)
+@pytest.mark.parametrize("other", [{"blur": [(0, 10, 5)]}, {"noise": [(0, 10, 5), (0.9, 10, 5)]}])
 def test_answer_types_of_a_table_share_kinds_and_strengths(other):
     counts = {"open": noise_counts([(0, 10, 5)]), "short": AnswerTypeCounts.of_kinds(other)}
     with pytest.raises(
         ValueError, match="'open' and 'short' were measured with different kinds or strengths"
     ):
         LevelTable(counts)
-    with pytest.raises(ValueError, match="at least one answer type"):
-        LevelTable({})
 
 
 def test_counts_are_sorted_and_pooled():
@@ -339,11 +292,3 @@ def test_counts_are_sorted_and_pooled():
         "noise": (LevelCount(0, 50, 44), LevelCount(1, 15, 3)),
         "blur": (LevelCount(0, 50, 44), LevelCount(0.5, 10, 6)),
     }
-
-
-def test_either_a_path_or_a_table():
-    table = LevelTable(COUNTS)
-    assert AnchoredLevels(table=table).table is table
-    for arguments in ({}, {"path": "levels.json", "table": table}):
-        with pytest.raises(ValueError, match="either a path or a table"):
-            AnchoredLevels(**arguments)

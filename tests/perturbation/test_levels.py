@@ -24,55 +24,38 @@ def noise(strength):
     return Perturbation("noise", strength)
 
 
-def test_linear_levels_are_the_papers():
+def test_linear_levels_are_the_papers_for_every_kind_answer_type_and_query():
     levels = LinearLevels()
     assert levels.strengths("noise") == (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
     stated = [levels.confidence(noise(s), "yes_no") for s in levels.strengths("noise")]
     assert stated == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
     assert levels.confidences("yes_no") == tuple(stated)
     assert levels.confidence(noise(0.25), "short") == 0.75
-
-
-def test_linear_levels_are_the_same_for_every_kind_answer_type_and_query():
-    levels = LinearLevels(5)
-    assert levels.strengths("blur") == levels.strengths("noise") == (0, 0.25, 0.5, 0.75, 1)
-    assert levels.confidence(Perturbation("blur", 0.5), "short", "q") == levels.confidence(noise(0.5)) == 0.5
+    assert LinearLevels(5).strengths("blur") == (0, 0.25, 0.5, 0.75, 1)
+    assert levels.confidence(Perturbation("blur", 0.5), "short", "q") == 0.5
     assert levels.confidence(CLEAN, "short") == 1
     assert levels.averaged is levels
 
 
-@pytest.mark.parametrize("n_levels", [1, 0, -3])
-def test_impossible_linear_levels_are_refused(n_levels):
-    with pytest.raises(ValueError, match=f"n_levels.*{n_levels}"):
-        LinearLevels(n_levels)
-
-
 @pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), float("inf")])
-def test_a_strength_outside_the_range_is_refused(strength, levels):
+def test_a_strength_outside_the_measured_range_is_refused(strength, levels):
     for each in (LinearLevels(), levels):
         with pytest.raises(ValueError, match=r"strength must be in \[0, 1\]"):
             each.confidence(noise(strength), "yes_no")
-
-
-def test_a_strength_above_the_measured_ones_is_refused():
-    levels = AnchoredLevels.fit({"open": noise_counts([(0, 100, 90), (0.4, 100, 20)])})
+    short = AnchoredLevels.fit({"open": noise_counts([(0, 100, 90), (0.4, 100, 20)])})
     with pytest.raises(ValueError, match=r"strength must be in \[0, 0\.4\], got 0\.5"):
-        levels.confidence(noise(0.5), "open")
+        short.confidence(noise(0.5), "open")
 
 
 def test_anchored_levels_state_the_measured_accuracy_per_answer_type(levels):
     assert levels.answer_types == ("yes_no", "short")
-    assert levels.accuracy(CLEAN, "yes_no") == 0.95
-    assert levels.accuracy(noise(0), "yes_no") == 0.95
+    assert levels.accuracy(CLEAN, "yes_no") == levels.accuracy(noise(0), "yes_no") == 0.95
     assert levels.accuracy(noise(1), "yes_no") == 0.52
     assert levels.confidence(noise(1), "yes_no") == 0.5
     assert levels.confidence(CLEAN, "short") == 0.95
-
-
-def test_accuracies_that_rise_with_the_strength_are_pooled_by_their_counts(levels):
-    pooled = (20 + 90) / (100 + 300)
-    for strength in (0.5, 0.7, 1):
-        assert levels.accuracy(noise(strength), "short") == pytest.approx(pooled)
+    # Linear between measured strengths.
+    assert levels.accuracy(noise(0.25), "yes_no") == pytest.approx((0.95 + 0.75) / 2)
+    assert levels.accuracy(noise(0.6), "yes_no") == pytest.approx(0.75 + (0.52 - 0.75) / 5)
 
 
 def pool_adjacent_violators(accuracies, weights):
@@ -87,13 +70,10 @@ def pool_adjacent_violators(accuracies, weights):
     return [value for value, _, size in blocks for _ in range(size)]
 
 
-@given(
-    st.lists(
-        st.integers(1, 500).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))),
-        min_size=1,
-        max_size=12,
-    )
-)
+CELL = st.integers(1, 500).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n)))
+
+
+@given(st.lists(CELL, min_size=1, max_size=12))
 def test_the_fit_of_one_kind_is_isotonic_regression(pairs):
     rows = [(i / 16, n, right) for i, (n, right) in enumerate(pairs)]
     levels = AnchoredLevels.fit({"open": noise_counts(rows)})
@@ -103,23 +83,9 @@ def test_the_fit_of_one_kind_is_isotonic_regression(pairs):
     assert all(0 <= value <= 1 for value in fitted)
 
 
-def test_between_measured_strengths_accuracy_is_linear(levels):
-    assert levels.accuracy(noise(0.25), "yes_no") == pytest.approx((0.95 + 0.75) / 2)
-    assert levels.accuracy(noise(0.6), "yes_no") == pytest.approx(0.75 + (0.52 - 0.75) / 5)
-
-
 @pytest.mark.parametrize(
     ("right", "grid", "stated"),
-    [
-        (974, 5, 0.95),
-        (975, 5, 1.0),
-        (523, 5, 0.5),
-        (525, 5, 0.55),
-        (523, 1, 0.52),
-        (525, 1, 0.53),
-        (549, 10, 0.5),
-        (30, 100, 0),
-    ],
+    [(974, 5, 0.95), (975, 5, 1.0), (523, 5, 0.5), (525, 1, 0.53), (549, 10, 0.5), (30, 100, 0)],
 )
 def test_confidences_are_rounded_to_the_grid_with_ties_up(right, grid, stated):
     levels = AnchoredLevels.fit({"open": noise_counts([(0, 1000, right)])}, grid=grid)
@@ -136,34 +102,19 @@ def test_a_stated_confidence_is_a_whole_percent_and_close(strength, grid):
     assert abs(stated - levels.accuracy(noise(strength), "yes_no")) <= grid / 200 + 1e-8
 
 
-@given(st.sampled_from([1, 5, 10]), st.sampled_from([None, 1, 2, 3]))
-def test_the_confidences_are_those_at_the_strengths(grid, groups):
-    table = AnchoredLevels.fit(COUNTS).table
-    levels = AnchoredLevels(table=table, grid=grid, groups=groups)
-    for answer_type in levels.answer_types:
-        stated = {levels.confidence(noise(s), answer_type) for s in levels.strengths("noise")}
-        assert levels.confidences(answer_type) == tuple(sorted(stated, reverse=True))
-
-
 def test_what_was_not_measured_is_answered_with_what_was(levels):
-    for method in (levels.confidence, levels.accuracy):
+    calls = (levels.confidences, *(lambda t, m=m: m(CLEAN, t) for m in (levels.confidence, levels.accuracy)))
+    for call in calls:
         with pytest.raises(ValueError, match="no levels for answer type 'open'; measured: yes_no, short"):
-            method(CLEAN, "open")
+            call("open")
+    for call in (levels.strengths, lambda kind: levels.confidence(Perturbation(kind, 0.5), "short")):
         with pytest.raises(ValueError, match="no levels for 'blur'; measured: noise"):
-            method(Perturbation("blur", 0.5), "short")
-    with pytest.raises(ValueError, match="no levels for answer type 'open'; measured: yes_no, short"):
-        levels.confidences("open")
-    with pytest.raises(ValueError, match="no levels for 'blur'; measured: noise"):
-        levels.strengths("blur")
+            call("blur")
 
 
 def test_each_kind_has_its_own_accuracies_and_all_share_the_untouched_image():
-    counts = AnswerTypeCounts.of_kinds(
-        {
-            "noise": [(0, 100, 90), (0.5, 100, 60), (1, 100, 20)],
-            "blur": [(0, 100, 90), (0.8, 100, 70)],
-        }
-    )
+    noisy = [(0, 100, 90), (0.5, 100, 60), (1, 100, 20)]
+    counts = AnswerTypeCounts.of_kinds({"noise": noisy, "blur": [(0, 100, 90), (0.8, 100, 70)]})
     levels = AnchoredLevels.fit({"open": counts}, grid=1)
     assert levels.confidence(noise(0.5), "open") == 0.6
     assert levels.confidence(Perturbation("blur", 0.8), "open") == 0.7
@@ -173,10 +124,20 @@ def test_each_kind_has_its_own_accuracies_and_all_share_the_untouched_image():
         levels.confidence(Perturbation("blur", 0.9), "open")
 
 
-@pytest.mark.parametrize("grid", [0, -5, 3, 200, 2.5, True])
-def test_a_grid_must_divide_a_hundred(grid):
-    with pytest.raises(ValueError, match="grid must be a whole number of percent"):
-        AnchoredLevels.fit(COUNTS, grid=grid)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(({"grid": grid}, "grid must be a whole number of percent") for grid in (0, -5, 3, 200, 2.5, True)),
+        *(({"groups": groups}, f"groups must be at least 1, got {groups}") for groups in (0, -1)),
+        ({"table": None}, "either a path or a table"),
+        ({"path": "levels.json"}, "either a path or a table"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AnchoredLevels(**{"table": LevelTable(COUNTS), **settings})
+    with pytest.raises(ValueError, match=r"n_levels.* 1"):
+        LinearLevels(1)
 
 
 def test_levels_can_be_named_in_a_configuration(levels, tmp_path):
@@ -192,10 +153,8 @@ def test_levels_can_be_named_in_a_configuration(levels, tmp_path):
         return instantiate(config)[key]
 
     assert build("levels", "LinearLevels", n_levels=6) == LinearLevels(6)
-    assert build("levels", "AnchoredLevels", path=str(tmp_path / "levels.json")).answer_types == (
-        "yes_no",
-        "short",
-    )
+    anchored = build("levels", "AnchoredLevels", path=str(tmp_path / "levels.json"))
+    assert anchored.answer_types == ("yes_no", "short")
     assert build("schedule", "CosineSchedule", offset=0.01) == CosineSchedule(offset=0.01)
     with pytest.raises(ArgumentError, match="foo"):
         build("levels", "LinearLevels", foo=6)

@@ -12,14 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlm_calibration.perturbation.level_accuracy import fit_bins
 from vlm_calibration.perturbation.level_table import (
     LIKELIHOODS_FORMAT,
     Measured,
     read_likelihoods,
     write_likelihoods,
 )
-from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation
+from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, Perturbation, fit_bins
 
 from ..level_tables import measured_likelihoods
 from .conftest import KINDS, PROVENANCE, instance_table
@@ -68,13 +67,10 @@ def test_confidences_fall_with_the_strength_and_rise_with_the_likelihood(by_quer
         assert (np.diff(stated, axis=1) <= 0).all()
         assert (np.diff(stated, axis=0) >= 0).all()
         assert (stated[:, 0] > stated[:, -1]).all()
-
-
-def test_blur_and_noise_fall_by_their_own_counts(by_query):
-    levels = by_query()
-    assert levels.accuracy(Perturbation("noise", 1), "yes_no", "easy") == pytest.approx(0.5)
-    assert levels.accuracy(Perturbation("blur", 1), "yes_no", "easy") == pytest.approx(0.74)
-    assert levels.accuracy(Perturbation("blur", 0.25), "yes_no", "easy") == pytest.approx(0.92)
+    # Blur and noise fall by their own counts.
+    easy = (("noise", 1, 0.5), ("blur", 1, 0.74), ("blur", 0.25, 0.92))
+    for kind, strength, accuracy in easy if answer_type == "yes_no" else ():
+        assert levels.accuracy(Perturbation(kind, strength), answer_type, "easy") == pytest.approx(accuracy)
 
 
 def test_a_query_without_a_likelihood_is_refused_and_the_file_named(by_query, file):
@@ -103,12 +99,11 @@ def test_without_a_query_the_levels_are_the_average(by_query):
             assert levels.averaged.accuracy(perturbation, answer_type, "unknown") == expected
     assert plain.averaged.table is table
     assert levels.averaged.likelihoods is None
-    assert [levels.strengths(kind) for kind in KINDS] == [plain.strengths(kind) for kind in KINDS]
-
-
-def test_without_likelihoods_a_query_makes_no_difference():
-    levels = AnchoredLevels(table=instance_table(), grid=1)
-    assert levels.confidence(CLEAN, "yes_no", "anything") == levels.confidence(CLEAN, "yes_no")
+    (fit,) = fit_bins(table.counts["short"].merged)
+    for kind, strengths in KINDS.items():
+        assert levels.strengths(kind) == plain.strengths(kind)
+        measured = [levels.accuracy(Perturbation(kind, s), "short") for s in strengths]
+        assert measured == pytest.approx(fit[kind].tolist())
 
 
 @pytest.mark.parametrize("grid", [1, 5, 20])
@@ -136,14 +131,6 @@ def test_averaged_levels_are_also_averaged_when_they_are_sent_to_a_worker(by_que
     assert again.confidence(CLEAN, "short", "easy") == levels.confidence(CLEAN, "short", "easy")
 
 
-def test_the_average_is_the_fit_of_all_queries(by_query):
-    levels, table = by_query(), instance_table()
-    (fit,) = fit_bins(table.counts["short"].merged)
-    for kind, strengths in KINDS.items():
-        found = [levels.accuracy(Perturbation(kind, s), "short") for s in strengths]
-        assert found == pytest.approx(fit[kind].tolist())
-
-
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
@@ -164,20 +151,15 @@ def test_a_likelihood_is_in_the_bin_that_it_was_counted_in(tmp_path):
     assert read_likelihoods(tmp_path / "l.parquet", PROVENANCE, "")["q"].likelihood == edge
 
 
-@pytest.mark.parametrize("key", ["weights", "prompt", "max_pixels"])
-def test_likelihoods_of_another_model_or_prompt_are_refused(file, key):
-    with pytest.raises(ValueError, match=f"another {key}: ") as error:
-        AnchoredLevels(table=instance_table({**PROVENANCE, key: "other"}), likelihoods=file)
-    assert str(file) in str(error.value)
-    AnchoredLevels(table=instance_table({**PROVENANCE, "seed": 7, "schedule": "cosine"}), likelihoods=file)
-
-
-def test_both_files_are_named_if_they_do_not_belong_together(file, tmp_path):
+@pytest.mark.parametrize("keys", [["weights"], ["max_pixels"], ["weights", "prompt"]])
+def test_likelihoods_of_another_model_or_prompt_are_refused_and_both_files_named(file, keys, tmp_path):
     path = tmp_path / "levels.json"
-    instance_table({**PROVENANCE, "prompt": "other", "weights": None}).save(path)
-    with pytest.raises(ValueError, match="another weights, prompt") as error:
+    instance_table(PROVENANCE | dict.fromkeys(keys, "other")).save(path)
+    with pytest.raises(ValueError, match=f"another {', '.join(keys)}: ") as error:
         AnchoredLevels(path, likelihoods=file)
+    assert str(file) in str(error.value)
     assert str(path) in str(error.value)
+    AnchoredLevels(table=instance_table({**PROVENANCE, "seed": 7, "schedule": "cosine"}), likelihoods=file)
 
 
 def test_a_missing_file_of_likelihoods_is_named(tmp_path):
@@ -186,34 +168,27 @@ def test_a_missing_file_of_likelihoods_is_named(tmp_path):
 
 
 METADATA = {"format": LIKELIHOODS_FORMAT, "provenance": json.dumps(PROVENANCE)}
+COLUMNS = {"id": ["a"], "likelihood": [0.5], "content": [1]}
 
 
 @pytest.mark.parametrize(
     ("columns", "metadata", "message"),
     [
-        ({"id": ["a"], "likelihood": [0.5], "content": [1]}, {}, "expected the format"),
-        ({"id": ["a"], "likelihood": [0.5]}, {"format": "other"}, "b'other'"),
-        ({"id": ["a"], "likelihood": [0.5], "content": [1]}, {"format": LIKELIHOODS_FORMAT}, "provenance"),
-        (
-            {"id": ["a"], "likelihood": [0.5], "content": [1]},
-            {**METADATA, "provenance": "no json"},
-            "Expecting value",
-        ),
-        (
-            {"id": ["a"], "likelihood": [0.5], "content": [1]},
-            {**METADATA, "provenance": "[1]"},
-            "is not a file of likelihoods",
-        ),
-        ({"likelihood": [0.5], "content": [1]}, METADATA, "id"),
-        ({"id": ["a"], "likelihood": ["high"], "content": [1]}, METADATA, "high"),
-        ({"id": ["a", "b"], "likelihood": [0.5, 1.5], "content": [1, 2]}, METADATA, "found 0.5 to 1.5"),
-        ({"id": ["a"], "likelihood": [float("nan")], "content": [1]}, METADATA, "found nan"),
-        ({"id": ["a"], "likelihood": pa.array([None], pa.float32()), "content": [1]}, METADATA, "found nan"),
+        ({}, {}, "expected the format"),
+        ({}, {"format": "other"}, "b'other'"),
+        ({}, {"format": LIKELIHOODS_FORMAT}, "provenance"),
+        ({}, {**METADATA, "provenance": "no json"}, "Expecting value"),
+        ({}, {**METADATA, "provenance": "[1]"}, "is not a file of likelihoods"),
+        ({"id": None}, METADATA, "id"),
+        ({"likelihood": ["high"]}, METADATA, "high"),
+        ({"likelihood": [1.5]}, METADATA, "found 1.5 to 1.5"),
+        ({"likelihood": pa.array([None], pa.float32())}, METADATA, "found nan"),
     ],
 )
 def test_a_file_that_has_no_likelihoods_is_named(tmp_path, columns, metadata, message):
     path = tmp_path / "likelihoods.parquet"
-    pq.write_table(pa.table(columns, metadata=metadata), path)
+    given = {name: values for name, values in {**COLUMNS, **columns}.items() if values is not None}
+    pq.write_table(pa.table(given, metadata=metadata), path)
     with pytest.raises(ValueError, match="likelihoods") as error:
         read_likelihoods(path, PROVENANCE, "levels.json")
     assert str(path) in str(error.value)

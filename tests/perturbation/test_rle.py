@@ -86,12 +86,9 @@ def test_any_text_is_a_mask_or_an_error(counts: str) -> None:
 
 
 @pytest.mark.parametrize("size", [[5, 4], [4, 5, 1], 4, None, "45", {}])
-def test_a_mask_of_another_size_is_refused(size: Any) -> None:
+def test_a_mask_of_another_size_or_an_empty_one_is_refused(size: Any) -> None:
     with pytest.raises(RecordError, match=r"'dog' has size .* but the image is \[4, 5\]"):
         region_to_mask(_region({"size": size, "counts": [0, 20]}), 4, 5)
-
-
-def test_an_empty_mask_is_refused() -> None:
     with pytest.raises(RecordError, match="'dog' .* covers no pixel of the 5 x 4 image"):
         region_to_mask(_region({"size": [4, 5], "counts": [20]}), 4, 5)
 

@@ -58,16 +58,11 @@ def test_the_number_of_steps_does_not_change_what_half_way_and_the_end_mean(name
     assert coarse.alpha_bar(100) == pytest.approx(fine.alpha_bar(1000), abs=0.01)
 
 
-@pytest.mark.parametrize("step", [-1, 1001, np.int64(1001)])
-def test_a_step_outside_the_schedule_is_an_error(step):
-    with pytest.raises(ValueError, match=r"step must be in \[0, 1000\]"):
+@pytest.mark.parametrize("step", [-1, 1001, np.int64(1001), 0.5, 300.0, True, "300", np.array([0])])
+def test_a_step_is_an_integer_of_the_schedule(step):
+    error = ValueError if isinstance(step, int | np.integer) and step is not True else TypeError
+    with pytest.raises(error, match=r"step must be (?:in \[0, 1000\]|an integer)"):
         CosineSchedule().alpha_bar(step)
-
-
-@pytest.mark.parametrize("step", [0.5, 300.0, True, "300", np.array([0])])
-def test_a_step_that_is_not_an_integer_is_an_error(step):
-    with pytest.raises(TypeError, match="must be an integer"):
-        LinearSchedule().alpha_bar(step)
 
 
 @pytest.mark.parametrize(
@@ -83,15 +78,9 @@ def test_a_step_that_is_not_an_integer_is_an_error(step):
         lambda: CosineSchedule(offset=-0.1),
         lambda: CosineSchedule(offset=float("nan")),
         lambda: SigmoidSchedule(steps=2),
+        lambda: schedule_by_name("quadratic"),
     ],
 )
 def test_impossible_parameters_are_refused(make):
-    with pytest.raises(ValueError, match=r"steps|beta|offset"):
+    with pytest.raises(ValueError, match=r"steps|beta|offset|'quadratic'; known: linear, cosine, sigmoid"):
         make()
-
-
-def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match="unknown noise schedule 'quadratic'; known: linear, cosine, sigmoid"
-    ):
-        schedule_by_name("quadratic")

@@ -12,9 +12,8 @@ from vlm_calibration.text.known_questions import KnownQuestions
 
 NAMES = "dog|cat|red car|teddy bear|traffic light|bird|cup|chair|bus|kite|sheep|sofa"
 OBJECTS = NAMES.split("|")
-QUESTIONS = [f"Is there a {name} in the image?" for name in OBJECTS] + [
-    f"What is beside the {name}?" for name in OBJECTS
-]
+QUESTIONS = [f"Is there a {name} in the image?" for name in OBJECTS]
+QUESTIONS += [f"What is beside the {name}?" for name in OBJECTS]
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +21,9 @@ def known() -> KnownQuestions:
     return KnownQuestions.of(QUESTIONS * 3)
 
 
-@pytest.mark.parametrize(
-    "question", [*QUESTIONS, "is there a  RED teddy BEAR in the image", "What is beside the red bus?"]
-)
-def test_other_combinations_of_known_words_in_a_known_form_are_familiar(
-    known: KnownQuestions, question: str
-) -> None:
-    assert known.unfamiliar(question) is None
+def test_other_combinations_of_known_words_in_a_known_form_are_familiar(known: KnownQuestions) -> None:
+    for question in (*QUESTIONS, "is there a  RED teddy BEAR in the image", "What is beside the red bus?"):
+        assert known.unfamiliar(question) is None
 
 
 @pytest.mark.parametrize(

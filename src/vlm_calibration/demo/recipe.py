@@ -46,6 +46,7 @@ from vlm_calibration.demo.scenes import CLASSES, CORNERS, Scene, render_scene
 from vlm_calibration.demo.shifts import mild_degradation
 from vlm_calibration.files import replacing
 from vlm_calibration.losses.sequence import IGNORE
+from vlm_calibration.models.shared_prefix import additive_mask, padded
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -181,13 +182,13 @@ class QuestionPacker:
         return self.prompt.render(text), render_response(answer, confidence), decisive
 
     def pack(self, scenes: list[Scene], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Token ids, labels, positions, segments and `ahead`, int64 [B, L], of the text behind each image.
+        """Token ids, labels, positions, segments (1 for the first question) and `ahead`, int64 [B, L], of the text behind each image.
 
         `ahead` labels every token from the deciding word to the end of the prompt with the answer's first token.
         """
         fill = {"labels": IGNORE, "positions": 0, "segments": -1, "ahead": IGNORE}
         fill["ids"] = self.tokenizer.pad_token_id
-        rows: dict[str, list[Tensor]] = {name: [] for name in fill}
+        rows: dict[str, list[list[int]]] = {name: [] for name in fill}
         for scene in scenes:
             row: dict[str, list[int]] = {name: [] for name in fill}
             for kind in range(QUESTIONS_PER_SCENE):
@@ -199,15 +200,12 @@ class QuestionPacker:
                 row["ids"] += prompt + answer
                 row["labels"] += [IGNORE] * len(prompt) + answer
                 row["positions"] += range(start, start + length)
-                row["segments"] += [kind] * length
+                row["segments"] += [kind + 1] * length
                 row["ahead"] += [IGNORE] * decided + answer[:1] * (len(prompt) - decided)
                 row["ahead"] += [IGNORE] * len(answer)
             for name, values in row.items():
-                rows[name].append(torch.tensor(values))
-        return {
-            name: nn.utils.rnn.pad_sequence(rows[name], batch_first=True, padding_value=value)
-            for name, value in fill.items()
-        }
+                rows[name].append(values)
+        return {name: padded(rows[name], value, torch.device("cpu")) for name, value in fill.items()}
 
     def loss(
         self,
@@ -227,10 +225,7 @@ class QuestionPacker:
         inputs = torch.cat([head, features, embed(packed["ids"])], dim=1)
         prefix = len(self.head) + IMAGE_TOKENS
         positions = torch.cat([torch.arange(prefix).expand(rows, -1), packed["positions"]], dim=1)
-        segments = F.pad(packed["segments"], (prefix, 0), value=-2)
-        same = segments[:, None, :] == segments[:, :, None]
-        visible = (same | (segments[:, None, :] == -2)) & torch.ones(same.shape[1:], dtype=torch.bool).tril()
-        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
+        mask = additive_mask(F.pad(packed["segments"], (prefix, 0)), None, inputs.dtype)
         hidden = model.model.language_model(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state

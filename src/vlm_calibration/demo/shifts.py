@@ -70,43 +70,31 @@ def coloured_light(image: np.ndarray, strength: float, rng: np.random.Generator)
 
 Change = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 """uint8 [H, W, 3], strength and generator to uint8 [H, W, 3]."""
-SHIFTS: dict[str, Change] = {
-    "low_contrast": low_contrast,
-    "jpeg": jpeg,
-    "shrink": shrink,
-    "glare": glare,
-    "coloured_light": coloured_light,
+SHIFTS: dict[str, tuple[Change, tuple[float, ...]]] = {
+    "low_contrast": (low_contrast, (0.7, 0.8, 0.9)),
+    "jpeg": (jpeg, (96, 98, 99)),
+    "shrink": (shrink, (5, 7, 10)),
+    "glare": (glare, (0.6, 0.75, 0.9)),
+    "coloured_light": (coloured_light, (0.25, 0.35, 0.4)),
 }
-STRENGTHS: dict[str, tuple[float, ...]] = {
-    "low_contrast": (0.7, 0.8, 0.9),
-    "jpeg": (96, 98, 99),
-    "shrink": (5, 7, 10),
-    "glare": (0.6, 0.75, 0.9),
-    "coloured_light": (0.25, 0.35, 0.4),
+"""Name -> the change and its strengths in the test."""
+DEGRADATIONS: dict[str, tuple[Change, tuple[float, float]]] = {
+    "blur": (blur, (0.3, 1.2)),
+    "occlusion": (occlusion, (0.02, 0.2)),
+    "low_contrast": (low_contrast, (0.1, 0.6)),
+    "jpeg": (jpeg, (20, 85)),
+    "shrink": (shrink, (1.2, 2.2)),
 }
-DEGRADATIONS: dict[str, Change] = {
-    "blur": blur,
-    "occlusion": occlusion,
-    "low_contrast": low_contrast,
-    "jpeg": jpeg,
-    "shrink": shrink,
-}
-MILD: dict[str, tuple[float, float]] = {
-    "blur": (0.3, 1.2),
-    "occlusion": (0.02, 0.2),
-    "low_contrast": (0.1, 0.6),
-    "jpeg": (20, 85),
-    "shrink": (1.2, 2.2),
-}
+"""Name -> the change and the range of its strengths, well below those of the shifts, in the base model's training."""
 
 
 def draw_shift(rng: np.random.Generator) -> tuple[str, float]:
     """Sample one of the shifts and one of its strengths."""
     name = list(SHIFTS)[int(rng.integers(len(SHIFTS)))]
-    return name, float(rng.choice(STRENGTHS[name]))
+    return name, float(rng.choice(SHIFTS[name][1]))
 
 
 def mild_degradation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Apply a random degradation at a random strength well below those of the shifts; uint8 [H, W, 3] in and out."""
-    name = list(DEGRADATIONS)[int(rng.integers(len(DEGRADATIONS)))]
-    return DEGRADATIONS[name](image, float(rng.uniform(*MILD[name])), rng)
+    """Apply a random degradation at a random strength; uint8 [H, W, 3] in and out."""
+    change, strengths = list(DEGRADATIONS.values())[int(rng.integers(len(DEGRADATIONS)))]
+    return change(image, float(rng.uniform(*strengths)), rng)

@@ -83,7 +83,7 @@ class DemoSource(QuerySource):
         if self.shifted:
             rng = self._shift_rng(index)
             name, strength = draw_shift(rng)
-            image = SHIFTS[name](image, strength, rng)
+            image = SHIFTS[name][0](image, strength, rng)
         evidence = tuple(o.mask for o in objects if is_evidence(query, o.name))
         return LoadedImage(image, evidence, tuple(o.mask for o in objects if not is_evidence(query, o.name)))
 

@@ -25,7 +25,7 @@ from vlm_calibration.metrics.table import (
     ConfidenceTable,
     check_confidence,
     check_correct,
-    check_grid_steps,
+    check_positive,
     to_level,
 )
 from vlm_calibration.metrics.task import ALL_METRICS, TASK_SHAPE, answer_cells, task_scores
@@ -132,7 +132,7 @@ class CalibrationCounts(CountingMetric):
     def __init__(
         self, categories: Iterable[str] | None, grid_steps: int, metrics: Iterable[str], **kwargs: Any
     ) -> None:
-        check_grid_steps(grid_steps)
+        check_positive("grid_steps", grid_steps)
         super().__init__((grid_steps + 2, 2), categories, **kwargs)
         self.grid_steps = grid_steps
         self.names = tuple(metrics)

@@ -16,10 +16,10 @@ PROBABILITY_STEPS = 10_000
 """Grid steps from 0 to 1 for confidences that are not whole percents, as those of estimators."""
 
 
-def check_grid_steps(grid_steps: int) -> None:
-    """Raise a ValueError unless `grid_steps` is a positive integer."""
-    if not isinstance(grid_steps, int) or isinstance(grid_steps, bool) or grid_steps < 1:
-        raise ValueError(f"grid_steps must be a positive integer, got {grid_steps!r}")
+def check_positive(name: str, value: int) -> None:
+    """Raise a ValueError unless a number of steps or bins is a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:
@@ -114,7 +114,7 @@ class ConfidenceTable(NamedTuple):
         parsed = ~confidence.isnan()
         confidence, correct = confidence[parsed], correct[parsed.to(correct.device)]
         if grid_steps is not None:
-            check_grid_steps(grid_steps)
+            check_positive("grid_steps", grid_steps)
             confidence = to_level(confidence, grid_steps).cpu().double() / grid_steps
         value, place = torch.unique(confidence, sorted=True, return_inverse=True)
         counts = torch.bincount(place * 2 + correct.to(place.device), minlength=2 * len(value)).view(-1, 2)
@@ -214,8 +214,7 @@ def quantile_bin(count: Tensor, n_bins: int) -> Tensor:
 
 def bin_index(table: ConfidenceTable, n_bins: int, binning: Binning) -> Tensor:
     """The bin of each distinct confidence, int64 [L] in [0, n_bins - 1]; [..., L] for `quantile`, which depends on counts."""
-    if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1:
-        raise ValueError(f"n_bins must be a positive integer, got {n_bins!r}")
+    check_positive("n_bins", n_bins)
     if binning == "quantile":
         return quantile_bin(table.counts.sum(-1), n_bins)
     return uniform_bin(table.value, n_bins, table.dtype)

@@ -6,7 +6,7 @@ counts as negative, and stays in the denominator of the yes ratio.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,25 +57,20 @@ def _accuracy(counts: Tensor) -> Tensor:
     return counts[..., 1].sum().double() / counts.sum()
 
 
-def _precision(counts: Tensor) -> Tensor:
-    yes_no = counts.sum(-1)[:OTHER]
-    return yes_no[YES, YES].double() / yes_no[:, YES].sum()
+def _of_yes_no(formula: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """From a formula of numbers of yes/no questions to a function of counts: correctly answered yes, answered yes, gold yes, all."""
+
+    def function(counts: Tensor) -> Tensor:
+        yes_no = counts.sum(-1)[:OTHER].double()
+        return formula(yes_no[YES, YES], yes_no[:, YES].sum(), yes_no[YES].sum(), yes_no.sum())
+
+    return function
 
 
-def _recall(counts: Tensor) -> Tensor:
-    yes_no = counts.sum(-1)[:OTHER]
-    return yes_no[YES, YES].double() / yes_no[YES].sum()
-
-
-def _f1(counts: Tensor) -> Tensor:
-    yes_no = counts.sum(-1)[:OTHER]
-    return (2 * yes_no[YES, YES]).double() / (yes_no[:, YES].sum() + yes_no[YES].sum())
-
-
-def _yes_ratio(counts: Tensor) -> Tensor:
-    yes_no = counts.sum(-1)[:OTHER]
-    return yes_no[:, YES].sum().double() / yes_no.sum()
-
+_precision = _of_yes_no(lambda hits, answered, gold, n: hits / answered)
+_recall = _of_yes_no(lambda hits, answered, gold, n: hits / gold)
+_f1 = _of_yes_no(lambda hits, answered, gold, n: 2 * hits / (answered + gold))
+_yes_ratio = _of_yes_no(lambda hits, answered, gold, n: answered / n)
 
 TASK_METRICS: dict[str, MetricSpec] = {
     name: MetricSpec(

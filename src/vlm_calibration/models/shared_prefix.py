@@ -220,7 +220,7 @@ def isolate_suffixes(
     def restrict(mask: Any) -> Tensor | BlockMask:
         if blockwise:
             return _block_mask(segment, mask if isinstance(mask, BlockMask) else None)
-        return _additive_mask(segment, mask, dtype)
+        return additive_mask(segment, mask, dtype)
 
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if positions is None:
@@ -234,7 +234,7 @@ def isolate_suffixes(
     }
 
 
-def _additive_mask(segment: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+def additive_mask(segment: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The dense mask of packed rows, float [B, 1, L, L]: 0 where a token attends to another, else the lowest number.
 
     The model's own mask of the row is bool or additive; one of two dimensions, or None, stands for a causal one.

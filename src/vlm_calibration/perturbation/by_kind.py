@@ -67,14 +67,15 @@ def perturb(
     strength = 1.0 - check_share("confidence", confidence)
     if isinstance(schedule, str):
         schedule = schedule_by_name(schedule)
-    if kind == NOISE:  # without albumentations
-        return add_region_noise(image, mask, round(strength * schedule.steps), schedule, seed)
     return perturb_region(image, mask, Perturbation(kind, strength), schedule, seed)
 
 
 def perturb_region(
     image: ImageArray, mask: NDArray[Any], perturbation: Perturbation, schedule: Schedule, seed: Seed
 ) -> ImageArray:
-    """The image with a perturbed region; see `RegionPerturbation`."""
-    transform = region_perturbation(perturbation.kind, schedule)
-    return transform(image=image, mask=mask, strength=perturbation.strength, seed=seed)["image"]
+    """The image with a perturbed region; see `RegionPerturbation`, which noise does without."""
+    kind, strength = perturbation
+    if kind == NOISE:
+        return add_region_noise(image, mask, round(strength * schedule.steps), schedule, seed)
+    transform = region_perturbation(kind, schedule)
+    return transform(image=image, mask=mask, strength=strength, seed=seed)["image"]

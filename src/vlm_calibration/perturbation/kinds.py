@@ -22,7 +22,7 @@ from vlm_calibration.perturbation.noise import (
     add_region_noise,
     check_image,
     check_share,
-    seed_sequence,
+    seeded,
 )
 from vlm_calibration.perturbation.schedules import Schedule, schedule_by_name
 
@@ -65,7 +65,7 @@ class Crop(NamedTuple):
     size: float
 
 
-def blur(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+def blur(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
     """Gaussian blur, as of an object out of focus; sigma is `0.35 * strength` times the region's size."""
     sigma = 0.35 * strength * crop.size
 
@@ -77,9 +77,9 @@ def blur(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArra
     return _at_size(crop.image, 7 * sigma / _LONGEST_KERNEL, blurred)
 
 
-def motion_blur(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+def motion_blur(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
     """The mean along lines of a random direction; their length is `1.8 * strength` times the region's size."""
-    angle = float(_generator(seed).uniform(0, 180))
+    angle = float(generator.uniform(0, 180))
     length = 1.8 * strength * crop.size
 
     def moved(image: ImageArray, scale: float) -> ImageArray:
@@ -97,19 +97,18 @@ def motion_blur(crop: Crop, strength: float, seed: np.random.SeedSequence) -> Im
     return _at_size(crop.image, min(length / 12, crop.size / 100), moved)
 
 
-def pixelation(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+def pixelation(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
     """Square blocks of one colour, as in a mosaic; their side is `0.8 * strength` times the region's size."""
     block = 0.8 * strength * crop.size
     scale = min(1.0, max(1 / block, 1 / min(crop.region.shape)))
     return pixels.downscale(crop.image, scale, cv2.INTER_AREA, cv2.INTER_NEAREST)
 
 
-def occlusion(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+def occlusion(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
     """Opaque rectangles of random colours that cover the share `strength` of the region's pixels, to the pixel.
 
     With the same seed, a stronger occlusion contains the weaker ones.
     """
-    generator = _generator(seed)
     result = crop.image.copy()
     uncovered = crop.region.copy()
     places = np.flatnonzero(uncovered)
@@ -138,12 +137,12 @@ def occlusion(crop: Crop, strength: float, seed: np.random.SeedSequence) -> Imag
     return result
 
 
-def fade(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+def fade(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
     """Fade into the surroundings, as in haze or behind a dirty window: `(1 - strength) * image + strength * surroundings`."""
     return mixed(crop.image, surroundings(crop.image, crop.region), strength)
 
 
-def jpeg(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+def jpeg(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
     """JPEG compression of a reduced image, as of pictures that are shared again and again.
 
     The image is reduced until the region's size is `10 / strength` pixels, since the blocks of JPEG have 8 pixels on any image.
@@ -153,7 +152,7 @@ def jpeg(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArra
     return _at_size(crop.image, shrink, lambda image, _: pixels.image_compression(image, quality, ".jpg"))
 
 
-def darkness(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+def darkness(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
     """Less light, as at dusk, and the noise of a sensor that makes up for most of it.
 
     A pixel of value `v` has collected `ELECTRONS * (v / 255) ** 2` electrons. Each is kept with the probability
@@ -170,11 +169,11 @@ def darkness(crop: Crop, strength: float, seed: np.random.SeedSequence) -> Image
     seen = np.clip(gain / ELECTRONS * (electrons + spread * _QUANTILES), 0, 1)
     # A random byte is one of 256 quantiles of the noise, so a table has the result for each value and byte.
     table = np.rint(255 * np.sqrt(seen)).astype(np.uint8).ravel()
-    noise = np.frombuffer(_generator(seed).bytes(crop.image.size), np.uint8).reshape(crop.image.shape)
+    noise = np.frombuffer(generator.bytes(crop.image.size), np.uint8).reshape(crop.image.shape)
     return table[crop.image.astype(np.uint16) << 8 | noise]
 
 
-def overexposure(crop: Crop, strength: float, seed: np.random.SeedSequence) -> ImageArray:
+def overexposure(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
     """Too much light, as against the sun: a gain and a veil, growing until every pixel is white."""
     light = (np.arange(256) / 255) ** 2 * (1 + 4 * strength**2.5) + strength**8
     table = np.rint(255 * np.sqrt(np.minimum(light, 1))).astype(np.uint8)
@@ -191,7 +190,7 @@ class Kind(NamedTuple):
         fades: whether the result fades into the surroundings, because the kind alone leaves a trace of the object at strength 1.
     """
 
-    perturb: Callable[[Crop, float, np.random.SeedSequence], ImageArray]
+    perturb: Callable[[Crop, float, np.random.Generator], ImageArray]
     context: float = 0.0
     fades: bool = False
 
@@ -250,25 +249,20 @@ class RegionPerturbation(A.ImageOnlyTransform):
         kind = KINDS[self.kind]
         check_image(img)
         region = check_mask(region, img.shape)
-        sequence = seed_sequence(seed)
+        generator = seeded(seed)
         result = np.array(img, order="C")
         if strength == 0:
             return result
         size = float(np.sqrt(np.count_nonzero(region)))
         box = bounding_box(region).grown(int(np.ceil(kind.context * size)), img.shape).slices
         crop = Crop(np.ascontiguousarray(img[box]), region[box], size)
-        perturbed = kind.perturb(crop, strength, sequence)
+        perturbed = kind.perturb(crop, strength, generator)
         weight = strength**FADE_POWER
         if kind.fades and 255 * weight >= 0.5:  # less changes no value
             perturbed = mixed(perturbed, surroundings(crop.image, crop.region), weight)
         # As one three-byte item per pixel, boolean indexing is several times faster than on rows of three.
         result.view("V3")[..., 0][box][crop.region] = perturbed.view("V3")[..., 0][crop.region]
         return result
-
-
-def _generator(seed: np.random.SeedSequence) -> np.random.Generator:
-    """PCG64, since `default_rng` may change its generator between numpy versions."""
-    return np.random.Generator(np.random.PCG64(seed))
 
 
 def _at_size(

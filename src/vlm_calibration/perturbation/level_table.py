@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,17 +143,22 @@ class LevelTable:
     def __post_init__(self) -> None:
         if not self.counts:
             raise ValueError("a level table needs counts for at least one answer type")
-        first, *others = self.counts
-        for other in others:
-            if _strengths(self.counts[other].bins[0]) != _strengths(self.counts[first].bins[0]):
+        first = next(iter(self.counts))
+        for other, counts in self.counts.items():
+            if _strengths(counts.bins[0]) != self.strengths:
                 raise ValueError(
                     f"answer types {first!r} and {other!r} were measured with different kinds or strengths of perturbation"
                 )
 
+    @cached_property
+    def strengths(self) -> dict[str, list[float]]:
+        """Kind of perturbation -> the strengths at which it was measured."""
+        return _strengths(next(iter(self.counts.values())).bins[0])
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The measured kinds of perturbation."""
-        return tuple(next(iter(self.counts.values())).bins[0])
+        return tuple(self.strengths)
 
     @property
     def ranked(self) -> bool:

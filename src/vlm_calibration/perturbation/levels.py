@@ -1,24 +1,29 @@
-"""Confidence levels: the mapping from a perturbation to the confidence to state."""
+"""Confidence levels: the mapping from a perturbation to the confidence to state.
+
+The second half of the file makes it from the counts of a level table: monotone fits of the accuracies, evenly spread strengths, and
+groups of similar accuracies.
+"""
 
 import copy
 import math
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
-from vlm_calibration.perturbation.level_accuracy import AnswerTypeFit, group_means, spread_strengths
 from vlm_calibration.perturbation.level_table import (
     AnswerTypeCounts,
     LevelTable,
     read_likelihoods,
     read_table,
 )
+from vlm_calibration.perturbation.noise import check_share
 
 NOISE = "noise"
 """The paper's kind of perturbation: diffusion noise, whose strength is its step as a share of the schedule."""
@@ -95,7 +100,7 @@ class LinearLevels(ConfidenceLevels):
         self, perturbation: Perturbation, answer_type: str = "", query_id: str | None = None
     ) -> float:
         """`1 - strength`, exactly for the levels' own strengths; the same for all kinds, answer types and queries."""
-        _check_strength(perturbation.strength, 1.0)
+        check_share("strength", perturbation.strength)
         exact = dict(zip(self.strengths(), self.confidences(), strict=True))
         return exact.get(perturbation.strength, 1.0 - perturbation.strength)
 
@@ -156,13 +161,17 @@ class AnchoredLevels(ConfidenceLevels):
         self._likelihoods = None
         if likelihoods is not None:
             self._likelihoods = read_likelihoods(Path(likelihoods), self.table.provenance, self.source)
-        self._fits = {answer_type: AnswerTypeFit(counts) for answer_type, counts in self.table.counts.items()}
-        first, *_ = fits = list(self._fits.values())
+        counts = self.table.counts
+        self._pooled = {answer_type: fit_curves(each.merged)[0] for answer_type, each in counts.items()}
+        self._bins = {answer_type: fit_curves(each) for answer_type, each in counts.items()}
         self._strengths = {
-            kind: spread_strengths(first.strengths[kind], [fit.pooled.perturbed[kind] for fit in fits])
-            for kind in self.table.kinds
+            kind: spread_strengths(measured, [curves.perturbed[kind] for curves in self._pooled.values()])
+            for kind, measured in self.table.strengths.items()
         }
-        self._groups = {answer_type: self._group(fit) for answer_type, fit in self._fits.items()}
+        self._groups = {
+            answer_type: [] if groups is None else group_means(self._values(answer_type, True), groups)
+            for answer_type in counts
+        }
 
     @classmethod
     def fit(
@@ -198,20 +207,22 @@ class AnchoredLevels(ConfidenceLevels):
 
     def accuracy(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
         """The fitted accuracy in [0, 1], unrounded, interpolated linearly; a ValueError for what was not measured."""
-        fit = self._fit(answer_type)
-        curves = fit.pooled
+        self._check_measured(answer_type)
+        curves = self._pooled[answer_type]
         if query_id is not None and self._likelihoods is not None:
             if query_id not in self._likelihoods:
                 raise ValueError(
                     f"no likelihood of this query in {self.likelihoods}: write it again with `vlm-calibration levels fit`"
                 )
-            curves = fit.bins[bisect_right(fit.edges, self._likelihoods[query_id].likelihood)]
+            edges = self.table.counts[answer_type].edges
+            curves = self._bins[answer_type][bisect_right(edges, self._likelihoods[query_id].likelihood)]
         kind, strength = perturbation
         if strength == 0:
             return curves.untouched
         self.strengths(kind)  # raises for a kind that was not measured
-        _check_strength(strength, fit.strengths[kind][-1])
-        return float(np.interp(strength, fit.strengths[kind], curves.perturbed[kind]))
+        measured = self.table.strengths[kind]
+        check_share("strength", strength, measured[-1])
+        return float(np.interp(strength, measured, curves.perturbed[kind]))
 
     def check_content(self, query_id: str, content: Callable[[], int]) -> None:
         if self._likelihoods is not None and self._likelihoods[query_id].content != content():
@@ -225,46 +236,34 @@ class AnchoredLevels(ConfidenceLevels):
         return self._stated(self.accuracy(perturbation, answer_type, query_id), answer_type)
 
     def confidences(self, answer_type: str) -> tuple[float, ...]:
-        values = self._values(self._fit(answer_type))
-        return tuple(sorted({self._stated(v, answer_type) for v in values}, reverse=True))
+        self._check_measured(answer_type)
+        stated = {self._stated(value, answer_type) for value in self._values(answer_type)}
+        return tuple(sorted(stated, reverse=True))
 
     def _stated(self, accuracy: float, answer_type: str) -> float:
-        groups = self._groups[answer_type]
-        value = next((mean for lower, mean in groups if accuracy >= lower), accuracy)
+        value = next((mean for lower, mean in self._groups[answer_type] if accuracy >= lower), accuracy)
         cells = 100 // self.grid
         # The small term rounds interpolated ties up despite floating-point error.
         return math.floor(value * cells + 0.5 + 1e-9) / cells
 
-    def _group(self, fit: AnswerTypeFit) -> list[tuple[float, float]]:
-        """The lower boundary and the mean of each group, in falling order; empty without groups.
-
-        The boundary between two groups is midway between their nearest members.
-        """
-        if self.groups is None:
-            return []
-        values = self._values(fit, balanced=True)
-        means = group_means(values, self.groups)
-        boundaries = [(smallest + max(v for v in values if v < smallest)) / 2 for smallest, _ in means[:-1]]
-        return [(lower, mean) for lower, (_, mean) in zip([*boundaries, 0.0], means, strict=True)]
-
-    def _values(self, fit: AnswerTypeFit, balanced: bool = False) -> list[float]:
+    def _values(self, answer_type: str, balanced: bool = False) -> list[float]:
         """The accuracies at the levels' strengths, over all kinds, of all queries together and, with likelihoods, of all bins.
 
         Rounded, so that accuracies that are equal but for floating-point errors are one. If `balanced`, untouched images count
         as often as perturbed ones, as in our presets.
         """
         values = []
+        bins = [] if self._likelihoods is None else self._bins[answer_type]
         for kind, strengths in self._strengths.items():
-            for curves in [fit.pooled] if self._likelihoods is None else [fit.pooled, *fit.bins]:
-                perturbed = np.interp(strengths[1:], fit.strengths[kind], curves.perturbed[kind])
+            for curves in (self._pooled[answer_type], *bins):
+                perturbed = np.interp(strengths[1:], self.table.strengths[kind], curves.perturbed[kind])
                 curve = [round(float(v), 9) for v in (curves.untouched, *perturbed)]
                 values += curve + curve[:1] * (len(curve) - 2 if balanced else 0)
         return values
 
-    def _fit(self, answer_type: str) -> AnswerTypeFit:
-        if answer_type not in self._fits:
+    def _check_measured(self, answer_type: str) -> None:
+        if answer_type not in self.table.counts:
             raise self._not_measured(f"answer type {answer_type!r}", self.answer_types)
-        return self._fits[answer_type]
 
     def _not_measured(self, name: str, measured: tuple[str, ...]) -> ValueError:
         return ValueError(
@@ -272,6 +271,139 @@ class AnchoredLevels(ConfidenceLevels):
         )
 
 
-def _check_strength(strength: float, last: float) -> None:
-    if not 0 <= strength <= last:
-        raise ValueError(f"strength must be in [0, {last:g}], got {strength!r}")
+Accuracies = Mapping[str, np.ndarray]
+"""Kind of perturbation -> accuracies in [0, 1] by strength, float64; the first is that of untouched images."""
+
+
+class AccuracyCurves(NamedTuple):
+    """Fitted accuracies.
+
+    Attributes:
+        untouched: on untouched images, of all queries.
+        perturbed: by kind and strength, of the queries that are perturbed.
+    """
+
+    untouched: float
+    perturbed: Accuracies
+
+
+def fit_kinds(accuracy: Accuracies, n: Accuracies) -> dict[str, np.ndarray]:
+    """Accuracies that fall with the strength of each kind, all from the same value of untouched images.
+
+    The weighted least-squares fit under these order constraints. For a given value at strength 0, the best fit of a kind is its
+    isotonic regression cut off at that value; so that value pools with all blocks above it, as in the pool-adjacent-violators
+    algorithm. With one kind this is isotonic regression.
+
+    Args:
+        accuracy: measured accuracies by kind; the first value is the same for all kinds.
+        n: the number of answers behind each.
+    """
+    chains = {
+        kind: isotonic_regression(values[1:], weights=n[kind][1:], increasing=False).x
+        if len(values) > 1
+        else values[1:]
+        for kind, values in accuracy.items()
+    }
+    first = next(iter(accuracy))
+    total, weight = accuracy[first][0] * n[first][0], float(n[first][0])
+    blocks = [block for kind, chain in chains.items() for block in zip(chain, n[kind][1:], strict=True)]
+    for value, block_weight in sorted(blocks, reverse=True):
+        if value <= total / weight:
+            break
+        total, weight = total + value * block_weight, weight + block_weight
+    untouched = total / weight
+    return {
+        kind: np.clip([untouched, *np.minimum(chain, untouched)], 0.0, 1.0) for kind, chain in chains.items()
+    }
+
+
+def fit_bins(counts: AnswerTypeCounts) -> list[dict[str, np.ndarray]]:
+    """`fit_kinds` in each bin of the likelihood, after accuracies were made to rise with the likelihood at every strength."""
+    accuracy: dict[str, np.ndarray] = {}
+    n: dict[str, np.ndarray] = {}
+    for kind in counts.bins[0]:
+        rows = np.array([bin_[kind] for bin_ in counts.bins], dtype=np.float64)  # [bins, strengths, 3]
+        n[kind] = rows[..., 1]
+        accuracy[kind] = rows[..., 2] / rows[..., 1]
+        for column in range(rows.shape[1]):
+            fit = isotonic_regression(accuracy[kind][:, column], weights=n[kind][:, column])
+            accuracy[kind][:, column] = fit.x
+    return [
+        fit_kinds({kind: a[i] for kind, a in accuracy.items()}, {kind: w[i] for kind, w in n.items()})
+        for i in range(len(counts.bins))
+    ]
+
+
+def fit_curves(counts: AnswerTypeCounts) -> list[AccuracyCurves]:
+    """The fits of all bins with the accuracy on untouched images, to which queries that are never perturbed contribute as measured."""
+    fits = fit_bins(counts)
+    untouched = np.array([next(iter(fit.values()))[0] for fit in fits])
+    others = np.array([row.n for row in counts.never_perturbed])
+    if others.any():
+        n = np.array([row.n for row in counts.untouched], dtype=np.float64)
+        correct = untouched * (n - others) + [row.n_correct for row in counts.never_perturbed]
+        untouched = np.asarray(isotonic_regression(correct / n, weights=n).x)
+    return list(map(AccuracyCurves, untouched.tolist(), fits))
+
+
+def spread_strengths(strengths: Sequence[float], accuracies: Sequence[np.ndarray]) -> tuple[float, ...]:
+    """As many strengths as were measured, at which accuracies are evenly spaced between untouched images and the lowest one.
+
+    Args:
+        strengths: the measured strengths of a kind, rising from 0.
+        accuracies: the fitted accuracies of each answer type at these strengths. Each is scaled to [0, 1], and their mean counts.
+
+    Returns:
+        Strengths in rising order, the first 0; rounded to a thousandth, and fewer where several coincide.
+    """
+    scaled = [(a - a[-1]) / (a[0] - a[-1]) for a in accuracies if a[0] > a[-1]]
+    if not scaled:
+        return tuple(strengths)
+    curve = np.mean(scaled, axis=0)
+    chosen = [0.0]
+    for target in np.linspace(1, 0, len(strengths))[1:]:
+        above = int(np.argmax(curve <= target + 1e-12))  # the first strength that falls to the target
+        low, high = curve[above], curve[above - 1]
+        share = (high - target) / (high - low)
+        strength = round(float(strengths[above - 1] + share * (strengths[above] - strengths[above - 1])), 3)
+        strength = min(strength, strengths[-1])  # accuracies are not known above it
+        if strength > chosen[-1]:
+            chosen.append(strength)
+    return tuple(chosen)
+
+
+def group_means(values: Sequence[float], groups: int) -> list[tuple[float, float]]:
+    """Split numbers into at most `groups` groups with the least sum of squared differences from their means (Jenks' natural breaks).
+
+    Exact dynamic programming over the distinct values in falling order.
+
+    Returns:
+        The lower boundary and the mean of each group, in falling order. The boundary between two groups is midway between their
+        nearest members; the last one is 0.
+    """
+    distinct, repeats = (part[::-1] for part in np.unique(values, return_counts=True))
+    weight, first, second = (
+        np.concatenate([[0.0], np.cumsum(repeats * distinct**power)]) for power in range(3)
+    )
+    n = len(distinct)
+    groups = min(groups, n)
+    best = np.full((groups + 1, n + 1), math.inf)
+    best[0, 0] = 0.0
+    starts = np.zeros((groups + 1, n + 1), dtype=np.int64)
+    for group in range(1, groups + 1):
+        for end in range(group, n + 1):
+            begin = np.arange(end)
+            sums = first[end] - first[begin]
+            errors = second[end] - second[begin] - sums**2 / (weight[end] - weight[begin])
+            cost = best[group - 1, :end] + errors  # the last group is [begin, end)
+            starts[group, end] = int(cost.argmin())
+            best[group, end] = cost.min()
+    means: list[tuple[float, float]] = []
+    end = n
+    for group in range(groups, 0, -1):
+        start = int(starts[group, end])
+        mean = np.average(distinct[start:end], weights=repeats[start:end])
+        lower = float(distinct[end - 1] + distinct[end]) / 2 if end < n else 0.0
+        means.append((lower, float(mean)))
+        end = start
+    return means[::-1]

@@ -37,7 +37,7 @@ def add_region_noise(
     check_image(image)
     mask = check_mask(mask, image.shape)
     alpha_bar = schedule.alpha_bar(step)
-    generator = np.random.Generator(np.random.PCG64(seed_sequence(seed)))
+    generator = seeded(seed)
     noisy = np.array(image, order="C")
     if step == 0:
         return noisy
@@ -67,21 +67,21 @@ def check_image(image: NDArray[Any]) -> None:
         raise ValueError(f"image must have shape (height, width, 3), got {image.shape}")
 
 
-def check_share(name: str, value: float) -> float:
-    """Convert to float; ValueError if the value is outside [0, 1] or NaN."""
+def check_share(name: str, value: float, most: float = 1.0) -> float:
+    """Convert to float; ValueError if the value is outside [0, `most`] or NaN."""
     share = float(value)
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    if not 0.0 <= share <= most:
+        raise ValueError(f"{name} must be in [0, {most:g}], got {value!r}")
     return share
 
 
-def seed_sequence(seed: Seed) -> np.random.SeedSequence:
-    """Check a seed. Noise uses PCG64, since `default_rng` may change its generator between numpy versions."""
+def seeded(seed: Seed) -> np.random.Generator:
+    """Check a seed and make its generator: PCG64, since `default_rng` may change its own between numpy versions."""
     if isinstance(seed, np.random.SeedSequence):
-        return seed
+        return np.random.Generator(np.random.PCG64(seed))
     entropy: list[Any] = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, bytes) else [seed]
     if not entropy or not all(isinstance(s, int | np.integer) for s in entropy):
         raise TypeError(f"seed must be a non-negative integer or a sequence of them, got {seed!r}")
     if min(entropy) < 0:
         raise ValueError(f"seed must not be negative, got {seed!r}")
-    return np.random.SeedSequence([int(s) for s in entropy])
+    return seeded(np.random.SeedSequence([int(s) for s in entropy]))
