@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 MIN_PRINTED = 0.05
 """Probability from which on a confidence is printed among those that the model might have stated."""
 BATCH_SIZE = 8
+REPEATED = ("id", "image", "question", "category")
+"""What an answer repeats of its question."""
 REVIEWED = 4
 """Exit status if `--abstain` sends the question to a person."""
 
@@ -134,6 +136,8 @@ def _ask_one(
     abstain: bool,
     json: bool,
 ) -> None:
+    if not Path(image).exists():
+        raise DataError(f"{image}: no such file; check the path")
     check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
     with closing(load_model(options, check)) as model:
         answer = model.ask(image, question, answer_type, category)
@@ -208,21 +212,13 @@ def _read_questions(path: Path) -> Iterator[_Question]:
         raise DataError(f"{path}: no question in this file")
 
 
-def _read_answers(log: AppendLog) -> Iterator[dict[str, Any]]:
-    """The answers that an earlier run wrote; raises a DataError that names a line that is none."""
-    for line, row in log.lines():
-        if not isinstance(row.get("id"), str) or not {"image", "question"} <= row.keys():
-            raise log.damaged(line.where, "not an answer that `ask` wrote")
-        yield row
-
-
 def _ask_many(
     many: ManyQuestions, questions: Path, out: Path, options: ModelOptions, abstain: bool, json: bool
 ) -> None:
-    from vlm_calibration.data.sources.images import ImageFolder
-
     # Check all questions before a model is loaded.
     total = sum(1 for _ in _read_questions(questions))
+    from vlm_calibration.data.sources.images import ImageFolder
+
     asked = ((q.where, q.query.category) for q in _read_questions(questions))
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
     folder = ImageFolder(many.root or questions.parent)
@@ -234,7 +230,9 @@ def _ask_many(
         log.open()
         answered: dict[str, tuple[str, str]] = {}
         to_review = 0
-        for row in _read_answers(log):
+        for line, row in log.lines():
+            if not isinstance(row.get("id"), str) or not {"image", "question"} <= row.keys():
+                raise log.damaged(line.where, "not an answer that `ask` wrote")
             answered[row["id"]] = (row["image"], row["question"])
             to_review += row.get("decision") == "review"
         before, now = len(answered), 0
@@ -252,7 +250,11 @@ def _ask_many(
                 if samples:
                     answers = model.answers(list(samples.values()), [model.main])[model.main]
                     rows = list(zip(samples, answers, strict=True))
-                    log.append(*({**_repeated(q.query), **answer.to_dict()} for q, answer in rows), sync=True)
+                    lines = (
+                        {key: getattr(question.query, key) for key in REPEATED} | answer.to_dict()
+                        for question, answer in rows
+                    )
+                    log.append(*lines, sync=True)
                     warnings += [f"{q.where}: {answer.warning}" for q, answer in rows if answer.warning]
                     to_review += sum(answer.decision == "review" for answer in answers)
                     now += len(rows)
@@ -276,11 +278,6 @@ def _ask_many(
     parts += [f"{len(skipped)} left out"] if skipped else []
     parts += [] if model.rule is None else [f"{to_review} for review"]
     print(f"{', '.join(parts)}: {out}")
-
-
-def _repeated(query: Query) -> dict[str, Any]:
-    """What an answer repeats of its question."""
-    return {key: getattr(query, key) for key in ("id", "image", "question", "category")}
 
 
 def _pending(questions: Path, answered: Mapping[str, tuple[str, str]], out: Path) -> Iterator[_Question]:

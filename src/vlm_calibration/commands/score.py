@@ -41,8 +41,7 @@ def score_pope(
     graded = [_grade(q, r) for q, r in zip(questions.queries, replies, strict=True)]
     if write_official:
         pairs = [(r.text, r.confidence) for r in replies]
-        rows = pope.official_answers(questions.queries, pairs)
-        path = _write(write_official, "answers.jsonl", rows)
+        path = _write(write_official, "answers.jsonl", pope.official_answers(questions.queries, pairs))
         beside = path.with_name(f"{path.stem}.labels.jsonl")
         _write(beside, beside.name, pope.official_labels(questions.queries))
     _print_scores(answers, graded, counts.scores(), json)
