@@ -53,8 +53,7 @@ def optional(image: str | None = None, question: str | None = None) -> tuple[str
 
 
 SETTINGS = Forwarded(
-    {"--config FILE": "a configuration", "--again": "start again"},
-    lambda: "More settings may follow.",
+    {"--config FILE": "a configuration", "--again": "start again"}, lambda: "More settings may follow."
 )
 
 

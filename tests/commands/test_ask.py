@@ -249,10 +249,7 @@ def test_many_questions(
 
 
 def test_a_run_that_was_cut_off_resumes_where_it_was(
-    call: Call,
-    questions: Path,
-    decides: Callable[..., tuple[str, ...]],
-    monkeypatch: pytest.MonkeyPatch,
+    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--questions", str(questions), "--batch-size", "3", *decides(0.97), "--abstain"]
     assert call(*arguments, "--out", "whole.jsonl").status == 0

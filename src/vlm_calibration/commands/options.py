@@ -69,8 +69,7 @@ class ModelOptions:
 
 
 def load_model(
-    options: ModelOptions,
-    check: Callable[[DecisionRule | None], None] | None = None,
+    options: ModelOptions, check: Callable[[DecisionRule | None], None] | None = None
 ) -> CalibratedModel:
     """Load the model that the options name, or else the demo's model with the adapter that was trained on it.
 
