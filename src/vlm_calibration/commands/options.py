@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse.typing import PositiveInt
 
-from vlm_calibration.models.base import (
-    DEMO_MODEL,
-    BaseModel,
-    Dtype,
-    Quantization,
-    base_of_adapter,
-    find_adapter,
-)
+from vlm_calibration.models.base import DEMO_MODEL, BaseModel, Dtype, Quantization, base_of_adapter
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
@@ -82,10 +75,6 @@ def load_model(
     if options.url is not None or options.served_model is not None:
         return _served(options, check)
     base, adapter = options.base, options.adapter
-    if adapter is not None:
-        find_adapter(adapter)
-    from vlm_calibration.inference.model import load_calibrated, rule_of
-
     if base is None and adapter is None:
         trained_runs = (run for run in DEMO_RUNS if (Path(run) / "adapter/adapter_config.json").is_file())
         base, adapter = str(DEMO_MODEL), next(trained_runs, None)
@@ -99,6 +88,8 @@ def load_model(
         revision=options.base_revision or model.revision,
         trust_remote_code=options.trust_remote_code,
     )
+    from vlm_calibration.inference.model import load_calibrated, rule_of
+
     if check is not None:
         check(rule_of(model, adapter))
     return load_calibrated(model, adapter, device=options.device, max_new_tokens=options.max_new_tokens)
