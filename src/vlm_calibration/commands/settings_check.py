@@ -43,7 +43,7 @@ STRUCTURE = {"", "class_path", "init_args", "dict_kwargs", "help"}
 def check_settings(args: Sequence[str]) -> None:
     """Refuse a preset or file that does not exist, and a misspelt setting, among the arguments of a subcommand of LightningCLI.
 
-    Names directly below `trainer`, `data` and `model` are compared with the parameters in the source of their classes; the parser
+    Names directly below `trainer`, `data` and `model` are compared with the parameters in the source of their classes. The parser
     checks the others, and all values.
 
     Raises:
@@ -52,39 +52,34 @@ def check_settings(args: Sequence[str]) -> None:
 
     def check(contents: list[dict[str, Any]]) -> list[dict[str, Any]]:
         typed = [word.partition("=")[0] for word in args if word.startswith("--")]
-        written = [name for content in contents for name, _ in flat(content)]
-        stages = [content["model"].get("class_path") for content in contents if _has_model(content)]
+        models = [content["model"] for content in contents if isinstance(content.get("model"), dict)]
+        stages = [model["class_path"] for model in models if model.get("class_path")]
         is_replaced = not {"--model", "--model.class_path"}.isdisjoint(typed)
-        known = _known_names("" if is_replaced else next(filter(None, reversed(stages)), ""))
-        for name in (*typed, *written):
+        known = _known_names("" if is_replaced or not stages else str(stages[-1]))
+        for name in (*typed, *(name for content in contents for name, _ in flat(content))):
             _check_name(name, known)
         return contents
 
     resolve_configs(args, check)
 
 
-def _has_model(content: dict[str, Any]) -> bool:
-    return isinstance(content.get("model"), dict)
-
-
 def _known_names(stage: str) -> dict[str, set[str]]:
-    """Section -> the names below it; "" -> options without a section. A section of which they cannot be told is not there."""
-    methods = [
-        parameters_in_source(TRAINER, name) or set() for name in ("fit", "validate", "test", "predict")
-    ]
+    """Section, "" for options without one, -> the names below it; a section of which they cannot be told is not there."""
     own = parameters_in_source(stage)
     known = {
-        "": set(OPTIONS).union(*methods, (name[2:] for name in (*FLAGS, *NO_TABLE, *VARIABLES))),
+        "": parameters_in_source(TRAINER, "fit", "validate", "test", "predict").union(
+            OPTIONS, (name[2:] for name in (*FLAGS, *NO_TABLE, *VARIABLES))
+        ),
         "trainer": parameters_in_source(TRAINER),
         "data": parameters_in_source(DATA),
         # Overlays may have settings of a training that another stage ignores.
-        "model": own and own.union(*(parameters_in_source(path) or () for path in TRAINED)),
+        "model": own and own.union(*map(parameters_in_source, TRAINED)),
     }
     return {section: names for section, names in known.items() if names}
 
 
 def _check_name(name: str, known: dict[str, set[str]]) -> None:
-    """Refuse a setting if its first name below its section is not known."""
+    """Refuse a setting, typed with dashes or in a file without, if its first name below its section is not known."""
     option = name.removeprefix("--")
     dashes = name[: len(name) - len(option)]
     section, _, key = option.partition(".")
@@ -98,20 +93,27 @@ def _check_name(name: str, known: dict[str, set[str]]) -> None:
         raise ArgumentError(
             None, f"unknown setting model.init_args.{key}{did_you_mean(first, known['model'])}"
         )
-    below = [f"{dashes}{group}.{each}" for group in ("trainer", "data") for each in known.get(group, ())]
-    names = [*(f"{dashes}{each}" for each in known[""]), *below]
-    raise ArgumentError(None, f"unknown setting {name}{did_you_mean(name, names)}")
+    names = [f"{group}.{each}".lstrip(".") for group in known if group != "model" for each in known[group]]
+    similar = did_you_mean(name, [dashes + each for each in names])
+    raise ArgumentError(None, f"unknown setting {name}{similar}")
 
 
-def parameters_in_source(class_path: str, method: str = "__init__") -> set[str] | None:
-    """The names of a method's parameters, read from the source of its class, which is not imported; None if it is not there."""
+def parameters_in_source(class_path: str, *methods: str) -> set[str]:
+    """The parameters of methods, by default the constructor, read from the source of a class, which is not imported.
+
+    Empty if the class or a method is not there, or takes further keywords.
+    """
     module, _, name = class_path.rpartition(".")
     package, *inner = module.split(".")
     spec = find_spec(package) if package else None
     path = Path(spec.origin or "").parent.joinpath(*inner).with_suffix(".py") if spec else Path()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
+    tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+    found: set[str] = set()
+    for node in tree.body:
         functions = node.body if isinstance(node, ast.ClassDef) and node.name == name else []
         for function in functions:
-            if isinstance(function, ast.FunctionDef) and function.name == method and not function.args.kwarg:
-                return {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
-    return None
+            if isinstance(function, ast.FunctionDef) and function.name in (methods or ("__init__",)):
+                if function.args.kwarg:
+                    return set()
+                found |= {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    return found
