@@ -89,24 +89,38 @@ def ask(
         DataError: a file, image, question or model cannot be used, or with `abstain` the model has no threshold for a question.
         CommandError: with `abstain`, the one question goes to a person.
     """
-    if many.questions is None:
-        if image is None or question is None:
-            raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
-        for name, value in vars(many).items():
+    if many.questions is not None:
+        if image is not None:
+            raise ArgumentError(None, "give either an image and a question, or --questions FILE")
+        if many.out is None:
+            raise ArgumentError(None, "give --out FILE for the answers")
+        for name, value in {"answer_type": answer_type, "category": category}.items():
             if value is not None:
-                raise ArgumentError(None, f"{_option(name)} is for many questions: give --questions FILE")
-        _ask_one(image, question, answer_type, category, model, abstain, json)
+                raise ArgumentError(
+                    None, f'{_option(name)} is for one question; a file of questions has the key "{name}"'
+                )
+        _ask_many(many, many.questions, many.out, model, abstain, json)
         return
-    if image is not None:
-        raise ArgumentError(None, "give either an image and a question, or --questions FILE")
-    if many.out is None:
-        raise ArgumentError(None, "give --out FILE for the answers")
-    for name, value in {"answer_type": answer_type, "category": category}.items():
+    if image is None or question is None:
+        raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
+    for name, value in vars(many).items():
         if value is not None:
-            raise ArgumentError(
-                None, f'{_option(name)} is for one question; a file of questions has the key "{name}"'
-            )
-    _ask_many(many, many.questions, many.out, model, abstain, json)
+            raise ArgumentError(None, f"{_option(name)} is for many questions: give --questions FILE")
+    if not Path(image).exists():
+        raise DataError(f"{image}: no such file; check the path")
+    check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
+    with closing(load_model(model, check)) as asked:
+        answer = asked.ask(image, question, answer_type, category)
+    if answer.warning is not None:
+        print(f"warning: {answer.warning}", file=sys.stderr)
+    review = abstain and answer.decision == "review"
+    if json:
+        row = {"image": image, "question": question, **answer.to_dict(), "model": asked.name}
+        print(dumps(row, ensure_ascii=False))
+    else:
+        print("review" if review else _as_text(answer))
+    if review:
+        raise CommandError("", REVIEWED)
 
 
 def _option(name: str) -> str:
@@ -125,32 +139,6 @@ def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | N
                 f"{where}: the thresholds are by category, and there is none for {category!r}: give one of "
                 f"{', '.join(map(repr, rule.groups))}"
             )
-
-
-def _ask_one(
-    image: str,
-    question: str,
-    answer_type: AnswerType | None,
-    category: str | None,
-    options: ModelOptions,
-    abstain: bool,
-    json: bool,
-) -> None:
-    if not Path(image).exists():
-        raise DataError(f"{image}: no such file; check the path")
-    check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
-    with closing(load_model(options, check)) as model:
-        answer = model.ask(image, question, answer_type, category)
-    if answer.warning is not None:
-        print(f"warning: {answer.warning}", file=sys.stderr)
-    review = abstain and answer.decision == "review"
-    if json:
-        row = {"image": image, "question": question, **answer.to_dict(), "model": model.name}
-        print(dumps(row, ensure_ascii=False))
-    else:
-        print("review" if review else _as_text(answer))
-    if review:
-        raise CommandError("", REVIEWED)
 
 
 def _as_text(answer: Answer) -> str:
