@@ -124,7 +124,8 @@ def test_arguments_of_one_stage_reach_no_other_and_settings_no_report(commands: 
     assert commands("sft", "--ckpt_path", "last")["sft"][-1] == "runs/sft", "instead of --resume"
 
 
-def test_a_configuration_of_your_own_replaces_that_of_a_stage(commands: Commands) -> None:
+def test_a_configuration_of_your_own_replaces_that_of_a_stage(commands: Commands, folder: Path) -> None:
+    (folder / "mine.yaml").touch()
     command = commands("sft", "--config", "mine.yaml")["sft"]
     assert command[:3] == ["fit", "--config", "mine.yaml"]
     assert values(command, "trainer.default_root_dir") == ["runs/sft"]
