@@ -116,4 +116,4 @@ def parameters_in_source(class_path: str, *methods: str) -> set[str]:
                 if function.args.kwarg:
                     return set()
                 found |= {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
-    return found
+    return found - {"self"}
