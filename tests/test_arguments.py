@@ -53,8 +53,7 @@ def optional(image: str | None = None, question: str | None = None) -> tuple[str
 
 
 SETTINGS = Forwarded(
-    {"--config FILE": "a configuration", "--again": "start again"},
-    lambda: "More settings may follow.",
+    {"--config FILE": "a configuration", "--again": "start again"}, lambda: "More settings may follow."
 )
 
 
@@ -103,7 +102,8 @@ def test_texts_are_taken_as_they_are(text: str) -> None:
 def test_the_help_shows_groups_defaults_and_docstrings() -> None:
     page = " ".join(command_parser("prog", command).format_help().split())
     for text in (
-        "usage: prog [-h] [--out PATH] [--kind {short,open}] [--share X]",
+        "usage: prog folders [folders ...] Do something.",
+        "--kind {short,open}",
         "Do something.",
         "folders where to look",
         "--no-images do not show images",

@@ -1,17 +1,14 @@
 """The command line: the files of a run, and every mistake in one line that names the culprit.
 
-Mistakes that the parser finds are made in this process. Importing the package takes long, so runs are forks of a process that has
-imported it (`cli_server.py`); one is started in full.
+Mistakes that the parser finds are made in this process, and runs are forks of one that has imported the package (`cli_server.py`);
+`test_help.py` has the mistakes that are found without it.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -40,34 +37,6 @@ def test_the_written_configuration_alone_repeats_a_run(
     assert (ended.status, ended.errors) == (0, []), ended.err
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
-
-
-def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]], tmp_path: Path) -> None:
-    arguments = fit(data={"bach_size": 3})
-    command = [sys.executable, "-m", "vlm_calibration.cli", *arguments]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT, check=False)
-    ended = Ended(ran.returncode, ran.stdout, ran.stderr)
-    assert "bach_size" in ended.error()
-    assert ended.status == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ("fiit", "no 'fiit' (did you mean fit?): one of fit, validate, test"),
-        ("levels", "missing: one of fit; see `vlm-calibration levels --help`"),
-        ("levels fti", "(did you mean fit?)"),
-        ("data inspect", "nothing to inspect: give --config FILE"),
-        ("ask a.png 'A dog?' --adaptor runs/sft", "unknown setting --adaptor (did you mean --adapter?)"),
-        ("fit --config none.yaml", "none.yaml"),
-        ("fit --config broken.yaml", "broken.yaml:2: not YAML"),
-    ],
-)
-def test_a_mistake_in_the_call(call: Callable[..., Ended], tmp_path: Path, arguments: str, says: str) -> None:
-    (tmp_path / "broken.yaml").write_text("trainer: {max_steps: 3\n")
-    ended = call(*shlex.split(arguments))
-    assert ended.status == 2
-    assert says in ended.error()
 
 
 WHOLE = "expected a whole number"

@@ -1,6 +1,6 @@
-"""The help of every command and subcommand: its own page, exit status 0, and no heavy import where no trainer is needed.
+"""What is told without a heavy import: the help of every command and subcommand, and mistakes that need no model.
 
-`tests/performance/startup.py` measures the time of each page in a process of its own.
+`tests/performance/startup.py` measures the time of each in a process of its own.
 """
 
 from __future__ import annotations
@@ -67,20 +67,53 @@ def _pages(name: str, command: Command) -> dict[str, list[str]]:
 NAMES = _pages("", COMMANDS)
 GROUPS = {"plan", "model", "many", "key-objects", "output"}
 """Parameters that are groups of options."""
-# Prints, as JSON, the page of each command: its exit status, its text, and which of the heavy packages it has imported.
-PAGES = """
+MISTAKES = {
+    "": (2, ""),
+    "fiit": (2, "no 'fiit' (did you mean fit?): one of fit, validate, test"),
+    "levels": (2, "missing: one of fit; see `vlm-calibration levels --help`"),
+    "fit --config sftt": (2, "'sftt' is neither a file nor a preset (did you mean sft?)"),
+    "fit --config sft --trainer.max_step 3": (2, "--trainer.max_step (did you mean --trainer.max_steps?)"),
+    "fit --config sft --model.lorra.r 3": (2, "model.init_args.lorra.r (did you mean lora?)"),
+    "fit --config sft --overwrit": (2, "--overwrit (did you mean --overwrite?)"),
+    'test --config eval/demo --config {"data":{"bach_size":3}}': (
+        2,
+        "data.bach_size (did you mean data.batch_size?)",
+    ),
+    "levels fit --config levels --max_steps 3": (2, "--max_steps (did you mean --trainer.max_steps?)"),
+    "estimate-memory --config sft --data.bach_size 3": (2, "(did you mean --data.batch_size?)"),
+    "calibrate --preset pape": (2, "'experiment/pape' is neither"),
+    "calibrate sft dpo --trainer.max_step 3": (2, "--trainer.max_step (did you mean --trainer.max_steps?)"),
+    "calibrate --data jsonl --data-root nowhere": (1, "data root nowhere: there is no such folder"),
+    "ask nowhere.png dog?": (1, "nowhere.png: no such file"),
+    "ask --questions nowhere.jsonl --out x": (1, "nowhere.jsonl: cannot be read"),
+    "ask a.png dog? --adaptor x": (2, "unknown setting --adaptor (did you mean --adapter?)"),
+    "app --adapter nowhere": (1, "no adapter at nowhere"),
+    "export nowhere --out x": (1, "no adapter at nowhere"),
+    "report nowhere": (1, "no predictions.jsonl in nowhere"),
+    "threshold nowhere": (1, "no predictions.jsonl in nowhere"),
+    "monitor --reference nowhere --new x": (1, "no predictions.jsonl in nowhere"),
+    "score pope nowhere --labels x": (1, "x: cannot be read"),
+    "data inspect --config x": (2, "'x' is neither a file nor a preset"),
+    "data split nowhere.jsonl": (1, "nowhere.jsonl: no such file"),
+}
+"""Command -> its exit status, and a part of its error."""
+# Prints, as JSON, of each command: its exit status, its output and errors, and which of the heavy packages are imported after it.
+RUN = """
 import contextlib, io, json, sys
+import vlm_calibration
+from vlm_calibration import Plan, parse_confidence
 from vlm_calibration.cli import main
-pages = {{}}
+ended = {{}}
 for command in {commands}:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = main([*command.split(), "--help"])
+            status = main(command.split())
         except SystemExit as end:
             status = end.code
-    pages[command] = status, out.getvalue(), [name for name in {heavy} if name in sys.modules]
-print(json.dumps(pages))
+    heavy = [name for name in {heavy} if name in sys.modules]
+    ended[command] = status, out.getvalue(), err.getvalue(), heavy
+print(json.dumps(ended))
 """
 
 
@@ -98,36 +131,50 @@ def _cold(*arguments: str) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def pages() -> dict[str, tuple[int, str, list[str]]]:
-    ended = _cold("-c", PAGES.format(commands=list(NAMES), heavy=HEAVY))
+def answered() -> dict[str, Any]:
+    """Each page and mistake -> what `RUN` prints of it, all in one process."""
+    commands = [*(f"{name} --help".strip() for name in NAMES), *MISTAKES]
+    ended = _cold("-c", RUN.format(commands=commands, heavy=HEAVY))
     assert (ended.status, ended.err) == (0, "")
     return dict(json.loads(ended.out))
 
 
 @pytest.mark.parametrize("command", NAMES)
-def test_a_page_of_its_own_without_a_framework(pages: dict[str, Any], command: str) -> None:
-    status, page, imported = pages[command]
-    assert status == 0
-    assert page.startswith(" ".join(f"usage: vlm-calibration {command}".split()) + " "), page
+def test_a_page_of_its_own_without_a_framework(answered: dict[str, Any], command: str) -> None:
+    status, page, err, imported = answered[f"{command} --help".strip()]
+    assert (status, err) == (0, "")
+    assert page.startswith(f"usage: vlm-calibration {command}".strip()), page
     expected = [*COMMON.get(command, ()), *(name for name in NAMES[command] if name not in GROUPS)]
     assert [name for name in expected if name not in page] == []
-    assert len(page.splitlines()) <= 60, "two screens"
-    # argparse does not break the choices of an option in the usage of `data convert sharegpt`.
-    assert max(map(len, page.splitlines())) <= (86 if command.endswith("sharegpt") else 80)
+    assert len(page.splitlines()) <= 50, "one screen"
+    assert max(map(len, page.splitlines())) <= 80
     assert {o for o in OPTIONS.findall(page) if "_" in o} <= LIGHTNINGS
     assert imported == [], "imported for a page of text"
 
 
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_told_before_torch_is_imported(answered: dict[str, Any], command: str) -> None:
+    status, out, err, imported = answered[command]
+    expected, says = MISTAKES[command]
+    assert (status, out == "", imported) == (expected, command != "", [])
+    assert says in err
+    assert err.count("\n") == (command != "")
+
+
+def test_without_a_command_it_says_what_to_type_first(answered: dict[str, Any]) -> None:
+    assert "First: `vlm-calibration calibrate`" in answered[""][1]
+
+
 @pytest.mark.parametrize("command", ["fit", "test", "levels fit", "data inspect"])
 def test_the_common_settings_are_among_all(
-    run: Callable[..., Ended], pages: dict[str, Any], command: str
+    run: Callable[..., Ended], answered: dict[str, Any], command: str
 ) -> None:
     ended = run(*command.split(), "--help-all")
     assert (ended.status, ended.errors) == (0, [])
     known = set(re.findall(r"--[\w.-]+", ended.out))
     assert {"--config", "--data.batch_size", "--data.train.help"} <= known
     assert ("--trainer.max_epochs" in known) == (command != "data inspect")
-    common = set(re.findall(r"^  (--[\w.-]+)", pages[command][1], re.MULTILINE))
+    common = set(re.findall(r"^  (--[\w.-]+)", answered[f"{command} --help"][1], re.MULTILINE))
     of_model = {name for name in common if name.startswith("--model.init_args.")}
     own = {"--help-all", "--samples", "--no-leaks", "--strict"}
     assert len(common) > 5

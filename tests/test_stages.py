@@ -64,7 +64,7 @@ def test_without_settings_it_is_the_demo(commands: Commands) -> None:
 
 def test_every_stage_of_your_own_calibration_has_the_same_settings(commands: Commands, folder: Path) -> None:
     (folder / "my data").mkdir()
-    arguments = ["--data-root", "my data", "--trainer", "ddp", "--runs", "mine", "--data.seed", "3"]
+    arguments = ["--data-root", "my data", "--trainer", "ddp", "--runs", "mine", "--data.workers", "3"]
     planned = commands(*OWN, *arguments)
     assert list(planned) == list(STAGES)
     assert planned.pop("report") == ["report", "mine/eval"]
@@ -79,7 +79,7 @@ def test_every_stage_of_your_own_calibration_has_the_same_settings(commands: Com
         ]
         assert values(command, "data-root") == ["my data"]
         assert values(command, "runs") == ["mine"]
-        assert values(command, "data.seed") == ["3"]
+        assert values(command, "data.workers") == ["3"]
         run = "eval" if stage == "evaluate" else stage
         assert command[-3:] == ["--trainer.default_root_dir", f"mine/{run}", "--resume"]
 
@@ -124,7 +124,8 @@ def test_arguments_of_one_stage_reach_no_other_and_settings_no_report(commands: 
     assert commands("sft", "--ckpt_path", "last")["sft"][-1] == "runs/sft", "instead of --resume"
 
 
-def test_a_configuration_of_your_own_replaces_that_of_a_stage(commands: Commands) -> None:
+def test_a_configuration_of_your_own_replaces_that_of_a_stage(commands: Commands, folder: Path) -> None:
+    (folder / "mine.yaml").touch()
     command = commands("sft", "--config", "mine.yaml")["sft"]
     assert command[:3] == ["fit", "--config", "mine.yaml"]
     assert values(command, "trainer.default_root_dir") == ["runs/sft"]

@@ -4,6 +4,7 @@
 `evaluate`, `report`) train one. `__version__` is the version of the installed package. Everything else is in the packages below.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,11 @@ __all__ = [
     "train_dpo",
     "train_sft",
 ]
+
+# bitsandbytes, which peft imports, logs this on some CPUs, also if no weight has 4 bits.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward")
+)
 
 if not TYPE_CHECKING:
     # Imported on demand: the command line imports this package first, and its help must not wait for torch.

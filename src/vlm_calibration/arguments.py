@@ -82,8 +82,7 @@ def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
             return print(_overview(prog, command))
         wrong = f"no {name!r}{did_you_mean(name, command.commands)}" if name else "missing"
         raise ArgumentError(None, f"{wrong}: one of {', '.join(command.commands)}; see `{prog} --help`")
-    forwarded = _forwarded(command)
-    parser = command_parser(prog, command)
+    parser, forwarded = command_parser(prog, command), _forwarded(command)
     own, rest = _split_arguments(parser, args, forwarded) if forwarded else (args, [])
     with explained_errors(parser):
         values = parser.parse_args(own)
@@ -101,6 +100,13 @@ def _overview(prog: str, command: Subcommands) -> str:
     return "\n".join([f"usage: {prog} COMMAND ...", "", text, "", *rows])
 
 
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        """Leave out what may be left out: the page lists it."""
+        needed = [action for action in actions if action.required or not action.option_strings]
+        super().add_usage(usage, needed, groups, prefix)
+
+
 def command_parser(prog: str, function: Callable[..., Any]) -> ArgumentParser:
     """Build the parser of a command from its function.
 
@@ -116,7 +122,7 @@ def command_parser(prog: str, function: Callable[..., Any]) -> ArgumentParser:
         description=textwrap.fill(description(function), 79, break_on_hyphens=False).replace("%", "%%"),
         usage=forwarded and f"%(prog)s {forwarded.usage}",
         epilog=forwarded and forwarded.epilog(),
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -198,13 +204,11 @@ def _add_parameter(group: Any, parameter: inspect.Parameter, text: str, is_optio
 
 def _keywords(function: Callable[..., Any], values: Any) -> dict[str, Any]:
     """The arguments of a function or a dataclass among the parsed values."""
-    keywords = {}
-    for parameter in _parameters(function):
-        hint: Any = parameter.annotation
-        keywords[parameter.name] = (
-            hint(**_keywords(hint, values)) if is_dataclass(hint) else values[parameter.name]  # type: ignore[operator, arg-type]
-        )
-    return keywords
+    hints: dict[str, Any] = {parameter.name: parameter.annotation for parameter in _parameters(function)}
+    return {
+        name: hint(**_keywords(hint, values)) if is_dataclass(hint) else values[name]  # type: ignore[operator, arg-type]
+        for name, hint in hints.items()
+    }
 
 
 def _split_arguments(

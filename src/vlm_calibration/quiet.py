@@ -17,9 +17,6 @@ WARNINGS = (
     r"It is recommended to use `self\.log\(.*sync_dist=True\)`",
 )
 """Regular expressions of the beginnings of warnings."""
-BITSANDBYTES = "bitsandbytes.backends.cpu.ops"
-NO_4_BITS = "Failed to load CPU gemm_4bit_forward"
-"""What it logs at every import on some CPUs, also if no weight has 4 bits."""
 PROCESSES = "lightning/fabric/utilities/distributed.py"
 """Logs how many processes a run has, which is worth seeing."""
 
@@ -31,7 +28,6 @@ def quiet_libraries() -> None:
     if "SLURM_JOB_ID" not in os.environ:
         # Lightning's, wherever SLURM is installed; only the processes of a job need srun.
         warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
-    logging.getLogger(BITSANDBYTES).addFilter(lambda record: not record.getMessage().startswith(NO_4_BITS))
 
 
 def quiet_lightning() -> None:

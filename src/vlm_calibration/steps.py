@@ -195,7 +195,7 @@ def report(plan: Plan, *, images: bool = True, replicates: int = 1000, seed: int
 
 def _run(plan: Plan, stage: str, settings: Settings) -> Path:
     """Run a stage in this process; return its run directory."""
-    from vlm_calibration.commands.lightning_cli import lightning_command
+    from vlm_calibration.commands.trainer import run_lightning
 
     command = plan.command(stage, *_options(settings))
     arguments = sys.argv
@@ -203,7 +203,7 @@ def _run(plan: Plan, stage: str, settings: Settings) -> Path:
     sys.argv = [str(Path(__file__).with_name("cli") / "__main__.py")]
     try:
         # `levels fit` is LightningCLI's `test`.
-        lightning_command(["test", *command[2:]] if stage == "levels" else command)
+        run_lightning(["test", *command[2:]] if stage == "levels" else command)
     finally:
         sys.argv = arguments
     return plan.folder(stage)

@@ -6,13 +6,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from vlm_calibration import cli
 from vlm_calibration.commands.ask import _as_text
 from vlm_calibration.demo.questions import unknown_part
 from vlm_calibration.demo.source import DemoSource
@@ -29,15 +29,9 @@ Call = Callable[..., Ended]
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+def call(call: Call) -> Call:
     """The command in this process, in `tmp_path`."""
-    monkeypatch.chdir(tmp_path)
-
-    def called(*arguments: str) -> Ended:
-        status = cli.main(["ask", *arguments])
-        return Ended(status, *capsys.readouterr())
-
-    return called
+    return partial(call, "ask")
 
 
 @pytest.fixture
@@ -53,6 +47,13 @@ def questions(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def asked(questions: Path) -> tuple[str, str]:
+    """Image and question of the first of them."""
+    row = _rows(questions)[0]
+    return row["image"], row["question"]
+
+
+@pytest.fixture
 def adapter(adapter_run: Path) -> tuple[str, ...]:
     return ("--adapter", str(adapter_run), "--device", "cpu", "--max-new-tokens", "16")
 
@@ -65,24 +66,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_one_question(
-    call: Call, questions: Path, adapter: tuple[str, ...], calibrated: CalibratedModel
+    call: Call, asked: tuple[str, str], adapter: tuple[str, ...], calibrated: CalibratedModel
 ) -> None:
-    row = json.loads(questions.read_text().splitlines()[0])
-    expected = calibrated.ask(questions.parent / row["image"], row["question"])
-    ended = call(row["image"], row["question"], *adapter)
-    assert ended.status == 0
-    assert ended.err == ""
+    ended = call(*asked, *adapter)
+    expected = calibrated.ask(*asked)
+    assert (ended.status, ended.err) == (0, "")
     lines = ended.out.splitlines()
     assert lines[0] == expected.answer
     assert lines[1].split() == ["stated", "confidence", f"{expected.confidence:.0%}"]
     assert lines[2].split() == ["expected", "confidence", f"{expected.expected:.0%}"]
-    ended = call(row["image"], row["question"], *adapter, "--json")
-    answered = json.loads(ended.out)
+    answered = json.loads(call(*asked, *adapter, "--json").out)
     assert answered.pop("model").endswith(")")
-    assert answered == {"image": row["image"], "question": row["question"], **expected.to_dict()}
-    answered = json.loads(
-        call(row["image"], row["question"], *adapter, "--json", "--answer-type", "open").out
-    )
+    assert answered == {"image": asked[0], "question": asked[1], **expected.to_dict()}
+    answered = json.loads(call(*asked, *adapter, "--json", "--answer-type", "open").out)
     assert (answered["answer_type"], answered["decision"]) == ("open", None)
 
 
@@ -90,11 +86,11 @@ def test_one_question(
 def test_what_the_demo_model_does_not_know_is_a_warning(
     call: Call, questions: Path, tmp_path: Path, own: bool
 ) -> None:
-    image, model = json.loads(questions.read_text().splitlines()[0])["image"], str(DEMO_MODEL)
+    known, model = _rows(questions)[0], str(DEMO_MODEL)
     if own:
         # The same weights, but in a folder of the user.
         model = str(shutil.copytree(DEMO_MODEL, tmp_path / "own"))
-    asked = (image, "Is there a zebra?", "--base", model, "--device", "cpu")
+    asked = (known["image"], "Is there a zebra?", "--base", model, "--device", "cpu")
     ended = call(*asked)
     assert ended.status == 0
     assert ended.err.startswith("warning: the demo model does not know the word 'zebra'; it knows") != own
@@ -102,8 +98,7 @@ def test_what_the_demo_model_does_not_know_is_a_warning(
     assert answered["warning"] == (None if own else unknown_part("Is there a zebra?"))
     assert answered["confidence"] > 0.5
 
-    known = json.loads(questions.read_text().splitlines()[0])
-    zebra = {"id": "z", "image": image, "question": "Is there a zebra?"}
+    zebra = {**known, "id": "z", "question": "Is there a zebra?"}
     questions.write_text("".join(json.dumps(row) + "\n" for row in (known, zebra)))
     ended = call("--questions", str(questions), "--out", "out.jsonl", *asked[2:])
     assert ended.status == 0
@@ -140,10 +135,8 @@ def decides(adapter: tuple[str, ...], tmp_path: Path) -> Callable[..., tuple[str
 
 
 def test_an_answer_below_the_threshold_is_not_printed(
-    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]]
+    call: Call, asked: tuple[str, str], decides: Callable[..., tuple[str, ...]]
 ) -> None:
-    row = json.loads(questions.read_text().splitlines()[0])
-    asked = (row["image"], row["question"])
     ended = call(*asked, *decides(None), "--abstain")
     assert (ended.status, ended.out, ended.err) == (4, "review\n", "")
     ended = call(*asked, *decides(None), "--abstain", "--json")
@@ -157,44 +150,46 @@ def test_an_answer_below_the_threshold_is_not_printed(
 
 
 def test_a_question_unlike_those_of_the_calibration_set_goes_to_a_person(
-    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]]
+    call: Call, asked: tuple[str, str], decides: Callable[..., tuple[str, ...]]
 ) -> None:
-    row = json.loads(questions.read_text().splitlines()[0])
-    for known, asked, answered in (
-        ([row["question"]], row["question"], True),
-        (["What is this?"], row["question"], False),
-        ([], row["question"], True),
+    image, text = asked
+    for known, question, answered in (
+        ([text], text, True),
+        (["What is this?"], text, False),
+        ([], text, True),
         ([], "Is there a zebra in the image?", False),  # the demo's model does not know zebras
     ):
         options = decides(0.0, questions=KnownQuestions.of(known * 20))
-        ended = call(row["image"], asked, *options, "--abstain", "--json")
+        ended = call(image, question, *options, "--abstain", "--json")
         answer = json.loads(ended.out)
         assert (ended.status, answer["decision"]) == ((0, "answer") if answered else (4, "review"))
         assert (answer["unfamiliar"] is None) == answered
 
 
 def test_thresholds_by_category_need_one(
-    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]]
+    call: Call, asked: tuple[str, str], decides: Callable[..., tuple[str, ...]]
 ) -> None:
-    row = json.loads(questions.read_text().splitlines()[0])
     groups = {"colour": {"threshold": 0.0}, "size": {"threshold": None}}
-    asked = (row["image"], row["question"], *decides(by="category", groups=groups))
-    assert call(*asked, "--category", "colour", "--abstain").status == 0
-    assert call(*asked, "--category", "size", "--abstain").status == 4
-    assert json.loads(call(*asked, "--json").out)["decision"] is None
+    call = partial(call, *asked, *decides(by="category", groups=groups))
+    assert call("--category", "colour", "--abstain").status == 0
+    assert call("--category", "size", "--abstain").status == 4
+    assert json.loads(call("--json").out)["decision"] is None
     for category in ((), ("--category", "shape")):
-        ended = call(*asked, *category, "--abstain")
+        ended = call(*category, "--abstain")
         assert ended.status == 1
         assert "'colour', 'size'" in ended.error()
 
 
 def test_abstaining_without_thresholds_names_the_command(
-    call: Call, questions: Path, adapter: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    call: Call,
+    questions: Path,
+    asked: tuple[str, str],
+    adapter: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("vlm_calibration.inference.model.load_base", lambda *_: pytest.fail("loaded"))
-    row = json.loads(questions.read_text().splitlines()[0])
-    for asked in ((row["image"], row["question"]), ("--questions", str(questions), "--out", "a.jsonl")):
-        ended = call(*asked, *adapter, "--abstain")
+    for arguments in (asked, ("--questions", str(questions), "--out", "a.jsonl")):
+        ended = call(*arguments, *adapter, "--abstain")
         assert ended.status == 1
         assert "`vlm-calibration threshold RUN`" in ended.error()
 
@@ -203,25 +198,27 @@ def test_abstaining_without_thresholds_names_the_command(
     ("changed", "says"), [({"weights": "0"}, "other weights"), ({"prompt": "{question}?"}, "another prompt")]
 )
 def test_thresholds_of_another_model_are_refused(
-    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]], changed: dict[str, str], says: str
+    call: Call,
+    asked: tuple[str, str],
+    decides: Callable[..., tuple[str, ...]],
+    changed: dict[str, str],
+    says: str,
 ) -> None:
-    row = json.loads(questions.read_text().splitlines()[0])
-    ended = call(row["image"], row["question"], *decides(**changed))
+    ended = call(*asked, *decides(**changed))
     assert ended.status == 1
     assert f"decides/thresholds.json: its thresholds were chosen with {says}" in ended.error()
 
 
 def test_without_a_model_the_demo_s_is_asked(
-    call: Call, questions: Path, adapter_run: Path, tmp_path: Path
+    call: Call, asked: tuple[str, str], adapter_run: Path, tmp_path: Path
 ) -> None:
-    row = json.loads(questions.read_text().splitlines()[0])
-    ended = call(row["image"], row["question"], "--json", "--max-new-tokens", "16")
+    ended = call(*asked, "--json", "--max-new-tokens", "16")
     assert "asking the demo's model alone" in ended.err
     assert json.loads(ended.out)["model"] == str(DEMO_MODEL)
     for run in ("runs/sft", "runs/dpo"):
         (tmp_path / run).parent.mkdir(exist_ok=True)
         (tmp_path / run).symlink_to(adapter_run)
-        ended = call(row["image"], row["question"], "--json", "--max-new-tokens", "16")
+        ended = call(*asked, "--json", "--max-new-tokens", "16")
         assert f"asking the demo's model and the adapter in {run}" in ended.err
         assert f"with {run}/adapter (" in json.loads(ended.out)["model"]
 
@@ -247,22 +244,12 @@ def test_many_questions(
         assert (row["text"], row["confidence"]) == (answer.text, answer.confidence)
         assert row["expected"] == pytest.approx(answer.expected, abs=2e-4)
     ended = call("--questions", str(questions), "--out", "a/answers.jsonl", *adapter, "--json")
-    counts = json.loads(ended.out)
-    assert counts == {
-        "questions": 12,
-        "answered_now": 0,
-        "answered_before": 12,
-        "skipped": 0,
-        "review": None,
-        "out": "a/answers.jsonl",
-    }
+    counts = {"questions": 12, "answered_now": 0, "answered_before": 12, "skipped": 0}
+    assert json.loads(ended.out) == {**counts, "review": None, "out": "a/answers.jsonl"}
 
 
 def test_a_run_that_was_cut_off_resumes_where_it_was(
-    call: Call,
-    questions: Path,
-    decides: Callable[..., tuple[str, ...]],
-    monkeypatch: pytest.MonkeyPatch,
+    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--questions", str(questions), "--batch-size", "3", *decides(0.97), "--abstain"]
     assert call(*arguments, "--out", "whole.jsonl").status == 0
@@ -333,11 +320,7 @@ def test_bad_images_stop_the_run_or_are_counted(
     assert len(_rows(questions.parent / "answers.jsonl")) == 1, "what was answered stays"
     ended = call(*arguments, "--on-bad-image", "skip")
     assert ended.out == "1 of 5 questions answered, 1 answered before, 3 left out: answers.jsonl\n"
-    for reason in (
-        ":2: no such image",
-        ":3: the image path '../x.png' leaves the data root",
-        "torn.png: damaged",
-    ):
+    for reason in (":2: no such image", ":3: the image path '../x.png' leaves", "torn.png: damaged"):
         assert reason in ended.err
 
 
@@ -374,11 +357,6 @@ def test_bad_lines_are_named_before_a_model_is_loaded(
         (["a.png", "A dog?", "--questions", "f", "--out", "b"], "give either an image and a question, or"),
         (["--questions", "f"], "give --out FILE"),
         (["--questions", "f", "--out", "b", "--category", "x"], "--category is for one question"),
-        (
-            ["a.png", "A dog?", "--batch-size", "0"],
-            "--batch-size: expected a whole number of at least 1, found '0'",
-        ),
-        (["a.png", "A dog?", "--adaptor", "x"], "unknown setting --adaptor (did you mean --adapter?)"),
     ],
 )
 def test_a_mistake_in_the_call_is_named(call: Call, arguments: list[str], says: str) -> None:
@@ -390,17 +368,16 @@ def test_a_mistake_in_the_call_is_named(call: Call, arguments: list[str], says: 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["a.png", "A dog?", "--adapter", "nowhere"], "no adapter at nowhere"),
-        (["a.png", "A dog?", "--device", "cuda:99"], "device: 'cuda:99' needs a GPU, found "),
+        (("--device", "cuda:99"), "device: 'cuda:99' needs a GPU, found "),
         (
-            ["a.png", "A dog?", "--base", "no/where"],
-            "cannot load a model from 'no/where': there is no such folder, HF_HUB_OFFLINE is set",
+            ("--base", "no/where"),
+            "cannot load a model from 'no/where': there is no such folder, HF_HUB_OFFLINE",
         ),
-        (["nowhere.png", "A dog?"], "nowhere.png: no such file"),
-        (["--questions", "nowhere.jsonl", "--out", "b"], "nowhere.jsonl: cannot be read: No such file"),
     ],
 )
-def test_missing_inputs_are_named(call: Call, arguments: list[str], says: str) -> None:
-    ended = call(*arguments)
+def test_a_missing_model_or_device_is_named(
+    call: Call, asked: tuple[str, str], arguments: tuple[str, ...], says: str
+) -> None:
+    ended = call(*asked, *arguments)
     assert ended.status == 1
     assert says in ended.error()

@@ -4,61 +4,55 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from vlm_calibration.cli import main
 from vlm_calibration.presets import preset_names
 
+from ..command_line import Ended
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+Call = Callable[..., Ended]
 
 
-def test_every_preset_is_listed_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "list"]) == 0
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert [line[0] for line in lines] == preset_names()
-    assert [line for line in lines if len(line) < 2] == []
+@pytest.fixture
+def call(call: Call) -> Call:
+    return partial(call, "config")
 
 
-def test_a_pattern_selects(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "list", "trainer/*ddp"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "trainer/cpu_ddp",
-        "trainer/ddp",
-    ]
+def test_every_preset_is_listed_with_a_sentence_and_a_pattern_selects(call: Call) -> None:
+    lines = [line.split(maxsplit=1) for line in call("list").out.splitlines()]
+    assert [name for name, _ in lines] == preset_names()
+    lines = call("list", "trainer/*ddp").out.splitlines()
+    assert [line.split()[0] for line in lines] == ["trainer/cpu_ddp", "trainer/ddp"]
 
 
-def test_a_copy_is_what_show_prints(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "show", "data/jsonl"]) == 0
-    shown = capsys.readouterr().out
+def test_a_copy_is_what_show_prints(root: Path, call: Call) -> None:
+    shown = call("show", "data/jsonl").out
     assert shown == (root / "configs/data/jsonl.yaml").read_text()
-    assert main(["config", "copy", "data/jsonl"]) == 0
-    assert Path("jsonl.yaml").read_text() == shown
     Path("folder").mkdir()
-    assert main(["config", "copy", "data/jsonl", "folder"]) == 0
-    assert Path("folder/jsonl.yaml").read_text() == shown
+    for to, path in (((), "jsonl.yaml"), (("folder",), "folder/jsonl.yaml")):
+        assert call("copy", "data/jsonl", *to).status == 0
+        assert Path(path).read_text() == shown
 
 
-def test_a_copy_replaces_nothing_unasked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_copy_replaces_nothing_unasked(call: Call) -> None:
     Path("mine.yaml").write_text("mine")
-    assert main(["config", "copy", "sft", "mine.yaml"]) == 1
-    assert "mine.yaml exists" in capsys.readouterr().err
+    assert "mine.yaml exists" in call("copy", "sft", "mine.yaml").error()
     assert Path("mine.yaml").read_text() == "mine"
-    assert main(["config", "copy", "sft", "mine.yaml", "--overwrite"]) == 0
+    assert call("copy", "sft", "mine.yaml", "--overwrite").status == 0
     assert Path("mine.yaml").read_text() != "mine"
 
 
 @pytest.mark.parametrize(
     "arguments", [("show", "model/qlorra"), ("copy", "model/qlorra"), ("list", "qlorra")]
 )
-def test_what_does_not_exist_is_named(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", *arguments]) == 2
-    assert "qlorra" in capsys.readouterr().err
+def test_what_does_not_exist_is_named(arguments: tuple[str, ...], call: Call) -> None:
+    ended = call(*arguments)
+    assert ended.status == 2
+    assert "qlorra" in ended.error()
 
 
 @pytest.mark.slow

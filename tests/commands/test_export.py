@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard
 
-from vlm_calibration import cli, hub
+from vlm_calibration import hub
 from vlm_calibration.estimators.decision import read_rule
 from vlm_calibration.inference.model import load_calibrated
 from vlm_calibration.models.base import BaseModel, adapter_digest
 from vlm_calibration.models.loading import weights_digest
 from vlm_calibration.reporting.card import Card, load_card, save_card
 
+from ..command_line import Ended
 from ..decision_rules import write_decision_rule
 from ..wandb_log import OfflineRun
 
+Call = Callable[..., Ended]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -40,29 +43,17 @@ def trained(new_adapter: Callable[..., str], model_folder: str, processor: Any, 
 
 
 @pytest.fixture
-def call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process, in `tmp_path`; returns exit status, output and error line."""
-    monkeypatch.chdir(tmp_path)
+def call(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The command in this process, in `tmp_path`, logged in to a Hub that has the card of every base."""
     monkeypatch.setattr(hub, "get_token", lambda: "hf_token")
-    loading = hub.loading
-    card = "the model card"
+    loading, card = hub.loading, "the model card"
     monkeypatch.setattr(
         hub, "loading", lambda what, name: nullcontext() if what == card else loading(what, name)
     )
     base_card = tmp_path.with_name(f"{tmp_path.name}-hub.md")
     base_card.write_text("---\nlicense: other\nlicense_name: theirs\n---\n")
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(base_card))
-
-    def called(*arguments: str) -> tuple[int, str, str]:
-        status = cli.main(["export", *arguments])
-        out, err = capsys.readouterr()
-        errors = [line for line in err.splitlines() if line.startswith("vlm-calibration: error: ")]
-        assert len(errors) == (status != 0)
-        return status, out, "".join(errors).removeprefix("vlm-calibration: error: ")
-
-    return called
+    return partial(call, "export")
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -72,17 +63,14 @@ def _files(folder: Path) -> dict[str, bytes]:
 # --- Written files ----------------------------------------------------------------------------------------------
 
 
-def test_a_copy_of_the_adapter(call: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
+def test_a_copy_of_the_adapter(call: Call, trained: Path, tmp_path: Path) -> None:
     before = _files(trained / "adapter")
     for run in ("run", "run/adapter"):
-        status, out, _ = call(run, "--out", f"to/{run}")
-        assert (status, out) == (0, f"wrote to/{run}\n")
+        ended = call(run, "--out", f"to/{run}")
+        assert (ended.status, ended.out) == (0, f"wrote to/{run}\n")
         copy = _files(tmp_path / "to" / run)
-        assert {name for name in before if before[name] != copy.pop(name)} == {
-            "README.md",
-            "calibration.json",
-        }
-        assert not copy
+        changed = {name for name in before if before[name] != copy.pop(name)}
+        assert (changed, copy) == ({"README.md", "calibration.json"}, {})
         card = load_card(tmp_path / "to" / run)
         assert card is not None
         assert card.location == f"to/{run}"
@@ -95,14 +83,14 @@ def test_a_copy_of_the_adapter(call: Callable[..., Any], trained: Path, tmp_path
     ("evaluated", "merged_as"), [("auto", "auto"), ("float32", "auto"), ("auto", "float32")]
 )
 def test_thresholds_stay_with_the_adapter_and_go_into_the_merged_model(
-    call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str, evaluated: str, merged_as: str
+    call: Call, trained: Path, tmp_path: Path, model_folder: str, evaluated: str, merged_as: str
 ) -> None:
     """The base's checkpoint is in float32, which "auto" therefore is."""
     rule = write_decision_rule(trained / "adapter", prompt="{question}?", dtype=evaluated)
-    assert call("run", "--out", "copy")[0] == 0
+    assert call("run", "--out", "copy").status == 0
     assert read_rule(tmp_path / "copy") == rule
-    assert call("copy", "--out", "again")[0] == 0
-    assert call("run", "--merge", "--out", "merged", "--dtype", merged_as)[0] == 0
+    assert call("copy", "--out", "again").status == 0
+    assert call("run", "--merge", "--out", "merged", "--dtype", merged_as).status == 0
     for name in ("copy", "again", "merged"):
         assert f"{rule.guarantee} Send all other" in (tmp_path / name / "README.md").read_text()
     merged = read_rule(tmp_path / "merged")
@@ -114,64 +102,58 @@ def test_thresholds_stay_with_the_adapter_and_go_into_the_merged_model(
 @pytest.mark.parametrize(
     ("changed", "dtype", "says"),
     [
-        (
-            {},
-            "bfloat16",
-            "they were chosen with quantization none, dtype float32, and here it is none, bfloat16",
-        ),
+        ({}, "bfloat16", "they were chosen with quantization none, dtype float32, and here it is none, bf"),
         ({"dtype": "bfloat16"}, "auto", "they were chosen with quantization none, dtype bfloat16, and"),
         ({"quantization": "nf4"}, "auto", "they were chosen with quantization nf4"),
         ({"weights": "0"}, "auto", "they were chosen with other weights"),
     ],
 )
 def test_thresholds_that_do_not_hold_for_the_merged_model_are_left_out(
-    call: Callable[..., Any], trained: Path, tmp_path: Path, changed: dict[str, Any], dtype: str, says: str
+    call: Call, trained: Path, tmp_path: Path, changed: dict[str, Any], dtype: str, says: str
 ) -> None:
     write_decision_rule(trained / "adapter", **changed)
-    status, out, _ = call("run", "--merge", "--out", "merged", "--dtype", dtype)
-    assert status == 0
-    assert f"left out the thresholds of run/adapter: {says}" in out
+    ended = call("run", "--merge", "--out", "merged", "--dtype", dtype)
+    assert ended.status == 0
+    assert f"left out the thresholds of run/adapter: {says}" in ended.out
     assert not (tmp_path / "merged/thresholds.json").exists()
     assert "At most 5% ..." not in (tmp_path / "merged/README.md").read_text()
 
 
-def test_the_merged_model(call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str) -> None:
-    status, out, _ = call("run", "--merge", "--out", "merged", "--dtype", "bfloat16")
-    assert status == 0
-    assert out.splitlines() == [f"merged 28 layers of run/adapter into {model_folder}", "wrote merged"]
+def test_the_merged_model(call: Call, trained: Path, tmp_path: Path, model_folder: str) -> None:
+    ended = call("run", "--merge", "--out", "merged", "--dtype", "bfloat16")
+    assert ended.status == 0
+    assert ended.out.splitlines() == [f"merged 28 layers of run/adapter into {model_folder}", "wrote merged"]
     assert set(_files(tmp_path / "merged")) == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md", "calibration.json"),
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
-    card = load_card(tmp_path / "merged")
-    assert card == Card(
-        model_folder, location="merged", merged=True, template="{question}?", max_new_tokens=5
-    )
+    expected = Card(model_folder, location="merged", merged=True, template="{question}?", max_new_tokens=5)
+    assert load_card(tmp_path / "merged") == expected
     text = (tmp_path / "merged/README.md").read_text()
     assert "peft" not in text
     assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "transformers"
 
 
 def test_an_adapter_without_card_and_processor(
-    call: Callable[..., Any], new_adapter: Callable[..., str], tmp_path: Path, model_folder: str
+    call: Call, new_adapter: Callable[..., str], tmp_path: Path, model_folder: str
 ) -> None:
     adapter = Path(new_adapter(1))
     (adapter / "README.md").unlink(missing_ok=True)
-    assert call(str(adapter), "--out", "copy")[0] == 0
+    assert call(str(adapter), "--out", "copy").status == 0
     assert load_card(tmp_path / "copy") == Card(model_folder, location="copy")
-    assert call("copy", "--out", "merged", "--merge")[0] == 0
+    assert call("copy", "--out", "merged", "--merge").status == 0
     assert (tmp_path / "merged" / "tokenizer.json").is_file(), "the processor of the base"
 
 
-def test_a_card_that_someone_edited_is_kept(call: Callable[..., Any], trained: Path, tmp_path: Path) -> None:
+def test_a_card_that_someone_edited_is_kept(call: Call, trained: Path, tmp_path: Path) -> None:
     readme = trained / "adapter" / "README.md"
     readme.write_text("my own")
-    assert call("run", "--out", "copy")[0] == 0
+    assert call("run", "--out", "copy").status == 0
     assert (tmp_path / "copy" / "README.md").read_text() == "my own"
-    status, out, _ = call("run", "--out", "merged", "--merge")
-    assert status == 0
-    assert out.startswith("run/adapter/README.md has been edited since training")
+    ended = call("run", "--out", "merged", "--merge")
+    assert ended.status == 0
+    assert ended.out.startswith("run/adapter/README.md has been edited since training")
     assert "merged into it" in (tmp_path / "merged" / "README.md").read_text()
 
 
@@ -182,21 +164,18 @@ def _results(readme: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_the_results_of_an_evaluation_are_in_the_card(
-    call: Callable[..., Any], offline_runs: dict[str, OfflineRun], tmp_path: Path
+    call: Call, offline_runs: dict[str, OfflineRun], tmp_path: Path
 ) -> None:
     folders = {name: str(run.directory) for name, run in offline_runs.items()}
-    assert call(folders["dpo"], "--out", "copy", "--evaluation", folders["eval"])[0] == 0
+    assert call(folders["dpo"], "--out", "copy", "--evaluation", folders["eval"]).status == 0
     metrics = json.loads((Path(folders["eval"]) / "dpo" / "metrics.json").read_text())
-    defined = {
-        kind: metrics[name]
-        for kind, name in (
-            ("accuracy", "accuracy"),
-            ("expected_calibration_error", "ece"),
-            ("brier_score", "brier"),
-            ("roc_auc", "auroc"),
-        )
-        if metrics[name] is not None
+    names = {
+        "accuracy": "accuracy",
+        "expected_calibration_error": "ece",
+        "brier_score": "brier",
+        "roc_auc": "auroc",
     }
+    defined = {kind: metrics[name] for kind, name in names.items() if metrics[name] is not None}
     assert len(defined) >= 3
     assert _results(tmp_path / "copy" / "README.md") == defined
     text = (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
@@ -205,58 +184,60 @@ def test_the_results_of_an_evaluation_are_in_the_card(
     assert [row in text for row in ("| base model |", "| sft |", "| **dpo (this one)** |")] == 3 * [True]
 
     # They stay with these weights when the copy is exported again under another name of its base, and with no others.
-    assert call("copy", "--out", "again", "--base", "org/base")[0] == 0
+    assert call("copy", "--out", "again", "--base", "org/base").status == 0
     assert _results(tmp_path / "again" / "README.md") == defined
     card = load_card(tmp_path / "again")
     assert card is not None
     assert [e.adapter for e in card.evaluations] == [adapter_digest(tmp_path / "again")]
     shutil.copy(Path(folders["sft"]) / "adapter" / WEIGHTS, tmp_path / "again")
-    assert call("again", "--out", "other")[0] == 0
+    assert call("again", "--out", "other").status == 0
     assert _results(tmp_path / "other" / "README.md") == {}
-    status, _, error = call("again", "--out", "more", "--evaluation", folders["eval"])
-    assert (status, not (tmp_path / "more").exists()) == (1, True)
-    assert error.startswith(f"{folders['eval']}: this adapter was not evaluated there, or has changed since")
+    ended = call("again", "--out", "more", "--evaluation", folders["eval"])
+    assert (ended.status, not (tmp_path / "more").exists()) == (1, True)
+    assert ended.error().startswith(
+        f"{folders['eval']}: this adapter was not evaluated there, or has changed since"
+    )
 
 
 # --- The licence ------------------------------------------------------------------------------------------------
 
 
 def test_the_licence_is_that_of_the_base_unless_one_is_given(
-    call: Callable[..., Any], api: type[FakeApi], trained: Path, tmp_path: Path, model_folder: str
+    call: Call, api: type[FakeApi], trained: Path, tmp_path: Path, model_folder: str
 ) -> None:
     push = ("run", "--push-to-hub", "org/mine", "--base", "org/base")
-    assert call(*push)[0] == 0
+    assert call(*push).status == 0
     data = yaml.safe_load(api.uploaded["README.md"].decode().split("---\n")[1])
     assert (data["license"], data["license_name"]) == ("other", "theirs")
-    assert call(*push, "--license", "mit")[0] == 0
+    assert call(*push, "--license", "mit").status == 0
     data = yaml.safe_load(api.uploaded["README.md"].decode().split("---\n")[1])
     assert (data["license"], "license_name" in data) == ("mit", False)
-    assert call("run", "--out", "plain")[0] == 0
+    assert call("run", "--out", "plain").status == 0
     assert "license" not in (tmp_path / "plain/README.md").read_text(), "that of the base is not known"
     shutil.copytree(model_folder, tmp_path / "base")
     (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    assert call("run", "--out", "known", "--base", "base")[0] == 0
+    assert call("run", "--out", "known", "--base", "base").status == 0
     assert ModelCard.load(tmp_path / "known/README.md").data.license == "apache-2.0"
 
 
 def test_another_base_is_loaded_and_named(
-    call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str
+    call: Call, trained: Path, tmp_path: Path, model_folder: str
 ) -> None:
     path = trained / "adapter" / CONFIG
     path.write_text(
         json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "gone", "revision": "v1"})
     )
-    status, _, error = call("run", "--out", "merged", "--merge")
-    assert status == 1
-    assert error.startswith("cannot load a model from 'gone'")
+    ended = call("run", "--out", "merged", "--merge")
+    assert ended.status == 1
+    assert ended.error().startswith("cannot load a model from 'gone'")
     assert not (tmp_path / "merged").exists()
     shutil.copytree(model_folder, tmp_path / "moved")
-    assert call("run", "--out", "merged", "--merge", "--base", "moved")[0] == 0
-    assert call("run", "--out", "copy", "--base", "org/base", "--base-revision", "abc")[0] == 0
+    assert call("run", "--out", "merged", "--merge", "--base", "moved").status == 0
+    assert call("run", "--out", "copy", "--base", "org/base", "--base-revision", "abc").status == 0
     config = json.loads((tmp_path / "copy" / CONFIG).read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
     assert "'org/base', revision='abc'" in (tmp_path / "copy" / "README.md").read_text()
-    assert call("run", "--out", "same")[0] == 0
+    assert call("run", "--out", "same").status == 0
     assert json.loads((tmp_path / "same" / CONFIG).read_text())["revision"] == "v1", "the adapter's own"
 
 
@@ -264,46 +245,49 @@ def test_another_base_is_loaded_and_named(
 
 
 def test_a_folder_that_is_not_empty_is_replaced_only_with_overwrite(
-    call: Callable[..., Any], trained: Path, tmp_path: Path
+    call: Call, trained: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
-    status, _, error = call("run", "--out", "full")
-    assert (status, error) == (1, "--out full is not empty: choose another folder, or give --overwrite")
+    ended = call("run", "--out", "full")
+    assert (ended.status, ended.error()) == (
+        1,
+        "--out full is not empty: choose another folder, or give --overwrite",
+    )
     (tmp_path / "empty").mkdir()
-    assert call("run", "--out", "empty")[0] == 0
-    assert call("run", "--out", "full", "--overwrite")[0] == 0
+    assert call("run", "--out", "empty").status == 0
+    assert call("run", "--out", "full", "--overwrite").status == 0
     assert not (tmp_path / "full" / "mine.txt").exists()
     assert (tmp_path / "full" / CONFIG).is_file()
 
 
 @pytest.mark.parametrize("out", [".", "..", "run", "run/adapter", "run/adapter/inside", "run/../run", "base"])
 def test_folders_that_are_needed_are_not_replaced(
-    call: Callable[..., Any], trained: Path, tmp_path: Path, model_folder: str, out: str
+    call: Call, trained: Path, tmp_path: Path, model_folder: str, out: str
 ) -> None:
     shutil.copytree(model_folder, tmp_path / "base")
     before = _files(trained / "adapter")
-    status, _, error = call("run", "--out", out, "--merge", "--overwrite", "--base", "base")
-    assert status == 1
-    assert error.startswith(f"--out {out} ")
-    assert error.endswith("choose another folder")
+    ended = call("run", "--out", out, "--merge", "--overwrite", "--base", "base")
+    assert ended.status == 1
+    assert ended.error().startswith(f"--out {out} ")
+    assert ended.error().endswith("choose another folder")
     assert _files(trained / "adapter") == before
     assert (tmp_path / "base" / "config.json").is_file()
 
 
 def test_a_failed_export_leaves_the_old_one(
-    call: Callable[..., Any], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert call("run", "--out", "merged", "--merge")[0] == 0
+    assert call("run", "--out", "merged", "--merge").status == 0
     before = _files(tmp_path / "merged")
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    status, _, error = call("run", "--out", "merged", "--merge", "--overwrite")
-    assert status == 1
-    assert "No space left on device" in error
+    ended = call("run", "--out", "merged", "--merge", "--overwrite")
+    assert ended.status == 1
+    assert "No space left on device" in ended.error()
     assert _files(tmp_path / "merged") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "run"]
 
@@ -311,11 +295,6 @@ def test_a_failed_export_leaves_the_old_one(
 @pytest.mark.parametrize(
     ("arguments", "says", "status"),
     [
-        (
-            ["none", "--out", "x"],
-            "no adapter at none (expected adapter_config.json there or in its folder 'adapter')",
-            1,
-        ),
         (
             ["run", "--out", "x", "--license", "Apache 2"],
             "--license Apache 2: not a name that the Hub has",
@@ -326,25 +305,15 @@ def test_a_failed_export_leaves_the_old_one(
         (["run", "--out", "x", "--dtype", "int4"], "dtype", 2),
         (["run", "--out", "run/config.yaml"], "--out run/config.yaml is a file", 1),
         (["run", "--push-to-hub", "a/b/c"], "--push-to-hub a/b/c: Repo id must be", 1),
-        (
-            ["run", "--push-to-hub", "org/x"],
-            "the base model {base} is a folder, which nobody else has",
-            1,
-        ),
+        (["run", "--push-to-hub", "org/x"], "the base model {base} is a folder, which nobody else has", 1),
     ],
 )
 def test_a_mistake_in_the_call(
-    call: Callable[..., Any],
-    trained: Path,
-    tmp_path: Path,
-    model_folder: str,
-    arguments: list[str],
-    says: str,
-    status: int,
+    call: Call, trained: Path, tmp_path: Path, model_folder: str, arguments: list[str], says: str, status: int
 ) -> None:
-    ended, _, error = call(*arguments)
-    assert says.format(base=model_folder) in error
-    assert ended == status
+    ended = call(*arguments)
+    assert says.format(base=model_folder) in ended.error()
+    assert ended.status == status
     assert not (tmp_path / "x").exists()
 
 
@@ -377,12 +346,10 @@ def api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
     return FakeApi
 
 
-def test_the_adapter_is_uploaded(
-    call: Callable[..., Any], api: type[FakeApi], trained: Path, tmp_path: Path
-) -> None:
+def test_the_adapter_is_uploaded(call: Call, api: type[FakeApi], trained: Path, tmp_path: Path) -> None:
     push = ("run", "--push-to-hub", "org/mine", "--base", "org/base")
-    status, out, _ = call(*push, "--private")
-    assert (status, out) == (0, "pushed to org/mine\n")
+    ended = call(*push, "--private")
+    assert (ended.status, ended.out) == (0, "pushed to org/mine\n")
     assert api.calls == [
         ("create_repo", ("org/mine",), {"repo_type": "model", "private": True, "exist_ok": True}),
         ("upload_folder", (), {"repo_id": "org/mine", "commit_message": "Upload the model and its card"}),
@@ -393,8 +360,8 @@ def test_the_adapter_is_uploaded(
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "org/base"
     assert "path = 'org/mine'" in text
     assert [p.name for p in tmp_path.iterdir()] == ["run"], "temporary files are deleted"
-    status, out, _ = call(*push, "--out", "copy")
-    assert (status, out) == (0, "wrote copy\npushed to org/mine\n")
+    ended = call(*push, "--out", "copy")
+    assert (ended.status, ended.out) == (0, "wrote copy\npushed to org/mine\n")
     assert api.uploaded == _files(tmp_path / "copy")
 
 
@@ -406,25 +373,21 @@ def test_the_adapter_is_uploaded(
     ],
 )
 def test_refusals_of_the_hub_are_reported(
-    call: Callable[..., Any], api: type[FakeApi], trained: Path, error: BaseException, says: str
+    call: Call, api: type[FakeApi], trained: Path, error: BaseException, says: str
 ) -> None:
     api.error = error
-    status, _, line = call("run", "--push-to-hub", "org/mine", "--base", "org/base")
-    assert status == 1
-    assert line.startswith("cannot push to org/mine: ")
-    assert says in line
+    ended = call("run", "--push-to-hub", "org/mine", "--base", "org/base")
+    assert ended.status == 1
+    assert ended.error().startswith("cannot push to org/mine: ")
+    assert says in ended.error()
 
 
 def test_nobody_is_logged_in(
-    call: Callable[..., Any],
-    api: type[FakeApi],
-    trained: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    call: Call, api: type[FakeApi], trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(hub, "get_token", lambda: None)
-    status, _, error = call("run", "--push-to-hub", "org/mine", "--base", "org/base", "--out", "copy")
-    assert status == 1
-    assert error == "not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN"
+    ended = call("run", "--push-to-hub", "org/mine", "--base", "org/base", "--out", "copy")
+    assert ended.status == 1
+    assert ended.error() == "not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN"
     assert api.calls == []
     assert not (tmp_path / "copy").exists(), "checked before any work is done"

@@ -151,15 +151,10 @@ def test_shipped_overlays_are_understood(
 @pytest.mark.parametrize(
     ("arguments", "says", "status"),
     [
-        ([], "missing: one of inspect, convert, split, fetch; see `vlm-calibration data --help`", 2),
-        (["look"], "no 'look'", 2),
         (["inspect"], "nothing to inspect: give --config FILE", 2),
-        (["inspect", "--config", "none.yaml"], "'none.yaml' is neither a file nor a preset", 2),
-        (["inspect", "--config", "config.yaml", "--samples", "none"], "--samples", 2),
         (["inspect", "--config", "config.yaml", "--data.trian", "3"], "did you mean --data.train?", 2),
         (["inspect", "--config", "config.yaml", "--samples", "0"], "--samples: expected a whole number", 2),
         (["inspect", "--config", "empty.yaml"], "nothing to inspect", 1),
-        (["inspect", "--config", "broken.yaml"], "broken.yaml:2: not YAML", 2),
         (["inspect", "--config", "unknown.yaml"], "trian", 2),
     ],
 )
@@ -167,7 +162,6 @@ def test_mistakes_in_the_call(
     call: Callable[..., Ended], config: Path, tmp_path: Path, arguments: list[str], says: str, status: int
 ) -> None:
     (tmp_path / "empty.yaml").write_text("trainer: {max_steps: 3}\n")
-    (tmp_path / "broken.yaml").write_text("data: {train\n")
     (tmp_path / "unknown.yaml").write_text("data: {trian: 3}\n")
     ended = call("data", *arguments)
     assert says in ended.error()

@@ -23,15 +23,18 @@ Rows = list[dict[str, Any]]
 
 def answers(n: int, seed: int, levels: Sequence[float | None] = LEVELS, category: str | None = None) -> Rows:
     rng = random.Random(seed)
+    plain = {
+        "question": "Is there a dog?",
+        "answer": "Yes",
+        "text": "Yes",
+        "predicted": "yes",
+        "correct": True,
+    }
     return [
         {
             "id": f"{seed}-{i}",
-            "question": "Is there a dog?",
-            "answer": "Yes",
-            "text": "Yes",
-            "predicted": "yes",
+            **plain,
             "confidence": rng.choice(levels),
-            "correct": True,
             "category": category or rng.choice(["easy/existence", "hard/existence"]),
             "noise_step": None,
             "answer_type": "yes_no",
@@ -42,8 +45,7 @@ def answers(n: int, seed: int, levels: Sequence[float | None] = LEVELS, category
 
 
 def write(path: Path, rows: Rows) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_rows(path, rows, lines=True)
     return path
 
 
@@ -120,11 +122,8 @@ def test_a_drift_of_one_category_ends_with_status_3(
     command = ("--reference", evaluation / "sft", "--new", path, "--by", "category")
     status, result = monitored(*command)
     assert (status, result["drift"]) == (3, True)
-    assert {group: figures["drift"] for group, figures in result["groups"].items()} == {
-        "easy": False,
-        "existence": True,
-        "hard": True,
-    }
+    drifts = {group: figures["drift"] for group, figures in result["groups"].items()}
+    assert drifts == {"easy": False, "existence": True, "hard": True}
     assert result["without_reference"] == ["foreign"]
 
 
@@ -167,7 +166,7 @@ def test_the_answers_of_ask_by_type_and_category(
         {"id": f"q:{i}", "image": f"{i}.png", "confidence": row["confidence"], "category": row["category"]}
         for i, row in enumerate(answers(60, 4))
     ]
-    write_rows(path, [{**row, **question} for row in rows], lines=True)
+    write(path, [{**row, **question} for row in rows])
     status, result = monitored("--reference", evaluation / "sft", "--new", path, "--by", "answer_type")
     assert (status, result["overall"]["new_n"]) == (0, 60)
     assert result["groups"]["yes_no"]["new_n"] == 60

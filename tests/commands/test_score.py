@@ -21,6 +21,7 @@ from vlm_calibration.metrics import functional
 
 from ..benchmarks import official_rules
 from ..benchmarks.test_amber import ANNOTATIONS, TYPES
+from ..command_line import Ended
 
 SCORES = ("accuracy", "precision", "recall", "f1")
 REPORTED = [
@@ -78,12 +79,17 @@ def _amber(n: int = 300, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict
     return annotations, answers
 
 
+def _official(values: dict[str, Any]) -> dict[str, Any]:
+    begin = "official/"
+    return {name.removeprefix(begin): value for name, value in values.items() if name.startswith(begin)}
+
+
 def test_pope(written: Callable[..., str], scored: Callable[..., dict[str, Any]]) -> None:
     labels, answers = _pope()
     shuffled = random.Random(1).sample(answers, len(answers))
     values = scored("pope", written("a.jsonl", shuffled), "--labels", written("l.json", labels))
     expected = official_rules.pope(labels, answers)
-    assert {k: v for k, v in values.items() if "/" in k} == {f"official/{k}": v for k, v in expected.items()}
+    assert _official(values) == expected
     assert list(values)[:5] == [f"official/{k}" for k in (*SCORES, "yes_ratio")]
     assert set(REPORTED) == {name for name in values if "/" not in name}
     assert (values["n"], type(values["n"])) == (200, int)
@@ -140,30 +146,31 @@ def test_undefined_official_scores_are_null(
     labels = [{"question_id": 1, "label": "yes"}, {"question_id": 2, "label": "no"}]
     answers = [{"question_id": i, "answer": "No"} for i in (1, 2)]
     values = scored("pope", written("a.jsonl", answers), "--labels", written("l.json", labels))
-    official = {k: values[f"official/{k}"] for k in (*SCORES, "yes_ratio")}
-    assert official == {"accuracy": 0.5, "precision": None, "recall": 0.0, "f1": None, "yes_ratio": 0.0}
+    assert _official(values) == {
+        "accuracy": 0.5,
+        "precision": None,
+        "recall": 0.0,
+        "f1": None,
+        "yes_ratio": 0.0,
+    }
     assert values["ece"] is None, "no confidence is stated"
 
 
 def test_amber(written: Callable[..., str], scored: Callable[..., dict[str, Any]]) -> None:
     annotations, answers = _amber()
-    files = (
-        written("a.json", answers, lines=False),
-        *("--annotations", written("t.json", annotations, lines=False)),
-    )
+    truth = written("t.json", annotations, lines=False)
+    files = (written("a.json", answers, lines=False), "--annotations", truth)
     values = scored("amber", *files)
-    expected = {f"official/{k}": v for k, v in official_rules.amber(annotations, answers).items()}
-    assert {k: v for k, v in values.items() if k.startswith("official")} == expected
+    expected = official_rules.amber(annotations, answers)
+    assert _official(values) == expected
     blocks = ("", "existence/", "attribute/", "state/", "number/", "action/", "relation/")
-    assert set(expected) == {f"official/{block}{k}" for block in blocks for k in SCORES}
+    assert set(expected) == {f"{block}{k}" for block in blocks for k in SCORES}
     groups = ("existence", "attribute", "state", "number", "action", "relation")
     assert {f"{k}/{group}" for k in REPORTED for group in groups} <= set(values)
     existence = [a for a in annotations if a["type"] == "discriminative-hallucination"]
     assert values["n/existence"] == len(existence)
     only = scored("amber", *files, "--only", "existence")
-    assert {k: v for k, v in only.items() if k.startswith("official")} == {
-        k: v for k, v in expected.items() if k.startswith("official/existence/")
-    }
+    assert _official(only) == {k: v for k, v in expected.items() if k.startswith("existence/")}
     assert only["n"] == len(existence)
 
 
@@ -178,18 +185,21 @@ def test_generative_answers_are_left_out_with_a_note(
     assert json.loads(printed.out)["n"] == 6
 
 
+GRADED = {
+    "question": "What is it?",
+    "answer": "sofa",
+    "category": "indoor",
+    "noise_step": 0,
+    "answer_type": "short",
+}
 PREDICTIONS = [
     {
+        **GRADED,
         "id": str(i),
-        "question": "What is it?",
-        "answer": "sofa",
         "text": text,
         "predicted": text.split(".")[0].lower(),
         "confidence": confidence,
         "correct": correct,
-        "category": "indoor",
-        "noise_step": 0,
-        "answer_type": "short",
     }
     for i, (text, confidence, correct) in enumerate(
         (("Couch. Confidence: 90%", 0.9, True), ("Chair. Confidence: 80%", 0.8, False), ("Sofa", None, True))
@@ -226,40 +236,24 @@ def test_predictions_graded_anew_by_the_queries(
 def test_files_for_the_benchmarks_own_scripts(
     written: Callable[..., str], scored: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
+    """They have the same metrics; tests of the benchmarks compare them with the scripts."""
     labels, answers = _pope(50)
     for given, text in zip(answers, ("Confidence: 0.9. No", "No. Confidence: 70%"), strict=False):
         del given["confidence"]
         given["answer"] = text
     labels[0]["label"] = "No"
+    files = (written("a.jsonl", answers[::-1]), "--labels", written("l.json", labels, lines=False))
     out = tmp_path / "out.json"
-    files = (
-        written("a.jsonl", answers[::-1]),
-        "--labels",
-        written("l.json", labels, lines=False),
-    )
     values = scored("pope", *files, "--write-official", str(out))
-    theirs = official_rules.pope(
-        *(
-            [json.loads(x) for x in path.read_text().splitlines()]
-            for path in (tmp_path / "out.labels.jsonl", out)
-        )
-    )
-    assert {k: v for k, v in values.items() if k.startswith("official")} == {
-        f"official/{k}": v for k, v in theirs.items()
-    }
-    again = scored("pope", str(out), "--labels", str(tmp_path / "out.labels.jsonl"))
-    assert again == values, "the written file has the same metrics"
+    assert scored("pope", str(out), "--labels", str(tmp_path / "out.labels.jsonl")) == values
 
     annotations, responses = _amber(80)
     responses[0] = {"id": 1, "response": "No. Confidence: 80%"}
-    files = ("--annotations", written("t.json", annotations, lines=False))
-    given = written("r.json", responses, lines=False)
-    values = scored("amber", *files, given, "--write-official", str(tmp_path))
-    theirs = official_rules.amber(annotations, json.loads((tmp_path / "answers.json").read_text()))
-    assert {k: v for k, v in values.items() if k.startswith("official")} == {
-        f"official/{k}": v for k, v in theirs.items()
-    }
-    assert scored("amber", *files, str(tmp_path / "answers.json")) == values
+    truth = ("--annotations", written("t.json", annotations, lines=False))
+    values = scored(
+        "amber", written("r.json", responses, lines=False), *truth, "--write-official", str(tmp_path)
+    )
+    assert scored("amber", str(tmp_path / "answers.json"), *truth) == values
 
 
 def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,9 +268,7 @@ def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "says", "status"),
     [
-        (["mme"], "no 'mme': one of pope, amber, jsonl", 2),
         (["pope", "a.jsonl"], "missing: --labels", 2),
-        (["pope", "a.jsonl", "--labels", "none.json"], "none.json: cannot be read: No such file", 1),
         (["jsonl", "a.jsonl"], "a.jsonl:1: ", 1),
         (["jsonl", "a.jsonl", "--labels", "a.jsonl"], "a.jsonl:1: unknown key", 1),
         (["jsonl", "a.jsonl", "--labels", "q.jsonl"], "a.jsonl:1: 'id' must be a string", 1),
@@ -285,26 +277,16 @@ def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[st
     ],
 )
 def test_a_mistake_ends_in_one_line(
-    written: Callable[..., str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    arguments: list[str],
-    says: str,
-    status: int,
+    written: Callable[..., str], call: Callable[..., Ended], arguments: list[str], says: str, status: int
 ) -> None:
     query = {"id": "1", "image": "a.png", "question": "A dog?", "answer": "perhaps", "answer_type": "yes_no"}
     written("a.jsonl", [{"question_id": 1, "answer": "Yes"}])
     written("t.jsonl", [{"id": "1", "text": "Yes"}])
     written("q.jsonl", [query])
     written("qq.jsonl", [query, query])
-    monkeypatch.chdir(tmp_path)
-    assert main(["score", *arguments]) == status
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("vlm-calibration: error: ")
-    assert says in printed.err
-    assert printed.err.count("\n") == 1
+    ended = call("score", *arguments)
+    assert (ended.status, ended.out) == (status, "")
+    assert says in ended.error()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from vlm_calibration import cli
-from vlm_calibration.estimators.decision import read_rule
+from vlm_calibration.estimators.decision import DecisionRule, read_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
 from vlm_calibration.metrics.risk_control import Limits, control_risk
 from vlm_calibration.models.base import adapter_files, adapter_weights_digest
+from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report.data import read_systems
 from vlm_calibration.reporting.report.thresholds import (
@@ -31,6 +32,7 @@ from vlm_calibration.text.known_questions import KnownQuestions
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
 
 from ..command_line import Ended
+from ..decision_rules import write_decision_rule
 
 Call = Callable[..., Ended]
 
@@ -45,14 +47,8 @@ def _write(path: Path, n: int, seed: int, split: str = "own", error: float = 0.3
         plain = {"id": f"{split}:{i}", "question": "A dog?", "answer": "Yes", "text": "", "predicted": None}
         plain |= {"noise_step": None, "answer_type": "yes_no", "image": f"{split}-{i // 2}"}
         plain |= {"category": f"{split}/{('colour', 'size')[i % 2]}", "expected": 1 - (1 - confidence) ** 2}
-        lines.append(
-            {
-                **plain,
-                "confidence": confidence,
-                "correct": bool(rng.random() > error * (1 - confidence)),
-                **more,
-            }
-        )
+        is_correct = bool(rng.random() > error * (1 - confidence))
+        lines.append({**plain, "confidence": confidence, "correct": is_correct, **more})
     with path.open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -80,33 +76,28 @@ def evaluation(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(
-    evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Call:
-    monkeypatch.chdir(tmp_path)
+def call(call: Call, evaluation: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     monkeypatch.setenv("COLUMNS", "200")
+    return partial(call, "threshold")
 
-    def called(*arguments: str) -> Ended:
-        return Ended(cli.main(["threshold", *arguments]), *capsys.readouterr())
 
-    return called
+def _rule(folder: Path) -> DecisionRule:
+    rule = read_rule(folder)
+    assert rule is not None
+    return rule
 
 
 def test_the_last_system_on_its_calibration_split(call: Call, evaluation: Path, tmp_path: Path) -> None:
     ended = call("runs/eval")
     assert (ended.status, ended.err) == (0, "")
     adapter = tmp_path / "runs/dpo/adapter"
-    rule = read_rule(adapter)
-    assert rule is not None
+    rule = _rule(adapter)
     answers = read_predictions(evaluation / "dpo" / "calibration.jsonl")
     choice = control_risk({"": graded(answers, "verbalized")}, Limits(0.05)).choices[""]
     assert choice.threshold is not None
     assert rule.groups[""]["threshold"] == choice.threshold
-    assert (rule.base, rule.weights, rule.prompt) == (
-        "owner/base",
-        adapter_weights_digest(adapter),
-        DEFAULT_TEMPLATE,
-    )
+    weights = adapter_weights_digest(adapter)
+    assert (rule.base, rule.weights, rule.prompt) == ("owner/base", weights, DEFAULT_TEMPLATE)
     assert rule.answers == {
         "split": "calibration",
         "digest": file_digest(evaluation / "dpo" / "calibration.jsonl"),
@@ -133,13 +124,16 @@ def test_the_adapter_s_card_states_the_guarantee(call: Call, tmp_path: Path) -> 
     assert "When to answer" not in (adapter / "README.md").read_text()
     for limit in ("0.05", "0.1"):
         assert call("runs/eval", "--max-error", limit).status == 0
-        rule = read_rule(adapter)
-        assert rule is not None
+        rule = _rule(adapter)
         assert (adapter / "README.md").read_text().count(rule.guarantee) == 1
 
 
 def test_the_report_chooses_and_measures_the_same(call: Call, evaluation: Path) -> None:
-    result = json.loads(call("runs/eval", "--json").out)
+    ended = call("runs/eval", "--system", "dpo", "--json")
+    result = json.loads(ended.out)
+    assert (ended.status, result["found"]) == (0, True)
+    assert result["written"].endswith("runs/dpo/adapter/thresholds.json")
+    assert result["test"]["all"]["n"] == 2000
     rows = promises_of(read_systems(["runs/eval"]))
     assert list(rows) == [("dpo", "verbalized")], "sft has no calibration answers"
     promise = next(p for p in rows["dpo", "verbalized"] if p.limits.max_error == 0.05)
@@ -152,23 +146,12 @@ def test_the_report_chooses_and_measures_the_same(call: Call, evaluation: Path) 
     assert list(promise.tested) == ["all", "easy", "hard"]
 
 
-def test_one_system_and_json(call: Call, evaluation: Path, tmp_path: Path) -> None:
-    ended = call("runs/eval", "--system", "dpo", "--max-error", "0.1", "--max-sent-away", "0.6", "--json")
-    result = json.loads(ended.out)
-    assert (ended.status, result["found"]) == (0, True)
-    assert result["limits"] == {"max_error": 0.1, "certainty": 0.95, "max_sent_away": 0.6}
-    assert list(result["test"]) == ["all", "easy", "hard"]
-    assert result["test"]["all"]["n"] == 2000
-    assert result["written"].endswith("runs/dpo/adapter/thresholds.json")
-
-
 def test_without_a_calibration_split_the_predictions_are_used_and_named(call: Call, tmp_path: Path) -> None:
     ended = call("runs/eval", "--system", "sft", "--max-error", "0.2")
     assert ended.status == 0, ended.err
     assert "no calibration split" in ended.out
     assert "test" not in "".join(line for line in ended.out.splitlines() if line.startswith("│"))
-    rule = read_rule(tmp_path / "runs/sft/adapter")
-    assert rule is not None
+    rule = _rule(tmp_path / "runs/sft/adapter")
     assert rule.answers["split"] == "predictions"
     assert "like the evaluated ones" in rule.guarantee
 
@@ -177,8 +160,7 @@ def test_a_threshold_for_each_category(call: Call, evaluation: Path, tmp_path: P
     _write(evaluation / "dpo" / "calibration.jsonl", 30, 4, "none", category=None)
     ended = call("runs/eval", "--by", "category")
     assert "30 answers have no category and are left out" in ended.out
-    rule = read_rule(tmp_path / "runs/dpo/adapter")
-    assert rule is not None
+    rule = _rule(tmp_path / "runs/dpo/adapter")
     assert (rule.by, list(rule.groups)) == ("category", ["colour", "size"])
     assert "Bonferroni over 2" in rule.correction
     assert "test: colour" in ended.out
@@ -189,10 +171,11 @@ def test_a_threshold_for_each_category(call: Call, evaluation: Path, tmp_path: P
 
 def test_a_second_call_replaces_the_rule(call: Call, tmp_path: Path) -> None:
     assert call("runs/eval").status == 0
-    assert call("runs/eval", "--estimator", "expected", "--max-error", "0.1").status == 0
-    rule = read_rule(tmp_path / "runs/dpo/adapter")
-    assert rule is not None
-    assert (rule.estimator, rule.limits["max_error"]) == ("expected", 0.1)
+    changed = ("--estimator", "expected", "--max-error", "0.1", "--max-sent-away", "0.6")
+    assert call("runs/eval", *changed).status == 0
+    rule = _rule(tmp_path / "runs/dpo/adapter")
+    assert rule.estimator == "expected"
+    assert rule.limits == {"max_error": 0.1, "certainty": 0.95, "max_sent_away": 0.6}
 
 
 def test_where_there_is_no_threshold_nothing_is_written(call: Call, tmp_path: Path) -> None:
@@ -203,8 +186,7 @@ def test_where_there_is_no_threshold_nothing_is_written(call: Call, tmp_path: Pa
     ended = call("runs/eval", "--max-error", "0.0001", "--json")
     assert (ended.status, json.loads(ended.out)["found"]) == (3, False)
     assert call("runs/eval").status == 0
-    rule = read_rule(tmp_path / "runs/dpo/adapter")
-    assert rule is not None
+    rule = _rule(tmp_path / "runs/dpo/adapter")
     ended = call("runs/eval", "--max-error", "0.0001")
     assert f"The thresholds of an earlier run stay in runs/dpo/adapter: {rule.guarantee}" in ended.out
 
@@ -216,9 +198,7 @@ def test_a_promise_that_the_test_breaks_is_said(call: Call, evaluation: Path) ->
     assert "these questions are not like those" in call("runs/eval").out
 
 
-def test_the_base_model_s_rule_stays_in_the_evaluation(
-    call: Call, evaluation: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_base_model_s_rule_stays_in_the_evaluation(call: Call, evaluation: Path) -> None:
     for n, split in ((3000, "easy"), (1000, "hard")):
         _write(evaluation / "base" / "predictions.jsonl", n, 6, split)
     assert call("runs/eval", "--system", "base", "--max-error", "0.1").status == 0
@@ -235,7 +215,6 @@ def test_an_adapter_that_was_trained_again_is_refused(call: Call, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (["nowhere"], 1, "nowhere"),
         (["runs/eval", "--system", "oracle"], 1, "no system 'oracle'"),
         (["runs/eval/dpo"], 1, "not an evaluation of `vlm-calibration test`"),
         (["runs/eval", "--max-error", "0"], 2, "--max-error: expected a number in (0, 1)"),
@@ -254,8 +233,7 @@ def test_the_rule_of_a_model_behind_an_address_stays_in_the_evaluation(call: Cal
     config["model"]["init_args"] |= {"adapters": {}, "endpoints": {"dpo": {"url": "http://x", "model": "m"}}}
     (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
     assert call("runs/eval", "--system", "dpo").status == 0
-    rule = read_rule(evaluation / "dpo")
-    assert rule is not None
+    rule = _rule(evaluation / "dpo")
     assert (rule.base, rule.weights) == ("m", "")
 
 
@@ -286,12 +264,12 @@ def test_the_name_of_the_split_is_not_part_of_the_category(
         ({"colour": 1}, "colour"),
     ],
 )
-def test_a_damaged_file_is_named(call: Call, tmp_path: Path, changed: dict[str, Any], says: str) -> None:
-    assert call("runs/eval").status == 0
+def test_a_damaged_file_is_named(
+    evaluation: Path, tmp_path: Path, changed: dict[str, Any], says: str
+) -> None:
     path = tmp_path / "runs/dpo/adapter/thresholds.json"
+    write_decision_rule(path.parent)
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
-    from vlm_calibration.records import DataError
-
     with pytest.raises(DataError) as raised:
         read_rule(path.parent)
     assert str(path) in str(raised.value)

@@ -16,7 +16,7 @@ BENCHMARKS = {
     "perturbation": "Region noise",
     "data_path": "A query on its way to the model",
     "metrics": "Calibration metrics",
-    "startup": "Start-up time of help pages",
+    "startup": "Start-up time of help pages and of mistakes",
     "streaming": "A million records in the data module",
     "phrases": "Key-object phrases",
     "wandb_overhead": "Logging to W&B",

@@ -75,11 +75,7 @@ def _wandb_ids(run: Path) -> list[str]:
 
 
 def test_all_stages_one_after_the_other(
-    jobs: Jobs,
-    root: Path,
-    scene_files: Callable[..., Path],
-    tiny: Callable[[str], str],
-    tmp_path: Path,
+    jobs: Jobs, root: Path, scene_files: Callable[..., Path], tiny: Callable[[str], str], tmp_path: Path
 ) -> None:
     """`make slurm-all` on data without regions: their extraction in two jobs, then all stages. Submitted again, nothing is repeated.
 

@@ -15,6 +15,7 @@ from vlm_calibration.records import DataError
 
 PROG = "vlm-calibration"
 COMMANDS = Subcommands(
+    f"First: `{PROG} calibrate` trains and evaluates the embedded demo in minutes, without a GPU or data of your own. "
     f"`{PROG} COMMAND --help` lists the settings of a command, `{PROG} --version` prints the version.",
     {
         "fit": Lazy("train: SFT or preference optimisation", "commands.trainer:fit"),

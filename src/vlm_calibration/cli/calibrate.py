@@ -12,6 +12,7 @@ from typing import Annotated
 
 from vlm_calibration.arguments import Forwarded
 from vlm_calibration.cli import PROG, main
+from vlm_calibration.commands.settings_check import check_settings
 from vlm_calibration.errors import CommandError
 from vlm_calibration.presets import presets_by_folder
 from vlm_calibration.records import DataError
@@ -70,10 +71,14 @@ def calibrate(
         return plan.command(stage, *further[stage], config=config)
 
     # Check all stages before the first one runs.
-    commands = {stage: command(stage) for stage in stages}
+    lines = []
+    for stage in stages:
+        words = command(stage)
+        if stage != "report":
+            check_settings(words)
+        lines.append(f"{stage}\t{plan.folder(stage)}\t{shlex.join([PROG, *words])}")
     if dry_run:
-        for stage, words in commands.items():
-            print(stage, plan.folder(stage), shlex.join([PROG, *words]), sep="\t")
+        print("\n".join(lines))
         return
     for stage in stages:
         # Composed again: what earlier stages wrote, such as an adapter, is there only now.

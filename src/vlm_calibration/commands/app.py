@@ -50,8 +50,6 @@ def app(
         raise ArgumentError(None, "--detector and --segmenter belong together")
     if find_spec("gradio") is None:
         raise DataError("the page needs Gradio: pip install 'vlm-calibration[app]'")
-    from vlm_calibration.app.serve import serve
-
     finder = None
     if detector is not None and segmenter is not None:
         from vlm_calibration.app.subject import KeyObjectFinder
@@ -64,5 +62,7 @@ def app(
     if finder is not None:
         for part in (finder.describer, finder.detector, finder.segmenter):
             part.load(loaded.device)
+    from vlm_calibration.app.serve import serve
+
     page = report or next((Path(r) for r in REPORTS if Path(r).is_file()), Path(REPORTS[0]))
     serve(loaded, finder, page, port)

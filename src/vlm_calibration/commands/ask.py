@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 MIN_PRINTED = 0.05
 """Probability from which on a confidence is printed among those that the model might have stated."""
 BATCH_SIZE = 8
+REPEATED = ("id", "image", "question", "category")
+"""What an answer repeats of its question."""
 REVIEWED = 4
 """Exit status if `--abstain` sends the question to a person."""
 
@@ -86,24 +88,38 @@ def ask(
         DataError: a file, image, question or model cannot be used, or with `abstain` the model has no threshold for a question.
         CommandError: with `abstain`, the one question goes to a person.
     """
-    if many.questions is None:
-        if image is None or question is None:
-            raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
-        for name, value in vars(many).items():
+    if many.questions is not None:
+        if image is not None:
+            raise ArgumentError(None, "give either an image and a question, or --questions FILE")
+        if many.out is None:
+            raise ArgumentError(None, "give --out FILE for the answers")
+        for name, value in {"answer_type": answer_type, "category": category}.items():
             if value is not None:
-                raise ArgumentError(None, f"{_option(name)} is for many questions: give --questions FILE")
-        _ask_one(image, question, answer_type, category, model, abstain, json)
+                raise ArgumentError(
+                    None, f'{_option(name)} is for one question; a file of questions has the key "{name}"'
+                )
+        _ask_many(many, many.questions, many.out, model, abstain, json)
         return
-    if image is not None:
-        raise ArgumentError(None, "give either an image and a question, or --questions FILE")
-    if many.out is None:
-        raise ArgumentError(None, "give --out FILE for the answers")
-    for name, value in {"answer_type": answer_type, "category": category}.items():
+    if image is None or question is None:
+        raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
+    for name, value in vars(many).items():
         if value is not None:
-            raise ArgumentError(
-                None, f'{_option(name)} is for one question; a file of questions has the key "{name}"'
-            )
-    _ask_many(many, many.questions, many.out, model, abstain, json)
+            raise ArgumentError(None, f"{_option(name)} is for many questions: give --questions FILE")
+    if not Path(image).exists():
+        raise DataError(f"{image}: no such file; check the path")
+    check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
+    with closing(load_model(model, check)) as asked:
+        answer = asked.ask(image, question, answer_type, category)
+    if answer.warning is not None:
+        print(f"warning: {answer.warning}", file=sys.stderr)
+    review = abstain and answer.decision == "review"
+    if json:
+        row = {"image": image, "question": question, **answer.to_dict(), "model": asked.name}
+        print(dumps(row, ensure_ascii=False))
+    else:
+        print("review" if review else _as_text(answer))
+    if review:
+        raise CommandError("", REVIEWED)
 
 
 def _option(name: str) -> str:
@@ -122,30 +138,6 @@ def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | N
                 f"{where}: the thresholds are by category, and there is none for {category!r}: give one of "
                 f"{', '.join(map(repr, rule.groups))}"
             )
-
-
-def _ask_one(
-    image: str,
-    question: str,
-    answer_type: AnswerType | None,
-    category: str | None,
-    options: ModelOptions,
-    abstain: bool,
-    json: bool,
-) -> None:
-    check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
-    with closing(load_model(options, check)) as model:
-        answer = model.ask(image, question, answer_type, category)
-    if answer.warning is not None:
-        print(f"warning: {answer.warning}", file=sys.stderr)
-    review = abstain and answer.decision == "review"
-    if json:
-        row = {"image": image, "question": question, **answer.to_dict(), "model": model.name}
-        print(dumps(row, ensure_ascii=False))
-    else:
-        print("review" if review else _as_text(answer))
-    if review:
-        raise CommandError("", REVIEWED)
 
 
 def _as_text(answer: Answer) -> str:
@@ -207,21 +199,13 @@ def _read_questions(path: Path) -> Iterator[_Question]:
         raise DataError(f"{path}: no question in this file")
 
 
-def _read_answers(log: AppendLog) -> Iterator[dict[str, Any]]:
-    """The answers that an earlier run wrote; raises a DataError that names a line that is none."""
-    for line, row in log.lines():
-        if not isinstance(row.get("id"), str) or not {"image", "question"} <= row.keys():
-            raise log.damaged(line.where, "not an answer that `ask` wrote")
-        yield row
-
-
 def _ask_many(
     many: ManyQuestions, questions: Path, out: Path, options: ModelOptions, abstain: bool, json: bool
 ) -> None:
-    from vlm_calibration.data.sources.images import ImageFolder
-
     # Check all questions before a model is loaded.
     total = sum(1 for _ in _read_questions(questions))
+    from vlm_calibration.data.sources.images import ImageFolder
+
     asked = ((q.where, q.query.category) for q in _read_questions(questions))
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
     folder = ImageFolder(many.root or questions.parent)
@@ -233,7 +217,9 @@ def _ask_many(
         log.open()
         answered: dict[str, tuple[str, str]] = {}
         to_review = 0
-        for row in _read_answers(log):
+        for line, row in log.lines():
+            if not isinstance(row.get("id"), str) or not {"image", "question"} <= row.keys():
+                raise log.damaged(line.where, "not an answer that `ask` wrote")
             answered[row["id"]] = (row["image"], row["question"])
             to_review += row.get("decision") == "review"
         before, now = len(answered), 0
@@ -251,7 +237,11 @@ def _ask_many(
                 if samples:
                     answers = model.answers(list(samples.values()), [model.main])[model.main]
                     rows = list(zip(samples, answers, strict=True))
-                    log.append(*({**_repeated(q.query), **answer.to_dict()} for q, answer in rows), sync=True)
+                    lines = (
+                        {key: getattr(question.query, key) for key in REPEATED} | answer.to_dict()
+                        for question, answer in rows
+                    )
+                    log.append(*lines, sync=True)
                     warnings += [f"{q.where}: {answer.warning}" for q, answer in rows if answer.warning]
                     to_review += sum(answer.decision == "review" for answer in answers)
                     now += len(rows)
@@ -275,11 +265,6 @@ def _ask_many(
     parts += [f"{len(skipped)} left out"] if skipped else []
     parts += [] if model.rule is None else [f"{to_review} for review"]
     print(f"{', '.join(parts)}: {out}")
-
-
-def _repeated(query: Query) -> dict[str, Any]:
-    """What an answer repeats of its question."""
-    return {key: getattr(query, key) for key in ("id", "image", "question", "category")}
 
 
 def _pending(questions: Path, answered: Mapping[str, tuple[str, str]], out: Path) -> Iterator[_Question]:

@@ -51,6 +51,7 @@ def inspect(
         DataError: a configuration file or a source cannot be used.
         CommandError: a file does not exist, or `strict` found something.
     """
+    resolve_configs(settings)  # A preset that does not exist is refused before the imports.
     from rich.console import Console
     from rich.table import Table
 

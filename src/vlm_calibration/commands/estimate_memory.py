@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.arguments import Forwarded
+from vlm_calibration.commands.settings_check import check_settings
 from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, read_config
 from vlm_calibration.records import DataError
 
@@ -52,6 +53,7 @@ def estimate(
     named = [name for name in configs if "class_path" in (read_config(name).get("model") or {})]
     if len(named) > 1:
         raise ArgumentError(None, f"--config: give one stage at a time, found {' and '.join(named)}")
+    check_settings(settings)
     from rich.console import Console
 
     from vlm_calibration.commands.lightning_cli import parse

@@ -74,12 +74,13 @@ def export(
         raise DataError(
             f"--license {license}: not a name that the Hub has for a licence, such as apache-2.0, mit or cc-by-nc-4.0"
         )
+    # Before the imports, which take seconds.
+    source = find_adapter(adapter)
     from vlm_calibration.callbacks.adapter import shown_path
     from vlm_calibration.estimators.decision import rule_of_adapter
     from vlm_calibration.hub import base_license, check_upload, is_hub_name, upload
     from vlm_calibration.reporting.card import Card, load_card, read_evaluation, renew_card
 
-    source = find_adapter(adapter)
     model = base_of_adapter(source) if base is None else BaseModel(base)
     model = replace(model, revision=base_revision or model.revision, trust_remote_code=trust_remote_code)
     if push_to_hub is not None:

@@ -28,6 +28,7 @@ from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.callbacks.regions import RegionWriter
 from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.callbacks.run_directory import SaveRunConfig, find_prior
+from vlm_calibration.commands.settings_check import FLAGS, NO_TABLE, RESUMABLE
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.errors import CommandError, class_at, explained_errors, one_line
@@ -45,20 +46,6 @@ CHOICES = ("stages", "losses", "perturbation", "estimators", "regions", "callbac
 """Packages whose classes a configuration may name."""
 BASE_TO_DATA = {"name_or_path": "processor", "revision": "revision", "trust_remote_code": "trust_remote_code"}
 """Setting of a base model -> the setting of the data module that it gives."""
-RESUMABLE = ("fit", "test", "predict")
-"""Subcommands with results."""
-FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
-    "--no_table": (("test",), "Do not print the results, which `report` prints."),
-    "--overwrite": (
-        RESUMABLE,
-        "Start again, and replace the run in trainer.default_root_dir once the new one begins.",
-    ),
-    "--resume": (
-        RESUMABLE,
-        "Resume the run in trainer.default_root_dir; do nothing if it is finished; start it if there is none.",
-    ),
-}
-"""Flag -> the subcommands that have it, and its help."""
 announce = rank_zero_only(partial(print, flush=True))
 
 
@@ -136,9 +123,9 @@ class CalibrationCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             # Lightning's table lists every metric of every group; `ResultsTable` prints the main ones.
             parser.set_defaults({"verbose": False})
-        for flag, (subcommands, text) in FLAGS.items():
-            if subcommand in subcommands:
-                parser.add_argument(flag, action="store_true", help=text)
+        flags = {**(FLAGS if subcommand in RESUMABLE else {}), **(NO_TABLE if subcommand == "test" else {})}
+        for flag, text in flags.items():
+            parser.add_argument(flag, action="store_true", help=text)
         return parser
 
     def before_fit(self) -> None:

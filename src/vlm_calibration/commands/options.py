@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.models.base import DEMO_MODEL, BaseModel, Dtype, Quantization, base_of_adapter
+from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
@@ -23,22 +24,28 @@ SERVED_MAX_NEW_TOKENS = 64
 """Length limit of an answer through an address."""
 
 
+def check_folder(folder: Path | str) -> None:
+    """Refuse the folder of an evaluation that does not exist, before torch is imported to read it; raises a DataError."""
+    if not Path(folder).is_dir():
+        raise DataError(
+            f"no predictions.jsonl in {folder}, which is no folder: evaluate first, or name another folder"
+        )
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """model
 
     Attributes:
         adapter: a run directory, the folder of an adapter, or its name on the Hub (owner/name, owner/name@revision)
-        base: name or folder of the base model (default: the one that the adapter names; without an adapter the demo's, with
-            runs/dpo or runs/sft)
+        base: name or folder of the base model (default: that of the adapter; without one the demo's, with runs/dpo or runs/sft)
         device: "cpu", "cuda:1", ... (default: a GPU if any)
         dtype: of the weights (default: the adapter's or checkpoint's)
         quantization: of the language model (default: the adapter's or none)
         base_revision: branch, tag or commit of the base model on the Hub
         trust_remote_code: run code that comes with the base model
         max_new_tokens: length limit of an answer
-        url: address of an OpenAI-compatible API whose model is asked instead, such as http://127.0.0.1:8000/v1; its key comes from the
-            environment variable OPENAI_API_KEY
+        url: address of an OpenAI-compatible API to ask instead, such as http://127.0.0.1:8000/v1, by the key in OPENAI_API_KEY
         served_model: name under which the API knows the model
     """
 
@@ -55,8 +62,7 @@ class ModelOptions:
 
 
 def load_model(
-    options: ModelOptions,
-    check: Callable[[DecisionRule | None], None] | None = None,
+    options: ModelOptions, check: Callable[[DecisionRule | None], None] | None = None
 ) -> CalibratedModel:
     """Load the model that the options name, or else the demo's model with the adapter that was trained on it.
 
@@ -68,8 +74,6 @@ def load_model(
     """
     if options.url is not None or options.served_model is not None:
         return _served(options, check)
-    from vlm_calibration.inference.model import load_calibrated, rule_of
-
     base, adapter = options.base, options.adapter
     if base is None and adapter is None:
         trained_runs = (run for run in DEMO_RUNS if (Path(run) / "adapter/adapter_config.json").is_file())
@@ -84,6 +88,8 @@ def load_model(
         revision=options.base_revision or model.revision,
         trust_remote_code=options.trust_remote_code,
     )
+    from vlm_calibration.inference.model import load_calibrated, rule_of
+
     if check is not None:
         check(rule_of(model, adapter))
     return load_calibrated(model, adapter, device=options.device, max_new_tokens=options.max_new_tokens)

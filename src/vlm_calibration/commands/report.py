@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
+from vlm_calibration.commands.options import check_folder
 from vlm_calibration.files import write_text
 from vlm_calibration.reporting.runs import PAGE
 
@@ -42,6 +43,8 @@ def report(
         DataError: there are no predictions, a file cannot be used, the calibration set shares an image with the answers, or
             there is no such system.
     """
+    for folder in [*runs, *([str(calibration)] if calibration else [])]:
+        check_folder(folder)
     # These import torch and matplotlib, which the help does not need.
     from vlm_calibration.reporting.report.data import read_calibration, read_systems, system_named
     from vlm_calibration.reporting.report.page import render_page

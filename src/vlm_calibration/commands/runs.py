@@ -32,9 +32,10 @@ def runs(folder: Path = Path("runs"), *, json: bool = False) -> None:
     if json:
         rows = [{**asdict(run), "folder": str(run.folder), "when": run.when.isoformat()} for run in found]
         print(json_format.dumps(rows, indent=2, ensure_ascii=False))
-    elif not found:
+        return
+    if not found:
         print(f"no run in {folder}")
-    for run in [] if json else found:
+    for run in found:
         state = f"{run.state} ({run.detail})" if run.detail else run.state
         parts = (f"{run.folder}:", run.stage, state, run.model, f"{run.when:%Y-%m-%d %H:%M}")
         print("  ".join(filter(None, parts)))

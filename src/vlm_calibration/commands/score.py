@@ -10,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_calibration.arguments import Subcommands
 from vlm_calibration.benchmarks import amber, pope
 from vlm_calibration.benchmarks.files import Reply, in_order_of, read_records, reply
 from vlm_calibration.benchmarks.official import OFFICIAL
-from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction, read_predictions
 from vlm_calibration.files import json_number, write_rows
 from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
+
+if TYPE_CHECKING:
+    from vlm_calibration.estimators.predictions import EstimatedPrediction
 
 
 def score_pope(
@@ -38,11 +40,10 @@ def score_pope(
     questions = pope.read_questions(labels)
     replies = pope.read_answers(answers, questions)
     counts = pope.PopeCounts.of(questions.queries, [r.text for r in replies])
-    graded = [_grade(q, r) for q, r in zip(questions.queries, replies, strict=True)]
+    graded = _grade(questions.queries, replies)
     if write_official:
         pairs = [(r.text, r.confidence) for r in replies]
-        rows = pope.official_answers(questions.queries, pairs)
-        path = _write(write_official, "answers.jsonl", rows)
+        path = _write(write_official, "answers.jsonl", pope.official_answers(questions.queries, pairs))
         beside = path.with_name(f"{path.stem}.labels.jsonl")
         _write(beside, beside.name, pope.official_labels(questions.queries))
     _print_scores(answers, graded, counts.scores(), json)
@@ -77,7 +78,7 @@ def score_amber(
     if others:
         _note(f"{answers}: {others} answers are left out: they are not about {only}")
     counts = amber.AmberCounts.of(queries, [r.text for r in replies])
-    graded = [_grade(q, r) for q, r in zip(queries, replies, strict=True)]
+    graded = _grade(queries, replies)
     if write_official:
         pairs = [(r.text, r.confidence) for r in replies]
         _write(write_official, "answers.json", amber.official_answers(queries, pairs))
@@ -96,6 +97,8 @@ def score_jsonl(answers: Path, *, labels: Path | None = None, json: bool = False
         DataError: a file or a record of it cannot be used.
     """
     if labels is None:
+        from vlm_calibration.estimators.predictions import read_predictions
+
         _print_scores(answers, read_predictions(answers), {}, json)
         return
     queries: dict[str, Query] = {}
@@ -109,8 +112,7 @@ def score_jsonl(answers: Path, *, labels: Path | None = None, json: bool = False
         queries[query.id] = query
     replies = [reply(r, r.text("id"), r.text("text")) for r in read_records(answers)]
     ordered = in_order_of(replies, list(queries), answers, labels)
-    graded = [_grade(q, r) for q, r in zip(queries.values(), ordered, strict=True)]
-    _print_scores(answers, graded, {}, json)
+    _print_scores(answers, _grade(list(queries.values()), ordered), {}, json)
 
 
 SUBCOMMANDS = Subcommands(
@@ -139,11 +141,17 @@ def _print_scores(
     print_results(results, by_group=True)
 
 
-def _grade(query: Query, answer: Reply) -> EstimatedPrediction:
-    try:
-        return replace(graded_prediction(query, answer.text, None, None), confidence=answer.confidence)
-    except ValueError as error:
-        raise DataError(f"record {query.id!r}: {error}") from error
+def _grade(queries: Sequence[Query], answers: Sequence[Reply]) -> list[EstimatedPrediction]:
+    from vlm_calibration.estimators.predictions import graded_prediction
+
+    graded = []
+    for query, answer in zip(queries, answers, strict=True):
+        try:
+            prediction = graded_prediction(query, answer.text, None, None)
+        except ValueError as error:
+            raise DataError(f"record {query.id!r}: {error}") from error
+        graded.append(replace(prediction, confidence=answer.confidence))
+    return graded
 
 
 def _write(path: Path, name: str, rows: list[dict[str, Any]]) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import OpenUnitInterval
 
+from vlm_calibration.commands.options import check_folder
 from vlm_calibration.errors import CommandError
 from vlm_calibration.records import DataError
 
@@ -50,6 +51,7 @@ def threshold(
         DataError: there are no answers, they cannot be used, or the adapter is not that of the evaluation.
         CommandError: no threshold keeps the limits.
     """
+    check_folder(run)
     # These import torch, which the help does not need.
     from vlm_calibration.estimators.decision import DecisionRule, read_rule, write_rule
     from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS

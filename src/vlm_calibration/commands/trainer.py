@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from vlm_calibration.arguments import ALL_SETTINGS, Forwarded, Subcommands
+from vlm_calibration.commands.settings_check import FLAGS, check_settings
 from vlm_calibration.presets import CONFIG, ENDPOINT_OPTIONS, VARIABLE_OPTIONS, presets_by_folder
 
 FIRST = {
@@ -20,8 +21,7 @@ DEVICES = {"--trainer.devices N": "GPUs or processes"}
 RUN = {
     **DEVICES,
     "--trainer.default_root_dir DIR": "run directory (default: in the folder of --runs, as the preset names it)",
-    "--overwrite": "start again, and replace the run that the run directory holds",
-    "--resume": "resume the run if it was interrupted, do nothing if it is finished, else start it",
+    **FLAGS,
 }
 
 
@@ -88,22 +88,22 @@ FIT_LEVELS = _settings(
 
 def fit(*settings: Annotated[str, FIT]) -> None:
     """Train: stage 1 (supervised fine-tuning) or stage 2 (preference optimisation). Writes checkpoints, adapter and metrics."""
-    _run("fit", settings)
+    run_lightning(["fit", *settings])
 
 
 def validate(*settings: Annotated[str, VALIDATE]) -> None:
     """Answer and score the validation queries with the model of a training stage."""
-    _run("validate", settings)
+    run_lightning(["validate", *settings])
 
 
 def test(*settings: Annotated[str, TEST]) -> None:
     """Evaluate a base model, adapters and models behind an address side by side. Writes metrics and predictions of each; continues where it was interrupted."""
-    _run("test", settings)
+    run_lightning(["test", *settings])
 
 
 def predict(*settings: Annotated[str, PREDICT]) -> None:
     """Find the key objects of queries that have no regions, and write them to files that every other stage reads."""
-    _run("predict", settings)
+    run_lightning(["predict", *settings])
 
 
 def fit_levels(*settings: Annotated[str, FIT_LEVELS]) -> None:
@@ -112,7 +112,7 @@ def fit_levels(*settings: Annotated[str, FIT_LEVELS]) -> None:
     The queries are held-out ones; AnchoredLevels reads the table. `--config configs/levels.yaml` measures the demo's model,
     without a GPU or data of your own.
     """
-    command = _run("test", settings)
+    command = run_lightning(["test", *settings])
     for path in () if command.is_done else (command.model.out, command.model.likelihoods):
         if path is not None:
             print(f"wrote {path}")
@@ -121,7 +121,9 @@ def fit_levels(*settings: Annotated[str, FIT_LEVELS]) -> None:
 LEVELS = Subcommands("Measure what anchored levels teach.", {"fit": fit_levels})
 
 
-def _run(subcommand: str, settings: Sequence[str]) -> Any:
+def run_lightning(args: Sequence[str]) -> Any:
+    """Run the subcommand of LightningCLI that `args` begin with; returns its `CalibrationCLI`."""
+    check_settings(args)
     from vlm_calibration.commands.lightning_cli import lightning_command
 
-    return lightning_command([subcommand, *settings])
+    return lightning_command(args)

@@ -1,0 +1,119 @@
+"""What is wrong with the settings of a stage, as far as it can be told without torch, whose import takes ten seconds."""
+
+from __future__ import annotations
+
+import ast
+from argparse import ArgumentError
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vlm_calibration.errors import did_you_mean
+from vlm_calibration.presets import VARIABLES, resolve_configs
+from vlm_calibration.settings import flat
+
+RESUMABLE = ("fit", "test", "predict")
+"""Subcommands with results, which have `FLAGS`."""
+FLAGS = {
+    "--overwrite": "start again, and replace the run that the run directory holds",
+    "--resume": "resume the run if it was interrupted, do nothing if it is finished, else start it",
+}
+NO_TABLE = {"--no_table": "do not print the results, which `report` prints"}
+"""A flag of `test`."""
+OPTIONS = (
+    "config",
+    "help",
+    "help-all",
+    "print_config",
+    "seed_everything",
+    "trainer",
+    "model",
+    "data",
+    "verbose",
+)
+"""Options of all subcommands, beside those of Lightning."""
+TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+DATA = "vlm_calibration.data.module.PerturbedQueryDataModule"
+TRAINED = ("vlm_calibration.stages.sft.SFTModule", "vlm_calibration.stages.dpo.DPOModule")
+STRUCTURE = {"", "class_path", "init_args", "dict_kwargs", "help"}
+"""Keys of a section that are no parameters."""
+
+
+def check_settings(args: Sequence[str]) -> None:
+    """Refuse a preset or file that does not exist, and a misspelt setting, among the arguments of a subcommand of LightningCLI.
+
+    Names directly below `trainer`, `data` and `model` are compared with the parameters in the source of their classes. The parser
+    checks the others, and all values.
+
+    Raises:
+        ArgumentError: see `resolve_configs`; or a setting is unknown.
+    """
+
+    def check(contents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        typed = [word.partition("=")[0] for word in args if word.startswith("--")]
+        models = [content["model"] for content in contents if isinstance(content.get("model"), dict)]
+        stages = [model["class_path"] for model in models if model.get("class_path")]
+        is_replaced = not {"--model", "--model.class_path"}.isdisjoint(typed)
+        known = _known_names("" if is_replaced or not stages else str(stages[-1]))
+        for name in (*typed, *(name for content in contents for name, _ in flat(content))):
+            _check_name(name, known)
+        return contents
+
+    resolve_configs(args, check)
+
+
+def _known_names(stage: str) -> dict[str, set[str]]:
+    """Section, "" for options without one, -> the names below it; a section of which they cannot be told is not there."""
+    own = parameters_in_source(stage)
+    known = {
+        "": parameters_in_source(TRAINER, "fit", "validate", "test", "predict").union(
+            OPTIONS, (name[2:] for name in (*FLAGS, *NO_TABLE, *VARIABLES))
+        ),
+        "trainer": parameters_in_source(TRAINER),
+        "data": parameters_in_source(DATA),
+        # Overlays may have settings of a training that another stage ignores.
+        "model": own and own.union(*map(parameters_in_source, TRAINED)),
+    }
+    return {section: names for section, names in known.items() if names}
+
+
+def _check_name(name: str, known: dict[str, set[str]]) -> None:
+    """Refuse a setting, typed with dashes or in a file without, if its first name below its section is not known."""
+    option = name.removeprefix("--")
+    dashes = name[: len(name) - len(option)]
+    section, _, key = option.partition(".")
+    key = key.removeprefix("init_args.")
+    first = key.partition(".")[0].rstrip("+")
+    if dashes and section not in (*known, "model"):
+        section, first = "", section
+    if section not in known or first in known[section] | STRUCTURE:
+        return
+    if section == "model":
+        raise ArgumentError(
+            None, f"unknown setting model.init_args.{key}{did_you_mean(first, known['model'])}"
+        )
+    names = [f"{group}.{each}".lstrip(".") for group in known if group != "model" for each in known[group]]
+    similar = did_you_mean(name, [dashes + each for each in names])
+    raise ArgumentError(None, f"unknown setting {name}{similar}")
+
+
+def parameters_in_source(class_path: str, *methods: str) -> set[str]:
+    """The parameters of methods, by default the constructor, read from the source of a class, which is not imported.
+
+    Empty if the class or a method is not there, or takes further keywords.
+    """
+    module, _, name = class_path.rpartition(".")
+    package, *inner = module.split(".")
+    spec = find_spec(package) if package else None
+    path = Path(spec.origin or "").parent.joinpath(*inner).with_suffix(".py") if spec else Path()
+    tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+    found: set[str] = set()
+    for node in tree.body:
+        functions = node.body if isinstance(node, ast.ClassDef) and node.name == name else []
+        for function in functions:
+            if isinstance(function, ast.FunctionDef) and function.name in (methods or ("__init__",)):
+                if function.args.kwarg:
+                    return set()
+                found |= {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    return found - {"self"}
