@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
-from .command_line import Server
+from .command_line import Ended, Server, run_plainly
 
 BLOCK = 32768
 HEADER = 7
@@ -51,6 +51,7 @@ class OfflineRun:
         history: logged rows, in order; images and tables are the mappings that describe them.
         config: the logged configuration.
         artifacts: the logged and used artifacts, in order.
+        ended: what the command printed.
     """
 
     directory: Path
@@ -61,6 +62,12 @@ class OfflineRun:
     history: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     artifacts: list[Any] = field(default_factory=list)
+    ended: Ended = field(default_factory=lambda: Ended(0, "", ""))
+
+    def predictions(self, system: str = "") -> list[dict[str, Any]]:
+        """The lines of `predictions.jsonl`."""
+        lines = (self.directory / system / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
     @property
     def keys(self) -> set[str]:
@@ -194,7 +201,12 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
         arguments = short(
             command, root / "configs" / config, folder / f"{name}.yaml", folder / name, **settings
         )
-        ended = server.wait(server.start(arguments, root))
+        # One starts cold, for what `test_quiet` reads.
+        ended = (
+            run_plainly(arguments, root, root)
+            if name == "sft"
+            else server.wait(server.start(arguments, root))
+        )
         assert ended.status == 0, ended.err
-        runs[name] = read_run(folder / name)
+        runs[name] = replace(read_run(folder / name), ended=ended)
     return runs

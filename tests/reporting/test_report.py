@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -412,14 +413,14 @@ def test_the_response_is_that_of_perturbed_splits_by_kind(monkeypatch: pytest.Mo
     monkeypatch.setattr(pictures, "response_curve", lambda tables, figure: drawn.append(tables))
     rows = [replace(p, category="clean") if p.strength == 0 else p for p in answers(0)]
     rows += [replace(p, id=f"n{p.id}", category="noised") for p in rows[:8:2]]
-    pictures.panels_of([system("base", rows)])
+    pictures.figures_of([system("base", rows)])
     [tables] = drawn
     assert {key: table.n for key, table in tables.items()} == {
         ("", 0.0): 4,
         ("motion_blur", 0.5): 15,
         ("noise", 0.5): 15,
     }
-    pictures.panels_of([system("base", [p for p in rows if p.category == "clean"])])
+    pictures.figures_of([system("base", [p for p in rows if p.category == "clean"])])
     assert len(drawn) == 1, "nothing was perturbed"
 
 
@@ -428,7 +429,7 @@ def test_figures_hold_the_confidences_of_the_table(monkeypatch: pytest.MonkeyPat
     drawn = []
     monkeypatch.setattr(pictures, "reliability_diagram", lambda table, ax: drawn.append(table))
     oracle = system("oracle", [replace(p, confidence=(p.confidence or 0.5) * 0.991) for p in answers(0)])
-    pictures.panels_of([oracle])
+    pictures.figures_of([oracle])
     [table] = drawn
     assert float(METRICS["ece"](table)) == compare([oracle], replicates=20)[0].iloc[0].ece
 
@@ -436,8 +437,18 @@ def test_figures_hold_the_confidences_of_the_table(monkeypatch: pytest.MonkeyPat
 # --- The files ----------------------------------------------------------------------------------------------------
 
 
-def test_page_and_table_of_an_evaluation(evaluation: Path) -> None:
+def test_page_and_table_of_an_evaluation(evaluation: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report([str(evaluation)], replicates=50, images=False)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.strip() == "All 60 answers"
+    words = " ".join(lines)
+    assert re.search(
+        r"tuned: its largest error is on “.+”: it says \d+% and is right \d+% of the time \(\d+", words
+    )
+    at = lines.index(f"report: {evaluation}/report.html")
+    assert lines[at + 1] == "what to try next:"
+    for line, command in zip(lines[at + 2 :], ("app", "ask", "export"), strict=True):
+        assert re.match(rf"  \S*(vlm-calibration|make) {command} .*runs/tuned", line), line
     page = Page((evaluation / "report.html").read_text())
     predictions = answers(0)
     most = [p for p in predictions if p.confidence is not None and p.confidence >= 0.9]

@@ -47,19 +47,17 @@ class ContactSheet(L.Callback):
             contact_sheet(sources, self.queries, data.noise).save(temporary, "PNG")
 
 
-def contact_sheet(
-    sources: Sequence[QuerySource], count: int, policy: NoisePolicy, seed: int = 0
-) -> Image.Image:
+def contact_sheet(sources: Sequence[QuerySource], count: int, policy: NoisePolicy) -> Image.Image:
     """Draw `count` random queries: question and answer, regions, and a row of strengths for each kind of perturbation of `policy`.
 
     The evidence is outlined in red, other regions in blue. The evidence is perturbed, by the transforms of training, or the other
-    regions if there is none. `seed` is that of the choice of queries, and of the perturbations.
+    regions if there is none.
 
     Raises:
         DataError: an image cannot be read.
     """
     queries = [(source, index) for source in sources for index in range(len(source.queries()))]
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
+    chosen = np.sort(np.random.default_rng(0).permutation(len(queries))[:count])
     strengths = {kind: [s for s in policy.levels.strengths(kind) if s] for kind in policy.used_kinds}
     columns, rows = 2 + max(map(len, strengths.values())), len(strengths) * len(chosen)
     font = ImageFont.load_default(12)
@@ -85,7 +83,7 @@ def contact_sheet(
         paste(first, 0, "regions", _draw_regions(image, evidence, distractors))
         paste(first, 1, "untouched", image)
         mask = np.logical_or.reduce([*(evidence or distractors), np.zeros(image.shape[:2], dtype=bool)])
-        own_seed = int(query_rng(seed, 0, query.id).integers(2**63))
+        own_seed = int(query_rng(0, 0, query.id).integers(2**63))
         for row, (kind, values) in enumerate(strengths.items(), start=first):
             transform = region_perturbation(kind, policy.schedule)
             for column, strength in enumerate(values, start=2):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from vlm_calibration.metrics.figures import FEW
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.metrics.task import ALL_METRICS
 from vlm_calibration.reporting.report import summary, table, thresholds
 from vlm_calibration.reporting.report.data import System, probe_values_of
-from vlm_calibration.reporting.report.pictures import examples_of, panels_of, thumbnails
+from vlm_calibration.reporting.report.pictures import examples_of, figures_of, thumbnails
 from vlm_calibration.reporting.tables import heading, shown
 
 TEMPLATE = "page.html.j2"
@@ -75,7 +77,7 @@ def render_page(
     examples = examples_of(about, [s for s in ordered[1:2] if s is systems[0]])
     answers = [example.answer for part in examples.values() for example in part]
     pictures, missing = thumbnails(about, answers) if images else ({}, "")
-    panels, promises = panels_of(systems), thresholds.promises_of(systems)
+    figures, promises = figures_of(systems), thresholds.promises_of(systems)
     bands = table.parts_of_system(frame, about.name, table.BAND).to_dict("records")
     grouped = {s.name: table.parts_of_system(frame, s.name, table.GROUP).to_dict("records") for s in ordered}
     probed = {s.name: summary.probe_sentences(probe_values_of(s.predictions)) for s in ordered}
@@ -84,7 +86,8 @@ def render_page(
         "systems": "The systems",
         "comparison": "Side by side",
         "thresholds": "What to send to a person",
-        **{panel["anchor"]: panel["heading"] for panel in panels},
+        "reliability": "Reliability",
+        "response": "Response to lost evidence" if figures["response"] else "",
         "probes": "What confidence listens to" if any(probed.values()) else "",
         "groups": "By category" if any(grouped.values()) else "",
         "overconfident": "Most confident wrong answers",
@@ -99,6 +102,7 @@ def render_page(
     environment.filters["percent"] = percent
     words: dict[str, Any] = {"summary": summary, "table": table, "thresholds": thresholds, "shown": shown}
     environment.globals |= {**words, "coverage_cell": coverage_cell, "error_cell": error_cell}
+    environment.globals["as_yaml"] = partial(yaml.safe_dump, sort_keys=False)
     source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         contents={anchor: title for anchor, title in contents.items() if title},
@@ -107,7 +111,7 @@ def render_page(
         about=about,
         bands=bands,
         systems=systems,
-        weakest={s.name: summary.weakest_group(frame, s.name) for s in systems},
+        frame=frame,
         headings=[heading(name) for name in METRICS],
         raw={
             table.confidence_name(row.system, row.estimator): [
@@ -118,7 +122,8 @@ def render_page(
         promises=promises,
         # The described system first.
         tested=sorted(promises.items(), key=lambda item: item[0][0] != about.name),
-        panels=panels,
+        figures=figures,
+        few=FEW,
         probed={name: sentences for name, sentences in probed.items() if sentences},
         grouped={name: rows for name, rows in grouped.items() if rows},
         fitted_on="; ".join(dict.fromkeys(_fitted_on(s) for s in systems if s.calibration)),
@@ -126,10 +131,7 @@ def render_page(
         examples=examples,
         pictures=pictures,
         missing=missing,
-        versions={str(s.folder): s.versions for s in systems},
-        configs={
-            str(s.folder): yaml.safe_dump(s.config, sort_keys=False) for s in systems if s.config is not None
-        },
+        by_folder={str(s.folder): s for s in systems},
         replicates=replicates,
         seed=seed,
     )
