@@ -534,20 +534,6 @@ def test_texts_of_models_and_data_neither_run_nor_load(tmp_path: Path) -> None:
     assert "alert(1)" in page.text, "it is shown as text"
 
 
-def test_the_page_is_replaced_whole_or_not_at_all(evaluation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = evaluation / "report.html"
-    page.write_text("before")
-
-    def fail(*_: Any, **__: Any) -> str:
-        raise DataError("no page")
-
-    monkeypatch.setattr("vlm_calibration.reporting.report.page.render_page", fail)
-    with pytest.raises(DataError):
-        report([str(evaluation)], replicates=5)
-    assert page.read_text() == "before"
-    assert sorted(p.name for p in evaluation.glob("report*")) == ["report.html"]
-
-
 def test_images_come_back_with_their_perturbation(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

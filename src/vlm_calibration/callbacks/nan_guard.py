@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from vlm_calibration.callbacks.distributed import all_gather
 from vlm_calibration.records import DataError
 
 
@@ -39,7 +38,9 @@ class NanGuard(L.Callback):
             all_finite = zip(finite.tolist(), batches, strict=True)
             culprits = [i for is_finite, (_, ids) in all_finite if not is_finite for i in ids]
             of_step = [i for _, ids in batches for i in ids]
-            gathered = all_gather(trainer, (culprits, of_step))
+            gathered = [(culprits, of_step)] * trainer.world_size
+            if trainer.world_size > 1:
+                torch.distributed.all_gather_object(gathered, (culprits, of_step))
             what, records = "loss", [i for ids, _ in gathered for i in ids]
             if not records:
                 what, records = "gradient", [i for _, ids in gathered for i in ids]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -100,9 +100,14 @@ def render_page(
     )
     environment.filters["points"] = lambda share, decimals=0: f"{100 * share:.{decimals}f}"
     environment.filters["percent"] = percent
-    words: dict[str, Any] = {"summary": summary, "table": table, "thresholds": thresholds, "shown": shown}
-    environment.globals |= {**words, "coverage_cell": coverage_cell, "error_cell": error_cell}
-    environment.globals["as_yaml"] = partial(yaml.safe_dump, sort_keys=False)
+    modules = {"summary": summary, "table": table, "thresholds": thresholds}
+    cells = {"metric_cell": metric_cell, "coverage_cell": coverage_cell, "error_cell": error_cell}
+    environment.globals |= {
+        **modules,
+        **cells,
+        "shown": shown,
+        "as_yaml": partial(yaml.safe_dump, sort_keys=False),
+    }
     source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         contents={anchor: title for anchor, title in contents.items() if title},
@@ -112,13 +117,8 @@ def render_page(
         bands=bands,
         systems=systems,
         frame=frame,
-        headings=[heading(name) for name in METRICS],
-        raw={
-            table.confidence_name(row.system, row.estimator): [
-                metric_cell(row, m, frame.iloc[0]) for m in METRICS
-            ]
-            for _, row in frame[(frame.kind == table.ALL) & (frame.recalibration == table.RAW)].iterrows()
-        },
+        metrics={name: heading(name) for name in METRICS},
+        raw=frame[(frame.kind == table.ALL) & (frame.recalibration == table.RAW)].to_dict("records"),
         promises=promises,
         # The described system first.
         tested=sorted(promises.items(), key=lambda item: item[0][0] != about.name),
@@ -153,7 +153,7 @@ def _fitted_on(system: System) -> str:
     )
 
 
-def metric_cell(row: Any, name: str, base: Any) -> Cell:
+def metric_cell(row: Mapping[str, Any], name: str, base: Mapping[str, Any]) -> Cell:
     """A metric of a row of the frame, with its interval, and compared with the first row."""
     spec, value, p = ALL_METRICS[name], row[name], row[f"{name}_p"]
     if math.isnan(value):
