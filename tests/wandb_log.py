@@ -141,10 +141,7 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
     tree[path[-1]] = value
 
 
-SMALL = {
-    "trainer": {"accelerator": "cpu", "log_every_n_steps": 1},
-    "data": {"workers": 0, "batch_size": 4},
-}
+SMALL = {"trainer": {"accelerator": "cpu", "log_every_n_steps": 1}, "data": {"workers": 0, "batch_size": 4}}
 """Settings that make a stage short."""
 
 

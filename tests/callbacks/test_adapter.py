@@ -42,10 +42,7 @@ from ..wandb_log import OfflineRun
 LIMIT = 300
 PIXELS = 10**6
 """`data.max_pixels`, more than the demo model's images have."""
-COUNTS = {
-    "yes_no": noise_counts((0, 10, 9), (1, 10, 5)),
-    "short": noise_counts((0, 10, 8), (1, 10, 0)),
-}
+COUNTS = {"yes_no": noise_counts((0, 10, 9), (1, 10, 5)), "short": noise_counts((0, 10, 8), (1, 10, 0))}
 RECORDED = {
     "model.init_args.optimizer.lr": 0.01,
     "data.train.init_args.split": "train",
@@ -200,12 +197,11 @@ def test_the_card_says_that_levels_are_by_ranking(model_folder: str, tmp_path: P
 
 
 class Saver(torch.nn.Module):
-    """Saves two files; may fail between them. A model without linear layers."""
+    """Saves two files. A model without linear layers."""
 
-    def __init__(self, content: str, error: BaseException | None = None) -> None:
+    def __init__(self, content: str) -> None:
         super().__init__()
         self.content = content
-        self.error = error
         self.peft_config = {
             "default": SimpleNamespace(revision=None, use_rslora=True, use_dora=True, r=1, lora_alpha=2)
         }
@@ -229,8 +225,6 @@ class Saver(torch.nn.Module):
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps(self.peft_config["default"].__dict__))
         (folder / "README.md").write_text("peft's own")
-        if self.error:
-            raise self.error
         (folder / "adapter_model.safetensors").write_text(self.content)
 
 
@@ -273,17 +267,6 @@ def test_the_adapter_appears_whole(tmp_path: Path, data: PerturbedQueryDataModul
     assert "rsLoRA DoRA LoRA, r=1, alpha=2, dropout=0.5" in text
     assert "quantised (nf4)" in text
     assert "| perturbation | strength | any answer |\n| --- | --- | --- |\n|  | 0 | 100% |" in text
-
-
-def test_a_half_written_adapter_is_never_seen(tmp_path: Path, data: PerturbedQueryDataModule) -> None:
-    error = OSError("no such device")
-    with pytest.raises(OSError, match="no such device"):
-        _end_fit(tmp_path, Saver("half", error), data)
-    assert list(tmp_path.iterdir()) == []
-    _end_fit(tmp_path, Saver("whole"), data)
-    with pytest.raises(OSError, match="no such device"):
-        _end_fit(tmp_path, Saver("half", error), data)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "whole"
 
 
 def test_an_interrupted_run_and_other_processes_write_none(

@@ -65,7 +65,9 @@ def test_without_perturbed_splits_there_is_no_response_curve() -> None:
     names = {"reliability", "risk_coverage", "confidence_table"}
     media = media_of(ANSWERS[4:], Dataset())  # type: ignore[arg-type]
     assert set(media) == names
-    assert (media["reliability"]._width, media["reliability"]._height) == (800, 600)
+    for name in ("reliability", "risk_coverage"):
+        assert media[name].image.size == (800, 600)
+        assert len(media[name].image.convert("RGB").getcolors(1 << 20)) > 50, "something is on it"
 
 
 def test_samples_are_evenly_spaced_queries_with_the_answers_of_each_system(processor: Any) -> None:

@@ -13,7 +13,6 @@ import pytest
 from vlm_calibration.commands.report import report
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import write_rows
-from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.reporting.report.summary import probe_sentences
 
 from .test_report import Page, answers
@@ -47,6 +46,7 @@ def test_the_words() -> None:
         **effect("answer", -0.002, fell=0.02),
         "probe_answer_sum": 1.73,
     }
+    assert probe_sentences(dict.fromkeys(values, 0.0)) == [], "it applies to no answer"
     assert probe_sentences(values) == [
         "Without the image, its confidence falls by 31 points on average (it falls in 84% of 1,234 answers).",
         "Without the key object, its confidence rises by 1 point on average (it rises in 30% of 1,234 answers).",
@@ -54,13 +54,6 @@ def test_the_words() -> None:
         "With the opposite answer, its confidence moves by less than a point on average (it falls in 2% of 1,234 answers). The "
         "confidences in an answer and in its opposite add up to 173% on average; 100% would be consistent.",
     ]
-
-
-def test_of_a_probe_that_applies_to_no_answer_nothing_is_said() -> None:
-    predictions = [replace(p, probes={"original": 0.5, "object": None}) for p in answers(0, 6)]
-    values = summarize_predictions(predictions)
-    assert values["probe_object_n"] == 0
-    assert probe_sentences(values) == []
 
 
 @pytest.fixture

@@ -51,13 +51,7 @@ from vlm_calibration.reporting.report.summary import (
     verdict_sentence,
     weakest_group,
 )
-from vlm_calibration.reporting.report.table import (
-    agreement,
-    bands_of,
-    compare,
-    groups_of,
-    match_of,
-)
+from vlm_calibration.reporting.report.table import agreement, bands_of, compare, groups_of, match_of
 
 NAMES = {
     "ece": expected_calibration_error,

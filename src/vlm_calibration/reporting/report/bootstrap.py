@@ -15,12 +15,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.metrics.bootstrap import (
-    Interval,
-    bootstrap_replicates,
-    interval_of,
-    percentile_interval,
-)
+from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates, interval_of, percentile_interval
 from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.table import ConfidenceTable
 
