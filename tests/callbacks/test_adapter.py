@@ -18,7 +18,6 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 
 from vlm_calibration.callbacks.adapter import AdapterWriter, shown_path
-from vlm_calibration.callbacks.run_record import RunRecord
 from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
@@ -30,6 +29,7 @@ from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
+from vlm_calibration.reporting.runs import RunRecord
 from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import strip_confidence

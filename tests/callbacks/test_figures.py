@@ -16,18 +16,7 @@ from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.grading import Grading
 
-ANSWER = Prediction(
-    id="q",
-    question="Is there a dog?",
-    answer="Yes",
-    text="Yes. Confidence: 80%",
-    predicted="yes",
-    confidence=0.8,
-    correct=True,
-    category=None,
-    noise_step=None,
-    answer_type="yes_no",
-)
+ANSWER = Prediction("q", "A dog?", "Yes", "Yes. Confidence: 80%", "yes", 0.8, True, None, None, "yes_no")
 
 
 class Dataset:

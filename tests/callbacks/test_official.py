@@ -36,38 +36,29 @@ def files(tmp_path: Path) -> Path:
     """A folder with POPE (lines, arrays, POPEv2) and AMBER."""
     folder = tmp_path / "data"
     rng = np.random.default_rng(0)
-    for name in (
+    images = (
         "val2014/a.jpg",
         "val2014/b.jpg",
         "v2/images/7.jpg",
         "v2/coco/train2017/7.jpg",
         "image/AMBER_1.jpg",
-    ):
+    )
+    for name in images:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / name)
     for split in SPLITS:
         rows = [
-            {
-                "question_id": i,
-                "image": f"{'ab'[i % 2]}.jpg",
-                "text": f"Is there a {split} {i} in the image?",
-                "label": ["yes", "no"][i % 2],
-            }
+            {"question_id": i, "image": f"{'ab'[i % 2]}.jpg", "text": f"Is there a {split} {i}?", "label": ["yes", "no"][i % 2]}
             for i in range(1, 6)
-        ]
+        ]  # fmt: skip
         if split == "adversarial":
             (folder / f"{split}.json").write_text(json.dumps(rows, indent=4))
         else:
             (folder / f"{split}.json").write_text("\n".join(map(json.dumps, rows)))
+    cup = {"image_id": 7, "target_object": "cup", "query": "Is there a cup in the image?"}
     v2 = [
-        {
-            "image_id": 7,
-            "image_name": name,
-            "target_object": "cup",
-            "query": "Is there a cup in the image?",
-            "label": x,
-        }
-        for name, x in (("/images/7.jpg", "No"), ("/coco/train2017/7.jpg", "Yes"))
+        {**cup, "image_name": "/images/7.jpg", "label": "No"},
+        {**cup, "image_name": "/coco/train2017/7.jpg", "label": "Yes"},
     ]
     (folder / "v2/annotations.json").write_text(json.dumps(v2))
     kinds = [("generative", ["sky"]), *((kind, truth) for kind in CATEGORIES for truth in ("yes", "no"))]
@@ -84,16 +75,11 @@ def evaluation(root: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
     def arguments(config: str, test: dict[str, Any], out: str = "eval", **init_args: Any) -> list[str]:
         shipped = yaml.safe_load((root / "configs/eval" / config).read_text(encoding="utf-8"))
-        trainer = {
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_progress_bar": False,
-            "default_root_dir": str(tmp_path / out),
-        }
+        trainer: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+        trainer["default_root_dir"] = str(tmp_path / out)
+        callbacks = shipped["trainer"]["callbacks"]
+        trainer["callbacks"] = [c for c in callbacks if "progress.Progress" not in str(c)]
         base = {"name_or_path": str(root / "src/vlm_calibration/demo/model"), "dtype": "float32"}
-        trainer["callbacks"] = [
-            c for c in shipped["trainer"]["callbacks"] if "progress.Progress" not in str(c)
-        ]
         shipped["trainer"] |= trainer
         quick = {"max_new_tokens": 16, "estimators": None, "adapters": {}}
         shipped["model"]["init_args"] |= {"base": base, **quick, **init_args}

@@ -18,10 +18,8 @@ from vlm_calibration.callbacks.checkpoint import reading
 from vlm_calibration.callbacks.regions import write_rows
 from vlm_calibration.callbacks.run_record import (
     BATCH,
-    RunRecord,
     deciding_settings,
     differences,
-    read_record,
     run_inputs,
 )
 from vlm_calibration.data.dataset import EvalSplit
@@ -30,6 +28,7 @@ from vlm_calibration.data.regions import RegionPlan
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.loading import model_identity
 from vlm_calibration.records import DataError, Query, Region
+from vlm_calibration.reporting.runs import RunRecord, read_record
 from vlm_calibration.settings import flat
 
 COMMANDS = ("fit", "test", "predict", "levels fit")

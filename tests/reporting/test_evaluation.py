@@ -19,6 +19,7 @@ from vlm_calibration.files import write_rows
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, Evaluation, card_text, load_card, results_text, save_card
 from vlm_calibration.reporting.evaluation import read_evaluation
+from vlm_calibration.reporting.runs import RunRecord
 from vlm_calibration.reporting.tables import COLUMNS
 
 from .test_report import answers
@@ -65,8 +66,8 @@ def _write(
     for system in ("base", "sft", "dpo", *(["oracle"] if with_oracle else []), "left_by_an_earlier_one"):
         given = answers(0, n=60 - (left_out if system == "sft" else 0), honest=system == "dpo")
         write_rows(folder / system / "predictions.jsonl", [p.to_dict() for p in given], lines=True)
-    written = {"command": "test", "finished": True, "inputs": {**digests, **(inputs or {})}, **(record or {})}
-    (folder / "run.json").write_text(json.dumps(written))
+    written = {"command": "test", "stage": "EvaluationModule", "finished": True, **(record or {})}
+    RunRecord(**written, inputs=digests | (inputs or {})).write(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return folder
 

@@ -52,6 +52,7 @@ from vlm_calibration.reporting.report.summary import (
     weakest_group,
 )
 from vlm_calibration.reporting.report.table import agreement, bands_of, compare, groups_of, match_of
+from vlm_calibration.reporting.runs import RunRecord
 
 NAMES = {
     "ece": expected_calibration_error,
@@ -499,8 +500,9 @@ def test_the_page_says_what_a_system_is_where_it_is_weakest_and_what_ran_it(eval
     assert "kind and strength" in oracle.origin.label
     weakest = weakest_group(compare([shown], 5)[0], "tuned")
     assert f"{weakest.group}: {in_numbers(weakest)} of the time" in page
-    record = {"finished": True, "versions": {"Python": "3.99.1", "torch": "0.0.7"}}
-    (evaluation / "run.json").write_text(json.dumps(record))
+    RunRecord("test", "EvaluationModule", True, versions={"Python": "3.99.1", "torch": "0.0.7"}).write(
+        evaluation
+    )
     report([str(evaluation)], replicates=5, images=False)
     page = Page((evaluation / "report.html").read_text()).text
     assert f"Versions of the run in {evaluation}: Python 3.99.1, torch 0.0.7." in page
@@ -648,6 +650,5 @@ def test_names_that_occur_twice_get_their_folder(evaluation: Path, tmp_path: Pat
     second = tmp_path / "other" / "tuned"
     second.mkdir(parents=True)
     write_rows(second / "predictions.jsonl", [p.to_dict() for p in answers(2)], lines=True)
-    report([str(evaluation), str(tmp_path / "other")], replicates=5, images=False)
-    names = list(dict.fromkeys(r["system"] for r in csv.DictReader((evaluation / "report.csv").open())))
-    assert names == ["base", f"{evaluation}/tuned", f"{tmp_path / 'other'}/tuned"]
+    systems = read_systems([str(evaluation), str(tmp_path / "other")])
+    assert [s.name for s in systems] == ["base", f"{evaluation}/tuned", f"{tmp_path / 'other'}/tuned"]

@@ -10,7 +10,6 @@ from typing import Any, cast
 import lightning as L
 from torch import Tensor
 
-from vlm_calibration.callbacks.run_record import read_record
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.files import json_number, replacing
 from vlm_calibration.hub import base_license, is_hub_name
@@ -19,6 +18,7 @@ from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.sharding import full_state_dict
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
+from vlm_calibration.reporting.runs import read_record
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.scoring import HasResults

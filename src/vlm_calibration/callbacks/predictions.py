@@ -14,6 +14,7 @@ from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import clear_leftovers, json_number, remove, write_json
 from vlm_calibration.models.base import THRESHOLDS
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.runs import METRICS, NOTES
 from vlm_calibration.stages.answer_log import VALIDATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 from vlm_calibration.stages.scoring import HasResults
@@ -22,8 +23,8 @@ TEST, HELD_OUT = TESTED
 VALIDATION = "validation"
 FILES = {TEST: PREDICTIONS, HELD_OUT: CALIBRATION, VALIDATION: PREDICTIONS}
 """Split -> file of its predictions."""
-METRICS, NOTES, OFFICIAL = "metrics.json", "notes.json", "official"
-"""Files of a system's metrics, of the evaluation's notes on it, and the folder of the answer files for benchmarks' scripts."""
+OFFICIAL = "official"
+"""Folder of the answer files for benchmarks' scripts."""
 
 
 class PredictionWriter(L.Callback):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_calibration.models.base import read_object
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Evaluation
 from vlm_calibration.reporting.report.data import BASE, read_systems
 from vlm_calibration.reporting.report.table import plain_rows, stated_rows
-from vlm_calibration.reporting.runs import CONFIG, RECORD, read_config
+from vlm_calibration.reporting.runs import CONFIG, RECORD, read_config, read_record
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.settings import digest
 
@@ -23,14 +22,14 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
     Raises:
         DataError: the run directory holds no finished `vlm-calibration test` of a whole test set, or not of this adapter.
     """
-    if not (folder / RECORD).is_file():
+    record, config = read_record(folder), read_config(folder / CONFIG)
+    if record is None:
         raise DataError(f"{folder}: no {RECORD}: give the run directory of `vlm-calibration test`")
-    record, config = read_object(folder / RECORD), read_config(folder / CONFIG)
-    if config is None or record.get("command") != "test" or not record.get("finished"):
+    if config is None or record.command != "test" or not record.finished:
         raise DataError(f"{folder}: not a finished `vlm-calibration test`: evaluate first")
     if ((config.get("trainer") or {}).get("limit_test_batches") or 1.0) != 1.0:
         raise DataError(f"{folder}: a part of the test set: run `vlm-calibration test` without limits")
-    inputs = record["inputs"]
+    inputs = record.inputs
     adapters = {key[len(ADAPTERS) :]: value for key, value in inputs.items() if key.startswith(ADAPTERS)}
     system = next((name for name, value in adapters.items() if value == adapter), None)
     if system is None:

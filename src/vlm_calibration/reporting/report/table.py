@@ -107,10 +107,8 @@ def _planned(system: System, notes: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def plain_rows(systems: Sequence[System]) -> pd.DataFrame:
-    """The rows of `compare` but bands and recalibrated confidences: `KEYS`, `n` and the headline metrics, None where undefined.
-
-    Without intervals, they take no time.
-    """
+    """The rows of `compare` but bands and recalibrated confidences: `KEYS`, `n` and the headline metrics, None where undefined."""
+    # One draw, since intervals are left out.
     frame, _ = compare([replace(system, calibration=None) for system in systems], replicates=1)
     rows = frame.loc[frame.kind != BAND, [*KEYS, "n", *HEADLINE]]
     return rows.astype(object).where(rows.notna(), None)
