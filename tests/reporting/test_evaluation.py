@@ -65,7 +65,8 @@ def _write(
     }
     for system in ("base", "sft", "dpo", *(["oracle"] if with_oracle else []), "left_by_an_earlier_one"):
         given = answers(0, n=60 - (left_out if system == "sft" else 0), honest=system == "dpo")
-        write_rows(folder / system / "predictions.jsonl", [p.to_dict() for p in given], lines=True)
+        if given:
+            write_rows(folder / system / "predictions.jsonl", [p.to_dict() for p in given], lines=True)
     written = {"command": "test", "stage": "EvaluationModule", "finished": True, **(record or {})}
     RunRecord(**written, inputs=digests | (inputs or {})).write(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -111,6 +112,7 @@ def test_other_queries_are_other_data_and_other_settings_are_not(tmp_path: Path)
         ({"record": {"command": "fit"}}, "not a finished"),
         ({"trainer": {"limit_test_batches": 2}}, "a part of the test set"),
         ({"left_out": 3}, "did not answer the same questions: 'q57'"),
+        ({"left_out": 60}, "sft: no predictions.jsonl"),
     ],
 )
 def test_results_of_something_else_are_refused(

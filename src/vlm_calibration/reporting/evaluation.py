@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlm_calibration.estimators.predictions import PREDICTIONS
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Evaluation
 from vlm_calibration.reporting.report.data import BASE, read_systems
 from vlm_calibration.reporting.report.table import plain_rows, stated_rows
-from vlm_calibration.reporting.runs import CONFIG, RECORD, read_config, read_record
+from vlm_calibration.reporting.runs import CONFIG, RECORD, read_config, read_record, systems_of
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.settings import digest
 
@@ -37,7 +38,10 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
             f"{folder}: this adapter was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'}): "
             "evaluate it again"
         )
-    rows = stated_rows(plain_rows([s for s in read_systems([str(folder)]) if s.name in (BASE, *adapters)]))
+    systems = {s.name: s for s in read_systems([str(folder)])}
+    if missing := [name for name in systems_of(config) if name not in systems]:
+        raise DataError(f"{folder / missing[0]}: no {PREDICTIONS}: evaluate again")
+    rows = stated_rows(plain_rows([s for name, s in systems.items() if name in (BASE, *adapters)]))
     splits = config["data"]["test"]
     sources = [split["source"] for split in splits.values()]
     kinds = {str(source["class_path"]).rsplit(".", 1)[-1].removesuffix("Source") for source in sources}
