@@ -126,7 +126,7 @@ def run_plainly(command: list[str], root: Path, cwd: Path) -> Ended:
     ran = subprocess.run(
         [sys.executable, "-m", "vlm_calibration.cli", *command],
         cwd=cwd,
-        env={**inherited_environment(), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONPATH": path},
+        env={**inherited_environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=LIMIT,

@@ -49,6 +49,7 @@ def test_an_unknown_key_in_a_file_and_a_full_start(fit: Callable[..., list[str]]
     ended = Ended(ran.returncode, ran.stdout, ran.stderr)
     assert "bach_size" in ended.error()
     assert ended.status == 2
+    assert ended.err.count("\n") == 1, "nothing that the libraries say when they are imported"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""What the commands print: no messages of other libraries, warnings, and the result at the end. Stage 1 ran in a cold process."""
+"""What the commands print: no messages of other libraries, warnings, and the result at the end.
+
+`test_cli.py` has what a cold process prints when it imports the libraries."""
 
 from __future__ import annotations
 

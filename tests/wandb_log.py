@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
-from .command_line import Ended, Server, run_plainly
+from .command_line import Ended, Server
 
 BLOCK = 32768
 HEADER = 7
@@ -198,12 +198,7 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
         arguments = short(
             command, root / "configs" / config, folder / f"{name}.yaml", folder / name, **settings
         )
-        # One starts cold, for what `test_quiet` reads.
-        ended = (
-            run_plainly(arguments, root, root)
-            if name == "sft"
-            else server.wait(server.start(arguments, root))
-        )
+        ended = server.wait(server.start(arguments, root))
         assert ended.status == 0, ended.err
         runs[name] = replace(read_run(folder / name), ended=ended)
     return runs
