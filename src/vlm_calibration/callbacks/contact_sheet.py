@@ -17,7 +17,7 @@ from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.files import replacing
 from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.images import resize_image, resize_mask
-from vlm_calibration.records import DataError, LoadedImage
+from vlm_calibration.records import DataError
 
 THUMB = 168
 MARGIN, LINE, LABEL, TEXT_WIDTH = 6, 15, 20, 260
@@ -79,7 +79,13 @@ def contact_sheet(sources: Sequence[QuerySource], count: int, policy: NoisePolic
             caption += textwrap.wrap(text, 40)[:4]
         for line, text in enumerate(caption[: THUMB // LINE]):
             draw.text((MARGIN, first * CELL_HEIGHT + LABEL + line * LINE), text, "black", font)
-        image, evidence, distractors = _thumbnail(source.load(query))
+        loaded = source.load(query)
+        scale = THUMB / max(loaded.image.shape[:2])
+        height, width = (max(1, round(side * scale)) for side in loaded.image.shape[:2])
+        image = resize_image(loaded.image, (height, width))
+        evidence, distractors = (
+            [resize_mask(m, (height, width)) for m in ms] for ms in (loaded.evidence, loaded.distractors)
+        )
         paste(first, 0, "regions", _draw_regions(image, evidence, distractors))
         paste(first, 1, "untouched", image)
         mask = np.logical_or.reduce([*(evidence or distractors), np.zeros(image.shape[:2], dtype=bool)])
@@ -92,17 +98,6 @@ def contact_sheet(sources: Sequence[QuerySource], count: int, policy: NoisePolic
                     shown = transform(image=image, mask=mask, strength=strength, seed=own_seed)["image"]
                 paste(row, column, f"{kind.replace('_', ' ')} {strength:g}", shown)
     return sheet
-
-
-def _thumbnail(loaded: LoadedImage) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """The image and the masks of evidence and distractors at the size of a thumbnail."""
-    height, width = loaded.image.shape[:2]
-    scale = THUMB / max(height, width)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    evidence, distractors = (
-        [resize_mask(m, size) for m in ms] for ms in (loaded.evidence, loaded.distractors)
-    )
-    return resize_image(loaded.image, size), evidence, distractors
 
 
 def _draw_regions(

@@ -33,15 +33,15 @@ PIXEL_ART_SIDE = 128
 
 def figures_of(systems: Sequence[System]) -> dict[str, dict[str, str]]:
     """Section of the page -> system -> its figure as a data URI; only perturbed images have a response."""
+
+    def reliability(table: ConfidenceTable, figure: Any) -> None:
+        reliability_diagram(table, ax=figure.subplots())
+
     responses = {s.name: _tables_by_perturbation(s.predictions) for s in systems}
     return {
-        "reliability": {s.name: _draw(_draw_reliability, table_of(s.predictions)) for s in systems},
+        "reliability": {s.name: _draw(reliability, table_of(s.predictions)) for s in systems},
         "response": {name: _draw(response_curve, t) for name, t in responses.items() if len(t) > 1},
     }
-
-
-def _draw_reliability(table: ConfidenceTable, figure: Any) -> None:
-    reliability_diagram(table, ax=figure.subplots())
 
 
 def _draw(draw: Callable[..., Any], data: Any) -> str:
