@@ -188,7 +188,7 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
                 "model": {"init_args": {**further["model"]["init_args"], "adapters": adapters}},
                 "data": {
                     "test": {"clean": {"source": test}, "perturbed": {"source": test, "noise": "drawn"}},
-                    "calibration": {"clean": {"source": demo("calibration", 1)}},
+                    "calibration": None,
                 },
             },
         ),
