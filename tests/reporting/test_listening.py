@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -87,12 +85,3 @@ def test_the_page_speaks_of_each_probed_system(evaluation: Path) -> None:
     assert "add up to 100% on average" in section
     assert "A good confidence falls a lot without the image" in section
     assert "oracle" not in section
-
-
-def test_without_probes_there_is_no_section(evaluation: Path) -> None:
-    for name in ("base", "tuned"):
-        path = evaluation / name / "predictions.jsonl"
-        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-        write_rows(path, [{k: v for k, v in row.items() if k != "probes"} for row in rows], lines=True)
-    report([str(evaluation)], replicates=5, images=False)
-    assert "What confidence listens to" not in (evaluation / "report.html").read_text()

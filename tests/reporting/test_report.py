@@ -39,7 +39,7 @@ from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report import pictures
 from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, p_value
-from vlm_calibration.reporting.report.data import System, read_systems
+from vlm_calibration.reporting.report.data import System, read_calibration, read_systems
 from vlm_calibration.reporting.report.pictures import examples_of, thumbnail
 from vlm_calibration.reporting.report.summary import (
     Verdict,
@@ -439,6 +439,8 @@ def test_page_and_table_of_an_evaluation(evaluation: Path, capsys: pytest.Captur
     assert f"When it says 90–100%, on average 100%, it is right {right:.0f}% of the time." in page.text
     assert "“base” says 95% on average" in page.text
     assert " 1 of the answers state none that could be parsed." in page.text
+    assert f"Versions of the run in {evaluation}: not recorded." in page.text
+    assert "What confidence listens to" not in page.text, "nothing was probed"
     for heading in (
         "Side by side", "Reliability", "Response to lost evidence", "By category", "Most confident wrong answers",
     ):  # fmt: skip
@@ -476,24 +478,20 @@ def test_the_page_says_what_a_system_is_where_it_is_weakest_and_what_ran_it(eval
     config = {"model": {"init_args": {"adapters": {"tuned": str(adapter)}}}}
     (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
     (evaluation / "base").rename(evaluation / "oracle")
+    versions = {"Python": "3.99.1", "torch": "0.0.7"}
+    RunRecord("test", "EvaluationModule", True, versions=versions).write(evaluation)
     report([str(evaluation)], replicates=5, images=False)
     page = Page((evaluation / "report.html").read_text()).text
     for fact in (
         "base model my/base", f"adapter {adapter}", "stage a stage", "steps 77", "adapter settings LoRA, r=3",
         "optimizer adamw, learning rate 0.5", "SFT, anchored levels, noise + motion blur",
-        f"Versions of the run in {evaluation}: not recorded.",
+        f"Versions of the run in {evaluation}: Python 3.99.1, torch 0.0.7.",
     ):  # fmt: skip
         assert fact in page
     shown, oracle = read_systems([str(evaluation)])
     assert "kind and strength" in oracle.origin.label
     weakest = weakest_group(compare([shown], 5)[0], "tuned")
     assert f"{weakest.group}: {in_numbers(weakest)} of the time" in page
-    RunRecord("test", "EvaluationModule", True, versions={"Python": "3.99.1", "torch": "0.0.7"}).write(
-        evaluation
-    )
-    report([str(evaluation)], replicates=5, images=False)
-    page = Page((evaluation / "report.html").read_text()).text
-    assert f"Versions of the run in {evaluation}: Python 3.99.1, torch 0.0.7." in page
     assert torch.__version__ not in page
 
 
@@ -609,10 +607,9 @@ def test_recalibration_may_be_fitted_on_another_evaluation(evaluation: Path, tmp
         (calibration / name).mkdir(parents=True)
         moved = [replace(p, correct=True) for p in held_out(6)]
         write_rows(calibration / name / "predictions.jsonl", [p.to_dict() for p in moved], lines=True)
-    report([str(evaluation)], calibration=str(calibration), replicates=5, images=False)
-    rows = list(csv.DictReader((evaluation / "report.csv").open()))
-    isotonic = [r for r in rows if r["recalibration"] == "isotonic" and r["estimator"] == "verbalized"]
-    assert [float(r["mean_confidence"]) for r in isotonic] == [1.0, 1.0], "all held-out answers are right"
+    frame, _ = compare(read_calibration(str(calibration), read_systems([str(evaluation)])), replicates=5)
+    isotonic = frame[(frame.recalibration == "isotonic") & (frame.estimator == "verbalized")]
+    assert list(isotonic.mean_confidence) == [1.0, 1.0], "all held-out answers are right"
 
 
 @pytest.mark.parametrize(
