@@ -20,8 +20,6 @@ from vlm_calibration.commands.lightning_cli import ParsedCLI
 
 def warm_up() -> None:
     environment = dict(os.environ)
-    import wandb.sdk.launch.inputs.internal  # noqa: F401  (W&B imports it when a run starts, which takes seconds)
-
     sys.argv[1:] = ["fit", "--config", str(Path(__file__).parents[1] / "configs" / "sft.yaml")]
     ParsedCLI()  # builds the parser, which fills jsonargparse's caches
     os.environ.clear()
