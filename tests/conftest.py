@@ -48,7 +48,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 TOGETHER = {
     **dict.fromkeys(
-        ("callbacks/test_wandb_log", "commands/test_export", "reporting/test_dashboard", "test_cli"),
+        (
+            *("callbacks/test_adapter", "callbacks/test_wandb_log", "commands/test_export"),
+            *("reporting/test_dashboard", "test_cli", "test_quiet"),
+        ),
         "offline_runs",
     ),
     "slurm/": "cluster",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -37,6 +39,16 @@ def test_the_written_configuration_alone_repeats_a_run(
     assert (ended.status, ended.errors) == (0, []), ended.err
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
+
+
+def test_a_wrong_value_and_a_cold_start(fit: Callable[..., list[str]], tmp_path: Path) -> None:
+    arguments = fit(data={"batch_size": "three"})
+    command = [sys.executable, "-m", "vlm_calibration.cli", *arguments]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT, check=False)
+    ended = Ended(ran.returncode, ran.stdout, ran.stderr)
+    assert "batch_size" in ended.error()
+    assert ended.status == 2
+    assert ended.err.count("\n") == 1, "nothing that the libraries say when they are imported"
 
 
 WHOLE = "expected a whole number"

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.slow
 NOWHERE = "http://127.0.0.1:9"
 """An address without a server, which refuses connections at once."""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ADDRESS = rf"(?:/api/models)?/([\w-]+/[\w-]+)(?:/(revision|tree|resolve)/(?:main|v2|{COMMIT}))?(?:/(.+))?"
+"""Of a repository on the Hub, of the list of its files, or of a file."""
 Call = Callable[..., Ended]
 
 
@@ -103,42 +105,30 @@ def serve() -> Iterator[Callable[[str, Path], str]]:
             self.do_GET(body=False)
 
         def do_GET(self, body: bool = True) -> None:
-            path = self.path.split("?")[0]
-            api = re.fullmatch(r"/api/models/([\w-]+/[\w-]+)(/revision/(\w+))?", path)
-            file = re.fullmatch(r"/([\w-]+/[\w-]+)/resolve/(\w+)/(.+)", path)
-            if api and api[1] in repositories and api[3] in (None, "main", "v2", COMMIT):
-                names = sorted(p.name for p in repositories[api[1]].iterdir())
-                info = {
-                    "id": api[1],
-                    "modelId": api[1],
-                    "sha": COMMIT,
-                    "siblings": [{"rfilename": n} for n in names],
-                }
-                self._answer(json.dumps(info).encode(), body)
-            elif (tree := re.fullmatch(r"/api/models/([\w-]+/[\w-]+)/tree/\w+", path)) and tree[
-                1
-            ] in repositories:
-                files = sorted(repositories[tree[1]].iterdir())
-                listed = [
-                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": _digest(p.read_bytes())}
-                    for p in files
-                ]
-                self._answer(json.dumps(listed).encode(), body)
-            elif file and (found := repositories.get(file[1], Path("none")) / file[3]).is_file():
-                self._answer(found.read_bytes(), body)
+            match = re.fullmatch(ADDRESS, self.path.split("?")[0])
+            folder = repositories.get(match[1]) if match else None
+            if match is None or folder is None:
+                self._answer(b"{}", body, "RepoNotFound")
+            elif match[2] == "resolve":
+                is_there = (folder / match[3]).is_file()
+                content = (folder / match[3]).read_bytes() if is_there else b"{}"
+                self._answer(content, body, "" if is_there else "EntryNotFound")
             else:
-                kind = "EntryNotFound" if file and file[1] in repositories else "RepoNotFound"
-                self._answer(b"{}", body, 404, {"X-Error-Code": kind})
+                files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+                names = [{"rfilename": name} for name in files]
+                info = {"id": match[1], "modelId": match[1], "sha": COMMIT, "siblings": names}
+                tree = [
+                    {"type": "file", "path": n, "size": len(c), "oid": _digest(c)} for n, c in files.items()
+                ]
+                self._answer(json.dumps(tree if match[2] == "tree" else info).encode(), body)
 
-        def _answer(
-            self, content: bytes, body: bool, status: int = 200, headers: dict[str, str] | None = None
-        ) -> None:
-            self.send_response(status)
+        def _answer(self, content: bytes, body: bool, error: str = "") -> None:
+            self.send_response(404 if error else 200)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("ETag", f'"{_digest(content)}"')
             self.send_header("X-Repo-Commit", COMMIT)
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
+            if error:
+                self.send_header("X-Error-Code", error)
             self.end_headers()
             if body:
                 self.wfile.write(content)

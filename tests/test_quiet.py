@@ -1,24 +1,27 @@
-"""What the commands print, one in a cold process: no messages of other libraries, warnings, and the result at the end."""
+"""What the commands print: no messages of other libraries, warnings, and the result at the end.
+
+`test_cli.py` has what a cold process prints when it imports the libraries."""
 
 from __future__ import annotations
 
 import io
 import logging
 import re
-import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_info
 from rich.cells import cell_len
 
-from vlm_calibration.quiet import quiet_libraries
+from vlm_calibration.quiet import quiet_libraries, quiet_lightning
 from vlm_calibration.reporting.tables import print_results
 
-from .command_line import LIMIT, Ended, Server, run_plainly
+from .command_line import Ended
+from .trainers import plain_trainer
+from .wandb_log import OfflineRun
 
 NOISE = (
     *("Tip:", "GPU available", "TPU available", "Seed set to", "FLOPs", "Trainable params", "weights_only"),
@@ -35,17 +38,6 @@ NOISE = (
     ),
 )
 """What no command prints."""
-DEMO = "vlm_calibration.demo.source.DemoSource"
-FIT = (
-    *("fit", "--config", "sft", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"),
-    *("--data.train.init_args.scenes=10", "--data.validation.init_args.scenes=2", "--data.workers=0"),
-    *("--model.init_args.max_new_tokens=3", "--trainer.num_sanity_val_steps=-1"),
-)
-EVALUATE = (
-    *("test", "--config", "eval/demo"),
-    *("--data.calibration=null", "--data.workers=0"),
-    f"--data.test={{clean: {{source: {{class_path: {DEMO}, init_args: {{split: test, scenes: 12}}}}}}}}",
-)
 
 
 def quiet(ended: Ended) -> list[str]:
@@ -58,74 +50,33 @@ def quiet(ended: Ended) -> list[str]:
     return lines
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("quiet")
-
-
-@pytest.fixture(scope="module")
-def trained(root: Path, folder: Path) -> Ended:
-    return run_plainly(list(FIT), root, folder)
-
-
-@pytest.fixture(scope="module")
-def evaluated(server: Server, folder: Path, trained: Ended) -> Ended:
-    assert trained.status == 0, trained.err
-    return server.wait(server.start(list(EVALUATE), folder))
-
-
 @pytest.mark.slow
-def test_a_training_ends_with_its_validations_and_the_adapter(trained: Ended, folder: Path) -> None:
-    title, base, *lines = quiet(trained)
+def test_a_training_ends_with_its_validation_and_the_adapter(offline_runs: dict[str, OfflineRun]) -> None:
+    trained = offline_runs["sft"]
+    title, base, *lines = quiet(trained.ended)
     assert title == "stage 1: supervised fine-tuning (SFT)"
     assert re.fullmatch(r"base model: \S+/demo/model \(float32\)", base)
-    assert lines[0].rstrip() == "All 6 answers"
-    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["before", "after"]
-    assert lines[-1] == "adapter: runs/sft/adapter"
-    assert (folder / "runs/sft/adapter/adapter_config.json").is_file()
+    assert lines[0].rstrip() == f"All {len(trained.predictions())} answers"
+    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["after"]
+    assert lines[-1] == f"adapter: {trained.directory}/adapter"
+    messages = trained.ended.err
+    assert re.search(
+        r"^data.train: absent object in \d+ of 12 queries \(`absent: distractor`\)$", messages, re.M
+    )
+    assert re.search(r"^sft: 6 of 6 steps \(100%\), .*took 0:", messages, re.M)
 
 
 @pytest.mark.slow
-def test_messages_of_this_package_are_printed(trained: Ended) -> None:
-    assert "data.train: absent object in 10 of 30 queries (`absent: distractor`)\n" in trained.err
-    assert re.search(r"^sft: 2 of 2 steps \(100%\), .*took 0:", trained.err, re.MULTILINE)
-
-
-@pytest.mark.slow
-def test_an_evaluation_ends_with_its_table(evaluated: Ended) -> None:
-    base, *lines = quiet(evaluated)
+def test_an_evaluation_ends_with_its_table(offline_runs: dict[str, OfflineRun]) -> None:
+    evaluated = offline_runs["eval"]
+    base, *lines = quiet(evaluated.ended)
     assert base.startswith("base model: ")
-    assert lines[0].rstrip() == "All 36 answers"
+    assert lines[0].rstrip() == f"All {len(evaluated.predictions('dpo'))} answers"
     heads = [cell.strip() for cell in lines[2].strip("┃").split("┃")]
     assert heads[:5] == ["system", "mean conf.", "accuracy", "ECE", "AUROC"]
-    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["base", "sft"]
-    assert lines[-1] == "answers: runs/eval"
-
-
-@pytest.mark.slow
-def test_a_report_ends_with_the_weakest_group_the_page_and_what_to_try(
-    server: Server, evaluated: Ended, folder: Path
-) -> None:
-    assert evaluated.status == 0
-    lines = quiet(server.wait(server.start(["report", "runs/eval", "--replicates", "20"], folder)))
-    assert lines[0].rstrip() == "All 36 answers"
-    text = " ".join(line.strip() for line in lines)
-    assert re.search(
-        r"sft: its largest error is on “.+”: it says \d+% and is right \d+% of the time \(36", text
-    )
-    at = lines.index("report: runs/eval/report.html")
-    assert (folder / "runs/eval/report.html").is_file()
-    assert lines[at + 1] == "what to try next:"
-    program = re.escape(str(Path(sys.executable).with_name("vlm-calibration")))
-    for line, command in zip(lines[at + 2 :], ("app", "ask", "export"), strict=True):
-        assert re.match(rf"  (vlm-calibration|{program}) {command} .*runs/sft", line), line
-
-
-@pytest.mark.slow
-def test_a_validation_prints_its_result(run: Callable[..., Ended]) -> None:
-    settings = ["--trainer.logger=false", "--trainer.default_root_dir=runs/validated"]
-    lines = quiet(run("validate", *FIT[1:], *settings))
-    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["validation"]
+    rows = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert rows == ["base", "sft", "dpo", "oracle"]
+    assert lines[-1] == f"answers: {evaluated.directory}"
 
 
 def test_other_warnings_of_the_same_places_are_not_hidden() -> None:
@@ -144,28 +95,23 @@ def test_other_warnings_of_the_same_places_are_not_hidden() -> None:
     assert stream.getvalue() == "the weights do not fit\n"
 
 
-LIGHTNING = """
-import logging, sys
-import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from vlm_calibration.quiet import quiet_lightning
-quiet_lightning()
-quiet_lightning()
-L.seed_everything(3)
-rank_zero_info("of our own")
-logging.getLogger("lightning.pytorch.trainer").warning("a warning")
-rank_zero_warn("warned")
-"""
-
-
-@pytest.mark.slow
-def test_what_lightning_logs_is_hidden_and_its_warnings_are_not() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", LIGHTNING], capture_output=True, text=True, timeout=LIMIT, check=True
-    )
-    assert "Seed" not in ran.stderr
-    assert ran.stderr.count("of our own") == ran.stderr.count("a warning") == 1
-    assert "warned" in ran.stderr
+def test_what_lightning_logs_is_hidden_and_its_warnings_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = []
+    for hides in (False, True):
+        stream = io.StringIO()
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            monkeypatch.setattr(logging.getLogger(name), "handlers", [logging.StreamHandler(stream)])
+        if hides:
+            quiet_lightning()
+            quiet_lightning()
+        plain_trainer(tmp_path)
+        rank_zero_info("of our own")
+        logging.getLogger("lightning.pytorch.trainer").warning("a warning")
+        printed.append(stream.getvalue())
+    assert "GPU available" in printed[0]
+    assert printed[1] == "of our own\na warning\n"
 
 
 def values(**given: float) -> dict[str, float]:

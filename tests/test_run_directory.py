@@ -16,8 +16,8 @@ import yaml
 from jsonargparse import Namespace
 
 from vlm_calibration.callbacks.run_directory import Prior, find_prior
-from vlm_calibration.callbacks.run_record import RunRecord
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.runs import RunRecord
 
 from .command_line import Ended, callback
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
-from .command_line import Server
+from .command_line import Ended, Server
 
 BLOCK = 32768
 HEADER = 7
@@ -51,6 +51,7 @@ class OfflineRun:
         history: logged rows, in order; images and tables are the mappings that describe them.
         config: the logged configuration.
         artifacts: the logged and used artifacts, in order.
+        ended: what the command printed.
     """
 
     directory: Path
@@ -61,6 +62,12 @@ class OfflineRun:
     history: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     artifacts: list[Any] = field(default_factory=list)
+    ended: Ended = field(default_factory=lambda: Ended(0, "", ""))
+
+    def predictions(self, system: str = "") -> list[dict[str, Any]]:
+        """The lines of `predictions.jsonl`."""
+        lines = (self.directory / system / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
     @property
     def keys(self) -> set[str]:
@@ -134,10 +141,7 @@ def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
     tree[path[-1]] = value
 
 
-SMALL = {
-    "trainer": {"accelerator": "cpu", "log_every_n_steps": 1},
-    "data": {"workers": 0, "batch_size": 4},
-}
+SMALL = {"trainer": {"accelerator": "cpu", "log_every_n_steps": 1}, "data": {"workers": 0, "batch_size": 4}}
 """Settings that make a stage short."""
 
 
@@ -184,7 +188,7 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
                 "model": {"init_args": {**further["model"]["init_args"], "adapters": adapters}},
                 "data": {
                     "test": {"clean": {"source": test}, "perturbed": {"source": test, "noise": "drawn"}},
-                    "calibration": {"clean": {"source": demo("calibration", 1)}},
+                    "calibration": None,
                 },
             },
         ),
@@ -196,5 +200,5 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
         )
         ended = server.wait(server.start(arguments, root))
         assert ended.status == 0, ended.err
-        runs[name] = read_run(folder / name)
+        runs[name] = replace(read_run(folder / name), ended=ended)
     return runs

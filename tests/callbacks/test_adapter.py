@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +13,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pytest
-import torch
 import yaml
 from peft import PeftConfig, PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from vlm_calibration.callbacks.adapter import AdapterWriter, shown_path
-from vlm_calibration.callbacks.run_record import RunRecord
-from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import PromptCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, Sample
@@ -27,29 +26,25 @@ from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.losses.preference import DPO
-from vlm_calibration.models.adapters import LoraSettings
+from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
-from vlm_calibration.stages.dpo import DPOModule
+from vlm_calibration.reporting.runs import RunRecord
 from vlm_calibration.stages.optimization import OptimizerSettings
-from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.grading import Grading
 
 from ..level_tables import measured, noise_counts
 from ..trainers import plain_trainer
+from ..wandb_log import OfflineRun
 
 LIMIT = 300
 PIXELS = 10**6
 """`data.max_pixels`, more than the demo model's images have."""
-COUNTS = {
-    "yes_no": noise_counts((0, 10, 9), (1, 10, 5)),
-    "short": noise_counts((0, 10, 8), (1, 10, 0)),
-}
+COUNTS = {"yes_no": noise_counts((0, 10, 9), (1, 10, 5)), "short": noise_counts((0, 10, 8), (1, 10, 0))}
 RECORDED = {
     "model.init_args.optimizer.lr": 0.01,
     "data.train.init_args.split": "train",
@@ -181,75 +176,17 @@ def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path
     assert [p.confidence for p in before] != [p.confidence for p in found], "the adapter speaks"
 
 
-def test_the_card_of_stage_2(sft: Path, demo_model: str, tmp_path: Path) -> None:
-    module = DPOModule(
-        BaseModel(demo_model, dtype="float32"),
-        str(sft),
-        loss=DPO(beta=0.3),
-        pairs=PairPolicy(target="level"),
-        max_new_tokens=16,
+@pytest.mark.slow
+def test_the_card_of_stage_2(offline_runs: dict[str, OfflineRun]) -> None:
+    stages = [load_card(offline_runs[stage].directory / "adapter") for stage in ("sft", "dpo")]
+    sft, dpo = (card.training for card in stages if card is not None)
+    assert dpo["stage"] == "stage 2: soft labels on own answers"
+    assert dpo["adapter"] == sft["adapter"] == "LoRA, r=16, alpha=32, dropout=0.0", (
+        "that of the adapter it starts from"
     )
-    data = _data(
-        demo_model,
-        train=DemoSource("train", scenes=2),
-        batch_size=3,
-        candidates=CandidateSettings(),
-        validation=None,
-    )
-    card = load_card(_fit(module, data, tmp_path, max_steps=1))
-    assert card is not None
-    assert card.training["stage"].startswith("stage 2: DPO on gold answers")
-    assert card.training["adapter"] == "LoRA, r=8, alpha=16, dropout=0.0", (
-        "the adapter that is given keeps its own"
-    )
-    assert card.results == {}, "nothing was validated"
-    assert "## Validation" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_card_says_that_levels_are_by_ranking(model_folder: str, tmp_path: Path) -> None:
-    levels = measured(model_folder, {"open": COUNTS["short"]}, grading=Grading(rank_levels=True))
-    trainer = _trainer(tmp_path, _data(model_folder, noise=NoisePolicy(levels=levels)))
-    card = AdapterWriter().card(trainer, _module(Saver("x")))
-    assert card.training["levels"] == "open answers by ranking"
-    assert card.levels == {"open": [("", 0, 0.8), ("noise", 1, 0.0)]}
 
 
 # --- Whole or not at all ----------------------------------------------------------------------------------------
-
-
-class Saver(torch.nn.Module):
-    """Saves two files; may fail between them. A model without linear layers."""
-
-    def __init__(self, content: str, error: BaseException | None = None) -> None:
-        super().__init__()
-        self.content = content
-        self.error = error
-        self.peft_config = {
-            "default": SimpleNamespace(revision=None, use_rslora=True, use_dora=True, r=1, lora_alpha=2)
-        }
-        self.peft_config["default"].lora_dropout = 0.5
-        self.config = SimpleNamespace(_commit_hash="0123abcd")
-
-    def get_base_model(self) -> Saver:
-        return self
-
-    def get_decoder(self) -> Saver:
-        return self
-
-    def get_output_embeddings(self) -> None:
-        return None
-
-    def save_pretrained(
-        self, folder: Path, selected_adapters: list[str], state_dict: dict[str, torch.Tensor] | None
-    ) -> None:
-        assert selected_adapters == ["default"], "a frozen reference is no part of what was trained"
-        assert state_dict is None, "nothing is sharded"
-        folder.mkdir(exist_ok=True)
-        (folder / "adapter_config.json").write_text(json.dumps(self.peft_config["default"].__dict__))
-        (folder / "README.md").write_text("peft's own")
-        if self.error:
-            raise self.error
-        (folder / "adapter_model.safetensors").write_text(self.content)
 
 
 def _trainer(folder: Path, data: Any, **settings: Any) -> Any:
@@ -260,29 +197,34 @@ def _trainer(folder: Path, data: Any, **settings: Any) -> Any:
     )
 
 
-def _module(model: Any) -> Any:
-    return SimpleNamespace(
-        model=model,
-        base=BaseModel("org/model", revision="main", quantization="nf4"),
-        optimizer_settings=OptimizerSettings(),
-        max_new_tokens=7,
-    )
-
-
-def _end_fit(folder: Path, model: Any, data: Any, **settings: Any) -> None:
-    AdapterWriter().on_fit_end(_trainer(folder, data, **settings), _module(model))
-
-
 @pytest.fixture
 def data(model_folder: str) -> PerturbedQueryDataModule:
     return _data(model_folder, noise=NoisePolicy())
 
 
-def test_the_adapter_appears_whole(tmp_path: Path, data: PerturbedQueryDataModule) -> None:
-    for content in ("first", "second"):
-        _end_fit(tmp_path, Saver(content), data)
-        folder = tmp_path / "adapter"
-        assert (folder / "adapter_model.safetensors").read_text() == content
+@pytest.fixture
+def module(load_model: Callable[..., Any]) -> Any:
+    """A trained module, of a base model on the Hub."""
+    model: Any = attach_lora(
+        load_model(), LoraSettings(r=1, alpha=2, dropout=0.5, use_rslora=True, use_dora=True)
+    )
+    model.config._commit_hash = "0123abcd"
+    base = BaseModel("org/model", revision="main", quantization="nf4")
+    return SimpleNamespace(model=model, base=base, max_new_tokens=7)
+
+
+def test_the_adapter_appears_whole_where_training_has_ended(
+    tmp_path: Path, data: PerturbedQueryDataModule, module: Any
+) -> None:
+    for settings in ({"interrupted": True}, {"is_global_zero": False}):
+        AdapterWriter().on_fit_end(_trainer(tmp_path, data, **settings), module)
+        assert list(tmp_path.iterdir()) == []
+    folder = tmp_path / "adapter"
+    for value in (1.0, 2.0):
+        for parameter in module.model.parameters():
+            parameter.data.fill_(value)
+        AdapterWriter().on_fit_end(_trainer(tmp_path, data), module)
+        assert all((w == value).all() for w in load_file(folder / "adapter_model.safetensors").values())
         assert json.loads((folder / "adapter_config.json").read_text())["revision"] == "0123abcd"
         assert (folder / "tokenizer.json").is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
@@ -293,28 +235,19 @@ def test_the_adapter_appears_whole(tmp_path: Path, data: PerturbedQueryDataModul
     assert "| perturbation | strength | any answer |\n| --- | --- | --- |\n|  | 0 | 100% |" in text
 
 
-def test_a_half_written_adapter_is_never_seen(tmp_path: Path, data: PerturbedQueryDataModule) -> None:
-    error = OSError("no such device")
-    with pytest.raises(OSError, match="no such device"):
-        _end_fit(tmp_path, Saver("half", error), data)
-    assert list(tmp_path.iterdir()) == []
-    _end_fit(tmp_path, Saver("whole"), data)
-    with pytest.raises(OSError, match="no such device"):
-        _end_fit(tmp_path, Saver("half", error), data)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_text() == "whole"
+def test_the_card_says_that_levels_are_by_ranking(model_folder: str, tmp_path: Path, module: Any) -> None:
+    levels = measured(model_folder, {"open": COUNTS["short"]}, grading=Grading(rank_levels=True))
+    card = AdapterWriter().card(
+        _trainer(tmp_path, _data(model_folder, noise=NoisePolicy(levels=levels))), module
+    )
+    assert card.training["levels"] == "open answers by ranking"
+    assert card.levels == {"open": [("", 0, 0.8), ("noise", 1, 0.0)]}
 
 
-def test_an_interrupted_run_and_other_processes_write_none(
-    tmp_path: Path, data: PerturbedQueryDataModule
+def test_only_the_last_validation_of_this_training_counts(
+    tmp_path: Path, data: PerturbedQueryDataModule, module: Any
 ) -> None:
-    for settings in ({"interrupted": True}, {"is_global_zero": False}):
-        _end_fit(tmp_path, Saver("x"), data, **settings)
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_only_the_last_validation_of_this_training_counts(data: PerturbedQueryDataModule) -> None:
-    writer, module = AdapterWriter(), _module(Saver("x"))
-    trainer = _trainer(Path("run"), data, sanity_checking=True)
+    writer, trainer = AdapterWriter(), _trainer(tmp_path, data, sanity_checking=True)
     module.results = {"": {"ece": 0.5}}
     writer.on_validation_end(trainer, module)
     assert writer.validations == {}
@@ -326,24 +259,19 @@ def test_only_the_last_validation_of_this_training_counts(data: PerturbedQueryDa
     assert writer.card(trainer, module).results == {"after": {"ece": 0.25}}
     writer.setup(trainer, module, "fit")
     assert writer.card(trainer, module).results == {}
-    writer.validations["after"] = {
-        "ece": float("nan"),
-        "auroc": float("inf"),
-        "accuracy": 0.5,
-        "accuracy/short": 0.1,
-    }
-    assert writer.card(trainer, module).results == {"after": {"accuracy": 0.5, "ece": None, "auroc": None}}
+    writer.validations["after"] = {"ece": float("nan"), "accuracy": 0.5, "accuracy/short": 0.1}
+    assert writer.card(trainer, module).results == {"after": {"accuracy": 0.5, "ece": None}}
 
 
 def test_what_cannot_be_written_up_stops_the_run_before_training(
-    data: PerturbedQueryDataModule, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: PerturbedQueryDataModule, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(question: str) -> str:
         raise DataError("a template that refuses")
 
     monkeypatch.setattr(data.chat, "render", refuse)
     with pytest.raises(DataError, match="a template that refuses"):
-        AdapterWriter().on_fit_start(_trainer(Path("run"), data), _module(Saver("x")))
+        AdapterWriter().on_fit_start(_trainer(tmp_path, data), module)
 
 
 def test_paths_below_the_working_directory_are_relative(

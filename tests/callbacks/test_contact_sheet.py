@@ -27,7 +27,6 @@ def test_queries_and_strengths_of_one_kind() -> None:
     sheet = np.asarray(contact_sheet([source], 3, NOISE))
     assert sheet.shape == (3 * sheets.CELL_HEIGHT, sheets.TEXT_WIDTH + 12 * sheets.CELL_WIDTH, 3)
     assert np.array_equal(sheet, np.asarray(contact_sheet([source], 3, NOISE)))
-    assert not np.array_equal(sheet, np.asarray(contact_sheet([source], 3, NOISE, seed=1)))
     for row in range(3):
         overlay, untouched, *perturbed = _pictures(sheet, row, 12)
         assert not np.array_equal(overlay, untouched)

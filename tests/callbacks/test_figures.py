@@ -16,18 +16,7 @@ from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.grading import Grading
 
-ANSWER = Prediction(
-    id="q",
-    question="Is there a dog?",
-    answer="Yes",
-    text="Yes. Confidence: 80%",
-    predicted="yes",
-    confidence=0.8,
-    correct=True,
-    category=None,
-    noise_step=None,
-    answer_type="yes_no",
-)
+ANSWER = Prediction("q", "A dog?", "Yes", "Yes. Confidence: 80%", "yes", 0.8, True, None, None, "yes_no")
 
 
 class Dataset:
@@ -65,7 +54,9 @@ def test_without_perturbed_splits_there_is_no_response_curve() -> None:
     names = {"reliability", "risk_coverage", "confidence_table"}
     media = media_of(ANSWERS[4:], Dataset())  # type: ignore[arg-type]
     assert set(media) == names
-    assert (media["reliability"]._width, media["reliability"]._height) == (800, 600)
+    for name in ("reliability", "risk_coverage"):
+        assert media[name].image.size == (800, 600)
+        assert len(media[name].image.convert("RGB").getcolors(1 << 20)) > 50, "something is on it"
 
 
 def test_samples_are_evenly_spaced_queries_with_the_answers_of_each_system(processor: Any) -> None:

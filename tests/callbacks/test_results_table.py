@@ -70,17 +70,25 @@ def _fit(folder: Path, *accuracies: float, tolerance: float = 0.01, **settings: 
     return keeper.validations, [str(w.message) for w in caught if "validation" in str(w.message)]
 
 
+def _rows(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    """Name, mean confidence and accuracy of each row that was printed."""
+    rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
 def test_the_first_and_the_last_validation_are_kept_and_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     validations, warned = _fit(tmp_path, 0.5, 0.125, 0.75)
     assert validations == {"before": _results(0.5), "after": _results(0.75)}
     assert not [text for text in warned if text.startswith(FELL)]
-    rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in row] for row in rows] == [
-        ["before", "0.500", "0.500"],
-        ["after", "0.500", "0.750"],
-    ]
+    assert _rows(capsys) == [["before", "0.500", "0.500"], ["after", "0.500", "0.750"]]
+
+
+def test_a_validation_by_itself_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batches: DataLoader[Any] = DataLoader([torch.ones(1)])  # type: ignore[arg-type]
+    plain_trainer(tmp_path, ResultsTable()).validate(Scored(0.25), batches, verbose=False)
+    assert _rows(capsys) == [["validation", "0.500", "0.250"]]
 
 
 @pytest.mark.parametrize(

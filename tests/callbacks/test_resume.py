@@ -18,10 +18,8 @@ from vlm_calibration.callbacks.checkpoint import reading
 from vlm_calibration.callbacks.regions import write_rows
 from vlm_calibration.callbacks.run_record import (
     BATCH,
-    RunRecord,
     deciding_settings,
     differences,
-    read_record,
     run_inputs,
 )
 from vlm_calibration.data.dataset import EvalSplit
@@ -29,11 +27,9 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.regions import RegionPlan
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.loading import model_identity
-from vlm_calibration.perturbation.level_table import write_likelihoods
 from vlm_calibration.records import DataError, Query, Region
+from vlm_calibration.reporting.runs import RunRecord, read_record
 from vlm_calibration.settings import flat
-
-from ..level_tables import measured_likelihoods
 
 COMMANDS = ("fit", "test", "predict", "levels fit")
 
@@ -267,13 +263,10 @@ def test_the_regions_of_a_source_are_its_content(tmp_path: Path) -> None:
 
 
 def test_likelihoods_that_were_measured_again_are_another_input(tmp_path: Path) -> None:
-    """The path of `AnchoredLevels.likelihoods` stays, its content changes."""
-    path = tmp_path / "likelihoods.parquet"
-    setting = "data.noise.levels.init_args.likelihoods"
+    path, setting = tmp_path / "likelihoods.parquet", "data.noise.levels.init_args.likelihoods"
     digests = []
-    for value in (0.5, 0.5, 0.6):
-        provenance = {"weights": "w", "prompt": "p", "max_pixels": None}
-        write_likelihoods(path, measured_likelihoods({"q": value}), provenance)
+    for content in ("a", "a", "b"):
+        path.write_text(content)
         inputs = run_inputs({setting: str(path)}, PerturbedQueryDataModule(), with_regions=True)
         digests.append(inputs[setting])
     assert digests[0] == digests[1] != digests[2]

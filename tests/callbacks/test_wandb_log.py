@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +81,7 @@ def test_each_validation_is_logged_and_agrees_with_the_run_s_files(offline_runs:
     for name in (*REPORTED, *TASK):
         last = run.values(f"val/{name}")[-1]
         assert last == "NaN" if metrics[name] is None else last == pytest.approx(metrics[name], rel=1e-5)
-    predictions = _predictions(run.directory)
+    predictions = run.predictions()
     stated = [p["confidence"] for p in predictions if p["confidence"] is not None]
     table = run.table("val/confidence_table")
     assert sum(row["right"] + row["wrong"] for row in table) == len(stated)
@@ -103,21 +102,6 @@ def test_each_validation_is_logged_and_agrees_with_the_run_s_files(offline_runs:
         assert row["mean_confidence"] == pytest.approx(np.mean([p["confidence"] for p in at]))
 
 
-def _predictions(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def test_figures_are_images_with_something_on_them(offline_runs: Runs) -> None:
-    wanted = {stage: [f"val/{name}" for name in FIGURES] for stage in ("sft", "dpo")}
-    wanted["eval"] = [f"test/{system}/{name}" for system in SYSTEMS for name in FIGURES]
-    for stage, keys in wanted.items():
-        for key in keys:
-            with Image.open(offline_runs[stage].file(key)) as figure:
-                assert figure.size == (800, 600)
-                assert len(figure.convert("RGB").getcolors(1 << 20) or ()) > 50, key
-
-
 def test_samples_are_the_same_queries_each_time_with_the_image_as_the_model_saw_it(
     offline_runs: Runs,
 ) -> None:
@@ -125,7 +109,7 @@ def test_samples_are_the_same_queries_each_time_with_the_image_as_the_model_saw_
     rows = sft.table("val/samples")
     assert [row["id"] for row in rows] == [row["id"] for row in dpo.table("val/samples")]
     assert len(rows) == 16
-    said = {p["id"]: p for p in _predictions(sft.directory)}
+    said = {p["id"]: p for p in sft.predictions()}
     for row in rows:
         for name in ("question", "answer", "text", "confidence", "correct", "perturbation", "strength"):
             assert row[name] == said[row["id"]][name]
@@ -161,17 +145,22 @@ def test_an_evaluation_compares_its_systems(offline_runs: Runs) -> None:
     of_answers = {s: names | rated if s != ORACLE else names for s in SYSTEMS}
     expected = {f"test/{system}/{name}" for system, found in of_answers.items() for name in found}
     assert run.keys == expected | {"test/comparison", "test/samples", "epoch", "trainer/global_step"}
-    rows = {row["system"]: row for row in run.table("test/comparison")}
+    comparison = run.table("test/comparison")
+    assert {(row["kind"], row["group"]) for row in comparison} >= {("all", ""), ("group", "perturbed")}
+    stated = [r for r in comparison if (r["kind"], r["estimator"]) == ("all", VERBALIZED)]
+    rows = {row["system"]: row for row in stated}
     assert list(rows) == list(SYSTEMS)
+    assert {r["estimator"] for r in comparison if r["system"] == "sft"} == {VERBALIZED, *ESTIMATORS}
     for system, row in rows.items():
         metrics = json.loads((run.directory / system / "metrics.json").read_text(encoding="utf-8"))
         assert row["n"] == metrics["n"] == 12
-        assert row["ece"] == pytest.approx(metrics["ece"])
+        # The oracle's confidences are no whole percents, to which the counts behind `metrics.json` are rounded.
+        assert row["ece"] == pytest.approx(metrics["ece"], abs=0.005 if system == ORACLE else 1e-12)
     # The clean part has no noise for confidence to respond to.
     for system in SYSTEMS:
         assert sum(row["answers"] for row in run.table(f"test/{system}/response_table")) <= 6
     for row in run.table("test/samples"):
-        said = {s: {p["id"]: p for p in _predictions(run.directory / s)}[row["id"]] for s in SYSTEMS}
+        said = {s: {p["id"]: p for p in run.predictions(s)}[row["id"]] for s in SYSTEMS}
         assert all(row[f"{s}_text"] == said[s]["text"] for s in SYSTEMS)
     assert "earned_confidence" not in run.table("test/samples")[0], "nothing is taught"
 
@@ -260,7 +249,7 @@ def test_two_processes_log_once_and_for_both(
     assert len(norms) == STEPS
     assert all(norm > 0 for norm in norms)
     assert [a.name for a in run.logged("adapter")] == ["two-adapter"]
-    said = {p["id"]: p for p in _predictions(run.directory)}
+    said = {p["id"]: p for p in run.predictions()}
     stated = [p["confidence"] for p in said.values() if p["confidence"] is not None]
     assert len(said) == 9
     assert sum(row["right"] + row["wrong"] for row in run.table("val/confidence_table")) == len(stated)

@@ -27,6 +27,7 @@ from vlm_calibration.reporting.report.thresholds import (
     part_of,
     promises_of,
 )
+from vlm_calibration.reporting.runs import RunRecord
 from vlm_calibration.settings import digest, file_digest
 from vlm_calibration.text.known_questions import KnownQuestions
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
@@ -71,7 +72,8 @@ def evaluation(tmp_path: Path) -> Path:
     data = {"prompt": {"template": DEFAULT_TEMPLATE}}
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}, sort_keys=False))
     recorded = digest([json.dumps(adapter_files(tmp_path / "runs/dpo/adapter"))])
-    (folder / "run.json").write_text(json.dumps({"inputs": {"model.init_args.adapters.dpo": recorded}}))
+    inputs = {"model.init_args.adapters.dpo": recorded}
+    RunRecord("test", "EvaluationModule", True, inputs=inputs).write(folder)
     return folder
 
 

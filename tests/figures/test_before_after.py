@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.files import write_rows
 from vlm_calibration.metrics.table import ConfidenceTable
 
 from .before_after import OUT, ROOT, WIDTH, main, png, read_table, side_by_side
@@ -30,25 +31,14 @@ SYSTEMS: dict[str, list[tuple[float | None, int, int]]] = {
 def runs(tmp_path: Path) -> Path:
     """An evaluation with the answers of `SYSTEMS`."""
     for name, levels in SYSTEMS.items():
-        lines = [
-            {
-                "id": f"{level}-{i}",
-                "question": "Is there a dog?",
-                "answer": "Yes",
-                "text": "...",
-                "predicted": "yes" if i < right else "no",
-                "confidence": level,
-                "correct": i < right,
-                "category": None,
-                "noise_step": 0,
-                "answer_type": "yes_no",
-            }
+        rows = [
+            EstimatedPrediction(
+                f"{level}-{i}", "A dog?", "Yes", "", "yes", level, i < right, None, 0, "yes_no"
+            ).to_dict()
             for level, right, n in levels
             for i in range(n)
         ]
-        (tmp_path / "eval" / name).mkdir(parents=True)
-        path = tmp_path / "eval" / name / "predictions.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_rows(tmp_path / "eval" / name / "predictions.jsonl", rows, lines=True)
     return tmp_path / "eval"
 
 

@@ -24,7 +24,7 @@ FULL = Card(
     location="runs/sft/adapter",
     training={"stage": "SFT", "levels": "LinearLevels()", "schedule": "CosineSchedule(steps=1000)"},
     levels={
-        "yes_no": [("", 0.0, 0.95), ("noise", 0.5, 0.7), ("noise", 1.0, 0.5)],
+        "yes_no": [("", 0.0, 0.95), ("noise", 0.5, 0.7), ("noise", 1.0, 0.5), ("motion_blur", 0.5, 0.6)],
         "short": [("", 0.0, 0.9), ("noise", 0.5, 0.45), ("noise", 1.0, 0.0)],
     },
     results={
@@ -89,6 +89,7 @@ def test_levels_and_results_are_tables() -> None:
         ["", "0", "95%", "90%"],
         ["noise", "0.5", "70%", "45%"],
         ["noise", "1", "50%", "0%"],
+        ["motion blur", "0.5", "60%", "-"],
     ]
     rows = _table(text, "## Validation")
     assert rows[0] == ["", *(heading(name) for name in COLUMNS)]
@@ -98,12 +99,6 @@ def test_levels_and_results_are_tables() -> None:
     ]
     assert rows[2][1 + list(COLUMNS).index("auroc")] == "-", "undefined"
     assert "On the 40 validation queries" in text
-
-
-def test_levels_of_another_answer_type_leave_gaps() -> None:
-    card = replace(FULL, levels={"a": [("", 0.0, 1.0)], "b": [("motion_blur", 0.5, 0.5)]})
-    rows = _table(card_text(card), "## What it was taught")[1:]
-    assert rows == [["", "0", "100%", "-"], ["motion blur", "0.5", "-", "50%"]]
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -153,10 +148,7 @@ def test_what_training_on_a_quantised_base_means_is_said() -> None:
     ("changes", "command"),
     [
         ({"merged": True}, "vllm serve 'my model'"),
-        (
-            {"parts": ["language"]},
-            "vllm serve org/base --enable-lora --lora-modules calibrated='my model'",
-        ),
+        ({"parts": ["language"]}, "vllm serve org/base --enable-lora --lora-modules calibrated='my model'"),
         (
             {"parts": ["language", "projector"]},
             "vlm-calibration export 'my model' --merge --out merged\nvllm serve merged",

@@ -35,8 +35,8 @@ def build(
 ) -> Callable[..., tuple[Ended, list[dict[str, Any]]]]:
     """Builds a dashboard on a server that records requests; returns the run and the saved views."""
 
-    def built(*arguments: str, **variables: str) -> tuple[Ended, list[dict[str, Any]]]:
-        environment = {"HOME": str(tmp_path), **wandb_server.environment, **variables}
+    def built(*arguments: str) -> tuple[Ended, list[dict[str, Any]]]:
+        environment = {"HOME": str(tmp_path), **wandb_server.environment}
         command = ["dashboard", "--entity", ENTITY, *arguments]
         return server.wait(server.start(command, tmp_path, environment)), wandb_server.saved
 
@@ -101,18 +101,23 @@ def test_workspace_and_report_reach_the_server(
         assert filtered["value"] == (["evaluation"] if section["runs"] == "evaluation" else ["sft", "dpo"])
 
 
-def test_every_panel_shows_what_the_code_logs(
-    build: Callable[..., tuple[Ended, list[dict[str, Any]]]], offline_runs: dict[str, OfflineRun]
-) -> None:
-    _, saved = build()
+def _specifications(content: Any) -> list[Any]:
+    """Of the workspace and of the report, as the server gets them."""
+    views = (workspace("team", "mine", content), report("team", "mine", content))
+    return [
+        json.loads(v._to_model().model_dump_json(by_alias=True, exclude_none=True))["spec"] for v in views
+    ]
+
+
+def test_every_panel_shows_what_the_code_logs(offline_runs: dict[str, OfflineRun]) -> None:
     logged = {
         "training": offline_runs["sft"].keys | offline_runs["dpo"].keys,
         "evaluation": offline_runs["eval"].keys,
     }
     tags = {tag: run for run in offline_runs.values() for tag in run.tags}
     assert set(tags) == {"sft", "dpo", "evaluation"}, "what the report filters runs by"
-    for view in saved:
-        panels = _panels(view["spec"])
+    for specification in _specifications(sections(SYSTEMS)):
+        panels = _panels(specification)
         assert {p["viewType"] for p in panels} == KINDS
         for panel in panels:
             assert _keys(panel)
@@ -126,20 +131,15 @@ def test_every_panel_shows_what_the_code_logs(
             assert {isinstance(v, dict) for v in values} == {media}, shown["title"]
 
 
-def _specification(view: Any) -> Any:
-    return json.loads(view._to_model().model_dump_json(by_alias=True, exclude_none=True))
-
-
 def test_other_systems_are_compared_where_they_are_named() -> None:
-    content = sections(["base", "mine-1", "mine_2"])
-    for view in (workspace("team", "mine", content), report("team", "mine", content)):
-        keys = {key for panel in _panels(_specification(view)["spec"]) for key in _keys(panel)}
+    for specification in _specifications(sections(["base", "mine-1", "mine_2"])):
+        keys = {key for panel in _panels(specification) for key in _keys(panel)}
         assert {f"test/{s}/ece" for s in ("base", "mine-1", "mine_2")} <= keys
         assert not [key for key in keys if key.startswith("test/sft/")]
 
 
 def test_panels_of_the_report_do_not_overlap() -> None:
-    for block in _specification(report("team", "mine", sections(SYSTEMS)))["spec"]["blocks"]:
+    for block in _specifications(sections(SYSTEMS))[1]["blocks"]:
         taken: set[tuple[int, int]] = set()
         for panel in _panels(block):
             at = panel["layout"]
@@ -163,10 +163,13 @@ def test_the_outline_names_sections_panels_and_keys(capsys: pytest.CaptureFixtur
             assert line == f"  - {panel['title']}: {panel['kind']} of {', '.join(panel['keys'])}{unit}"
 
 
-def test_nobody_is_logged_in(build: Callable[..., tuple[Ended, list[dict[str, Any]]]]) -> None:
-    ended, saved = build(WANDB_API_KEY="")
+def test_nobody_is_logged_in(
+    call: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    ended = call("dashboard", "--entity", ENTITY)
     assert ended.error().startswith("nobody is logged in to W&B: run `wandb login`")
-    assert saved == []
 
 
 def test_the_server_refuses(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,15 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData, model_index_to_eval_results
 
+from vlm_calibration.commands.report import report
+from vlm_calibration.files import write_rows
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.card import (
-    Card,
-    Evaluation,
-    card_text,
-    load_card,
-    read_evaluation,
-    results_text,
-    save_card,
-)
+from vlm_calibration.reporting.card import Card, Evaluation, card_text, load_card, results_text, save_card
+from vlm_calibration.reporting.evaluation import read_evaluation
+from vlm_calibration.reporting.runs import RunRecord
 from vlm_calibration.reporting.tables import COLUMNS
+
+from .test_report import answers
 
 SFT, DPO = "0" * 32, "1" * 32
 DEMO = "vlm_calibration.demo.source.DemoSource"
@@ -44,20 +44,17 @@ def _write(
     record: dict[str, Any] | None = None,
     inputs: dict[str, str] | None = None,
     trainer: Any = None,
-    source: Any = None,
-    **metrics: dict[str, float | None],
+    left_out: int = 0,
+    with_oracle: bool = False,
 ) -> Path:
-    """A run directory as `test` leaves it."""
-    source = source or {"class_path": DEMO, "init_args": {"split": "development"}}
+    """A run directory as `test` leaves it; the system "sft" has left out some questions."""
+    source = {"class_path": DEMO, "init_args": {"split": "development"}}
+    test = {"clean": {"source": source, "noise": "none"}, "hard": {"source": source, "noise": "drawn"}}
+    settings = {"adapters": {"sft": "a", "dpo": "b"}, "oracle_levels": "levels.json" if with_oracle else None}
     config = {
         "trainer": trainer or {"limit_test_batches": None},
-        "model": {"class_path": "x.EvaluationModule", "init_args": {"adapters": {"sft": "a", "dpo": "b"}}},
-        "data": {
-            "test": {
-                "clean": {"source": source, "noise": "none"},
-                "hard": {"source": source, "noise": "drawn"},
-            }
-        },
+        "model": {"class_path": "x.EvaluationModule", "init_args": settings},
+        "data": {"test": test},
     }
     digests = {
         "model.init_args.adapters.sft": SFT,
@@ -66,27 +63,37 @@ def _write(
         "data.test.hard": "b",
         "data.calibration.clean": "c",
     }
-    for system, values in {"base": BASE, "sft": {**BASE, "ece": 0.25}, "dpo": TUNED, **metrics}.items():
-        (folder / system).mkdir(parents=True)
-        (folder / system / "metrics.json").write_text(json.dumps({**values, "ece/clean": 0.0}))
-    written = {"command": "test", "finished": True, "inputs": {**digests, **(inputs or {})}, **(record or {})}
-    (folder / "run.json").write_text(json.dumps(written))
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for system in ("base", "sft", "dpo", *(["oracle"] if with_oracle else []), "left_by_an_earlier_one"):
+        given = answers(0, n=60 - (left_out if system == "sft" else 0), honest=system == "dpo")
+        if given:
+            write_rows(folder / system / "predictions.jsonl", [p.to_dict() for p in given], lines=True)
+    written = {"command": "test", "stage": "EvaluationModule", "finished": True, **(record or {})}
+    RunRecord(**written, inputs=digests | (inputs or {})).write(folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return folder
 
 
 def test_the_rows_are_the_base_model_and_the_adapters_of_one_evaluation(tmp_path: Path) -> None:
-    folder = _write(tmp_path / "eval", oracle=BASE, left_by_an_earlier_one=BASE)
+    folder = _write(tmp_path / "eval", with_oracle=True)
     found = read_evaluation(folder, DPO)
-    assert (found.system, found.parts, found.dataset, found.split) == (
-        "dpo",
-        ["clean", "hard (key object perturbed)"],
-        "demo",
-        "development",
-    )
+    assert (found.system, found.dataset, found.split) == ("dpo", "demo", "development")
+    assert found.parts == ["clean", "hard (key object perturbed)"]
     assert list(found.results) == ["base", "sft", "dpo"]
-    assert found.results["dpo"] == {"n": 8, **{name: TUNED.get(name) for name in COLUMNS}}
     assert read_evaluation(folder, SFT).system == "sft"
+
+
+def test_the_numbers_are_those_of_the_report(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "eval")
+    report([str(folder)], replicates=2, images=False)
+    rows = [r for r in csv.DictReader((folder / "report.csv").open()) if r["estimator"] == "verbalized"]
+    reported = {r["system"]: {name: r[name] for name in ("n", *COLUMNS)} for r in rows if r["kind"] == "all"}
+    found = read_evaluation(folder, DPO).results
+    assert {s: {k: str(v) for k, v in row.items()} for s, row in found.items()} == reported
+    assert found["base"]["auroc"] == 0.5
+    (folder / "base/predictions.jsonl").write_text(json.dumps({**answers(0)[0].to_dict(), "correct": True}))
+    for system in ("sft", "dpo"):
+        shutil.copy(folder / "base/predictions.jsonl", folder / system)
+    assert read_evaluation(folder, DPO).results["dpo"]["auroc"] is None, "undefined"
 
 
 def test_other_queries_are_other_data_and_other_settings_are_not(tmp_path: Path) -> None:
@@ -104,8 +111,8 @@ def test_other_queries_are_other_data_and_other_settings_are_not(tmp_path: Path)
         ({"record": {"finished": False}}, "not a finished"),
         ({"record": {"command": "fit"}}, "not a finished"),
         ({"trainer": {"limit_test_batches": 2}}, "a part of the test set"),
-        ({"sft": {**BASE, "n": 7}}, "the same queries"),
-        ({"sft": {}}, "the same queries"),
+        ({"left_out": 3}, "did not answer the same questions: 'q57'"),
+        ({"left_out": 60}, "sft: no predictions.jsonl"),
     ],
 )
 def test_results_of_something_else_are_refused(
@@ -114,7 +121,7 @@ def test_results_of_something_else_are_refused(
     folder = tmp_path / "eval"
     if settings is not None:
         _write(folder, **settings)
-    with pytest.raises(DataError, match=f"^{folder}.*{says}"):
+    with pytest.raises(DataError, match=f"{folder}.*{says}"):
         read_evaluation(folder, DPO)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ import pytest
 from vlm_calibration.commands.report import report
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import write_rows
-from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.reporting.report.summary import probe_sentences
 
 from .test_report import Page, answers
@@ -47,6 +44,7 @@ def test_the_words() -> None:
         **effect("answer", -0.002, fell=0.02),
         "probe_answer_sum": 1.73,
     }
+    assert probe_sentences(dict.fromkeys(values, 0.0)) == [], "it applies to no answer"
     assert probe_sentences(values) == [
         "Without the image, its confidence falls by 31 points on average (it falls in 84% of 1,234 answers).",
         "Without the key object, its confidence rises by 1 point on average (it rises in 30% of 1,234 answers).",
@@ -54,13 +52,6 @@ def test_the_words() -> None:
         "With the opposite answer, its confidence moves by less than a point on average (it falls in 2% of 1,234 answers). The "
         "confidences in an answer and in its opposite add up to 173% on average; 100% would be consistent.",
     ]
-
-
-def test_of_a_probe_that_applies_to_no_answer_nothing_is_said() -> None:
-    predictions = [replace(p, probes={"original": 0.5, "object": None}) for p in answers(0, 6)]
-    values = summarize_predictions(predictions)
-    assert values["probe_object_n"] == 0
-    assert probe_sentences(values) == []
 
 
 @pytest.fixture
@@ -94,12 +85,3 @@ def test_the_page_speaks_of_each_probed_system(evaluation: Path) -> None:
     assert "add up to 100% on average" in section
     assert "A good confidence falls a lot without the image" in section
     assert "oracle" not in section
-
-
-def test_without_probes_there_is_no_section(evaluation: Path) -> None:
-    for name in ("base", "tuned"):
-        path = evaluation / name / "predictions.jsonl"
-        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-        write_rows(path, [{k: v for k, v in row.items() if k != "probes"} for row in rows], lines=True)
-    report([str(evaluation)], replicates=5, images=False)
-    assert "What confidence listens to" not in (evaluation / "report.html").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -38,7 +39,7 @@ from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report import pictures
 from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, p_value
-from vlm_calibration.reporting.report.data import System, read_systems
+from vlm_calibration.reporting.report.data import System, read_calibration, read_systems
 from vlm_calibration.reporting.report.pictures import examples_of, thumbnail
 from vlm_calibration.reporting.report.summary import (
     Verdict,
@@ -50,13 +51,8 @@ from vlm_calibration.reporting.report.summary import (
     verdict_sentence,
     weakest_group,
 )
-from vlm_calibration.reporting.report.table import (
-    agreement,
-    bands_of,
-    compare,
-    groups_of,
-    match_of,
-)
+from vlm_calibration.reporting.report.table import agreement, bands_of, compare, groups_of, match_of
+from vlm_calibration.reporting.runs import RunRecord
 
 NAMES = {
     "ece": expected_calibration_error,
@@ -395,31 +391,19 @@ def test_the_report_describes_the_last_trained_system() -> None:
     assert subject_of(systems[-1:]).name == "oracle"
 
 
-def test_examples_say_what_happened_to_the_image() -> None:
-    base = [replace(p, category="noised", id=p.id) for p in answers(0)]
-    old = [replace(p, perturbation=None, strength=None) for p in base]
-    shown = examples_of(system("base", base), [])
-    words = {"": "untouched", "noise": "noise, strength 0.5", "motion_blur": "motion blur, strength 0.5"}
-    for example in (*shown["overconfident"], *shown["underconfident"]):
-        assert example.perturbation == words[example.answer.perturbation or ""]
-    assert {e.perturbation for e in examples_of(system("base", old), [])["overconfident"]} == {""}, (
-        "not known"
-    )
-
-
 def test_the_response_is_that_of_perturbed_splits_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(pictures, "response_curve", lambda tables, figure: drawn.append(tables))
     rows = [replace(p, category="clean") if p.strength == 0 else p for p in answers(0)]
     rows += [replace(p, id=f"n{p.id}", category="noised") for p in rows[:8:2]]
-    pictures.panels_of([system("base", rows)])
+    pictures.figures_of([system("base", rows)])
     [tables] = drawn
     assert {key: table.n for key, table in tables.items()} == {
         ("", 0.0): 4,
         ("motion_blur", 0.5): 15,
         ("noise", 0.5): 15,
     }
-    pictures.panels_of([system("base", [p for p in rows if p.category == "clean"])])
+    pictures.figures_of([system("base", [p for p in rows if p.category == "clean"])])
     assert len(drawn) == 1, "nothing was perturbed"
 
 
@@ -428,7 +412,7 @@ def test_figures_hold_the_confidences_of_the_table(monkeypatch: pytest.MonkeyPat
     drawn = []
     monkeypatch.setattr(pictures, "reliability_diagram", lambda table, ax: drawn.append(table))
     oracle = system("oracle", [replace(p, confidence=(p.confidence or 0.5) * 0.991) for p in answers(0)])
-    pictures.panels_of([oracle])
+    pictures.figures_of([oracle])
     [table] = drawn
     assert float(METRICS["ece"](table)) == compare([oracle], replicates=20)[0].iloc[0].ece
 
@@ -436,8 +420,18 @@ def test_figures_hold_the_confidences_of_the_table(monkeypatch: pytest.MonkeyPat
 # --- The files ----------------------------------------------------------------------------------------------------
 
 
-def test_page_and_table_of_an_evaluation(evaluation: Path) -> None:
+def test_page_and_table_of_an_evaluation(evaluation: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report([str(evaluation)], replicates=50, images=False)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.strip() == "All 60 answers"
+    words = " ".join(lines)
+    assert re.search(
+        r"tuned: its largest error is on “.+”: it says \d+% and is right \d+% of the time \(\d+", words
+    )
+    at = lines.index(f"report: {evaluation}/report.html")
+    assert lines[at + 1] == "what to try next:"
+    for line, command in zip(lines[at + 2 :], ("app", "ask", "export"), strict=True):
+        assert re.match(rf"  \S*(vlm-calibration|make) {command} .*runs/tuned", line), line
     page = Page((evaluation / "report.html").read_text())
     predictions = answers(0)
     most = [p for p in predictions if p.confidence is not None and p.confidence >= 0.9]
@@ -445,6 +439,8 @@ def test_page_and_table_of_an_evaluation(evaluation: Path) -> None:
     assert f"When it says 90–100%, on average 100%, it is right {right:.0f}% of the time." in page.text
     assert "“base” says 95% on average" in page.text
     assert " 1 of the answers state none that could be parsed." in page.text
+    assert f"Versions of the run in {evaluation}: not recorded." in page.text
+    assert "What confidence listens to" not in page.text, "nothing was probed"
     for heading in (
         "Side by side", "Reliability", "Response to lost evidence", "By category", "Most confident wrong answers",
     ):  # fmt: skip
@@ -482,23 +478,20 @@ def test_the_page_says_what_a_system_is_where_it_is_weakest_and_what_ran_it(eval
     config = {"model": {"init_args": {"adapters": {"tuned": str(adapter)}}}}
     (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
     (evaluation / "base").rename(evaluation / "oracle")
+    versions = {"Python": "3.99.1", "torch": "0.0.7"}
+    RunRecord("test", "EvaluationModule", True, versions=versions).write(evaluation)
     report([str(evaluation)], replicates=5, images=False)
     page = Page((evaluation / "report.html").read_text()).text
     for fact in (
         "base model my/base", f"adapter {adapter}", "stage a stage", "steps 77", "adapter settings LoRA, r=3",
         "optimizer adamw, learning rate 0.5", "SFT, anchored levels, noise + motion blur",
-        f"Versions of the run in {evaluation}: not recorded.",
+        f"Versions of the run in {evaluation}: Python 3.99.1, torch 0.0.7.",
     ):  # fmt: skip
         assert fact in page
     shown, oracle = read_systems([str(evaluation)])
     assert "kind and strength" in oracle.origin.label
     weakest = weakest_group(compare([shown], 5)[0], "tuned")
     assert f"{weakest.group}: {in_numbers(weakest)} of the time" in page
-    record = {"finished": True, "versions": {"Python": "3.99.1", "torch": "0.0.7"}}
-    (evaluation / "run.json").write_text(json.dumps(record))
-    report([str(evaluation)], replicates=5, images=False)
-    page = Page((evaluation / "report.html").read_text()).text
-    assert f"Versions of the run in {evaluation}: Python 3.99.1, torch 0.0.7." in page
     assert torch.__version__ not in page
 
 
@@ -521,20 +514,6 @@ def test_texts_of_models_and_data_neither_run_nor_load(tmp_path: Path) -> None:
     assert "default-src 'none'" in page.policy
     assert "script-src" not in page.policy
     assert "alert(1)" in page.text, "it is shown as text"
-
-
-def test_the_page_is_replaced_whole_or_not_at_all(evaluation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = evaluation / "report.html"
-    page.write_text("before")
-
-    def fail(*_: Any, **__: Any) -> str:
-        raise DataError("no page")
-
-    monkeypatch.setattr("vlm_calibration.reporting.report.page.render_page", fail)
-    with pytest.raises(DataError):
-        report([str(evaluation)], replicates=5)
-    assert page.read_text() == "before"
-    assert sorted(p.name for p in evaluation.glob("report*")) == ["report.html"]
 
 
 def test_images_come_back_with_their_perturbation(
@@ -577,6 +556,8 @@ def test_images_come_back_with_their_perturbation(
     [base] = read_systems([str(tmp_path)])
     shown = [e for examples in examples_of(base, []).values() for e in examples]
     assert any(e.answer.strength for e in shown)
+    unknown = system("base", [replace(p, perturbation=None, strength=None) for p in base.predictions])
+    assert {e.perturbation for e in examples_of(unknown, [])["overconfident"]} == {""}
     for example in shown:
         sample = samples[example.answer.id]
         assert example.perturbation == str(sample.perturbation)
@@ -626,10 +607,9 @@ def test_recalibration_may_be_fitted_on_another_evaluation(evaluation: Path, tmp
         (calibration / name).mkdir(parents=True)
         moved = [replace(p, correct=True) for p in held_out(6)]
         write_rows(calibration / name / "predictions.jsonl", [p.to_dict() for p in moved], lines=True)
-    report([str(evaluation)], calibration=str(calibration), replicates=5, images=False)
-    rows = list(csv.DictReader((evaluation / "report.csv").open()))
-    isotonic = [r for r in rows if r["recalibration"] == "isotonic" and r["estimator"] == "verbalized"]
-    assert [float(r["mean_confidence"]) for r in isotonic] == [1.0, 1.0], "all held-out answers are right"
+    frame, _ = compare(read_calibration(str(calibration), read_systems([str(evaluation)])), replicates=5)
+    isotonic = frame[(frame.recalibration == "isotonic") & (frame.estimator == "verbalized")]
+    assert list(isotonic.mean_confidence) == [1.0, 1.0], "all held-out answers are right"
 
 
 @pytest.mark.parametrize(
@@ -657,6 +637,5 @@ def test_names_that_occur_twice_get_their_folder(evaluation: Path, tmp_path: Pat
     second = tmp_path / "other" / "tuned"
     second.mkdir(parents=True)
     write_rows(second / "predictions.jsonl", [p.to_dict() for p in answers(2)], lines=True)
-    report([str(evaluation), str(tmp_path / "other")], replicates=5, images=False)
-    names = list(dict.fromkeys(r["system"] for r in csv.DictReader((evaluation / "report.csv").open())))
-    assert names == ["base", f"{evaluation}/tuned", f"{tmp_path / 'other'}/tuned"]
+    systems = read_systems([str(evaluation), str(tmp_path / "other")])
+    assert [s.name for s in systems] == ["base", f"{evaluation}/tuned", f"{tmp_path / 'other'}/tuned"]

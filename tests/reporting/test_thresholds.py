@@ -17,7 +17,7 @@ from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import write_rows
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.models.base import adapter_weights_digest
-from vlm_calibration.reporting.report.data import System
+from vlm_calibration.reporting.report.data import System, read_systems
 from vlm_calibration.reporting.report.page import coverage_cell, error_cell
 from vlm_calibration.reporting.report.thresholds import (
     ALL,
@@ -159,13 +159,12 @@ def test_the_card_of_a_system_states_the_guarantee_of_its_own_weights(evaluation
     answered = {"split": "calibration", "digest": file_digest(evaluation / "base/calibration.jsonl")}
     write_rule(replace(rule, guarantee="At most 2% of base.", answers=answered), evaluation / "base")
 
-    def stated() -> list[str]:
-        report([str(evaluation)], replicates=5, images=False)
-        return re.findall("<dt>guarantee</dt><dd>(.*)</dd>", (evaluation / "report.html").read_text())
+    def stated() -> list[str | None]:
+        return [system.origin.facts.get("guarantee") for system in read_systems([str(evaluation)])]
 
     assert stated() == ["At most 2% of base.", "At most 5% of tuned."]
     (adapter / "adapter_model.safetensors").write_text("trained again")
-    assert stated() == ["At most 2% of base."]
+    assert stated() == ["At most 2% of base.", None]
     with (evaluation / "base/calibration.jsonl").open("a") as file:
         file.write(json.dumps(answers("more", 1, 0, likelihood=0.5)[0].to_dict()) + "\n")
-    assert stated() == []
+    assert stated() == [None, None]

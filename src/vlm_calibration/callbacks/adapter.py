@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 from torch import Tensor
 
-from vlm_calibration.callbacks.run_record import read_record
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.files import replacing
+from vlm_calibration.files import json_number, replacing
 from vlm_calibration.hub import base_license, is_hub_name
 from vlm_calibration.models.adapters import adapted_parts
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.models.sharding import full_state_dict
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
+from vlm_calibration.reporting.runs import read_record
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.scoring import HasResults
@@ -78,7 +77,7 @@ class AdapterWriter(L.Callback):
         trainer: L.Trainer,
         module: L.LightningModule,
         folder: Path,
-        weights: dict[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write the current adapter, processor and card, and replace `folder` at once when all are written.
 
@@ -116,6 +115,7 @@ class AdapterWriter(L.Callback):
             "steps": str(trainer.global_step),
             "adapter": f"{' '.join([*kinds, 'LoRA'])}, r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
         }
+        answer_types = levels.answer_types if isinstance(levels, AnchoredLevels) else ("any answer",)
         if isinstance(levels, AnchoredLevels) and levels.table.ranked:
             # Ranked levels do not say how often an answer is correct.
             training["levels"] = "open answers by ranking"
@@ -124,9 +124,9 @@ class AdapterWriter(L.Callback):
         if (record := read_record(folder)) is not None:
             given = {name: str(value) for name, value in record.settings.items() if value is not None}
             training |= {name: value for name, value in given.items() if not name.endswith(SECRETS)}
+        # There are no answers of an evaluation yet, so these are no rows of `reporting.report.table`.
         results = {
-            # JSON lacks NaN.
-            when: {name: v[name] if math.isfinite(v[name]) else None for name in ("n", *COLUMNS) if name in v}
+            when: {name: json_number(name, v[name]) for name in ("n", *COLUMNS) if name in v}
             for when, v in self.validations.items()
         }
         return Card(
@@ -138,7 +138,9 @@ class AdapterWriter(L.Callback):
             dtype=base.dtype,
             quantization=base.quantization,
             training=training,
-            levels=_taught(data.noise),
+            levels={
+                t: [(*p, levels.confidence(p, t)) for p in data.noise.perturbations] for t in answer_types
+            },
             results=results,
             license=base_license(base.name_or_path, base.revision),
             template=data.prompt.template,
@@ -154,13 +156,3 @@ def shown_path(path: Path) -> str:
     """The path relative to the working directory if it is inside it, else as it is."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
-
-
-def _taught(noise: NoisePolicy) -> dict[str, list[tuple[str, float, float]]]:
-    """Answer type -> (kind of perturbation, strength, confidence in [0, 1] that is taught there) for each level, on average."""
-    levels = noise.levels
-    answer_types = levels.answer_types if isinstance(levels, AnchoredLevels) else ("any answer",)
-    return {
-        answer_type: [(*p, levels.confidence(p, answer_type)) for p in noise.perturbations]
-        for answer_type in answer_types
-    }

@@ -17,9 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.logger import staged, wandb_logger
-from vlm_calibration.callbacks.run_record import read_record
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.progress import stage_name
+from vlm_calibration.reporting.runs import read_record
 
 LATEST, BEST = "latest", "best"
 MONITOR = "brier"

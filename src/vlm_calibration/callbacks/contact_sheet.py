@@ -17,7 +17,7 @@ from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.files import replacing
 from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.images import resize_image, resize_mask
-from vlm_calibration.records import DataError, LoadedImage
+from vlm_calibration.records import DataError
 
 THUMB = 168
 MARGIN, LINE, LABEL, TEXT_WIDTH = 6, 15, 20, 260
@@ -47,19 +47,17 @@ class ContactSheet(L.Callback):
             contact_sheet(sources, self.queries, data.noise).save(temporary, "PNG")
 
 
-def contact_sheet(
-    sources: Sequence[QuerySource], count: int, policy: NoisePolicy, seed: int = 0
-) -> Image.Image:
+def contact_sheet(sources: Sequence[QuerySource], count: int, policy: NoisePolicy) -> Image.Image:
     """Draw `count` random queries: question and answer, regions, and a row of strengths for each kind of perturbation of `policy`.
 
     The evidence is outlined in red, other regions in blue. The evidence is perturbed, by the transforms of training, or the other
-    regions if there is none. `seed` is that of the choice of queries, and of the perturbations.
+    regions if there is none.
 
     Raises:
         DataError: an image cannot be read.
     """
     queries = [(source, index) for source in sources for index in range(len(source.queries()))]
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
+    chosen = np.sort(np.random.default_rng(0).permutation(len(queries))[:count])
     strengths = {kind: [s for s in policy.levels.strengths(kind) if s] for kind in policy.used_kinds}
     columns, rows = 2 + max(map(len, strengths.values())), len(strengths) * len(chosen)
     font = ImageFont.load_default(12)
@@ -81,11 +79,17 @@ def contact_sheet(
             caption += textwrap.wrap(text, 40)[:4]
         for line, text in enumerate(caption[: THUMB // LINE]):
             draw.text((MARGIN, first * CELL_HEIGHT + LABEL + line * LINE), text, "black", font)
-        image, evidence, distractors = _thumbnail(source.load(query))
+        loaded = source.load(query)
+        scale = THUMB / max(loaded.image.shape[:2])
+        height, width = (max(1, round(side * scale)) for side in loaded.image.shape[:2])
+        image = resize_image(loaded.image, (height, width))
+        evidence, distractors = (
+            [resize_mask(m, (height, width)) for m in ms] for ms in (loaded.evidence, loaded.distractors)
+        )
         paste(first, 0, "regions", _draw_regions(image, evidence, distractors))
         paste(first, 1, "untouched", image)
         mask = np.logical_or.reduce([*(evidence or distractors), np.zeros(image.shape[:2], dtype=bool)])
-        own_seed = int(query_rng(seed, 0, query.id).integers(2**63))
+        own_seed = int(query_rng(0, 0, query.id).integers(2**63))
         for row, (kind, values) in enumerate(strengths.items(), start=first):
             transform = region_perturbation(kind, policy.schedule)
             for column, strength in enumerate(values, start=2):
@@ -94,17 +98,6 @@ def contact_sheet(
                     shown = transform(image=image, mask=mask, strength=strength, seed=own_seed)["image"]
                 paste(row, column, f"{kind.replace('_', ' ')} {strength:g}", shown)
     return sheet
-
-
-def _thumbnail(loaded: LoadedImage) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """The image and the masks of evidence and distractors at the size of a thumbnail."""
-    height, width = loaded.image.shape[:2]
-    scale = THUMB / max(height, width)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    evidence, distractors = (
-        [resize_mask(m, size) for m in ms] for ms in (loaded.evidence, loaded.distractors)
-    )
-    return resize_image(loaded.image, size), evidence, distractors
 
 
 def _draw_regions(

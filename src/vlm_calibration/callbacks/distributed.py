@@ -6,20 +6,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import lightning as L
-import torch
 
 from vlm_calibration.records import DataError
 
 T = TypeVar("T")
-
-
-def all_gather(trainer: L.Trainer, value: T) -> list[T]:
-    """The values of all processes, by rank; every process must call this."""
-    if trainer.world_size == 1:
-        return [value]
-    gathered: list[T] = [value] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
 
 
 def broadcast_from_first(trainer: L.Trainer, compute: Callable[[], T]) -> T:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,8 @@ from vlm_calibration.metrics.figures import reliability_diagram, response_curve,
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.records import Prediction
-from vlm_calibration.reporting.tables import COLUMNS
+from vlm_calibration.reporting.report.data import System
+from vlm_calibration.reporting.report.table import plain_rows
 from vlm_calibration.stages.scoring import HasResults
 
 LARGEST_SIDE = 512
@@ -33,7 +33,8 @@ class CalibrationFigures(L.Callback):
 
     Names begin with `val/`, or with `test/` and the system's name. For each system: the figures `reliability`, `risk_coverage` and, if
     images were perturbed, `response_curve`, with their numbers in `confidence_table` and `response_table`. For all systems: `samples`,
-    the answers to the same queries each time, with the image as the model saw it; in an evaluation `comparison`, a row a system.
+    the answers to the same queries each time, with the image as the model saw it; in an evaluation `comparison`, the rows of
+    `reporting.report.table.plain_rows`.
 
     Args:
         samples: number of queries in `samples`.
@@ -58,17 +59,14 @@ class CalibrationFigures(L.Callback):
         logger = wandb_logger(trainer)
         if logger is None:
             return
-        results, folder = cast(HasResults, module).results, Path(trainer.default_root_dir)
-        answers = {system: read_predictions(folder / system / PREDICTIONS) for system in results}
+        folder = Path(trainer.default_root_dir)
+        systems = cast(HasResults, module).results
+        answers = {system: read_predictions(folder / system / PREDICTIONS) for system in systems}
         with staged(logger):
             media: dict[str, Any] = {}
             if stage == "test":
-                names = ("n", *COLUMNS)
-                rows = [
-                    [system, *(None if math.isnan(values[name]) else values[name] for name in names)]
-                    for system, values in results.items()
-                ]
-                media["test/comparison"] = _table(["system", *names], rows)
+                rows = plain_rows([System(name, given, {}, folder, None) for name, given in answers.items()])
+                media["test/comparison"] = _table([*rows.columns], rows.to_numpy().tolist())
             for system, predictions in answers.items():
                 prefix = f"{stage}/{system}" if system else stage
                 media |= {f"{prefix}/{name}": value for name, value in media_of(predictions, dataset).items()}

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from vlm_calibration.callbacks.distributed import all_gather
 from vlm_calibration.records import DataError
 
 
@@ -22,9 +21,7 @@ class NanGuard(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._losses: list[tuple[Tensor, list[str]]] = []
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, *_: Any) -> None:
         self._ids = [query.id for query in batch.queries]
 
     def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: Tensor) -> None:
@@ -41,7 +38,9 @@ class NanGuard(L.Callback):
             all_finite = zip(finite.tolist(), batches, strict=True)
             culprits = [i for is_finite, (_, ids) in all_finite if not is_finite for i in ids]
             of_step = [i for _, ids in batches for i in ids]
-            gathered = all_gather(trainer, (culprits, of_step))
+            gathered = [(culprits, of_step)] * trainer.world_size
+            if trainer.world_size > 1:
+                torch.distributed.all_gather_object(gathered, (culprits, of_step))
             what, records = "loss", [i for ids, _ in gathered for i in ids]
             if not records:
                 what, records = "gradient", [i for _, ids in gathered for i in ids]

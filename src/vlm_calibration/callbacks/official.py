@@ -11,12 +11,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from vlm_calibration.benchmarks.official import OfficialCounts, official_scores
-from vlm_calibration.callbacks.predictions import METRICS, OFFICIAL, require_writer
+from vlm_calibration.callbacks.predictions import OFFICIAL, require_writer
 from vlm_calibration.data.dataset import EvalSplit, with_split_name
 from vlm_calibration.data.sources.benchmark import BenchmarkSource
 from vlm_calibration.estimators.predictions import PREDICTIONS, read_predictions
 from vlm_calibration.files import json_number, name_some, read_json, write_json, write_rows
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.runs import METRICS
 from vlm_calibration.reporting.tables import official_table
 from vlm_calibration.stages.scoring import HasResults
 

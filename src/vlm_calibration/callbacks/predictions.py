@@ -14,6 +14,7 @@ from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import clear_leftovers, json_number, remove, write_json
 from vlm_calibration.models.base import THRESHOLDS
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.runs import METRICS, NOTES
 from vlm_calibration.stages.answer_log import VALIDATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 from vlm_calibration.stages.scoring import HasResults
@@ -22,8 +23,8 @@ TEST, HELD_OUT = TESTED
 VALIDATION = "validation"
 FILES = {TEST: PREDICTIONS, HELD_OUT: CALIBRATION, VALIDATION: PREDICTIONS}
 """Split -> file of its predictions."""
-METRICS, NOTES, OFFICIAL = "metrics.json", "notes.json", "official"
-"""Files of a system's metrics, of the evaluation's notes on it, and the folder of the answer files for benchmarks' scripts."""
+OFFICIAL = "official"
+"""Folder of the answer files for benchmarks' scripts."""
 
 
 class PredictionWriter(L.Callback):
@@ -49,6 +50,7 @@ class PredictionWriter(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder, rank, data = Path(trainer.default_root_dir), trainer.global_rank, _data(trainer)
         self._complete = False
+        self._state = ResumeState()
         if stage != "test":
             queries = data.sets[VALIDATION].queries if VALIDATION in data.sets else ()
             self._log = AnswerLog(folder, rank, {VALIDATION: queries}, name=VALIDATED)
@@ -56,11 +58,9 @@ class PredictionWriter(L.Callback):
                 # A validation that was killed may have left answers.
                 self._log.clear()
             return
-        module = cast(EvaluationModule, pl_module)
-        log = self._log = AnswerLog(folder, rank, data.tested_queries, module.run_digest)
-        complete = asks_all(trainer)
-        self._state = ResumeState()
+        log = self._log = AnswerLog(folder, rank, data.tested_queries, pl_module.run_digest)  # type: ignore[arg-type]
         if not self.start_over:
+            complete = asks_all(trainer)
             self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
         data.leave_out_answered(self._state.answered or {})
 
@@ -84,15 +84,13 @@ class PredictionWriter(L.Callback):
         for batch in self._log.batches(TEST) if self._state.answered is not None else ():
             module.count(batch)
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
         self._log.add(VALIDATION, BatchAnswers(answers=outputs, passes={}))
 
     def on_test_batch_end(
         self,
         trainer: L.Trainer,
-        module: L.LightningModule,
+        module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,

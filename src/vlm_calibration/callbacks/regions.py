@@ -114,28 +114,27 @@ class RegionWriter(L.Callback):
 
     def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, JsonLine], folder: Path) -> None:
         """Write the rows of each source as one file without unreadable ones, and the summary of all."""
-        total = RegionSummary()
+        total, plan = RegionSummary(), data.region_plan
         files: dict[str, RegionSummary] = {}
-        plan = data.region_plan
+
+        def usable(line: JsonLine, summary: RegionSummary) -> list[dict[str, Any]]:
+            """The rows of a shard that can be trained on; the summaries count all rows."""
+            rows: list[dict[str, Any]] = self._log.reread(line)["rows"]
+            for row in rows:
+                summary.add(row)
+                total.add(row)
+            return [row for row in rows if row["outcome"] != "unreadable"]
+
         for index, extraction in enumerate(plan.extractions):
             summary = files[extraction.file] = RegionSummary()
             own = [lines[number] for number, shard in enumerate(plan.shards) if shard.extraction == index]
             tracked = track(own, f"writing {folder / extraction.file}", len(own), "shards")
-            shards = (self._usable(line, summary, total) for line in tracked)
-            write_rows(folder / extraction.file, shards, extraction.note)
+            write_rows(folder / extraction.file, (usable(line, summary) for line in tracked), extraction.note)
         by_file = {name: summary.to_dict() for name, summary in files.items()}
         complete = [f"data.{setting}" for setting in plan.complete]
         content = {**total.to_dict(), "files": by_file, "complete": complete}
         write_json(folder / SUMMARY, content)
         print_summary(folder, content)
-
-    def _usable(self, line: JsonLine, *summaries: RegionSummary) -> list[dict[str, Any]]:
-        """The rows of a shard that can be trained on; the summaries count all rows."""
-        rows: list[dict[str, Any]] = self._log.reread(line)["rows"]
-        for row in rows:
-            for summary in summaries:
-                summary.add(row)
-        return [row for row in rows if row["outcome"] != "unreadable"]
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if hasattr(self, "_log"):

@@ -22,14 +22,14 @@ from vlm_calibration.callbacks.adapter import ADAPTER
 from vlm_calibration.callbacks.checkpoint import FOLDER
 from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.callbacks.regions import SHARDS, SUMMARY
-from vlm_calibration.callbacks.run_record import RunRecord, command_of, differences, new_record, read_record
+from vlm_calibration.callbacks.run_record import command_of, differences, new_record
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.files import MAX_NAMED, hold, release, remove, replacing
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.runs import CONFIG, METRICS, RunRecord, read_record
 from vlm_calibration.settings import file_digest
 from vlm_calibration.stages.answer_log import EVALUATED
 
-CONFIG, METRICS = "config.yaml", "metrics.json"
 TRAINED = (ADAPTER, FOLDER, METRICS, "predictions.jsonl")
 """Files of `fit` other than its configuration and logs; `--overwrite` removes them."""
 UNRECORDED = (ADAPTER, FOLDER, SUMMARY, METRICS)

@@ -1,4 +1,4 @@
-"""The record of a run, `run.json` in its directory: what was run, from which inputs, and whether it has finished.
+"""What makes the record of a run, and in what two records differ.
 
 Two runs are the same if their records are: e.g. a level table that was measured again is another input at the same path.
 """
@@ -11,7 +11,6 @@ import platform
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from jsonargparse import ArgumentParser, Namespace
 from vlm_calibration.data.module import PerturbedQueryDataModule, setting_of
 from vlm_calibration.data.sources.base import queries_digest
 from vlm_calibration.endpoint.client import DECIDING
-from vlm_calibration.files import read_json, write_json
-from vlm_calibration.models.base import adapter_digest, find_adapter, read_object
+from vlm_calibration.files import read_json
+from vlm_calibration.models.base import adapter_digest, find_adapter
 from vlm_calibration.models.loading import model_identity
-from vlm_calibration.records import DataError
+from vlm_calibration.reporting.runs import RunRecord
 from vlm_calibration.settings import digest, file_digest, flat
 from vlm_calibration.stages.level_fit import LevelFitModule
 
-RECORD = "run.json"
 SOURCES = ("train", "validation", "test", "calibration", "levels", "predict")
 """Settings of `data` that are sources, or named splits of them."""
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "scikit-learn", "numpy")
@@ -75,51 +73,6 @@ PASSIVE = re.compile(
 """Callbacks that only observe a run: all of ours, and some of Lightning's."""
 TYPED = ("limit_", "overfit_batches", "val_check_interval")
 """Settings of which 1 is a number of batches, and 1.0 is all of them."""
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What `run.json` holds.
-
-    Attributes:
-        command: "fit", "test", "predict" or "levels fit".
-        stage: class of the module.
-        finished: whether the run has ended and all its results are written.
-        settings: dotted name -> value, of every setting that can change the result.
-        inputs: setting -> digest of the content that it names.
-        results: path of each result outside the run directory -> digest of its content when the run ended.
-        versions: "Python" and packages -> version that the run began with.
-    """
-
-    command: str
-    stage: str
-    finished: bool
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-    results: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """Of what was run, in whatever state it is."""
-        return digest([json.dumps([self.command, self.settings, self.inputs, self.versions])])
-
-    def write(self, folder: Path) -> None:
-        """Write the record into a run directory, atomically; raises a DataError if it cannot be written."""
-        write_json(folder / RECORD, asdict(self))
-
-
-def read_record(folder: Path) -> RunRecord | None:
-    """The record in a run directory, None without one; raises a DataError if the file is not such a record."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        return RunRecord(**read_object(path))
-    except TypeError as error:
-        raise DataError(
-            f"{path}: not the record of a run ({error}): remove the folder to start again"
-        ) from error
 
 
 def command_of(subcommand: str, module: L.LightningModule) -> str:

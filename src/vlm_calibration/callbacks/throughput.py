@@ -42,12 +42,10 @@ class Throughput(L.Callback):
             self._began += pause
             self._last_end += pause
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self._waited += time.perf_counter() - self._last_end
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self._due = bool(trainer.loggers) and trainer._logger_connector.should_update_logs
         gradients = [p.grad for p in module.parameters() if p.grad is not None] if self._due else []
         if gradients:
@@ -56,7 +54,7 @@ class Throughput(L.Callback):
             self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self._samples += len(batch.queries)
         self._tokens = self._tokens + tokens_of(batch)

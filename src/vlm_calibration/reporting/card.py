@@ -20,9 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from vlm_calibration.files import write_json, write_text
 from vlm_calibration.models.base import FACTS, read_object
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.runs import CONFIG, METRICS, RECORD, read_config, systems_of
 from vlm_calibration.reporting.tables import COLUMNS, heading, shown
-from vlm_calibration.settings import digest
 
 TEXT = "README.md"
 DIGEST = "readme_sha256"
@@ -31,8 +29,6 @@ EXAMPLE = "Is there a dog in the image?"
 TAGS = ("vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848")
 TASK = "image-text-to-text"
 """The task of such a model on the Hub."""
-ADAPTERS = "model.init_args.adapters."
-"""Prefix of the inputs in `run.json` that are adapters."""
 HUB_METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
     "ece": ("expected_calibration_error", "Expected calibration error of the stated confidence"),
@@ -189,54 +185,6 @@ def _render(template: str, card: Card, **values: Any) -> str:
     head = f"{line('', map(heading, COLUMNS))}\n{'| --- ' * (1 + len(COLUMNS))}|"
     helpers = {"repr": repr, "quote": shlex.quote, "head": head, "row": row}
     return environment.get_template(template).render(card=card, **helpers, **values)
-
-
-def read_evaluation(folder: Path, adapter: str) -> Evaluation:
-    """Read the results of an adapter, by the digest of its files, with those of the base model and of other adapters beside it.
-
-    Raises:
-        DataError: the run directory holds no finished `vlm-calibration test` of a whole test set, or not of this adapter.
-    """
-    if not (folder / RECORD).is_file():
-        raise DataError(f"{folder}: no {RECORD}: give the run directory of `vlm-calibration test`")
-    record, config = read_object(folder / RECORD), read_config(folder / CONFIG)
-    if config is None or record.get("command") != "test" or not record.get("finished"):
-        raise DataError(f"{folder}: not a finished `vlm-calibration test`: evaluate first")
-    if ((config.get("trainer") or {}).get("limit_test_batches") or 1.0) != 1.0:
-        raise DataError(f"{folder}: a part of the test set: run `vlm-calibration test` without limits")
-    inputs = record["inputs"]
-    adapters = {key[len(ADAPTERS) :]: value for key, value in inputs.items() if key.startswith(ADAPTERS)}
-    system = next((name for name, value in adapters.items() if value == adapter), None)
-    if system is None:
-        raise DataError(
-            f"{folder}: this adapter was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'}): "
-            "evaluate it again"
-        )
-    evaluated = systems_of(config)
-    results: dict[str, dict[str, float | None]] = {}
-    for name in ("base", *adapters):
-        if name in evaluated:
-            metrics = read_object(folder / name / METRICS)
-            results[name] = {key: metrics.get(key) for key in ("n", *COLUMNS)}
-    counts = {values["n"] for values in results.values()}
-    if len(counts) > 1 or None in counts:
-        raise DataError(f"{folder}: the systems did not answer the same queries: evaluate again")
-    splits = config["data"]["test"]
-    sources = [split["source"] for split in splits.values()]
-    kinds = {str(source["class_path"]).rsplit(".", 1)[-1].removesuffix("Source") for source in sources}
-    queries = (f"{key} {value}\n" for key, value in sorted(inputs.items()) if key.startswith("data.test"))
-    return Evaluation(
-        adapter=adapter,
-        system=system,
-        dataset="+".join(sorted(kind.lower() for kind in kinds)),
-        split="+".join(sorted({str((s.get("init_args") or {}).get("split") or "test") for s in sources})),
-        revision=digest(queries),
-        parts=[
-            name if split.get("noise", "none") == "none" else f"{name} (key object perturbed)"
-            for name, split in splits.items()
-        ],
-        results=results,
-    )
 
 
 def save_card(folder: Path, card: Card) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 from rich.console import Console
-from rich.table import Table
 
 from vlm_calibration.regions.extraction import OUTCOMES
+from vlm_calibration.reporting.tables import text_table
 
 MAX_NOTES = 5
 
@@ -59,14 +59,10 @@ def print_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Print a summary of all queries, in which `files` has that of each file in `folder`, and `complete` names settings."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if n := summary["queries"]:
-        table = Table(title=f"Regions of {n} queries")
-        table.add_column("")
-        table.add_column("queries", justify="right")
-        table.add_column("share", justify="right")
-        for name, count in summary["outcomes"].items():
-            if count:
-                table.add_row(name, str(count), f"{count / n:.1%}")
-        console.print(table)
+        rows = [
+            (name, str(count), f"{count / n:.1%}") for name, count in summary["outcomes"].items() if count
+        ]
+        console.print(text_table(f"Regions of {n} queries", ("", "queries", "share"), rows))
         phrases, share = summary["phrases"], summary["share_of_image"]
         if phrases["named"]:
             console.print(f"phrases: {phrases['located']} of {phrases['named']} located")

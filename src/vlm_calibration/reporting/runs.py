@@ -2,23 +2,72 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from vlm_calibration.files import is_held
+from vlm_calibration.files import is_held, write_json
 from vlm_calibration.models.base import read_object
 from vlm_calibration.progress import stage_name
 from vlm_calibration.records import DataError
+from vlm_calibration.settings import digest
 
-CONFIG, METRICS, RECORD, PAGE = "config.yaml", "metrics.json", "run.json", "report.html"
+CONFIG, RECORD, PAGE = "config.yaml", "run.json", "report.html"
+METRICS, NOTES = "metrics.json", "notes.json"
+"""Files of a system's metrics, and of the evaluation's notes on it."""
 HEADLINE = ("n", "accuracy", "ece", "brier", "auroc")
 """Metrics of the stated confidence that a list shows."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `run.json` holds: what was run, from which inputs, and whether it has finished.
+
+    Attributes:
+        command: "fit", "test", "predict" or "levels fit".
+        stage: class of the module.
+        finished: whether the run has ended and all its results are written.
+        settings: dotted name -> value, of every setting that can change the result.
+        inputs: setting -> digest of the content that it names.
+        results: path of each result outside the run directory -> digest of its content when the run ended.
+        versions: "Python" and packages -> version that the run began with.
+    """
+
+    command: str
+    stage: str
+    finished: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    results: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Of what was run, in whatever state it is."""
+        return digest([json.dumps([self.command, self.settings, self.inputs, self.versions])])
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a run directory, atomically; raises a DataError if it cannot be written."""
+        write_json(folder / RECORD, asdict(self))
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record in a run directory, None without one; raises a DataError if the file is not such a record."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        return RunRecord(**read_object(path))
+    except TypeError as error:
+        raise DataError(
+            f"{path}: not the record of a run ({error}): remove the folder to start again"
+        ) from error
 
 
 @dataclass
@@ -60,22 +109,21 @@ def find_runs(folder: Path) -> list[Run]:
 def _read_run(folder: Path) -> Run:
     run = Run(folder, datetime.fromtimestamp((folder / RECORD).stat().st_mtime).astimezone())
     try:
-        record = read_object(folder / RECORD)
-        run.stage = stage_name(record["stage"])
-        run.model = record["settings"].get("model.init_args.base.name_or_path") or ""
+        record = read_record(folder)
+        assert record is not None
+        run.stage = stage_name(record.stage)
+        run.model = record.settings.get("model.init_args.base.name_or_path") or ""
         for path in (folder / METRICS, *sorted(folder.glob(f"*/{METRICS}"))):
             system = "" if path.parent == folder else path.parent.name
             # A folder with a record of its own is another run.
             if path.is_file() and not (system and (path.parent / RECORD).exists()):
                 metrics = read_object(path)
                 run.figures[system] = {name: metrics[name] for name in HEADLINE if name in metrics}
-        is_running = not record["finished"] and is_held(folder / CONFIG)
-        run.state = "finished" if record["finished"] else "running" if is_running else "interrupted"
+        is_running = not record.finished and is_held(folder / CONFIG)
+        run.state = "finished" if record.finished else "running" if is_running else "interrupted"
         if run.state == "interrupted":
             config = shlex.quote(str(folder / CONFIG))
-            run.command = f"vlm-calibration {record['command']} --config {config} --resume"
-    except KeyError as error:
-        run.detail = f"{RECORD} has no key {error}"
+            run.command = f"vlm-calibration {record.command} --config {config} --resume"
     except (DataError, OSError, TypeError, AttributeError) as error:
         run.detail = " ".join(str(error).split())
     return run

@@ -15,12 +15,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.metrics.bootstrap import (
-    Interval,
-    bootstrap_replicates,
-    interval_of,
-    percentile_interval,
-)
+from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates, interval_of, percentile_interval
 from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.table import ConfidenceTable
 
@@ -74,7 +69,16 @@ class ImageBootstrap:
 
     def measure(self, confidence: Sequence[float | None]) -> Measured:
         """Measure one confidence in each of the answers; None counts as unparsed."""
-        table, drawn = self._tables(confidence)
+        values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
+        correct = torch.from_numpy(self.correct)
+        table = ConfidenceTable.from_predictions(torch.from_numpy(values), correct, None)
+        # The cell of each answer: two for each level, wrong and correct, and one for unparsed answers.
+        cell = 2 * np.searchsorted(table.value.numpy(), values) + self.correct
+        cell[np.isnan(values)] = 2 * len(table.value)
+        shape = (2 * len(table.value) + 1, len(self.weights))
+        per_unit = csr_matrix((np.ones(len(values), dtype=np.int64), (cell, self.unit_of)), shape=shape)
+        counts = torch.from_numpy(np.ascontiguousarray((per_unit @ self.weights).T))
+        drawn = table._replace(counts=counts[:, :-1].reshape(len(counts), -1, 2), unparsed=counts[:, -1])
         accuracy = self._drawn_sums(self.correct) / self._drawn_sums(np.ones(len(self.correct)))
         of_draws = {"accuracy": torch.from_numpy(accuracy)}
         value = float(self.correct.mean())
@@ -97,18 +101,3 @@ class ImageBootstrap:
         """The sum of one number for each answer in each draw, float64 [B]."""
         of_units = np.bincount(self.unit_of, weights=numbers.astype(np.float64), minlength=len(self.weights))
         return of_units @ self.weights
-
-    def _tables(self, confidence: Sequence[float | None]) -> tuple[ConfidenceTable, ConfidenceTable]:
-        """The table of the answers, and those of every draw."""
-        values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
-        table = ConfidenceTable.from_predictions(
-            torch.from_numpy(values), torch.from_numpy(self.correct), None
-        )
-        # The cell of each answer: two for each level, wrong and correct, and one for unparsed answers.
-        cell = 2 * np.searchsorted(table.value.numpy(), values) + self.correct
-        cell[np.isnan(values)] = 2 * len(table.value)
-        shape = (2 * len(table.value) + 1, len(self.weights))
-        per_unit = csr_matrix((np.ones(len(values), dtype=np.int64), (cell, self.unit_of)), shape=shape)
-        counts = torch.from_numpy(np.ascontiguousarray((per_unit @ self.weights).T))
-        drawn = counts[:, :-1].reshape(len(counts), -1, 2)
-        return table, table._replace(counts=drawn, unparsed=counts[:, -1])

@@ -28,7 +28,7 @@ from vlm_calibration.models.base import ADAPTER, read_object
 from vlm_calibration.models.base import CONFIG as WEIGHTS
 from vlm_calibration.records import DataError, category_groups
 from vlm_calibration.reporting.card import load_card
-from vlm_calibration.reporting.runs import CONFIG, METRICS, RECORD, read_config, systems_of
+from vlm_calibration.reporting.runs import CONFIG, METRICS, NOTES, read_config, read_record, systems_of
 from vlm_calibration.settings import file_digest
 
 BASE, ORACLE = "base", "oracle"
@@ -36,7 +36,6 @@ LABELS = {
     BASE: "the base model, not fine-tuned",
     ORACLE: "the base model's answers, stated with its measured accuracy at the true kind and strength of perturbation",
 }
-NOTES = "notes.json"
 RECORDED = {"stage": "stage", "steps": "steps", "adapter": "adapter settings"}
 """Facts of an adapter's card that are shown -> their headings."""
 
@@ -126,8 +125,7 @@ def check_estimator(estimator: str, answers: Sequence[EstimatedPrediction], wher
 
 def _read_folder(folder: Path) -> list[System]:
     """Read the systems that the configuration of an evaluation names; without one those in `folder`, the base model first."""
-    config, record = read_config(folder / CONFIG), folder / RECORD
-    versions = read_object(record).get("versions", {}) if record.is_file() else {}
+    config, record = read_config(folder / CONFIG), read_record(folder)
     if named := systems_of(config or {}):
         paths = [folder / name for name in named]
     else:
@@ -147,7 +145,7 @@ def _read_folder(folder: Path) -> list[System]:
             config,
             read_predictions(path / CALIBRATION) if (path / CALIBRATION).is_file() else None,
             origin_of(path, folder, config),
-            versions,
+            record.versions if record else {},
         )
         for path in paths
     ]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from vlm_calibration.metrics.figures import FEW
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.metrics.task import ALL_METRICS
 from vlm_calibration.reporting.report import summary, table, thresholds
 from vlm_calibration.reporting.report.data import System, probe_values_of
-from vlm_calibration.reporting.report.pictures import examples_of, panels_of, thumbnails
+from vlm_calibration.reporting.report.pictures import examples_of, figures_of, thumbnails
 from vlm_calibration.reporting.tables import heading, shown
 
 TEMPLATE = "page.html.j2"
@@ -75,7 +77,7 @@ def render_page(
     examples = examples_of(about, [s for s in ordered[1:2] if s is systems[0]])
     answers = [example.answer for part in examples.values() for example in part]
     pictures, missing = thumbnails(about, answers) if images else ({}, "")
-    panels, promises = panels_of(systems), thresholds.promises_of(systems)
+    figures, promises = figures_of(systems), thresholds.promises_of(systems)
     bands = table.parts_of_system(frame, about.name, table.BAND).to_dict("records")
     grouped = {s.name: table.parts_of_system(frame, s.name, table.GROUP).to_dict("records") for s in ordered}
     probed = {s.name: summary.probe_sentences(probe_values_of(s.predictions)) for s in ordered}
@@ -84,7 +86,8 @@ def render_page(
         "systems": "The systems",
         "comparison": "Side by side",
         "thresholds": "What to send to a person",
-        **{panel["anchor"]: panel["heading"] for panel in panels},
+        "reliability": "Reliability",
+        "response": "Response to lost evidence" if figures["response"] else "",
         "probes": "What confidence listens to" if any(probed.values()) else "",
         "groups": "By category" if any(grouped.values()) else "",
         "overconfident": "Most confident wrong answers",
@@ -97,8 +100,14 @@ def render_page(
     )
     environment.filters["points"] = lambda share, decimals=0: f"{100 * share:.{decimals}f}"
     environment.filters["percent"] = percent
-    words: dict[str, Any] = {"summary": summary, "table": table, "thresholds": thresholds, "shown": shown}
-    environment.globals |= {**words, "coverage_cell": coverage_cell, "error_cell": error_cell}
+    modules = {"summary": summary, "table": table, "thresholds": thresholds}
+    cells = {"metric_cell": metric_cell, "coverage_cell": coverage_cell, "error_cell": error_cell}
+    environment.globals |= {
+        **modules,
+        **cells,
+        "shown": shown,
+        "as_yaml": partial(yaml.safe_dump, sort_keys=False),
+    }
     source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         contents={anchor: title for anchor, title in contents.items() if title},
@@ -107,18 +116,14 @@ def render_page(
         about=about,
         bands=bands,
         systems=systems,
-        weakest={s.name: summary.weakest_group(frame, s.name) for s in systems},
-        headings=[heading(name) for name in METRICS],
-        raw={
-            table.confidence_name(row.system, row.estimator): [
-                metric_cell(row, m, frame.iloc[0]) for m in METRICS
-            ]
-            for _, row in frame[(frame.kind == table.ALL) & (frame.recalibration == table.RAW)].iterrows()
-        },
+        frame=frame,
+        metrics={name: heading(name) for name in METRICS},
+        raw=frame[(frame.kind == table.ALL) & (frame.recalibration == table.RAW)].to_dict("records"),
         promises=promises,
         # The described system first.
         tested=sorted(promises.items(), key=lambda item: item[0][0] != about.name),
-        panels=panels,
+        figures=figures,
+        few=FEW,
         probed={name: sentences for name, sentences in probed.items() if sentences},
         grouped={name: rows for name, rows in grouped.items() if rows},
         fitted_on="; ".join(dict.fromkeys(_fitted_on(s) for s in systems if s.calibration)),
@@ -126,10 +131,7 @@ def render_page(
         examples=examples,
         pictures=pictures,
         missing=missing,
-        versions={str(s.folder): s.versions for s in systems},
-        configs={
-            str(s.folder): yaml.safe_dump(s.config, sort_keys=False) for s in systems if s.config is not None
-        },
+        by_folder={str(s.folder): s for s in systems},
         replicates=replicates,
         seed=seed,
     )
@@ -151,7 +153,7 @@ def _fitted_on(system: System) -> str:
     )
 
 
-def metric_cell(row: Any, name: str, base: Any) -> Cell:
+def metric_cell(row: Mapping[str, Any], name: str, base: Mapping[str, Any]) -> Cell:
     """A metric of a row of the frame, with its interval, and compared with the first row."""
     spec, value, p = ALL_METRICS[name], row[name], row[f"{name}_p"]
     if math.isnan(value):

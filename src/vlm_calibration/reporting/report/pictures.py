@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import first_line
-from vlm_calibration.metrics.figures import FEW, ResponseTables, reliability_diagram, response_curve
+from vlm_calibration.metrics.figures import ResponseTables, reliability_diagram, response_curve
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
@@ -31,36 +31,17 @@ PIXEL_ART_SIDE = 128
 """Images up to this size are stored losslessly, as PNG."""
 
 
-def panels_of(systems: Sequence[System]) -> list[dict[str, Any]]:
-    """Every kind of figure: anchor, heading and introduction of its section, kind of a figure, and system -> figure as a data URI."""
-    panels: list[dict[str, Any]] = [
-        {
-            "anchor": "reliability",
-            "heading": "Reliability",
-            "how": "Answers are binned by their stated confidence. A calibrated model lies on the dashed line, an overconfident one "
-            f"below it. Bins with fewer than {FEW} answers are drawn faint, and no line leads to them.",
-            "kind": "reliability diagram",
-            "pictures": {s.name: _draw(_draw_reliability, table_of(s.predictions)) for s in systems},
-        }
-    ]
+def figures_of(systems: Sequence[System]) -> dict[str, dict[str, str]]:
+    """Section of the page -> system -> its figure as a data URI; only perturbed images have a response."""
+
+    def reliability(table: ConfidenceTable, figure: Any) -> None:
+        reliability_diagram(table, ax=figure.subplots())
+
     responses = {s.name: _tables_by_perturbation(s.predictions) for s in systems}
-    curves = {name: _draw(response_curve, tables) for name, tables in responses.items() if len(tables) > 1}
-    if curves:
-        panels.append(
-            {
-                "anchor": "response",
-                "heading": "Response to lost evidence",
-                "how": "The key object is perturbed, more strongly to the right, until nothing of it is left. For each kind of "
-                "perturbation both curves should fall together: stated confidence follows what the model can see.",
-                "kind": "response to perturbation",
-                "pictures": curves,
-            }
-        )
-    return panels
-
-
-def _draw_reliability(table: ConfidenceTable, figure: Any) -> None:
-    reliability_diagram(table, ax=figure.subplots())
+    return {
+        "reliability": {s.name: _draw(reliability, table_of(s.predictions)) for s in systems},
+        "response": {name: _draw(response_curve, t) for name, t in responses.items() if len(t) > 1},
+    }
 
 
 def _draw(draw: Callable[..., Any], data: Any) -> str:

@@ -13,13 +13,7 @@ import pandas as pd
 
 from vlm_calibration.metrics.probes import SWAPPED
 from vlm_calibration.reporting.report.data import ORACLE, System
-from vlm_calibration.reporting.report.table import (
-    BAND,
-    GROUP,
-    TOLERANCE,
-    parts_of_system,
-    stated_rows,
-)
+from vlm_calibration.reporting.report.table import BAND, GROUP, TOLERANCE, parts_of_system, stated_rows
 
 Verdict = Literal["yes", "partly", "no", "unknown"]
 TRUSTED, ROUGH = (0.05, 0.70), (0.10, 0.60)

@@ -1,12 +1,13 @@
 """The comparison of all systems as one frame: every confidence with intervals and p-values, and the stated one in groups and bands.
 
-The terminal, the page and the CSV file beside it take their numbers from it.
+The terminal, the page, the CSV file beside it, model cards and W&B take their numbers from it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -20,13 +21,18 @@ from vlm_calibration.progress import track
 from vlm_calibration.records import category_groups
 from vlm_calibration.reporting.report.bootstrap import MEASURED, ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report.data import ORACLE, System, metrics_of
+from vlm_calibration.reporting.tables import COLUMNS as HEADLINE
 
 RAW = "raw"
 ALL, GROUP, BAND = "all", "group", "band"
 """Kinds of rows: all answers of a system, those of a category, part of a category or answer type, those of a range of confidence."""
+ENDS = ("", "_low", "_high", "_p")
+"""Of the columns of a metric: its value, 95% interval and p-value."""
+KEYS = ("system", "estimator", "recalibration", "kind", "group")
+"""The columns that say what a row is about."""
 COLUMNS = (
-    *("system", "estimator", "recalibration", "kind", "group", "n", "parsed", "forward_passes"),
-    *(f"{name}{end}" for name in MEASURED for end in ("", "_low", "_high", "_p")),
+    *(*KEYS, "n", "parsed", "forward_passes"),
+    *(f"{name}{end}" for name in MEASURED for end in ENDS),
     *("says", "is_right", "is_right_low", "is_right_high", "agrees"),
 )
 """The columns of the frame. Shares are in [0, 1]; what is undefined or does not apply to a kind of row is NaN.
@@ -68,18 +74,14 @@ def compare(
                 confidences = recalibrated(method, system.predictions, estimator, system.calibration)
             measured = bootstrap.measure(confidences)
             base = base or measured
-            row: dict[str, Any] = {"system": system.name, "estimator": estimator, "recalibration": method}
-            row |= {"kind": ALL, "group": "", "n": len(confidences)}
+            about = (system.name, estimator, method, ALL, "")
+            row: dict[str, Any] = dict(zip(KEYS, about, strict=True)) | {"n": len(confidences)}
             row["parsed"] = len(confidences) - confidences.count(None)
             if method == RAW:
                 row["forward_passes"] = system.metrics.get(f"forward_passes@{estimator}")
             for metric, interval in measured.intervals.items():
-                row |= {
-                    metric: interval.value,
-                    f"{metric}_low": interval.low,
-                    f"{metric}_high": interval.high,
-                }
-                row[f"{metric}_p"] = math.nan if measured is base else p_value(measured, base, metric)
+                p = math.nan if measured is base else p_value(measured, base, metric)
+                row |= dict(zip((f"{metric}{end}" for end in ENDS), (*interval, p), strict=True))
             rows.append(row)
         keys = {"system": system.name, "estimator": VERBALIZED, "recalibration": RAW}
         parts += [keys | part for part in (*groups_of(system, bootstrap), *bands_of(system, bootstrap))]
@@ -102,6 +104,14 @@ def _planned(system: System, notes: list[str]) -> Iterator[tuple[str, str]]:
             yield from ((estimator, method) for method in METHODS)
             continue
         notes.append(f"{system.name}: {estimator} is not recalibrated: {reason}.")
+
+
+def plain_rows(systems: Sequence[System]) -> pd.DataFrame:
+    """The rows of `compare` but bands and recalibrated confidences: `KEYS`, `n` and the headline metrics, None where undefined."""
+    # One draw, since intervals are left out.
+    frame, _ = compare([replace(system, calibration=None) for system in systems], replicates=1)
+    rows = frame.loc[frame.kind != BAND, [*KEYS, "n", *HEADLINE]]
+    return rows.astype(object).where(rows.notna(), None)
 
 
 def stated_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -130,8 +140,7 @@ def agreement(says: float, low: float, high: float) -> str:
 def match_of(system: System, bootstrap: ImageBootstrap, belongs: Sequence[bool]) -> dict[str, Any]:
     """The columns `parsed` and, if there are any such answers, `says` to `agrees` of some answers of a system.
 
-    The interval is over images, for the given `says`, and at least the Wilson interval of independent answers, which stays wide
-    where all answers are correct.
+    The interval is over images, and at least the Wilson interval of independent answers, which stays wide where all are correct.
     """
     gaps = [
         p.confidence - p.correct if p.confidence is not None and chosen else None

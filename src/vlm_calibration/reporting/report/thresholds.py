@@ -31,12 +31,11 @@ from vlm_calibration.models.base import (
     adapter_weights_digest,
     base_of_adapters,
     find_adapter,
-    read_object,
 )
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.report.data import BASE, System
 from vlm_calibration.reporting.report.summary import listed
-from vlm_calibration.reporting.runs import RECORD, systems_of
+from vlm_calibration.reporting.runs import read_record, systems_of
 from vlm_calibration.settings import digest
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -208,9 +207,8 @@ def model_of(system: System) -> tuple[dict[str, Any], Path, bool]:
     else:
         base = BaseModel(**settings["base"]) if settings.get("base") else base_of_adapters(adapters)
         if has_adapter:
-            adapter, record = find_adapter(adapters[system.name]), system.folder / RECORD
-            inputs = read_object(record).get("inputs", {}) if record.is_file() else {}
-            recorded = inputs.get(f"model.init_args.adapters.{system.name}")
+            adapter, record = find_adapter(adapters[system.name]), read_record(system.folder)
+            recorded = record.inputs.get(f"model.init_args.adapters.{system.name}") if record else None
             if recorded not in (None, adapter_digest(adapter)):
                 raise DataError(
                     f"{adapter}: not the adapter that {system.folder} evaluated: evaluate it first"
