@@ -171,9 +171,6 @@ def query_validator() -> SchemaValidator:
     def either(*schemas: Any) -> Any:
         return core_schema.union_schema([*schemas], mode="left_to_right")
 
-    def nothing(null: None) -> tuple[()]:
-        return ()
-
     def record(kind: type, **schemas: Any) -> Any:
         keys = []
         for field in fields(kind):
@@ -185,12 +182,12 @@ def query_validator() -> SchemaValidator:
         return core_schema.dataclass_schema(kind, arguments, list(schemas))
 
     # JSON allows null characters and halves of surrogate pairs, file names and UTF-8 files do not.
-    text = core_schema.str_schema(strict=True, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
-    whole = converted(str, core_schema.int_schema(strict=True))
-    name, text = (expect("a non-empty string of valid characters", s) for s in (either(text, whole), text))
+    string = core_schema.str_schema(strict=True, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
+    number_as_string = converted(str, core_schema.int_schema(strict=True))
+    text = expect("a non-empty string of valid characters", string)
     phrases = core_schema.tuple_variable_schema(core_schema.str_schema(strict=True, pattern=r"^[^\x00]+$"))
-    phrases = either(phrases, converted(nothing, core_schema.none_schema()))
-    phrases = expect("a list of non-empty strings of valid characters", phrases)
+    no_phrases = converted(lambda null: (), core_schema.none_schema())
+    phrases = expect("a list of non-empty strings of valid characters", either(phrases, no_phrases))
     box = core_schema.tuple_schema([core_schema.float_schema(strict=True, allow_inf_nan=False)] * 4)
     # A whole number stays one, since digests of queries depend on it.
     score = either(
@@ -208,7 +205,7 @@ def query_validator() -> SchemaValidator:
     )
     query = record(
         Query,
-        id=name,
+        id=expect("a non-empty string of valid characters", either(string, number_as_string)),
         image=text,
         question=text,
         answer=text,
