@@ -84,11 +84,8 @@ def test_types_that_other_writers_choose(write: Callable[..., Path], record: Rec
     assert ParquetSource(str(path)).queries()[0].answer == "Yes"
 
 
-@pytest.mark.parametrize("kind", [pa.int64(), pa.int32(), pa.uint8()])
-def test_a_column_of_whole_numbers_as_id(
-    write: Callable[..., Path], record: Record, kind: pa.DataType
-) -> None:
-    schema = SCHEMA.set(SCHEMA.get_field_index("id"), pa.field("id", kind))
+def test_a_column_of_whole_numbers_as_id(write: Callable[..., Path], record: Record) -> None:
+    schema = SCHEMA.set(SCHEMA.get_field_index("id"), pa.field("id", pa.int32()))
     rows = [record("", id=7), record("", id=8)]
     assert [q.id for q in ParquetSource(str(write(rows, schema))).queries()] == ["7", "8"]
     for last, says in ((7, "row 2: duplicate id '7', first seen in row 0"), (None, "row 2: 'id' must be")):
