@@ -26,9 +26,6 @@ REGION = {"label": "dog", "box": [0, 0, 3, 3]}
 def test_minimal_and_full_record() -> None:
     query = query_from_dict(MINIMAL)
     assert query == Query("a", "a.png", "Dog?", "Yes", "yes_no")
-    assert (query.objects, query.regions, query.category, query.synonyms) == ((), (), None, ())
-    nothing = dict.fromkeys(("objects", "regions", "category", "synonyms"))
-    assert query_from_dict({**MINIMAL, **nothing}) == query, "null means left out"
     region = {**REGION, "mask": {"size": [2, 2], "counts": [0, 4]}, "score": 0.5}
     full = query_from_dict(
         {**MINIMAL, "objects": ["dog"], "regions": [region], "category": "x/y", "synonyms": ["yep"]}
@@ -39,15 +36,16 @@ def test_minimal_and_full_record() -> None:
 
 
 def test_null_means_left_out() -> None:
-    nothing = dict.fromkeys(("objects", "regions", "category", "synonyms"))
-    assert query_from_dict({**MINIMAL, **nothing}) == query_from_dict(MINIMAL)
+    optional = ("objects", "regions", "category", "synonyms", "absent", "wrong_answers")
+    query = query_from_dict({**MINIMAL, **dict.fromkeys(optional)})
+    assert query == query_from_dict(MINIMAL) == Query("a", "a.png", "Dog?", "Yes", "yes_no")
     region = {**REGION, "mask": {"size": None, "counts": None}, "score": None}
     assert query_from_dict({**MINIMAL, "regions": [region]}).regions[0].mask is None
 
 
 @pytest.mark.parametrize("key", ["id", "image", "question", "answer", "answer_type"])
 def test_a_missing_key_is_named(key: str) -> None:
-    with pytest.raises(RecordError, match=rf"'{key}' must"):
+    with pytest.raises(RecordError, match=rf"'{key}' is missing"):
         query_from_dict({k: v for k, v in MINIMAL.items() if k != key})
 
 
@@ -55,35 +53,38 @@ def test_a_missing_key_is_named(key: str) -> None:
     ("change", "says"),
     [
         ({"colour": "red"}, "unknown key 'colour'"),
-        ({"id": 7.0}, "'id' must be a non-empty string, found 7.0"),
-        ({"id": True}, "'id' must be a non-empty string, found True"),
+        ({"id": 7.0}, "'id' must be a non-empty string of valid characters, found 7.0"),
+        ({"id": True}, "'id' must be a non-empty string of valid characters, found True"),
         ({"question": " \n"}, "'question' must be a non-empty string"),
-        ({"answer": None}, "'answer' must be a non-empty string, found None"),
+        ({"answer": None}, "'answer' must be a non-empty string of valid characters, found None"),
         ({"answer_type": "boolean"}, "'answer_type' must be one of yes_no, short, open, found 'boolean'"),
         ({"answer_type": ["short"]}, "'answer_type' must be one of"),
-        ({"category": 3}, "'category' must be a non-empty string, found 3"),
-        ({"objects": "dog"}, "'objects' must be a list of non-empty strings, found 'dog'"),
+        ({"category": 3}, "'category' must be a non-empty string of valid characters, found 3"),
+        (
+            {"objects": "dog"},
+            "'objects' must be a list of non-empty strings of valid characters, found 'dog'",
+        ),
         ({"objects": ["dog", ""]}, "'objects' must be a list of non-empty strings"),
         ({"synonyms": {"a": 1}}, "'synonyms' must be a list of non-empty strings"),
-        ({"regions": REGION}, "'regions' must be a list of objects"),
-        (
-            {"regions": [REGION, "dog"]},
-            "'regions'[1] must be an object with a 'label' and a 'box', found 'dog'",
-        ),
-        ({"regions": [{"box": [0, 0, 1, 1]}]}, "'regions'[0] must be an object with a 'label'"),
-        ({"regions": [{"label": "dog"}]}, "'regions'[0]: 'box' must be four finite numbers"),
-        ({"regions": [{**REGION, "colour": 1}]}, "'regions'[0] has the unknown key 'colour'"),
-        ({"regions": [{**REGION, "box": [0, 0, 1]}]}, "'box' must be four finite numbers"),
-        ({"regions": [{**REGION, "box": [0, 0, True, 1]}]}, "'box' must be four finite numbers"),
-        ({"regions": [{**REGION, "box": [0, 0, float("nan"), 1]}]}, "'box' must be four finite numbers"),
+        ({"regions": REGION}, "'regions' should be a valid list"),
+        ({"regions": [REGION, "dog"]}, "regions[1] expected an object with the keys label, box"),
+        ({"regions": [{"box": [0, 0, 1, 1]}]}, "'regions[0].label' is missing"),
+        ({"regions": [{"label": "dog"}]}, "'regions[0].box' is missing"),
+        ({"regions": [{**REGION, "colour": 1}]}, "unknown key 'regions[0].colour'; there are label, box"),
+        ({"regions": [{**REGION, "box": [0, 0, 1]}]}, "'regions[0].box' must be four finite numbers"),
+        ({"regions": [{**REGION, "box": [0, 0, True, 1]}]}, "box' must be four finite numbers"),
+        ({"regions": [{**REGION, "box": [0, 0, float("nan"), 1]}]}, "box' must be four finite numbers"),
         ({"regions": [{**REGION, "box": [2, 0, 2, 1]}]}, "'box' must have x1 > x0"),
         ({"regions": [{**REGION, "box": [0, 3, 2, 1]}]}, "'box' must have x1 > x0 and y1 > y0"),
-        ({"regions": [{**REGION, "mask": "abc"}]}, "'mask' must be a COCO RLE"),
+        ({"regions": [{**REGION, "mask": "abc"}]}, "'regions[0].mask' should be a valid dictionary"),
         ({"regions": [{**REGION, "mask": {"size": [2, 2]}}]}, "'mask' must be a COCO RLE"),
-        ({"regions": [{**REGION, "score": 1.5}]}, "'score' must be a number in [0, 1], found 1.5"),
-        ({"question": "\ud800"}, "'question' holds half of a surrogate pair"),
-        ({"objects": ["\udfff"]}, "'objects' holds half of a surrogate pair"),
-        ({"image": "a\0.png"}, "'image' holds a null character"),
+        ({"regions": [{**REGION, "score": 1.5}]}, "'regions[0].score' must be a number in [0, 1], found 1.5"),
+        (
+            {"question": "\ud800"},
+            r"'question' must be a non-empty string of valid characters, found '\ud800'",
+        ),
+        ({"objects": ["\udfff"]}, "'objects' must be a list of non-empty strings of valid characters"),
+        ({"image": "a\0.png"}, "'image' must be a non-empty string of valid characters"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], says: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails, SchemaValidator
 
 AnswerType = Literal["yes_no", "short", "open"]
 ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
@@ -114,10 +116,6 @@ class Prediction:
         return asdict(self)
 
 
-_KEYS = frozenset(f.name for f in fields(Query))
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
 class LoadedImage(NamedTuple):
     """A query's image and region masks.
 
@@ -149,29 +147,109 @@ def query_from_dict(data: Any) -> Query:
     Raises:
         RecordError: not an object, an unknown or missing key, or a value of the wrong type.
     """
-    if not isinstance(data, Mapping):
-        raise RecordError(f"expected an object with the keys of a query, found {short_repr(data)}")
-    if unknown := sorted(set(data) - _KEYS):
-        raise RecordError(f"unknown key {unknown[0]!r}; a query has the keys {', '.join(sorted(_KEYS))}")
-    data = {**data, "id": id_text(data.get("id"))} if "id" in data else data
-    name, image, question, answer = (_text(data, key) for key in ("id", "image", "question", "answer"))
-    answer_type: Any = data.get("answer_type")
-    _require(answer_type in ANSWER_TYPES, "'answer_type' must be one of yes_no, short, open", answer_type)
-    regions = [] if data.get("regions") is None else data["regions"]
-    _require(isinstance(regions, list), "'regions' must be a list of objects", regions)
-    return Query(
-        name,
-        image,
-        question,
-        answer,
-        answer_type,
-        objects=_texts(data, "objects"),
-        synonyms=_texts(data, "synonyms"),
-        absent=_texts(data, "absent"),
-        regions=tuple(_region(r, i) for i, r in enumerate(regions)),
-        category=None if data.get("category") is None else _text(data, "category"),
-        wrong_answers=None if data.get("wrong_answers") is None else _texts(data, "wrong_answers"),
+    from pydantic_core import ValidationError
+
+    try:
+        return query_validator().validate_python(data)
+    except ValidationError as error:
+        # An unknown key may be a misspelt one, which is then missing as well.
+        first = min(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+        raise RecordError(_explained(first)) from error
+
+
+@cache
+def query_validator() -> SchemaValidator:
+    """Converts JSON, decoded or not, to a `Query`, or raises a ValueError; `query_from_dict` explains it."""
+    from pydantic_core import SchemaValidator, core_schema  # slow, and most commands read no query
+
+    def expect(words: str, schema: Any) -> Any:
+        return core_schema.custom_error_schema(schema, "expected", custom_error_message=f"must be {words}")
+
+    def converted(function: Any, schema: Any) -> Any:
+        return core_schema.no_info_after_validator_function(function, schema)
+
+    def either(*schemas: Any) -> Any:
+        return core_schema.union_schema([*schemas], mode="left_to_right")
+
+    def record(kind: type, **schemas: Any) -> Any:
+        keys = []
+        for field in fields(kind):
+            schema = schemas[field.name]
+            if field.default is not MISSING:
+                schema = core_schema.with_default_schema(schema, default=field.default)
+            keys.append(core_schema.dataclass_field(field.name, schema))
+        arguments = core_schema.dataclass_args_schema(kind.__name__, keys, extra_behavior="forbid")
+        return core_schema.dataclass_schema(kind, arguments, list(schemas))
+
+    # JSON allows null characters and halves of surrogate pairs, file names and UTF-8 files do not.
+    string = core_schema.str_schema(strict=True, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
+    number_as_string = converted(str, core_schema.int_schema(strict=True))
+    text = expect("a non-empty string of valid characters", string)
+    phrases = core_schema.tuple_variable_schema(core_schema.str_schema(strict=True, pattern=r"^[^\x00]+$"))
+    no_phrases = converted(lambda null: (), core_schema.none_schema())
+    phrases = expect("a list of non-empty strings of valid characters", either(phrases, no_phrases))
+    box = core_schema.tuple_schema([core_schema.float_schema(strict=True, allow_inf_nan=False)] * 4)
+    # A whole number stays one, since digests of queries depend on it.
+    score = either(
+        core_schema.int_schema(strict=True, ge=0, le=1), core_schema.float_schema(strict=True, ge=0, le=1)
     )
+    region = record(
+        Region,
+        label=core_schema.str_schema(strict=True),
+        box=expect("four finite numbers [x0, y0, x1, y1]", box),
+        mask=core_schema.nullable_schema(core_schema.dict_schema()),
+        score=expect("a number in [0, 1]", core_schema.nullable_schema(score)),
+    )
+    regions = core_schema.nullable_schema(
+        core_schema.list_schema(converted(_checked_region, region), strict=True)
+    )
+    query = record(
+        Query,
+        id=expect("a non-empty string of valid characters", either(string, number_as_string)),
+        image=text,
+        question=text,
+        answer=text,
+        answer_type=expect(f"one of {', '.join(ANSWER_TYPES)}", core_schema.literal_schema([*ANSWER_TYPES])),
+        objects=phrases,
+        regions=converted(lambda v: tuple(v or ()), regions),
+        category=core_schema.nullable_schema(text),
+        synonyms=phrases,
+        absent=phrases,
+        wrong_answers=core_schema.nullable_schema(phrases),
+    )
+    return SchemaValidator(query)
+
+
+def _checked_region(region: Region) -> Region:
+    (x0, y0, x1, y1), mask = region.box, region.mask
+    if not (x1 > x0 and y1 > y0):
+        raise ValueError(f"'box' must have x1 > x0 and y1 > y0, found {region.box}")
+    if mask is not None and not {"size", "counts"} <= set(mask):
+        raise ValueError(f"'mask' must be a COCO RLE with 'size' and 'counts', found {short_repr(mask)}")
+    if mask is not None and mask["size"] is mask["counts"] is None:
+        mask = None  # as Parquet stores a region without a mask beside one with a mask
+        region = replace(region, mask=None)
+    if mask is None and (x1 - x0) * (y1 - y0) < MIN_BOX:
+        raise ValueError(
+            f"'box' {SMALL_BOX}, found {region.box}: boxes are in pixels of the image; is it normalised to [0, 1], or in percent?"
+        )
+    return region
+
+
+def _explained(error: ErrorDetails) -> str:
+    """What is wrong with a record, in words that name the key: "'regions[0].box' must be ..."."""
+    kind, path = error["type"], error["loc"]
+    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
+    keys = ", ".join(f.name for f in fields(Region if path[:1] == ("regions",) else Query))
+    if kind == "unexpected_keyword_argument":
+        return f"unknown key {key!r}; there are {keys}"
+    if kind == "dataclass_type":
+        return f"{key} expected an object with the keys {keys}, found {short_repr(error['input'])}".lstrip()
+    if kind == "missing":
+        return f"{key!r} is missing"
+    if kind == "value_error":
+        return f"{key!r}: {error['ctx']['error']}"
+    return f"{key!r} {error['msg'].removeprefix('Input ')}, found {short_repr(error['input'])}"
 
 
 def id_text(value: Any) -> Any:
@@ -183,61 +261,3 @@ def short_repr(value: Any) -> str:
     """`repr` of a value, at most 60 characters, for messages."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _require(is_valid: bool, expected: str, value: Any, where: str = "") -> None:
-    if not is_valid:
-        raise RecordError(f"{where}{expected}, found {short_repr(value)}")
-
-
-def _text(data: Mapping[str, Any], key: str) -> str:
-    value = data.get(key)
-    if not isinstance(value, str) or not value.strip():
-        found = short_repr(value) if key in data else "no such key"
-        raise RecordError(f"'{key}' must be a non-empty string, found {found}")
-    return _check_characters(value, key)
-
-
-def _check_characters(value: str, key: str) -> str:
-    # JSON allows both, file names and UTF-8 files do not.
-    if _SURROGATE.search(value):
-        raise RecordError(f"'{key}' holds half of a surrogate pair: {short_repr(value)}")
-    if "\0" in value:
-        raise RecordError(f"'{key}' holds a null character: {short_repr(value)}")
-    return value
-
-
-def _texts(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = [] if data.get(key) is None else data[key]
-    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        raise RecordError(f"'{key}' must be a list of non-empty strings, found {short_repr(value)}")
-    return tuple(_check_characters(v, key) for v in value)
-
-
-def _region(data: Any, index: int) -> Region:
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    where = f"'regions'[{index}]"
-    is_object = isinstance(data, Mapping) and isinstance(data.get("label"), str)
-    _require(is_object, " must be an object with a 'label' and a 'box'", data, where)
-    if unknown := sorted(set(data) - {"label", "box", "mask", "score"}):
-        raise RecordError(f"{where} has the unknown key {unknown[0]!r}; a region has label, box, mask, score")
-    box: Any
-    box, mask, score = (data.get(key) for key in ("box", "mask", "score"))
-    is_box = isinstance(box, list | tuple) and len(box) == 4 and all(is_number(v) for v in box)
-    _require(is_box, ": 'box' must be four finite numbers [x0, y0, x1, y1]", box, where)
-    x0, y0, x1, y1 = (float(v) for v in box)
-    _require(x1 > x0 and y1 > y0, ": 'box' must have x1 > x0 and y1 > y0", box, where)
-    if mask and isinstance(mask, Mapping) and all(value is None for value in mask.values()):
-        mask = None  # as Parquet stores a region without a mask beside one with a mask
-    is_mask = mask is None or (isinstance(mask, Mapping) and {"size", "counts"} <= set(mask))
-    _require(is_mask, ": 'mask' must be a COCO RLE with 'size' and 'counts'", mask, where)
-    if mask is None and (x1 - x0) * (y1 - y0) < MIN_BOX:
-        raise RecordError(
-            f"{where}: 'box' {SMALL_BOX}, found {short_repr(box)}: boxes are in pixels of the image; is it normalised to [0, 1], or in "
-            "percent?"
-        )
-    is_score = score is None or (is_number(score) and 0 <= score <= 1)
-    _require(is_score, ": 'score' must be a number in [0, 1]", score, where)
-    return Region(data["label"], (x0, y0, x1, y1), mask, score)

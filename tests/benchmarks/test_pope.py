@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from vlm_calibration.records import DataError, Query
 
 from . import official_rules
 
-RIGHT = {"yes": "Yes", "no": "No"}
 ODD = (
     *("Yes", "No", "yes", "no", "NO", "Yes.", "No.", "Yes, there is.", "No, there is not.", "It is not. Yes"),
     *("", " ", ".", ". No", "\nNo", "No\n", "Not sure", "not", "cannot", "no,", "No,no"),
@@ -41,7 +39,6 @@ def _ours(labels: list[str], texts: list[str]) -> dict[str, float]:
     return pope.PopeCounts.of(_queries(labels), texts).scores()
 
 
-@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     st.lists(st.tuples(LABELS, TEXTS | st.just("Confidence: 0.9. No") | st.text()), min_size=1, max_size=30)
@@ -59,30 +56,6 @@ def test_scores_are_those_of_the_script_on_the_written_files(answered: list[tupl
         assert any(math.isnan(value) for value in ours.values())
     else:
         assert ours == theirs, "to the last bit"
-
-
-def test_hundreds_of_answer_files(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    scored = 0
-    for _ in range(200):
-        truth = [rng.choice(("yes", "no")) for _ in range(rng.randint(1, 12))]
-        skill = rng.random()
-        texts = [RIGHT[label] if rng.random() < skill else rng.choice(ODD) for label in truth]
-        labels = [{"question_id": i, "label": label} for i, label in enumerate(truth)]
-        answers = [{"question_id": i, "question": "", "answer": text} for i, text in enumerate(texts)]
-        for name, rows in (("labels.json", labels), ("answers.jsonl", rng.sample(answers, len(answers)))):
-            (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-        read = pope.read_questions(tmp_path / "labels.json")
-        given = pope.read_answers(tmp_path / "answers.jsonl", read)
-        ours = pope.PopeCounts.of(read.queries, [reply.text for reply in given]).scores()
-        try:
-            theirs = official_rules.pope(labels, answers)
-        except ZeroDivisionError:
-            assert any(math.isnan(value) for value in ours.values())
-            continue
-        assert ours == theirs
-        scored += 1
-    assert 90 < scored < 200, "most have scores, some divide by zero"
 
 
 @pytest.mark.parametrize(

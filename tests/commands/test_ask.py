@@ -332,7 +332,7 @@ def test_bad_images_stop_the_run_or_are_counted(
     [
         ("{", ":2: not JSON"),
         ("[]", ":2: expected an object with 'image' and 'question'"),
-        ('{"image": "a.png"}', ":2: 'question' must be a non-empty string"),
+        ('{"image": "a.png"}', ":2: 'question' is missing"),
         ('{"image": "a.png", "question": "?", "answer_type": "x"}', ":2: 'answer_type' must be one of"),
         ('{"image": "a.png", "question": "?", "id": "1"}', ":2: the id '1' comes twice"),
     ],

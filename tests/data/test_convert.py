@@ -84,10 +84,9 @@ SPELLINGS: list[tuple[Record, str]] = [
 ]
 
 
-@pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize(("record", "name"), SPELLINGS)
-def test_conversations(convert: Convert, tmp_path: Path, record: Record, name: str, lines: bool) -> None:
-    file = save(tmp_path / "c.json", record if lines else [record])
+def test_conversations(convert: Convert, tmp_path: Path, record: Record, name: str) -> None:
+    file = save(tmp_path / "c.json", [record])
     first, second = convert(sharegpt(file, turns="all"))
     assert first == Query(f"{name}:0", "a.png", "Is there a dog?", "Yes", "yes_no")
     assert second == Query(f"{name}:1", "a.png", "What colour is it?", "Brown", "short")
@@ -445,7 +444,9 @@ BAD_ROWS: dict[str, Record] = {
     "list of answers": {"answer": [["a"], []]},
     "'text'": {"answer_type": ["short", "text"]},
     "duplicate id 'x'": {"id": ["x", "x"]},
-    "'box'": {"regions": [[{"label": "a", "box": [0, 0, 4, 4]}], [{"label": "a", "box": [0, 0, 1]}]]},
+    "'regions[0].box'": {
+        "regions": [[{"label": "a", "box": [0, 0, 4, 4]}], [{"label": "a", "box": [0, 0, 1]}]]
+    },
     "no image that Pillow reads": {"image": [png(1), {"bytes": b"no", "path": None}]},
     "'image'": {"image": [png(1), None]},
     "one image, found 2": {"image": [["a.png"], ["a.png", "b.png"]]},

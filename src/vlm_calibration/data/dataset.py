@@ -26,7 +26,6 @@ from vlm_calibration.data.sources.base import BadRecords, LazyQueries, Presence,
 from vlm_calibration.files import name_some
 from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels, Perturbation
-from vlm_calibration.progress import track
 from vlm_calibration.records import ANSWER_TYPES, DataError, LoadedImage, Query
 from vlm_calibration.text.grading import grade
 from vlm_calibration.text.labels import answer_is_no, asked_existence, question_form
@@ -112,7 +111,6 @@ class _Part:
             self.policy = split.policy(policy)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-        self.queries = self.source.queries()
         self.augmentation = augmentation
         # Form of a question -> the gold answers to it, as an ordered set.
         self._golds: dict[str, dict[str, None]] = {}
@@ -137,8 +135,7 @@ class _Part:
         levels, asked = self.policy.levels, dict[int, Presence]()
         wrongless: list[int] = []
         shown: dict[bool, list[int]] = {True: [], False: []}
-        tracked = track(self.queries, f"reading {self.where}", len(self.queries), "queries")
-        for index, query in enumerate(tracked):
+        for index, query in enumerate(self.source.scan(f"reading {self.where}")):
             try:
                 check(query, ())
                 if self.is_perturbed:
@@ -156,6 +153,7 @@ class _Part:
                     self._golds.setdefault(form, {})[query.answer] = None
                 if not self.source.wrong_answers(query):
                     wrongless.append(index)
+        self.queries = self.source.queries()
         bad.report(len(asked))
         # A question about existence is the one that is answered with no about an absent object, so its objects are of the same kinds.
         indices = [] if self.source.annotates_all else shown[True] or shown[False]
@@ -390,7 +388,7 @@ class PerturbedQueries(Dataset[Sample]):
             part, own_index = self._part_of(index)
             return part.item(own_index)[0]
 
-        return LazyQueries(len(self), query)
+        return LazyQueries(len(self), partial(map, query))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

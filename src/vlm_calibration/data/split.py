@@ -142,9 +142,9 @@ def _write_lines(source: JsonlSource, splits: np.ndarray, paths: Sequence[Path])
     """Copy lines unchanged, but for a byte order mark and a missing end of the last line."""
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("wb")) for path in paths]
-        for index, split in enumerate(splits.tolist()):
+        for split, content in zip(splits.tolist(), source.lines(source.positions.tolist()), strict=True):
             if split >= 0:
-                line = source.line(index).removeprefix(b"\xef\xbb\xbf")
+                line = content.removeprefix(b"\xef\xbb\xbf")
                 files[split].write(line if line.endswith(b"\n") else line + b"\n")
 
 

@@ -101,8 +101,9 @@ class LinearLevels(ConfidenceLevels):
     ) -> float:
         """`1 - strength`, exactly for the levels' own strengths; the same for all kinds, answer types and queries."""
         check_share("strength", perturbation.strength)
-        exact = dict(zip(self.strengths(), self.confidences(), strict=True))
-        return exact.get(perturbation.strength, 1.0 - perturbation.strength)
+        last = self.n_levels - 1
+        step = round(perturbation.strength * last)
+        return (last - step) / last if perturbation.strength == step / last else 1.0 - perturbation.strength
 
     def confidences(self, answer_type: str = "") -> tuple[float, ...]:
         return self.strengths()[::-1]

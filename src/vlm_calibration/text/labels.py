@@ -52,8 +52,8 @@ def absent_objects(query: Query) -> tuple[str, ...]:
 
 def unlocated_objects(query: Query, labels: Collection[str]) -> list[str]:
     """The key objects that are not absent and that none of the regions, given by their labels, contains."""
-    there = (*labels, *absent_objects(query))
-    return [name for name in query.objects if not any(same_phrase(name, label) for label in there)]
+    missing = [name for name in query.objects if not _is_one_of(name, labels)]
+    return [name for name in missing if not _is_one_of(name, absent_objects(query))]
 
 
 def question_form(query: Query) -> str:
@@ -67,7 +67,11 @@ def question_form(query: Query) -> str:
 def is_evidence(query: Query, label: str) -> bool:
     """Whether a region with this label is evidence: the query has this object, absent or not (`same_phrase`), or has none."""
     names = (*query.objects, *query.absent)
-    return not names or any(same_phrase(label, name) for name in names)
+    return not names or _is_one_of(label, names)
+
+
+def _is_one_of(phrase: str, others: Collection[str]) -> bool:
+    return phrase in others or any(same_phrase(phrase, other) for other in others)
 
 
 def answer_is_no(query: Query) -> bool:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.files import MAX_NAMED
 from vlm_calibration.perturbation.masks import leaves_image, region_to_mask
+from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.settings import digest, file_digest
 from vlm_calibration.text.grading import grade
@@ -71,22 +72,24 @@ class BadRecords:
 
 
 class LazyQueries(Sequence[Query]):
-    """A sequence of `length` queries; `make` builds the one at an index on access, so that a million take no memory."""
+    """A sequence of `length` queries; `read` makes those at a range of indices on access, so that a million take no memory."""
 
-    def __init__(self, length: int, make: Callable[[int], Query]) -> None:
-        self._length = length
-        self._make = make
+    def __init__(self, length: int, read: Callable[[range], Iterator[Query]]) -> None:
+        self._indices = range(length)
+        self._read = read
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self._make(i) for i in range(*index.indices(self._length))]
-        return self._make(range(self._length)[index])
+        chosen = self._indices[index]
+        if isinstance(chosen, range):
+            return list(self._read(chosen))
+        [query] = self._read(range(chosen, chosen + 1))
+        return query
 
     def __iter__(self) -> Iterator[Query]:
-        return map(self._make, range(self._length))
+        return self._read(self._indices)
 
 
 class QuerySource(ABC):
@@ -108,6 +111,11 @@ class QuerySource(ABC):
     @abstractmethod
     def queries(self) -> Sequence[Query]:
         """All queries, in the same order on every call, ids unique; a DataError names an invalid file or record."""
+
+    def scan(self, name: str) -> Iterator[Query]:
+        """The same in one pass, whose progress is shown under a name; a file that was not read before is checked in this pass."""
+        queries = self.queries()
+        return track(queries, name, len(queries), "queries")
 
     @abstractmethod
     def load(self, query: Query) -> LoadedImage:
@@ -166,9 +174,10 @@ class QuerySource(ABC):
 
     def presence(self, query: Query) -> Presence:
         """Presence of the key objects. A missing region alone never means that one is absent."""
-        if unlocated_objects(query, self.labels(query)):
+        labels = self.labels(query)
+        if unlocated_objects(query, labels):
             return "unlocated"
-        if self.has_evidence(query):
+        if any(is_evidence(query, label) for label in labels):
             return "present"
         return "absent" if query.absent or denies_existence(query) else "unlocated"
 

@@ -5,7 +5,7 @@ Texts stay in memory as Arrow arrays, about one byte a character. Embedded image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ NOTES = ("outcome", "rejected", "note")
 ROW = "row-"
 """Prefix of the name of an embedded image: "row-17"."""
 BATCH = 1000
-"""Rows that are decoded at once when a file is checked."""
+"""Rows that are decoded at once."""
 
 
 class ParquetSource(QueryFile):
@@ -60,7 +60,7 @@ class ParquetSource(QueryFile):
         on_bad_record: "raise" stops at the first invalid record; "skip" leaves such records out, with a warning.
     """
 
-    place = "in row"
+    place, where = "in row", "{path}: row {number}"
 
     def __init__(
         self,
@@ -93,19 +93,27 @@ class ParquetSource(QueryFile):
         except (OSError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{self.path}: cannot be read: {first_line(error)}") from error
 
-    def records(self) -> Iterator[tuple[int, int, str, Callable[[], Query]]]:
-        batches = self._table.to_batches(max_chunksize=BATCH)
-        rows = enumerate(record for batch in batches for record in batch.to_pylist())
-        for row, record in track(rows, f"checking {self.path}", self._table.num_rows, "records"):
-            yield row, row, f"{self.path}: row {row}", lambda: self._record(row, record)  # noqa: B023
+    def records(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        total = self._table.num_rows
+        rows = self._rows(range(total))
+        for row, record in enumerate(track(rows, f"checking {self.path}", total, "records")):
+            yield row, row, record
 
-    def read(self, position: int) -> Query:
-        return self._record(position, self._table.slice(position, 1).to_pylist()[0])
+    def decode(self, content: dict[str, Any]) -> Query:
+        return query_from_dict(content)
 
-    def _record(self, row: int, record: dict[str, Any]) -> Query:
-        if self._is_embedded:
-            record["image"] = f"{ROW}{row}"
-        return query_from_dict(record)
+    def read(self, positions: Sequence[int]) -> Iterator[Query]:
+        return map(self.decode, self._rows(positions))
+
+    def _rows(self, positions: Sequence[int]) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(positions), BATCH):
+            batch = positions[start : start + BATCH]
+            first = min(batch)
+            records = self._table.slice(first, max(batch) + 1 - first).to_pylist()
+            for row in batch:
+                if self._is_embedded:
+                    records[row - first]["image"] = f"{ROW}{row}"
+                yield records[row - first]
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         if self.images is not None and query.answer_type == "open":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,9 +94,11 @@ class QueryFile(QuerySource):
     Attributes:
         bad: the records that were left out.
         place: where a record is, followed by its number.
+        where: the same for the beginning of a message, with `path` and `number`.
     """
 
     place: str
+    where: str
 
     def __init__(self, path: str, root: Path | None, on_bad_record: OnBadRecord) -> None:
         self.path = Path(path)
@@ -105,12 +109,16 @@ class QueryFile(QuerySource):
         self._positions: np.ndarray | None = None
 
     @abstractmethod
-    def records(self) -> Iterator[tuple[int, int, str, Callable[[], Query]]]:
-        """Position, number and place of each record of the file, and a function that reads it."""
+    def records(self) -> Iterator[tuple[int, int, Any]]:
+        """Position, number and content of each record of the file."""
 
     @abstractmethod
-    def read(self, position: int) -> Query:
-        """The query at a position."""
+    def decode(self, content: Any) -> Query:
+        """The query of a record's content; a RecordError says what is wrong with it."""
+
+    @abstractmethod
+    def read(self, positions: Sequence[int]) -> Iterator[Query]:
+        """The queries at positions, in order; fast if they rise."""
 
     @property
     def has_image_files(self) -> bool:
@@ -121,29 +129,42 @@ class QueryFile(QuerySource):
     def positions(self) -> np.ndarray:
         """The position of each of `queries`, int64 [N]; all records are read at the first call."""
         if self._positions is None:
-            if not self.path.exists():
-                raise MissingFileError(self.path)
-            self.bad = BadRecords(self.on_bad_record)
-            checks = RecordChecks(self.images_below, self.place)
-            positions = array("q")
-            for position, number, where, read in self.records():
-                try:
-                    checks.check(read(), number, self.has_image_files)
-                except RecordError as error:
-                    self.bad.add(f"{where}: {error}", error)
-                else:
-                    positions.append(position)
-            self.bad.report(len(positions))
-            if not positions:
-                raise DataError(f"{self.path}: no usable query in this file")
-            self._positions = np.array(positions, dtype=np.int64)
+            deque(self._check(), maxlen=0)
+        assert self._positions is not None
         return self._positions
 
-    def queries(self) -> Sequence[Query]:
-        return LazyQueries(len(self.positions), self._query)
+    def scan(self, name: str) -> Iterator[Query]:
+        return self._check() if self._positions is None else super().scan(name)
 
-    def _query(self, index: int) -> Query:
-        return self.read(int(self.positions[index]))
+    def _check(self) -> Iterator[Query]:
+        """The usable queries, whose positions are known once all records have been read."""
+        if not self.path.exists():
+            raise MissingFileError(self.path)
+        self.bad = BadRecords(self.on_bad_record)
+        checks = RecordChecks(self.images_below, self.place)
+        has_image_files = self.has_image_files
+        positions = array("q")
+        for position, number, content in self.records():
+            try:
+                query = self.decode(content)
+                checks.check(query, number, has_image_files)
+            except RecordError as error:
+                self.bad.add(f"{self.where.format(path=self.path, number=number)}: {error}", error)
+            else:
+                positions.append(position)
+                yield query
+        self.bad.report(len(positions))
+        if not positions:
+            raise DataError(f"{self.path}: no usable query in this file")
+        self._positions = np.array(positions, dtype=np.int64)
+
+    def queries(self) -> Sequence[Query]:
+        return LazyQueries(len(self.positions), self._read)
+
+    def _read(self, indices: range) -> Iterator[Query]:
+        return (
+            self.read(self.positions[np.asarray(indices, dtype=np.int64)].tolist()) if indices else iter(())
+        )
 
     def image_file(self, query: Query) -> Path | None:
         return self.images_below.path(query.image)
