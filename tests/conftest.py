@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
@@ -44,6 +45,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     for fixture, mark in MARKS.items():
         if fixture in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow") is None:
             item.add_marker(mark)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several test processes, start with the files that have most slow tests, so that all processes end at about the same time."""
+    if hasattr(config, "workerinput"):
+        slow = Counter(
+            item.path
+            for item in items
+            if item.get_closest_marker("slow") and not item.get_closest_marker("nightly")
+        )
+        items.sort(key=lambda item: -slow[item.path])
 
 
 TOGETHER = {
@@ -184,23 +196,33 @@ def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
 
 
 @pytest.fixture
-def run_two(server: Server, tmp_path: Path) -> Callable[..., Ended]:
-    """Function that runs the command line in `tmp_path` in two processes, which start as a cluster starts them.
+def run_each(server: Server, tmp_path: Path) -> Callable[..., tuple[Ended, Ended]]:
+    """Function that runs the command line in `tmp_path` in two processes, which start as a cluster starts them, so that one may die alone.
 
-    Returns the exit status of the first one and what both printed. Where one process fails, `run_plainly` starts them as Lightning
-    does, which ends the other.
+    Returns how each of them ended. `run_plainly` starts them as Lightning does, which ends the second one where the first one fails.
     """
 
-    def ended(*arguments: str) -> Ended:
+    def ended(*arguments: str) -> tuple[Ended, Ended]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
         settings = [*arguments, "--trainer.devices", "2"]
         pids = [server.start(settings, tmp_path, {**place, "LOCAL_RANK": str(n)}) for n in (1, 0)]
-        first, _ = server.wait(pids[1]), server.wait(pids[0])
+        first, second = server.wait(pids[1]), server.wait(pids[0])
         # What `wait` reads is what was started last.
         out, err = ((server.folder / f"{server.started - 1}.{name}").read_text() for name in ("out", "err"))
-        return Ended(first.status, first.out + out, first.err + err)
+        return first, Ended(second.status, out, err)
+
+    return ended
+
+
+@pytest.fixture
+def run_two(run_each: Callable[..., tuple[Ended, Ended]]) -> Callable[..., Ended]:
+    """As `run_each`; the status is that of the first process, and the output that of both."""
+
+    def ended(*arguments: str) -> Ended:
+        first, second = run_each(*arguments)
+        return Ended(first.status, first.out + second.out, first.err + second.err)
 
     return ended
 
@@ -239,6 +261,7 @@ def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Cal
             {"class_path": f"vlm_calibration.callbacks.{name}"}
             for name in ("checkpoint.RunCheckpoint", "adapter.AdapterWriter", "predictions.PredictionWriter")
         ]
+        demo = "vlm_calibration.demo.source.DemoSource"
         overlay = {
             "trainer": {
                 "accelerator": "cpu",
@@ -261,10 +284,8 @@ def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Cal
                 "batch_size": 2,
                 "workers": 1,
                 "max_length": 400,
-                "validation": {
-                    "class_path": "vlm_calibration.demo.source.DemoSource",
-                    "init_args": {"scenes": 1},
-                },
+                "train": {"class_path": demo, "init_args": {"scenes": 100}},
+                "validation": {"class_path": demo, "init_args": {"scenes": 1}},
                 **sections.get("data", {}),
             },
         }

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from .command_line import Ended, callback, run_plainly
 pytestmark = pytest.mark.slow
 
 WEIGHTS = "adapter/adapter_model.safetensors"
-FILES = (WEIGHTS, "metrics.json", "predictions.jsonl")
 
 Start = Callable[..., list[str]]
 
@@ -45,50 +45,49 @@ def _same_directory(expected: dict[str, bytes], folder: Path) -> None:
     assert [name for name in files if files[name] != expected[name]] == []
 
 
-MOMENTS = [(e, b, w) for e in range(2) for b in range(7) for w in ("before", "between", "after")]
-
-
-@pytest.mark.parametrize(
-    ("stage", "workers", "accumulated", "seed"),
-    [("sft", 2, 2, 1), ("dpo", 0, 1, 4)],
-)
-def test_killed_twice_and_resumed(
-    run: Callable[..., Ended],
-    start: Start,
-    new_adapter: Callable[..., str],
-    tmp_path: Path,
-    stage: str,
-    workers: int,
-    accumulated: int,
-    seed: int,
+def test_a_training_that_is_stopped_and_killed_resumes_by_the_same_command_and_writes_the_same_files(
+    run: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
-    more = ["--model.init_args.adapter", new_adapter(1)] if stage == "dpo" else []
+    """Steps of two batches, and a checkpoint after every third one; a signal in the middle of a step takes effect after it."""
 
-    def command(name: str, *disaster: dict[str, Any]) -> list[str]:
-        settings = {"stage": stage, "workers": workers, "accumulate_grad_batches": accumulated}
-        return [*start(name, *disaster, **settings), *more]
+    def command(*disaster: dict[str, Any]) -> list[str]:
+        return [*start("run", *disaster, workers=2, every=3, accumulate_grad_batches=2), "--resume"]
 
-    ended = run(*command("run"))
+    folder, last = tmp_path / "run", tmp_path / "run/checkpoints/last.ckpt"
+    ended = run(*command())
     assert ended.status == 0, ended.err
-    expected = _contents(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
-    # The first checkpoint is written after two steps.
-    moments = [m for m in MOMENTS if m[:2] >= (0, 2 * accumulated)]
-    killed = sorted(random.Random(seed).sample(moments, 2))
-    for n, (epoch, batch, when) in enumerate(killed):
-        last = ["--ckpt_path", "last"] if n else []
-        ended = run(*command("run", callback("disasters.KillAt", epoch=epoch, batch=batch, when=when)), *last)
-        assert ended.status == -signal.SIGKILL, ended.err
-        assert not (tmp_path / "run/adapter").exists()
-    ended = run(*command("run"), "--ckpt_path", "last")
+    expected = _contents(folder)
+    shutil.rmtree(folder)
+    term = {"epoch": 0, "batch": 2, "when": "between", "number": int(signal.SIGTERM), "group": False}
+    usr1 = {"epoch": 0, "batch": 6, "when": "validating", "number": int(signal.SIGUSR1)}
+    kill = {"epoch": 1, "batch": 5, "when": "between"}
+    for disaster, status, step in ((term, 143, 2), (usr1, 138, 4), (kill, -9, 6)):
+        ended = run(*command(callback("disasters.KillAt", **disaster)))
+        assert ended.status == status, ended.err
+        if status > 0:
+            assert signal.Signals(status - 128).name in ended.error()
+            assert str(last) in ended.error()
+        assert torch.load(last, weights_only=True)["global_step"] == step
+        assert not (folder / "adapter").exists()
+        record = json.loads((folder / "run.json").read_text())
+        assert not record["finished"]
+        assert record["versions"]["torch"] == version("torch")
+    ended = run(*command())
     assert ended.status == 0, ended.err
-    _same_directory(expected, tmp_path / "run")
+    assert str(last) in ended.out
+    _same_directory(expected, folder)
+    # The weights and Adam's two moments take three times the adapter's size.
+    for checkpoint in last.parent.iterdir():
+        assert checkpoint.stat().st_size <= 4 * len(expected[WEIGHTS]), checkpoint
+    ended = run(*command()[:-1], "--ckpt_path", "last")
+    assert ended.status == 0, ended.err
+    _same_directory(expected, folder)
 
 
-def test_a_run_killed_when_training_has_ended_ends_as_if_it_had_not_been(
+def test_stage_2_killed_in_training_and_at_its_end_ends_as_if_it_had_not_been(
     run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
 ) -> None:
-    """The resumed run prints the comparison of before and after, and the warning, which the killed run did not reach."""
+    """The resumed run prints the comparison of before and after, and the warning, which the killed runs did not reach."""
     # The demo's model gives readable answers before training, and none after training at this learning rate.
     settings = [
         *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
@@ -102,10 +101,11 @@ def test_a_run_killed_when_training_has_ended_ends_as_if_it_had_not_been(
     results = json.loads(expected["adapter/calibration.json"])["results"]
     assert results["before"] != results["after"]
     shutil.rmtree(tmp_path / "run")
-    kill = callback("disasters.KillAt", epoch=0, batch=0, when="ending")
-    ended = run(*start("run", kill, stage="dpo"), *settings)
-    assert ended.status == -signal.SIGKILL, ended.err
-    assert not (tmp_path / "run/adapter").exists()
+    for when, more in (("after", []), ("ending", ["--ckpt_path", "last"])):
+        kill = callback("disasters.KillAt", epoch=0, batch=4, when=when)
+        ended = run(*start("run", kill, stage="dpo"), *settings, *more)
+        assert ended.status == -signal.SIGKILL, ended.err
+        assert not (tmp_path / "run/adapter").exists()
     ended = run(*start("run", stage="dpo"), *settings, "--ckpt_path", "last")
     assert ended.status == 0, ended.err
     _same_directory(expected, tmp_path / "run")
@@ -170,45 +170,11 @@ def test_stopped_in_two_processes_and_resumed_in_one(
         torch.testing.assert_close(resumed[name], weight, atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_a_signal_during_validation_saves_and_ends_the_run(
-    run: Callable[..., Ended], start: Start, tmp_path: Path
-) -> None:
-    """SIGTERM in the middle of a step is tested with `--resume`, in `test_stage_resume.py`."""
-    settings = {"workers": 2, "every": 1000, "accumulate_grad_batches": 3}
-    whole = run(*start("whole", **settings))
-    assert whole.status == 0, whole.err
-    signalled = {"when": "validating", "number": int(signal.SIGUSR1)}
-    ended = run(*start("cut", callback("disasters.KillAt", epoch=0, batch=6, **signalled), **settings))
-    assert ended.status == 138, ended.err
-    last = tmp_path / "cut/checkpoints/last.ckpt"
-    assert "SIGUSR1" in ended.error()
-    assert str(last) in ended.error()
-    assert torch.load(last, weights_only=True)["global_step"] == 3
-    assert not (tmp_path / "cut/adapter").exists()
-    ended = run(*start("cut", **settings), "--ckpt_path", "last")
-    assert ended.status == 0, ended.err
-    for name in FILES:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-
-
-def test_a_finished_run_has_nothing_to_resume_and_its_checkpoints_hold_what_is_trained(
-    run: Callable[..., Ended], start: Start, tmp_path: Path
-) -> None:
-    """The weights and Adam's two moments take three times the adapter's size."""
+def test_what_cannot_be_resumed(run: Callable[..., Ended], start: Start, tmp_path: Path) -> None:
     ended = run(*start("run"), "--ckpt_path", "last")
     assert ended.status == 1
     assert str(tmp_path / "run/checkpoints/last.ckpt") in ended.error()
-    assert run(*start("run")).status == 0
-    before = {name: (tmp_path / "run" / name).read_bytes() for name in FILES}
-    for checkpoint in (tmp_path / "run/checkpoints").iterdir():
-        assert checkpoint.stat().st_size <= 4 * len(before[WEIGHTS]), checkpoint
-    ended = run(*start("run"), "--ckpt_path", "last")
-    assert ended.status == 0, ended.err
-    assert {name: (tmp_path / "run" / name).read_bytes() for name in FILES} == before
-
-
-def test_resumed_with_other_batches(run: Callable[..., Ended], start: Start) -> None:
-    kill = callback("disasters.KillAt", epoch=0, batch=5)
+    kill = callback("disasters.KillAt", epoch=0, batch=3)
     assert run(*start("run", kill)).status == -signal.SIGKILL
     ended = run(*start("run"), "--ckpt_path", "last", "--data.batch_size", "3")
     assert ended.status == 1

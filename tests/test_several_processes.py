@@ -15,10 +15,11 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from safetensors.torch import load_file
 
-from .command_line import SHARDED, Ended, callback, run_plainly
+from .command_line import SHARDED, Ended, callback
 
 Start = Callable[..., list[str]]
-TWO = ["--trainer.devices", "2", "--data.batch_size", "1"]
+ONE_EACH = ["--data.batch_size", "1"]
+"""With this, two processes see the queries of one step of a single process."""
 
 
 def _losses(folder: Path) -> list[float]:
@@ -40,7 +41,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def test_two_processes_train_as_one(
-    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
+    run: Callable[..., Ended], run_two: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
     """The loss curves and weights agree to 1e-4, validation is identical, and each file is written once; float32, no dropout.
 
@@ -49,23 +50,16 @@ def test_two_processes_train_as_one(
     watch, no_dropout = callback("disasters.WriteLosses"), ["--model.init_args.lora.dropout", "0.0"]
     ended = run(*start("one", watch), *no_dropout)
     assert ended.status == 0, ended.err
-    ended = run_plainly([*start("ddp", watch, strategy="ddp"), *TWO, *no_dropout], root, tmp_path)
+    ended = run_two(*start("ddp", watch, strategy="ddp"), *ONE_EACH, *no_dropout)
     assert ended.status == 0, ended.err
     assert "sync_dist" not in ended.err, "Lightning's advice for metrics that are not reduced"
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(tmp_path), "name": "log", "version": ""},
     }
-    sharded = start(
-        "fsdp2",
-        watch,
-        callback("throughput.Throughput"),
-        strategy=SHARDED,
-        limit_val_batches=0,
-        logger=logger,
-        log_every_n_steps=1,
-    )
-    ended = run_plainly([*sharded, *TWO, *no_dropout], root, tmp_path)
+    settings = {"strategy": SHARDED, "limit_val_batches": 0, "logger": logger, "log_every_n_steps": 1}
+    sharded = start("fsdp2", watch, callback("throughput.Throughput"), **settings)
+    ended = run_two(*sharded, *ONE_EACH, *no_dropout)
     assert ended.status == 0, ended.err
     assert (ended.out + ended.err).count("FSDP2 does not validate") == 1
     one = _losses(tmp_path / "one")
@@ -86,7 +80,7 @@ def test_two_processes_train_as_one(
 
 
 def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
-    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
+    run: Callable[..., Ended], run_two: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
 ) -> None:
     """The demo's model answers some queries correctly; each process sees half of the answers, and trains on its own."""
     settings = {
@@ -105,8 +99,7 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
     watch = [callback("disasters.WriteTeacher"), callback("disasters.WriteLosses")]
     ended = run(*start("one", *watch, stage="dpo"), *answering)
     assert ended.status == 0, ended.err
-    command = [*start("two", *watch, stage="dpo", strategy="ddp"), *answering, *TWO]
-    ended = run_plainly(command, root, tmp_path)
+    ended = run_two(*start("two", *watch, stage="dpo", strategy="ddp"), *answering, *ONE_EACH)
     assert ended.status == 0, ended.err
     one, *two = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/teacher-*.json")))
     assert len(two) == 2
@@ -131,7 +124,7 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
 def test_clipping_bounds_what_a_step_does(run: Callable[..., Ended], start: Start, tmp_path: Path) -> None:
     """AdamW with a large eps moves in proportion to the gradient, which is clipped to almost zero."""
     ended = run(
-        *start("clipped", gradient_clip_val=1e-6),
+        *start("clipped", gradient_clip_val=1e-6, max_steps=2, max_epochs=None, limit_val_batches=0),
         *("--model.init_args.optimizer.eps", "1.0", "--model.init_args.optimizer.lr", "1.0"),
     )
     assert ended.status == 0, ended.err
@@ -143,10 +136,11 @@ def test_low_precision_and_8_bit_states_resumed(
     run: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
     low = ["--trainer.precision", "bf16-mixed", "--model.init_args.optimizer.name", "paged_adamw_8bit"]
-    assert run(*start("whole"), *low).status == 0
-    ended = run(*start("cut", callback("disasters.KillAt", epoch=1, batch=3)), *low)
+    short = {"max_epochs": 1, "limit_val_batches": 0}
+    assert run(*start("whole", **short), *low).status == 0
+    ended = run(*start("cut", callback("disasters.KillAt", epoch=0, batch=5), **short), *low)
     assert ended.status == -9, ended.err
-    ended = run(*start("cut"), *low, "--ckpt_path", "last")
+    ended = run(*start("cut", **short), *low, "--ckpt_path", "last")
     assert ended.status == 0, ended.err
     whole, cut = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
     assert all(torch.equal(whole[n], cut[n]) for n in whole)

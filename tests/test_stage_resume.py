@@ -6,12 +6,10 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from .command_line import Ended, callback
@@ -23,7 +21,7 @@ Run = Callable[..., Ended]
 Start = Callable[..., list[str]]
 DEMO = "vlm_calibration.demo.source.DemoSource"
 ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
-WEIGHTS = "adapter/adapter_model.safetensors"
+THREE = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels", "init_args": {"n_levels": 3}}
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
@@ -46,37 +44,6 @@ def _assert_done(ended: Ended, folder: Path) -> None:
 def _assert_refused(ended: Ended, folder: Path, *texts: str) -> None:
     assert ended.status == 1
     assert all(text in ended.error() for text in (str(folder), "--overwrite", "--runs", *texts)), ended.err
-
-
-def test_a_stopped_training_resumes_by_the_same_command_and_is_then_done(
-    run: Run, start: Start, tmp_path: Path
-) -> None:
-    """A signal in the middle of a step of three batches takes effect after the step."""
-    settings = {"workers": 2, "every": 1000, "accumulate_grad_batches": 3}
-    whole = run(*start("whole", **settings))
-    assert whole.status == 0, whole.err
-    signalled = {"when": "between", "number": int(signal.SIGTERM), "group": False}
-    stop = callback("disasters.KillAt", epoch=0, batch=3, **signalled)
-    command = [*start("run", stop, **settings), "--resume"]
-    stopped = run(*command)
-    assert stopped.status == 143
-    assert "SIGTERM" in stopped.error()
-    last = tmp_path / "run/checkpoints/last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == 2
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    assert not record["finished"]
-    assert record["versions"]["torch"] == version("torch")
-    ended = run(*command)
-    assert ended.status == 0, ended.err
-    assert str(last) in ended.out
-    for name in (WEIGHTS, "metrics.json", "predictions.jsonl"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    before = _files(tmp_path / "run")
-    _assert_done(run(*command), tmp_path / "run")
-    # A default that is given explicitly is no other setting.
-    two = [*command, *TWO, "--data.batch_size", "1", "--data.workers", "1", "--data.noise.dilate", "0.0"]
-    _assert_done(run(*two), tmp_path / "run")
-    assert _files(tmp_path / "run") == before
 
 
 def test_training_of_other_settings_or_inputs_is_refused(
@@ -104,33 +71,24 @@ def test_training_of_other_settings_or_inputs_is_refused(
     measured(model_folder).save(tmp_path / "same.json")
     same = json.loads((tmp_path / "same.json").read_text())
     table.write_text(json.dumps(same))
-    _assert_done(run(*command, "--data.noise.levels.init_args.path", str(table)), folder)
+    # Another path of the same table and a default that is given explicitly are no other settings.
+    same_settings = ["--data.noise.levels.init_args.path", str(table), "--data.noise.dilate", "0.0"]
+    _assert_done(run(*command, *same_settings), folder)
+    _assert_done(run(*command, *TWO, "--data.batch_size", "1", "--data.workers", "0"), folder)
 
 
-def test_training_that_ended_before_its_first_checkpoint_starts_again_with_any_settings(
+def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_checkpoint_until_it_is_overwritten(
     run: Run, start: Start, tmp_path: Path
 ) -> None:
-    kill = callback("disasters.KillAt", epoch=0, batch=0)
-    assert run(*start("run", kill), "--resume").status == -signal.SIGKILL
-    ended = run(*start("run"), "--resume", "--model.init_args.optimizer.lr", "0.5")
-    assert ended.status == 0, ended.err
-    assert (
-        yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]["optimizer"]["lr"]
-        == 0.5
-    )
-
-
-def test_an_interrupted_training_of_other_settings_is_refused_until_it_is_overwritten(
-    run: Run, start: Start, tmp_path: Path
-) -> None:
-    kill = callback("disasters.KillAt", epoch=0, batch=5)
-    assert run(*start("run", kill), "--resume").status == -signal.SIGKILL
-    more = ["--trainer.max_epochs", "1"]
+    early, late = (callback("disasters.KillAt", epoch=0, batch=batch) for batch in (0, 3))
+    assert run(*start("run", early), "--resume").status == -signal.SIGKILL
+    killed = run(*start("run", late), "--resume", "--model.init_args.optimizer.lr", "0.5")
+    assert killed.status == -signal.SIGKILL, killed.err
+    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert written["model"]["init_args"]["optimizer"]["lr"] == 0.5
+    more = ["--trainer.max_epochs", "1", "--model.init_args.optimizer.lr", "0.5"]
     _assert_refused(
-        run(*start("run", kill), "--resume", *more),
-        tmp_path / "run",
-        "max_epochs was 2 and is 1",
-        "interrupted",
+        run(*start("run"), "--resume", *more), tmp_path / "run", "max_epochs was 2 and is 1", "interrupted"
     )
     assert run(*start("run"), "--overwrite", *more).status == 0
     _assert_done(run(*start("run"), "--resume", *more), tmp_path / "run")
@@ -226,7 +184,7 @@ def test_a_measurement_of_levels_is_done_until_its_table_is_another(
         *("--model.init_args.out", str(tmp_path / "levels.json")),
         *("--model.init_args.likelihoods", str(tmp_path / "likelihoods.parquet")),
         *("--data.train", json.dumps({**source, "init_args": {"split": "train", "scenes": 2}})),
-        *("--data.noise.kinds", '{"noise": 1}'),
+        *("--data.noise.kinds", '{"noise": 1}', "--data.noise.levels", json.dumps(THREE)),
     ]
     ended = run(*command)
     assert ended.status == 0, ended.err

@@ -33,8 +33,10 @@ KEYS = ("original", *PROBES)
 
 @pytest.fixture
 def queries(data: Data) -> PerturbedQueryDataModule:
+    """Six queries, in batches of four and two, and a calibration set."""
+    source = DemoSource("test", scenes=1)
     held_out = {"held_out": EvalSplit(DemoSource("calibration", scenes=1))}
-    return data(calibration=held_out)
+    return data(test={"clean": EvalSplit(source), "noised": EvalSplit(source, "drawn")}, calibration=held_out)
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
@@ -57,10 +59,10 @@ def test_every_answer_of_a_model_has_its_probed_confidences(
     tokenizer = AnswerTokenizer(queries.chat, [LinearLevels(n_levels=101)])
     for system in ("base", "one"):
         predictions = read_predictions(folder / system / "predictions.jsonl")
-        assert [tuple(p.probes) for p in predictions] == [KEYS] * 15
+        assert [tuple(p.probes) for p in predictions] == [KEYS] * 6
         with torch.no_grad(), using_adapter(model, None if system == "base" else system):
             test, _ = queries.test_dataloader()
-            for start, batch in zip((0, 4, 8, 12), test, strict=True):
+            for start, batch in zip((0, 4), test, strict=True):
                 part = predictions[start : start + 4]
                 answered = AnsweredBatch(model, batch, part, [0] * len(part), tokenizer, 5)
                 assert read_probes(answered, PROBES)[0] == [p.probes for p in part]

@@ -7,7 +7,6 @@ import logging
 import re
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.stages.evaluation import EvaluationModule
 
-from ..command_line import Ended, Server, callback
+from ..command_line import Ended, callback
 from ..level_tables import measured
 
 pytestmark = pytest.mark.slow
@@ -32,7 +31,7 @@ Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "oracle")
 FILES = [f"{system}/{name}" for system in SYSTEMS for name in ("predictions.jsonl", "metrics.json")]
 ESTIMATORS = ("expected", "likelihood", "self_consistency")
-TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+DDP = ("--trainer.strategy", "ddp")
 WRITER = callback("predictions.PredictionWriter")
 
 
@@ -138,36 +137,19 @@ def test_killed_again_and_again(
     assert _files(tmp_path / "cut") == whole
 
 
-@pytest.fixture
-def run_two(server: Server, tmp_path: Path) -> Callable[..., tuple[Ended, Ended]]:
-    """Runs an evaluation in two processes, started as by a cluster, so that one may die alone."""
-
-    def ended(*arguments: str) -> tuple[Ended, Ended]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
-        pids = [server.start([*arguments, *TWO], tmp_path, {**place, "LOCAL_RANK": str(n)}) for n in (1, 0)]
-        first, second = server.wait(pids[1]), server.wait(pids[0])
-        # What `wait` reads is what was started last.
-        files = [server.folder / f"{server.started - 1}.{name}" for name in ("out", "err")]
-        return first, Ended(second.status, *(file.read_text() for file in files))
-
-    return ended
-
-
 def test_two_processes_and_then_one(
     run: Callable[..., Ended],
-    run_two: Callable[..., tuple[Ended, Ended]],
+    run_each: Callable[..., tuple[Ended, Ended]],
     test: Callable[..., list[str]],
     tmp_path: Path,
 ) -> None:
-    first, second = run_two(*test("whole", batch=2))
+    first, second = run_each(*test("whole", batch=2), *DDP)
     assert (first.status, second.status) == (0, 0), first.err + second.err
     whole = _files(tmp_path / "whole")
     assert sorted(whole) == sorted(FILES)
 
     # One process is killed; the other one fails when it has answered its own queries.
-    first, second = run_two(*test("one", _kill(2, "answered", rank=1), batch=2))
+    first, second = run_each(*test("one", _kill(2, "answered", rank=1), batch=2), *DDP)
     assert second.status == -signal.SIGKILL, second.err
     assert first.status not in (0, -signal.SIGKILL), first.err
     (tmp_path / "one.asked.0").unlink()
