@@ -17,32 +17,23 @@ import pytest
 
 PACKAGE = "vlm_calibration"
 SOURCE = Path(__file__).parents[1] / "src"
-LAYERS = (
-    {
-        *(
-            "records",
-            "files",
-            "append_log",
-            "settings",
-            "arguments",
-            "errors",
-            "hub",
-            "presets",
-            "quiet",
-        ),
-        "progress",
-    },
-    {"text", "perturbation", "losses", "metrics"},
-    {"data", "models", "benchmarks"},
-    {"regions", "estimators"},
-    {"endpoint"},
-    {"stages"},
-    {"demo", "reporting"},
-    {"callbacks", "inference"},
-    {"app"},
-    {"commands"},
-    {"cli", "steps"},
-)
+LAYERS = [
+    set(names.split())
+    for names in (
+        "records files append_log settings arguments errors hub presets quiet progress",
+        "text perturbation losses metrics",
+        "data models benchmarks",
+        "regions estimators",
+        "endpoint",
+        "stages",
+        "demo reporting",
+        "callbacks inference",
+        "app",
+        "commands",
+        "cli steps",
+    )
+]
+"""From the lowest to the highest."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 STRANGERS = {("data", "models"), ("models", "data")}
 """Neither imports the other: a batch knows no model, and a model no query."""
