@@ -14,6 +14,7 @@ import yaml
 
 from .command_line import Ended, callback
 from .level_tables import FALLING, measured, noise_counts
+from .test_run_directory import files_of
 
 pytestmark = pytest.mark.slow
 
@@ -23,12 +24,6 @@ DEMO = "vlm_calibration.demo.source.DemoSource"
 ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
 THREE = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels", "init_args": {"n_levels": 3}}
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-
-
-def _files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Path in the folder -> modification time and content of every file."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
 def _assert_done(ended: Ended, folder: Path) -> None:
@@ -54,9 +49,8 @@ def test_training_of_other_settings_or_inputs_is_refused(
     levels = {"class_path": ANCHORED, "init_args": {"path": "levels.json", "likelihoods": None}}
     command = [*fit(data={"noise": {"levels": levels, "kinds": {"noise": 1}}}), "--resume"]
     assert run(*command).status == 0
-    before = _files(folder)
+    before = files_of(folder)
     _assert_refused(run(*command, "--model.init_args.optimizer.lr", "0.5"), folder, "0.0015", "0.5", ".lr")
-    _assert_refused(run(*command, *TWO), folder, "data.batch_size x processes", "2 x 1", "2 x 2")
     assert "leave out --overwrite" in run(*command, "--overwrite").error()
     assert "leave out --ckpt_path" in run(*command, "--ckpt_path", "last").error()
     measured(
@@ -67,7 +61,7 @@ def test_training_of_other_settings_or_inputs_is_refused(
         },
     ).save(table)
     _assert_refused(run(*command), folder, "data.noise.levels.init_args.path", "levels.json")
-    assert _files(folder) == before
+    assert files_of(folder) == before
     measured(model_folder).save(tmp_path / "same.json")
     same = json.loads((tmp_path / "same.json").read_text())
     table.write_text(json.dumps(same))
@@ -141,20 +135,14 @@ def test_an_evaluation_resumes_and_is_then_done(
     assert run(*evaluation(), "--resume", "--data.eval_batch_size", "3").status == 0
     queries = asked.read_text().splitlines()
     assert len(queries) == len(set(queries)) == 9, "each query is asked once"
-    before = _files(folder)
+    before = files_of(folder)
     # Nothing of training counts.
     training = ["--data.batch_size", "9", "--trainer.max_epochs", "7", "--data.train", DEMO]
     _assert_done(run(*evaluation(), "--resume", *training), folder)
     other = Path(new_adapter(2)) / "adapter_model.safetensors"
     shutil.copy(other, tmp_path / "sft")
     _assert_refused(run(*evaluation(), "--resume"), folder, "adapters.sft", str(tmp_path / "sft"))
-    assert _files(folder) == before
-    assert (
-        "`test`"
-        in run("fit", "--config", str(tmp_path / "eval.yaml"), "--data.train", DEMO, "--resume").error()
-    )
-    _assert_refused(run(*evaluation()), folder, "--resume")
-    assert _files(folder) == before
+    assert files_of(folder) == before
 
 
 def test_an_overwritten_evaluation_asks_all_queries_again(
@@ -201,5 +189,3 @@ def test_a_measurement_of_levels_is_done_until_its_table_is_another(
         assert ended.status == 0, ended.err
         assert (tmp_path / "likelihoods.parquet").read_bytes() == likelihoods
     _assert_done(ended, tmp_path / "levels")
-    more = json.dumps({**source, "init_args": {"split": "train", "scenes": 3}})
-    _assert_refused(run(*command, "--data.train", more), tmp_path / "levels", "data.train.init_args.scenes")
