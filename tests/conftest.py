@@ -162,16 +162,18 @@ def load_model(model_folder: str) -> Callable[..., Any]:
 def new_adapter(
     tmp_path_factory: pytest.TempPathFactory, load_model: Callable[..., Any]
 ) -> Callable[..., str]:
-    """Function that writes a LoRA adapter for `model_folder` with random weights, B included, and returns its folder."""
+    """Function that writes a LoRA adapter with random weights, B included, and returns its folder; `base`: not for `model_folder`."""
     from vlm_calibration.models.adapters import LoraSettings, attach_lora
+    from vlm_calibration.models.loading import BaseModel, load_base
 
-    def write(seed: int, **settings: Any) -> str:
+    def write(seed: int, base: str | None = None, scale: float = 0.1, **settings: Any) -> str:
         folder = tmp_path_factory.mktemp(f"adapter-{seed}")
-        model = attach_lora(load_model(), LoraSettings(**{"r": 4, "alpha": 8, "dropout": 0.0, **settings}))
+        model = load_model() if base is None else load_base(BaseModel(base, dtype="float32"))
+        model = attach_lora(model, LoraSettings(**{"r": 4, "alpha": 8, "dropout": 0.0, **settings}))
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.data = torch.randn(parameter.shape, generator=generator) * scale
         model.save_pretrained(folder)
         return str(folder)
 
@@ -333,21 +335,14 @@ def start(fit: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[s
 
 
 @pytest.fixture(scope="session")
-def adapter_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_run(tmp_path_factory: pytest.TempPathFactory, new_adapter: Callable[..., str]) -> Path:
     """A run directory with an adapter of the demo's model, with its processor and card, as training leaves it."""
     from vlm_calibration.data.module import PerturbedQueryDataModule
     from vlm_calibration.inference.model import DEMO_MODEL
-    from vlm_calibration.models.adapters import LoraSettings, attach_lora
-    from vlm_calibration.models.loading import BaseModel, load_base
     from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 
     folder = tmp_path_factory.mktemp("run")
-    model = attach_lora(load_base(BaseModel(str(DEMO_MODEL))), LoraSettings(r=4, alpha=4, dropout=0.0))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.13
-    model.save_pretrained(folder / "adapter")
+    shutil.copytree(new_adapter(0, str(DEMO_MODEL), 0.13, alpha=4), folder / "adapter")
     data = PerturbedQueryDataModule(str(DEMO_MODEL))
     data.processor.save_pretrained(folder / "adapter")
     card = Card(str(DEMO_MODEL), template=data.prompt.template, conversation=data.chat.render(EXAMPLE))

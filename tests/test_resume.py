@@ -45,24 +45,26 @@ def _same_directory(expected: dict[str, bytes], folder: Path) -> None:
     assert [name for name in files if files[name] != expected[name]] == []
 
 
-def test_a_training_that_is_stopped_and_killed_resumes_by_the_same_command_and_writes_the_same_files(
+def test_a_training_that_is_stopped_and_killed_resumes_and_writes_the_files_of_one_that_is_not(
     run: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
     """Steps of two batches, and a checkpoint after every third one; a signal in the middle of a step takes effect after it."""
 
-    def command(*disaster: dict[str, Any]) -> list[str]:
-        return [*start("run", *disaster, workers=2, every=3, accumulate_grad_batches=2), "--resume"]
+    def command(*disasters: dict[str, Any]) -> list[str]:
+        kills = [callback("disasters.KillAt", **settings) for settings in disasters]
+        return start("run", *kills, workers=2, every=3, accumulate_grad_batches=2)
 
     folder, last = tmp_path / "run", tmp_path / "run/checkpoints/last.ckpt"
     ended = run(*command())
     assert ended.status == 0, ended.err
     expected = _contents(folder)
     shutil.rmtree(folder)
-    term = {"epoch": 0, "batch": 2, "when": "between", "number": int(signal.SIGTERM), "group": False}
-    usr1 = {"epoch": 0, "batch": 6, "when": "validating", "number": int(signal.SIGUSR1)}
-    kill = {"epoch": 1, "batch": 5, "when": "between"}
-    for disaster, status, step in ((term, 143, 2), (usr1, 138, 4), (kill, -9, 6)):
-        ended = run(*command(callback("disasters.KillAt", **disaster)))
+    between = {"epoch": 0, "batch": 2, "when": "between", "number": int(signal.SIGTERM), "group": False}
+    validating = {"epoch": 0, "batch": 6, "when": "validating", "number": int(signal.SIGUSR1)}
+    stopped = [*command(between, validating), "--resume"]
+    killed = [*command({"epoch": 1, "batch": 5, "when": "between"}), "--ckpt_path", "last"]
+    for interrupted, status, step in ((stopped, 143, 2), (stopped, 138, 4), (killed, -9, 6)):
+        ended = run(*interrupted)
         assert ended.status == status, ended.err
         if status > 0:
             assert signal.Signals(status - 128).name in ended.error()
@@ -72,16 +74,13 @@ def test_a_training_that_is_stopped_and_killed_resumes_by_the_same_command_and_w
         record = json.loads((folder / "run.json").read_text())
         assert not record["finished"]
         assert record["versions"]["torch"] == version("torch")
-    ended = run(*command())
-    assert ended.status == 0, ended.err
-    assert str(last) in ended.out
-    _same_directory(expected, folder)
+    for _ in ("resumes", "has nothing to resume"):
+        ended = run(*command(), "--ckpt_path", "last")
+        assert ended.status == 0, ended.err
+        _same_directory(expected, folder)
     # The weights and Adam's two moments take three times the adapter's size.
     for checkpoint in last.parent.iterdir():
         assert checkpoint.stat().st_size <= 4 * len(expected[WEIGHTS]), checkpoint
-    ended = run(*command()[:-1], "--ckpt_path", "last")
-    assert ended.status == 0, ended.err
-    _same_directory(expected, folder)
 
 
 def test_stage_2_killed_in_training_and_at_its_end_ends_as_if_it_had_not_been(

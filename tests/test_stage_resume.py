@@ -82,7 +82,10 @@ def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_chec
     assert written["model"]["init_args"]["optimizer"]["lr"] == 0.5
     more = ["--trainer.max_epochs", "1", "--model.init_args.optimizer.lr", "0.5"]
     _assert_refused(
-        run(*start("run"), "--resume", *more), tmp_path / "run", "max_epochs was 2 and is 1", "interrupted"
+        run(*start("run", late), "--resume", *more),
+        tmp_path / "run",
+        "max_epochs was 2 and is 1",
+        "interrupted",
     )
     assert run(*start("run"), "--overwrite", *more).status == 0
     _assert_done(run(*start("run"), "--resume", *more), tmp_path / "run")
