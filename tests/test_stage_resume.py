@@ -6,14 +6,15 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from .command_line import Ended, callback
 from .level_tables import FALLING, measured, noise_counts
+from .stages.test_progress import evaluation as evaluation
 from .test_run_directory import files_of
 
 pytestmark = pytest.mark.slow
@@ -91,76 +92,48 @@ def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_chec
     _assert_done(run(*start("run"), "--resume", *more), tmp_path / "run")
 
 
-@pytest.fixture
-def evaluation(model_folder: str, new_adapter: Callable[..., str], tmp_path: Path) -> Start:
-    """Function that returns the arguments of an evaluation of a copy of an adapter, with a file of the queries asked."""
-    adapter = shutil.copytree(new_adapter(1), tmp_path / "sft")
-
-    def arguments(*disaster: dict[str, Any]) -> list[str]:
-        asked = callback("disasters.WriteAsked", path=str(tmp_path / "asked"))
-        config = {
-            "trainer": {
-                "accelerator": "cpu",
-                "logger": False,
-                "enable_checkpointing": False,
-                "enable_progress_bar": False,
-                "default_root_dir": str(tmp_path / "eval"),
-                "callbacks": [asked, callback("predictions.PredictionWriter"), *disaster],
-            },
-            "model": {
-                "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
-                "init_args": {"adapters": {"sft": str(adapter)}, "max_new_tokens": 3},
-            },
-            "data": {
-                "test": {
-                    "clean": {"source": {"class_path": DEMO, "init_args": {"split": "test", "scenes": 3}}}
-                },
-                "eval_batch_size": 2,
-                "workers": 0,
-            },
-        }
-        config["model"]["init_args"]["base"] = {"name_or_path": model_folder, "dtype": "float32"}
-        path = tmp_path / "eval.yaml"
-        path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        return ["test", "--config", str(path)]
-
-    return arguments
-
-
 def test_an_evaluation_resumes_and_is_then_done(
     run: Run, evaluation: Start, new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
-    asked, folder = tmp_path / "asked0", tmp_path / "eval"
-    assert run(*evaluation(callback("disasters.KillTest", batch=1, when="answered")), "--resume").status == -9
-    _assert_refused(
-        run(*evaluation(), "--resume", "--model.init_args.max_new_tokens", "4"), folder, "was 3 and is 4"
+    asked, folder, command = (
+        tmp_path / "eval.asked.0",
+        tmp_path / "eval",
+        partial(evaluation, estimators=None),
     )
-    assert run(*evaluation(), "--resume", "--data.eval_batch_size", "3").status == 0
+    kill = callback("disasters.KillTest", batch=1, when="answered")
+    assert run(*command("eval", kill), "--resume").status == -signal.SIGKILL
+    resumed = [*command("eval"), "--resume"]
+    _assert_refused(run(*resumed, "--model.init_args.max_new_tokens", "4"), folder, "was 3 and is 4")
+    assert run(*resumed, "--data.eval_batch_size", "2").status == 0
     queries = asked.read_text().splitlines()
-    assert len(queries) == len(set(queries)) == 9, "each query is asked once"
+    assert len(queries) == len(set(queries)) == 15, "each query is asked once"
     before = files_of(folder)
     # Nothing of training counts.
     training = ["--data.batch_size", "9", "--trainer.max_epochs", "7", "--data.train", DEMO]
-    _assert_done(run(*evaluation(), "--resume", *training), folder)
-    other = Path(new_adapter(2)) / "adapter_model.safetensors"
-    shutil.copy(other, tmp_path / "sft")
-    _assert_refused(run(*evaluation(), "--resume"), folder, "adapters.sft", str(tmp_path / "sft"))
+    _assert_done(run(*resumed, *training), folder)
+    shutil.copy(Path(new_adapter(2)) / "adapter_model.safetensors", tmp_path / "adapter")
+    _assert_refused(run(*resumed), folder, "adapters.one", str(tmp_path / "adapter"))
     assert files_of(folder) == before
 
 
 def test_an_overwritten_evaluation_asks_all_queries_again(
     run: Run, evaluation: Start, tmp_path: Path
 ) -> None:
-    killed = run(*evaluation(callback("disasters.KillTest", batch=1, when="answered")))
-    assert killed.status == -9
-    (tmp_path / "asked0").unlink()
+    asked, folder, command = (
+        tmp_path / "eval.asked.0",
+        tmp_path / "eval",
+        partial(evaluation, estimators=None),
+    )
+    kill = callback("disasters.KillTest", batch=1, when="answered")
+    assert run(*command("eval", kill)).status == -signal.SIGKILL
+    asked.unlink()
     for name in ("old/metrics.json", "old/official/answers.json", "report.html", "report.csv"):
-        (tmp_path / "eval" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "eval" / name).write_text("{}")
-    assert run(*evaluation(), "--overwrite").status == 0
-    assert not list((tmp_path / "eval").glob("report.*")) + list((tmp_path / "eval").glob("old/*"))
-    assert len((tmp_path / "asked0").read_text().splitlines()) == 9
-    assert {p.parent.name for p in (tmp_path / "eval").glob("*/metrics.json")} == {"base", "sft"}
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    assert run(*command("eval"), "--overwrite").status == 0
+    assert not list(folder.glob("report.*")) + list(folder.glob("old/*"))
+    assert len(asked.read_text().splitlines()) == 15
+    assert {p.parent.name for p in folder.glob("*/metrics.json")} == {"base", "one", "oracle"}
 
 
 def test_a_measurement_of_levels_is_done_until_its_table_is_another(

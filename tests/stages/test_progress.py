@@ -44,17 +44,22 @@ def _part(scenes: int, noise: str = "none", shifted: bool = False) -> dict[str, 
 
 
 @pytest.fixture
-def test(
+def evaluation(
     root: Path, model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
 ) -> Callable[..., list[str]]:
-    """Arguments of an evaluation of 15 queries in folder `name` by three systems, with callbacks around the writer."""
-    adapter = new_adapter(1)
+    """Function that returns the arguments of an evaluation of 15 queries in folder `name` by three systems.
+
+    One of them is an adapter in `tmp_path`; callbacks are before the writer or behind it.
+    """
+    shutil.copytree(new_adapter(1), tmp_path / "adapter")
     measured(model_folder).save(tmp_path / "levels.json")
     kinds = ("verbal.ExpectedConfidence", "likelihood.AnswerLikelihood", "consistency.SelfConsistency")
     estimators: list[dict[str, Any]] = [{"class_path": f"vlm_calibration.estimators.{k}"} for k in kinds]
     estimators[2]["init_args"] = {"samples": 2}
 
-    def arguments(name: str, *disaster: dict[str, Any], behind: bool = False, batch: int = 3) -> list[str]:
+    def arguments(
+        name: str, *disaster: dict[str, Any], behind: bool = False, batch: int = 3, **model: Any
+    ) -> list[str]:
         asked = callback("disasters.WriteAsked", path=str(tmp_path / f"{name}.asked."))
         overlay = {
             "trainer": {
@@ -67,10 +72,11 @@ def test(
             "model": {
                 "init_args": {
                     "base": {"name_or_path": model_folder},
-                    "adapters": {"one": adapter},
+                    "adapters": {"one": str(tmp_path / "adapter")},
                     "oracle_levels": str(tmp_path / "levels.json"),
                     "max_new_tokens": 3,
                     "estimators": estimators,
+                    **model,
                 }
             },
             "data": {
@@ -106,9 +112,9 @@ def _messages(ended: Ended) -> list[str]:
 
 
 def test_killed_again_and_again(
-    run: Callable[..., Ended], test: Callable[..., list[str]], tmp_path: Path
+    run: Callable[..., Ended], evaluation: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    ended = run(*test("whole"))
+    ended = run(*evaluation("whole"))
     assert ended.status == 0, ended.err
     whole = _files(tmp_path / "whole")
     assert sorted(whole) == sorted(FILES)
@@ -125,7 +131,7 @@ def test_killed_again_and_again(
     ]
     for number, (disaster, behind, status, before, asked) in enumerate(runs):
         log.write_text("")
-        ended = run(*test("cut", *([disaster] if disaster else []), behind=behind))
+        ended = run(*evaluation("cut", *([disaster] if disaster else []), behind=behind))
         assert ended.status == status, f"{number}: {ended.err}"
         expected = [f"resuming: {3 * before} of 15 queries were answered before"] if before else []
         assert _messages(ended) == expected, number
@@ -140,20 +146,20 @@ def test_killed_again_and_again(
 def test_two_processes_and_then_one(
     run: Callable[..., Ended],
     run_each: Callable[..., tuple[Ended, Ended]],
-    test: Callable[..., list[str]],
+    evaluation: Callable[..., list[str]],
     tmp_path: Path,
 ) -> None:
-    first, second = run_each(*test("whole", batch=2), *DDP)
+    first, second = run_each(*evaluation("whole", batch=2), *DDP)
     assert (first.status, second.status) == (0, 0), first.err + second.err
     whole = _files(tmp_path / "whole")
     assert sorted(whole) == sorted(FILES)
 
     # One process is killed; the other one fails when it has answered its own queries.
-    first, second = run_each(*test("one", _kill(2, "answered", rank=1), batch=2), *DDP)
+    first, second = run_each(*evaluation("one", _kill(2, "answered", rank=1), batch=2), *DDP)
     assert second.status == -signal.SIGKILL, second.err
     assert first.status not in (0, -signal.SIGKILL), first.err
     (tmp_path / "one.asked.0").unlink()
-    ended = run(*test("one", batch=4))
+    ended = run(*evaluation("one", batch=4))
     assert ended.status == 0, ended.err
     assert _messages(ended) == ["resuming: 12 of 15 queries were answered before"]
     assert (tmp_path / "one.asked.0").read_text().count("\n") == 3
