@@ -19,7 +19,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.p_true import TEMPLATE
 from vlm_calibration.losses.candidates import CandidateLoss
-from vlm_calibration.losses.distribution import RLCR, ExpectedBrier, SoftLabel, TokenizedBrier
+from vlm_calibration.losses.distribution import RLCR, SoftLabel
 from vlm_calibration.losses.preference import DPO, Listwise
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.records import DataError, Query
@@ -184,7 +184,7 @@ def test_losses_by_hand(make_step: MakeStep, answers: CandidateSettings) -> None
         [step.stated(row, of, answers.wrong_answer) for row in range(6)] for of in (False, True)
     )
     targets = [_target(step, row, "expected") for row in range(6)]
-    for loss in (SoftLabel(width=0.2), TokenizedBrier(), RLCR(), DPO(beta=0.4)):
+    for loss in (RLCR(), DPO(beta=0.4)):
         step.module.loss = loss
         rows = zip(policy, reference, targets, strict=True)
         expected = np.mean([loss_by_hand(loss, *row) for row in rows])
@@ -216,7 +216,7 @@ def test_the_other_terms_by_hand(make_step: MakeStep) -> None:
     assert losses[0.0, 0.3] - losses[0.0, 0.0] == pytest.approx(0.3 * np.mean(drift), rel=2e-2, abs=1e-3)
 
 
-@pytest.mark.parametrize("loss", [ExpectedBrier(), RLCR(), Listwise()], ids=repr)
+@pytest.mark.parametrize("loss", [RLCR(), Listwise()], ids=repr)
 def test_steps_lower_the_loss_of_a_repeated_batch(make_step: MakeStep, loss: CandidateLoss) -> None:
     step = make_step(WITH_OPPOSITE, loss=loss, n=4)
     parameters = trained_parameters(step.module)
