@@ -60,10 +60,13 @@ def test_a_training_that_is_stopped_and_killed_resumes_and_writes_the_files_of_o
     shutil.rmtree(folder)
     between = {"epoch": 0, "batch": 2, "when": "between", "number": int(signal.SIGTERM), "group": False}
     validating = {"epoch": 0, "batch": 6, "when": "validating", "number": int(signal.SIGUSR1)}
-    stopped = [*command(between, validating), "--resume"]
-    killed = [*command({"epoch": 1, "batch": 5, "when": "between"}), "--ckpt_path", "last"]
-    for interrupted, status, step in ((stopped, 143, 2), (stopped, 138, 4), (killed, -9, 6)):
-        ended = run(*interrupted)
+    killed = {"epoch": 1, "batch": 5, "when": "between"}
+    for disasters, resume, status, step in (
+        ([between, validating], ["--resume"], 143, 2),
+        ([between, validating], ["--resume"], 138, 4),
+        ([killed], ["--ckpt_path", "last"], -signal.SIGKILL, 6),
+    ):
+        ended = run(*command(*disasters), *resume)
         assert ended.status == status, ended.err
         if status > 0:
             assert signal.Signals(status - 128).name in ended.error()
