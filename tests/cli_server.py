@@ -1,4 +1,4 @@
-"""Server that imports the command line once and forks for each run.
+"""Server that imports the command line and loads a model once, and forks for each run.
 
 A request is one JSON line on stdin: {"args": [...], "cwd": ..., "env": {...}, "largest": bytes or null, "out": file,
 "err": file}; the reply is the process id. The child starts a session of its own, as under a terminal, and runs
@@ -16,12 +16,15 @@ from pathlib import Path
 
 from vlm_calibration import cli
 from vlm_calibration.commands.lightning_cli import ParsedCLI
+from vlm_calibration.models.base import DEMO_MODEL, BaseModel
+from vlm_calibration.models.loading import load_base
 
 
 def warm_up() -> None:
     environment = dict(os.environ)
     sys.argv[1:] = ["fit", "--config", str(Path(__file__).parents[1] / "configs" / "sft.yaml")]
     ParsedCLI()  # builds the parser, which fills jsonargparse's caches
+    load_base(BaseModel(str(DEMO_MODEL)))  # fills those of transformers
     os.environ.clear()
     os.environ.update(environment)
     gc.freeze()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
@@ -44,6 +45,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     for fixture, mark in MARKS.items():
         if fixture in getattr(item, "fixturenames", ()) and item.get_closest_marker("slow") is None:
             item.add_marker(mark)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several test processes, start with the files that have most slow tests, so that all processes end at about the same time."""
+    if hasattr(config, "workerinput"):
+        slow = Counter(
+            item.path
+            for item in items
+            if item.get_closest_marker("slow") and not item.get_closest_marker("nightly")
+        )
+        items.sort(key=lambda item: -slow[item.path])
 
 
 TOGETHER = {
@@ -153,16 +165,18 @@ def load_model(model_folder: str) -> Callable[..., Any]:
 def new_adapter(
     tmp_path_factory: pytest.TempPathFactory, load_model: Callable[..., Any]
 ) -> Callable[..., str]:
-    """Function that writes a LoRA adapter for `model_folder` with random weights, B included, and returns its folder."""
+    """Function that writes a LoRA adapter with random weights, B included, and returns its folder; `base`: not for `model_folder`."""
     from vlm_calibration.models.adapters import LoraSettings, attach_lora
+    from vlm_calibration.models.loading import BaseModel, load_base
 
-    def write(seed: int, **settings: Any) -> str:
+    def write(seed: int, base: str | None = None, scale: float = 0.1, **settings: Any) -> str:
         folder = tmp_path_factory.mktemp(f"adapter-{seed}")
-        model = attach_lora(load_model(), LoraSettings(**{"r": 4, "alpha": 8, "dropout": 0.0, **settings}))
+        model = load_model() if base is None else load_base(BaseModel(base, dtype="float32"))
+        model = attach_lora(model, LoraSettings(**{"r": 4, "alpha": 8, "dropout": 0.0, **settings}))
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.data = torch.randn(parameter.shape, generator=generator) * scale
         model.save_pretrained(folder)
         return str(folder)
 
@@ -187,23 +201,33 @@ def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
 
 
 @pytest.fixture
-def run_two(server: Server, tmp_path: Path) -> Callable[..., Ended]:
-    """Function that runs the command line in `tmp_path` in two processes, which start as a cluster starts them.
+def run_each(server: Server, tmp_path: Path) -> Callable[..., tuple[Ended, Ended]]:
+    """Function that runs the command line in `tmp_path` in two processes, which start as a cluster starts them, so that one may die alone.
 
-    Returns the exit status of the first one and what both printed. Where one process fails, `run_plainly` starts them as Lightning
-    does, which ends the other.
+    Returns how each of them ended. `run_plainly` starts them as Lightning does, which ends the second one where the first one fails.
     """
 
-    def ended(*arguments: str) -> Ended:
+    def ended(*arguments: str) -> tuple[Ended, Ended]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
         settings = [*arguments, "--trainer.devices", "2"]
         pids = [server.start(settings, tmp_path, {**place, "LOCAL_RANK": str(n)}) for n in (1, 0)]
-        first, _ = server.wait(pids[1]), server.wait(pids[0])
+        first, second = server.wait(pids[1]), server.wait(pids[0])
         # What `wait` reads is what was started last.
         out, err = ((server.folder / f"{server.started - 1}.{name}").read_text() for name in ("out", "err"))
-        return Ended(first.status, first.out + out, first.err + err)
+        return first, Ended(second.status, out, err)
+
+    return ended
+
+
+@pytest.fixture
+def run_two(run_each: Callable[..., tuple[Ended, Ended]]) -> Callable[..., Ended]:
+    """As `run_each`; the status is that of the first process, and the output that of both."""
+
+    def ended(*arguments: str) -> Ended:
+        first, second = run_each(*arguments)
+        return Ended(first.status, first.out + second.out, first.err + second.err)
 
     return ended
 
@@ -242,6 +266,7 @@ def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Cal
             {"class_path": f"vlm_calibration.callbacks.{name}"}
             for name in ("checkpoint.RunCheckpoint", "adapter.AdapterWriter", "predictions.PredictionWriter")
         ]
+        demo = "vlm_calibration.demo.source.DemoSource"
         overlay = {
             "trainer": {
                 "accelerator": "cpu",
@@ -264,10 +289,8 @@ def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Cal
                 "batch_size": 2,
                 "workers": 1,
                 "max_length": 400,
-                "validation": {
-                    "class_path": "vlm_calibration.demo.source.DemoSource",
-                    "init_args": {"scenes": 1},
-                },
+                "train": {"class_path": demo, "init_args": {"scenes": 100}},
+                "validation": {"class_path": demo, "init_args": {"scenes": 1}},
                 **sections.get("data", {}),
             },
         }
@@ -315,21 +338,14 @@ def start(fit: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[s
 
 
 @pytest.fixture(scope="session")
-def adapter_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_run(tmp_path_factory: pytest.TempPathFactory, new_adapter: Callable[..., str]) -> Path:
     """A run directory with an adapter of the demo's model, with its processor and card, as training leaves it."""
     from vlm_calibration.data.module import PerturbedQueryDataModule
     from vlm_calibration.inference.model import DEMO_MODEL
-    from vlm_calibration.models.adapters import LoraSettings, attach_lora
-    from vlm_calibration.models.loading import BaseModel, load_base
     from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 
     folder = tmp_path_factory.mktemp("run")
-    model = attach_lora(load_base(BaseModel(str(DEMO_MODEL))), LoraSettings(r=4, alpha=4, dropout=0.0))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.13
-    model.save_pretrained(folder / "adapter")
+    shutil.copytree(new_adapter(0, str(DEMO_MODEL), 0.13, alpha=4), folder / "adapter")
     data = PerturbedQueryDataModule(str(DEMO_MODEL))
     data.processor.save_pretrained(folder / "adapter")
     card = Card(str(DEMO_MODEL), template=data.prompt.template, conversation=data.chat.render(EXAMPLE))

@@ -25,6 +25,10 @@ from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.demo.source import DemoSource, scene_index
 from vlm_calibration.perturbation.masks import bounding_box
 
+from .test_distribution import clean_environment, run_cleanly
+from .test_distribution import source as source
+from .test_distribution import wheel as wheel
+
 pytestmark = pytest.mark.nightly
 
 ROOT = Path(__file__).parents[1]
@@ -87,21 +91,14 @@ class Stranger(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Stranger:
+def stranger(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Stranger:
     base = tmp_path_factory.mktemp("stranger")
     environment = base / "environment"
-    _run(sys.executable, "-m", "venv", "--without-pip", str(environment))
-    # Of a copy, since a build leaves files in its folder.
-    source = base / "source"
-    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(base), str(source))
-    [wheel] = base.glob("*.whl")
     python = environment / "bin/python"
-    _run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel))
+    run_cleanly(sys.executable, "-m", "venv", "--without-pip", environment)
+    run_cleanly(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel)
     packages = Path(
-        _run(str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
+        run_cleanly(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
     )
     # Dependencies come from the tests' environment; its link to the checkout is not followed.
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
@@ -111,7 +108,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Stranger:
     return Stranger(
         folder,
         {
-            **_clean(),
+            **clean_environment(),
             "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
             "CHECKOUT": str(ROOT),
             "DEPENDENCIES": str(Path(sys.prefix)),
@@ -120,15 +117,6 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Stranger:
             "WANDB_MODE": "offline",
         },
     )
-
-
-def _clean() -> dict[str, str]:
-    """The environment without what leads Python to other packages, or W&B to another run."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "WANDB", "VIRTUAL_ENV"))}
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=_clean()).stdout
 
 
 def write_data(folder: Path) -> None:

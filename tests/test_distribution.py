@@ -1,4 +1,4 @@
-"""The package as others get it: sdist and wheel, and the wheel in an environment of its own."""
+"""The package as others get it: sdist and wheel; `test_acceptance.py` uses the wheel in an environment of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from email import message_from_bytes
@@ -29,11 +28,15 @@ CONTENTS = (
 )
 
 
-def _run(*command: str | Path, folder: Path | None = None) -> str:
-    """Output of a command, which must succeed, without what leads Python to the checkout."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+def clean_environment() -> dict[str, str]:
+    """The environment without what leads Python to other packages, or W&B to another run."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "WANDB", "VIRTUAL_ENV"))}
+
+
+def run_cleanly(*command: str | Path, folder: Path | None = None) -> str:
+    """Output of a command, which must succeed, in `clean_environment`."""
     ran = subprocess.run(
-        [*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [*map(str, command)], cwd=folder, env=clean_environment(), capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
@@ -42,7 +45,7 @@ def _run(*command: str | Path, folder: Path | None = None) -> str:
 def _build(folder: Path, kind: str, out: Path) -> Path:
     """The file that `build_sdist` or `build_wheel` writes into a new folder."""
     out.mkdir()
-    _run(sys.executable, "-c", BUILD, kind, out, folder=folder)
+    run_cleanly(sys.executable, "-c", BUILD, kind, out, folder=folder)
     [file] = out.iterdir()
     return file
 
@@ -97,7 +100,7 @@ def test_the_sdist_builds_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Pat
 
 
 def test_an_index_takes_both(wheel: Path, sdist: Path) -> None:
-    checked = _run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
+    checked = run_cleanly(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     assert checked.count("PASSED") == 2
 
 
@@ -107,24 +110,3 @@ def test_the_wheel_has_the_version_and_the_page(wheel: Path) -> None:
         metadata = message_from_bytes(archive.read(name))
     assert metadata["Version"] == vlm_calibration.__version__
     assert "## Limits" in metadata.get_payload()
-
-
-def test_the_wheel_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    environment = tmp_path / "environment"
-    _run(sys.executable, "-m", "venv", "--without-pip", environment)
-    python = environment / "bin/python"
-    _run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel)
-    packages = _run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
-    # Added as a folder of modules, so that the tests' own link to the checkout is not followed.
-    (Path(packages) / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
-    command = environment / "bin/vlm-calibration"
-    where = _run(python, "-c", "import vlm_calibration; print(vlm_calibration.__file__)", folder=tmp_path)
-    assert Path(where.strip()).is_relative_to(environment)
-    presets = [line.split()[0] for line in _run(command, "config", "list", folder=tmp_path).splitlines()]
-    assert {"sft", "dpo", "eval/pope", "model/qwen2_5_vl_7b"} <= set(presets)
-    assert _run(command, "config", "show", "sft", folder=tmp_path).startswith("# Stage 1")
-    assert "--adapter" in _run(command, "ask", "--help", folder=tmp_path)
-    assert _run(command, "--version", folder=tmp_path) == f"vlm-calibration {vlm_calibration.__version__}\n"
-
-
-# --- Container files ----------------------------------------------------------------------------------------------

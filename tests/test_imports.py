@@ -17,32 +17,23 @@ import pytest
 
 PACKAGE = "vlm_calibration"
 SOURCE = Path(__file__).parents[1] / "src"
-LAYERS = (
-    {
-        *(
-            "records",
-            "files",
-            "append_log",
-            "settings",
-            "arguments",
-            "errors",
-            "hub",
-            "presets",
-            "quiet",
-        ),
-        "progress",
-    },
-    {"text", "perturbation", "losses", "metrics"},
-    {"data", "models", "benchmarks"},
-    {"regions", "estimators"},
-    {"endpoint"},
-    {"stages"},
-    {"demo", "reporting"},
-    {"callbacks", "inference"},
-    {"app"},
-    {"commands"},
-    {"cli", "steps"},
-)
+LAYERS = [
+    set(names.split())
+    for names in (
+        "records files append_log settings arguments errors hub presets quiet progress",
+        "text perturbation losses metrics",
+        "data models benchmarks",
+        "regions estimators",
+        "endpoint",
+        "stages",
+        "demo reporting",
+        "callbacks inference",
+        "app",
+        "commands",
+        "cli steps",
+    )
+]
+"""From the lowest to the highest."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 STRANGERS = {("data", "models"), ("models", "data")}
 """Neither imports the other: a batch knows no model, and a model no query."""
@@ -186,14 +177,8 @@ def test_a_circle_of_modules_is_found(tmp_path: Path, files: dict[str, str], cir
             "models imports regions, which is higher",
         ),
         ("data/a.py", "from vlm_calibration.models.loading import load_base", "data imports models"),
-        ("models/a.py", "from ..data import module", "models imports data"),
         ("models/__init__.py", "from ..stages import sft", "models imports stages, which is higher"),
         ("models/deep/a.py", "from ... import stages", "models imports stages, which is higher"),
-        (
-            "stages/a.py",
-            "if True:\n    from ..callbacks import run",
-            "stages imports callbacks, which is higher",
-        ),
         (
             "regions/a.py",
             "importlib.import_module('vlm_calibration.app')",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from safetensors.torch import load_file
 
-from .command_line import SHARDED, Ended, callback, run_plainly
+from .command_line import SHARDED, Ended, callback
 
 Start = Callable[..., list[str]]
-TWO = ["--trainer.devices", "2", "--data.batch_size", "1"]
+NO_DROPOUT = ["--model.init_args.lora.dropout", "0.0"]
+"""Dropout differs between processes."""
+ONE_EACH = ["--data.batch_size", "1"]
+"""With this, two processes see the queries of one step of a single process."""
 
 
 def _losses(folder: Path) -> list[float]:
@@ -39,54 +43,82 @@ def _files(folder: Path) -> set[str]:
     return {name for name in files if not name.startswith("losses")}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `one` is."""
+    return tmp_path_factory.mktemp("kept") / "one"
+
+
+@pytest.fixture
+def one(run: Callable[..., Ended], start: Start, kept: Path, tmp_path: Path) -> Path:
+    """The run directory of a training in one process, with its losses."""
+    if not kept.exists():
+        ended = run(*start("one", callback("disasters.WriteLosses")), *NO_DROPOUT)
+        assert ended.status == 0, ended.err
+        (tmp_path / "one").rename(kept)
+    return kept
+
+
+def _assert_same_weights(folder: Path, one: Path) -> None:
+    weights = _weights(folder)
+    for name, weight in _weights(one).items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3, msg=name)
+
+
 def test_two_processes_train_as_one(
-    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
+    run_two: Callable[..., Ended], start: Start, one: Path, tmp_path: Path
 ) -> None:
     """The loss curves and weights agree to 1e-4, validation is identical, and each file is written once; float32, no dropout.
 
     FSDP2 does not validate.
     """
-    watch, no_dropout = callback("disasters.WriteLosses"), ["--model.init_args.lora.dropout", "0.0"]
-    ended = run(*start("one", watch), *no_dropout)
-    assert ended.status == 0, ended.err
-    ended = run_plainly([*start("ddp", watch, strategy="ddp"), *TWO, *no_dropout], root, tmp_path)
+    watch = callback("disasters.WriteLosses")
+    ended = run_two(*start("ddp", watch, strategy="ddp"), *ONE_EACH, *NO_DROPOUT)
     assert ended.status == 0, ended.err
     assert "sync_dist" not in ended.err, "Lightning's advice for metrics that are not reduced"
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(tmp_path), "name": "log", "version": ""},
     }
-    sharded = start(
-        "fsdp2",
-        watch,
-        callback("throughput.Throughput"),
-        strategy=SHARDED,
-        limit_val_batches=0,
-        logger=logger,
-        log_every_n_steps=1,
-    )
-    ended = run_plainly([*sharded, *TWO, *no_dropout], root, tmp_path)
+    settings = {"strategy": SHARDED, "limit_val_batches": 0, "logger": logger, "log_every_n_steps": 1}
+    sharded = start("fsdp2", watch, callback("throughput.Throughput"), **settings)
+    ended = run_two(*sharded, *ONE_EACH, *NO_DROPOUT)
     assert ended.status == 0, ended.err
     assert (ended.out + ended.err).count("FSDP2 does not validate") == 1
-    one = _losses(tmp_path / "one")
-    assert len(one) == 14
-    assert one != pytest.approx([one[0]] * 14, abs=1e-2)
+    losses = _losses(one)
+    assert len(losses) == 14
+    assert losses != pytest.approx([losses[0]] * 14, abs=1e-2)
     for name in ("ddp", "fsdp2"):
-        assert _losses(tmp_path / name) == pytest.approx(one, abs=1e-4)
-        for key, weight in _weights(tmp_path / "one").items():
-            torch.testing.assert_close(_weights(tmp_path / name)[key], weight, atol=1e-4, rtol=1e-3)
+        assert _losses(tmp_path / name) == pytest.approx(losses, abs=1e-4)
+        _assert_same_weights(tmp_path / name, one)
     validated = {"metrics.json", "predictions.jsonl"}
-    assert _files(tmp_path / "one") == _files(tmp_path / "ddp") == _files(tmp_path / "fsdp2") | validated
+    assert _files(one) == _files(tmp_path / "ddp") == _files(tmp_path / "fsdp2") | validated
     for name in validated:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "ddp" / name).read_bytes()
+        assert (one / name).read_bytes() == (tmp_path / "ddp" / name).read_bytes()
     with (tmp_path / "log/metrics.csv").open(encoding="utf-8") as file:
         norms = [float(row["train/grad_norm"]) for row in csv.DictReader(file) if row["train/grad_norm"]]
     assert len(norms) == 14
     assert min(norms) > 0
 
 
+def test_stopped_in_two_processes_and_resumed_in_one(
+    run: Callable[..., Ended], run_two: Callable[..., Ended], start: Start, one: Path, tmp_path: Path
+) -> None:
+    """A signal to one process stops both at the same step."""
+    stop = callback("disasters.KillAt", epoch=1, batch=4, number=int(signal.SIGTERM), group=False, rank=1)
+    ended = run_two(*start("run", stop, every=1000, workers=1, strategy="ddp"), *ONE_EACH, *NO_DROPOUT)
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert ended.status == 143, ended.err
+    assert "SIGTERM" in ended.error()
+    assert str(last) in ended.error()
+    assert torch.load(last, weights_only=True)["global_step"] == 12
+    ended = run(*start("run"), *NO_DROPOUT, "--ckpt_path", "last")
+    assert ended.status == 0, ended.err
+    _assert_same_weights(tmp_path / "run", one)
+
+
 def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
-    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
+    run: Callable[..., Ended], run_two: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
 ) -> None:
     """The demo's model answers some queries correctly; each process sees half of the answers, and trains on its own."""
     settings = {
@@ -105,8 +137,7 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
     watch = [callback("disasters.WriteTeacher"), callback("disasters.WriteLosses")]
     ended = run(*start("one", *watch, stage="dpo"), *answering)
     assert ended.status == 0, ended.err
-    command = [*start("two", *watch, stage="dpo", strategy="ddp"), *answering, *TWO]
-    ended = run_plainly(command, root, tmp_path)
+    ended = run_two(*start("two", *watch, stage="dpo", strategy="ddp"), *answering, *ONE_EACH)
     assert ended.status == 0, ended.err
     one, *two = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/teacher-*.json")))
     assert len(two) == 2
@@ -131,7 +162,7 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
 def test_clipping_bounds_what_a_step_does(run: Callable[..., Ended], start: Start, tmp_path: Path) -> None:
     """AdamW with a large eps moves in proportion to the gradient, which is clipped to almost zero."""
     ended = run(
-        *start("clipped", gradient_clip_val=1e-6),
+        *start("clipped", gradient_clip_val=1e-6, max_steps=2, max_epochs=None, limit_val_batches=0),
         *("--model.init_args.optimizer.eps", "1.0", "--model.init_args.optimizer.lr", "1.0"),
     )
     assert ended.status == 0, ended.err
@@ -143,10 +174,11 @@ def test_low_precision_and_8_bit_states_resumed(
     run: Callable[..., Ended], start: Start, tmp_path: Path
 ) -> None:
     low = ["--trainer.precision", "bf16-mixed", "--model.init_args.optimizer.name", "paged_adamw_8bit"]
-    assert run(*start("whole"), *low).status == 0
-    ended = run(*start("cut", callback("disasters.KillAt", epoch=1, batch=3)), *low)
+    short = {"max_epochs": 1, "limit_val_batches": 0}
+    assert run(*start("whole", **short), *low).status == 0
+    ended = run(*start("cut", callback("disasters.KillAt", epoch=0, batch=5), **short), *low)
     assert ended.status == -9, ended.err
-    ended = run(*start("cut"), *low, "--ckpt_path", "last")
+    ended = run(*start("cut", **short), *low, "--ckpt_path", "last")
     assert ended.status == 0, ended.err
     whole, cut = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
     assert all(torch.equal(whole[n], cut[n]) for n in whole)

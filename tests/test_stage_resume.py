@@ -6,16 +6,16 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from .command_line import Ended, callback
 from .level_tables import FALLING, measured, noise_counts
+from .stages.test_progress import evaluation as evaluation
+from .test_run_directory import files_of
 
 pytestmark = pytest.mark.slow
 
@@ -23,14 +23,8 @@ Run = Callable[..., Ended]
 Start = Callable[..., list[str]]
 DEMO = "vlm_calibration.demo.source.DemoSource"
 ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
-WEIGHTS = "adapter/adapter_model.safetensors"
+THREE = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels", "init_args": {"n_levels": 3}}
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-
-
-def _files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Path in the folder -> modification time and content of every file."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
 def _assert_done(ended: Ended, folder: Path) -> None:
@@ -48,37 +42,6 @@ def _assert_refused(ended: Ended, folder: Path, *texts: str) -> None:
     assert all(text in ended.error() for text in (str(folder), "--overwrite", "--runs", *texts)), ended.err
 
 
-def test_a_stopped_training_resumes_by_the_same_command_and_is_then_done(
-    run: Run, start: Start, tmp_path: Path
-) -> None:
-    """A signal in the middle of a step of three batches takes effect after the step."""
-    settings = {"workers": 2, "every": 1000, "accumulate_grad_batches": 3}
-    whole = run(*start("whole", **settings))
-    assert whole.status == 0, whole.err
-    signalled = {"when": "between", "number": int(signal.SIGTERM), "group": False}
-    stop = callback("disasters.KillAt", epoch=0, batch=3, **signalled)
-    command = [*start("run", stop, **settings), "--resume"]
-    stopped = run(*command)
-    assert stopped.status == 143
-    assert "SIGTERM" in stopped.error()
-    last = tmp_path / "run/checkpoints/last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == 2
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    assert not record["finished"]
-    assert record["versions"]["torch"] == version("torch")
-    ended = run(*command)
-    assert ended.status == 0, ended.err
-    assert str(last) in ended.out
-    for name in (WEIGHTS, "metrics.json", "predictions.jsonl"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    before = _files(tmp_path / "run")
-    _assert_done(run(*command), tmp_path / "run")
-    # A default that is given explicitly is no other setting.
-    two = [*command, *TWO, "--data.batch_size", "1", "--data.workers", "1", "--data.noise.dilate", "0.0"]
-    _assert_done(run(*two), tmp_path / "run")
-    assert _files(tmp_path / "run") == before
-
-
 def test_training_of_other_settings_or_inputs_is_refused(
     run: Run, fit: Start, model_folder: str, tmp_path: Path
 ) -> None:
@@ -87,9 +50,8 @@ def test_training_of_other_settings_or_inputs_is_refused(
     levels = {"class_path": ANCHORED, "init_args": {"path": "levels.json", "likelihoods": None}}
     command = [*fit(data={"noise": {"levels": levels, "kinds": {"noise": 1}}}), "--resume"]
     assert run(*command).status == 0
-    before = _files(folder)
+    before = files_of(folder)
     _assert_refused(run(*command, "--model.init_args.optimizer.lr", "0.5"), folder, "0.0015", "0.5", ".lr")
-    _assert_refused(run(*command, *TWO), folder, "data.batch_size x processes", "2 x 1", "2 x 2")
     assert "leave out --overwrite" in run(*command, "--overwrite").error()
     assert "leave out --ckpt_path" in run(*command, "--ckpt_path", "last").error()
     measured(
@@ -100,34 +62,28 @@ def test_training_of_other_settings_or_inputs_is_refused(
         },
     ).save(table)
     _assert_refused(run(*command), folder, "data.noise.levels.init_args.path", "levels.json")
-    assert _files(folder) == before
+    assert files_of(folder) == before
     measured(model_folder).save(tmp_path / "same.json")
     same = json.loads((tmp_path / "same.json").read_text())
     table.write_text(json.dumps(same))
-    _assert_done(run(*command, "--data.noise.levels.init_args.path", str(table)), folder)
+    # Another path of the same table and a default that is given explicitly are no other settings.
+    same_settings = ["--data.noise.levels.init_args.path", str(table), "--data.noise.dilate", "0.0"]
+    _assert_done(run(*command, *same_settings), folder)
+    _assert_done(run(*command, *TWO, "--data.batch_size", "1", "--data.workers", "0"), folder)
 
 
-def test_training_that_ended_before_its_first_checkpoint_starts_again_with_any_settings(
+def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_checkpoint_until_it_is_overwritten(
     run: Run, start: Start, tmp_path: Path
 ) -> None:
-    kill = callback("disasters.KillAt", epoch=0, batch=0)
-    assert run(*start("run", kill), "--resume").status == -signal.SIGKILL
-    ended = run(*start("run"), "--resume", "--model.init_args.optimizer.lr", "0.5")
-    assert ended.status == 0, ended.err
-    assert (
-        yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]["optimizer"]["lr"]
-        == 0.5
-    )
-
-
-def test_an_interrupted_training_of_other_settings_is_refused_until_it_is_overwritten(
-    run: Run, start: Start, tmp_path: Path
-) -> None:
-    kill = callback("disasters.KillAt", epoch=0, batch=5)
-    assert run(*start("run", kill), "--resume").status == -signal.SIGKILL
-    more = ["--trainer.max_epochs", "1"]
+    early, late = (callback("disasters.KillAt", epoch=0, batch=batch) for batch in (0, 3))
+    assert run(*start("run", early), "--resume").status == -signal.SIGKILL
+    killed = run(*start("run", late), "--resume", "--model.init_args.optimizer.lr", "0.5")
+    assert killed.status == -signal.SIGKILL, killed.err
+    written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert written["model"]["init_args"]["optimizer"]["lr"] == 0.5
+    more = ["--trainer.max_epochs", "1", "--model.init_args.optimizer.lr", "0.5"]
     _assert_refused(
-        run(*start("run", kill), "--resume", *more),
+        run(*start("run", late), "--resume", *more),
         tmp_path / "run",
         "max_epochs was 2 and is 1",
         "interrupted",
@@ -136,82 +92,48 @@ def test_an_interrupted_training_of_other_settings_is_refused_until_it_is_overwr
     _assert_done(run(*start("run"), "--resume", *more), tmp_path / "run")
 
 
-@pytest.fixture
-def evaluation(model_folder: str, new_adapter: Callable[..., str], tmp_path: Path) -> Start:
-    """Function that returns the arguments of an evaluation of a copy of an adapter, with a file of the queries asked."""
-    adapter = shutil.copytree(new_adapter(1), tmp_path / "sft")
-
-    def arguments(*disaster: dict[str, Any]) -> list[str]:
-        asked = callback("disasters.WriteAsked", path=str(tmp_path / "asked"))
-        config = {
-            "trainer": {
-                "accelerator": "cpu",
-                "logger": False,
-                "enable_checkpointing": False,
-                "enable_progress_bar": False,
-                "default_root_dir": str(tmp_path / "eval"),
-                "callbacks": [asked, callback("predictions.PredictionWriter"), *disaster],
-            },
-            "model": {
-                "class_path": "vlm_calibration.stages.evaluation.EvaluationModule",
-                "init_args": {"adapters": {"sft": str(adapter)}, "max_new_tokens": 3},
-            },
-            "data": {
-                "test": {
-                    "clean": {"source": {"class_path": DEMO, "init_args": {"split": "test", "scenes": 3}}}
-                },
-                "eval_batch_size": 2,
-                "workers": 0,
-            },
-        }
-        config["model"]["init_args"]["base"] = {"name_or_path": model_folder, "dtype": "float32"}
-        path = tmp_path / "eval.yaml"
-        path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        return ["test", "--config", str(path)]
-
-    return arguments
-
-
 def test_an_evaluation_resumes_and_is_then_done(
     run: Run, evaluation: Start, new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
-    asked, folder = tmp_path / "asked0", tmp_path / "eval"
-    assert run(*evaluation(callback("disasters.KillTest", batch=1, when="answered")), "--resume").status == -9
-    _assert_refused(
-        run(*evaluation(), "--resume", "--model.init_args.max_new_tokens", "4"), folder, "was 3 and is 4"
+    asked, folder, command = (
+        tmp_path / "eval.asked.0",
+        tmp_path / "eval",
+        partial(evaluation, estimators=None),
     )
-    assert run(*evaluation(), "--resume", "--data.eval_batch_size", "3").status == 0
+    kill = callback("disasters.KillTest", batch=1, when="answered")
+    assert run(*command("eval", kill), "--resume").status == -signal.SIGKILL
+    resumed = [*command("eval"), "--resume"]
+    _assert_refused(run(*resumed, "--model.init_args.max_new_tokens", "4"), folder, "was 3 and is 4")
+    assert run(*resumed, "--data.eval_batch_size", "2").status == 0
     queries = asked.read_text().splitlines()
-    assert len(queries) == len(set(queries)) == 9, "each query is asked once"
-    before = _files(folder)
+    assert len(queries) == len(set(queries)) == 15, "each query is asked once"
+    before = files_of(folder)
     # Nothing of training counts.
     training = ["--data.batch_size", "9", "--trainer.max_epochs", "7", "--data.train", DEMO]
-    _assert_done(run(*evaluation(), "--resume", *training), folder)
-    other = Path(new_adapter(2)) / "adapter_model.safetensors"
-    shutil.copy(other, tmp_path / "sft")
-    _assert_refused(run(*evaluation(), "--resume"), folder, "adapters.sft", str(tmp_path / "sft"))
-    assert _files(folder) == before
-    assert (
-        "`test`"
-        in run("fit", "--config", str(tmp_path / "eval.yaml"), "--data.train", DEMO, "--resume").error()
-    )
-    _assert_refused(run(*evaluation()), folder, "--resume")
-    assert _files(folder) == before
+    _assert_done(run(*resumed, *training), folder)
+    shutil.copy(Path(new_adapter(2)) / "adapter_model.safetensors", tmp_path / "adapter")
+    _assert_refused(run(*resumed), folder, "adapters.one", str(tmp_path / "adapter"))
+    assert files_of(folder) == before
 
 
 def test_an_overwritten_evaluation_asks_all_queries_again(
     run: Run, evaluation: Start, tmp_path: Path
 ) -> None:
-    killed = run(*evaluation(callback("disasters.KillTest", batch=1, when="answered")))
-    assert killed.status == -9
-    (tmp_path / "asked0").unlink()
+    asked, folder, command = (
+        tmp_path / "eval.asked.0",
+        tmp_path / "eval",
+        partial(evaluation, estimators=None),
+    )
+    kill = callback("disasters.KillTest", batch=1, when="answered")
+    assert run(*command("eval", kill)).status == -signal.SIGKILL
+    asked.unlink()
     for name in ("old/metrics.json", "old/official/answers.json", "report.html", "report.csv"):
-        (tmp_path / "eval" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "eval" / name).write_text("{}")
-    assert run(*evaluation(), "--overwrite").status == 0
-    assert not list((tmp_path / "eval").glob("report.*")) + list((tmp_path / "eval").glob("old/*"))
-    assert len((tmp_path / "asked0").read_text().splitlines()) == 9
-    assert {p.parent.name for p in (tmp_path / "eval").glob("*/metrics.json")} == {"base", "sft"}
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    assert run(*command("eval"), "--overwrite").status == 0
+    assert not list(folder.glob("report.*")) + list(folder.glob("old/*"))
+    assert len(asked.read_text().splitlines()) == 15
+    assert {p.parent.name for p in folder.glob("*/metrics.json")} == {"base", "one", "oracle"}
 
 
 def test_a_measurement_of_levels_is_done_until_its_table_is_another(
@@ -226,7 +148,7 @@ def test_a_measurement_of_levels_is_done_until_its_table_is_another(
         *("--model.init_args.out", str(tmp_path / "levels.json")),
         *("--model.init_args.likelihoods", str(tmp_path / "likelihoods.parquet")),
         *("--data.train", json.dumps({**source, "init_args": {"split": "train", "scenes": 2}})),
-        *("--data.noise.kinds", '{"noise": 1}'),
+        *("--data.noise.kinds", '{"noise": 1}', "--data.noise.levels", json.dumps(THREE)),
     ]
     ended = run(*command)
     assert ended.status == 0, ended.err
@@ -243,5 +165,3 @@ def test_a_measurement_of_levels_is_done_until_its_table_is_another(
         assert ended.status == 0, ended.err
         assert (tmp_path / "likelihoods.parquet").read_bytes() == likelihoods
     _assert_done(ended, tmp_path / "levels")
-    more = json.dumps({**source, "init_args": {"split": "train", "scenes": 3}})
-    _assert_refused(run(*command, "--data.train", more), tmp_path / "levels", "data.train.init_args.scenes")

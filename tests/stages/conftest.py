@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
-import torch
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.candidates import CandidateSettings
@@ -16,8 +16,8 @@ from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.models.adapters import LoraSettings
+from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.optimization import OptimizerSettings
@@ -103,23 +103,9 @@ def demo_folder(root: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def demo_adapter(tmp_path_factory: pytest.TempPathFactory, demo_folder: str) -> Callable[..., str]:
+def demo_adapter(new_adapter: Callable[..., str], demo_folder: str) -> Callable[..., str]:
     """Writes an adapter for the demo model with small random weights, so that it still answers; returns its folder."""
-
-    def write(**settings: Any) -> str:
-        folder = tmp_path_factory.mktemp("adapter")
-        plain = {"r": 4, "alpha": 8, "dropout": 0.0}
-        model = attach_lora(
-            load_base(BaseModel(demo_folder, dtype="float32")), LoraSettings(**{**plain, **settings})
-        )
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-        model.save_pretrained(folder)
-        return str(folder)
-
-    return write
+    return partial(new_adapter, 0, demo_folder, 0.05)
 
 
 @pytest.fixture(scope="session")
@@ -135,16 +121,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, demo_folder: str) -> str:
         demo_folder, train=DemoSource("train", scenes=100), noise=NOISE, batch_size=12, workers=0
     )
     folder = tmp_path_factory.mktemp("stage-1")
-    L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        max_steps=STAGE_1_STEPS,
-    ).fit(sft, datamodule=queries)
+    plain_trainer(folder, max_steps=STAGE_1_STEPS, limit_val_batches=0).fit(sft, datamodule=queries)
     sft.model.save_pretrained(folder)
     return str(folder)
 

@@ -17,7 +17,7 @@ from vlm_calibration.data.noise import Sample
 from vlm_calibration.estimators import base
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.losses.candidates import CandidateLoss
-from vlm_calibration.losses.distribution import RLCR, SoftLabel, TokenizedBrier
+from vlm_calibration.losses.distribution import RLCR, SoftLabel
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import using_adapter
 from vlm_calibration.models.forward import shared_vision
@@ -183,27 +183,21 @@ def softmax(values: Sequence[float]) -> np.ndarray:
     return weights / weights.sum()
 
 
-def log_sum(values: Sequence[float]) -> float:
-    return float(np.logaddexp.reduce(values))
-
-
 def loss_by_hand(loss: CandidateLoss, policy: list[Stated], reference: list[Stated], target: float) -> float:
     """The loss of one query, from its formula."""
     own = [r for r in policy if r.own]
-    s, c = [r.s for r in own], np.array([r.confidence for r in own])
+    c = np.array([r.confidence for r in own])
     if isinstance(loss, SoftLabel):
-        value = -float(softmax(-(((c - target) / loss.width) ** 2) / 2) @ s)
+        value = -float(softmax(-(((c - target) / loss.width) ** 2) / 2) @ [r.s for r in own])
         if opposite := [r for r in policy if not r.own]:
             c = np.array([r.confidence for r in opposite])
             q = softmax(-(((c - (1 - target)) / loss.width) ** 2) / 2)
             value -= loss.opposite_weight * float(q @ [r.s for r in opposite])
         return value
-    if isinstance(loss, TokenizedBrier):
-        return float(softmax(s) @ (c - target) ** 2) - log_sum(s)
     if isinstance(loss, RLCR):
-        log_p = s if len(own) == len(policy) else [r.total for r in policy]
+        log_p = [r.s for r in own] if len(own) == len(policy) else [r.total for r in policy]
         reward = [r.correct - (r.confidence - r.correct) ** 2 for r in policy]
-        return -float(softmax(log_p) @ reward) - log_sum(log_p)
+        return -float(softmax(log_p) @ reward) - float(np.logaddexp.reduce(log_p))
     assert isinstance(loss, DPO)
     rewards = [loss.beta * (p.total - r.total) for p, r in zip(policy, reference, strict=True)]
     chosen = nearest(c, target)

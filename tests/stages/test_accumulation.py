@@ -1,4 +1,4 @@
-"""Accumulated batches are one large batch, and compiled layers give the same: losses and gradients of both stages."""
+"""Accumulated batches are one large batch, and a compiled layer gives the same: losses and gradients of both stages."""
 
 from __future__ import annotations
 
@@ -65,11 +65,10 @@ def run(demo_folder: str, make_module: MakeModule, data: Data, trainer: Callable
     return run
 
 
-def compile_layers(module: Module) -> None:
-    """As the README says, with the compiler's own graphs but without its code generator, which takes minutes."""
+def compile_layer(module: Module) -> None:
+    """As the README says, with the compiler's own graphs but without its code generator, which takes minutes; one layer of all."""
     torch.compiler.reset()
-    for layer in unwrap_peft(module.model).get_decoder().layers:
-        layer.compile(backend="aot_eager", dynamic=True)
+    unwrap_peft(module.model).get_decoder().layers[0].compile(backend="aot_eager", dynamic=True)
 
 
 @pytest.mark.parametrize("stage", ["stage 1", "own answers"])
@@ -86,10 +85,10 @@ def test_accumulated_batches_are_one_large_batch(run: Run, stage: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage 1", pytest.param("own answers", marks=pytest.mark.nightly)])
-def test_compiled_layers_train_the_same(run: Run, stage: str) -> None:
+def test_a_compiled_layer_trains_the_same(run: Run, stage: str) -> None:
     (loss,), eager = run(stage)
     torch._dynamo.utils.counters.clear()
-    (compiled_loss,), compiled = run(stage, prepare=compile_layers)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "layers were compiled"
+    (compiled_loss,), compiled = run(stage, prepare=compile_layer)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "a layer was compiled"
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
     assert float((eager - compiled).norm()) < 1e-5 * max(1.0, float(eager.norm()))

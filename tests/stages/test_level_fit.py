@@ -1,4 +1,4 @@
-"""Level fitting: every answer at every level is counted, and the written table loads."""
+"""Level fitting: which queries are asked at which levels, and interruptions."""
 
 from __future__ import annotations
 
@@ -50,42 +50,6 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
     return answers
 
 
-def test_counts_add_up_and_the_table_loads(
-    model_folder: str,
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
-    answers: list[Prediction],
-) -> None:
-    out = tmp_path / "deep" / "levels.json"
-    module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(out), max_new_tokens=5)
-    kinds = {"noise": 1.0, "blur": 3.0, "fade": 0.0}
-    policy = NoisePolicy(levels=LinearLevels(n_levels=3), kinds=kinds, distractor_probability=0.0, seed=3)
-    trainer().test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
-
-    assert len(answers) == 12 * 5
-    total = Counter((p.answer_type, p.perturbation, p.strength) for p in answers)
-    correct = Counter((p.answer_type, p.perturbation, p.strength) for p in answers if p.correct)
-    assert 15 < sum(correct.values()) < 33
-
-    levels = AnchoredLevels(out)
-    assert levels.table.kinds == ("noise", "blur")
-    assert levels.answer_types == ("yes_no", "short")
-    for answer_type, counts in levels.table.counts.items():
-        for kind, rows in counts.pooled.items():
-            assert [row.strength for row in rows] == [0, 0.5, 1]
-            for strength, n, n_correct in rows:
-                key = (answer_type, kind if strength else "", strength)
-                assert (n, n_correct) == (total[key], correct[key])
-    assert not list(out.parent.glob("*.parquet")), "likelihoods are not asked for"
-    provenance = levels.table.provenance
-    assert provenance["model"] == model_folder
-    assert provenance["seed"] == 3
-    assert "CosineSchedule" in provenance["schedule"]
-    assert provenance["resolution"] == "model"
-    assert "{question}" in provenance["prompt"]
-
-
 def test_absent_objects_are_noised_as_in_training(model_folder: str, data: Data) -> None:
     splits = {"": EvalSplit(TWO, "every_level")}
     queries = data(test=splits, noise=NoisePolicy(distractor_probability=0.5))
@@ -115,6 +79,7 @@ def test_queries_that_no_perturbation_touches_are_asked_and_counted_once(
     counts = AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"]
     assert [row.n for row in counts.pooled["noise"]] == [4, 4, 4]
     assert [row.n for row in counts.merged.never_perturbed] == [4]
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["l.json"], "likelihoods are not asked for"
 
 
 class Damaged(DemoSource):

@@ -159,7 +159,7 @@ class AtSigns(DemoSource):
         return [replace(q, id=f"q@{i}") for i, q in enumerate(super().queries())]
 
 
-POLICY = NoisePolicy(levels=LinearLevels(3), kinds=KINDS, distractor_probability=0.0)
+POLICY = NoisePolicy(levels=LinearLevels(3), kinds={**KINDS, "fade": 0.0}, distractor_probability=0.0, seed=3)
 TRAIN = AtSigns("train", scenes=3)
 
 
@@ -208,6 +208,28 @@ def measurement(model_folder: str, data: Data, tmp_path_factory: pytest.TempPath
     assert outputs_of(run, module, queries)[:2] == [out, likelihoods]
     assert list(queries.tested_queries) == ["levels", "instances"]
     return Measurement(out, likelihoods, module, graded)
+
+
+def test_counts_add_up_and_the_table_loads(measurement: Measurement, model_folder: str) -> None:
+    answers = measurement.graded[: 12 * 5]
+    total = Counter((p.answer_type, p.perturbation, p.strength) for p in answers)
+    correct = Counter((p.answer_type, p.perturbation, p.strength) for p in answers if p.correct)
+    assert 15 < sum(correct.values()) < 40
+    levels = AnchoredLevels(measurement.levels, likelihoods=measurement.likelihoods)
+    assert levels.table.kinds == ("noise", "blur")
+    assert levels.answer_types == ("yes_no", "short")
+    for answer_type, counts in levels.table.counts.items():
+        for kind, rows in counts.pooled.items():
+            assert [row.strength for row in rows] == [0, 0.5, 1]
+            for strength, n, n_correct in rows:
+                key = (answer_type, kind if strength else "", strength)
+                assert (n, n_correct) == (total[key], correct[key])
+    provenance = levels.table.provenance
+    assert provenance["model"] == model_folder
+    assert provenance["seed"] == 3
+    assert "CosineSchedule" in provenance["schedule"]
+    assert provenance["resolution"] == "model"
+    assert "{question}" in provenance["prompt"]
 
 
 def test_the_file_has_the_likelihood_of_every_training_query(measurement: Measurement, data: Data) -> None:

@@ -47,9 +47,9 @@ def test_the_expected_level_is_that_of_plain_forwards(observe: Observe, referenc
 def test_a_grid_refines_the_expected_confidence(
     make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observed = Observed(make_module(), candidates(CandidateSettings(grid=5)), monkeypatch, 6)
+    observed = Observed(make_module(), candidates(CandidateSettings(grid=5)), monkeypatch, 4)
     finer = [percent / 100 for percent in range(0, 101, 5)]
-    expected = [observed.expected(row) for row in range(6)]
+    expected = [observed.expected(row) for row in range(4)]
     chosen = observed.compared()
     assert [row[0].confidence for row in chosen] == [min(finer, key=lambda c: abs(c - e)) for e in expected]
     assert {row[0].confidence for row in chosen} - set(LEVELS)

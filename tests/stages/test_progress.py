@@ -7,7 +7,6 @@ import logging
 import re
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.stages.evaluation import EvaluationModule
 
-from ..command_line import Ended, Server, callback
+from ..command_line import Ended, callback
 from ..level_tables import measured
 
 pytestmark = pytest.mark.slow
@@ -32,7 +31,7 @@ Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "oracle")
 FILES = [f"{system}/{name}" for system in SYSTEMS for name in ("predictions.jsonl", "metrics.json")]
 ESTIMATORS = ("expected", "likelihood", "self_consistency")
-TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+DDP = ("--trainer.strategy", "ddp")
 WRITER = callback("predictions.PredictionWriter")
 
 
@@ -45,17 +44,22 @@ def _part(scenes: int, noise: str = "none", shifted: bool = False) -> dict[str, 
 
 
 @pytest.fixture
-def test(
+def evaluation(
     root: Path, model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
 ) -> Callable[..., list[str]]:
-    """Arguments of an evaluation of 15 queries in folder `name` by three systems, with callbacks around the writer."""
-    adapter = new_adapter(1)
+    """Function that returns the arguments of an evaluation of 15 queries in folder `name` by three systems.
+
+    One of them is an adapter in `tmp_path`; callbacks are before the writer or behind it.
+    """
+    shutil.copytree(new_adapter(1), tmp_path / "adapter")
     measured(model_folder).save(tmp_path / "levels.json")
     kinds = ("verbal.ExpectedConfidence", "likelihood.AnswerLikelihood", "consistency.SelfConsistency")
     estimators: list[dict[str, Any]] = [{"class_path": f"vlm_calibration.estimators.{k}"} for k in kinds]
     estimators[2]["init_args"] = {"samples": 2}
 
-    def arguments(name: str, *disaster: dict[str, Any], behind: bool = False, batch: int = 3) -> list[str]:
+    def arguments(
+        name: str, *disaster: dict[str, Any], behind: bool = False, batch: int = 3, **model: Any
+    ) -> list[str]:
         asked = callback("disasters.WriteAsked", path=str(tmp_path / f"{name}.asked."))
         overlay = {
             "trainer": {
@@ -68,10 +72,11 @@ def test(
             "model": {
                 "init_args": {
                     "base": {"name_or_path": model_folder},
-                    "adapters": {"one": adapter},
+                    "adapters": {"one": str(tmp_path / "adapter")},
                     "oracle_levels": str(tmp_path / "levels.json"),
                     "max_new_tokens": 3,
                     "estimators": estimators,
+                    **model,
                 }
             },
             "data": {
@@ -107,9 +112,9 @@ def _messages(ended: Ended) -> list[str]:
 
 
 def test_killed_again_and_again(
-    run: Callable[..., Ended], test: Callable[..., list[str]], tmp_path: Path
+    run: Callable[..., Ended], evaluation: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    ended = run(*test("whole"))
+    ended = run(*evaluation("whole"))
     assert ended.status == 0, ended.err
     whole = _files(tmp_path / "whole")
     assert sorted(whole) == sorted(FILES)
@@ -126,7 +131,7 @@ def test_killed_again_and_again(
     ]
     for number, (disaster, behind, status, before, asked) in enumerate(runs):
         log.write_text("")
-        ended = run(*test("cut", *([disaster] if disaster else []), behind=behind))
+        ended = run(*evaluation("cut", *([disaster] if disaster else []), behind=behind))
         assert ended.status == status, f"{number}: {ended.err}"
         expected = [f"resuming: {3 * before} of 15 queries were answered before"] if before else []
         assert _messages(ended) == expected, number
@@ -138,40 +143,23 @@ def test_killed_again_and_again(
     assert _files(tmp_path / "cut") == whole
 
 
-@pytest.fixture
-def run_two(server: Server, tmp_path: Path) -> Callable[..., tuple[Ended, Ended]]:
-    """Runs an evaluation in two processes, started as by a cluster, so that one may die alone."""
-
-    def ended(*arguments: str) -> tuple[Ended, Ended]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
-        pids = [server.start([*arguments, *TWO], tmp_path, {**place, "LOCAL_RANK": str(n)}) for n in (1, 0)]
-        first, second = server.wait(pids[1]), server.wait(pids[0])
-        # What `wait` reads is what was started last.
-        files = [server.folder / f"{server.started - 1}.{name}" for name in ("out", "err")]
-        return first, Ended(second.status, *(file.read_text() for file in files))
-
-    return ended
-
-
 def test_two_processes_and_then_one(
     run: Callable[..., Ended],
-    run_two: Callable[..., tuple[Ended, Ended]],
-    test: Callable[..., list[str]],
+    run_each: Callable[..., tuple[Ended, Ended]],
+    evaluation: Callable[..., list[str]],
     tmp_path: Path,
 ) -> None:
-    first, second = run_two(*test("whole", batch=2))
+    first, second = run_each(*evaluation("whole", batch=2), *DDP)
     assert (first.status, second.status) == (0, 0), first.err + second.err
     whole = _files(tmp_path / "whole")
     assert sorted(whole) == sorted(FILES)
 
     # One process is killed; the other one fails when it has answered its own queries.
-    first, second = run_two(*test("one", _kill(2, "answered", rank=1), batch=2))
+    first, second = run_each(*evaluation("one", _kill(2, "answered", rank=1), batch=2), *DDP)
     assert second.status == -signal.SIGKILL, second.err
     assert first.status not in (0, -signal.SIGKILL), first.err
     (tmp_path / "one.asked.0").unlink()
-    ended = run(*test("one", batch=4))
+    ended = run(*evaluation("one", batch=4))
     assert ended.status == 0, ended.err
     assert _messages(ended) == ["resuming: 12 of 15 queries were answered before"]
     assert (tmp_path / "one.asked.0").read_text().count("\n") == 3

@@ -36,11 +36,9 @@ from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..command_line import Ended
 from ..level_tables import FALLING, measured
 
 Data = Callable[..., PerturbedQueryDataModule]
-ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
 
 
 @pytest.mark.parametrize(
@@ -256,24 +254,6 @@ def test_every_use_is_checked_before_a_model_is_loaded(
         candidates = CandidateSettings() if use == "fit stage 2" else None
         queries = data(noise=NoisePolicy(levels=levels), candidates=candidates)
         run(_modules(model_folder, path)[use](), datamodule=queries)
-
-
-def test_the_command_line_says_so_in_one_line_and_writes_nothing(
-    run: Callable[..., Ended], fit: Callable[..., list[str]], model_folder: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "levels.json"
-    measured(model_folder).save(path)
-    noise = {
-        "levels": {"class_path": ANCHORED, "init_args": {"path": str(path), "likelihoods": None}},
-        "kinds": {"noise": 1},
-        "schedule": {"class_path": "vlm_calibration.perturbation.schedules.LinearSchedule"},
-    }
-    ended = run(*fit("sft", data={"noise": noise}))
-    assert ended.error().startswith(
-        f"{path} was measured under other conditions: data.noise.schedule was 'Cosine"
-    )
-    assert ended.status == 1
-    assert not (tmp_path / "run").exists()
 
 
 def test_levels_by_ranking_are_taught_as_what_they_are_and_are_no_oracle(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.checkpoint import RunCheckpoint
+from vlm_calibration.callbacks.nan_guard import NanGuard
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import IGNORE, SFTBatch
@@ -32,6 +34,7 @@ from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.stages.training import trained_parameters
 from vlm_calibration.text.confidence import render_answer
 
+from ..disasters import Spoil, SpoilGradient
 from ..level_tables import OnlyAt
 
 Data = Callable[..., PerturbedQueryDataModule]
@@ -280,6 +283,36 @@ def test_a_run_repeats_bit_by_bit_on_new_noise_in_every_epoch_and_counts_each_va
     assert all(len(of_epoch) == 9 for of_epoch in first.confidences)
     assert first.confidences[0] != first.confidences[1]
     assert first.validated == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("disaster", "accumulated", "named"), [(Spoil, 1, 2), (Spoil, 2, 4), (SpoilGradient, 1, 2)]
+)
+def test_a_loss_or_gradient_that_is_no_number_names_the_records_and_leaves_the_last_checkpoint(
+    model_folder: str,
+    data: Data,
+    trainer: Callable[..., L.Trainer],
+    tmp_path: Path,
+    disaster: type[Spoil | SpoilGradient],
+    accumulated: int,
+    named: int,
+) -> None:
+    """With two batches per step, the spoilt weight reaches both."""
+    run = trainer(
+        *(disaster(batch=2), RunCheckpoint(every_n_train_steps=1), NanGuard(), AdapterWriter()),
+        enable_checkpointing=True,
+        max_epochs=1,
+        accumulate_grad_batches=accumulated,
+    )
+    with pytest.raises(DataError) as caught:
+        run.fit(_module(model_folder), datamodule=data(batch_size=2))
+    step, what = 2 // accumulated, "loss" if disaster is Spoil else "gradient"
+    assert f"{what} is not finite at step {step}" in str(caught.value)
+    assert len(re.findall(r"\btrain-[\w-]+", str(caught.value))) == named
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == step
+    assert all(v.isfinite().all() for v in checkpoint["state_dict"].values())
+    assert not (tmp_path / "run/adapter").exists()
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
