@@ -151,7 +151,7 @@ demo-levels: $(SETUP)  ## measure the demo's anchored levels again
 	  --model.init_args.likelihoods src/vlm_calibration/demo/likelihoods.parquet
 
 demo-model: $(SETUP)  ## train the shipped demo model again, and its levels (about half an hour)
-	$(PYTHON) -m vlm_calibration.demo.recipe $(ARGS)
+	$(PYTHON) -m tests.demo.recipe $(ARGS)
 	$(MAKE) --no-print-directory demo-levels
 
 demo-figure: $(SETUP)  ## draw the README's figure from the evaluation in runs/eval

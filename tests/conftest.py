@@ -112,7 +112,7 @@ def cuda() -> torch.device:
 @pytest.fixture(scope="session")
 def processor() -> Any:
     """The demo's processor: one token per percentage, 96 x 96 pixels, 64 image tokens."""
-    from vlm_calibration.demo.architecture import build_processor
+    from .demo.architecture import build_processor
 
     return build_processor()
 
@@ -120,7 +120,7 @@ def processor() -> Any:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, processor: Any) -> str:
     """Folder for `from_pretrained`: the demo's architecture with random weights, and its processor."""
-    from vlm_calibration.demo.architecture import build_model
+    from .demo.architecture import build_model
 
     folder = tmp_path_factory.mktemp("model")
     model = build_model()

@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from vlm_calibration.demo.architecture import build_model
-
 from .command_line import Ended, write_evaluation
+from .demo.architecture import build_model
 
 
 def _evaluation(folder: Path, adapters: dict[str, str], model_folder: str | None = None) -> list[str]:

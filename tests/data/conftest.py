@@ -95,7 +95,7 @@ def samples() -> Sequence[Sample]:
 @pytest.fixture(scope="session")
 def digit_processor() -> Any:
     """The demo's processor with a tokenizer that splits numbers into digits, so responses differ in length."""
-    from vlm_calibration.demo.architecture import build_processor
+    from ..demo.architecture import build_processor
 
     processor = build_processor()
     processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

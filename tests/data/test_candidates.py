@@ -26,13 +26,13 @@ from vlm_calibration.data.candidates import (
 )
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 from vlm_calibration.perturbation.level_table import LevelTable
 from vlm_calibration.perturbation.levels import NOISE, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import parse_confidence, render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
+from ..demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 from ..level_tables import noise_counts
 
 QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no")

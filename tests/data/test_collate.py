@@ -18,11 +18,12 @@ from transformers import LlavaProcessor
 
 from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTBatch, SFTCollator
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 from vlm_calibration.perturbation.levels import CLEAN, Perturbation
 from vlm_calibration.records import DataError
 from vlm_calibration.text.confidence import parse_confidence, render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
+
+from ..demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 
 
 @pytest.fixture(scope="module", params=["one token a percentage", "digit by digit"])

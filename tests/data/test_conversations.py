@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from vlm_calibration.data.candidates import ResponseTokenizer
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.demo.architecture import CHAT_TEMPLATE
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
 from vlm_calibration.text.confidence import render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
+
+from ..demo.architecture import CHAT_TEMPLATE
 
 TENTHS = tuple(i / 10 for i in range(10, -1, -1))
 PART = "part['text']"

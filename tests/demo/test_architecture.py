@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlm_calibration.demo.architecture import FOLDER, IMAGE, IMAGE_TOKENS, PATCH, build_model
-from vlm_calibration.demo.recipe import scene_patches
 from vlm_calibration.demo.scenes import CLASSES, SCENE_SIZE
 from vlm_calibration.losses.sequence import IGNORE
+from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.text.confidence import render_response
+
+from .architecture import IMAGE, IMAGE_TOKENS, PATCH, build_model
+from .recipe import scene_patches
 
 
 def test_the_untrained_model_is_tiny_and_a_function_of_its_seed() -> None:
@@ -45,20 +47,20 @@ def test_any_text_survives_the_tokenizer(processor: Any, text: str) -> None:
 
 
 def test_the_shipped_folder_is_whole_and_small() -> None:
-    assert (FOLDER / "model.safetensors").stat().st_size <= 8 * 2**20
-    model = AutoModelForImageTextToText.from_pretrained(FOLDER)
+    assert (DEMO_MODEL / "model.safetensors").stat().st_size <= 8 * 2**20
+    model = AutoModelForImageTextToText.from_pretrained(DEMO_MODEL)
     shapes = {name: p.shape for name, p in build_model().named_parameters()}
     assert {name: p.shape for name, p in model.named_parameters()} == shapes
     assert all(bool(p.isfinite().all()) for p in model.parameters())
-    processor = AutoProcessor.from_pretrained(FOLDER)
+    processor = AutoProcessor.from_pretrained(DEMO_MODEL)
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     image = np.zeros((SCENE_SIZE, SCENE_SIZE, 3), dtype=np.uint8)
     ids = processor(text=[f"{IMAGE} A dog?"], images=[[image]], return_tensors="pt")["input_ids"]
     assert int((ids == model.config.image_token_id).sum()) == IMAGE_TOKENS
-    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
     assert "auto_map" not in config, "no remote code"
     # vLLM reads no other names; transformers reads both.
-    names = [name for name in load_file(FOLDER / "model.safetensors") if name.startswith("vision_tower.")]
+    names = [name for name in load_file(DEMO_MODEL / "model.safetensors") if name.startswith("vision_tower.")]
     assert {name.split(".")[1] for name in names} == {"vision_model"}
 
 

@@ -15,7 +15,6 @@ from scipy.ndimage import binary_dilation
 
 from vlm_calibration.demo.pictures import HANDS, LOOK_ALIKES, UNUSUAL, Hand
 from vlm_calibration.demo.questions import scene_queries, scene_seed
-from vlm_calibration.demo.recipe import FIRST_SCENE
 from vlm_calibration.demo.scenes import (
     CLASSES,
     CORNERS,
@@ -29,6 +28,8 @@ from vlm_calibration.demo.scenes import (
 from vlm_calibration.demo.source import DemoSource, scene_index
 from vlm_calibration.records import DataError
 from vlm_calibration.text.grading import grade
+
+from .recipe import FIRST_SCENE
 
 FEW = range(10)
 RECIPE = {

@@ -10,7 +10,6 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.demo.architecture import CHAT_TEMPLATE
 from vlm_calibration.estimators import answer_scoring
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
@@ -24,6 +23,7 @@ from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
+from ..demo.architecture import CHAT_TEMPLATE
 from .conftest import ASKED, LEVELS, UNANSWERED, Answering, logits, samples_of, scenes
 from .naive import Alone
 

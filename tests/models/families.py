@@ -12,7 +12,7 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlm_calibration.demo.architecture import publish_tower_names
+from ..demo.architecture import publish_tower_names
 
 VOCABULARY = 200
 WORDS = (3, 140)

@@ -53,7 +53,6 @@ from transformers import (
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ResponseTokenizer
 from vlm_calibration.data.collate import ChatFormat, SFTCollator
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.demo.architecture import CHAT_TEMPLATE, IMAGE, build_processor
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
@@ -66,6 +65,8 @@ from vlm_calibration.stages.preference_targets import PairPolicy, choose, neares
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
+
+from ..demo.architecture import CHAT_TEMPLATE, IMAGE, build_processor
 
 SIDE, PATCH, VOCABULARY = 256, 16, 49152
 BATCH, LR, BETA, CLIP = 2, 1e-4, 0.1, 1.0

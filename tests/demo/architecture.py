@@ -16,26 +16,26 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from vlm_calibration.demo.scenes import SCENE_SIZE
 from vlm_calibration.files import read_json, write_json
+from vlm_calibration.models.base import DEMO_MODEL
 
-FOLDER = Path(__file__).parent / "model"
-CHAT_TEMPLATE = (FOLDER / "chat_template.jinja").read_text(encoding="utf-8")
+CHAT_TEMPLATE = (DEMO_MODEL / "chat_template.jinja").read_text(encoding="utf-8")
 IMAGE = "<image>"
 PATCH = 12
 IMAGE_TOKENS = (SCENE_SIZE // PATCH) ** 2
 
 
 def build_processor() -> LlavaProcessor:
-    return LlavaProcessor.from_pretrained(FOLDER)
+    return LlavaProcessor.from_pretrained(DEMO_MODEL)
 
 
 def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     """The untrained network, float32, about 1.7 million parameters."""
     torch.manual_seed(seed)
-    config = LlavaConfig.from_pretrained(FOLDER)
+    config = LlavaConfig.from_pretrained(DEMO_MODEL)
     model = LlavaForConditionalGeneration(config)
     # Unit-length word embeddings, so that image features, which are trained to resemble them, start on the same scale.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.text_config.hidden_size**-0.5)
-    model.generation_config = GenerationConfig.from_pretrained(FOLDER)
+    model.generation_config = GenerationConfig.from_pretrained(DEMO_MODEL)
     return model
 
 

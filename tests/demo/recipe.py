@@ -1,4 +1,4 @@
-"""Train the shipped demo model: `python -m vlm_calibration.demo.recipe --out DIR` (`make demo-model`).
+"""Train the shipped demo model: `python -m tests.demo.recipe --out DIR` (`make demo-model`).
 
 End-to-end training of a small VLM from scratch stays at chance level for too long, so there are three stages:
 
@@ -27,13 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vlm_calibration.demo.architecture import (
-    IMAGE_TOKENS,
-    PATCH,
-    build_model,
-    build_processor,
-    publish_tower_names,
-)
 from vlm_calibration.demo.questions import (
     EXISTENCE_FORMS,
     NEGATIVES,
@@ -46,9 +39,18 @@ from vlm_calibration.demo.scenes import CLASSES, CORNERS, Scene, render_scene
 from vlm_calibration.demo.shifts import mild_degradation
 from vlm_calibration.files import replacing
 from vlm_calibration.losses.sequence import IGNORE
+from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.models.shared_prefix import additive_mask, padded
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
+
+from .architecture import (
+    IMAGE_TOKENS,
+    PATCH,
+    build_model,
+    build_processor,
+    publish_tower_names,
+)
 
 FIRST_SCENE = 1_000_000
 """First scene of the train split used for pre-training, so that it does not overlap with scenes for fine-tuning."""
@@ -315,5 +317,5 @@ def make_demo_model(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the demo model.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model", help="folder to write")
+    parser.add_argument("--out", type=Path, default=DEMO_MODEL, help="folder to write")
     make_demo_model(parser.parse_args().out)
