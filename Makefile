@@ -154,7 +154,7 @@ demo-model: $(SETUP)  ## train the shipped demo model again, and its levels (abo
 	$(PYTHON) -m tests.demo.recipe $(ARGS)
 	$(MAKE) --no-print-directory demo-levels
 
-demo-figure: $(SETUP)  ## draw the README's figure from the evaluation in runs/eval
+demo-figure: $(SETUP)  ## draw the README's figure from what demo_seeds --test wrote
 	$(PYTHON) -m tests.figures.before_after $(ARGS)
 
 # The headers of configs/slurm/submit.sh and configs/slurm/job.sbatch list the variables of these targets.
