@@ -97,7 +97,7 @@ def test_a_whole_number_is_an_id_and_only_an_object_is_a_query() -> None:
     for number in (1, 0, -7, 2**63):
         assert query_from_dict({**MINIMAL, "id": number}).id == str(number)
     for data in ([], "text", 3, None, True):
-        with pytest.raises(RecordError, match="expected an object with the keys of a query"):
+        with pytest.raises(RecordError, match="expected an object with the keys id, image"):
             query_from_dict(data)
 
 

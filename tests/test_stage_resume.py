@@ -101,7 +101,7 @@ def test_an_evaluation_resumes_and_is_then_done(
         partial(evaluation, estimators=None),
     )
     kill = callback("disasters.KillTest", batch=1, when="answered")
-    assert run(*command("eval", kill), "--resume").status == -signal.SIGKILL
+    assert run(*command("eval", kill, behind=True), "--resume").status == -signal.SIGKILL
     resumed = [*command("eval"), "--resume"]
     _assert_refused(run(*resumed, "--model.init_args.max_new_tokens", "4"), folder, "was 3 and is 4")
     assert run(*resumed, "--data.eval_batch_size", "2").status == 0
@@ -125,7 +125,7 @@ def test_an_overwritten_evaluation_asks_all_queries_again(
         partial(evaluation, estimators=None),
     )
     kill = callback("disasters.KillTest", batch=1, when="answered")
-    assert run(*command("eval", kill)).status == -signal.SIGKILL
+    assert run(*command("eval", kill, behind=True)).status == -signal.SIGKILL
     asked.unlink()
     for name in ("old/metrics.json", "old/official/answers.json", "report.html", "report.csv"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

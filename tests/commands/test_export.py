@@ -300,7 +300,7 @@ def test_a_failed_export_leaves_the_old_one(
             "--license Apache 2: not a name that the Hub has",
             1,
         ),
-        (["run", "--out", "x", "--evaluation", "run"], "run: no run.json: give the run directory", 1),
+        (["run", "--out", "x", "--evaluation", "run"], "run/config.yaml: not the configuration of a run", 1),
         (["run"], "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both", 2),
         (["run", "--out", "x", "--dtype", "int4"], "dtype", 2),
         (["run", "--out", "run/config.yaml"], "--out run/config.yaml is a file", 1),

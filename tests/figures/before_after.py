@@ -73,7 +73,9 @@ def png(figure: Figure) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.figures.before_after", description=__doc__)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/bench/demo/test-estimated-0", help="folder of an evaluation")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs/bench/demo/test-estimated-0", help="folder of an evaluation"
+    )
     parser.add_argument("--before", default="base", help="name of the first system")
     parser.add_argument("--after", default="dpo", help="name of the second")
     parser.add_argument("--out", type=Path, default=OUT)

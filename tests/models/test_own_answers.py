@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlm_calibration.data.candidates import CandidateSettings
-from vlm_calibration.losses.distribution import RLCR, SoftLabel, TokenizedBrier
+from vlm_calibration.losses.distribution import RLCR, SoftLabel
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.stages.dpo import DPOModule
@@ -67,7 +67,7 @@ def test_a_step_equals_that_of_each_query_and_each_response_alone(
         step.ask(row, lambda alone, row=row: alone.expected(step.answer(row), step.levels)) for row in rows
     ]
     assert np.array(comparison.targets)[list(rows)] == pytest.approx(targets, abs=1e-3)
-    for loss in (SoftLabel(width=0.2), TokenizedBrier(), RLCR(), DPO(beta=0.4)):
+    for loss in (SoftLabel(width=0.2, opposite_weight=0.5), RLCR(), DPO(beta=0.4)):
         module.loss = loss
         expected = np.mean(
             [loss_by_hand(loss, *of_row) for of_row in zip(policy, reference, targets, strict=True)]

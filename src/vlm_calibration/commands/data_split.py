@@ -38,8 +38,6 @@ def split(
     Raises:
         DataError: a record or setting cannot be used, or a file exists already.
     """
-    if not file.exists():
-        raise DataError(f"{file}: no such file: give a file of queries, .jsonl or .parquet")
     # These import torch, which the help does not need.
     from rich.console import Console
     from rich.table import Table

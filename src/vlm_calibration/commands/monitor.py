@@ -66,10 +66,6 @@ def monitor(
         CommandError: the answers have changed.
     """
     check_folder(reference)
-    key = "confidence" if estimator == "verbalized" else estimator
-    new_answers = [line.read(partial(_new_answer, key=key, by=by)) for line in json_lines(new)]
-    if not new_answers:
-        raise DataError(f"{new}: no answer in this file")
     # These import torch, which the help does not need.
     from vlm_calibration.reporting.report.data import check_estimator, read_systems, system_named
 
@@ -85,6 +81,10 @@ def monitor(
         MonitoredAnswer.of(a.id, a.image, a.confidence_of(estimator), getattr(a, by) if by else None)
         for a in known_answers
     ]
+    key = "confidence" if estimator == "verbalized" else estimator
+    new_answers = [line.read(partial(_new_answer, key=key, by=by)) for line in json_lines(new)]
+    if not new_answers:
+        raise DataError(f"{new}: no answer in this file")
     known, groups_of_new = ({g for answer in some for g in answer.groups} for some in (answers, new_answers))
     if by is not None and not known & groups_of_new:
         raise DataError(f"--by {by}: {_listed(groups_of_new)} in {new}, {_listed(known)} in {reference}")
