@@ -206,3 +206,11 @@ def test_a_violation_is_found(tmp_path: Path, module: str, code: str, expected: 
 )
 def test_what_is_allowed_passes(tmp_path: Path, module: str, code: str) -> None:
     assert violations(_write(tmp_path, {"records.py": "", "text/prompts.py": "", module: code})) == []
+
+
+def test_metrics_import_records_and_numerical_packages_alone() -> None:
+    allowed = {"torch", "torchmetrics", "numpy", "scipy", "matplotlib", f"{PACKAGE}.records"}
+    for module, imported in import_graph(SOURCE).items():
+        if module.startswith(f"{PACKAGE}.metrics"):
+            others = imported - allowed - sys.stdlib_module_names
+            assert [name for name in others if not name.startswith(f"{PACKAGE}.metrics")] == [], module

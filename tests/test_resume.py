@@ -71,6 +71,8 @@ def test_a_training_that_is_stopped_and_killed_resumes_and_writes_the_files_of_o
         if status > 0:
             assert signal.Signals(status - 128).name in ended.error()
             assert str(last) in ended.error()
+        if status == 138:
+            assert f"{folder}: interrupted: resuming from {last}" in ended.out
         assert torch.load(last, weights_only=True)["global_step"] == step
         assert not (folder / "adapter").exists()
         record = json.loads((folder / "run.json").read_text())

@@ -84,3 +84,9 @@ def test_figures_need_written_predictions() -> None:
     trainer = L.Trainer(callbacks=[callback], logger=False, accelerator="cpu")
     with pytest.raises(DataError, match="CalibrationFigures needs a PredictionWriter before it"):
         callback.setup(trainer, L.LightningModule(), "fit")
+
+
+def test_the_response_curve_is_an_image_with_something_on_it() -> None:
+    image = media_of(ANSWERS, Dataset())["response_curve"].image  # type: ignore[arg-type]
+    assert image.size == (800, 600)
+    assert len(image.convert("RGB").getcolors(1 << 20)) > 50

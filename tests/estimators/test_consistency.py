@@ -123,3 +123,14 @@ def test_an_answer_and_its_samples_are_graded_by_the_question(asked: str, answer
     assert (prediction.predicted, prediction.correct) == (answer, answer == "no")
     samples = ("There is a cat without a dog", "There are zero cats and a dog")
     assert [agrees(prediction, text, Grading()) for text in samples] == [answer is not None, False]
+
+
+def test_queries_and_samples_draw_numbers_of_their_own(
+    demo: tuple[Any, ChatFormat], answering: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+    answered = answering(*demo, samples_of(scenes(4)), ["Yes"] * 4)
+    monkeypatch.setattr(consistency, "InverseTransformSampler", lambda _, numbers, __: drawn.append(numbers))
+    monkeypatch.setattr(consistency, "generate", lambda *_: Generated(["Yes"] * 4, [2] * 4, [True] * 4, None))
+    SelfConsistency(2).estimate(answered)
+    assert len(torch.cat(drawn).unique()) == torch.cat(drawn).numel() > 8

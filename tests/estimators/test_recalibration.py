@@ -170,3 +170,12 @@ def test_splits_that_would_leak_are_refused(
     with pytest.raises(DataError) as caught:
         recalibrated("platt", rows(test), VERBALIZED, rows(calibration))
     assert message in str(caught.value)
+
+
+def test_each_method_is_the_map_of_its_name() -> None:
+    confidence, correct = answers(400)
+    rows = predictions(confidence.tolist(), correct.tolist(), [f"{i}" for i in range(400)])
+    for method in (platt, temperature, isotonic, histogram):
+        mapped = recalibrated(method.__name__, rows[200:], VERBALIZED, rows[:200])
+        expected = method(confidence[:200], correct[:200], HALF_PERCENT)(confidence[200:])
+        assert mapped == pytest.approx(expected.tolist(), abs=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import shutil
 import subprocess
@@ -339,3 +340,10 @@ def test_the_expected_confidence_of_a_rule_is_that_of_the_evaluation(
         assert answer.rule.confidence == round(answer.expected or 0, 6)
         assert answer.decision == ("answer" if (answer.expected or 0) >= 0.5 else "review")
     assert deciding.ask(*asked[0], as_base=True).decision is None
+
+
+def test_a_bomb_is_refused_from_its_header(calibrated: CalibratedModel) -> None:
+    file = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(file, "PNG")
+    with pytest.raises(DataError, match="9000 x 9000 pixels, more than the 80000000 allowed"):
+        calibrated.ask(file.getvalue(), "Is there a dog?")

@@ -20,7 +20,7 @@ from vlm_calibration.models import shared_prefix
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.shared_prefix import Packed, Prompts, pack, score_responses, why_not_shared
 
-from .families import FOUR, collated, new_prompts
+from .families import FOUR, build, collated, new_prompts
 from .prefix_cases import (
     Case,
     Responses,
@@ -307,3 +307,11 @@ def test_packed_rows_hold_every_candidate_and_no_prediction_twice(queries: Queri
             assert ids[b, columns].tolist() == [prompt[-1], *response[:-1]]
     widest = max(len(prompt) for prompt, _ in queries) + 1
     assert packed.inputs["pixel_values"].shape == (len(queries), widest), "unchanged"
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "paged|sdpa"])
+def test_attention_without_a_mask_of_its_own_is_refused(attention: str) -> None:
+    model = build("qwen2_5_vl", "sdpa")
+    assert why_not_shared(model, 10_000) is None
+    model.config.get_text_config()._attn_implementation = attention
+    assert f"attention {attention!r} takes no custom mask" in str(why_not_shared(model, 5))

@@ -321,3 +321,9 @@ def test_albumentations_is_imported_only_for_kinds_that_need_it_and_stays_off_th
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert result.stdout.split() == ["[]", "False", "True"]
+
+
+def test_a_stronger_occlusion_contains_the_weaker_ones(image, mask):
+    weak, strong = (perturbed("occlusion", image, mask, strength) for strength in (0.3, 0.6))
+    changed = np.any(weak != image, axis=-1)
+    np.testing.assert_array_equal(strong[changed], weak[changed])

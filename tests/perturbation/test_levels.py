@@ -189,3 +189,8 @@ def test_accuracies_on_untouched_images_rise_with_the_likelihood_whoever_is_pert
     levels = AnchoredLevels(table=table, likelihoods=tmp_path / "l.parquet")
     stated = [levels.accuracy(CLEAN, "short", query) for query in ("low", "high", None)]
     assert stated == pytest.approx([115 / 200] * 3)
+
+
+def test_a_perturbation_in_words():
+    assert str(CLEAN) == str(Perturbation("blur", 0.0)) == "untouched"
+    assert str(Perturbation("motion_blur", 0.5)) == "motion blur, strength 0.5"

@@ -639,3 +639,16 @@ def test_names_that_occur_twice_get_their_folder(evaluation: Path, tmp_path: Pat
     write_rows(second / "predictions.jsonl", [p.to_dict() for p in answers(2)], lines=True)
     systems = read_systems([str(evaluation), str(tmp_path / "other")])
     assert [s.name for s in systems] == ["base", f"{evaluation}/tuned", f"{tmp_path / 'other'}/tuned"]
+
+
+def test_a_report_that_fails_leaves_the_page_as_it_was(
+    evaluation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise DataError("no page")
+
+    (evaluation / "report.html").write_text("before")
+    monkeypatch.setattr("vlm_calibration.reporting.report.page.render_page", fail)
+    with pytest.raises(DataError, match="no page"):
+        report([str(evaluation)], replicates=5)
+    assert {p.name: p.read_text() for p in evaluation.glob("report*")} == {"report.html": "before"}

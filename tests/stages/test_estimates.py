@@ -209,3 +209,15 @@ def test_the_calibration_set_is_not_copied_for_probes(model_folder: str) -> None
     assert [len(copies) for copies in module.data_needs.copies.values()] == [5, 4]
     assert module.data_needs.copies["calibration"] == stable.copies
     assert EvaluationModule(BaseModel(model_folder)).data_needs.copies == {"test": [], "calibration": []}
+
+
+@pytest.mark.slow
+def test_probes_change_nothing_else(run_evaluation: Callable[..., EvaluationModule], tmp_path: Path) -> None:
+    results, folder = [], tmp_path / "run/base"
+    for probes in ([], ["image", "object"]):
+        run_evaluation({}, estimators=[ExpectedConfidence()], probes=probes)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert bool(metrics_of(folder)) == bool(probes)
+        plain = [replace(p, probes={}) for p in read_predictions(folder / "predictions.jsonl")]
+        results.append((plain, {k: v for k, v in metrics.items() if k not in metrics_of(folder)}))
+    assert results[0] == results[1]

@@ -36,6 +36,7 @@ from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
+from ..command_line import Ended
 from ..level_tables import FALLING, measured
 
 Data = Callable[..., PerturbedQueryDataModule]
@@ -271,3 +272,20 @@ def test_levels_by_ranking_are_taught_as_what_they_are_and_are_no_oracle(
         DataError, match="levels.json ranks given answers and does not say how often an answer is"
     ):
         module.check_data(data(grading=ranking))
+
+
+def test_the_command_line_says_so_in_one_line_and_writes_nothing(
+    run: Callable[..., Ended], fit: Callable[..., list[str]], model_folder: str, tmp_path: Path
+) -> None:
+    path, package = tmp_path / "levels.json", "vlm_calibration.perturbation"
+    measured(model_folder).save(path)
+    levels = {
+        "class_path": f"{package}.levels.AnchoredLevels",
+        "init_args": {"path": str(path), "likelihoods": None},
+    }
+    schedule = {"class_path": f"{package}.schedules.LinearSchedule"}
+    ended = run(*fit(data={"noise": {"levels": levels, "kinds": {"noise": 1}, "schedule": schedule}}))
+    assert ended.error().startswith(
+        f"{path} was measured under other conditions: data.noise.schedule was 'Cosine"
+    )
+    assert (ended.status, (tmp_path / "run").exists()) == (1, False)
