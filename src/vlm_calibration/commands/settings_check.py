@@ -108,12 +108,12 @@ def parameters_in_source(class_path: str, *methods: str) -> set[str]:
     spec = find_spec(package) if package else None
     path = Path(spec.origin or "").parent.joinpath(*inner).with_suffix(".py") if spec else Path()
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
-    found: set[str] = set()
+    parameters: set[str] = set()
     for node in tree.body:
         functions = node.body if isinstance(node, ast.ClassDef) and node.name == name else []
         for function in functions:
             if isinstance(function, ast.FunctionDef) and function.name in (methods or ("__init__",)):
                 if function.args.kwarg:
                     return set()
-                found |= {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
-    return found - {"self"}
+                parameters |= {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    return parameters - {"self"}
