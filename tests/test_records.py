@@ -162,3 +162,10 @@ def test_predictions_have_the_keys_of_the_file_format() -> None:
     ]
     assert list(prediction.to_dict()) == [*keys, "answer_type", "perturbation", "strength"]
     assert ANSWER_TYPES == ("yes_no", "short", "open")
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n", "\x1c", "\u00a0\x1f", "\u2003", "a\x00"])
+def test_a_text_needs_a_visible_character_and_no_null_character(blank: str) -> None:
+    for key in ("id", "image", "question", "answer", "category"):
+        with pytest.raises(RecordError, match=f"'{key}' must be a non-empty string"):
+            query_from_dict({**MINIMAL, key: blank})

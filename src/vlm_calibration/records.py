@@ -182,7 +182,7 @@ def query_validator() -> SchemaValidator:
         return core_schema.dataclass_schema(kind, arguments, list(schemas))
 
     # JSON allows null characters and halves of surrogate pairs, file names and UTF-8 files do not.
-    string = core_schema.str_schema(strict=True, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")
+    string = core_schema.str_schema(strict=True, pattern=r"^[^\x00]*[^\s\x00\x1c-\x1f][^\x00]*$")
     number_as_string = converted(str, core_schema.int_schema(strict=True))
     text = expect("a non-empty string of valid characters", string)
     phrases = core_schema.tuple_variable_schema(core_schema.str_schema(strict=True, pattern=r"^[^\x00]+$"))
