@@ -38,7 +38,7 @@ def split(
     Raises:
         DataError: a record or setting cannot be used, or a file exists already.
     """
-    # These import torch, which the help does not need.
+    # The help needs none of these.
     from rich.console import Console
     from rich.table import Table
 

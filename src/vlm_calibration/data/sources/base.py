@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.files import MAX_NAMED
 from vlm_calibration.perturbation.masks import leaves_image, region_to_mask
@@ -67,6 +66,9 @@ class BadRecords:
     def report(self, usable: int) -> None:
         """Warn about the skipped records, given the number of those that were not skipped."""
         if self.messages:
+            # Not above: it imports torch, which `data split` does not need.
+            from lightning.pytorch.utilities import rank_zero_warn
+
             first = "; ".join(self.messages[:MAX_NAMED])
             rank_zero_warn(f"left out {len(self.messages)} of {len(self.messages) + usable} records: {first}")
 
