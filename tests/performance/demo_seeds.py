@@ -93,7 +93,8 @@ STAGE_2_PAPER = {
 # Stage 2 from the base model, with a new adapter of stage 1's size on as many steps as both stages together need.
 ALONE = [
     *("--model.init_args.adapter", "null", "--model.init_args.reference", "base"),
-    *("--model.init_args.parts", "null", "--data.train.init_args.scenes", "4000"),
+    *("--model.init_args.parts", "null"),
+    *("--data.train.init_args.first", "0", "--data.train.init_args.scenes", "4000"),
     *("--model.init_args.lora", '{"dropout": 0.0, "parts": ["language", "projector"]}'),
 ]
 STAGE_2_ALONE = {"alone": ALONE, "alone-untouched": [*ALONE, "--data.noise.clean_fraction", "1.0"]}
