@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from .command_line import Ended, callback
-from .level_tables import FALLING, measured, noise_counts
+from .level_tables import measured, noise_counts
 from .stages.test_progress import evaluation as evaluation
 from .test_run_directory import files_of
 
@@ -25,6 +25,7 @@ DEMO = "vlm_calibration.demo.source.DemoSource"
 ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
 THREE = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels", "init_args": {"n_levels": 3}}
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+KILL = callback("disasters.KillTest", batch=1, when="answered")
 
 
 def _assert_done(ended: Ended, folder: Path) -> None:
@@ -54,18 +55,12 @@ def test_training_of_other_settings_or_inputs_is_refused(
     _assert_refused(run(*command, "--model.init_args.optimizer.lr", "0.5"), folder, "0.0015", "0.5", ".lr")
     assert "leave out --overwrite" in run(*command, "--overwrite").error()
     assert "leave out --ckpt_path" in run(*command, "--ckpt_path", "last").error()
-    measured(
-        model_folder,
-        {
-            answer_type: noise_counts(*((r.strength, r.n, r.n_correct - 1) for r in counts.bins[0]["noise"]))
-            for answer_type, counts in FALLING.items()
-        },
-    ).save(table)
+    counts = noise_counts((0, 100, 90), (1, 100, 50))
+    measured(model_folder, {"yes_no": counts, "short": counts}).save(table)
     _assert_refused(run(*command), folder, "data.noise.levels.init_args.path", "levels.json")
     assert files_of(folder) == before
     measured(model_folder).save(tmp_path / "same.json")
-    same = json.loads((tmp_path / "same.json").read_text())
-    table.write_text(json.dumps(same))
+    table.write_text(json.dumps(json.loads((tmp_path / "same.json").read_text())))
     # Another path of the same table and a default that is given explicitly are no other settings.
     same_settings = ["--data.noise.levels.init_args.path", str(table), "--data.noise.dilate", "0.0"]
     _assert_done(run(*command, *same_settings), folder)
@@ -95,13 +90,9 @@ def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_chec
 def test_an_evaluation_resumes_and_is_then_done(
     run: Run, evaluation: Start, new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
-    asked, folder, command = (
-        tmp_path / "eval.asked.0",
-        tmp_path / "eval",
-        partial(evaluation, estimators=None),
-    )
-    kill = callback("disasters.KillTest", batch=1, when="answered")
-    assert run(*command("eval", kill, behind=True), "--resume").status == -signal.SIGKILL
+    asked, folder = tmp_path / "eval.asked.0", tmp_path / "eval"
+    command = partial(evaluation, estimators=None)
+    assert run(*command("eval", KILL, behind=True), "--resume").status == -signal.SIGKILL
     resumed = [*command("eval"), "--resume"]
     _assert_refused(run(*resumed, "--model.init_args.max_new_tokens", "4"), folder, "was 3 and is 4")
     assert run(*resumed, "--data.eval_batch_size", "2").status == 0
@@ -119,13 +110,9 @@ def test_an_evaluation_resumes_and_is_then_done(
 def test_an_overwritten_evaluation_asks_all_queries_again(
     run: Run, evaluation: Start, tmp_path: Path
 ) -> None:
-    asked, folder, command = (
-        tmp_path / "eval.asked.0",
-        tmp_path / "eval",
-        partial(evaluation, estimators=None),
-    )
-    kill = callback("disasters.KillTest", batch=1, when="answered")
-    assert run(*command("eval", kill, behind=True)).status == -signal.SIGKILL
+    asked, folder = tmp_path / "eval.asked.0", tmp_path / "eval"
+    command = partial(evaluation, estimators=None)
+    assert run(*command("eval", KILL, behind=True)).status == -signal.SIGKILL
     asked.unlink()
     for name in ("old/metrics.json", "old/official/answers.json", "report.html", "report.csv"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +139,8 @@ def test_a_measurement_of_levels_is_done_until_its_table_is_another(
     ]
     ended = run(*command)
     assert ended.status == 0, ended.err
+    files = [tmp_path / name for name in ("levels.json", "likelihoods.parquet")]
+    assert ended.out.splitlines()[-2:] == [f"wrote {file}" for file in files]
     table = (tmp_path / "levels.json").read_bytes()
     _assert_done(run(*command, "--data.eval_batch_size", "7"), tmp_path / "levels")
     _assert_refused(run(*command, "--data.noise.seed", "1"), tmp_path / "levels", "noise.seed was 0 and is 1")

@@ -20,8 +20,8 @@ from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
-from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.stages.training import OptimizerSettings
 
 from ..level_tables import measured
 from ..trainers import plain_trainer

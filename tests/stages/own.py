@@ -24,7 +24,7 @@ from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.generation import generate
 from vlm_calibration.records import Query
 from vlm_calibration.stages.dpo import DPOModule
-from vlm_calibration.stages.preference_targets import Comparison
+from vlm_calibration.stages.dpo_terms import Comparison
 from vlm_calibration.text.confidence import (
     end_of_confidence,
     render_answer,

@@ -19,7 +19,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators import base
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch, Estimator, grade_answers
+from vlm_calibration.estimators.base import AnsweredBatch, grade_answers
 from vlm_calibration.estimators.consistency import SelfConsistency
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import PTrue
@@ -39,22 +39,12 @@ Data = Callable[..., PerturbedQueryDataModule]
 NAMES = ("expected", "likelihood", "p_true", "self_consistency", "stability")
 
 
-def estimators() -> list[Estimator]:
-    return [ExpectedConfidence(), AnswerLikelihood(), PTrue(), SelfConsistency(2)]
-
-
 @pytest.mark.slow
 def test_every_estimator_has_its_key_and_its_metrics(
-    run_evaluation: Callable[..., EvaluationModule],
-    data: Data,
-    load_model: Callable[..., Any],
-    new_adapter: Callable[..., str],
-    tmp_path: Path,
+    run_evaluation: Callable[..., EvaluationModule], new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
-    adapter, folder = new_adapter(1), tmp_path / "run"
-    run_evaluation({"one": adapter}, estimators=[*estimators(), Stability()])
-    queries = data(eval_batch_size=5)
-    queries.setup("test")
+    folder, chosen = tmp_path / "run", [ExpectedConfidence(), AnswerLikelihood(), PTrue(), SelfConsistency(2)]
+    run_evaluation({"one": new_adapter(1)}, estimators=[*chosen, Stability()])
     estimates: dict[str, list[Any]] = {}
     for system in ("base", "one"):
         lines = [json.loads(x) for x in (folder / system / "predictions.jsonl").read_text().splitlines()]
@@ -82,16 +72,6 @@ def test_every_estimator_has_its_key_and_its_metrics(
         assert 1 <= metrics["forward_passes@verbalized"] <= 5
         assert 2 <= metrics["forward_passes@self_consistency"] <= 10
     assert estimates["base"] != estimates["one"]
-
-    # Another batch, other padding, no cache: the same estimates.
-    model = load_adapters(load_model(), {"one": adapter})
-    tokenizer = AnswerTokenizer(queries.chat, LinearLevels(n_levels=101))
-    with torch.no_grad(), using_adapter(model, "one"):
-        part, batch = predictions[:5], next(iter(queries.test_dataloader()))
-        answered = AnsweredBatch(model, batch, part, [0] * 5, tokenizer, 5)
-        for estimator in estimators():
-            again = estimator.estimate(answered).confidence
-            assert again == pytest.approx([p.estimates[estimator.name] for p in part], abs=1e-5)
 
     oracle = (folder / "oracle" / "predictions.jsonl").read_text().splitlines()
     assert not set(NAMES) & set(json.loads(oracle[0])), "the oracle is not a model"
@@ -131,9 +111,6 @@ def test_an_estimator_that_appears_twice_is_refused() -> None:
             EvaluationModule(BaseModel("nowhere"), estimators=chosen)
 
 
-# --- Probes ---
-
-
 KEYS = ("original", *PROBES)
 
 
@@ -145,22 +122,30 @@ def queries(data: Data) -> PerturbedQueryDataModule:
     return data(test={"clean": EvalSplit(source), "noised": EvalSplit(source, "drawn")}, calibration=held_out)
 
 
-def metrics_of(folder: Path) -> dict[str, Any]:
+def metrics_of(folder: Path, of_probes: bool = True) -> dict[str, Any]:
+    """The metrics of a system that are of probes, or all others."""
     values: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    return {name: value for name, value in values.items() if name.startswith("probe_") or "@probes" in name}
+    return {k: v for k, v in values.items() if (k.startswith("probe_") or "@probes" in k) == of_probes}
 
 
 @pytest.mark.slow
-def test_every_answer_of_a_model_has_its_probed_confidences(
+def test_every_answer_of_a_model_has_its_probed_confidences_and_nothing_else_changes(
     run_evaluation: Callable[..., EvaluationModule],
     new_adapter: Callable[..., str],
     load_model: Callable[..., Any],
     queries: PerturbedQueryDataModule,
     tmp_path: Path,
 ) -> None:
-    estimators = [ExpectedConfidence(), Stability()]
+    estimators, folder = [ExpectedConfidence(), Stability()], tmp_path / "run"
+    run_evaluation({}, queries=queries, estimators=estimators)
+    without = (
+        metrics_of(folder / "base", of_probes=False),
+        read_predictions(folder / "base/predictions.jsonl"),
+    )
+    assert not metrics_of(folder / "base")
     run_evaluation({"one": new_adapter(1)}, queries=queries, estimators=estimators, probes=[*PROBES[::-1]])
-    folder = tmp_path / "run"
+    unprobed = [replace(p, probes={}) for p in read_predictions(folder / "base/predictions.jsonl")]
+    assert (metrics_of(folder / "base", of_probes=False), unprobed) == without, "probes change nothing else"
     model = load_adapters(load_model(), {"one": new_adapter(1)})
     tokenizer = AnswerTokenizer(queries.chat, LinearLevels(n_levels=101))
     for system in ("base", "one"):
@@ -209,15 +194,3 @@ def test_the_calibration_set_is_not_copied_for_probes(model_folder: str) -> None
     assert [len(copies) for copies in module.data_needs.copies.values()] == [5, 4]
     assert module.data_needs.copies["calibration"] == stable.copies
     assert EvaluationModule(BaseModel(model_folder)).data_needs.copies == {"test": [], "calibration": []}
-
-
-@pytest.mark.slow
-def test_probes_change_nothing_else(run_evaluation: Callable[..., EvaluationModule], tmp_path: Path) -> None:
-    results, folder = [], tmp_path / "run/base"
-    for probes in ([], ["image", "object"]):
-        run_evaluation({}, estimators=[ExpectedConfidence()], probes=probes)
-        metrics = json.loads((folder / "metrics.json").read_text())
-        assert bool(metrics_of(folder)) == bool(probes)
-        plain = [replace(p, probes={}) for p in read_predictions(folder / "predictions.jsonl")]
-        results.append((plain, {k: v for k, v in metrics.items() if k not in metrics_of(folder)}))
-    assert results[0] == results[1]

@@ -53,7 +53,9 @@ def test_systems_side_by_side(
     tmp_path: Path,
 ) -> None:
     queries, folder = data(), tmp_path / "run"
-    module = run_evaluation({"one": new_adapter(1), "two": new_adapter(2)}, queries=queries)
+    # The second one adapts the tower, too, which therefore runs again.
+    adapters = {"one": new_adapter(1), "two": new_adapter(2, parts=["language", "tower"])}
+    module = run_evaluation(adapters, queries=queries)
     lines = {system: _lines(folder / system / "predictions.jsonl") for system in SYSTEMS}
 
     # Every query once and in order, whoever answers.
@@ -124,45 +126,19 @@ def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
     assert found["True"] == found["False"]
 
 
-@pytest.mark.slow
-def test_an_adapted_tower_runs_for_each_system(
-    run_evaluation: Callable[..., EvaluationModule],
-    new_adapter: Callable[..., str],
-    load_model: Callable[..., Any],
-    data: Data,
-    tmp_path: Path,
-) -> None:
-    folder, queries = new_adapter(3, parts=["language", "tower"]), data()
-    run_evaluation({"seeing": folder}, queries=queries)
-    model = load_adapters(load_model(), {"seeing": folder})
-    for system in ("base", "seeing"):
-        found = [line["text"] for line in _lines(tmp_path / "run" / system / "predictions.jsonl")]
-        assert found == texts_alone(model, queries, system), system
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"adapters": {"base": "x"}}, "the name 'base' is taken"),
         ({"adapters": {"oracle": "x"}}, "the name 'oracle' is taken"),
         ({"adapters": {"../x": "x"}}, "the name '../x' must be"),
-        ({"adapters": {"": "x"}}, "the name '' must be"),
         ({"with_base": False}, "nothing to evaluate"),
-        (
-            {"with_base": False, "adapters": {"a": "x"}, "oracle_levels": "x"},
-            "needs the base model's answers",
-        ),
+        ({"with_base": False, "oracle_levels": "x"}, "needs the base model's answers"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(DataError) as caught:
         EvaluationModule(BaseModel("nowhere"), **settings)
     assert says in str(caught.value)
-
-
-def test_a_missing_level_table_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / "none.json")):
-        EvaluationModule(BaseModel("nowhere"), oracle_levels=str(tmp_path / "none.json"))
 
 
 def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(

@@ -50,6 +50,7 @@ from vlm_calibration.stages.sft import SFTModule
 
 from ..command_line import Ended
 from ..level_tables import noise_counts
+from ..trainers import plain_trainer
 
 Data = Callable[..., PerturbedQueryDataModule]
 LEVELS = (CLEAN, Perturbation("noise", 0.5), Perturbation("noise", 1.0), Perturbation("blur", 1.0))
@@ -102,25 +103,22 @@ def test_every_answer_is_counted_in_the_bin_of_its_likelihood(likelihoods: list[
     assert sum(sizes(counts)) == len(likelihoods)
 
 
-@pytest.mark.parametrize(("n", "bins"), [(1, 1), (99, 1), (100, 2), (149, 2), (150, 3), (400, 8), (1000, 8)])
-def test_bins_hold_alike_many_queries_and_at_least_fifty(n: int, bins: int) -> None:
-    likelihoods = np.random.default_rng(0).permutation(n) / n
-    counts = count_levels(answers_of(likelihoods.tolist()), LEVELS)["short"]
-    assert len(counts.bins) == bins
-    assert max(sizes(counts)) - min(sizes(counts)) <= 1
+def test_bins_hold_alike_many_queries_and_at_least_fifty() -> None:
+    for n, bins in ((1, 1), (99, 1), (100, 2), (149, 2), (150, 3), (400, 8), (1000, 8)):
+        likelihoods = np.random.default_rng(0).permutation(n) / n
+        counts = count_levels(answers_of(likelihoods.tolist()), LEVELS)["short"]
+        assert len(counts.bins) == bins
+        assert max(sizes(counts)) - min(sizes(counts)) <= 1
 
 
-@pytest.mark.parametrize(
-    ("likelihoods", "expected"),
-    [
+def test_equal_likelihoods_share_a_bin() -> None:
+    for likelihoods, expected in (
         ([1.0] * 400, [400]),
         ([0.0] * 300 + [1.0] * 100, [300, 100]),
         ([0.3] * 390 + [0.9] * 10, [400]),
         ([0.1] * 100 + [0.5] * 200 + [1.0] * 100, [100, 200, 100]),
-    ],
-)
-def test_equal_likelihoods_share_a_bin(likelihoods: list[float], expected: list[int]) -> None:
-    assert sizes(count_levels(answers_of(likelihoods), LEVELS)["short"]) == expected
+    ):
+        assert sizes(count_levels(answers_of(likelihoods), LEVELS)["short"]) == expected
 
 
 def test_each_answer_type_has_bins_of_its_own() -> None:
@@ -195,13 +193,7 @@ def measurement(model_folder: str, data: Data, tmp_path_factory: pytest.TempPath
         BaseModel(model_folder, dtype="float32"), str(out), str(likelihoods), max_new_tokens=5
     )
     queries = data(levels=HELD_OUT, train=TRAIN, noise=POLICY)
-    run = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder / "run",
-    )
+    run = plain_trainer(folder / "run")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(base, "grade_answers", answer)
         run.test(module, datamodule=queries, verbose=False)
@@ -327,7 +319,6 @@ def own_data(folder: Path, colour: str = "red", question: str = "Is there a dog?
     ("make", "changes", "culprit"),
     [
         (lambda _, **changes: DemoSource("train", scenes=3, **changes), {"hand": "line"}, "train-000000-yes"),
-        (lambda _, **changes: DemoSource("train", 3, **changes), {"shifted": True}, "train-000000-yes"),
         (own_data, {"colour": "blue"}, "q1"),
         (own_data, {"question": "Is there a cat?"}, "q1"),
     ],
@@ -417,16 +408,6 @@ def _command(root: Path, folder: Path, devices: int) -> list[str]:
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
     return ["levels", "fit", "--config", str(root / "configs/levels.yaml"), "--config", str(path)]
-
-
-def test_levels_fit_writes_both_files(run: Callable[..., Ended], root: Path, tmp_path: Path) -> None:
-    ended = run(*_command(root, tmp_path / "one", 1))
-    assert ended.status == 0, ended.err
-    files = [tmp_path / "one" / name for name in ("levels.json", "likelihoods.parquet")]
-    assert ended.out.splitlines()[-2:] == [f"wrote {file}" for file in files]
-    table = AnchoredLevels(files[0], likelihoods=files[1]).table
-    counts = {t: {row.n for rows in c.pooled.values() for row in rows} for t, c in table.counts.items()}
-    assert counts == {"yes_no": {40}, "short": {20}}
 
 
 @pytest.mark.nightly

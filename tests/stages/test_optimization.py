@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule, learning_rate_factor
+from vlm_calibration.stages.training import OptimizerSettings, adamw_with_schedule, learning_rate_factor
 
 
 def test_warm_up_then_cosine() -> None:
@@ -23,11 +23,11 @@ def test_warm_up_then_cosine() -> None:
     assert learning_rate_factor(500, 100, settings) == pytest.approx(0.1), "it stays there after the end"
 
 
-@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.99])
-def test_every_step_of_a_short_run_trains(warmup: float) -> None:
-    settings = OptimizerSettings(warmup_fraction=warmup)
-    for total in (1, 2, 3, 10):
-        assert all(0 < learning_rate_factor(step, total, settings) <= 1 for step in range(total))
+def test_every_step_of_a_short_run_trains() -> None:
+    for warmup in (0.0, 0.05, 0.5, 0.99):
+        settings = OptimizerSettings(warmup_fraction=warmup)
+        for total in (1, 2, 3, 10):
+            assert all(0 < learning_rate_factor(step, total, settings) <= 1 for step in range(total))
 
 
 def test_settings_reach_adamw() -> None:
@@ -45,12 +45,6 @@ def test_settings_reach_adamw() -> None:
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([0.5 * (0.5 + 0.5 * math.cos(math.pi * i / 4)) for i in range(4)])
-
-
-@pytest.mark.parametrize("total", [0, -1, math.inf])
-def test_a_run_needs_an_end(total: float) -> None:
-    with pytest.raises(DataError, match="needs an end"):
-        adamw_with_schedule([torch.nn.Parameter(torch.zeros(1))], OptimizerSettings(), total)
 
 
 @pytest.mark.parametrize(

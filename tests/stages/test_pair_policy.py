@@ -86,10 +86,7 @@ def test_what_is_drawn_is_a_pure_function_of_seed_epoch_and_id() -> None:
 @pytest.mark.parametrize(
     ("settings", "culprit"),
     [
-        (
-            {"n_rejected": 1},
-            "n_rejected must be at least 1, and is not allowed with `rejected: all`, found 1",
-        ),
+        ({"n_rejected": 1}, "n_rejected .* not allowed with `rejected: all`, found 1"),
         ({"rejected": "uniform", "n_rejected": 0}, "n_rejected .* found 0"),
         ({"seed": -1}, "seed must be at least 0, found -1"),
     ],
@@ -99,17 +96,8 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], culpr
         PairPolicy(**settings)
 
 
-@pytest.mark.parametrize(
-    ("levels", "confidence", "expected"),
-    [
-        ((1.0, 0.5, 0.0), 0.75, 0),
-        ((0.0, 0.5, 1.0), 0.75, 2),
-        ((0.9, 0.8, 0.7), 0.75, 1),
-        ((0.9, 0.2), 0.99, 0),
-        ((0.4,), 0.99, 0),
-    ],
-)
-def test_the_nearest_level_is_the_higher_of_two(
-    levels: tuple[float, ...], confidence: float, expected: int
-) -> None:
-    assert nearest(levels, confidence) == expected
+def test_the_nearest_level_is_the_higher_of_two() -> None:
+    assert nearest((1.0, 0.5, 0.0), 0.75) == 0
+    assert nearest((0.0, 0.5, 1.0), 0.75) == 2
+    assert nearest((0.9, 0.8, 0.7), 0.75) == 1
+    assert nearest((0.9, 0.2), 0.99) == 0

@@ -17,7 +17,8 @@ from torch import Tensor
 from vlm_calibration.data.candidates import Candidate, CandidateSettings
 from vlm_calibration.estimators.verbal import expected_confidence
 from vlm_calibration.losses.preference import SimPO
-from vlm_calibration.stages.preference_targets import PairPolicy, kl_divergence, level_log_p
+from vlm_calibration.stages.dpo_terms import kl_divergence
+from vlm_calibration.stages.preference_targets import PairPolicy, level_log_p
 
 from .preference import LEVELS, Data, MakeModule, Observed
 
@@ -32,28 +33,28 @@ def test_the_level_of_the_noise_is_chosen(observe: Observe) -> None:
     assert len({s.confidence for s in observed.samples}) > 2
 
 
-@pytest.mark.parametrize("reference", ["adapter", "base"])
-def test_the_expected_level_is_that_of_plain_forwards(observe: Observe, reference: str) -> None:
-    observed = observe(reference=reference)
+@pytest.mark.parametrize(("reference", "grid"), [("adapter", 5), ("base", None)])
+def test_the_expected_level_is_that_of_plain_forwards(
+    make_module: MakeModule,
+    candidates: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    reference: str,
+    grid: int | None,
+) -> None:
+    module = make_module(reference=reference)
+    observed = Observed(module, candidates(CandidateSettings(grid=grid)), monkeypatch, 4)
+    levels = LEVELS if grid is None else tuple(percent / 100 for percent in range(100, -1, -grid))
     expected = [observed.expected(row) for row in range(4)]
-    chosen = [row[0].confidence for row in observed.compared()]
-    assert chosen == [min(LEVELS, key=lambda c: abs(c - e)) for e in expected]
+    compared = observed.compared()
+    assert [row[0].confidence for row in compared] == [
+        min(levels, key=lambda c: abs(c - e)) for e in expected
+    ]
+    assert all(sorted(c.confidence for c in row) == sorted(levels) for row in compared)
+    assert grid is None or {row[0].confidence for row in compared} - set(LEVELS)
     with torch.no_grad():
-        assert observed.module.choose(observed.batch).targets == pytest.approx(expected, abs=1e-4)
+        assert module.choose(observed.batch).targets == pytest.approx(expected, abs=1e-4)
     policy = [observed.expected(row, reference=False) for row in range(4)]
     assert max(abs(a - b) for a, b in zip(policy, expected, strict=True)) > 0.01, "the reference decides"
-
-
-def test_a_grid_refines_the_expected_confidence(
-    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    observed = Observed(make_module(), candidates(CandidateSettings(grid=5)), monkeypatch, 4)
-    finer = [percent / 100 for percent in range(0, 101, 5)]
-    expected = [observed.expected(row) for row in range(4)]
-    chosen = observed.compared()
-    assert [row[0].confidence for row in chosen] == [min(finer, key=lambda c: abs(c - e)) for e in expected]
-    assert {row[0].confidence for row in chosen} - set(LEVELS)
-    assert all(sorted(c.confidence for c in row) == finer for row in chosen)
 
 
 @pytest.mark.parametrize("target", ["level", "expected"])
@@ -84,11 +85,10 @@ def test_a_reference_that_is_not_needed_does_not_score(
     assert adapters == ({"default"} if settings else {"default", "reference"})
 
 
-@pytest.mark.parametrize("reference", ["adapter", "base"])
 def test_the_reference_is_the_same_while_the_policy_is_trained(
-    observe: Observe, demo_adapter: Callable[..., str], reference: str
+    observe: Observe, demo_adapter: Callable[..., str]
 ) -> None:
-    observed = observe(folder=demo_adapter(dropout=0.3), reference=reference)
+    observed = observe(folder=demo_adapter(dropout=0.3))
     scores = observed.module.score_reference
     assert observed.module.model.training
     first, again = (scores(observed.batch, observed.batch.candidates).total for _ in range(2))

@@ -249,13 +249,6 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
     ]
     assert _files(tmp_path / "cut") == {**files, **held_out}
 
-    with pytest.raises(ZeroDivisionError):
-        evaluate("limited", Stop(1, ZeroDivisionError), queries=queries(), limit=2)
-    evaluate("limited", queries=queries(), limit=1)
-    assert "starting over instead of resuming" in caplog.text, "a part does not go on from a part"
-    limited = [tmp_path / "limited/one" / f"{name}.jsonl" for name in ("predictions", "calibration")]
-    assert [len(read_predictions(path)) for path in limited] == [4, 4]
-
     evaluate("cut")
     assert _files(tmp_path / "cut") == expected, "what an earlier evaluation was calibrated on is gone"
 

@@ -87,14 +87,11 @@ def test_the_file_format_has_its_names() -> None:
     assert set(_scored(PREDICTIONS, 50, [])) == set(names)
 
 
-def test_reset_and_new_groups_forget_and_nothing_adds_nothing() -> None:
+def test_new_groups_forget_and_nothing_adds_nothing() -> None:
     scorer = Scorer(GROUPS)
     scorer.update(PREDICTIONS)
-    scorer.reset()
-    scorer.update([])
-    scorer.update(PREDICTIONS[:30])
-    assert _equal(scorer.compute(), _scored(PREDICTIONS[:30], 30, GROUPS))
     scorer.set_groups(["clean"])
+    scorer.update([])
     scorer.update(PREDICTIONS[:20])
     assert _equal(scorer.compute(), _scored(PREDICTIONS[:20], 20, ["clean"]))
 

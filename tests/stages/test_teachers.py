@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
@@ -25,9 +26,14 @@ from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError
-from vlm_calibration.stages import dpo, teachers
-from vlm_calibration.stages.preference_targets import PairPolicy
-from vlm_calibration.stages.teachers import FittedTeacher, TargetChooser, TaughtAnswer, TeacherSettings
+from vlm_calibration.stages import preference_targets
+from vlm_calibration.stages.preference_targets import (
+    FittedTeacher,
+    PairPolicy,
+    TargetChooser,
+    TaughtAnswer,
+    TeacherSettings,
+)
 from vlm_calibration.text.confidence import end_of_confidence, strip_confidence
 from vlm_calibration.text.grading import grade
 
@@ -132,44 +138,32 @@ def test_any_answers_give_a_monotone_map_to_shares_whatever_their_order(
     assert (again.maps, again.scores) == (fitted.maps, fitted.scores)
 
 
-@pytest.mark.parametrize(("n", "correct", "expected"), [(1, True, 2 / 3), (3, False, 1 / 5)])
-def test_answers_of_one_outcome_follow_the_rule_of_succession(n: int, correct: bool, expected: float) -> None:
-    rows = [TaughtAnswer((0.1 * i, 0.5), correct, "short", f"{i}") for i in range(n)]
-    mixed = [TaughtAnswer((0.3, 0.3), y, "yes_no", f"{y}") for y in (False, True)]
-    fitted = FittedTeacher.fit(TWO, rows + mixed)
+def test_answers_of_one_outcome_follow_the_rule_of_succession() -> None:
+    rows = [TaughtAnswer((0.1 * i, 0.5), False, "short", f"{i}") for i in range(3)]
+    fitted = FittedTeacher.fit(TWO, [*rows, TaughtAnswer((0.3, 0.3), True, "yes_no", "a")])
     for features in ((0.0, 0.0), (0.9, 0.1), (1.0, 1.0)):
-        assert fitted(features, "short") == pytest.approx(expected)
-
-
-def test_an_answer_type_without_answers_is_named() -> None:
-    fitted = FittedTeacher.fit(ONE, [TaughtAnswer((0.5,), True, "yes_no", "a")])
-    with pytest.raises(DataError, match=r"no open answer.*data\.validation.*yes_no"):
-        fitted((0.5,), "open")
+        assert fitted(features, "short") == pytest.approx(1 / 5)
+        assert fitted(features, "yes_no") == pytest.approx(2 / 3)
+    with pytest.raises(DataError, match=r"no open answer.*data\.validation.*short, yes_no"):
+        fitted((0.5, 0.5), "open")
 
 
 # --- State ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=repr)
-def test_a_checkpoint_keeps_the_teacher(settings: TeacherSettings) -> None:
+def test_a_checkpoint_keeps_the_teacher_of_its_settings(settings: TeacherSettings) -> None:
     fitted = FittedTeacher.fit(settings, _answers(settings))
     file = io.BytesIO()
-    torch.save(fitted.state(), file)
+    torch.save(asdict(fitted), file)
     file.seek(0)
-    again = FittedTeacher.from_state(settings, torch.load(file, weights_only=True))
-    assert (again.settings, again.maps, again.scores) == (settings, fitted.maps, fitted.scores)
-    for row in _answers(settings, 20, seed=2):
-        assert again(row.features, row.answer_type) == fitted(row.features, row.answer_type)
-    assert repr(again) == repr(fitted)
-    assert settings.map in repr(fitted)
-    assert all(feature in repr(fitted) for feature in settings.features)
-
-
-@pytest.mark.parametrize("other", [TWO, ISOTONIC], ids=repr)
-def test_a_teacher_of_other_settings_is_refused(other: TeacherSettings) -> None:
-    state = FittedTeacher.fit(ONE, _answers(ONE)).state()
-    with pytest.raises(DataError, match=r"--ckpt_path.*model\.teacher"):
-        FittedTeacher.from_state(other, state)
+    state = torch.load(file, weights_only=True)
+    again = FittedTeacher.from_state(settings, state)
+    assert (again, repr(again)) == (fitted, repr(fitted))
+    assert all(word in repr(fitted) for word in (settings.map, *settings.features))
+    for other in (ONE, TWO):
+        with pytest.raises(DataError, match=r"--ckpt_path.*model\.teacher"):
+            FittedTeacher.from_state(other, state)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +184,7 @@ def test_settings_that_cannot_be_fitted_are_rejected(
 # --- Scores ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=repr)
-@pytest.mark.parametrize("n_images", [30, 3])
+@pytest.mark.parametrize(("settings", "n_images"), [(SETTINGS[0], 30), (SETTINGS[0], 3), (ISOTONIC, 30)])
 def test_scores_are_of_answers_about_images_that_the_maps_were_not_fitted_on(
     settings: TeacherSettings, n_images: int
 ) -> None:
@@ -247,19 +240,25 @@ def test_it_is_fitted_on_what_the_reference_answers_and_how_the_estimators_rate_
     trainer: Callable[..., L.Trainer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rated: list[bool] = []
+    modes: list[tuple[bool, bool]] = []
     original = TargetChooser.features
 
     def recorded(target: TargetChooser, answered: Any) -> Any:
-        rated.append(torch.is_grad_enabled())
+        modes.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
         return original(target, answered)
 
     monkeypatch.setattr(TargetChooser, "features", recorded)
-    module = make_module(pairs=FITTED, teacher=TWO, gradient_checkpointing=True)
     queries = candidates(OWN, validation=DemoSource("calibration", scenes=4))
-    trainer(max_steps=1, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=queries)
+    settings: dict[str, Any] = {"max_steps": 1, "limit_train_batches": 1, "limit_val_batches": 0}
+    module = make_module(pairs=FITTED)
+    trainer(**settings, precision="bf16-mixed").fit(module, datamodule=queries)
+    assert modes == [(False, True)] * 4, (
+        "three batches of validation and a step, in the precision of training"
+    )
+    module = make_module(pairs=FITTED, gradient_checkpointing=True)
+    trainer(**settings).fit(module, datamodule=queries)
     assert module.target.fitted is not None
-    assert rated == [False] * 4, "three batches of validation and a step"
+    assert modes[4:] == [(False, False)] * 4
     assert module.model.training
 
     # By hand: generate alone with the adapter, and read every response alone.
@@ -269,7 +268,7 @@ def test_it_is_fitted_on_what_the_reference_answers_and_how_the_estimators_rate_
     for sample in [dataset[0, i] for i in range(12)]:
         query, alone = sample.query, Alone(model, queries.chat, sample.image, sample.query.question)
         inputs = queries.chat.inputs([queries.chat.render(query.question)], [sample.image], "left")
-        text = generate(model, inputs, tokenizer, 8, end_of_confidence).texts[0]
+        [text] = generate(model, inputs, tokenizer, 8, end_of_confidence).texts
         graded, answer = grade(text, query.answer, query.answer_type), strip_confidence(text)
         likelihood = alone.likelihood(answer)
         if query.answer_type == "yes_no":
@@ -282,25 +281,6 @@ def test_it_is_fitted_on_what_the_reference_answers_and_how_the_estimators_rate_
         ours = module.target.fitted(row.features, row.answer_type)
         assert ours == pytest.approx(_peer(TWO, rows, [row])[0], abs=2e-3)
     assert module.target.fitted.scores["n"] == 12
-
-
-def test_answers_are_rated_in_the_precision_of_training(
-    make_module: MakeModule,
-    candidates: Data,
-    trainer: Callable[..., L.Trainer],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    autocast: list[bool] = []
-    original = dpo.own_answers
-
-    def recorded(*arguments: Any) -> Any:
-        autocast.append(torch.is_autocast_enabled("cpu"))
-        return original(*arguments)
-
-    monkeypatch.setattr(dpo, "own_answers", recorded)
-    run = trainer(max_steps=1, limit_val_batches=0, precision="bf16-mixed")
-    run.fit(make_module(pairs=FITTED), datamodule=candidates(OWN))
-    assert autocast == [True, True], "in the fit of the teacher and in the step"
 
 
 OTHERS = [TaughtAnswer((0.3, 0.4), False, kind, "a") for kind in ("yes_no", "short")]
@@ -324,7 +304,7 @@ def test_the_teacher_is_that_of_all_processes_and_needs_answers(
     monkeypatch.setattr(TargetChooser, "features", lambda _, answered: [None] * len(answered.predictions))
     with pytest.raises(DataError, match="`target: fitted`.*nothing to fit"):
         trainer(max_steps=1).fit(make_module(pairs=FITTED), datamodule=queries)
-    monkeypatch.setattr(teachers, "gather", gather)
+    monkeypatch.setattr(preference_targets, "gather", gather)
     module = make_module(pairs=FITTED)
     trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=queries)
     assert own == [[]]
