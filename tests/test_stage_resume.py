@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vlm_calibration.perturbation.level_table import read_likelihoods
+from vlm_calibration.perturbation.levels import AnchoredLevels
+
 from .command_line import Ended, callback
 from .level_tables import measured, noise_counts
 from .stages.test_progress import evaluation as evaluation
@@ -123,34 +126,61 @@ def test_an_overwritten_evaluation_asks_all_queries_again(
     assert {p.parent.name for p in folder.glob("*/metrics.json")} == {"base", "one", "oracle"}
 
 
+@pytest.fixture
+def levels_fit(root: Path, tmp_path: Path) -> Callable[[str], list[str]]:
+    """Function that returns the arguments of a measurement with the demo's model, which answers, in folder `name`."""
+
+    def arguments(name: str) -> list[str]:
+        source = {"class_path": DEMO, "init_args": {"split": "calibration", "scenes": 8}}
+        return [
+            *("levels", "fit", "--config", str(root / "configs/levels.yaml"), "--trainer.accelerator", "cpu"),
+            *("--data.levels", json.dumps(source), "--data.workers", "0"),
+            *("--trainer.default_root_dir", str(tmp_path / name)),
+            *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
+            *("--model.init_args.out", str(tmp_path / f"{name}.json")),
+            *("--model.init_args.likelihoods", str(tmp_path / f"{name}.parquet")),
+            *("--data.train", json.dumps({**source, "init_args": {"split": "train", "scenes": 2}})),
+            *("--data.noise.kinds", '{"noise": 1}', "--data.noise.levels", json.dumps(THREE)),
+        ]
+
+    return arguments
+
+
 def test_a_measurement_of_levels_is_done_until_its_table_is_another(
-    run: Run, root: Path, model_folder: str, tmp_path: Path
+    run: Run, levels_fit: Callable[[str], list[str]], model_folder: str, tmp_path: Path
 ) -> None:
-    source = {"class_path": DEMO, "init_args": {"split": "calibration", "scenes": 8}}
-    command = [
-        *("levels", "fit", "--config", str(root / "configs/levels.yaml"), "--trainer.accelerator", "cpu"),
-        *("--data.levels", json.dumps(source), "--data.workers", "0"),
-        *("--trainer.default_root_dir", str(tmp_path / "levels"), "--resume"),
-        *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
-        *("--model.init_args.out", str(tmp_path / "levels.json")),
-        *("--model.init_args.likelihoods", str(tmp_path / "likelihoods.parquet")),
-        *("--data.train", json.dumps({**source, "init_args": {"split": "train", "scenes": 2}})),
-        *("--data.noise.kinds", '{"noise": 1}', "--data.noise.levels", json.dumps(THREE)),
-    ]
+    command, folder = [*levels_fit("levels"), "--resume"], tmp_path / "levels"
+    path, likelihoods_path = tmp_path / "levels.json", tmp_path / "levels.parquet"
     ended = run(*command)
     assert ended.status == 0, ended.err
-    files = [tmp_path / name for name in ("levels.json", "likelihoods.parquet")]
-    assert ended.out.splitlines()[-2:] == [f"wrote {file}" for file in files]
-    table = (tmp_path / "levels.json").read_bytes()
-    _assert_done(run(*command, "--data.eval_batch_size", "7"), tmp_path / "levels")
-    _assert_refused(run(*command, "--data.noise.seed", "1"), tmp_path / "levels", "noise.seed was 0 and is 1")
-    measured(model_folder).save(tmp_path / "levels.json")
-    assert run(*command).status == 0
-    assert (tmp_path / "levels.json").read_bytes() == table
-    likelihoods = (tmp_path / "likelihoods.parquet").read_bytes()
-    (tmp_path / "likelihoods.parquet").write_bytes(likelihoods[:-1])
-    for _ in range(2):
-        ended = run(*command)
+    assert ended.out.splitlines()[-2:] == [f"wrote {file}" for file in (path, likelihoods_path)]
+    table, likelihoods = path.read_bytes(), likelihoods_path.read_bytes()
+    _assert_done(run(*command, "--data.eval_batch_size", "7"), folder)
+    _assert_refused(run(*command, "--data.noise.seed", "1"), folder, "noise.seed was 0 and is 1")
+    measured(model_folder).save(path)
+    likelihoods_path.write_bytes(likelihoods[:-1])
+    ended = run(*command)
+    assert ended.status == 0, ended.err
+    assert (path.read_bytes(), likelihoods_path.read_bytes()) == (table, likelihoods)
+    _assert_done(run(*command), folder)
+
+
+@pytest.mark.nightly
+def test_two_processes_measure_as_one(
+    run: Run, run_two: Run, levels_fit: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    """The table is the same, and the likelihoods agree to float precision."""
+    for name, start, more in (("one", run, ()), ("two", run_two, ("--trainer.strategy", "ddp"))):
+        ended = start(*levels_fit(name), *more)
         assert ended.status == 0, ended.err
-        assert (tmp_path / "likelihoods.parquet").read_bytes() == likelihoods
-    _assert_done(ended, tmp_path / "levels")
+    one, two = (AnchoredLevels(tmp_path / f"{name}.json").table for name in ("one", "two"))
+    assert {t: c.bins for t, c in one.counts.items()} == {t: c.bins for t, c in two.counts.items()}
+    for answer_type, counts in one.counts.items():
+        assert two.counts[answer_type].edges == pytest.approx(counts.edges, abs=1e-6)
+    first, second = (
+        read_likelihoods(tmp_path / f"{name}.parquet", one.provenance, "") for name in ("one", "two")
+    )
+    assert list(first) == list(second)
+    assert len(first) == 6
+    for query, (likelihood, content) in first.items():
+        assert second[query] == (pytest.approx(likelihood, abs=1e-5), content)

@@ -97,9 +97,7 @@ def test_without_a_pair_the_loss_is_0_with_a_gradient(loss: PreferenceLoss, n_ca
 
 
 def test_listwise_is_plackett_luce() -> None:
-    scores = table(
-        [[-1, -2.5, -0.5, -4]], [[-2, -2, -1.5, -1]], distance=[[0, 0.6, 0.2, 1.0]], lengths=[[9, 8, 7, 6]]
-    )
+    scores = table([[-1, -2.5, -0.5, -4]], reference=[[-2, -2, -1.5, -1]], distance=[[0, 0.6, 0.2, 1.0]])
     rewards = [0.8 * x for x in (1, -0.5, 1, -3)]
 
     def probability(order: tuple[int, ...]) -> float:
@@ -151,7 +149,7 @@ def test_statistics_spelled_out() -> None:
 
 def test_rewards_and_which_losses_need_the_reference() -> None:
     # One pair: log p of -2 and -5, under the reference -2.5 and -4, of 2 and 4 tokens.
-    pair = table([[-2, -5]], [[-2.5, -4]], [[2, 4]])
+    pair = table([[-2, -5]], reference=[[-2.5, -4]], lengths=[[2, 4]])
     for loss in (DPO(beta=0.1), IPO(beta=0.1), Listwise(beta=0.1)):
         assert loss.rewards(pair).tolist() == [pytest.approx([0.05, -0.1])]
     assert SimPO(beta=2.0).rewards(pair).tolist() == [pytest.approx([-2.0, -2.5])]

@@ -20,12 +20,14 @@ from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
+from vlm_calibration.stages.preference_targets import FittedTeacher, TeacherSettings
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.stages.training import OptimizerSettings
 
 from ..level_tables import measured
 from ..trainers import plain_trainer
-from .preference import NOISE, Data, MakeModule, Observed
+from .own import MAPS, MakeStep, OwnStep
+from .preference import GOLD, NOISE, Data, MakeModule
 
 STAGE_1_LR, STAGE_1_STEPS = 5e-3, 25
 
@@ -139,22 +141,26 @@ def make_module(demo_folder: str, adapter: str) -> MakeModule:
 def candidates(data: Data) -> Data:
     """As `data`, with candidates at five levels."""
 
-    def make(candidates: CandidateSettings | None = CandidateSettings(), **settings: Any) -> Any:  # noqa: B008
+    def make(candidates: CandidateSettings | None = GOLD, **settings: Any) -> Any:
         return data(**{"noise": NOISE, "candidates": candidates, **settings})
 
     return make
 
 
 @pytest.fixture
-def observe(
-    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Observed]:
-    """A module outside a Trainer on the first `n` samples; `data` are settings of the data, all others of the module."""
+def make_step(make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch) -> MakeStep:
+    """Function that builds a step of some queries; `data` are settings of the data, all others of the module."""
 
-    def observe(
-        n: int = 4, wrong_answer: bool = False, data: dict[str, Any] | None = None, **settings: Any
-    ) -> Observed:
-        queries = candidates(CandidateSettings(wrong_answer=wrong_answer), **(data or {}))
-        return Observed(make_module(**settings), queries, monkeypatch, n)
+    def make(
+        answers: CandidateSettings = GOLD,
+        n: int = 6,
+        moved: float = 0.03,
+        data: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> OwnStep:
+        module = make_module(**settings)
+        if module.pairs.target == "fitted":
+            module.target.fitted = FittedTeacher(TeacherSettings(), MAPS, {})
+        return OwnStep(module, candidates(answers, **(data or {})), monkeypatch, n, moved)
 
-    return observe
+    return make

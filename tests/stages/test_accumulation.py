@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
 
-from .preference import NOISE, Data, MakeModule, Steps
+from .preference import NOISE, Data, MakeModule, MakeTrainer, Steps
 
 Module = SFTModule | Any
 Run = Callable[..., tuple[list[float], Tensor]]
@@ -44,7 +43,7 @@ def configured(stage: str, demo_folder: str, make_module: MakeModule) -> Module:
 
 
 @pytest.fixture
-def run(demo_folder: str, make_module: MakeModule, data: Data, trainer: Callable[..., L.Trainer]) -> Run:
+def run(demo_folder: str, make_module: MakeModule, data: Data, trainer: MakeTrainer) -> Run:
     """Trains on the same six queries; returns the loss of each batch and the gradient of the step."""
 
     def run(

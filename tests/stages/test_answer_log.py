@@ -76,16 +76,13 @@ def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"one.jsonl", "held_out.jsonl"}
 
 
-def test_a_batch_without_answers_is_not_written(tmp_path: Path) -> None:
+def test_without_answers_there_is_nothing_to_tell(tmp_path: Path) -> None:
     _log(tmp_path).add("test", BatchAnswers(answers={"base": [], "one": []}, passes={}))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_first_line_that_is_cut_off_is_no_earlier_run(tmp_path: Path) -> None:
     _begun(tmp_path, [(0, 1)])
     path = tmp_path / ".answered.0.jsonl"
-    path.write_bytes(path.read_bytes()[:20])
-    assert _log(tmp_path).find() == ResumeState(), "nothing was answered, so there is nothing to tell"
+    path.write_bytes(path.read_bytes()[:20])  # a first line that was cut off
+    assert _log(tmp_path).find() == ResumeState()
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
@@ -35,13 +33,14 @@ from vlm_calibration.records import DataError
 from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.stages.evaluation import EvaluationModule
 
-Data = Callable[..., PerturbedQueryDataModule]
+from .preference import Data, Evaluate, LoadModel, MakeTrainer, NewAdapter
+
 NAMES = ("expected", "likelihood", "p_true", "self_consistency", "stability")
 
 
 @pytest.mark.slow
 def test_every_estimator_has_its_key_and_its_metrics(
-    run_evaluation: Callable[..., EvaluationModule], new_adapter: Callable[..., str], tmp_path: Path
+    run_evaluation: Evaluate, new_adapter: NewAdapter, tmp_path: Path
 ) -> None:
     folder, chosen = tmp_path / "run", [ExpectedConfidence(), AnswerLikelihood(), PTrue(), SelfConsistency(2)]
     run_evaluation({"one": new_adapter(1)}, estimators=[*chosen, Stability()])
@@ -88,7 +87,7 @@ def test_every_estimator_has_its_key_and_its_metrics(
     ],
 )
 def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
-    run_evaluation: Callable[..., EvaluationModule],
+    run_evaluation: Evaluate,
     monkeypatch: pytest.MonkeyPatch,
     chosen: dict[str, Any],
     fractional: int,
@@ -130,9 +129,9 @@ def metrics_of(folder: Path, of_probes: bool = True) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_answer_of_a_model_has_its_probed_confidences_and_nothing_else_changes(
-    run_evaluation: Callable[..., EvaluationModule],
-    new_adapter: Callable[..., str],
-    load_model: Callable[..., Any],
+    run_evaluation: Evaluate,
+    new_adapter: NewAdapter,
+    load_model: LoadModel,
     queries: PerturbedQueryDataModule,
     tmp_path: Path,
 ) -> None:
@@ -175,7 +174,7 @@ def test_every_answer_of_a_model_has_its_probed_confidences_and_nothing_else_cha
 
 
 def test_the_original_confidence_is_the_stated_one(
-    demo_folder: str, trainer: Callable[..., L.Trainer], tmp_path: Path
+    demo_folder: str, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     """A percentage is one token here, so the likeliest one is stated, whichever it is."""
     module = EvaluationModule(BaseModel(demo_folder), max_new_tokens=16, probes=["image"])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
@@ -24,8 +22,8 @@ from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.scoring import Scorer
 
 from ..level_tables import measured, noise_counts
+from .preference import Data, Evaluate, LoadModel, MakeTrainer, NewAdapter
 
-Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "two", "oracle")
 
 
@@ -44,11 +42,11 @@ def texts_alone(model: Any, queries: PerturbedQueryDataModule, system: str) -> l
 
 @pytest.mark.slow
 def test_systems_side_by_side(
-    run_evaluation: Callable[..., EvaluationModule],
-    new_adapter: Callable[..., str],
+    run_evaluation: Evaluate,
+    new_adapter: NewAdapter,
     data: Data,
-    trainer: Callable[..., L.Trainer],
-    load_model: Callable[..., Any],
+    trainer: MakeTrainer,
+    load_model: LoadModel,
     levels_file: str,
     tmp_path: Path,
 ) -> None:
@@ -103,11 +101,7 @@ def test_systems_side_by_side(
 
 @pytest.mark.slow
 def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
-    model_folder: str,
-    new_adapter: Callable[..., str],
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
+    model_folder: str, new_adapter: NewAdapter, data: Data, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     adapters = {"one": new_adapter(1), "two": new_adapter(2)}
     found: dict[str, list[dict[str, Any]]] = {}
@@ -142,7 +136,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says:
 
 
 def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
-    model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+    model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     table = measured(model_folder, {"yes_no": noise_counts((0, 10, 9), (1, 10, 5))})
     table.save(tmp_path / "levels.json")

@@ -10,11 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 
 from vlm_calibration.data.dataset import EvalSplit
-from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy, query_rng
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators import base
@@ -26,7 +24,8 @@ from vlm_calibration.records import DataError, LoadedImage, Prediction, Query
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.level_fit import LevelFitModule
 
-Data = Callable[..., PerturbedQueryDataModule]
+from .preference import Data, MakeTrainer
+
 FOUR, TWO = DemoSource("calibration", scenes=4), DemoSource("calibration", scenes=2)
 
 
@@ -50,29 +49,13 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
     return answers
 
 
-def test_absent_objects_are_noised_as_in_training(model_folder: str, data: Data) -> None:
-    splits = {"": EvalSplit(TWO, "every_level")}
-    queries = data(test=splits, noise=NoisePolicy(distractor_probability=0.5))
-    queries.setup("test")
-    dataset = queries.sets["test"]
-    strengths = [dataset[0, i].perturbation.strength for i in range(len(dataset))]
-    assert strengths == [s for s in LinearLevels().strengths() for _ in range(6)], (
-        "none is lost to a distractor"
-    )
-
-
 def test_queries_that_no_perturbation_touches_are_asked_and_counted_once(
-    model_folder: str,
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
-    answers: list[Prediction],
+    model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path, answers: list[Prediction]
 ) -> None:
-    """With `absent: clean`; the rows of strengths are about the other queries alone."""
-    module = LevelFitModule(
-        BaseModel(model_folder, dtype="float32"), str(tmp_path / "l.json"), max_new_tokens=3
-    )
-    policy = NoisePolicy(levels=LinearLevels(n_levels=3), absent="clean")
+    """With `absent: clean`; the rows of strengths are about the other queries alone, of which none is lost to a distractor."""
+    base = BaseModel(model_folder, dtype="float32")
+    module = LevelFitModule(base, str(tmp_path / "l.json"), max_new_tokens=3)
+    policy = NoisePolicy(levels=LinearLevels(n_levels=3), absent="clean", distractor_probability=0.5)
     trainer().test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
     asked = Counter((p.answer, p.strength) for p in answers if p.answer_type == "yes_no")
     assert asked == {("Yes", 0): 4, ("Yes", 0.5): 4, ("Yes", 1): 4, ("No", 0): 4}
@@ -98,11 +81,7 @@ class Damaged(DemoSource):
 
 @pytest.mark.filterwarnings("ignore:data.levels", "ignore:data.train")
 def test_queries_without_a_region_count_once_and_those_without_a_readable_image_never(
-    model_folder: str,
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
-    answers: list[Prediction],
+    model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path, answers: list[Prediction]
 ) -> None:
     """Of four scenes three are left, the yes and the corner of one untouched alone; whole batches of the first scene are empty."""
     out, likelihoods = tmp_path / "l.json", tmp_path / "l.parquet"
@@ -133,16 +112,11 @@ class Absent(DemoSource):
             None,
             r"^data\.levels: no query can be perturbed",
         ),
-        ({}, None, r"data\.levels is not set"),
         ({"levels": FOUR, "train": None}, "l.parquet", r"data\.train is not set"),
     ],
 )
 def test_without_queries_nothing_is_loaded(
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    settings: dict[str, Any],
-    likelihoods: str | None,
-    culprit: str,
+    data: Data, trainer: MakeTrainer, settings: dict[str, Any], likelihoods: str | None, culprit: str
 ) -> None:
     """The test set is not measured in their place."""
     module = LevelFitModule(BaseModel("no/such-model"), likelihoods=likelihoods)
@@ -167,7 +141,7 @@ def test_each_command_asks_its_own_queries_of_one_data_module(data: Data) -> Non
 
 @pytest.fixture
 def fit_levels(
-    model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+    model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path
 ) -> Callable[..., dict[str, bytes]]:
     """Measures with a new module and returns what it wrote."""
 
@@ -204,9 +178,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, fit: Callable[..., object], batch
 
 
 def test_an_interrupted_measurement_resumes_and_ends_as_an_uninterrupted_one(
-    fit_levels: Callable[..., dict[str, bytes]],
-    answers: list[Prediction],
-    monkeypatch: pytest.MonkeyPatch,
+    fit_levels: Callable[..., dict[str, bytes]], answers: list[Prediction], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted among the levels, and among the training queries."""
     whole = fit_levels("whole")

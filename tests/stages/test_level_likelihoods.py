@@ -10,11 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -48,11 +46,10 @@ from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.level_fit import LevelFitModule, count_levels
 from vlm_calibration.stages.sft import SFTModule
 
-from ..command_line import Ended
 from ..level_tables import noise_counts
 from ..trainers import plain_trainer
+from .preference import Data, MakeTrainer
 
-Data = Callable[..., PerturbedQueryDataModule]
 LEVELS = (CLEAN, Perturbation("noise", 0.5), Perturbation("noise", 1.0), Perturbation("blur", 1.0))
 KINDS = {"noise": 1.0, "blur": 1.0}
 HELD_OUT = DemoSource("calibration", scenes=4)
@@ -264,7 +261,7 @@ PROVENANCE = {"weights": None, "prompt": "", "max_pixels": None}
 
 
 @pytest.fixture
-def refused(data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path) -> Callable[..., str]:
+def refused(data: Data, trainer: MakeTrainer, tmp_path: Path) -> Callable[..., str]:
     """Trains on a source with these likelihoods by query id, which is refused before a model is loaded; returns the message."""
 
     def refuse(source: QuerySource, measured: dict[str, Measured]) -> str:
@@ -278,28 +275,6 @@ def refused(data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path) -> Ca
         return str(caught.value)
 
     return refuse
-
-
-def measured_on(source: QuerySource) -> dict[str, Measured]:
-    return {q.id: Measured(0.5, source.content_digest(q)) for q in source.queries()}
-
-
-def test_a_training_query_without_a_likelihood_stops_the_run_before_a_model_is_loaded(
-    refused: Callable[..., str], tmp_path: Path
-) -> None:
-    source = DemoSource("train", scenes=3)
-    measured = measured_on(source)
-    missing = list(measured)[1]
-    del measured[missing]
-    message = refused(source, measured)
-    for part in (
-        repr(missing),
-        f"{tmp_path}/likelihoods.parquet",
-        "data.train",
-        "`vlm-calibration levels fit`",
-    ):
-        assert part in message
-    assert "\n" not in message
 
 
 def own_data(folder: Path, colour: str = "red", question: str = "Is there a dog?") -> JsonlSource:
@@ -323,16 +298,25 @@ def own_data(folder: Path, colour: str = "red", question: str = "Is there a dog?
         (own_data, {"question": "Is there a cat?"}, "q1"),
     ],
 )
-def test_likelihoods_of_other_images_or_questions_stop_the_run_before_a_model_is_loaded(
+def test_missing_likelihoods_and_those_of_other_images_or_questions_stop_the_run_before_a_model_is_loaded(
     refused: Callable[..., str],
     tmp_path: Path,
     make: Callable[..., QuerySource],
     changes: dict[str, Any],
     culprit: str,
 ) -> None:
-    """Under the same ids; the same data in another folder is the same."""
-    measured = measured_on(make(tmp_path / "measured"))
-    assert "another question or image" not in refused(make(tmp_path / "same"), measured)
+    """Under the same ids; the same data in another folder is the same, and is refused without the likelihood of one query."""
+    source = make(tmp_path / "measured")
+    measured = {q.id: Measured(0.5, source.content_digest(q)) for q in source.queries()}
+    *_, missing = measured
+    message = refused(make(tmp_path / "same"), {k: v for k, v in measured.items() if k != missing})
+    for part in (
+        repr(missing),
+        f"{tmp_path}/likelihoods.parquet",
+        "data.train",
+        "`vlm-calibration levels fit`",
+    ):
+        assert part in message
     message = refused(make(tmp_path / "changed", **changes), measured)
     for part in (
         "another question or image",
@@ -356,7 +340,7 @@ class Spread(DemoSource):
 
 @pytest.mark.slow
 def test_the_shipped_likelihoods_are_those_of_the_shipped_model(
-    demo_folder: str, data: Data, trainer: Callable[..., L.Trainer], root: Path, tmp_path: Path
+    demo_folder: str, data: Data, trainer: MakeTrainer, root: Path, tmp_path: Path
 ) -> None:
     demo, source = root / "src/vlm_calibration/demo", Spread("train", scenes=7200, hard=0.3)
     shipped = read_likelihoods(demo / "likelihoods.parquet", read_table(demo / "levels.json").provenance, "")
@@ -372,62 +356,3 @@ def test_the_shipped_likelihoods_are_those_of_the_shipped_model(
     assert len(measured) == 24
     assert {q: shipped[q].likelihood for q in measured} == pytest.approx(measured, abs=1e-4)
     assert all(shipped[q.id].content == source.content_digest(q) for q in source.queries())
-
-
-# --- The command ----------------------------------------------------------------------------------------------------------
-
-
-def _command(root: Path, folder: Path, devices: int) -> list[str]:
-    """Arguments that measure the demo's model, which answers."""
-    linear = "vlm_calibration.perturbation.levels.LinearLevels"
-    overlay = {
-        "trainer": {
-            "accelerator": "cpu",
-            "callbacks": None,
-            "devices": devices,
-            "strategy": "ddp" if devices > 1 else "auto",
-            "enable_progress_bar": False,
-            "default_root_dir": str(folder),
-        },
-        "model": {
-            "init_args": {
-                "base": {"name_or_path": str(root / "src/vlm_calibration/demo/model")},
-                "out": str(folder / "levels.json"),
-                "likelihoods": str(folder / "likelihoods.parquet"),
-                "max_new_tokens": 8,
-            }
-        },
-        "data": {
-            "levels": {"init_args": {"scenes": 20, "hard": 0.0}},
-            "train": {"init_args": {"scenes": 3}},
-            "noise": {"kinds": {"noise": 1}, "levels": {"class_path": linear, "init_args": {"n_levels": 2}}},
-            "eval_batch_size": 16 // devices,
-            "workers": 0,
-        },
-    }
-    path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
-    return ["levels", "fit", "--config", str(root / "configs/levels.yaml"), "--config", str(path)]
-
-
-@pytest.mark.nightly
-def test_two_processes_measure_as_one(
-    run: Callable[..., Ended], run_two: Callable[..., Ended], root: Path, tmp_path: Path
-) -> None:
-    """The table is the same, and the likelihoods agree to float precision."""
-    for name, devices, start in (("one", 1, run), ("two", 2, run_two)):
-        ended = start(*_command(root, tmp_path / name, devices))
-        assert ended.status == 0, ended.err
-    one, two = (AnchoredLevels(tmp_path / name / "levels.json").table for name in ("one", "two"))
-    assert {t: c.bins for t, c in one.counts.items()} == {t: c.bins for t, c in two.counts.items()}
-    for answer_type, counts in one.counts.items():
-        assert two.counts[answer_type].edges == pytest.approx(counts.edges, abs=1e-6)
-    read = [
-        read_likelihoods(tmp_path / name / "likelihoods.parquet", one.provenance, "")
-        for name in ("one", "two")
-    ]
-    assert list(read[0]) == list(read[1])
-    assert len(read[0]) == 9
-    values, contents = zip(*([[m[i] for m in r.values()] for i in (0, 1)] for r in read), strict=True)
-    assert values[0] == pytest.approx(values[1], abs=1e-5)
-    assert contents[0] == contents[1]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -22,47 +22,27 @@ from vlm_calibration.estimators.p_true import TEMPLATE
 from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import RLCR, SoftLabel
 from vlm_calibration.losses.preference import DPO
-from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.preference_targets import (
     ESTIMATORS,
-    FittedTeacher,
     PairPolicy,
     TargetChooser,
     TeacherSettings,
 )
 from vlm_calibration.stages.training import trained_parameters
 
-from .own import OwnStep, loss_by_hand, nearest
-from .preference import LEVELS, Data, MakeModule, Steps, adapter_weights
+from .own import MAPS, MakeStep, OwnStep, nearest
+from .preference import LEVELS, OWN, WITH_OPPOSITE, Data, MakeModule, MakeTrainer, Steps, adapter_weights
 
-OWN = CandidateSettings(answers="own")
-WITH_OPPOSITE = CandidateSettings(answers="own", wrong_answer=True)
 EMPTY, UNCLEAR = "Confidence: 50%", "It is white. Confidence: 50%"
-MAPS = {"yes_no": ((0.7, 0.4), -0.3), "short": ((-0.2, 0.9), 0.6)}
-
-MakeStep = Callable[..., OwnStep]
 
 
 @pytest.fixture
-def make_step(make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch) -> MakeStep:
-    """Function that builds a step of six queries; `data` are settings of the data, all others of the module."""
-
-    def make(
-        answers: CandidateSettings = OWN,
-        n: int = 6,
-        moved: float = 0.03,
-        data: dict[str, Any] | None = None,
-        **settings: Any,
-    ) -> OwnStep:
-        plain = {"pairs": PairPolicy(target="correct"), "loss": SoftLabel(width=0.2)}
-        module = make_module(**{**plain, **settings})
-        if module.pairs.target == "fitted":
-            module.target.fitted = FittedTeacher(TeacherSettings(), MAPS, {})
-        return OwnStep(module, candidates(answers, **(data or {})), monkeypatch, n, moved)
-
-    return make
+def make_own(make_step: MakeStep) -> MakeStep:
+    """As `make_step`, with own answers and a loss for which the target is whether they are correct."""
+    plain = {"pairs": PairPolicy(target="correct"), "loss": SoftLabel(width=0.2)}
+    return partial(make_step, **{"answers": OWN, **plain})
 
 
 # --- Answers and scores ---------------------------------------------------------------------------------------------
@@ -71,9 +51,9 @@ def make_step(make_module: MakeModule, candidates: Data, monkeypatch: pytest.Mon
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"reference": "base", "scoring": "plain"}], ids=repr)
 def test_candidates_give_what_the_reference_generates_and_are_scored_as_if_alone(
-    make_step: MakeStep, settings: dict[str, Any]
+    make_own: MakeStep, settings: dict[str, Any]
 ) -> None:
-    step = make_step(n=9, moved=0.4, **settings)
+    step = make_own(n=9, moved=0.4, **settings)
     prompts, comparison = step.compare()
     changed = [step.text(row, reference=False) != step.text(row) for row in range(9)]
     assert sum(changed) > 2, "the policy answers otherwise"
@@ -102,9 +82,9 @@ def test_candidates_give_what_the_reference_generates_and_are_scored_as_if_alone
 
 
 def test_the_reference_answers_in_eval_mode_with_a_cache(
-    make_step: MakeStep, monkeypatch: pytest.MonkeyPatch
+    make_own: MakeStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = make_step().compare()[1]
+    expected = make_own().compare()[1]
     seen: list[tuple[bool, bool, bool]] = []
     original = DPOModule._answer
 
@@ -115,7 +95,7 @@ def test_the_reference_answers_in_eval_mode_with_a_cache(
         return answered
 
     monkeypatch.setattr(DPOModule, "_answer", recorded)
-    step = make_step(gradient_checkpointing=True)
+    step = make_own(gradient_checkpointing=True)
     for name, layer in step.module.model.named_modules():
         if name.endswith("lora_dropout"):
             layer["reference"] = nn.Dropout(0.9)
@@ -128,7 +108,7 @@ def test_the_reference_answers_in_eval_mode_with_a_cache(
     assert comparison.of_all is not None
     assert expected.of_all is not None
     torch.testing.assert_close(comparison.of_all, expected.of_all, atol=1e-5, rtol=1e-5)
-    assert float(step.step()) == pytest.approx(float(make_step().step()), abs=1e-5)
+    assert float(step.step()) == pytest.approx(float(make_own().step()), abs=1e-5)
 
 
 # --- Targets --------------------------------------------------------------------------------------------------------
@@ -166,8 +146,8 @@ def _target(step: OwnStep, row: int, target: str) -> float:
 @pytest.mark.parametrize(
     "target", ["level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct"]
 )
-def test_targets_are_what_is_computed_for_each_query_alone(make_step: MakeStep, target: Any) -> None:
-    step = make_step(pairs=PairPolicy(target=target))
+def test_targets_are_what_is_computed_for_each_query_alone(make_own: MakeStep, target: Any) -> None:
+    step = make_own(pairs=PairPolicy(target=target))
     _, comparison = step.compare()
     expected = [_target(step, row, target) for row in range(6)]
     assert comparison.targets == pytest.approx(expected, abs=2e-3)
@@ -177,55 +157,21 @@ def test_targets_are_what_is_computed_for_each_query_alone(make_step: MakeStep, 
         assert sorted(picks) == list(range(len(LEVELS)))
 
 
-# --- Losses ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_losses_by_hand(make_step: MakeStep) -> None:
-    step = make_step(WITH_OPPOSITE, pairs=PairPolicy(target="expected"))
-    yes_no = [row for row in range(6) if step.samples[row].query.answer_type == "yes_no"]
-    step.write({yes_no[0]: "No. Confidence: 25%", yes_no[1]: "No. Confidence: 75%"})
-    assert {step.is_correct(row) for row in yes_no} == {True, False}
-    policy, reference = ([step.stated(row, of, opposite=True) for row in range(6)] for of in (False, True))
-    targets = [_target(step, row, "expected") for row in range(6)]
-    for loss in (SoftLabel(0.2, opposite_weight=0.5), RLCR(), DPO(beta=0.4)):
-        step.module.loss = loss
-        rows = zip(policy, reference, targets, strict=True)
-        expected = np.mean([loss_by_hand(loss, *row) for row in rows])
-        assert float(step.step()) == pytest.approx(expected, abs=2e-3), loss
-
-
-def test_steps_lower_the_loss_of_a_repeated_batch(make_step: MakeStep) -> None:
-    step = make_step(WITH_OPPOSITE, loss=RLCR(), n=4)
-    parameters = trained_parameters(step.module)
-    optimizer, losses = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0), []
-    frozen = {n: p.detach().clone() for n, p in step.module.named_parameters() if not p.requires_grad}
-    for _ in range(5):
-        value = step.step()
-        losses.append(float(value))
-        optimizer.zero_grad()
-        value.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
-        optimizer.step()
-    assert losses[-1] < losses[0] - 0.01
-    assert losses == sorted(losses, reverse=True)
-    assert all(torch.equal(p, frozen[n]) for n, p in step.module.named_parameters() if n in frozen)
-
-
 # --- Answers that do not count --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "target", "text"),
-    [(RLCR(), "correct", EMPTY), (SoftLabel(), "fitted", UNCLEAR), (DPO(), "likelihood", UNCLEAR)],
-    ids=["RLCR", "SoftLabel", "DPO"],
+    [(RLCR(), "correct", EMPTY), (DPO(), "likelihood", UNCLEAR)],
+    ids=["RLCR", "DPO"],
 )
 def test_a_query_without_an_answer_to_rate_does_not_count(
-    make_step: MakeStep, loss: CandidateLoss, target: Any, text: str
+    make_own: MakeStep, loss: CandidateLoss, target: Any, text: str
 ) -> None:
-    step = make_step(
-        *(WITH_OPPOSITE, 5),
+    step = make_own(
+        answers=WITH_OPPOSITE,
+        n=5,
         loss=loss,
         pairs=PairPolicy(target=target),
         nll_weight=0.5,
@@ -250,8 +196,8 @@ def _gradients(step: OwnStep, batch: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in step.module.named_parameters() if p.grad is not None}
 
 
-def test_an_answer_that_the_limit_cuts_off_is_no_answer(make_step: MakeStep) -> None:
-    step = make_step(n=5, pairs=PairPolicy(target="level"))
+def test_an_answer_that_the_limit_cuts_off_is_no_answer(make_own: MakeStep) -> None:
+    step = make_own(n=5, pairs=PairPolicy(target="level"))
     whole, rest, answer = step.batch, step.collate(step.samples[::2]), DPOModule._answer
     [dog] = step.queries.processor.tokenizer("dog", add_special_tokens=False)["input_ids"]
 
@@ -277,8 +223,8 @@ def test_an_answer_that_the_limit_cuts_off_is_no_answer(make_step: MakeStep) -> 
     assert step.logged["train/cut_off"] == 2, "answers with an end are not counted"
 
 
-def test_a_batch_in_which_no_query_counts_has_a_loss_of_zero(make_step: MakeStep) -> None:
-    step = make_step(n=3)
+def test_a_batch_in_which_no_query_counts_has_a_loss_of_zero(make_own: MakeStep) -> None:
+    step = make_own(n=3)
     step.write(dict.fromkeys(range(3), EMPTY))
     loss = step.step()
     assert float(loss) == 0
@@ -293,9 +239,9 @@ def test_a_batch_in_which_no_query_counts_has_a_loss_of_zero(make_step: MakeStep
 
 
 def test_yes_and_no_have_the_opposite_answer_as_well_which_a_wrong_answer_is_not_preferred_over(
-    make_step: MakeStep,
+    make_own: MakeStep,
 ) -> None:
-    step = make_step(WITH_OPPOSITE, loss=RLCR(), n=4)
+    step = make_own(answers=WITH_OPPOSITE, loss=RLCR(), n=4)
     golds = [s.query.answer for s in step.samples]
     assert golds[:2] == ["Yes", "No"]
     step.write({0: "No. Confidence: 75%", 1: "no, it is not", 3: UNCLEAR})
@@ -324,52 +270,8 @@ def test_yes_and_no_have_the_opposite_answer_as_well_which_a_wrong_answer_is_not
 # --- Runs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("answers", "settings"),
-    [
-        (OWN, {"loss": SoftLabel(), "pairs": PairPolicy(target="fitted"), "gradient_checkpointing": True}),
-        (
-            WITH_OPPOSITE,
-            {"loss": DPO(), "pairs": PairPolicy("expected", "uniform", 2), "reference": "base"},
-        ),
-    ],
-    ids=repr,
-)
-def test_a_run_logs_before_and_after(
-    make_module: MakeModule,
-    candidates: Data,
-    trainer: Callable[..., L.Trainer],
-    answers: CandidateSettings,
-    settings: dict[str, Any],
-) -> None:
-    """From the adapter of stage 1, and from the base model with a new adapter."""
-    base = settings.get("reference") == "base"
-    new = {"folder": None, "lora": LoraSettings(r=2, alpha=4, dropout=0.5, parts=["language", "projector"])}
-    module, seen = make_module(**(new if base else {}), **settings), Steps()
-    run = trainer(seen, max_epochs=1, num_sanity_val_steps=-1)
-    run.fit(module, datamodule=candidates(answers))
-    assert len(seen.losses) == 3
-    assert all(math.isfinite(loss) for loss in seen.losses)
-    assert all(gradient.isfinite().all() and gradient.any() for gradient in seen.gradients)
-    before, after = seen.validated
-    for values in (before, after):
-        assert {f"val/{name}" for name in ("reward_margin", "logp_chosen", "kl", "accuracy", "ece")} <= set(
-            values
-        )
-    assert before["val/kl"] == pytest.approx(0, abs=1e-5), "the policy is the reference at first"
-    assert after["val/logp_chosen"] != pytest.approx(before["val/logp_chosen"], abs=1e-3)
-    assert base or after["val/kl"] > 1e-6, "the base model is sure of one level"
-    if base:
-        assert {name: c.lora_dropout for name, c in module.model.peft_config.items()} == {"default": 0}
-        trained = adapter_weights(module, "default")
-        assert trained
-        assert all(p.any() for p in trained.values())
-        assert not any("vision_tower" in name for name in trained)
-
-
 def test_validating_alone_needs_no_fitted_teacher(
-    make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
+    make_module: MakeModule, candidates: Data, trainer: MakeTrainer
 ) -> None:
     module = make_module(pairs=PairPolicy(target="fitted"))
     [values] = trainer().validate(module, datamodule=candidates(OWN), verbose=False)
@@ -381,7 +283,7 @@ def test_validating_alone_needs_no_fitted_teacher(
 def test_a_resumed_run_keeps_its_teacher(
     make_module: MakeModule,
     candidates: Data,
-    trainer: Callable[..., L.Trainer],
+    trainer: MakeTrainer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -432,7 +334,7 @@ def test_data_that_does_not_fit_the_module_is_rejected(
 
 
 def test_a_teacher_needs_every_answer_type_in_the_validation_set(
-    make_module: MakeModule, candidates: Data, trainer: Callable[..., L.Trainer]
+    make_module: MakeModule, candidates: Data, trainer: MakeTrainer
 ) -> None:
     class YesNo(DemoSource):
         def queries(self) -> Sequence[Query]:

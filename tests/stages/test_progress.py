@@ -20,14 +20,13 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.stages.evaluation import EvaluationModule
 
 from ..command_line import Ended, callback
 from ..level_tables import measured
+from .preference import Data, Evaluate, NewAdapter
 
 pytestmark = pytest.mark.slow
 
-Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "oracle")
 FILES = [f"{system}/{name}" for system in SYSTEMS for name in ("predictions.jsonl", "metrics.json")]
 ESTIMATORS = ("expected", "likelihood", "self_consistency")
@@ -45,7 +44,7 @@ def _part(scenes: int, noise: str = "none", shifted: bool = False) -> dict[str, 
 
 @pytest.fixture
 def evaluation(
-    root: Path, model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
+    root: Path, model_folder: str, new_adapter: NewAdapter, tmp_path: Path
 ) -> Callable[..., list[str]]:
     """Function that returns the arguments of an evaluation of 15 queries in folder `name` by three systems.
 
@@ -187,9 +186,7 @@ class Stop(L.Callback):
 
 
 @pytest.fixture
-def evaluate(
-    run_evaluation: Callable[..., EvaluationModule], new_adapter: Callable[..., str], tmp_path: Path
-) -> Callable[..., None]:
+def evaluate(run_evaluation: Evaluate, new_adapter: NewAdapter, tmp_path: Path) -> Callable[..., None]:
     """Evaluates in this process, in folder `name`."""
     adapter = tmp_path / "adapter"
     shutil.copytree(new_adapter(1), adapter)
@@ -202,26 +199,10 @@ def evaluate(
     return run
 
 
-def test_errors_and_interrupts_keep_what_was_answered(
-    evaluate: Callable[..., None], caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    caplog.set_level(logging.INFO)
-    evaluate("whole")
-    with pytest.raises(ZeroDivisionError):
-        evaluate("cut", Stop(1, ZeroDivisionError))
-    with pytest.raises(SystemExit):
-        evaluate("cut", Stop(1, KeyboardInterrupt))
-    evaluate("cut")
-    assert [f"{tmp_path}/cut: resuming: {n} of 15 queries were answered before" for n in (4, 8)] == [
-        r.getMessage() for r in caplog.records if "resuming:" in r.getMessage()
-    ]
-    assert _files(tmp_path / "cut") == _files(tmp_path / "whole")
-
-
-def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
+def test_errors_and_interrupts_keep_what_was_answered_and_a_calibration_set_moves_no_score(
     evaluate: Callable[..., None], data: Data, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """Five batches of the test set, the last one of three queries, and three of the calibration set."""
+    """Five batches of the test set, the last one of three queries, and three of the calibration set; an error, then Ctrl-C."""
 
     def queries() -> PerturbedQueryDataModule:
         source = DemoSource("calibration", scenes=2)
@@ -233,16 +214,15 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
     files, expected = _files(tmp_path / "whole"), _files(tmp_path / "plain")
     held_out = {name: files.pop(name) for name in [f"{system}/calibration.jsonl" for system in SYSTEMS]}
     assert files == expected
-    for system in SYSTEMS:
-        answers = read_predictions(tmp_path / "whole" / system / "calibration.jsonl")
-        assert [p.id for p in answers] == [
-            f"{part}:{q.id}" for part in ("clean", "noised") for q in DemoSource("calibration", 2).queries()
-        ]
-        assert {p.noise_step for p in answers[:6]} == {0} != {p.noise_step for p in answers[6:]}
+    answers = read_predictions(tmp_path / "whole/one/calibration.jsonl")
+    ids = [q.id for q in DemoSource("calibration", 2).queries()]
+    assert [p.id for p in answers] == [f"{part}:{i}" for part in ("clean", "noised") for i in ids]
+    assert {p.noise_step for p in answers[:6]} == {0} != {p.noise_step for p in answers[6:]}
 
-    for batch in (2, 1):  # of the test set, and then of the calibration set
-        with pytest.raises(ZeroDivisionError):
-            evaluate("cut", Stop(batch, ZeroDivisionError, loader=2 - batch), queries=queries())
+    with pytest.raises(ZeroDivisionError):
+        evaluate("cut", Stop(2, ZeroDivisionError), queries=queries())
+    with pytest.raises(SystemExit):
+        evaluate("cut", Stop(1, KeyboardInterrupt, loader=1), queries=queries())
     evaluate("cut", queries=queries())
     assert re.findall(r"resuming: .* before", caplog.text) == [
         f"resuming: {n} of 27 queries were answered before" for n in (8, 19)

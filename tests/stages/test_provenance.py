@@ -6,18 +6,15 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 
 from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.data.candidates import CandidateSettings
-from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.files import write_json
 from vlm_calibration.models import loading
@@ -36,8 +33,7 @@ from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..level_tables import FALLING, measured
-
-Data = Callable[..., PerturbedQueryDataModule]
+from .preference import Data, MakeTrainer
 
 
 @pytest.mark.parametrize(
@@ -212,7 +208,7 @@ def test_a_table_with_incomplete_provenance_is_refused(model_folder: str, data: 
 
 @pytest.mark.parametrize("use", ["fit", "fit stage 2", "test"])
 def test_every_use_is_checked_before_a_model_is_loaded(
-    data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path, use: str
+    data: Data, trainer: MakeTrainer, tmp_path: Path, use: str
 ) -> None:
     path, base = tmp_path / "levels.json", BaseModel("no/such-model")
     measured("no/such-model", noise=NoisePolicy(schedule=LinearSchedule())).save(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.level_fit import LevelFitModule
 from vlm_calibration.stages.sft import SFTModule
 
-from .preference import Data
+from .preference import Data, MakeTrainer
 
 MISSING = "there/is/no/such/model"
 
@@ -51,7 +50,7 @@ def test_what_generates_answers_is_refused(stage: type[L.LightningModule], name:
     ],
 )
 def test_settings_of_training_are_refused(
-    trainer: Callable[..., L.Trainer], data: Data, culprit: str, settings: dict[str, Any]
+    trainer: MakeTrainer, data: Data, culprit: str, settings: dict[str, Any]
 ) -> None:
     given = {
         "limit_val_batches": 0,
@@ -67,7 +66,7 @@ def test_settings_of_training_are_refused(
         module.setup("fit")
 
 
-def test_a_process_without_samples_ends_training(trainer: Callable[..., L.Trainer]) -> None:
+def test_a_process_without_samples_ends_training(trainer: MakeTrainer) -> None:
     module: Any = _sharded(SFTModule)
     module.trainer = trainer()
     assert module.has_samples(SimpleNamespace(inputs={"input_ids": 1}))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -20,7 +19,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.model_selection import GroupKFold
 
-from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.generation import generate
@@ -34,13 +32,11 @@ from vlm_calibration.stages.preference_targets import (
     TaughtAnswer,
     TeacherSettings,
 )
-from vlm_calibration.text.confidence import end_of_confidence, strip_confidence
+from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.grading import grade
 
-from ..estimators.naive import Alone
-from .preference import LEVELS, Data, MakeModule
+from .preference import OWN, Data, MakeModule, MakeTrainer
 
-OWN = CandidateSettings(answers="own")
 FITTED = PairPolicy(target="fitted")
 ONE = TeacherSettings(features=("expected",))
 TWO = TeacherSettings()
@@ -232,12 +228,12 @@ def test_scores_that_are_undefined_are_left_out(
 
 
 @pytest.mark.slow
-def test_it_is_fitted_on_what_the_reference_answers_and_how_the_estimators_rate_that(
+def test_it_is_fitted_on_what_the_reference_answers(
     make_module: MakeModule,
     demo_folder: str,
     adapter: str,
     candidates: Data,
-    trainer: Callable[..., L.Trainer],
+    trainer: MakeTrainer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     modes: list[tuple[bool, bool]] = []
@@ -248,10 +244,13 @@ def test_it_is_fitted_on_what_the_reference_answers_and_how_the_estimators_rate_
         return original(target, answered)
 
     monkeypatch.setattr(TargetChooser, "features", recorded)
+    fitted: list[list[TaughtAnswer]] = []
+    gather = preference_targets.gather
+    monkeypatch.setattr(preference_targets, "gather", lambda rows: fitted.append(rows) or gather(rows))
     queries = candidates(OWN, validation=DemoSource("calibration", scenes=4))
     settings: dict[str, Any] = {"max_steps": 1, "limit_train_batches": 1, "limit_val_batches": 0}
-    module = make_module(pairs=FITTED)
-    trainer(**settings, precision="bf16-mixed").fit(module, datamodule=queries)
+    trainer(**settings, precision="bf16-mixed").fit(make_module(pairs=FITTED), datamodule=queries)
+    fitted.clear()
     assert modes == [(False, True)] * 4, (
         "three batches of validation and a step, in the precision of training"
     )
@@ -261,26 +260,20 @@ def test_it_is_fitted_on_what_the_reference_answers_and_how_the_estimators_rate_
     assert modes[4:] == [(False, False)] * 4
     assert module.model.training
 
-    # By hand: generate alone with the adapter, and read every response alone.
+    # By hand: generate alone with the adapter, and grade. `test_own_answers.py` tests the features.
     model = load_adapters(load_base(BaseModel(demo_folder, dtype="float32")), {"sft": adapter}).eval()
-    dataset, tokenizer = queries.val_dataloader().dataset, queries.processor.tokenizer
-    rows = []
+    dataset, chat = queries.val_dataloader().dataset, queries.chat
+    expected = []
     for sample in [dataset[0, i] for i in range(12)]:
-        query, alone = sample.query, Alone(model, queries.chat, sample.image, sample.query.question)
-        inputs = queries.chat.inputs([queries.chat.render(query.question)], [sample.image], "left")
-        [text] = generate(model, inputs, tokenizer, 8, end_of_confidence).texts
-        graded, answer = grade(text, query.answer, query.answer_type), strip_confidence(text)
-        likelihood = alone.likelihood(answer)
-        if query.answer_type == "yes_no":
-            yes = alone.against(alone.prompt, "Yes.", "No.")
-            likelihood = yes if graded.predicted == "yes" else 1 - yes
-        features = likelihood, alone.expected(answer, LEVELS)
-        rows.append(TaughtAnswer(features, graded.correct, query.answer_type, query.image))
+        query = sample.query
+        inputs = chat.inputs([chat.render(query.question)], [sample.image], "left")
+        [text] = generate(model, inputs, chat.processor.tokenizer, 8, end_of_confidence).texts
+        correct = grade(text, query.answer, query.answer_type).correct
+        expected.append((correct, query.answer_type, query.image))
+    [rows] = fitted
+    assert [row[1:] for row in rows] == expected
     assert {row.correct for row in rows} == {True, False}
-    for row in rows:
-        ours = module.target.fitted(row.features, row.answer_type)
-        assert ours == pytest.approx(_peer(TWO, rows, [row])[0], abs=2e-3)
-    assert module.target.fitted.scores["n"] == 12
+    assert module.target.fitted == FittedTeacher.fit(TWO, rows)
 
 
 OTHERS = [TaughtAnswer((0.3, 0.4), False, kind, "a") for kind in ("yes_no", "short")]
@@ -288,10 +281,7 @@ OTHERS += [TaughtAnswer((0.8, 0.7), True, kind, "b") for kind in ("yes_no", "sho
 
 
 def test_the_teacher_is_that_of_all_processes_and_needs_answers(
-    make_module: MakeModule,
-    candidates: Data,
-    trainer: Callable[..., L.Trainer],
-    monkeypatch: pytest.MonkeyPatch,
+    make_module: MakeModule, candidates: Data, trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process none of whose own answers is rated must not raise while the others wait for it."""
     own: list[list[TaughtAnswer]] = []
