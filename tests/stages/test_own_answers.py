@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -26,7 +26,9 @@ from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.preference_targets import (
     ESTIMATORS,
+    FittedTeacher,
     PairPolicy,
+    Target,
     TargetChooser,
     TeacherSettings,
 )
@@ -108,7 +110,6 @@ def test_the_reference_answers_in_eval_mode_with_a_cache(
     assert comparison.of_all is not None
     assert expected.of_all is not None
     torch.testing.assert_close(comparison.of_all, expected.of_all, atol=1e-5, rtol=1e-5)
-    assert float(step.step()) == pytest.approx(float(make_own().step()), abs=1e-5)
 
 
 # --- Targets --------------------------------------------------------------------------------------------------------
@@ -143,18 +144,19 @@ def _target(step: OwnStep, row: int, target: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "target", ["level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct"]
-)
-def test_targets_are_what_is_computed_for_each_query_alone(make_own: MakeStep, target: Any) -> None:
-    step = make_own(pairs=PairPolicy(target=target))
-    _, comparison = step.compare()
-    expected = [_target(step, row, target) for row in range(6)]
-    assert comparison.targets == pytest.approx(expected, abs=2e-3)
-    assert np.std(expected) > 0.01
-    for picks, confidence in zip(comparison.picks, expected, strict=True):
-        assert picks[0] == nearest(LEVELS, confidence)
-        assert sorted(picks) == list(range(len(LEVELS)))
+def test_targets_are_what_is_computed_for_each_query_alone(make_own: MakeStep) -> None:
+    step = make_own()
+    for target in get_args(Target):
+        step.module.target = TargetChooser(target, TeacherSettings())
+        if target == "fitted":
+            step.module.target.fitted = FittedTeacher(TeacherSettings(), MAPS, {})
+        _, comparison = step.compare()
+        expected = [_target(step, row, target) for row in range(6)]
+        assert comparison.targets == pytest.approx(expected, abs=2e-3), target
+        assert np.std(expected) > 0.01, target
+        for picks, confidence in zip(comparison.picks, expected, strict=True):
+            assert picks[0] == nearest(LEVELS, confidence)
+            assert sorted(picks) == list(range(len(LEVELS)))
 
 
 # --- Answers that do not count --------------------------------------------------------------------------------------
@@ -162,22 +164,13 @@ def test_targets_are_what_is_computed_for_each_query_alone(make_own: MakeStep, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("loss", "target", "text"),
-    [(RLCR(), "correct", EMPTY), (DPO(), "likelihood", UNCLEAR)],
-    ids=["RLCR", "DPO"],
+    ("loss", "target", "text"), [(RLCR(), "correct", EMPTY), (DPO(), "likelihood", UNCLEAR)]
 )
 def test_a_query_without_an_answer_to_rate_does_not_count(
     make_own: MakeStep, loss: CandidateLoss, target: Any, text: str
 ) -> None:
-    step = make_own(
-        answers=WITH_OPPOSITE,
-        n=5,
-        loss=loss,
-        pairs=PairPolicy(target=target),
-        nll_weight=0.5,
-        drift_weight=0.5,
-        data={"batch_size": 5},
-    )
+    weights = {"nll_weight": 0.5, "drift_weight": 0.5}
+    step = make_own(answers=WITH_OPPOSITE, n=5, loss=loss, pairs=PairPolicy(target=target), **weights)
     step.write({1: text})
     assert step.samples[1].query.answer_type == "yes_no"
     whole = float(step.step())
@@ -322,11 +315,7 @@ def test_a_resumed_run_keeps_its_teacher(
     ids=["gold", "none", "opposite", "without"],
 )
 def test_data_that_does_not_fit_the_module_is_rejected(
-    make_module: MakeModule,
-    candidates: Data,
-    answers: CandidateSettings | None,
-    settings: dict[str, Any],
-    match: str,
+    make_module: MakeModule, candidates: Data, answers: CandidateSettings | None, settings: Any, match: str
 ) -> None:
     module = make_module(**{"pairs": PairPolicy(target="correct"), **settings})
     with pytest.raises(DataError, match=match):

@@ -36,10 +36,8 @@ WRITER = callback("predictions.PredictionWriter")
 
 def _part(scenes: int, noise: str = "none", shifted: bool = False) -> dict[str, Any]:
     settings = {"split": "test", "scenes": scenes, "shifted": shifted}
-    return {
-        "source": {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": settings},
-        "noise": noise,
-    }
+    source = {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": settings}
+    return {"source": source, "noise": noise}
 
 
 @pytest.fixture

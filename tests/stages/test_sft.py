@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from vlm_calibration.data.collate import IGNORE, SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.estimators.predictions import read_predictions
+from vlm_calibration.losses.sequence import response_nll
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.forward import LabelledLogits
 from vlm_calibration.models.loading import BaseModel
@@ -74,29 +74,6 @@ class Observed:
     def loss(self, batch: SFTBatch) -> Tensor:
         return self.module.training_step(batch, 0)
 
-    @property
-    def log_likelihood(self) -> list[float]:
-        assert self.labelled is not None
-        logits, targets, _ = self.labelled
-        return torch.log_softmax(logits.double(), -1)[range(len(targets)), targets].tolist()
-
-
-def _by_hand(
-    batch: SFTBatch, log_likelihood: Sequence[float], answer: Sequence[float], confidence: float
-) -> float:
-    """1/B sum_b 1/|b| sum_t -w_t log p_t, with w the row's `answer` weight or the `confidence` weight."""
-    tokens = iter(log_likelihood)
-    rows = []
-    for labels, mask, weight in zip(batch.labels, batch.confidence_mask, answer, strict=True):
-        terms = [
-            -(confidence if is_confidence else weight) * next(tokens)
-            for label, is_confidence in zip(labels.tolist(), mask.tolist(), strict=True)
-            if label != IGNORE
-        ]
-        rows.append(sum(terms) / len(terms))
-    assert next(tokens, None) is None
-    return sum(rows) / len(rows)
-
 
 @pytest.mark.parametrize(
     ("settings", "correct", "answer", "confidence"),
@@ -124,17 +101,15 @@ def test_the_loss_weights_tokens_as_configured_and_teaches_no_wrong_answer(
     batch = _batch(data())._replace(is_correct=torch.tensor(correct))
     observed = Observed(_module(model_folder, **settings), monkeypatch)
     loss = observed.loss(batch)
-    by_hand = _by_hand(batch, observed.log_likelihood, answer, confidence)
-    assert float(loss) == pytest.approx(by_hand, rel=1e-5)
-
     loss.backward()
     assert observed.labelled is not None
-    gradient = observed.labelled.logits.grad.abs().amax(dim=-1)  # type: ignore[union-attr]
-    mask, rows = batch.label_confidence_mask, observed.labelled.rows
+    logits, targets, rows = observed.labelled
+    likelihood = torch.log_softmax(logits.detach().double(), -1)[range(len(targets)), targets]
+    mask = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
     weights = torch.where(mask, torch.tensor(confidence), torch.tensor(answer)[rows])
-    assert torch.equal(gradient > 0, weights > 0)
+    assert float(loss) == pytest.approx(float(response_nll(likelihood, rows, weights, 3)), rel=1e-5)
+    assert torch.equal(logits.grad.abs().amax(dim=-1) > 0, weights > 0)  # type: ignore[union-attr]
 
-    likelihood = torch.tensor(observed.log_likelihood)
     expected = {"loss": float(loss), "nll_confidence": -float(likelihood[mask].mean()), "skipped": 0}
     if any(correct):
         expected["nll_answer"] = -float(likelihood[~mask & batch.is_correct[rows]].mean())

@@ -172,20 +172,15 @@ class DPOModule(TrainingStage):
         answers = "gold" if data.candidates is None else data.candidates.answers
         return f"stage 2: {taught} on {answers} answers"
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        assert self.data.candidates is not None
-        same_passes = self.data.candidates.answers == "gold" and self.scoring == "shared"
-        if self.device_mesh is not None and not same_passes:
-            raise DataError(
-                "FSDP2 needs the same passes in each process: set data.candidates.answers to gold (experiment/level_dpo) and "
-                "model.scoring to shared, or use trainer/ddp"
-            )
-
     def check_data(self, data: PerturbedQueryDataModule) -> None:
         if data.candidates is None:
             raise DataError("data.candidates is not set: preference optimisation needs it")
         own = data.candidates.answers == "own"
+        if self.device_mesh is not None and (own or self.scoring != "shared"):
+            raise DataError(
+                "FSDP2 needs the same passes in each process: set data.candidates.answers to gold (experiment/level_dpo) and "
+                "model.scoring to shared, or use trainer/ddp"
+            )
         opposite = isinstance(self.loss, SoftLabel) and self.loss.opposite_weight
         if opposite and not (own and data.candidates.wrong_answer):
             raise DataError(
@@ -295,10 +290,9 @@ class DPOModule(TrainingStage):
             of_all = answered.scored_answers.candidates
         elif self.pairs.target == "expected":
             of_all = self.score_reference(batch, batch.candidates)
-        targets = self.target(batch, None if of_all is None else of_all.total, answered)
-        picks = choose_candidates(
-            self.pairs, batch, targets, everything=isinstance(self.loss, DistributionLoss)
-        )
+        targets = self.target(batch, of_all, answered)
+        everything = isinstance(self.loss, DistributionLoss)
+        picks = choose_candidates(self.pairs, batch, targets, everything=everything)
         comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
         if not (self.loss.needs_reference or self.drift_weight):
             return comparison

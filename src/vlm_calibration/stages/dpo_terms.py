@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,11 +74,7 @@ def picked(scores: ResponseScores, picks: Sequence[Sequence[int]]) -> ResponseSc
 def candidate_scores(policy: ResponseScores, comparison: Comparison) -> CandidateScores:
     """Arguments of the loss, [B, K], from the scores [B, K, T] of the compared candidates."""
     total, compared, reference = policy.total, comparison.compared, comparison.reference
-
-    def table(values: Iterable[Iterable[float]]) -> Tensor:
-        rows = [list(row) for row in values]
-        return total.new_tensor([row + [0.0] * (total.shape[1] - len(row)) for row in rows])
-
+    table = partial(_table, total)
     answer_lengths = table((c.answer_length for c in row) for row in compared)
     is_answer = torch.arange(policy.tokens.shape[-1], device=total.device) < answer_lengths[..., None]
     return CandidateScores(
@@ -94,6 +91,12 @@ def candidate_scores(policy: ResponseScores, comparison: Comparison) -> Candidat
         correct=table(comparison.correct).bool(),
         own=table((not c.wrong for c in row) for row in compared).bool(),
     )
+
+
+def _table(like: Tensor, values: Iterable[Iterable[float]]) -> Tensor:
+    """Values of the candidates of each query, [B, K] as another table; 0 where a query has fewer."""
+    rows = [list(row) for row in values]
+    return like.new_tensor([row + [0.0] * (like.shape[1] - len(row)) for row in rows])
 
 
 def chosen_nll(
@@ -125,18 +128,16 @@ def shared_text_drift(policy: ResponseScores, comparison: Comparison) -> Tensor:
     of the answer.
     """
     assert comparison.reference is not None
-    answer, ending = torch.zeros(policy.tokens.shape), torch.zeros(policy.tokens.shape)  # [B, K, T]
-    for row, candidates in enumerate(comparison.compared):
-        answer[row, 0, : candidates[0].answer_length] = 1
-        for k, candidate in enumerate(candidates):
-            length = len(candidate.tokens)
-            ending[row, k, length - candidate.ending_length : length] = 1
+    log_p, compared = policy.log_likelihood, comparison.compared
+    position = torch.arange(log_p.shape[-1], device=log_p.device)
+    answer = position < log_p.new_tensor([[row[0].answer_length] for row in compared])  # [B, T]
+    starts = policy.lengths - _table(policy.total, ((c.ending_length for c in row) for row in compared))
+    ending = policy.tokens & (position >= starts[..., None])  # [B, K, T]
     # The reference may have scored longer responses in the same batch.
-    change = policy.log_likelihood - comparison.reference.log_likelihood[..., : answer.shape[-1]]
-    answers = (change * answer.to(change)).sum(-1)[:, 0].square()  # [B]
-    endings = (policy.log_likelihood * ending.to(change)).sum((-1, -2))  # [B]
-    count = torch.tensor([len(picks) for picks in comparison.picks]).to(change)
-    return (answers - endings / count).mean()
+    change = log_p[:, 0] - comparison.reference.log_likelihood[:, 0, : log_p.shape[-1]]
+    answers = (change * answer).sum(-1).square()  # [B]
+    endings = (log_p * ending).sum((-1, -2))  # [B]
+    return (answers - endings / log_p.new_tensor([len(row) for row in compared])).mean()
 
 
 @torch.no_grad()

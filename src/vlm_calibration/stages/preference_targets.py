@@ -27,6 +27,7 @@ from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.recalibration import SMALLEST
 from vlm_calibration.estimators.verbal import ExpectedConfidence, expected_confidence
 from vlm_calibration.metrics.functional import auroc, brier_score, expected_calibration_error
+from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.records import DataError, Query
 
 Target = Literal["level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct"]
@@ -186,14 +187,11 @@ class TargetChooser:
         return self.target != "fitted" or self.fitted is not None
 
     def __call__(
-        self, batch: CandidateBatch, reference: Tensor | None, answered: AnsweredBatch | None
+        self, batch: CandidateBatch, reference: ResponseScores | None, answered: AnsweredBatch | None
     ) -> tuple[float, ...]:
         """For each query the target in [0, 1]; NaN for an own answer that is none, or that an estimator does not rate.
 
-        Args:
-            batch: the candidates.
-            reference: float [B, K], the reference's log-likelihood of each; "expected" needs it.
-            answered: the reference's own answers, if the candidates give these; estimators need them.
+        "expected" needs the reference's scores of all candidates, estimators its own answers, which the candidates give.
         """
         targets: Sequence[float]
         if self.target == "level":
@@ -202,7 +200,7 @@ class TargetChooser:
             targets = [float(correct) for correct in batch.is_correct]
         elif self.target == "expected":
             assert reference is not None
-            levels = level_log_p(reference, batch.candidates)
+            levels = level_log_p(reference.total, batch.candidates)
             targets = [expected_confidence(confidences, log_p.cpu()) for confidences, log_p in levels]
         else:
             assert answered is not None
