@@ -10,14 +10,7 @@ import torch
 
 from vlm_calibration.losses.candidates import CandidateLoss, fill_padding
 from vlm_calibration.losses.distribution import SoftLabel
-from vlm_calibration.losses.preference import (
-    DPO,
-    IPO,
-    Listwise,
-    Ordinal,
-    SimPO,
-    preference_statistics,
-)
+from vlm_calibration.losses.preference import DPO, IPO, Listwise, Ordinal, SimPO, preference_statistics
 from vlm_calibration.records import DataError
 
 from .tables import DISTRIBUTION_LOSSES, PREFERENCE_LOSSES, random_table, table

@@ -100,10 +100,7 @@ def test_a_run_learns_changes_the_policy_alone_and_writes_its_files(
     ("answers", "settings"),
     [
         (OWN, {"loss": SoftLabel(), "pairs": PairPolicy("fitted"), "gradient_checkpointing": True}),
-        (
-            WITH_OPPOSITE,
-            {"loss": DPO(), "pairs": PairPolicy("expected", "uniform", 2), "reference": "base"},
-        ),
+        (WITH_OPPOSITE, {"loss": DPO(), "pairs": PairPolicy("expected", "uniform", 2), "reference": "base"}),
         (GOLD, {"reference": "none", "loss": SimPO(), "pairs": PairPolicy("level", "uniform", 2)}),
     ],
     ids=repr,

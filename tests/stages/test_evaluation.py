@@ -186,11 +186,7 @@ def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answere
 ) -> None:
     table = measured(model_folder, {"yes_no": noise_counts((0, 10, 9), (1, 10, 5))})
     table.save(tmp_path / "levels.json")
-    module = EvaluationModule(
-        BaseModel(model_folder, dtype="float32"),
-        oracle_levels=str(tmp_path / "levels.json"),
-        max_new_tokens=3,
-    )
+    module = EvaluationModule(BaseModel(model_folder), oracle_levels=str(tmp_path / "levels.json"))
     with pytest.raises(DataError, match="no levels were measured for answer type 'short'"):
         trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
     assert not list((tmp_path / "run").rglob("*.jsonl"))
@@ -204,12 +200,7 @@ def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answere
     ],
 )
 def test_an_oracle_without_levels_for_a_part_is_refused(
-    model_folder: str,
-    data: Data,
-    tmp_path: Path,
-    kinds: dict[str, float],
-    rows: list[tuple[float, int, int]],
-    says: str,
+    model_folder: str, data: Data, tmp_path: Path, kinds: dict[str, float], rows: list[Any], says: str
 ) -> None:
     """Parts with untouched images need none."""
     counts = dict.fromkeys(("yes_no", "short"), noise_counts(*rows))
@@ -293,11 +284,7 @@ def test_every_answer_of_a_model_has_its_probed_confidences(
     ],
 )
 def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
-    run_evaluation: Evaluate,
-    monkeypatch: pytest.MonkeyPatch,
-    chosen: dict[str, Any],
-    fractional: int,
-    refused: bool,
+    run_evaluation: Evaluate, monkeypatch: pytest.MonkeyPatch, chosen: Any, fractional: int, refused: bool
 ) -> None:
     """`fractional` of the 15 answers state fractions of a percent, all others whole percents."""
     stated = iter([0.875] * fractional + [0.29] * (15 - fractional))

@@ -130,24 +130,14 @@ class Absent(DemoSource):
         return [query for query in super().queries() if query.answer == "No"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "likelihoods", "culprit"),
-    [
-        (
-            {"levels": Absent("calibration", scenes=1), "noise": NoisePolicy(absent="clean")},
-            None,
-            r"^data\.levels: no query can be perturbed",
-        ),
-        ({"levels": FOUR, "train": None}, "l.parquet", r"data\.train is not set"),
-    ],
-)
-def test_without_queries_nothing_is_loaded(
-    data: Data, trainer: MakeTrainer, settings: dict[str, Any], likelihoods: str | None, culprit: str
-) -> None:
+def test_without_queries_nothing_is_loaded(data: Data, trainer: MakeTrainer) -> None:
     """The test set is not measured in their place."""
-    module = LevelFitModule(BaseModel("no/such-model"), likelihoods=likelihoods)
-    with pytest.raises(DataError, match=culprit):
-        trainer().test(module, datamodule=data(**settings), verbose=False)
+    module = LevelFitModule(BaseModel("no/such-model"), likelihoods="l.parquet")
+    untouched = data(levels=Absent("calibration", scenes=1), noise=NoisePolicy(absent="clean"))
+    with pytest.raises(DataError, match=r"^data\.levels: no query can be perturbed"):
+        trainer().test(module, datamodule=untouched, verbose=False)
+    with pytest.raises(DataError, match=r"data\.train is not set"):
+        trainer().test(module, datamodule=data(levels=FOUR, train=None), verbose=False)
 
 
 def test_each_command_asks_its_own_queries_of_one_data_module(data: Data) -> None:

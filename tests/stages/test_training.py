@@ -58,29 +58,17 @@ def test_settings_reach_adamw() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"warmup_fraction": 1.0},
-        {"final_fraction": math.nan},
-        {"lr": 0.0},
-        {"lr": math.nan},
-        {"weight_decay": -0.1},
-    ],
+    ("name", "value"),
+    [("warmup_fraction", 1.0), ("final_fraction", math.nan), ("lr", 0.0), ("weight_decay", -0.1)],
 )
-def test_numbers_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
-    [name] = settings
-    with pytest.raises(DataError, match=rf"{name} .*found {settings[name]}"):
-        OptimizerSettings(**settings)
+def test_numbers_outside_their_range_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(DataError, match=rf"{name} .*found {value}"):
+        OptimizerSettings(**{name: value})
 
 
-MISSING = "there/is/no/such/model"
-
-
-def _sharded(
-    stage: type[L.LightningModule], quantization: str = "none", **settings: Any
-) -> L.LightningModule:
+def _sharded(stage: type[L.LightningModule], quantization: Any = "none", **settings: Any) -> Any:
     """A stage whose trainer's strategy shards weights."""
-    module = stage(base=BaseModel(MISSING, quantization=quantization), **settings)  # type: ignore[arg-type]
+    module = stage(base=BaseModel("there/is/no/such/model", quantization=quantization), **settings)
     module._device_mesh = cast(Any, {})
     return module
 
@@ -107,22 +95,17 @@ def test_what_generates_answers_is_refused(stage: type[L.LightningModule], name:
 def test_settings_of_training_are_refused(
     trainer: MakeTrainer, data: Data, culprit: str, settings: dict[str, Any]
 ) -> None:
-    given = {
-        "limit_val_batches": 0,
-        "answers": "gold",
-        "quantization": "none",
-        "scoring": "shared",
-        **settings,
-    }
+    plain = {"limit_val_batches": 0, "answers": "gold", "quantization": "none", "scoring": "shared"}
+    given = {**plain, **settings}
     module = _sharded(DPOModule, given["quantization"], scoring=given["scoring"], reference="base")
     module.trainer = trainer(limit_val_batches=given["limit_val_batches"])
-    module.trainer.datamodule = data(candidates=CandidateSettings(answers=given["answers"]))  # type: ignore[attr-defined]
+    module.trainer.datamodule = data(candidates=CandidateSettings(answers=given["answers"]))
     with pytest.raises(DataError, match=culprit):
         module.setup("fit")
 
 
 def test_a_process_without_samples_ends_training(trainer: MakeTrainer) -> None:
-    module: Any = _sharded(SFTModule)
+    module = _sharded(SFTModule)
     module.trainer = trainer()
     assert module.has_samples(SimpleNamespace(inputs={"input_ids": 1}))
     with pytest.raises(DataError, match="FSDP2 needs a sample of each process"):

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.losses.sequence import (
-    AnswerWeight,
-    response_nll,
-    token_log_likelihood,
-    token_weights,
-)
+from vlm_calibration.losses.sequence import AnswerWeight, response_nll, token_log_likelihood, token_weights
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
