@@ -168,6 +168,7 @@ class DPOModule(TrainingStage):
         self.target = TargetChooser(pairs.target, teacher)
 
     def title(self, data: PerturbedQueryDataModule) -> str:
+        """What is taught, and on which answers."""
         taught = "soft labels" if isinstance(self.loss, SoftLabel) else type(self.loss).__name__
         answers = "gold" if data.candidates is None else data.candidates.answers
         return f"stage 2: {taught} on {answers} answers"

@@ -127,9 +127,7 @@ class EvaluationModule(L.LightningModule):
         self.systems = [*self.local, *self.endpoints, *([ORACLE] if self.oracle else [])]
         further = [name for name in names if name != VERBALIZED]
         self.scorer_of = {
-            name: Scorer()
-            if name == ORACLE
-            else Scorer((), further, self.probes if name in self.local else ())
+            name: Scorer((), [] if name == ORACLE else further, self.probes if name in self.local else ())
             for name in self.systems
         }
         self.scorers = nn.ModuleList(self.scorer_of.values())

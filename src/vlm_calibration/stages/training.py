@@ -157,10 +157,6 @@ class TrainingStage(L.LightningModule, ABC):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @abstractmethod
-    def title(self, data: PerturbedQueryDataModule) -> str:
-        """What is taught, and on which answers."""
-
-    @abstractmethod
     def check_data(self, data: PerturbedQueryDataModule) -> None:
         """Reject data that this stage cannot be trained on, before the model is loaded."""
 
