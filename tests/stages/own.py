@@ -174,15 +174,14 @@ class OwnStep:
         return log_p  # type: ignore[no-any-return]
 
     def is_correct(self, row: int) -> bool:
-        query = self.samples[row].query
-        return grade(self.text(row), query.answer, query.answer_type).correct
+        return _correct(self.samples[row].query, self.text(row))
 
     def stated(self, row: int, reference: bool, opposite: bool = False) -> list[Stated]:
         """Each response to one query, the highest confidence first; those with the opposite answer after the others."""
         query, own = self.samples[row].query, self.answer(row)
         answers = [own]
         if opposite and query.answer_type == "yes_no":
-            answers.append("No" if _starts_with_yes(own) else "Yes")
+            answers.append("No" if own.lower().startswith("yes") else "Yes")
         rows = []
         with self._using(reference):
             alone = self.alone(row)
@@ -196,11 +195,6 @@ class OwnStep:
 
 
 MakeStep = Callable[..., OwnStep]
-
-
-def _starts_with_yes(answer: str) -> bool:
-    assert answer.lower().startswith(("yes", "no"))
-    return answer.lower().startswith("yes")
 
 
 def _correct(query: Query, answer: str) -> bool:

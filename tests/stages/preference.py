@@ -1,4 +1,4 @@
-"""What the tests of stages share: types of fixtures, the noise of their data, and a callback that records a run."""
+"""What the tests of stages share: types of fixtures, the noise of their data, and callbacks that record or stop a run."""
 
 from __future__ import annotations
 
@@ -46,6 +46,18 @@ class Steps(L.Callback):
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         self.validated.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+class Stop(L.Callback):
+    """Raises an error, or the exception of Ctrl-C, before a batch."""
+
+    def __init__(self, batch: int, error: type[BaseException], loader: int = 0) -> None:
+        self.place = (batch, loader)
+        self.error = error
+
+    def on_test_batch_start(self, *args: Any) -> None:
+        if (args[3], args[4] if len(args) > 4 else 0) == self.place:
+            raise self.error
 
 
 def adapter_weights(module: DPOModule, name: str) -> dict[str, Tensor]:

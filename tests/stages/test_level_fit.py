@@ -6,11 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -49,7 +49,7 @@ from vlm_calibration.stages.sft import SFTModule
 
 from ..level_tables import noise_counts
 from ..trainers import plain_trainer
-from .preference import Data, MakeTrainer
+from .preference import Data, MakeTrainer, Stop
 
 FitLevels = Callable[..., dict[str, bytes]]
 FOUR = DemoSource("calibration", scenes=4)
@@ -159,13 +159,15 @@ def test_each_command_asks_its_own_queries_of_one_data_module(data: Data) -> Non
 def fit_levels(model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path) -> FitLevels:
     """Measures with a new module and returns what it wrote."""
 
-    def fit(name: str = "run", start_over: bool = False, max_new_tokens: int = 3) -> dict[str, bytes]:
+    def fit(
+        name: str = "run", *callbacks: L.Callback, start_over: bool = False, max_new_tokens: int = 3
+    ) -> dict[str, bytes]:
         out, likelihoods = tmp_path / name / "levels.json", tmp_path / name / "likelihoods.parquet"
         base = BaseModel(model_folder, dtype="float32")
         module = LevelFitModule(base, str(out), str(likelihoods), max_new_tokens)
         module.start_over, module.run_digest = start_over, f"of {max_new_tokens}"
         policy = NoisePolicy(levels=LinearLevels(n_levels=3))
-        run = trainer(default_root_dir=tmp_path / name)
+        run = trainer(*callbacks, default_root_dir=tmp_path / name)
         run.test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
@@ -176,32 +178,18 @@ TOTAL = 12 * 3 + 9
 """The queries of `FOUR` at three levels, and those of `data.train`."""
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, fit: Callable[..., object], batches: int) -> None:
-    """Begin to measure, and fail after this many batches."""
-    answer, calls = base.grade_answers, iter(range(batches))
-
-    def fail(*arguments: Any) -> list[Prediction]:
-        if next(calls, None) is None:
-            raise RuntimeError("interrupted")
-        return answer(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(base, "grade_answers", fail)
-        with pytest.raises(RuntimeError, match="interrupted"):
-            fit()
-
-
 def test_an_interrupted_measurement_resumes_and_ends_as_an_uninterrupted_one(
-    fit_levels: FitLevels, answers: list[Prediction], monkeypatch: pytest.MonkeyPatch
+    fit_levels: FitLevels, answers: list[Prediction]
 ) -> None:
     """Interrupted among the levels, and among the training queries."""
     whole = fit_levels("whole")
     assert whole.keys() == {"levels.json", "likelihoods.parquet"}, "answers are removed in the end"
-    for batches in (4, 10):
+    for name, stop in (("early", Stop(4, RuntimeError)), ("late", Stop(1, RuntimeError, loader=1))):
         answers.clear()
-        interrupt(monkeypatch, partial(fit_levels, f"cut-{batches}"), batches)
+        with pytest.raises(RuntimeError):
+            fit_levels(name, stop)
         assert 0 < len(answers) < TOTAL
-        assert fit_levels(f"cut-{batches}") == whole
+        assert fit_levels(name) == whole
         assert len(answers) == len({p.id for p in answers}) == TOTAL
 
 
@@ -210,7 +198,8 @@ def test_a_measurement_of_other_settings_or_images_or_with_overwrite_starts_over
     fit_levels: FitLevels, answers: list[Prediction], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """An image may be edited after the interruption, under the same name."""
-    interrupt(monkeypatch, fit_levels, 4)
+    with pytest.raises(RuntimeError):
+        fit_levels("run", Stop(4, RuntimeError))
     answers.clear()
     if not changes:
         monkeypatch.setattr(DemoSource, "image_digest", lambda self, query: "edited")

@@ -23,7 +23,7 @@ from vlm_calibration.estimators.verbal import ExpectedConfidence
 
 from ..command_line import Ended, callback
 from ..level_tables import measured
-from .preference import Data, Evaluate, NewAdapter
+from .preference import Data, Evaluate, NewAdapter, Stop
 
 pytestmark = pytest.mark.slow
 
@@ -169,18 +169,6 @@ def test_two_processes_and_then_one(
             assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
         metrics = [json.loads((tmp_path / n / system / "metrics.json").read_text()) for n in ("one", "whole")]
         assert metrics[0] == pytest.approx(metrics[1], abs=2e-4)
-
-
-class Stop(L.Callback):
-    """Raises an error, or the exception of Ctrl-C, before a batch."""
-
-    def __init__(self, batch: int, error: type[BaseException], loader: int = 0) -> None:
-        self.place = (batch, loader)
-        self.error = error
-
-    def on_test_batch_start(self, *args: Any) -> None:
-        if (args[3], args[4] if len(args) > 4 else 0) == self.place:
-            raise self.error
 
 
 @pytest.fixture
