@@ -100,8 +100,9 @@ def test_a_reference_that_is_not_needed_does_not_score(
     make_step: MakeStep, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     step = make_step(n=4, **settings, loss=SimPO(), pairs=PairPolicy(target="level"))
-    monkeypatch.setattr(step.module, "score_reference", None)
-    assert step.compare()[1].reference is None
+    with monkeypatch.context() as patched:
+        patched.setattr(step.module, "score", None)
+        assert step.compare()[1].reference is None
     assert step.step().isfinite()
     adapters = set(step.module.model.peft_config)
     assert adapters == ({"default"} if settings else {"default", "reference"})
@@ -112,12 +113,14 @@ def test_the_reference_is_the_same_while_the_policy_is_trained(
 ) -> None:
     step = make_step(n=4, folder=demo_adapter(dropout=0.3))
     batch, module = step.batch, step.module
-    assert module.model.training
-    first, again = (module.score_reference(batch, batch.candidates).total for _ in range(2))
-    assert module.model.training
-    assert torch.equal(first, again), "no dropout in the frozen reference"
-    module.eval()
-    assert torch.allclose(first, module.score_reference(batch, batch.candidates).total, atol=1e-4)
+    scores = []
+    for training in (True, True, False):
+        module.train(training)
+        with module.as_reference():
+            scores.append(module.score(batch, batch.candidates).total)
+        assert module.model.training == training
+    assert torch.equal(scores[0], scores[1]), "no dropout in the frozen reference"
+    assert torch.allclose(scores[0], scores[2], atol=1e-4)
 
 
 LEVEL = [Candidate((1,), 1, 0, c, False) for c in (1.0, 0.5, 0.0)]

@@ -252,7 +252,8 @@ class DPOModule(TrainingStage):
         self.cut_off += prompts.n_cut_off
         if not comparison.picks:
             return policy.log_likelihood.sum() * 0.0
-        loss = self.loss(candidate_scores(policy, comparison))  # of scores [B, K]
+        scores = candidate_scores(policy, comparison)  # [B, K]
+        loss = self.loss(scores)
         if self.nll_weight:
             nll = chosen_nll(policy, comparison, self.answer_weight, self.confidence_weight)
             loss = loss + self.nll_weight * nll
@@ -260,46 +261,35 @@ class DPOModule(TrainingStage):
             loss = loss + self.drift_weight * shared_text_drift(policy, comparison)
         size = len(comparison.picks)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        for name, value in self._statistics(policy, comparison).items():
+        statistics = preference_statistics(self.loss, scores)
+        statistics["logp_answer"] = answer_log_likelihood(policy, comparison)
+        for name, value in statistics.items():
             if not bool(value.isnan()):
                 self.log(f"train/{name}", value, prog_bar=name == "reward_accuracy", batch_size=size)
         self.log("train/skipped", float(self.skipped), batch_size=size)
         self.log("train/cut_off", float(self.cut_off), batch_size=size)
         return loss
 
-    def _statistics(self, policy: ResponseScores, comparison: Comparison) -> dict[str, Tensor]:
-        """Statistics of the policy's scores of the compared candidates; NaN where undefined."""
-        of_pairs = preference_statistics(self.loss, candidate_scores(policy, comparison))
-        return {**of_pairs, "logp_answer": answer_log_likelihood(policy, comparison)}
-
     def compare(self, batch: CandidateBatch | PromptBatch) -> tuple[CandidateBatch, Comparison]:
         """The prompts with all their candidates, and what is compared of these. Call it within `shared_vision`."""
-        if isinstance(batch, CandidateBatch):
-            return batch, self.choose(batch)
+        answered: AnsweredBatch | None = None
+        of_all: ResponseScores | None = None
         with self.as_reference():
-            answered = self._answer(batch)
-            candidates = own_candidates(answered)
-            return candidates, self.choose(candidates, answered)
-
-    def choose(self, batch: CandidateBatch, answered: AnsweredBatch | None = None) -> Comparison:
-        """For each query the target, the chosen candidate and the rejected ones, and their scores under the reference if needed.
-
-        `answered` are the reference's own answers, if the candidates give these; the reference is active then.
-        """
-        of_all = None
-        if answered is not None:
-            of_all = answered.scored_answers.candidates
-        elif self.pairs.target == "expected":
-            of_all = self.score_reference(batch, batch.candidates)
-        targets = self.target(batch, of_all, answered)
-        everything = isinstance(self.loss, DistributionLoss)
-        picks = choose_candidates(self.pairs, batch, targets, everything=everything)
-        comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
-        if not (self.loss.needs_reference or self.drift_weight):
-            return comparison
-        if of_all is not None:
-            return comparison._replace(reference=picked(of_all, picks))
-        return comparison._replace(reference=self.score_reference(batch, comparison.compared))
+            if isinstance(batch, PromptBatch):
+                answered = self._answer(batch)
+                batch, of_all = own_candidates(answered), answered.scored_answers.candidates
+            elif self.pairs.target == "expected":
+                of_all = self.score(batch, batch.candidates)
+            targets = self.target(batch, of_all, answered)
+            everything = isinstance(self.loss, DistributionLoss)
+            picks = choose_candidates(self.pairs, batch, targets, everything=everything)
+            comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
+            if self.loss.needs_reference or self.drift_weight:
+                of_picked = (
+                    self.score(batch, comparison.compared) if of_all is None else picked(of_all, picks)
+                )
+                comparison = comparison._replace(reference=of_picked)
+        return batch, comparison
 
     def _answer(self, batch: PromptBatch) -> AnsweredBatch:
         """The greedy, graded answers of the active adapter, which is the reference; one that the length limit cuts off is empty."""
@@ -315,11 +305,6 @@ class DPOModule(TrainingStage):
         """Log-likelihoods of candidates under the active adapter."""
         tokens = [[c.tokens for c in row] for row in candidates]
         return score_responses(self.model, Prompts(batch.inputs, batch.lengths), tokens, self.scoring)
-
-    def score_reference(self, batch: CandidateBatch, candidates: Candidates) -> ResponseScores:
-        """Log-likelihoods of candidates under the reference."""
-        with self.as_reference():
-            return self.score(batch, candidates)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -352,11 +337,14 @@ class DPOModule(TrainingStage):
         prompts, comparison = self.compare(batch)
         policy = self.score(prompts, comparison.candidates)
         if comparison.of_all is None and self.reference != "none":
-            comparison = comparison._replace(of_all=self.score_reference(prompts, comparison.candidates))
+            with self.as_reference():
+                comparison = comparison._replace(of_all=self.score(prompts, comparison.candidates))
         comparison, policy = comparison.rated(policy)
         if not comparison.picks:
             return
-        statistics = self._statistics(picked(policy, comparison.picks), comparison)
+        compared = picked(policy, comparison.picks)
+        statistics = preference_statistics(self.loss, candidate_scores(compared, comparison))
+        statistics["logp_answer"] = answer_log_likelihood(compared, comparison)
         if comparison.of_all is not None:
             statistics["kl"] = kl_divergence(policy.total, comparison.of_all.total, comparison.candidates)
         for name, value in statistics.items():
