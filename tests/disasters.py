@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class WriteTeacher(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         path = Path(trainer.default_root_dir) / f"teacher-{trainer.global_rank}.json"
-        path.write_text(json.dumps(module.target.fitted.state()), encoding="utf-8")
+        path.write_text(json.dumps(asdict(module.target.fitted)), encoding="utf-8")
 
 
 class KillTest(L.Callback):

@@ -21,7 +21,7 @@ import torch
 from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO
 from vlm_calibration.files import clear_leftovers
 
-from .command_line import Ended, callback, run_plainly
+from .command_line import Ended, callback
 
 pytestmark = pytest.mark.slow
 
@@ -123,36 +123,6 @@ def _comparison(ended: Ended) -> list[str]:
     return rows
 
 
-TWO = ["--trainer.strategy", "ddp", "--data.batch_size", "1"]
-"""Settings with which two processes see the queries of one step of a single process."""
-
-
-@pytest.mark.nightly
-def test_killed_and_stopped_in_two_processes_with_dropout_and_resumed(
-    start: Start, new_adapter: Callable[..., str], root: Path, tmp_path: Path
-) -> None:
-    """First killed, then stopped by a signal; the resumed run writes the files of an uninterrupted one."""
-    more = [*TWO, "--trainer.devices", "2", "--model.init_args.adapter", new_adapter(1, dropout=0.2)]
-
-    def ended(*disaster: dict[str, Any], last: bool = False) -> Ended:
-        command = [*start("run", *disaster, stage="dpo"), *more, *(["--ckpt_path", "last"] if last else [])]
-        return run_plainly(command, root, tmp_path)
-
-    once = ended()
-    assert once.status == 0, once.err
-    expected = _contents(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
-    killed = ended(callback("disasters.KillAt", epoch=0, batch=5))
-    assert killed.status == -signal.SIGKILL, killed.err
-    stop = callback("disasters.KillAt", epoch=1, batch=2, number=int(signal.SIGTERM))
-    stopped = ended(stop, last=True)
-    assert stopped.status == 143, stopped.err
-    assert not (tmp_path / "run/adapter").exists()
-    resumed = ended(last=True)
-    assert resumed.status == 0, resumed.err
-    _same_directory(expected, tmp_path / "run")
-
-
 def test_what_cannot_be_resumed(run: Callable[..., Ended], start: Start, tmp_path: Path) -> None:
     ended = run(*start("run"), "--ckpt_path", "last")
     assert ended.status == 1
@@ -168,7 +138,8 @@ def test_what_cannot_be_resumed(run: Callable[..., Ended], start: Start, tmp_pat
 def test_a_loss_that_is_no_number_in_one_process_stops_all(
     run_two: Callable[..., Ended], start: Start
 ) -> None:
-    ended = run_two(*start("run", callback("disasters.Spoil", batch=3, rank=1)), *TWO)
+    command = start("run", callback("disasters.Spoil", batch=3, rank=1), strategy="ddp")
+    ended = run_two(*command, "--data.batch_size", "1")
     assert ended.status == 1, ended.err
     assert ended.errors
     for error in ended.errors:

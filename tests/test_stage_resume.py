@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vlm_calibration.perturbation.level_table import read_likelihoods
+from vlm_calibration.perturbation.levels import AnchoredLevels
+
 from .command_line import Ended, callback
-from .level_tables import FALLING, measured, noise_counts
+from .level_tables import measured, noise_counts
 from .stages.test_progress import evaluation as evaluation
 from .test_run_directory import files_of
 
@@ -25,6 +28,7 @@ DEMO = "vlm_calibration.demo.source.DemoSource"
 ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
 THREE = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels", "init_args": {"n_levels": 3}}
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+KILL = callback("disasters.KillTest", batch=1, when="answered")
 
 
 def _assert_done(ended: Ended, folder: Path) -> None:
@@ -54,18 +58,12 @@ def test_training_of_other_settings_or_inputs_is_refused(
     _assert_refused(run(*command, "--model.init_args.optimizer.lr", "0.5"), folder, "0.0015", "0.5", ".lr")
     assert "leave out --overwrite" in run(*command, "--overwrite").error()
     assert "leave out --ckpt_path" in run(*command, "--ckpt_path", "last").error()
-    measured(
-        model_folder,
-        {
-            answer_type: noise_counts(*((r.strength, r.n, r.n_correct - 1) for r in counts.bins[0]["noise"]))
-            for answer_type, counts in FALLING.items()
-        },
-    ).save(table)
+    counts = noise_counts((0, 100, 90), (1, 100, 50))
+    measured(model_folder, {"yes_no": counts, "short": counts}).save(table)
     _assert_refused(run(*command), folder, "data.noise.levels.init_args.path", "levels.json")
     assert files_of(folder) == before
     measured(model_folder).save(tmp_path / "same.json")
-    same = json.loads((tmp_path / "same.json").read_text())
-    table.write_text(json.dumps(same))
+    table.write_text(json.dumps(json.loads((tmp_path / "same.json").read_text())))
     # Another path of the same table and a default that is given explicitly are no other settings.
     same_settings = ["--data.noise.levels.init_args.path", str(table), "--data.noise.dilate", "0.0"]
     _assert_done(run(*command, *same_settings), folder)
@@ -95,13 +93,9 @@ def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_chec
 def test_an_evaluation_resumes_and_is_then_done(
     run: Run, evaluation: Start, new_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
-    asked, folder, command = (
-        tmp_path / "eval.asked.0",
-        tmp_path / "eval",
-        partial(evaluation, estimators=None),
-    )
-    kill = callback("disasters.KillTest", batch=1, when="answered")
-    assert run(*command("eval", kill, behind=True), "--resume").status == -signal.SIGKILL
+    asked, folder = tmp_path / "eval.asked.0", tmp_path / "eval"
+    command = partial(evaluation, estimators=None)
+    assert run(*command("eval", KILL, behind=True), "--resume").status == -signal.SIGKILL
     resumed = [*command("eval"), "--resume"]
     _assert_refused(run(*resumed, "--model.init_args.max_new_tokens", "4"), folder, "was 3 and is 4")
     assert run(*resumed, "--data.eval_batch_size", "2").status == 0
@@ -119,13 +113,9 @@ def test_an_evaluation_resumes_and_is_then_done(
 def test_an_overwritten_evaluation_asks_all_queries_again(
     run: Run, evaluation: Start, tmp_path: Path
 ) -> None:
-    asked, folder, command = (
-        tmp_path / "eval.asked.0",
-        tmp_path / "eval",
-        partial(evaluation, estimators=None),
-    )
-    kill = callback("disasters.KillTest", batch=1, when="answered")
-    assert run(*command("eval", kill, behind=True)).status == -signal.SIGKILL
+    asked, folder = tmp_path / "eval.asked.0", tmp_path / "eval"
+    command = partial(evaluation, estimators=None)
+    assert run(*command("eval", KILL, behind=True)).status == -signal.SIGKILL
     asked.unlink()
     for name in ("old/metrics.json", "old/official/answers.json", "report.html", "report.csv"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -136,32 +126,61 @@ def test_an_overwritten_evaluation_asks_all_queries_again(
     assert {p.parent.name for p in folder.glob("*/metrics.json")} == {"base", "one", "oracle"}
 
 
+@pytest.fixture
+def levels_fit(root: Path, tmp_path: Path) -> Callable[[str], list[str]]:
+    """Function that returns the arguments of a measurement with the demo's model, which answers, in folder `name`."""
+
+    def arguments(name: str) -> list[str]:
+        source = {"class_path": DEMO, "init_args": {"split": "calibration", "scenes": 8}}
+        return [
+            *("levels", "fit", "--config", str(root / "configs/levels.yaml"), "--trainer.accelerator", "cpu"),
+            *("--data.levels", json.dumps(source), "--data.workers", "0"),
+            *("--trainer.default_root_dir", str(tmp_path / name)),
+            *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
+            *("--model.init_args.out", str(tmp_path / f"{name}.json")),
+            *("--model.init_args.likelihoods", str(tmp_path / f"{name}.parquet")),
+            *("--data.train", json.dumps({**source, "init_args": {"split": "train", "scenes": 2}})),
+            *("--data.noise.kinds", '{"noise": 1}', "--data.noise.levels", json.dumps(THREE)),
+        ]
+
+    return arguments
+
+
 def test_a_measurement_of_levels_is_done_until_its_table_is_another(
-    run: Run, root: Path, model_folder: str, tmp_path: Path
+    run: Run, levels_fit: Callable[[str], list[str]], model_folder: str, tmp_path: Path
 ) -> None:
-    source = {"class_path": DEMO, "init_args": {"split": "calibration", "scenes": 8}}
-    command = [
-        *("levels", "fit", "--config", str(root / "configs/levels.yaml"), "--trainer.accelerator", "cpu"),
-        *("--data.levels", json.dumps(source), "--data.workers", "0"),
-        *("--trainer.default_root_dir", str(tmp_path / "levels"), "--resume"),
-        *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
-        *("--model.init_args.out", str(tmp_path / "levels.json")),
-        *("--model.init_args.likelihoods", str(tmp_path / "likelihoods.parquet")),
-        *("--data.train", json.dumps({**source, "init_args": {"split": "train", "scenes": 2}})),
-        *("--data.noise.kinds", '{"noise": 1}', "--data.noise.levels", json.dumps(THREE)),
-    ]
+    command, folder = [*levels_fit("levels"), "--resume"], tmp_path / "levels"
+    path, likelihoods_path = tmp_path / "levels.json", tmp_path / "levels.parquet"
     ended = run(*command)
     assert ended.status == 0, ended.err
-    table = (tmp_path / "levels.json").read_bytes()
-    _assert_done(run(*command, "--data.eval_batch_size", "7"), tmp_path / "levels")
-    _assert_refused(run(*command, "--data.noise.seed", "1"), tmp_path / "levels", "noise.seed was 0 and is 1")
-    measured(model_folder).save(tmp_path / "levels.json")
-    assert run(*command).status == 0
-    assert (tmp_path / "levels.json").read_bytes() == table
-    likelihoods = (tmp_path / "likelihoods.parquet").read_bytes()
-    (tmp_path / "likelihoods.parquet").write_bytes(likelihoods[:-1])
-    for _ in range(2):
-        ended = run(*command)
+    assert ended.out.splitlines()[-2:] == [f"wrote {file}" for file in (path, likelihoods_path)]
+    table, likelihoods = path.read_bytes(), likelihoods_path.read_bytes()
+    _assert_done(run(*command, "--data.eval_batch_size", "7"), folder)
+    _assert_refused(run(*command, "--data.noise.seed", "1"), folder, "noise.seed was 0 and is 1")
+    measured(model_folder).save(path)
+    likelihoods_path.write_bytes(likelihoods[:-1])
+    ended = run(*command)
+    assert ended.status == 0, ended.err
+    assert (path.read_bytes(), likelihoods_path.read_bytes()) == (table, likelihoods)
+    _assert_done(run(*command), folder)
+
+
+@pytest.mark.nightly
+def test_two_processes_measure_as_one(
+    run: Run, run_two: Run, levels_fit: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    """The table is the same, and the likelihoods agree to float precision."""
+    for name, start, more in (("one", run, ()), ("two", run_two, ("--trainer.strategy", "ddp"))):
+        ended = start(*levels_fit(name), *more)
         assert ended.status == 0, ended.err
-        assert (tmp_path / "likelihoods.parquet").read_bytes() == likelihoods
-    _assert_done(ended, tmp_path / "levels")
+    one, two = (AnchoredLevels(tmp_path / f"{name}.json").table for name in ("one", "two"))
+    assert {t: c.bins for t, c in one.counts.items()} == {t: c.bins for t, c in two.counts.items()}
+    for answer_type, counts in one.counts.items():
+        assert two.counts[answer_type].edges == pytest.approx(counts.edges, abs=1e-6)
+    first, second = (
+        read_likelihoods(tmp_path / f"{name}.parquet", one.provenance, "") for name in ("one", "two")
+    )
+    assert list(first) == list(second)
+    assert len(first) == 6
+    for query, (likelihood, content) in first.items():
+        assert second[query] == (pytest.approx(likelihood, abs=1e-5), content)

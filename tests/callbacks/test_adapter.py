@@ -32,8 +32,8 @@ from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
 from vlm_calibration.reporting.runs import RunRecord
-from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.stages.training import OptimizerSettings
 from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.grading import Grading
 

@@ -15,7 +15,7 @@ import yaml
 from vlm_calibration.callbacks.peak_memory import PeakMemory
 from vlm_calibration.cli import main
 from vlm_calibration.models.memory import STATE_BYTES
-from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.training import OptimizerSettings
 
 from ..models.published import MODELS
 from ..models.steps import allocated

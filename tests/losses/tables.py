@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores
@@ -24,42 +26,28 @@ DISTRIBUTION_LOSSES: list[CandidateLoss] = [
 ]
 
 
-def table(
-    policy: list[list[float]],
-    reference: list[list[float]] | None = None,
-    lengths: list[list[int]] | None = None,
-    distance: list[list[float]] | None = None,
-    valid: list[list[bool]] | None = None,
-    answer: list[list[float]] | None = None,
-    confidence: list[list[float]] | None = None,
-    target: list[float] | None = None,
-    correct: list[list[bool]] | None = None,
-    own: list[list[bool]] | None = None,
-) -> CandidateScores:
+def table(policy: list[list[float]], **given: list[Any]) -> CandidateScores:
     """Scores in float64.
 
     Defaults are reference 0, lengths 1, distances [0, 1, 1, ...], all valid, answer 0, confidence 0.5, target 0.5, all correct and
     all own.
     """
     values = torch.tensor(policy, dtype=torch.float64)
-    steps = (torch.arange(values.shape[1]) > 0).double().expand_as(values)
-    everywhere = torch.ones_like(values, dtype=torch.bool)
-
-    def numbers(given: list | None, default: torch.Tensor) -> torch.Tensor:
-        return default if given is None else torch.tensor(given, dtype=default.dtype)
-
-    return CandidateScores(
+    everywhere, zeros = torch.ones_like(values, dtype=torch.bool), torch.zeros_like(values)
+    scores = CandidateScores(
         policy=values,
-        reference=numbers(reference, torch.zeros_like(values)),
-        lengths=numbers(lengths, everywhere.long()),
-        distance=numbers(distance, steps),
-        valid=numbers(valid, everywhere),
-        answer=numbers(answer, torch.zeros_like(values)),
-        confidence=numbers(confidence, torch.full_like(values, 0.5)),
-        target=numbers(target, torch.full_like(values[:, 0], 0.5)),
-        correct=numbers(correct, everywhere),
-        own=numbers(own, everywhere),
+        reference=zeros,
+        lengths=everywhere.long(),
+        distance=(torch.arange(values.shape[1]) > 0).double().expand_as(values),
+        valid=everywhere,
+        answer=zeros,
+        confidence=zeros + 0.5,
+        target=zeros[:, 0] + 0.5,
+        correct=everywhere,
+        own=everywhere,
     )
+    types = {name: getattr(scores, name).dtype for name in given}
+    return scores._replace(**{name: torch.tensor(given[name], dtype=types[name]) for name in given})
 
 
 def random_table(seed: int, n_queries: int = 5, n_candidates: int = 4) -> CandidateScores:

@@ -58,13 +58,6 @@ def test_response_nll_and_its_gradient_are_the_loops(
     assert log_likelihood.grad.tolist() == pytest.approx(gradient, abs=1e-9)
 
 
-@pytest.mark.parametrize(("rows", "n_rows"), [([0, 0], 2), ([], 1), ([], 0), ([1, 1], 2)])
-def test_a_response_without_tokens_is_refused(rows: list[int], n_rows: int) -> None:
-    ones = torch.ones(len(rows))
-    with pytest.raises(ValueError, match="at least one label token"):
-        response_nll(-ones, torch.tensor(rows, dtype=torch.int64), ones, n_rows)
-
-
 @pytest.mark.parametrize("answer_weight", ["constant", "confidence"])
 def test_tokens_of_a_wrong_answer_weigh_nothing_and_its_confidence_as_much_as_any(
     answer_weight: AnswerWeight,

@@ -21,9 +21,9 @@ from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.base import BaseModel, Quantization
 from vlm_calibration.stages.dpo import DPOModule
-from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.stages.training import OptimizerSettings
 
 from ..level_tables import OnlyAt
 from .processors import Family

@@ -13,9 +13,9 @@ from vlm_calibration.losses.distribution import RLCR, SoftLabel
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.stages.dpo import DPOModule
-from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.stages.training import OptimizerSettings
 from vlm_calibration.text.confidence import render_answer
 
 from ..stages.own import OwnStep, loss_by_hand

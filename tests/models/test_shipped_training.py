@@ -15,9 +15,9 @@ from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.stages.dpo import DPOModule
-from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.stages.training import OptimizerSettings
 
 from .families import FOUR
 from .processors import cached_family

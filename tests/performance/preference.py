@@ -60,9 +60,9 @@ from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.perturbation.levels import NOISE, LinearLevels, Perturbation
 from vlm_calibration.records import Query
 from vlm_calibration.stages.dpo import DPOModule
-from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import PairPolicy, choose, nearest
 from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.stages.training import OptimizerSettings
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 

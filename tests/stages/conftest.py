@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,20 @@ from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
-from vlm_calibration.stages.optimization import OptimizerSettings
+from vlm_calibration.stages.preference_targets import FittedTeacher, TeacherSettings
 from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.stages.training import OptimizerSettings
 
 from ..level_tables import measured
 from ..trainers import plain_trainer
-from .preference import NOISE, Data, MakeModule, Observed
+from .own import MAPS, MakeStep, OwnStep
+from .preference import GOLD, NOISE, Data, Evaluate, MakeModule, MakeTrainer, NewAdapter
 
 STAGE_1_LR, STAGE_1_STEPS = 5e-3, 25
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+def trainer(tmp_path: Path) -> MakeTrainer:
     def make(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
         return plain_trainer(tmp_path / "run", *callbacks, **settings)
 
@@ -39,7 +40,7 @@ def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
 
 
 @pytest.fixture(scope="session")
-def data(model_folder: str) -> Callable[..., PerturbedQueryDataModule]:
+def data(model_folder: str) -> Data:
     """Nine training queries, three for validation, and a test split of three parts of which one is noised."""
 
     def make(**settings: Any) -> PerturbedQueryDataModule:
@@ -63,20 +64,9 @@ def data(model_folder: str) -> Callable[..., PerturbedQueryDataModule]:
 
 
 @pytest.fixture
-def levels_file(model_folder: str, tmp_path: Path) -> str:
-    """A level table of the tiny model with an accuracy of its own for every step and answer type."""
-    measured(model_folder).save(tmp_path / "levels.json")
-    return str(tmp_path / "levels.json")
-
-
-@pytest.fixture
-def run_evaluation(
-    model_folder: str,
-    data: Callable[..., PerturbedQueryDataModule],
-    trainer: Callable[..., L.Trainer],
-    levels_file: str,
-) -> Callable[..., EvaluationModule]:
+def run_evaluation(model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path) -> Evaluate:
     """Evaluates the base model, adapters and the oracle; `trained` is for the Trainer, other settings are the module's."""
+    measured(model_folder).save(tmp_path / "levels.json")
 
     def run(
         adapters: dict[str, str],
@@ -85,12 +75,11 @@ def run_evaluation(
         trained: dict[str, Any] | None = None,
         **model: Any,
     ) -> EvaluationModule:
-        settings = {"oracle_levels": levels_file, "max_new_tokens": 5, **model}
+        settings = {"oracle_levels": str(tmp_path / "levels.json"), "max_new_tokens": 5, **model}
         module = EvaluationModule(BaseModel(model_folder, dtype="float32"), adapters, **settings)
         module.run_digest = "of these settings"
-        trainer(*callbacks, PredictionWriter(), **(trained or {})).test(
-            module, datamodule=queries or data(), verbose=False
-        )
+        run = trainer(*callbacks, PredictionWriter(), **(trained or {}))
+        run.test(module, datamodule=queries or data(), verbose=False)
         return module
 
     return run
@@ -103,7 +92,7 @@ def demo_folder(root: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def demo_adapter(new_adapter: Callable[..., str], demo_folder: str) -> Callable[..., str]:
+def demo_adapter(new_adapter: NewAdapter, demo_folder: str) -> NewAdapter:
     """Writes an adapter for the demo model with small random weights, so that it still answers; returns its folder."""
     return partial(new_adapter, 0, demo_folder, 0.05)
 
@@ -139,22 +128,26 @@ def make_module(demo_folder: str, adapter: str) -> MakeModule:
 def candidates(data: Data) -> Data:
     """As `data`, with candidates at five levels."""
 
-    def make(candidates: CandidateSettings | None = CandidateSettings(), **settings: Any) -> Any:  # noqa: B008
+    def make(candidates: CandidateSettings | None = GOLD, **settings: Any) -> Any:
         return data(**{"noise": NOISE, "candidates": candidates, **settings})
 
     return make
 
 
 @pytest.fixture
-def observe(
-    make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Observed]:
-    """A module outside a Trainer on the first `n` samples; `data` are settings of the data, all others of the module."""
+def make_step(make_module: MakeModule, candidates: Data, monkeypatch: pytest.MonkeyPatch) -> MakeStep:
+    """Function that builds a step of some queries; `data` are settings of the data, all others of the module."""
 
-    def observe(
-        n: int = 4, wrong_answer: bool = False, data: dict[str, Any] | None = None, **settings: Any
-    ) -> Observed:
-        queries = candidates(CandidateSettings(wrong_answer=wrong_answer), **(data or {}))
-        return Observed(make_module(**settings), queries, monkeypatch, n)
+    def make(
+        answers: CandidateSettings = GOLD,
+        n: int = 6,
+        moved: float = 0.03,
+        data: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> OwnStep:
+        module = make_module(**settings)
+        if module.pairs.target == "fitted":
+            module.target.fitted = FittedTeacher(TeacherSettings(), MAPS, {})
+        return OwnStep(module, candidates(answers, **(data or {})), monkeypatch, n, moved)
 
-    return observe
+    return make

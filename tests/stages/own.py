@@ -1,16 +1,19 @@
-"""A step of stage 2 on own answers, and the same by hand: each query alone, each response in a forward of its own."""
+"""A step of stage 2 on own or gold answers, and the same by hand: each query alone, each response in a forward of its own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+from vlm_calibration.data.candidates import Candidate
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import Sample
@@ -24,7 +27,8 @@ from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.generation import generate
 from vlm_calibration.records import Query
 from vlm_calibration.stages.dpo import DPOModule
-from vlm_calibration.stages.preference_targets import Comparison
+from vlm_calibration.stages.dpo_terms import Comparison
+from vlm_calibration.stages.training import trained_parameters
 from vlm_calibration.text.confidence import (
     end_of_confidence,
     render_answer,
@@ -34,7 +38,9 @@ from vlm_calibration.text.confidence import (
 from vlm_calibration.text.grading import grade
 
 from ..estimators.naive import Alone
-from .preference import outside_trainer
+
+MAPS = {"yes_no": ((0.7, 0.4), -0.3), "short": ((-0.2, 0.9), 0.6)}
+"""Of a teacher that a step has if its target is fitted."""
 
 
 class Stated(NamedTuple):
@@ -67,9 +73,9 @@ class Stated(NamedTuple):
 
 
 class OwnStep:
-    """A module outside a Trainer, prompts of its training data, and the values that it logs.
+    """A module outside a Trainer, the first samples of its training data, and the values that it logs.
 
-    The policy's weights are moved away from the reference's.
+    The policy's weights are moved away from the reference's by `moved`.
     """
 
     def __init__(
@@ -81,19 +87,28 @@ class OwnStep:
         moved: float = 0.03,
     ) -> None:
         self.module, self.queries, self.monkeypatch = module, queries, monkeypatch
-        self.logged = outside_trainer(module, queries, monkeypatch, moved)
+        self.logged: dict[str, float] = {}
         self.written: dict[str, str] = {}
         self._texts: dict[tuple[str, bool], str] = {}
+        module.configure_model()
+        module.trainer = SimpleNamespace(datamodule=queries)  # type: ignore[assignment]
+        monkeypatch.setattr(module, "log", lambda name, value, **_: self.logged.update({name: float(value)}))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in trained_parameters(module):
+                parameter += moved * torch.randn(parameter.shape, generator=generator)
+        queries.setup("fit")
         loader = queries.train_dataloader()
         self.collate: Any = loader.collate_fn.args[0]
         self.samples: list[Sample] = [loader.dataset[0, i] for i in range(n)]
         self.levels = queries.noise.levels.confidences("yes_no")
 
     @property
-    def batch(self) -> PromptBatch:
-        return self.collate(self.samples)  # type: ignore[no-any-return]
+    def batch(self) -> Any:
+        """The prompts, with gold answers the candidates."""
+        return self.collate(self.samples)
 
-    def step(self, batch: PromptBatch | None = None) -> Tensor:
+    def step(self, batch: Any = None) -> Tensor:
         return self.module.training_step(self.batch if batch is None else batch, 0)
 
     def compare(self) -> tuple[Any, Comparison]:
@@ -140,23 +155,33 @@ class OwnStep:
         return self._texts[key]
 
     def answer(self, row: int) -> str:
-        return strip_confidence(self.text(row))
+        """The answer of the responses to one query: the gold answer, or what the reference generates."""
+        candidates = self.queries.candidates
+        is_gold = candidates is not None and candidates.answers == "gold"
+        return self.samples[row].answer if is_gold else strip_confidence(self.text(row))
 
-    def ask(self, row: int, question: Callable[[Alone], Any]) -> Any:
-        """What the reference says to a question about one query alone."""
-        with self._using(True):
+    def ask(self, row: int, question: Callable[[Alone], Any], reference: bool = True) -> Any:
+        """What the reference, or the policy, says to a question about one query alone."""
+        with self._using(reference):
             return question(self.alone(row))
 
+    def log_p(self, row: int, candidate: Candidate, reference: bool) -> list[float]:
+        """log p of the tokens of a candidate, in a forward of its own."""
+        text = self.queries.processor.tokenizer.decode(candidate.tokens[: candidate.answer_length])
+        response = render_response(text.strip().rstrip("."), candidate.confidence)
+        ids, log_p = self.ask(row, lambda alone: alone.response(alone.prompt, response), reference)
+        assert ids == list(candidate.tokens)
+        return log_p  # type: ignore[no-any-return]
+
     def is_correct(self, row: int) -> bool:
-        query = self.samples[row].query
-        return grade(self.text(row), query.answer, query.answer_type).correct
+        return _correct(self.samples[row].query, self.text(row))
 
     def stated(self, row: int, reference: bool, opposite: bool = False) -> list[Stated]:
         """Each response to one query, the highest confidence first; those with the opposite answer after the others."""
         query, own = self.samples[row].query, self.answer(row)
         answers = [own]
         if opposite and query.answer_type == "yes_no":
-            answers.append("No" if _starts_with_yes(own) else "Yes")
+            answers.append("No" if own.lower().startswith("yes") else "Yes")
         rows = []
         with self._using(reference):
             alone = self.alone(row)
@@ -169,9 +194,7 @@ class OwnStep:
         return rows
 
 
-def _starts_with_yes(answer: str) -> bool:
-    assert answer.lower().startswith(("yes", "no"))
-    return answer.lower().startswith("yes")
+MakeStep = Callable[..., OwnStep]
 
 
 def _correct(query: Query, answer: str) -> bool:

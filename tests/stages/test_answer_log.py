@@ -76,16 +76,13 @@ def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"one.jsonl", "held_out.jsonl"}
 
 
-def test_a_batch_without_answers_is_not_written(tmp_path: Path) -> None:
+def test_without_answers_there_is_nothing_to_tell(tmp_path: Path) -> None:
     _log(tmp_path).add("test", BatchAnswers(answers={"base": [], "one": []}, passes={}))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_first_line_that_is_cut_off_is_no_earlier_run(tmp_path: Path) -> None:
     _begun(tmp_path, [(0, 1)])
     path = tmp_path / ".answered.0.jsonl"
-    path.write_bytes(path.read_bytes()[:20])
-    assert _log(tmp_path).find() == ResumeState(), "nothing was answered, so there is nothing to tell"
+    path.write_bytes(path.read_bytes()[:20])  # a first line that was cut off
+    assert _log(tmp_path).find() == ResumeState()
 
 
 @pytest.mark.parametrize(
@@ -132,15 +129,11 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 
 def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> None:
-    log = _begun(tmp_path, [(0, 1)], [(2, 3)])
-    for batch, total in ((None, 5), ((3, 4), 5), ((3, 4), 6)):
-        if batch:
-            other = _log(tmp_path, 1)
-            other.add("test", _batch(*batch))
-            other.close()
+    logs = (
+        _begun(tmp_path / "few", [(0, 1)], [(2, 3)]),
+        _begun(tmp_path / "twice", [(0, 1)], [(2, 3), (3, 4)]),
+    )
+    for log, total in zip((logs[0], logs[1], logs[1]), (5, 5, 6), strict=True):
         with pytest.raises(DataError, match="does another evaluation write into this folder"):
             log.write_predictions("base", "test", tmp_path / "predictions.jsonl", total)
-        (tmp_path / ".answered.1.jsonl").write_bytes(
-            (tmp_path / ".answered.1.jsonl").read_bytes().splitlines(keepends=True)[0]
-        )
     assert not (tmp_path / "predictions.jsonl").exists()

@@ -1,111 +1,153 @@
-"""Evaluating several systems at once: each answers as it does alone, on the same images, and the files are consistent."""
+"""Evaluating several systems at once: each answers as it does alone, on the same images; estimators and probes in the files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import lightning as L
 import pytest
+import torch
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.predictions import prediction_from_dict
+from vlm_calibration.estimators import base
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.base import AnsweredBatch, grade_answers
+from vlm_calibration.estimators.consistency import SelfConsistency
+from vlm_calibration.estimators.likelihood import AnswerLikelihood
+from vlm_calibration.estimators.p_true import PTrue
+from vlm_calibration.estimators.predictions import prediction_from_dict, read_predictions
+from vlm_calibration.estimators.probes import PROBES
+from vlm_calibration.estimators.stability import Stability
+from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
+from vlm_calibration.metrics import functional
 from vlm_calibration.models.adapters import load_adapters, using_adapter
+from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.generation import generate
-from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.scoring import Scorer
 
 from ..level_tables import measured, noise_counts
+from ..trainers import plain_trainer
+from .preference import Data, Evaluate, LoadModel, MakeTrainer, NewAdapter
 
-Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "two", "oracle")
+NAMES = ("expected", "likelihood", "p_true", "self_consistency", "stability")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def texts_alone(model: Any, queries: PerturbedQueryDataModule, system: str) -> list[str]:
-    """What a system generates without the others."""
-    texts: list[str] = []
-    for batch in queries.test_dataloader():
-        with using_adapter(model, None if system == "base" else system):
-            texts += generate(model, batch.inputs, queries.processor.tokenizer, 5).texts
-    return texts
+def _metrics(folder: Path, further: bool) -> dict[str, Any]:
+    """The metrics of a system that are of estimators and probes, or all others."""
+    values: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return {k: v for k, v in values.items() if (k.startswith("probe_") or "@" in k) == further}
+
+
+class Evaluated(NamedTuple):
+    """An evaluation of four systems, its data, and the run directory."""
+
+    module: EvaluationModule
+    queries: PerturbedQueryDataModule
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    model_folder: str, data: Data, new_adapter: NewAdapter, tmp_path_factory: pytest.TempPathFactory
+) -> Evaluated:
+    """With estimators, probes and a calibration set; the second adapter adapts the tower, too, which therefore runs again."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    measured(model_folder).save(folder / "levels.json")
+    module = EvaluationModule(
+        BaseModel(model_folder, dtype="float32"),
+        {"one": new_adapter(1), "two": new_adapter(2, parts=["language", "tower"])},
+        oracle_levels=str(folder / "levels.json"),
+        max_new_tokens=5,
+        estimators=[ExpectedConfidence(), AnswerLikelihood(), PTrue(), SelfConsistency(2), Stability()],
+        probes=[*PROBES[::-1]],
+    )
+    queries = data(calibration={"held_out": EvalSplit(DemoSource("calibration", scenes=1))})
+    plain_trainer(folder / "run", PredictionWriter()).test(module, datamodule=queries, verbose=False)
+    return Evaluated(module, queries, folder / "run")
 
 
 @pytest.mark.slow
-def test_systems_side_by_side(
-    run_evaluation: Callable[..., EvaluationModule],
-    new_adapter: Callable[..., str],
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    load_model: Callable[..., Any],
-    levels_file: str,
-    tmp_path: Path,
-) -> None:
-    queries, folder = data(), tmp_path / "run"
-    module = run_evaluation({"one": new_adapter(1), "two": new_adapter(2)}, queries=queries)
+def test_systems_side_by_side(evaluated: Evaluated, load_model: LoadModel) -> None:
+    module, queries, folder = evaluated
     lines = {system: _lines(folder / system / "predictions.jsonl") for system in SYSTEMS}
 
     # Every query once and in order, whoever answers.
-    dataset = queries.test_dataloader().dataset
+    loader, _ = queries.test_dataloader()
+    dataset: Any = loader.dataset
     for found in lines.values():
-        assert [line["id"] for line in found] == [q.id for q in dataset.queries]  # type: ignore[attr-defined]
-        assert [line["category"] for line in found] == [q.category for q in dataset.queries]  # type: ignore[attr-defined]
-    samples = [dataset[0, i] for i in range(len(dataset))]  # type: ignore[arg-type]
+        assert [line["id"] for line in found] == [q.id for q in dataset.queries]
+        assert [line["category"] for line in found] == [q.category for q in dataset.queries]
+    samples = [dataset[0, i] for i in range(len(dataset))]
     for line, sample in zip(lines["base"], samples, strict=True):
         assert (line["perturbation"], line["strength"]) == sample.perturbation
         assert line["noise_step"] == sample.noise_step == round(1000 * sample.perturbation.strength)
     assert len({s.perturbation for s in samples}) > 2
 
     # Each system answers as it does alone.
-    model = load_adapters(load_model(), module.adapters)
-    alone = {system: texts_alone(model, queries, system) for system in ("base", "one", "two")}
-    for system, texts in alone.items():
-        assert [line["text"] for line in lines[system]] == texts
+    model, alone = load_adapters(load_model(), module.adapters), {}
+    for system in ("base", "one", "two"):
+        with using_adapter(model, None if system == "base" else system):
+            texts = [generate(model, b.inputs, queries.processor.tokenizer, 5).texts for b in loader]
+        alone[system] = [text for of_batch in texts for text in of_batch]
+        assert [line["text"] for line in lines[system]] == alone[system]
     assert alone["base"] != alone["one"] != alone["two"] != alone["base"]
 
-    # The oracle gives the base model's answers with the measured accuracy.
-    levels = AnchoredLevels(levels_file)
-    for oracle, base in zip(lines["oracle"], lines["base"], strict=True):
-        assert {**oracle, "confidence": None} == {**base, "confidence": None}
-        assert oracle["confidence"] == levels.accuracy(
-            Perturbation(base["perturbation"], base["strength"]), base["answer_type"]
-        )
+    # The oracle gives the base model's answers with the measured accuracy, and is no model to estimate or probe.
+    levels = AnchoredLevels(folder.parent / "levels.json")
+    for oracle, own in zip(lines["oracle"], lines["base"], strict=True):
+        lost = Perturbation(own["perturbation"], own["strength"])
+        assert oracle == {
+            **{k: own[k] for k in oracle},
+            "confidence": levels.accuracy(lost, own["answer_type"]),
+        }
+        assert not set(oracle) & {*NAMES, "probes"}
+    assert not _metrics(folder / "oracle", further=True)
 
     # The metrics are those of the predictions.
     for system in SYSTEMS:
         scorer = Scorer(module.scorers[0].groups)
         scorer.update([prediction_from_dict(line) for line in lines[system]])
         expected = {k: None if v != v else v for k, v in scorer.compute().items()}
-        assert json.loads((folder / system / "metrics.json").read_text(encoding="utf-8")) == expected
+        assert _metrics(folder / system, further=False) == expected
         assert expected["n"] == len(samples)
     assert {"clean", "noised", "shifted", "existence", "position"} <= set(module.scorers[0].groups)
     assert {p.name for p in folder.iterdir()} == set(SYSTEMS)
 
-    # A second run is the same.
-    before = {p: p.read_bytes() for p in folder.rglob("*.json*")}
-    assert len(before) == 2 * len(SYSTEMS)
-    trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
-    assert {p: p.read_bytes() for p in folder.rglob("*.json*")} == before
+
+@pytest.mark.slow
+def test_estimators_and_probes_change_nothing_else(
+    evaluated: Evaluated, trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    settings = {"max_new_tokens": 5, "oracle_levels": str(evaluated.folder.parent / "levels.json")}
+    module = EvaluationModule(evaluated.module.base, evaluated.module.adapters, **settings)
+    trainer(PredictionWriter()).test(module, datamodule=evaluated.queries, verbose=False)
+    for system in SYSTEMS:
+        plain, folder = tmp_path / "run" / system, evaluated.folder / system
+        assert not _metrics(plain, further=True)
+        assert _metrics(plain, further=False) == _metrics(folder, further=False)
+        for name in ("predictions.jsonl", "calibration.jsonl"):
+            answers = [replace(p, estimates={}, probes={}) for p in read_predictions(folder / name)]
+            assert read_predictions(plain / name) == answers
 
 
 @pytest.mark.slow
 def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
-    model_folder: str,
-    new_adapter: Callable[..., str],
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
+    model_folder: str, new_adapter: NewAdapter, data: Data, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     adapters = {"one": new_adapter(1), "two": new_adapter(2)}
     found: dict[str, list[dict[str, Any]]] = {}
@@ -124,34 +166,13 @@ def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
     assert found["True"] == found["False"]
 
 
-@pytest.mark.slow
-def test_an_adapted_tower_runs_for_each_system(
-    run_evaluation: Callable[..., EvaluationModule],
-    new_adapter: Callable[..., str],
-    load_model: Callable[..., Any],
-    data: Data,
-    tmp_path: Path,
-) -> None:
-    folder, queries = new_adapter(3, parts=["language", "tower"]), data()
-    run_evaluation({"seeing": folder}, queries=queries)
-    model = load_adapters(load_model(), {"seeing": folder})
-    for system in ("base", "seeing"):
-        found = [line["text"] for line in _lines(tmp_path / "run" / system / "predictions.jsonl")]
-        assert found == texts_alone(model, queries, system), system
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"adapters": {"base": "x"}}, "the name 'base' is taken"),
         ({"adapters": {"oracle": "x"}}, "the name 'oracle' is taken"),
         ({"adapters": {"../x": "x"}}, "the name '../x' must be"),
-        ({"adapters": {"": "x"}}, "the name '' must be"),
         ({"with_base": False}, "nothing to evaluate"),
-        (
-            {"with_base": False, "adapters": {"a": "x"}, "oracle_levels": "x"},
-            "needs the base model's answers",
-        ),
+        ({"with_base": False, "oracle_levels": "x"}, "needs the base model's answers"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
@@ -160,21 +181,12 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says:
     assert says in str(caught.value)
 
 
-def test_a_missing_level_table_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / "none.json")):
-        EvaluationModule(BaseModel("nowhere"), oracle_levels=str(tmp_path / "none.json"))
-
-
 def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
-    model_folder: str, data: Data, trainer: Callable[..., L.Trainer], tmp_path: Path
+    model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     table = measured(model_folder, {"yes_no": noise_counts((0, 10, 9), (1, 10, 5))})
     table.save(tmp_path / "levels.json")
-    module = EvaluationModule(
-        BaseModel(model_folder, dtype="float32"),
-        oracle_levels=str(tmp_path / "levels.json"),
-        max_new_tokens=3,
-    )
+    module = EvaluationModule(BaseModel(model_folder), oracle_levels=str(tmp_path / "levels.json"))
     with pytest.raises(DataError, match="no levels were measured for answer type 'short'"):
         trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
     assert not list((tmp_path / "run").rglob("*.jsonl"))
@@ -188,12 +200,7 @@ def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answere
     ],
 )
 def test_an_oracle_without_levels_for_a_part_is_refused(
-    model_folder: str,
-    data: Data,
-    tmp_path: Path,
-    kinds: dict[str, float],
-    rows: list[tuple[float, int, int]],
-    says: str,
+    model_folder: str, data: Data, tmp_path: Path, kinds: dict[str, float], rows: list[Any], says: str
 ) -> None:
     """Parts with untouched images need none."""
     counts = dict.fromkeys(("yes_no", "short"), noise_counts(*rows))
@@ -206,3 +213,113 @@ def test_an_oracle_without_levels_for_a_part_is_refused(
         module.check_data(data(test={"clean": clean, "hard": EvalSplit(source, "drawn", kinds)}))
     assert says in str(caught.value)
     assert "model.oracle_levels, for data.test.hard: " in str(caught.value)
+
+
+@pytest.mark.slow
+def test_every_estimator_has_its_key_and_its_metrics(evaluated: Evaluated) -> None:
+    folder = evaluated.folder
+    estimates: dict[str, list[Any]] = {}
+    for system in ("base", "one"):
+        lines = _lines(folder / system / "predictions.jsonl")
+        assert [tuple(line)[-7:] for line in lines] == [("image", "probes", *NAMES)] * 15
+        predictions = [prediction_from_dict(line) for line in lines]
+        estimates[system] = [p.estimates for p in predictions]
+        assert all((p["stability"] is None) == (p["likelihood"] is None) for p in estimates[system])
+        assert [p["stability"] for p in estimates[system]] != [p["likelihood"] for p in estimates[system]]
+
+        metrics = _metrics(folder / system, further=True)
+        shifted = [p for p in predictions if "shifted" in (p.category or "").split("/")]
+        for suffix, part in (("", predictions), ("/shifted", shifted)):
+            for name in NAMES:
+                rated = [(c, p.correct) for p in part if (c := p.estimates[name]) is not None]
+                failed = 1 - len(rated) / len(part)
+                assert metrics[f"parse_failure_rate@{name}{suffix}"] == pytest.approx(failed)
+                if rated:
+                    confidence, correct = (torch.tensor(column) for column in zip(*rated, strict=True))
+                    brier = float(functional.brier_score(confidence.double(), correct))
+                    assert metrics[f"brier@{name}{suffix}"] == pytest.approx(brier, abs=1e-4)
+        assert [metrics[f"forward_passes@{n}"] for n in (*NAMES[:3], "stability")] == [1, 1, 1, 4]
+        assert 1 <= metrics["forward_passes@verbalized"] <= 5
+        assert 2 <= metrics["forward_passes@self_consistency"] <= 10
+    assert estimates["base"] != estimates["one"]
+
+
+@pytest.mark.slow
+def test_every_answer_of_a_model_has_its_probed_confidences(
+    evaluated: Evaluated, load_model: LoadModel
+) -> None:
+    module, queries, folder = evaluated
+    model = load_adapters(load_model(), module.adapters)
+    tokenizer, (test, _) = AnswerTokenizer(queries.chat), queries.test_dataloader()
+    for system in ("base", "one"):
+        predictions = read_predictions(folder / system / "predictions.jsonl")
+        assert [tuple(p.probes) for p in predictions] == [("original", *PROBES)] * 15
+        with torch.no_grad(), using_adapter(model, None if system == "base" else system):
+            for number, batch in enumerate(test):
+                part = predictions[4 * number : 4 * number + 4]
+                answered = AnsweredBatch(model, batch, part, [0] * len(part), tokenizer, 5)
+                assert answered.read_probes(PROBES)[0] == [p.probes for p in part]
+        assert not any(p.probes for p in read_predictions(folder / system / "calibration.jsonl"))
+
+        metrics = _metrics(folder / system, further=True)
+        assert 3 <= metrics["forward_passes@probes"] <= 5
+        again = {k: v for k, v in summarize_predictions(predictions).items() if k.startswith("probe_")}
+        assert again
+        assert {k: metrics[k] for k in again} == {k: None if v != v else v for k, v in again.items()}
+        probed = [p.probes for p in predictions if p.probes["original"] is not None]
+        assert metrics["probe_image_n"] == len(probed)
+        if probed:
+            change = sum(p["image"] - p["original"] for p in probed) / len(probed)  # type: ignore[operator]
+            assert metrics["probe_image_change"] == pytest.approx(change)
+        assert "probe_object_change/noised" in metrics
+
+
+@pytest.mark.parametrize(
+    ("chosen", "fractional", "refused"),
+    [
+        ({"estimators": [ExpectedConfidence()]}, 10, True),
+        ({"probes": ["image"]}, 10, True),
+        ({"probes": ["image"]}, 7, False),
+        ({"estimators": [AnswerLikelihood()]}, 15, False),
+    ],
+)
+def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
+    run_evaluation: Evaluate, monkeypatch: pytest.MonkeyPatch, chosen: Any, fractional: int, refused: bool
+) -> None:
+    """`fractional` of the 15 answers state fractions of a percent, all others whole percents."""
+    stated = iter([0.875] * fractional + [0.29] * (15 - fractional))
+
+    def answers(*arguments: Any) -> list[Any]:
+        return [replace(answer, confidence=next(stated)) for answer in grade_answers(*arguments)]
+
+    monkeypatch.setattr(base, "grade_answers", answers)
+    with pytest.raises(DataError, match="'base'.* 87.5%") if refused else nullcontext():
+        run_evaluation({}, **chosen)
+
+
+def test_an_estimator_that_appears_twice_is_refused() -> None:
+    for chosen in ([PTrue(), PTrue(true="Yes", false="No")], [VerbalizedConfidence()]):
+        with pytest.raises(DataError, match=f"'{chosen[0].name}' appears twice"):
+            EvaluationModule(BaseModel("nowhere"), estimators=chosen)
+
+
+def test_the_original_confidence_is_the_stated_one(
+    demo_folder: str, trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """A percentage is one token here, so the likeliest one is stated, whichever it is."""
+    module = EvaluationModule(BaseModel(demo_folder), max_new_tokens=16, probes=["image"])
+    queries = PerturbedQueryDataModule(
+        demo_folder, test={"": EvalSplit(DemoSource("test", scenes=8))}, workers=0
+    )
+    trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
+    predictions = read_predictions(tmp_path / "run" / "base" / "predictions.jsonl")
+    assert [p.probes["original"] for p in predictions] == [p.confidence for p in predictions]
+    assert any(round(100 * (p.confidence or 0)) % 10 for p in predictions)
+
+
+def test_the_calibration_set_is_not_copied_for_probes(model_folder: str) -> None:
+    stable = Stability()
+    module = EvaluationModule(BaseModel(model_folder), estimators=[stable], probes=["image", "answer"])
+    assert [len(copies) for copies in module.data_needs.copies.values()] == [5, 4]
+    assert module.data_needs.copies["calibration"] == stable.copies
+    assert EvaluationModule(BaseModel(model_folder)).data_needs.copies == {"test": [], "calibration": []}

@@ -20,14 +20,13 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.stages.evaluation import EvaluationModule
 
 from ..command_line import Ended, callback
 from ..level_tables import measured
+from .preference import Data, Evaluate, NewAdapter, Stop
 
 pytestmark = pytest.mark.slow
 
-Data = Callable[..., PerturbedQueryDataModule]
 SYSTEMS = ("base", "one", "oracle")
 FILES = [f"{system}/{name}" for system in SYSTEMS for name in ("predictions.jsonl", "metrics.json")]
 ESTIMATORS = ("expected", "likelihood", "self_consistency")
@@ -37,15 +36,13 @@ WRITER = callback("predictions.PredictionWriter")
 
 def _part(scenes: int, noise: str = "none", shifted: bool = False) -> dict[str, Any]:
     settings = {"split": "test", "scenes": scenes, "shifted": shifted}
-    return {
-        "source": {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": settings},
-        "noise": noise,
-    }
+    source = {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": settings}
+    return {"source": source, "noise": noise}
 
 
 @pytest.fixture
 def evaluation(
-    root: Path, model_folder: str, new_adapter: Callable[..., str], tmp_path: Path
+    root: Path, model_folder: str, new_adapter: NewAdapter, tmp_path: Path
 ) -> Callable[..., list[str]]:
     """Function that returns the arguments of an evaluation of 15 queries in folder `name` by three systems.
 
@@ -174,22 +171,8 @@ def test_two_processes_and_then_one(
         assert metrics[0] == pytest.approx(metrics[1], abs=2e-4)
 
 
-class Stop(L.Callback):
-    """Raises an error, or the exception of Ctrl-C, before a batch."""
-
-    def __init__(self, batch: int, error: type[BaseException], loader: int = 0) -> None:
-        self.place = (batch, loader)
-        self.error = error
-
-    def on_test_batch_start(self, *args: Any) -> None:
-        if (args[3], args[4] if len(args) > 4 else 0) == self.place:
-            raise self.error
-
-
 @pytest.fixture
-def evaluate(
-    run_evaluation: Callable[..., EvaluationModule], new_adapter: Callable[..., str], tmp_path: Path
-) -> Callable[..., None]:
+def evaluate(run_evaluation: Evaluate, new_adapter: NewAdapter, tmp_path: Path) -> Callable[..., None]:
     """Evaluates in this process, in folder `name`."""
     adapter = tmp_path / "adapter"
     shutil.copytree(new_adapter(1), adapter)
@@ -202,26 +185,10 @@ def evaluate(
     return run
 
 
-def test_errors_and_interrupts_keep_what_was_answered(
-    evaluate: Callable[..., None], caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    caplog.set_level(logging.INFO)
-    evaluate("whole")
-    with pytest.raises(ZeroDivisionError):
-        evaluate("cut", Stop(1, ZeroDivisionError))
-    with pytest.raises(SystemExit):
-        evaluate("cut", Stop(1, KeyboardInterrupt))
-    evaluate("cut")
-    assert [f"{tmp_path}/cut: resuming: {n} of 15 queries were answered before" for n in (4, 8)] == [
-        r.getMessage() for r in caplog.records if "resuming:" in r.getMessage()
-    ]
-    assert _files(tmp_path / "cut") == _files(tmp_path / "whole")
-
-
-def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
+def test_errors_and_interrupts_keep_what_was_answered_and_a_calibration_set_moves_no_score(
     evaluate: Callable[..., None], data: Data, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """Five batches of the test set, the last one of three queries, and three of the calibration set."""
+    """Five batches of the test set, the last one of three queries, and three of the calibration set; an error, then Ctrl-C."""
 
     def queries() -> PerturbedQueryDataModule:
         source = DemoSource("calibration", scenes=2)
@@ -233,28 +200,20 @@ def test_a_calibration_set_moves_no_score_and_goes_on_as_well(
     files, expected = _files(tmp_path / "whole"), _files(tmp_path / "plain")
     held_out = {name: files.pop(name) for name in [f"{system}/calibration.jsonl" for system in SYSTEMS]}
     assert files == expected
-    for system in SYSTEMS:
-        answers = read_predictions(tmp_path / "whole" / system / "calibration.jsonl")
-        assert [p.id for p in answers] == [
-            f"{part}:{q.id}" for part in ("clean", "noised") for q in DemoSource("calibration", 2).queries()
-        ]
-        assert {p.noise_step for p in answers[:6]} == {0} != {p.noise_step for p in answers[6:]}
+    answers = read_predictions(tmp_path / "whole/one/calibration.jsonl")
+    ids = [q.id for q in DemoSource("calibration", 2).queries()]
+    assert [p.id for p in answers] == [f"{part}:{i}" for part in ("clean", "noised") for i in ids]
+    assert {p.noise_step for p in answers[:6]} == {0} != {p.noise_step for p in answers[6:]}
 
-    for batch in (2, 1):  # of the test set, and then of the calibration set
-        with pytest.raises(ZeroDivisionError):
-            evaluate("cut", Stop(batch, ZeroDivisionError, loader=2 - batch), queries=queries())
+    with pytest.raises(ZeroDivisionError):
+        evaluate("cut", Stop(2, ZeroDivisionError), queries=queries())
+    with pytest.raises(SystemExit):
+        evaluate("cut", Stop(1, KeyboardInterrupt, loader=1), queries=queries())
     evaluate("cut", queries=queries())
     assert re.findall(r"resuming: .* before", caplog.text) == [
         f"resuming: {n} of 27 queries were answered before" for n in (8, 19)
     ]
     assert _files(tmp_path / "cut") == {**files, **held_out}
-
-    with pytest.raises(ZeroDivisionError):
-        evaluate("limited", Stop(1, ZeroDivisionError), queries=queries(), limit=2)
-    evaluate("limited", queries=queries(), limit=1)
-    assert "starting over instead of resuming" in caplog.text, "a part does not go on from a part"
-    limited = [tmp_path / "limited/one" / f"{name}.jsonl" for name in ("predictions", "calibration")]
-    assert [len(read_predictions(path)) for path in limited] == [4, 4]
 
     evaluate("cut")
     assert _files(tmp_path / "cut") == expected, "what an earlier evaluation was calibrated on is gone"

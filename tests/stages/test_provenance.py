@@ -6,19 +6,15 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
-from safetensors.torch import load_file, save_file
 
 from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.data.candidates import CandidateSettings
-from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.files import write_json
 from vlm_calibration.models import loading
@@ -36,66 +32,65 @@ from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from ..command_line import Ended
 from ..level_tables import FALLING, measured
-
-Data = Callable[..., PerturbedQueryDataModule]
+from .preference import Data, MakeTrainer
 
 
 @pytest.mark.parametrize(
-    ("measured_with", "used_with", "message"),
+    ("measured_with", "used_with", "differences"),
     [
         (
             {"noise": NoisePolicy(schedule=CosineSchedule())},
-            {"noise": NoisePolicy(schedule=LinearSchedule())},
-            "data.noise.schedule was 'CosineSchedule(steps=1000, offset=0.008)' and is "
-            "'LinearSchedule(steps=1000, beta_start=0.0001, beta_end=0.02)'",
+            {"noise": NoisePolicy(schedule=LinearSchedule(), seed=7)},
+            [
+                "data.noise.schedule was 'CosineSchedule(steps=1000, offset=0.008)' and is "
+                "'LinearSchedule(steps=1000, beta_start=0.0001, beta_end=0.02)'"
+            ],
         ),
-        ({"noise": NoisePolicy(shape="box")}, {}, "data.noise.shape was 'box' and is 'mask'"),
-        ({"noise": NoisePolicy(dilate=0.2)}, {}, "data.noise.dilate was 0.2 and is 0.0"),
         (
-            {"noise": NoisePolicy(resolution="native")},
-            {},
-            "data.noise.resolution was 'native' and is 'model'",
+            {"noise": NoisePolicy(shape="box", dilate=0.2, resolution="native")},
+            {"noise": NoisePolicy(absent="clean")},
+            [
+                "data.noise.resolution was 'native' and is 'model'",
+                "data.noise.shape was 'box' and is 'mask'",
+                "data.noise.dilate was 0.2 and is 0.0",
+                "data.noise.absent was 'distractor' and is 'clean'",
+            ],
         ),
-        ({}, {"noise": NoisePolicy(absent="clean")}, "data.noise.absent was 'distractor' and is 'clean'"),
         (
             {"prompt": ElicitationPrompt("{question}\nHow sure are you?")},
             {"prompt": ElicitationPrompt("{question}?")},
-            r"data.prompt.template was '{question}\nHow sure are you?' and is '{question}?'",
+            [r"data.prompt.template was '{question}\nHow sure are you?' and is '{question}?'"],
         ),
-        ({}, {"max_pixels": 5000}, "data.max_pixels was None and is 5000"),
+        ({}, {"max_pixels": 5000}, ["data.max_pixels was None and is 5000"]),
         (
             {"grading": Grading(short="contains")},
             {"grading": Grading(short="token_f1")},
-            "data.grading (short) was 'contains' and is 'token_f1 >= 0.5'",
+            ["data.grading (short) was 'contains' and is 'token_f1 >= 0.5'"],
         ),
     ],
 )
-def test_a_setting_that_differs_is_named_with_both_sides(
-    model_folder: str, data: Data, measured_with: dict[str, Any], used_with: dict[str, Any], message: str
+def test_settings_that_differ_are_named_with_both_sides(
+    model_folder: str,
+    data: Data,
+    measured_with: dict[str, Any],
+    used_with: dict[str, Any],
+    differences: list[str],
 ) -> None:
     base, levels = BaseModel(model_folder), measured(model_folder, **measured_with)
     check_levels(levels, base, data(**measured_with))
     with pytest.raises(DataError) as caught:
         check_levels(levels, base, data(**used_with))
-    assert message in str(caught.value)
-    assert str(caught.value).count(" and is ") == 1, "nothing else differs"
+    assert f"other conditions: {'; '.join(differences)}: " in str(caught.value), "nothing else differs"
     assert "levels fit" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "used_with",
-    [
-        {"noise": NoisePolicy(seed=7, distractor_probability=0.3, clean_fraction=0.5, wrong_answer_rate=1.0)},
-        {"grading": Grading(open="contains"), "batch_size": 1, "max_length": 9},
-    ],
-)
-def test_settings_without_effect_on_the_measurement_may_differ(
-    model_folder: str, data: Data, used_with: dict[str, Any]
-) -> None:
+def test_settings_without_effect_on_the_measurement_may_differ(model_folder: str, data: Data) -> None:
+    noise = NoisePolicy(seed=7, distractor_probability=0.3, clean_fraction=0.5, wrong_answer_rate=1.0)
+    used_with = {"noise": noise, "grading": Grading(open="contains"), "batch_size": 1, "max_length": 9}
     check_levels(measured(model_folder), BaseModel(model_folder), data(**used_with))
+    check_levels(LinearLevels(), BaseModel("nowhere"), data())
 
 
 TEMPLATE = ElicitationPrompt().template
@@ -148,17 +143,6 @@ def test_table_and_report_say_that_an_adapter_is_asked_with_another_prompt(
     assert origin_of(tmp_path / "eval/other", tmp_path / "eval", config).facts["not as trained"] == says
 
 
-def test_linear_levels_are_not_compared(data: Data) -> None:
-    check_levels(LinearLevels(), BaseModel("nowhere"), data())
-
-
-def _change_weight(folder: Path) -> None:
-    """Change one weight of the model in a folder a little."""
-    weights = load_file(folder / "model.safetensors")
-    next(iter(weights.values())).view(-1)[-1] += 1e-3
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
 def test_a_model_is_the_same_in_any_folder(model_folder: str, data: Data, tmp_path: Path) -> None:
     levels, copy = measured(model_folder), tmp_path / "copy"
     shutil.copytree(model_folder, copy)
@@ -167,7 +151,9 @@ def test_a_model_is_the_same_in_any_folder(model_folder: str, data: Data, tmp_pa
         json.dumps({**config, "_name_or_path": "x", "transformers_version": "0"})
     )
     check_levels(levels, BaseModel(str(copy)), data())
-    _change_weight(copy)
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
     with pytest.raises(DataError) as caught:
         check_levels(levels, BaseModel(str(copy)), data())
     for folder in (model_folder, str(copy)):
@@ -176,12 +162,13 @@ def test_a_model_is_the_same_in_any_folder(model_folder: str, data: Data, tmp_pa
         assert f"{folder!r} (weights {digest[:8]})" in str(caught.value)
 
 
-def test_every_part_of_a_large_file_counts(
+def test_every_part_of_a_large_file_counts_and_every_shard(
     model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "SPAN", 256)
-    shutil.copytree(model_folder, tmp_path / "copy")
-    base, file = BaseModel(str(tmp_path / "copy")), tmp_path / "copy/model.safetensors"
+    folder = tmp_path / "copy"
+    shutil.copytree(model_folder, folder)
+    base, file = BaseModel(str(folder)), folder / "model.safetensors"
     content, size = file.read_bytes(), file.stat().st_size
     digests = {weights_digest(base)}
     for offset in (0, size // 15 - 1, size - 1):
@@ -190,14 +177,10 @@ def test_every_part_of_a_large_file_counts(
     file.write_bytes(content[:1000] + content[1001:])
     assert len({*digests, weights_digest(base)}) == 5
 
-
-def test_shards_are_one_model_if_none_is_missing(model_folder: str, tmp_path: Path) -> None:
-    shutil.copytree(model_folder, tmp_path / "copy")
-    base, folder = BaseModel(str(tmp_path / "copy")), tmp_path / "copy"
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    assert weights_digest(base) is None
+    file.rename(folder / "model-1.safetensors")
+    assert weights_digest(base) is None, "a shard is missing"
     shutil.copy(folder / "model-1.safetensors", folder / "model-2.safetensors")
     assert weights_digest(base) is not None
 
@@ -223,38 +206,21 @@ def test_a_table_with_incomplete_provenance_is_refused(model_folder: str, data: 
         check_levels(incomplete, BaseModel(model_folder), data())
 
 
-def _modules(model: str, levels: Path) -> dict[str, Callable[[], L.LightningModule]]:
-    base = BaseModel(model, dtype="float32")
-    return {
-        "fit": lambda: SFTModule(base),
-        "fit stage 2": lambda: DPOModule(base, reference="base"),
-        "test": lambda: EvaluationModule(base, oracle_levels=str(levels)),
-    }
-
-
 @pytest.mark.parametrize("use", ["fit", "fit stage 2", "test"])
 def test_every_use_is_checked_before_a_model_is_loaded(
-    model_folder: str,
-    data: Data,
-    trainer: Callable[..., L.Trainer],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    use: str,
+    data: Data, trainer: MakeTrainer, tmp_path: Path, use: str
 ) -> None:
-    def loaded(*_: Any, **__: Any) -> None:
-        raise AssertionError("a model is loaded")
-
-    for name in ("sft", "dpo"):
-        monkeypatch.setattr(f"vlm_calibration.stages.{name}.load_for_training", loaded)
-    monkeypatch.setattr("vlm_calibration.stages.evaluation.load_base", loaded)
-    path = tmp_path / "levels.json"
-    measured(model_folder, noise=NoisePolicy(schedule=LinearSchedule())).save(path)
-    levels = LinearLevels() if use == "test" else AnchoredLevels(path)
-    run = getattr(trainer(), use.split()[0])
+    path, base = tmp_path / "levels.json", BaseModel("no/such-model")
+    measured("no/such-model", noise=NoisePolicy(schedule=LinearSchedule())).save(path)
+    candidates = CandidateSettings() if use == "fit stage 2" else None
+    queries = data(noise=NoisePolicy(levels=AnchoredLevels(path)), candidates=candidates)
+    module = {
+        "fit": lambda: SFTModule(base),
+        "fit stage 2": lambda: DPOModule(base, reference="base"),
+        "test": lambda: EvaluationModule(base, oracle_levels=str(path)),
+    }[use]()
     with pytest.raises(DataError, match=f"{re.escape(str(path))} was measured under other conditions"):
-        candidates = CandidateSettings() if use == "fit stage 2" else None
-        queries = data(noise=NoisePolicy(levels=levels), candidates=candidates)
-        run(_modules(model_folder, path)[use](), datamodule=queries)
+        getattr(trainer(), use.split()[0])(module, datamodule=queries)
 
 
 def test_levels_by_ranking_are_taught_as_what_they_are_and_are_no_oracle(
@@ -272,20 +238,3 @@ def test_levels_by_ranking_are_taught_as_what_they_are_and_are_no_oracle(
         DataError, match="levels.json ranks given answers and does not say how often an answer is"
     ):
         module.check_data(data(grading=ranking))
-
-
-def test_the_command_line_says_so_in_one_line_and_writes_nothing(
-    run: Callable[..., Ended], fit: Callable[..., list[str]], model_folder: str, tmp_path: Path
-) -> None:
-    path, package = tmp_path / "levels.json", "vlm_calibration.perturbation"
-    measured(model_folder).save(path)
-    levels = {
-        "class_path": f"{package}.levels.AnchoredLevels",
-        "init_args": {"path": str(path), "likelihoods": None},
-    }
-    schedule = {"class_path": f"{package}.schedules.LinearSchedule"}
-    ended = run(*fit(data={"noise": {"levels": levels, "kinds": {"noise": 1}, "schedule": schedule}}))
-    assert ended.error().startswith(
-        f"{path} was measured under other conditions: data.noise.schedule was 'Cosine"
-    )
-    assert (ended.status, (tmp_path / "run").exists()) == (1, False)

@@ -48,13 +48,12 @@ class PreferenceLoss(CandidateLoss):
 
     def log_ratios(self, scores: CandidateScores) -> Tensor:
         """log p - log p_ref of each candidate, float [B, K]."""
-        if scores.reference is None:
-            raise ValueError(f"{type(self).__name__} needs the log-likelihoods of the reference, found None")
+        assert scores.reference is not None
         return scores.policy - scores.reference
 
 
 class PairwiseLoss(PreferenceLoss):
-    """Base class of the losses of pairs: the chosen response with each rejected one; a query's loss is the mean over its pairs."""
+    """Base class of the losses of the chosen response with each rejected one; a query's loss is the mean over its pairs."""
 
     @abstractmethod
     def pair_losses(self, h: Tensor, distance: Tensor) -> Tensor:

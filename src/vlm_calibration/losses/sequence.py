@@ -52,10 +52,8 @@ def response_nll(log_likelihood: Tensor, rows: Tensor, weights: Tensor, n_rows: 
         log_likelihood: float [N], of all label tokens of a batch.
         rows: int64 [N], the response that each token belongs to.
         weights: float [N]; 1 for the plain mean.
-        n_rows: number of responses B, each of which needs a token (ValueError).
+        n_rows: number of responses B, each with at least one token.
     """
     lengths = log_likelihood.new_zeros(n_rows).index_add(0, rows, log_likelihood.new_ones(len(rows)))
-    if n_rows == 0 or not bool((lengths > 0).all()):
-        raise ValueError(f"every one of the {n_rows} responses needs at least one label token")
     sums = log_likelihood.new_zeros(n_rows).index_add(0, rows, -weights * log_likelihood)
     return (sums / lengths).mean()

@@ -59,10 +59,7 @@ class AnswerLog(AppendLog):
 
     @cached_property
     def _index(self) -> dict[str, dict[str, int]]:
-        return {
-            split: {query.id: index for index, query in enumerate(queries)}
-            for split, queries in self.queries.items()
-        }
+        return {s: {q.id: index for index, q in enumerate(queries)} for s, queries in self.queries.items()}
 
     def find(self, *, complete: bool = True) -> ResumeState:
         """Find the answers of an interrupted run; raises a DataError for a damaged file or answers to other queries.
@@ -75,10 +72,8 @@ class AnswerLog(AppendLog):
         over = f"{self.folder}: starting over instead of resuming the interrupted run"
         ids: dict[str, list[str]] = {split: [] for split in self.queries}
         try:
-            for where, row in self._rows():
-                if row["split"] not in ids:
-                    raise self.damaged(where, f"no split {row['split']!r}")
-                ids[row["split"]] += _ids(row)[0]
+            for _, row in self._rows():
+                ids[row["split"]] += next(_ids(row))
         except SettingsChangedError:
             return ResumeState(message=f"{over}: it had other settings or inputs")
         count, total = sum(map(len, ids.values())), sum(map(len, self.queries.values()))
@@ -136,7 +131,7 @@ class AnswerLog(AppendLog):
         for line, row in self.lines():
             try:
                 first, *others = _ids(row)
-                if not isinstance(row["split"], str) or not isinstance(row["passes"], dict):
+                if row["split"] not in self.queries or not isinstance(row["passes"], dict):
                     raise ValueError("not a batch of answers")
                 if any(ids != first for ids in others):
                     raise ValueError("the systems answered different queries")
@@ -145,6 +140,6 @@ class AnswerLog(AppendLog):
             yield line.where, row
 
 
-def _ids(row: Mapping[str, Any]) -> list[list[str]]:
+def _ids(row: Mapping[str, Any]) -> Iterator[list[str]]:
     """The queries of a batch, as each system answered them."""
-    return [[answer["id"] for answer in rows] for rows in row["answers"].values()]
+    return ([answer["id"] for answer in rows] for rows in row["answers"].values())

@@ -1,8 +1,8 @@
 """Stage 2: teach the stated confidence with several responses to one image and question, starting from the adapter of stage 1.
 
 A response that states the target confidence is preferred over responses that state others (CSP, arXiv 2504.14848; `losses.preference`),
-or the distribution over all confidences is taught (`losses.distribution`). A training step reads: candidates and their target
-(`compare`), scores (`score`), loss.
+or the distribution over all confidences is taught (`losses.distribution`). A step: candidates and their target (`compare`), scores
+(`score`), loss.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -25,7 +25,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.losses.candidates import CandidateLoss, CandidateScores
+from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import DistributionLoss, SoftLabel
 from vlm_calibration.losses.preference import DPO, preference_statistics
 from vlm_calibration.losses.sequence import AnswerWeight
@@ -43,25 +43,26 @@ from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.dpo_terms import (
+    Comparison,
     answer_log_likelihood,
     candidate_scores,
     chosen_nll,
+    kl_divergence,
+    picked,
     shared_text_drift,
 )
-from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.preference_targets import (
     OF_GOLD_ANSWERS,
-    Comparison,
+    FittedTeacher,
     PairPolicy,
+    TargetChooser,
+    TaughtAnswer,
+    TeacherSettings,
     choose_candidates,
-    kl_divergence,
-    own_answers,
     own_candidates,
-    picked,
 )
 from vlm_calibration.stages.provenance import check_levels, differences_from_training
-from vlm_calibration.stages.teachers import FittedTeacher, TargetChooser, TaughtAnswer, TeacherSettings
-from vlm_calibration.stages.training import TrainingStage, device_of
+from vlm_calibration.stages.training import OptimizerSettings, TrainingStage, device_of
 
 PAIR_STATISTICS = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer", "kl")
 
@@ -167,24 +168,20 @@ class DPOModule(TrainingStage):
         self.target = TargetChooser(pairs.target, teacher)
 
     def title(self, data: PerturbedQueryDataModule) -> str:
+        """What is taught, and on which answers."""
         taught = "soft labels" if isinstance(self.loss, SoftLabel) else type(self.loss).__name__
         answers = "gold" if data.candidates is None else data.candidates.answers
         return f"stage 2: {taught} on {answers} answers"
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        assert self.data.candidates is not None
-        same_passes = self.data.candidates.answers == "gold" and self.scoring == "shared"
-        if self.device_mesh is not None and not same_passes:
-            raise DataError(
-                "FSDP2 needs the same passes in each process: set data.candidates.answers to gold (experiment/level_dpo) and "
-                "model.scoring to shared, or use trainer/ddp"
-            )
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
         if data.candidates is None:
             raise DataError("data.candidates is not set: preference optimisation needs it")
         own = data.candidates.answers == "own"
+        if self.device_mesh is not None and (own or self.scoring != "shared"):
+            raise DataError(
+                "FSDP2 needs the same passes in each process: set data.candidates.answers to gold (experiment/level_dpo) and "
+                "model.scoring to shared, or use trainer/ddp"
+            )
         opposite = isinstance(self.loss, SoftLabel) and self.loss.opposite_weight
         if opposite and not (own and data.candidates.wrong_answer):
             raise DataError(
@@ -220,6 +217,7 @@ class DPOModule(TrainingStage):
         return AnswerTokenizer(data.chat, data.noise.levels, candidates.grid, candidates.wrong_answer)
 
     def on_fit_start(self) -> None:
+        """Fit the teacher on the reference's answers to the validation queries: all processes answer their share, and fit the same."""
         if self.target.is_ready:
             return
         taught, held_out = (
@@ -230,10 +228,6 @@ class DPOModule(TrainingStage):
                 f"data.validation has no {' and no '.join(missing)} question, but data.train has: `target: fitted` fits its map "
                 "for each answer type on data.validation; add such questions to it"
             )
-        self._fit_teacher()
-
-    def _fit_teacher(self) -> None:
-        """Fit the teacher on the reference's answers to the validation queries: all processes answer their share, and fit the same."""
         rows: list[TaughtAnswer] = []
         for batch in self.data.val_dataloader():
             if not batch.prompts.queries:
@@ -267,62 +261,50 @@ class DPOModule(TrainingStage):
             loss = loss + self.drift_weight * shared_text_drift(policy, comparison)
         size = len(comparison.picks)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        for name, value in self._statistics(scores, policy, comparison).items():
+        statistics = preference_statistics(self.loss, scores)
+        statistics["logp_answer"] = answer_log_likelihood(policy, comparison)
+        for name, value in statistics.items():
             if not bool(value.isnan()):
                 self.log(f"train/{name}", value, prog_bar=name == "reward_accuracy", batch_size=size)
         self.log("train/skipped", float(self.skipped), batch_size=size)
         self.log("train/cut_off", float(self.cut_off), batch_size=size)
         return loss
 
-    def _statistics(
-        self, scores: CandidateScores, policy: ResponseScores, comparison: Comparison
-    ) -> dict[str, Tensor]:
-        """Statistics of the policy's scores of the compared candidates; NaN where undefined."""
-        logp_answer = answer_log_likelihood(policy, comparison)
-        return {**preference_statistics(self.loss, scores), "logp_answer": logp_answer}
-
     def compare(self, batch: CandidateBatch | PromptBatch) -> tuple[CandidateBatch, Comparison]:
         """The prompts with all their candidates, and what is compared of these. Call it within `shared_vision`."""
-        if isinstance(batch, CandidateBatch):
-            return batch, self.choose(batch)
+        answered: AnsweredBatch | None = None
+        of_all: ResponseScores | None = None
         with self.as_reference():
-            answered = self._answer(batch)
-            candidates = own_candidates(answered)
-            return candidates, self.choose(candidates, answered)
-
-    def choose(self, batch: CandidateBatch, answered: AnsweredBatch | None = None) -> Comparison:
-        """For each query the target, the chosen candidate and the rejected ones, and their scores under the reference if needed.
-
-        `answered` are the reference's own answers, if the candidates give these; the reference is active then.
-        """
-        of_all = None
-        if answered is not None:
-            of_all = answered.scored_answers.candidates
-        elif self.pairs.target == "expected":
-            of_all = self.score_reference(batch, batch.candidates)
-        targets = self.target(batch, None if of_all is None else of_all.total, answered)
-        picks = choose_candidates(
-            self.pairs, batch, targets, everything=isinstance(self.loss, DistributionLoss)
-        )
-        comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
-        if not (self.loss.needs_reference or self.drift_weight):
-            return comparison
-        if of_all is not None:
-            return comparison._replace(reference=picked(of_all, picks))
-        return comparison._replace(reference=self.score_reference(batch, comparison.compared))
+            if isinstance(batch, PromptBatch):
+                answered = self._answer(batch)
+                batch, of_all = own_candidates(answered), answered.scored_answers.candidates
+            elif self.pairs.target == "expected":
+                of_all = self.score(batch, batch.candidates)
+            targets = self.target(batch, of_all, answered)
+            everything = isinstance(self.loss, DistributionLoss)
+            picks = choose_candidates(self.pairs, batch, targets, everything=everything)
+            comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
+            if self.loss.needs_reference or self.drift_weight:
+                of_picked = (
+                    self.score(batch, comparison.compared) if of_all is None else picked(of_all, picks)
+                )
+                comparison = comparison._replace(reference=of_picked)
+        return batch, comparison
 
     def _answer(self, batch: PromptBatch) -> AnsweredBatch:
-        return own_answers(self.model, batch, self.answer_tokenizer, self.max_new_tokens)
+        """The greedy, graded answers of the active adapter, which is the reference; one that the length limit cuts off is empty."""
+        answered = AnsweredBatch.generate(self.model, batch, self.answer_tokenizer, self.max_new_tokens)
+        # With an end that the model did not give it, it would be another answer.
+        rated = [
+            answer if complete else replace(answer, text="", predicted=None, confidence=None, correct=False)
+            for answer, complete in zip(answered.predictions, answered.complete, strict=True)
+        ]
+        return replace(answered, predictions=rated)
 
     def score(self, batch: CandidateBatch, candidates: Candidates) -> ResponseScores:
         """Log-likelihoods of candidates under the active adapter."""
         tokens = [[c.tokens for c in row] for row in candidates]
         return score_responses(self.model, Prompts(batch.inputs, batch.lengths), tokens, self.scoring)
-
-    def score_reference(self, batch: CandidateBatch, candidates: Candidates) -> ResponseScores:
-        """Log-likelihoods of candidates under the reference."""
-        with self.as_reference():
-            return self.score(batch, candidates)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -341,11 +323,6 @@ class DPOModule(TrainingStage):
         finally:
             self.model.train(training)
 
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        for mean in self.pair_means.values():
-            cast(MeanMetric, mean).reset()
-
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
         assert self.data.candidates is not None
         compared = batch.candidates if self.data.candidates.answers == "gold" else batch.prompts
@@ -360,12 +337,14 @@ class DPOModule(TrainingStage):
         prompts, comparison = self.compare(batch)
         policy = self.score(prompts, comparison.candidates)
         if comparison.of_all is None and self.reference != "none":
-            comparison = comparison._replace(of_all=self.score_reference(prompts, comparison.candidates))
+            with self.as_reference():
+                comparison = comparison._replace(of_all=self.score(prompts, comparison.candidates))
         comparison, policy = comparison.rated(policy)
         if not comparison.picks:
             return
-        of_compared = picked(policy, comparison.picks)
-        statistics = self._statistics(candidate_scores(of_compared, comparison), of_compared, comparison)
+        compared = picked(policy, comparison.picks)
+        statistics = preference_statistics(self.loss, candidate_scores(compared, comparison))
+        statistics["logp_answer"] = answer_log_likelihood(compared, comparison)
         if comparison.of_all is not None:
             statistics["kl"] = kl_divergence(policy.total, comparison.of_all.total, comparison.candidates)
         for name, value in statistics.items():
@@ -383,15 +362,13 @@ class DPOModule(TrainingStage):
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        self.warn_of_total(
-            self.cut_off,
-            f"own answers hit model.max_new_tokens, {self.max_new_tokens}, and were not rated",
-        )
+        says = f"own answers hit model.max_new_tokens, {self.max_new_tokens}, and were not rated"
+        self.warn_of_total(self.cut_off, says)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         fitted = self.target.fitted
-        checkpoint["teacher"] = None if fitted is None else fitted.state()
+        checkpoint["teacher"] = None if fitted is None else asdict(fitted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import lightning as L
 from torch import nn
@@ -126,10 +126,11 @@ class EvaluationModule(L.LightningModule):
         }
         self.systems = [*self.local, *self.endpoints, *([ORACLE] if self.oracle else [])]
         further = [name for name in names if name != VERBALIZED]
-        self.scorers = nn.ModuleList(
-            Scorer() if system == ORACLE else Scorer((), further, self.probes if system in self.local else ())
-            for system in self.systems
-        )
+        self.scorer_of = {
+            name: Scorer((), [] if name == ORACLE else further, self.probes if name in self.local else ())
+            for name in self.systems
+        }
+        self.scorers = nn.ModuleList(self.scorer_of.values())
         self.results = {}
         self.differences: Mapping[str, str] = {}
         # System -> how many of its stated confidences are among the scored ones (True), and how many are not.
@@ -179,9 +180,6 @@ class EvaluationModule(L.LightningModule):
             "--ckpt_path: an evaluation reads adapters, not checkpoints: give model.init_args.adapters"
         )
 
-    def _scored(self) -> list[tuple[str, Scorer]]:
-        return [(s, cast(Scorer, scorer)) for s, scorer in zip(self.systems, self.scorers, strict=True)]
-
     @property
     def data_needs(self) -> DataNeeds:
         """The copies of images that estimators and probes need, and whether endpoints are sent the images."""
@@ -202,15 +200,12 @@ class EvaluationModule(L.LightningModule):
         # What answers, in the order of `systems`.
         self.answering: dict[str, System] = {}
         if self.local:
-            tokenizer = AnswerTokenizer(data.chat)
+            settings = (AnswerTokenizer(data.chat), self.max_new_tokens, self.estimators)
             for name in self.local:
-                adapter = None if name == BASE else name
-                self.answering[name] = LocalSystem(
-                    self.model, adapter, tokenizer, self.max_new_tokens, self.estimators
-                )
+                self.answering[name] = LocalSystem(self.model, None if name == BASE else name, *settings)
         self.answering |= self.endpoints
         groups = {g for query in data.sets["test"].queries for g in category_groups(query.category)}
-        for _, scorer in self._scored():
+        for scorer in self.scorer_of.values():
             scorer.set_groups(groups)
             scorer.to(self.device)
 
@@ -223,7 +218,11 @@ class EvaluationModule(L.LightningModule):
                 for name, system in self.answering.items():
                     probes = self.probes if is_scored and name in self.local else ()
                     predictions, passes[name], _ = system.answer(batch, probes)
-                    answers[name] = [_rounded(prediction) for prediction in predictions]
+                    # With as many digits as do not depend on the batch size.
+                    answers[name] = [
+                        replace(p, estimates=_rounded(p.estimates), probes=_rounded(p.probes))
+                        for p in predictions
+                    ]
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
         if self.probes or EXPECTED in (e.name for e in self.estimators):
@@ -248,7 +247,7 @@ class EvaluationModule(L.LightningModule):
 
     def count(self, batch: BatchAnswers) -> None:
         """Count a batch in the results, whether this run or an earlier one answered it."""
-        for system, scorer in self._scored():
+        for system, scorer in self.scorer_of.items():
             scorer.update(batch["answers"][system], batch["passes"].get(system))
 
     @property
@@ -267,16 +266,11 @@ class EvaluationModule(L.LightningModule):
         return replace(prediction, confidence=accuracy, estimates={}, probes={})
 
     def on_test_epoch_end(self) -> None:
-        self.results = {system: scorer.compute() for system, scorer in self._scored()}
+        self.results = {system: scorer.compute() for system, scorer in self.scorer_of.items()}
         for system, values in self.results.items():
             overall = {f"test/{system}/{k}": v for k, v in values.items() if "/" not in k}
             self.log_dict(overall, rank_zero_only=True)
 
 
-def _rounded(prediction: EstimatedPrediction) -> EstimatedPrediction:
-    """The prediction with estimates and probes of as many digits as do not depend on the batch size."""
-    estimates, probes = (
-        {name: rounded(confidence) for name, confidence in values.items()}
-        for values in (prediction.estimates, prediction.probes)
-    )
-    return replace(prediction, estimates=estimates, probes=probes)
+def _rounded(confidences: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: rounded(confidence) for name, confidence in confidences.items()}

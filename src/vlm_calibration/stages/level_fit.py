@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import lightning as L
 import numpy as np
+import pandas as pd
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_info
@@ -96,7 +97,7 @@ class LevelFitModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Find out where to resume."""
         refuse_sharding(self)
-        data, asked = self._data, [LEVELS, *(["train"] if self.likelihoods is not None else [])]
+        data, asked = self._data, (LEVELS,) if self.likelihoods is None else (LEVELS, "train")
         contents = {name: contents_of(data.read_splits(name), f"data.{name}") for name in asked}
         self._contents = contents.get("train", {})
         # The record leaves the bytes of images out; answers about other images are not counted with these.
@@ -231,45 +232,39 @@ def count_levels(
         DataError: there is no answer of a type at a level.
     """
     level_of = {perturbation: index for index, perturbation in enumerate(perturbations)}
-    numbers: dict[str, int] = {}
-    rows: dict[str, list[tuple[int, int, bool, float]]] = {answer_type: [] for answer_type in ANSWER_TYPES}
-    for answer in answers:
-        query = numbers.setdefault(query_id_of_level(answer.id), len(numbers))
-        level = level_of[Perturbation(cast(str, answer.perturbation), cast(float, answer.strength))]
-        likelihood = cast(float, answer.estimates.get(LIKELIHOOD, np.nan))
-        rows[answer.answer_type].append((query, level, answer.correct, likelihood))
-    return {
-        answer_type: _count(answer_type, perturbations, *map(np.array, zip(*of_type, strict=True)))
-        for answer_type, of_type in rows.items()
-        if of_type
-    }
+    rows = pd.DataFrame(
+        (
+            (
+                answer.answer_type,
+                query_id_of_level(answer.id),
+                level_of[Perturbation(cast(str, answer.perturbation), cast(float, answer.strength))],
+                answer.correct,
+                answer.estimates.get(LIKELIHOOD, np.nan),
+            )
+            for answer in answers
+        ),
+        columns=["answer_type", "query", "level", "correct", "likelihood"],
+    )
+    given = [answer_type for answer_type in ANSWER_TYPES if answer_type in set(rows["answer_type"])]
+    return {t: _count(t, rows[rows["answer_type"] == t], perturbations) for t in given}
 
 
-def _count(
-    answer_type: str,
-    perturbations: Sequence[Perturbation],
-    query: np.ndarray,
-    level: np.ndarray,
-    correct: np.ndarray,
-    likelihood: np.ndarray,
-) -> AnswerTypeCounts:
-    """Count answers, [N], of one type: number of the query, index into `perturbations`, whether correct, likelihood or NaN."""
-    measured = ~np.isnan(likelihood)
-    by_query = np.full(query.max() + 1, np.nan if measured.any() else 0.0)
-    by_query[query[measured]] = likelihood[measured]
+def _count(answer_type: str, rows: pd.DataFrame, perturbations: Sequence[Perturbation]) -> AnswerTypeCounts:
+    """Count the answers of one type; their levels are indices into `perturbations`, and their likelihoods may be NaN."""
+    own = rows.groupby("query")["likelihood"].transform("first")
     # Without an untouched image (its record could not be loaded then), a query has no bin.
-    known = ~np.isnan(by_query[query])
-    query, level, correct = query[known], level[known], correct[known]
+    rows = rows.assign(likelihood=0.0 if own.isna().all() else own).dropna()
     # The last column counts the queries that are asked untouched alone.
-    level = np.where(np.isin(query, query[level > 0]), level, len(perturbations))
-    values = by_query[np.unique(query)]
+    is_perturbed = rows.groupby("query")["level"].transform("max") > 0
+    level = rows["level"].where(is_perturbed, len(perturbations))
+    values = rows.drop_duplicates("query")["likelihood"]
     for n_bins in range(max(1, min(MAX_BINS, len(values) // MIN_QUERIES_PER_BIN)), 0, -1):
         quantiles = np.quantile(values, np.arange(1, n_bins) / n_bins)
         # Equal quantiles, where many answers are equally likely, are one edge.
-        edges = np.unique(quantiles[quantiles > values.min(initial=1.0)])
-        bins = np.searchsorted(edges, by_query[query], side="right")
+        edges = np.unique(quantiles[quantiles > values.min()])
+        bins = np.searchsorted(edges, rows["likelihood"], side="right")
         counts = np.zeros((len(edges) + 1, len(perturbations) + 1, 2), dtype=np.int64)  # n and n_correct
-        np.add.at(counts, (bins, level), np.stack([np.ones_like(correct), correct], -1))
+        np.add.at(counts, (bins, level), np.stack([np.ones(len(rows), dtype=np.int64), rows["correct"]], -1))
         if counts[:, :-1, 0].all():
             by_bin = [_by_kind(of_bin, perturbations) for of_bin in counts[:, :-1].tolist()]
             never_perturbed = [LevelCount(0.0, *of_bin) for of_bin in counts[:, -1].tolist()]

@@ -1,4 +1,4 @@
-"""Which responses stage 2 compares: the model's own answers as candidates, the chosen candidate, and the rejected ones.
+"""Which response stage 2 prefers: the target confidence of each answer, the teacher that rates answers, and the candidates to compare.
 
 With gold answers a model would learn how confident to be of answers that it does not give.
 """
@@ -6,24 +6,44 @@ With gold answers a model would learn how confident to be of answers that it doe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from vlm_calibration.data.candidates import Candidate, CandidateBatch, Candidates
-from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.noise import query_rng
-from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
-from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators.base import AnsweredBatch, Estimator
+from vlm_calibration.estimators.consistency import SelfConsistency
+from vlm_calibration.estimators.likelihood import AnswerLikelihood
+from vlm_calibration.estimators.p_true import PTrue
+from vlm_calibration.estimators.recalibration import SMALLEST
+from vlm_calibration.estimators.verbal import ExpectedConfidence, expected_confidence
+from vlm_calibration.metrics.functional import auroc, brier_score, expected_calibration_error
 from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.records import DataError, Query
 
 Target = Literal["level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct"]
 OF_GOLD_ANSWERS: tuple[Target, ...] = ("level", "expected", "correct")
 """Targets that gold answers have."""
+Feature = Literal["expected", "likelihood", "p_true", "self_consistency"]
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "expected": ExpectedConfidence,
+    "likelihood": AnswerLikelihood,
+    "p_true": PTrue,
+    "self_consistency": SelfConsistency,
+}
+FOLDS = 5
+"""Folds of the cross-validation that scores a fitted teacher."""
+Map = tuple[Any, Any]
+"""Logistic: the weights of the features' log-odds, and the intercept. Isotonic: rising confidences, and the accuracy at each."""
 
 
 @dataclass(frozen=True)
@@ -58,58 +78,223 @@ class PairPolicy:
             raise DataError(f"model.pairs.seed must be at least 0, found {self.seed}")
 
 
-class Comparison(NamedTuple):
-    """What a step compares for B queries.
+@dataclass(frozen=True)
+class TeacherSettings:
+    """The teacher that `pairs.target: fitted` fits on the reference's answers to the validation queries.
 
-    Attributes:
-        candidates: all candidates of each.
-        picks: for each the index of the chosen candidate, then those of the rejected ones.
-        targets: for each the target confidence in [0, 1]; NaN for an answer that the teacher does not rate.
-        is_correct: for each whether the answer is correct.
-        reference: the reference's scores of the picked candidates, [B, K, T]; None if nothing needs them.
-        of_all: the reference's scores of all candidates; None if the choice does not depend on them.
+    Args:
+        features: estimates of the reference's confidence that the map combines, as in an evaluation's `model.estimators`.
+        map: "logistic": logistic regression of correctness on the log-odds of the features. "isotonic": isotonic regression
+            on a single feature.
     """
 
-    candidates: Candidates
-    picks: tuple[tuple[int, ...], ...]
-    targets: tuple[float, ...]
-    is_correct: tuple[bool, ...]
-    reference: ResponseScores | None = None
-    of_all: ResponseScores | None = None
+    features: tuple[Feature, ...] = ("likelihood", "expected")
+    map: Literal["logistic", "isotonic"] = "logistic"
+
+    def __post_init__(self) -> None:
+        if not self.features or len(set(self.features)) < len(self.features):
+            raise DataError(
+                f"model.teacher.features needs different features, at least one, found {list(self.features)}"
+            )
+        if self.map == "isotonic" and len(self.features) > 1:
+            raise DataError(
+                f"model.teacher: `map: isotonic` takes one feature, found {list(self.features)}: leave all but one out, or use "
+                "`map: logistic`"
+            )
+
+
+class TaughtAnswer(NamedTuple):
+    """One answer that a teacher is fitted on.
+
+    Attributes:
+        features: confidences in [0, 1], in the order of the settings.
+        correct: whether the answer is correct.
+        answer_type: of the query.
+        image: of the query; answers about one image are not independent.
+    """
+
+    features: tuple[float, ...]
+    correct: bool
+    answer_type: str
+    image: str
+
+
+@dataclass(frozen=True, repr=False)
+class FittedTeacher:
+    """Maps from estimates of confidence to accuracy, one for each answer type.
+
+    Attributes:
+        settings: what was fitted.
+        maps: answer type -> its map.
+        scores: of the teacher on the answers that it was fitted on, each scored by maps that were fitted on other images: `n`,
+            `accuracy`, `brier`, `ece`, `auroc`; those that are undefined are left out, such as `auroc` if all answers are correct.
+    """
+
+    settings: TeacherSettings
+    maps: Mapping[str, Map]
+    scores: Mapping[str, float]
+
+    def __call__(self, features: Sequence[float], answer_type: str) -> float:
+        """The accuracy in [0, 1] of answers with such features; raises a DataError if no answer of this type was fitted."""
+        if answer_type not in self.maps:
+            raise DataError(
+                f"`target: fitted`: no {answer_type} answer among those to data.validation, found "
+                f"{', '.join(sorted(self.maps))}: add such queries to it"
+            )
+        first, second = self.maps[answer_type]
+        if self.settings.map == "isotonic":
+            return float(np.interp(features[0], first, second))
+        z = float(np.dot(first, _log_odds(np.array(features))) + second)
+        return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
+
+    @staticmethod
+    def fit(settings: TeacherSettings, answers: Sequence[TaughtAnswer]) -> FittedTeacher:
+        """Fit the maps on at least one answer. The order of the answers does not matter."""
+        rows = sorted(answers)
+        return FittedTeacher(settings, _fit_maps(settings, rows), _cross_validated(settings, rows))
+
+    @staticmethod
+    def from_state(settings: TeacherSettings, state: Mapping[str, Any]) -> FittedTeacher:
+        """The teacher of a checkpoint; raises a DataError if it was fitted with other settings."""
+        if state["settings"] != asdict(settings):
+            raise DataError(
+                f"--ckpt_path: the checkpoint's teacher was fitted with {state['settings']}, but model.teacher is "
+                f"{asdict(settings)}: use the settings of the run that wrote the checkpoint"
+            )
+        return FittedTeacher(settings, state["maps"], state["scores"])
+
+    def __repr__(self) -> str:
+        scores = ", ".join(
+            f"{name} {value:g}" if name == "n" else f"{name} {value:.3f}"
+            for name, value in self.scores.items()
+        )
+        return f"{self.settings.map} map of {' and '.join(self.settings.features)}, cross-validated: {scores}"
+
+
+class TargetChooser:
+    """Chooses the confidence that each answer should state: a target of `PairPolicy`; "fitted" fits a teacher of these settings."""
+
+    def __init__(self, target: Target, settings: TeacherSettings) -> None:
+        self.target = target
+        self.settings = settings
+        features = settings.features if target == "fitted" else (target,)
+        self.estimators = [] if target in OF_GOLD_ANSWERS else [ESTIMATORS[name]() for name in features]
+        self.fitted: FittedTeacher | None = None
 
     @property
-    def compared(self) -> Candidates:
-        """The picked candidates of each query."""
-        rows = zip(self.candidates, self.picks, strict=True)
-        return tuple(tuple(candidates[i] for i in picks) for candidates, picks in rows)
+    def is_ready(self) -> bool:
+        """False for a teacher that is still to be fitted."""
+        return self.target != "fitted" or self.fitted is not None
 
-    @property
-    def correct(self) -> list[list[bool]]:
-        """For each query whether the answer of each picked candidate is correct.
+    def __call__(
+        self, batch: CandidateBatch, reference: ResponseScores | None, answered: AnsweredBatch | None
+    ) -> tuple[float, ...]:
+        """For each query the target in [0, 1]; NaN for an own answer that is none, or that an estimator does not rate.
 
-        A wrong candidate beside a gold answer is wrong, and one beside a wrong own answer is its opposite.
+        "expected" needs the reference's scores of all candidates, estimators its own answers, which the candidates give.
         """
-        rows = zip(self.compared, self.is_correct, strict=True)
-        return [[c.wrong != correct for c in candidates] for candidates, correct in rows]
+        targets: Sequence[float]
+        if self.target == "level":
+            targets = batch.levels
+        elif self.target == "correct":
+            targets = [float(correct) for correct in batch.is_correct]
+        elif self.target == "expected":
+            assert reference is not None
+            levels = level_log_p(reference.total, batch.candidates)
+            targets = [expected_confidence(confidences, log_p.cpu()) for confidences, log_p in levels]
+        else:
+            assert answered is not None
+            rate = self.fitted or (lambda features, _: features[0])
+            rows = zip(self.features(answered), batch.queries, strict=True)
+            targets = [math.nan if f is None else rate(f, query.answer_type) for f, query in rows]
+        if answered is None:
+            return tuple(targets)
+        answers = zip(targets, answered.answers, strict=True)
+        return tuple(math.nan if answer is None else target for target, answer in answers)
 
-    def rated(self, policy: ResponseScores) -> tuple[Comparison, ResponseScores]:
-        """The comparison of the queries that have a target, and the policy's scores of them."""
-        rows = [row for row, target in enumerate(self.targets) if not math.isnan(target)]
+    def features(self, answered: AnsweredBatch) -> list[tuple[float, ...] | None]:
+        """For each query the estimates of the confidence in its answer; None for an answer that one of them does not rate."""
+        columns = [estimator.estimate(answered).confidence for estimator in self.estimators]
+        rows = zip(*columns, strict=True)
+        return [None if None in row else tuple(c for c in row if c is not None) for row in rows]
 
-        def select(values: Any) -> Any:
-            if isinstance(values, ResponseScores):
-                return ResponseScores(*(scores[rows] for scores in values))
-            return None if values is None else tuple(values[row] for row in rows)
+    def taught(self, answered: AnsweredBatch) -> list[TaughtAnswer]:
+        """The rated answers of a batch, to fit on."""
+        rows = zip(self.features(answered), answered.predictions, strict=True)
+        return [
+            TaughtAnswer(features, p.correct, p.answer_type, p.image or "")
+            for features, p in rows
+            if features is not None
+        ]
 
-        return Comparison(*map(select, self)), select(policy)
+    def fit(self, rows: list[TaughtAnswer]) -> None:
+        """Fit the teacher on the answers of all processes, each of which gives its own; raises a DataError if there are none."""
+        rows = gather(rows)  # before any error is raised, so that no process waits for another
+        if not rows:
+            raise DataError(
+                "`target: fitted`: the reference gives no answer to a validation query that "
+                f"{' and '.join(self.settings.features)} rate, so there is nothing to fit: use `target: expected`, train stage 1 "
+                "longer, or raise model.max_new_tokens if it cuts answers off"
+            )
+        self.fitted = FittedTeacher.fit(self.settings, rows)
 
 
-def picked(scores: ResponseScores, picks: Sequence[Sequence[int]]) -> ResponseScores:
-    """The scores of the picked candidates, [B, K, T] for the largest number K of picks; a row with fewer repeats its first."""
-    width = max(map(len, picks))
-    index = torch.tensor([[*p, *[p[0]] * (width - len(p))] for p in picks], device=scores.tokens.device)
-    rows = torch.arange(len(picks), device=index.device)[:, None]
-    return ResponseScores(*(values[rows, index] for values in scores))
+def gather(rows: list[Any]) -> list[Any]:
+    """The rows of all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, rows)
+    return [row for part in gathered for row in part]
+
+
+def _fit_maps(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, Map]:
+    maps: dict[str, Map] = {}
+    for kind in sorted({row.answer_type for row in rows}):
+        of_kind = [row for row in rows if row.answer_type == kind]
+        features = np.array([row.features for row in of_kind])  # float64 [N, F]
+        correct = np.array([row.correct for row in of_kind])
+        n, n_correct = len(correct), int(correct.sum())
+        if settings.map == "isotonic":
+            isotonic = IsotonicRegression(y_min=0.0, y_max=1.0)
+            isotonic.fit(features[:, 0], correct.astype(np.float64))
+            maps[kind] = tuple(isotonic.X_thresholds_.tolist()), tuple(isotonic.y_thresholds_.tolist())
+        elif n_correct in (0, n):
+            # One outcome has no finite fit: the rule of succession, whatever the features are.
+            maps[kind] = (0.0,) * features.shape[1], math.log((n_correct + 1) / (n - n_correct + 1))
+        else:
+            logistic = LogisticRegression(max_iter=1000).fit(_log_odds(features), correct)
+            maps[kind] = tuple(logistic.coef_[0].tolist()), float(logistic.intercept_[0])
+    return maps
+
+
+def _log_odds(confidence: np.ndarray) -> np.ndarray:
+    clipped = np.clip(confidence, SMALLEST, 1 - SMALLEST)
+    return np.log(clipped) - np.log1p(-clipped)
+
+
+def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, float]:
+    """Scores of teachers on answers about images that they were not fitted on."""
+    images = [row.image for row in rows]
+    folds = min(FOLDS, len(set(images)))
+    correct = torch.tensor([row.correct for row in rows])
+    scores = {"n": float(len(rows)), "accuracy": float(correct.double().mean())}
+    if folds < 2:
+        return scores
+    confidence = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    for fitted_on, held_out in GroupKFold(folds).split(images, groups=images):
+        teacher = FittedTeacher(settings, _fit_maps(settings, [rows[i] for i in fitted_on]), {})
+        for i in held_out:
+            if rows[i].answer_type in teacher.maps:
+                confidence[i] = teacher(rows[i].features, rows[i].answer_type)
+    rated = ~confidence.isnan()  # all but those of an answer type of a single fold
+    confidence, correct = confidence[rated], correct[rated]
+    if len(correct):
+        scores["brier"] = float(brier_score(confidence, correct))
+        scores["ece"] = float(expected_calibration_error(confidence, correct))
+    if len(correct.unique()) == 2:
+        scores["auroc"] = float(auroc(confidence, correct))
+    return scores
 
 
 def level_log_p(total: Tensor, candidates: Candidates) -> list[tuple[list[float], Tensor]]:
@@ -119,17 +304,6 @@ def level_log_p(total: Tensor, candidates: Candidates) -> list[tuple[list[float]
         indices = [k for k, c in enumerate(of_query) if not c.wrong]
         levels.append(([of_query[k].confidence for k in indices], total[row, indices]))
     return levels
-
-
-@torch.no_grad()
-def kl_divergence(policy: Tensor, reference: Tensor, candidates: Candidates) -> Tensor:
-    """KL divergence of the reference's distribution over levels from the policy's, in nats, averaged over queries."""
-    values = []
-    rows = zip(level_log_p(policy, candidates), level_log_p(reference, candidates), strict=True)
-    for (_, policy_log_p), (_, reference_log_p) in rows:
-        log_p, log_q = (torch.log_softmax(x.float(), -1) for x in (policy_log_p, reference_log_p))
-        values.append((log_p.exp() * (log_p - log_q)).sum())
-    return torch.stack(values).mean()
 
 
 def choose_candidates(
@@ -172,22 +346,6 @@ def choose(
     confidence = candidates[target].confidence
     wrong = [i for i, c in enumerate(candidates) if c.wrong and c.confidence == confidence]
     return [target, *rejected, *wrong]
-
-
-def own_answers(
-    model: Any, batch: PromptBatch, tokenizer: AnswerTokenizer, max_new_tokens: int
-) -> AnsweredBatch:
-    """The greedy, graded answers of the active adapter to B prompts, with the cache of their prompts.
-
-    An answer that is cut off at `max_new_tokens` is empty: with an end that the model did not give it, it would be another answer.
-    Call it in eval mode and under `torch.no_grad`.
-    """
-    answered = AnsweredBatch.generate(model, batch, tokenizer, max_new_tokens)
-    rated = [
-        answer if complete else replace(answer, text="", predicted=None, confidence=None, correct=False)
-        for answer, complete in zip(answered.predictions, answered.complete, strict=True)
-    ]
-    return replace(answered, predictions=rated)
 
 
 def own_candidates(answered: AnsweredBatch) -> CandidateBatch:

@@ -28,16 +28,14 @@ def provenance_of(
 
     The seed is informative only: another seed draws other noise of the same kind.
     """
-    noise = data.noise
-    of_noise = {key: getattr(noise, key) for key in OF_NOISE}
     return {
         "model": base.name_or_path,
         "revision": base.revision,
         "weights": weights_digest(base),
         "quantization": base.quantization,
-        **of_noise,
-        "schedule": repr(noise.schedule),
-        "seed": noise.seed,
+        **{key: getattr(data.noise, key) for key in OF_NOISE},
+        "schedule": repr(data.noise.schedule),
+        "seed": data.noise.seed,
         "prompt": data.prompt.template,
         "max_pixels": data.max_pixels,
         "grading": {kind: data.grading.level_rule(kind) for kind in answer_types},
@@ -101,18 +99,15 @@ def differences_from_training(adapters: Mapping[str, str], data: PerturbedQueryD
     Returns:
         Name of each such adapter -> what differs.
     """
-    differences = {}
-    used = {"template": data.prompt.template, "max_pixels": data.max_pixels}
-    settings = {"template": "data.prompt.template", "max_pixels": "data.max_pixels"}
+    template, max_pixels, differences = data.prompt.template, data.max_pixels, {}
     for name, folder in adapters.items():
-        card = read_object(Path(folder) / FACTS) if (Path(folder) / FACTS).is_file() else {}
-        if card.get("template") is None:
-            card.pop("template", None)
-        changed = [
-            f"{settings[key]} is {now!r} and was {card[key]!r}"
-            for key, now in used.items()
-            if key in card and card[key] != now
-        ]
+        path = Path(folder) / FACTS
+        card = read_object(path) if path.is_file() else {}
+        changed = []
+        if card.get("template") not in (None, template):
+            changed.append(f"data.prompt.template is {template!r} and was {card['template']!r}")
+        if card.get("max_pixels", max_pixels) != max_pixels:
+            changed.append(f"data.max_pixels is {max_pixels!r} and was {card['max_pixels']!r}")
         if changed:
             differences[name] = " and ".join(changed)
             rank_zero_warn(f"{name!r} is used otherwise than in its training: {differences[name]}")

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric
 
 from vlm_calibration.estimators.base import PROBES
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
@@ -69,11 +69,6 @@ class Scorer(nn.Module):
         # The sum of float64 passes is exact.
         self.passes = nn.ModuleList(MeanMetric().set_dtype(torch.float64) for _ in self.counted)
         self.probes = ProbeMetrics(self.probe_names, self.groups)
-
-    def reset(self) -> None:
-        for metric in self.modules():
-            if isinstance(metric, Metric):
-                metric.reset()
 
     def update(
         self, predictions: Sequence[Prediction], passes: Mapping[str, Sequence[int]] | None = None

@@ -11,19 +11,13 @@ from torch import Tensor
 
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.losses.sequence import (
-    AnswerWeight,
-    response_nll,
-    token_log_likelihood,
-    token_weights,
-)
+from vlm_calibration.losses.sequence import AnswerWeight, response_nll, token_log_likelihood, token_weights
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.optimization import OptimizerSettings
 from vlm_calibration.stages.provenance import check_levels
-from vlm_calibration.stages.training import TrainingStage, device_of
+from vlm_calibration.stages.training import OptimizerSettings, TrainingStage, device_of
 
 
 class SFTModule(TrainingStage):

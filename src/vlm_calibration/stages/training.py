@@ -1,17 +1,21 @@
-"""What the stages share: device and strategy, and the base class of both training stages."""
+"""What the stages share: device and strategy, optimizer with learning rate schedule, and the base class of both training stages."""
 
 from __future__ import annotations
 
 import math
 import os
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import bitsandbytes as bnb
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from vlm_calibration.data.candidates import ValidationBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
@@ -22,11 +26,77 @@ from vlm_calibration.models.forward import unwrap_peft
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.models.sharding import shard
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.optimization import OptimizerSettings, adamw_with_schedule
 from vlm_calibration.stages.scoring import Results, Scorer
 
-PROGRESS_BAR = ("accuracy", "ece")
-"""Validation metrics in the progress bar."""
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adamw_8bit": bnb.optim.AdamW8bit,
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+}
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (arXiv 1711.05101) and its schedule.
+
+    Args:
+        name: "adamw", or with 8-bit states through bitsandbytes (arXiv 2110.02861): "adamw_8bit", and
+            "paged_adamw_8bit", which moves states out of GPU memory when it runs short. Tensors of fewer than 4,096
+            elements keep float32 states.
+        lr: highest learning rate.
+        weight_decay: decoupled weight decay.
+        betas: decay rates of the first and second moments.
+        eps: term added to the denominator for numerical stability.
+        warmup_fraction: share of all steps, in [0, 1), in which the rate rises linearly.
+        final_fraction: final learning rate as a share of `lr`, in [0, 1].
+    """
+
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    lr: float = 2e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_fraction: float = 0.05
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, is_valid, rule in (
+            ("lr", 0 < self.lr < math.inf, "a finite number above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+            ("warmup_fraction", 0 <= self.warmup_fraction < 1, "in [0, 1)"),
+            ("final_fraction", 0 <= self.final_fraction <= 1, "in [0, 1]"),
+        ):
+            if not is_valid:
+                raise DataError(f"optimizer.{name} must be {rule}, found {getattr(self, name)}")
+
+
+def learning_rate_factor(step: int, total: int, settings: OptimizerSettings) -> float:
+    """Learning rate of optimiser step `step` (from 0) of `total`, as a share of `lr`."""
+    warmup = round(settings.warmup_fraction * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.final_fraction + (1.0 - settings.final_fraction) * cosine
+
+
+def adamw_with_schedule(
+    parameters: Iterable[nn.Parameter], settings: OptimizerSettings, total_steps: float
+) -> dict[str, Any]:
+    """The optimizer and its schedule, for `configure_optimizers`; raises a DataError if the number of steps is not finite."""
+    if not 0 < total_steps < math.inf:
+        raise DataError(
+            "the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps"
+        )
+    optimizer = OPTIMIZERS[settings.name](
+        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, int(total_steps), settings)
+    )
+    # `name` is the key that the rate is logged under.
+    scheduled = {"scheduler": schedule, "interval": "step", "name": "train/learning_rate"}
+    return {"optimizer": optimizer, "lr_scheduler": scheduled}
 
 
 def device_of(module: L.LightningModule) -> torch.device:
@@ -85,10 +155,6 @@ class TrainingStage(L.LightningModule, ABC):
     @property
     def data(self) -> PerturbedQueryDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]
-
-    @abstractmethod
-    def title(self, data: PerturbedQueryDataModule) -> str:
-        """What is taught, and on which answers."""
 
     @abstractmethod
     def check_data(self, data: PerturbedQueryDataModule) -> None:
@@ -160,7 +226,9 @@ class TrainingStage(L.LightningModule, ABC):
         return sum(p.sum() * 0.0 for p in trained_parameters(self))  # type: ignore[return-value]
 
     def on_validation_start(self) -> None:
-        self.scorer.reset()
+        for metric in self.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
 
     def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
         answered = AnsweredBatch.generate(
@@ -172,7 +240,7 @@ class TrainingStage(L.LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         self.results = {"": self.scorer.compute()}
         for name, value in self.results[""].items():
-            self.log(f"val/{name}", value, prog_bar=name in PROGRESS_BAR, rank_zero_only=True)
+            self.log(f"val/{name}", value, prog_bar=name in ("accuracy", "ece"), rank_zero_only=True)
 
     def on_train_end(self) -> None:
         self.warn_of_total(self.skipped, "samples were longer than data.max_length and were skipped")
@@ -190,13 +258,13 @@ class TrainingStage(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise a DataError unless a checkpoint holds exactly the trained weights of this module."""
-        expected = {name: list(p.shape) for name, p in self.named_parameters() if p.requires_grad}
-        saved = {name: list(weight.shape) for name, weight in checkpoint["state_dict"].items()}
-        names = sorted(
-            name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)
-        )
-        if names:
-            there, here = (shapes.get(names[0], "missing") for shapes in (saved, expected))
+        expected = {(name, *p.shape) for name, p in self.named_parameters() if p.requires_grad}
+        saved = {(name, *weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        if names := sorted({name for name, *_ in expected ^ saved}):
+            there, here = (
+                next((shape for name, *shape in weights if name == names[0]), "missing")
+                for weights in (saved, expected)
+            )
             raise DataError(
                 f"--ckpt_path: the checkpoint belongs to another model or adapter: {len(names)} trained weights differ, the "
                 f"first is {names[0]}, there {there}, here {here}; use the settings of the run that wrote the checkpoint"
