@@ -38,7 +38,6 @@ from vlm_calibration.metrics.functional import (
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report import pictures
-from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, p_value
 from vlm_calibration.reporting.report.data import System, read_calibration, read_systems
 from vlm_calibration.reporting.report.pictures import examples_of, thumbnail
 from vlm_calibration.reporting.report.summary import (
@@ -51,7 +50,15 @@ from vlm_calibration.reporting.report.summary import (
     verdict_sentence,
     weakest_group,
 )
-from vlm_calibration.reporting.report.table import agreement, bands_of, compare, groups_of, match_of
+from vlm_calibration.reporting.report.table import (
+    ImageBootstrap,
+    agreement,
+    bands_of,
+    compare,
+    groups_of,
+    match_of,
+    p_value,
+)
 from vlm_calibration.reporting.runs import RunRecord
 
 NAMES = {
