@@ -58,20 +58,18 @@ def files(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def evaluation(root: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Arguments that evaluate a shipped configuration with our model and data, results in `tmp_path`/`out`."""
+    """Arguments that evaluate a shipped configuration with our model and data, results in `tmp_path`/eval."""
 
-    def arguments(config: str, test: dict[str, Any], out: str = "eval", **init_args: Any) -> list[str]:
+    def arguments(config: str, test: dict[str, Any], **init_args: Any) -> list[str]:
         shipped = yaml.safe_load((root / "configs/eval" / config).read_text(encoding="utf-8"))
         trainer: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-        trainer["default_root_dir"] = str(tmp_path / out)
-        callbacks = shipped["trainer"]["callbacks"]
-        trainer["callbacks"] = [c for c in callbacks if "progress.Progress" not in str(c)]
+        callbacks = [c for c in shipped["trainer"]["callbacks"] if "progress.Progress" not in str(c)]
+        shipped["trainer"] |= {**trainer, "callbacks": callbacks, "default_root_dir": str(tmp_path / "eval")}
         base = {"name_or_path": str(root / "src/vlm_calibration/demo/model"), "dtype": "float32"}
-        shipped["trainer"] |= trainer
         quick = {"max_new_tokens": 16, "estimators": None, "adapters": {}}
         shipped["model"]["init_args"] |= {"base": base, **quick, **init_args}
         shipped["data"] |= {"test": test, "calibration": None, "eval_batch_size": 2, "workers": 0}
-        path = tmp_path / f"{out}.yaml"
+        path = tmp_path / "eval.yaml"
         path.write_text(yaml.safe_dump(shipped), encoding="utf-8")
         return ["test", "--config", str(path)]
 
