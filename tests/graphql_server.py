@@ -9,18 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 ENTITY = "team"
-USER = {
-    "id": "VXNlcjox",
-    "name": "someone",
-    "username": "someone",
-    "email": "someone@example.org",
-    "admin": False,
-    "flags": "{}",
-    "entity": ENTITY,
-    "deletedAt": None,
-    "apiKeys": {"edges": []},
-    "teams": {"edges": [{"node": {"name": ENTITY}}]},
-}
+USER = {"id": "VXNlcjox", "name": "someone", "username": "someone", "email": "someone@example.org"}
+USER |= {"admin": False, "flags": "{}", "entity": ENTITY, "deletedAt": None, "apiKeys": {"edges": []}}
+USER |= {"teams": {"edges": [{"node": {"name": ENTITY}}]}}
 
 
 def artifact_id(digest: str) -> str:
@@ -29,16 +20,11 @@ def artifact_id(digest: str) -> str:
 
 
 class GraphQLServer:
-    """Server on the loopback interface.
+    """Server on the loopback interface. `refuse`: HTTP status that refuses every request; None: requests are answered."""
 
-    Args:
-        projects: names of existing projects.
-        refuse: HTTP status that refuses every request; None: requests are answered.
-    """
-
-    def __init__(self, projects: tuple[str, ...] = (), refuse: int | None = None) -> None:
-        self.projects = list(projects)
-        self.refuse = refuse
+    def __init__(self) -> None:
+        self.projects: list[str] = []
+        self.refuse: int | None = None
         self.requests: list[dict[str, Any]] = []
         self.uploaded: list[str] = []
         outer = self
@@ -48,26 +34,25 @@ class GraphQLServer:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 # Other paths receive the lines of a run's history and the library's telemetry.
                 status, answer = outer.answer(json.loads(body)) if self.path == "/graphql" else (200, {})
-                text = json.dumps(answer).encode()
+                self.reply(status, json.dumps(answer).encode())
+
+            def do_PUT(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                outer.uploaded.append(self.path.removeprefix("/upload/"))
+                self.reply(200, b"")
+
+            def reply(self, status: int, text: bytes) -> None:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
 
-            def do_PUT(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                outer.uploaded.append(self.path.removeprefix("/upload/"))
-                self.send_response(200)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
             def log_message(self, *_: Any) -> None:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.http.serve_forever, daemon=True)
-        self.thread.start()
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -94,9 +79,15 @@ class GraphQLServer:
             return self.refuse, {"errors": [{"message": "permission denied"}]}
         query, variables = body.get("query", ""), body.get("variables") or {}
         if "upsertView" in query:
-            return 200, {"data": {"upsertView": self._view(variables)}}
+            view = {key: variables.get(key) for key in ("name", "displayName", "description", "type", "spec")}
+            view |= {"id": f"view-{variables.get('type')}", "updatedAt": "2026-01-01T00:00:00Z"}
+            view["project"] = self._project(variables["projectName"])
+            return 200, {"data": {"upsertView": {"view": view, "inserted": True}}}
         if "upsertBucket" in query:
-            return 200, {"data": {"upsertBucket": {"bucket": self._run(variables), "inserted": True}}}
+            run = {"id": "QnVja2V0OjE=", "description": "", "config": "{}", "sweepName": None}
+            run |= {key: variables.get(key) for key in ("name", "displayName")}
+            run |= {"project": self._project("mine"), "historyLineCount": 0}
+            return 200, {"data": {"upsertBucket": {"bucket": run, "inserted": True}}}
         if "createArtifact(" in query:
             # Committed: the server has this content already.
             artifact = {"id": artifact_id(variables["input"]["digest"]), "state": "COMMITTED"}
@@ -117,38 +108,9 @@ class GraphQLServer:
         return 200, {"data": {"viewer": USER, "serverInfo": None}}
 
     @staticmethod
-    def _run(variables: dict[str, Any]) -> dict[str, Any]:
-        project = {"id": "1", "name": "mine", "entity": {"id": "1", "name": ENTITY}}
-        return {
-            "id": "QnVja2V0OjE=",
-            "name": variables.get("name"),
-            "displayName": variables.get("displayName"),
-            "description": "",
-            "config": "{}",
-            "sweepName": None,
-            "project": project,
-            "historyLineCount": 0,
-        }
-
-    @staticmethod
     def _project(name: str) -> dict[str, Any]:
-        return {
-            "id": "UHJvamVjdDox",
-            "name": name,
-            "entityName": ENTITY,
-            "createdAt": "2026-01-01T00:00:00Z",
-            "isBenchmark": False,
-        }
-
-    @staticmethod
-    def _view(variables: dict[str, Any]) -> dict[str, Any]:
-        view = {
-            **{key: variables.get(key) for key in ("name", "displayName", "description", "type", "spec")},
-            "id": f"view-{variables.get('type')}",
-            "project": {"id": "1", "name": variables["projectName"], "entityName": variables["entityName"]},
-            "updatedAt": "2026-01-01T00:00:00Z",
-        }
-        return {"view": view, "inserted": True}
+        entity = {"entityName": ENTITY, "entity": {"id": "1", "name": ENTITY}}
+        return {"id": "1", "name": name, **entity, "createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False}
 
     def close(self) -> None:
         self.http.shutdown()

@@ -45,16 +45,11 @@ def test_an_adapter_of_another_base_model(
 ) -> None:
     adapter = new_adapter(1)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    other = ["--model.init_args.base.name_or_path", other_model]
     settings = {
         "test": _evaluation(tmp_path, {"one": adapter}, other_model),
         "ask": ["ask", "a.png", "A dog?", "--base", other_model, "--adapter", adapter],
-        "dpo": [
-            *fit("dpo"),
-            "--model.init_args.adapter",
-            adapter,
-            "--model.init_args.base.name_or_path",
-            other_model,
-        ],
+        "dpo": [*fit("dpo"), "--model.init_args.adapter", adapter, *other],
     }
     ended = run(*settings[command])
     assert ended.status == 1
@@ -79,14 +74,7 @@ def test_the_base_model_is_the_one_that_the_adapters_name(
         assert (tmp_path / "eval" / name).read_bytes() == (tmp_path / "named" / name).read_bytes()
 
 
-def test_no_base_model_is_named(run: Callable[..., Ended], tmp_path: Path) -> None:
-    ended = run(*_evaluation(tmp_path, {}))
-    assert ended.error().startswith("no base model: give model.init_args.base.name_or_path")
-    assert ended.status == 1
-    assert not (tmp_path / "eval").exists()
-
-
-def test_adapters_of_two_base_models(
+def test_no_base_model_is_named_and_adapters_of_two(
     run: Callable[..., Ended],
     model_folder: str,
     other_model: str,
@@ -96,6 +84,8 @@ def test_adapters_of_two_base_models(
     other = Path(new_adapter(2))
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": other_model}))
+    ended = run(*_evaluation(tmp_path, {}))
+    assert ended.error().startswith("no base model: give model.init_args.base.name_or_path")
     ended = run(*_evaluation(tmp_path, {"one": new_adapter(1), "two": str(other)}))
     assert ended.error().startswith(
         f"the adapters 'one' and 'two' have different base models: {model_folder} (auto) and {other_model} (auto); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -53,36 +54,25 @@ def finished(run: Run, fit: Fit, trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def _failing(tmp_path: Path) -> dict[str, list[str]]:
-    """Settings with which a run fails before training."""
-    records = tmp_path / "queries.jsonl"
-    records.write_text(
-        '{"id": "one", "image": "none.png", "question": "?", "answer": "Yes", "answer_type": "yes_no"}\n'
-    )
-    source = {
-        "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
-        "init_args": {"path": str(records)},
-    }
-    levels = {
-        "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
-        "init_args": {"path": "none.json"},
-    }
-    return {
-        "a missing image": ["--data.train", yaml.safe_dump(source)],
-        "no level table": ["--data.noise.levels", yaml.safe_dump(levels)],
-        "no such part": ["--model.init_args.lora.parts", "[vision, nose]"],
-        "no GPU": ["--trainer.accelerator", "gpu"],
-    }
-
-
 def test_a_run_that_fails_leaves_the_directory_as_it_was(
     run: Run, fit: Fit, finished: Path, tmp_path: Path
 ) -> None:
     before = files_of(finished)
-    commands = {name: [*fit(trainer=LOGGED), *settings] for name, settings in _failing(tmp_path).items()}
-    for failure, command in commands.items():
-        assert run(*command, "--overwrite").error(), failure
-        assert files_of(finished) == before, failure
+    records = tmp_path / "queries.jsonl"
+    query = {"id": "one", "image": "none.png", "question": "?", "answer": "Yes", "answer_type": "yes_no"}
+    records.write_text(json.dumps(query))
+    source = "{class_path: vlm_calibration.data.sources.jsonl.JsonlSource, init_args: {path: %s}}"
+    for setting, value in {
+        "data.train": source % records,  # an image is missing
+        "data.noise.levels": source.replace(
+            "data.sources.jsonl.JsonlSource", "perturbation.levels.AnchoredLevels"
+        )
+        % "none.json",
+        "trainer.accelerator": "gpu",
+    }.items():
+        command = [*fit(trainer=LOGGED), f"--{setting}", value]
+        assert run(*command, "--overwrite").error(), setting
+        assert files_of(finished) == before, setting
     nowhere = ["--model.init_args.adapter", str(tmp_path / "nowhere")]
     ended = run(*fit("dpo", trainer=LOGGED), *nowhere, "--overwrite")
     assert str(tmp_path / "nowhere") in ended.error()

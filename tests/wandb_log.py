@@ -42,14 +42,10 @@ def records(path: Path) -> Iterator[Any]:
 
 @dataclass
 class OfflineRun:
-    """An offline run.
+    """An offline run: its directory, and W&B's folder in it.
 
     Attributes:
-        directory: the run directory.
-        folder: W&B's folder in it.
-        name, project, tags: as W&B shows them.
         history: logged rows, in order; images and tables are the mappings that describe them.
-        config: the logged configuration.
         artifacts: the logged and used artifacts, in order.
         ended: what the command printed.
     """
@@ -132,13 +128,11 @@ def _row(items: Any) -> dict[str, Any]:
 
 def _configure(config: dict[str, Any], items: Any) -> None:
     for item in items:
-        _put(config, list(item.nested_key) or [item.key], json.loads(item.value_json))
-
-
-def _put(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
+        *path, last = list(item.nested_key) or [item.key]
+        section = config
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = json.loads(item.value_json)
 
 
 SMALL = {"trainer": {"accelerator": "cpu", "log_every_n_steps": 1}, "data": {"workers": 0, "batch_size": 4}}
@@ -164,40 +158,23 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
     adapters = {name: str(folder / name / "adapter") for name in ("sft", "dpo")}
     test = demo("test", 2)
     further = yaml.safe_load((root / "configs/eval/demo_estimators.yaml").read_text(encoding="utf-8"))
-    stages: dict[str, tuple[str, str, dict[str, Any]]] = {
-        "sft": (
-            "fit",
-            "sft.yaml",
-            {
-                "trainer": {"max_epochs": 2},
-                "data": {"train": demo("train", 4), "validation": demo("calibration", 8)},
-            },
-        ),
+    estimating = {**further["model"]["init_args"], "adapters": adapters}
+    splits = {"clean": {"source": test}, "perturbed": {"source": test, "noise": "drawn"}}
+    validation = demo("calibration", 8)
+    stages: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+        "sft": ("fit", "sft.yaml", {}, {"train": demo("train", 4), "validation": validation}),
         "dpo": (
-            "fit",
-            "dpo.yaml",
-            {
-                "model": {"init_args": {"adapter": adapters["sft"]}},
-                "data": {"train": demo("train", 4, first=50), "validation": demo("calibration", 8)},
-            },
+            *("fit", "dpo.yaml", {"adapter": adapters["sft"]}),
+            {"train": demo("train", 4, first=50), "validation": validation},
         ),
-        "eval": (
-            "test",
-            "eval/demo.yaml",
-            {
-                "model": {"init_args": {**further["model"]["init_args"], "adapters": adapters}},
-                "data": {
-                    "test": {"clean": {"source": test}, "perturbed": {"source": test, "noise": "drawn"}},
-                    "calibration": None,
-                },
-            },
-        ),
+        "eval": ("test", "eval/demo.yaml", estimating, {"test": splits, "calibration": None}),
     }
     runs = {}
-    for name, (command, config, settings) in stages.items():
-        arguments = short(
-            command, root / "configs" / config, folder / f"{name}.yaml", folder / name, **settings
-        )
+    for name, (command, config, model, data) in stages.items():
+        settings: dict[str, Any] = {"model": {"init_args": model}} if model else {}
+        settings |= {"trainer": {"max_epochs": 2}} if name == "sft" else {}
+        config_path, overlay = root / "configs" / config, folder / f"{name}.yaml"
+        arguments = short(command, config_path, overlay, folder / name, data=data, **settings)
         ended = server.wait(server.start(arguments, root))
         assert ended.status == 0, ended.err
         runs[name] = replace(read_run(folder / name), ended=ended)

@@ -177,7 +177,7 @@ def evaluate(plan: Plan, settings: Settings = MappingProxyType({})) -> dict[str,
     from vlm_calibration.reporting import runs
 
     folder = _run(plan, "evaluate", settings)
-    systems = runs.systems_of(runs.read_config(folder / runs.CONFIG) or {})
+    systems = runs.systems_of(runs.read_config(folder / runs.CONFIG))
     return {system: read_json(folder / system / runs.METRICS) for system in systems}
 
 

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, expect
@@ -36,15 +37,9 @@ def port(adapter_run: Path, tmp_path: Path) -> Iterator[int]:
     options = ["--port", str(port), "--adapter", str(adapter_run), "--device", "cpu"]
     command = [sys.executable, "-m", "vlm_calibration.cli", "app", *options, "--report", "report.html"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "temporary")}
+    place: dict[str, Any] = {"cwd": tmp_path, "env": environment, "preexec_fn": restore_sigint}
     with (tmp_path / "stderr").open("w") as errors:
-        server = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            preexec_fn=restore_sigint,
-        )
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, **place)
     try:
         end = time.monotonic() + LIMIT
         while not _answers(port):
@@ -86,10 +81,8 @@ def test_a_visit(
 
     def shows(index: int) -> None:
         subject = demo_subject(index)
-        asked = {
-            system: calibrated.ask(subject.image, subject.question, as_base=system == BASE)
-            for system in (BASE, CALIBRATED)
-        }
+        base = calibrated.ask(subject.image, subject.question, as_base=True)
+        asked = {BASE: base, CALIBRATED: calibrated.ask(subject.image, subject.question)}
         expect(page.get_by_label("Question", exact=True)).to_have_value(subject.question)
         for row in answer_rows(asked):
             shown = page.get_by_role("row").filter(has_text=row[0])

@@ -62,10 +62,7 @@ def test_each_kind_that_is_drawn_has_a_row_below_the_query(monkeypatch: pytest.M
         top, left = row * sheets.CELL_HEIGHT, sheets.TEXT_WIDTH + 2 * sheets.CELL_WIDTH
         label = sheet[top + 1 : top + sheets.LABEL, left : left + sheets.THUMB]
         assert (label < 100).any(), "each picture has its label"
-
-
-def test_more_rows_than_queries_and_none() -> None:
     sources = [DemoSource("test", scenes=1), DemoSource("train", scenes=1)]
-    assert contact_sheet(sources, 100, NOISE).size[1] == 6 * sheets.CELL_HEIGHT
+    assert contact_sheet(sources, 100, NOISE).size[1] == 6 * sheets.CELL_HEIGHT, "all that there are"
     with pytest.raises(DataError, match="queries must be at least 1"):
         ContactSheet(queries=0)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import lightning as L
 import pytest
 
-from vlm_calibration.callbacks.figures import CalibrationFigures, media_of, sample_table
+from vlm_calibration.callbacks.figures import media_of, sample_table
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import graded_prediction
-from vlm_calibration.records import DataError, Prediction
+from vlm_calibration.records import Prediction
 from vlm_calibration.text.grading import Grading
 
 ANSWER = Prediction("q", "A dog?", "Yes", "Yes. Confidence: 80%", "yes", 0.8, True, None, None, "yes_no")
@@ -41,6 +40,9 @@ ANSWERS = [
 
 def test_the_response_has_a_row_for_each_kind_and_strength_with_confidences() -> None:
     media = media_of(ANSWERS, Dataset())  # type: ignore[arg-type]
+    for name in ("response_curve", "reliability", "risk_coverage"):
+        assert media[name].image.size == (800, 600)
+        assert len(media[name].image.convert("RGB").getcolors(1 << 20)) > 50, "something is on it"
     assert media["response_table"].columns == ["kind", "strength", "answers", "accuracy", "mean_confidence"]
     rows = [("untouched", 0.0, 1, 1.0, 0.9), ("blur", 0.5, 2, 0.5, 0.4)]
     assert [row[0] for row in media["response_table"].data] == [row[0] for row in rows]
@@ -48,15 +50,8 @@ def test_the_response_has_a_row_for_each_kind_and_strength_with_confidences() ->
         assert row[1:] == pytest.approx(expected[1:])
     assert [row[0] for row in media["confidence_table"].data] == [0.2, 0.6, 0.9, 1.0]
     assert media["confidence_table"].data[-1][1:] == [1, 1]
-
-
-def test_without_perturbed_splits_there_is_no_response_curve() -> None:
-    names = {"reliability", "risk_coverage", "confidence_table"}
-    media = media_of(ANSWERS[4:], Dataset())  # type: ignore[arg-type]
-    assert set(media) == names
-    for name in ("reliability", "risk_coverage"):
-        assert media[name].image.size == (800, 600)
-        assert len(media[name].image.convert("RGB").getcolors(1 << 20)) > 50, "something is on it"
+    unperturbed = media_of(ANSWERS[4:], Dataset())  # type: ignore[arg-type]
+    assert set(unperturbed) == {"reliability", "risk_coverage", "confidence_table"}
 
 
 def test_samples_are_evenly_spaced_queries_with_the_answers_of_each_system(processor: Any) -> None:
@@ -77,16 +72,3 @@ def test_samples_are_evenly_spaced_queries_with_the_answers_of_each_system(proce
     untaught = sample_table(dataset, {"": answers["base"][1:]}, 16, taught=False)
     assert "earned_confidence" not in untaught.columns
     assert [row[0] for row in untaught.data] == [s.query.id for s in samples[1:]]
-
-
-def test_figures_need_written_predictions() -> None:
-    callback = CalibrationFigures()
-    trainer = L.Trainer(callbacks=[callback], logger=False, accelerator="cpu")
-    with pytest.raises(DataError, match="CalibrationFigures needs a PredictionWriter before it"):
-        callback.setup(trainer, L.LightningModule(), "fit")
-
-
-def test_the_response_curve_is_an_image_with_something_on_it() -> None:
-    image = media_of(ANSWERS, Dataset())["response_curve"].image  # type: ignore[arg-type]
-    assert image.size == (800, 600)
-    assert len(image.convert("RGB").getcolors(1 << 20)) > 50

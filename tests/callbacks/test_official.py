@@ -33,17 +33,10 @@ SOURCES = "vlm_calibration.data.sources.benchmark"
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A folder with POPE (lines, arrays, POPEv2) and AMBER."""
+    """A folder with POPE (lines and arrays) and AMBER."""
     folder = tmp_path / "data"
     rng = np.random.default_rng(0)
-    images = (
-        "val2014/a.jpg",
-        "val2014/b.jpg",
-        "v2/images/7.jpg",
-        "v2/coco/train2017/7.jpg",
-        "image/AMBER_1.jpg",
-    )
-    for name in images:
+    for name in ("val2014/a.jpg", "val2014/b.jpg", "image/AMBER_1.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / name)
     for split in SPLITS:
@@ -55,12 +48,6 @@ def files(tmp_path: Path) -> Path:
             (folder / f"{split}.json").write_text(json.dumps(rows, indent=4))
         else:
             (folder / f"{split}.json").write_text("\n".join(map(json.dumps, rows)))
-    cup = {"image_id": 7, "target_object": "cup", "query": "Is there a cup in the image?"}
-    v2 = [
-        {**cup, "image_name": "/images/7.jpg", "label": "No"},
-        {**cup, "image_name": "/coco/train2017/7.jpg", "label": "Yes"},
-    ]
-    (folder / "v2/annotations.json").write_text(json.dumps(v2))
     kinds = [("generative", ["sky"]), *((kind, truth) for kind in CATEGORIES for truth in ("yes", "no"))]
     annotations = [{"id": i, "type": kind, "truth": truth} for i, (kind, truth) in enumerate(kinds, start=1)]
     queries = [{"id": a["id"], "image": "AMBER_1.jpg", "query": f"Is it {a['id']}?"} for a in annotations]
@@ -71,20 +58,18 @@ def files(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def evaluation(root: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Arguments that evaluate a shipped configuration with our model and data, results in `tmp_path`/`out`."""
+    """Arguments that evaluate a shipped configuration with our model and data, results in `tmp_path`/eval."""
 
-    def arguments(config: str, test: dict[str, Any], out: str = "eval", **init_args: Any) -> list[str]:
+    def arguments(config: str, test: dict[str, Any], **init_args: Any) -> list[str]:
         shipped = yaml.safe_load((root / "configs/eval" / config).read_text(encoding="utf-8"))
         trainer: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-        trainer["default_root_dir"] = str(tmp_path / out)
-        callbacks = shipped["trainer"]["callbacks"]
-        trainer["callbacks"] = [c for c in callbacks if "progress.Progress" not in str(c)]
+        callbacks = [c for c in shipped["trainer"]["callbacks"] if "progress.Progress" not in str(c)]
+        shipped["trainer"] |= {**trainer, "callbacks": callbacks, "default_root_dir": str(tmp_path / "eval")}
         base = {"name_or_path": str(root / "src/vlm_calibration/demo/model"), "dtype": "float32"}
-        shipped["trainer"] |= trainer
         quick = {"max_new_tokens": 16, "estimators": None, "adapters": {}}
         shipped["model"]["init_args"] |= {"base": base, **quick, **init_args}
         shipped["data"] |= {"test": test, "calibration": None, "eval_batch_size": 2, "workers": 0}
-        path = tmp_path / f"{out}.yaml"
+        path = tmp_path / "eval.yaml"
         path.write_text(yaml.safe_dump(shipped), encoding="utf-8")
         return ["test", "--config", str(path)]
 
@@ -119,25 +104,30 @@ def test_pope(
     tmp_path: Path,
     processes: int,
 ) -> None:
-    command = evaluation("pope.yaml", _pope(files), adapters={"sft": new_adapter(1)})
+    parts = _pope(files)
+    command = evaluation(
+        "pope.yaml",
+        {**parts, "noised": {**parts["random"], "noise": "drawn"}},
+        adapters={"sft": new_adapter(1)},
+    )
     ended = run(*command) if processes == 1 else run_two(*command, "--trainer.strategy", "ddp")
     assert ended.status == 0, ended.err
     assert ended.out.count("Official scores") == 1, "one process reports"
-    written = ["metrics.json", "predictions.jsonl"]
-    written += [f"official/{split}.{what}.jsonl" for split in SPLITS for what in ("answers", "labels")]
+    # Without a region, a question that is answered yes cannot be noised; it is asked untouched.
+    assert "data.test.noised: images stay untouched: 2 of 5 queries (2 yes) need a region" in ended.err
+    written = {f"official/{split}.{what}.jsonl" for split in SPLITS for what in ("answers", "labels")}
     for system in ("base", "sft"):
-        assert {
-            str(p.relative_to(tmp_path / "eval" / system))
-            for p in (tmp_path / "eval" / system).rglob("*.json*")
-        } == set(written)
-        _check_pope(tmp_path / "eval" / system)
+        folder = tmp_path / "eval" / system
+        files_there = {str(p.relative_to(folder)) for p in folder.rglob("*.json*")}
+        assert files_there == {"metrics.json", "predictions.jsonl", *written}, "no scores with noise"
+        _check_pope(folder)
 
 
 def _check_pope(folder: Path) -> None:
     """Assert that the scores in a system's folder are those of the official script on its files."""
     metrics = _metrics(folder)
-    assert metrics["n"] == 15
-    assert {metrics[f"n/{split}"] for split in SPLITS} == {5}
+    assert metrics["n"] == 20
+    assert {metrics[f"n/{split}"] for split in (*SPLITS, "noised")} == {5}
     together: tuple[list[Any], list[Any]] = ([], [])
     for split in SPLITS:
         labels, answers = (
@@ -157,25 +147,6 @@ def _same(metrics: dict[str, Any], prefix: str, labels: list[Any], answers: list
         assert metrics[f"{prefix}f1"] is None
         return
     assert {key: metrics[prefix + key] for key in expected} == expected
-
-
-def test_popev2_and_a_part_with_noise(
-    run: Callable[..., Ended], evaluation: Callable[..., list[str]], files: Path, tmp_path: Path
-) -> None:
-    part = _source("PopeSource", path=files / "v2/annotations.json", root=files / "v2")
-    ended = run(*evaluation("pope.yaml", {"v2": part, "noised": {**part, "noise": "drawn"}}))
-    assert ended.status == 0, ended.err
-    metrics = _metrics(tmp_path / "eval/base")
-    # Without a region, a question that is answered yes cannot be noised; it is asked untouched.
-    assert (metrics["n"], metrics["n/v2"], metrics["n/noised"]) == (4, 2, 2)
-    assert "data.test.noised: images stay untouched: 1 of 2 queries (1 yes) need a region" in ended.err
-    labels, answers = (
-        _lines(tmp_path / f"eval/base/official/v2.{what}.jsonl") for what in ("labels", "answers")
-    )
-    assert [x["label"] for x in labels] == ["no", "yes"]
-    assert [x["image"] for x in labels] == ["images/7.jpg", "coco/train2017/7.jpg"]
-    _same(metrics, "official/", labels, answers)
-    assert "official/v2/accuracy" not in metrics, "there is only one part without noise"
 
 
 def test_amber(

@@ -40,13 +40,13 @@ class Processes:
         for writer, trainer in reversed(list(zip(self.writers, self.trainers, strict=True))):
             writer.setup(trainer, None, "validate")  # type: ignore[arg-type]
 
-    def write(self, systems: dict[str, list[Prediction]], batch_size: int = 2) -> None:
-        """Distribute the predictions as the sampler does, and write them in batches."""
+    def write(self, systems: dict[str, list[Prediction]]) -> None:
+        """Distribute the predictions as the sampler does, and write them in batches of two."""
         count = len(self.writers)
         for rank, (writer, trainer) in enumerate(zip(self.writers, self.trainers, strict=True)):
             shards = {system: predictions[rank::count] for system, predictions in systems.items()}
-            for start in range(0, max(map(len, shards.values())), batch_size):
-                outputs = {system: shard[start : start + batch_size] for system, shard in shards.items()}
+            for start in range(0, max(map(len, shards.values())), 2):
+                outputs = {system: shard[start : start + 2] for system, shard in shards.items()}
                 writer.on_validation_batch_end(trainer, None, outputs, None, 0, 0)  # type: ignore[arg-type]
 
     def finish(self, results: dict[str, dict[str, float]]) -> None:
@@ -82,6 +82,10 @@ def test_what_one_process_leaves_out_does_not_change_the_order(tmp_path: Path) -
 
 
 def test_each_validation_replaces_the_files_of_the_run(tmp_path: Path) -> None:
+    sanity_check = Processes(tmp_path, 1, sanity_checking=True)
+    sanity_check.write({"": [_prediction(0)]})
+    sanity_check.finish({"": {"n": 1.0}})
+    assert [p.name for p in tmp_path.iterdir()] == ["predictions.jsonl"], "no metrics"
     processes = Processes(tmp_path, 2)
     results = {"accuracy": 1.0, "ece": 0.25, "auroc": float("nan"), "n/a": 1.0}
     for start in (0, 5):
@@ -93,13 +97,6 @@ def test_each_validation_replaces_the_files_of_the_run(tmp_path: Path) -> None:
     text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
     expected = {"n": 3, "accuracy": 1.0, "ece": 0.25, "auroc": None, "n/a": 1}
     assert text == json.dumps(expected, indent=2) + "\n", "counts without a decimal point, and no NaN"
-
-
-def test_the_sanity_check_writes_no_metrics(tmp_path: Path) -> None:
-    processes = Processes(tmp_path, 1, sanity_checking=True)
-    processes.write({"": [_prediction(0)]})
-    processes.finish({"": {"n": 1.0}})
-    assert [p.name for p in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
 def test_an_error_leaves_no_parts(tmp_path: Path) -> None:

@@ -115,10 +115,7 @@ def test_the_log_of_an_evaluation(
 
 
 def test_a_terminal_has_lightning_s_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callback, "is_terminal", lambda: True)
-    assert type(Progress(every=3)) is RichProgressBar
-
-
-def test_the_interval_must_be_positive() -> None:
     with pytest.raises(DataError, match="every"):
         Progress(every=0)
+    monkeypatch.setattr(callback, "is_terminal", lambda: True)
+    assert type(Progress(every=3)) is RichProgressBar

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
-from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
+from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.reporting.dashboard import logged_in
 
 from ..command_line import LIMIT, inherited_environment
@@ -83,23 +82,14 @@ def test_offline_unless_logged_in(
         monkeypatch.setenv("WANDB_API_KEY", key)
     logger = RunLogger(save_dir=str(tmp_path / "run"), project="p", group="g", tags=["t"])
     assert logger._offline is offline
-    assert (logger._wandb_init["project"], logger._wandb_init["group"], logger._wandb_init["tags"]) == (
-        "p",
-        "g",
-        ["t"],
-    )
-    assert not (tmp_path / "run").exists(), "nothing has begun"
-
-
-def test_only_the_first_process_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [logger._wandb_init[name] for name in ("project", "group", "tags")] == ["p", "g", ["t"]]
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    logger = RunLogger(save_dir=str(tmp_path / "run"))
     logger.log_metrics({"train/loss": 1.5}, step=0)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists(), "only the first process begins"
 
 
 PROGRAM = """
-from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
+from vlm_calibration.callbacks.logger import RunLogger
 logger = RunLogger(save_dir="run", settings={"init_timeout": 1.0})
 logger.log_metrics({"train/loss": 1.5}, step=0)
 print("offline:", logger.experiment.offline)
@@ -152,18 +142,6 @@ def test_names_and_waits_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WANDB_PROJECT", "their-project")
     assert named(settings={"init_timeout": 5.0}) == ("theirs", "their-project", 5.0, 900.0)
     assert named(name="ours", project="our-project")[:2] == ("ours", "our-project")
-
-
-def test_only_the_first_process_has_a_run_to_log_to(tmp_path: Path) -> None:
-    logger, other = RunLogger(save_dir=str(tmp_path)), CSVLogger(str(tmp_path))
-    for loggers, first, expected in (
-        ([other, logger], True, logger),
-        ([other, logger], False, None),
-        ([other], True, None),
-        ([], True, None),
-    ):
-        trainer: Any = SimpleNamespace(loggers=loggers, is_global_zero=first)
-        assert wandb_logger(trainer) is expected
 
 
 def test_checkpoints_go_to_the_run_directory(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -29,32 +30,19 @@ class Batch(NamedTuple):
     queries: tuple[str, ...]
 
 
-def _batch(_: Any) -> Batch:
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    return Batch({"attention_mask": mask}, ("a", "b"))
+class Clock(L.Callback):
+    """A clock before the measuring callback, which a step and a validation move."""
 
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def perf_counter(self) -> float:
         return self.now
 
-
-class Hands(L.Callback):
-    """Moves the clock: before the measuring callback at the end of a step, after it when waiting begins."""
-
-    def __init__(self, clock: Clock, first: bool) -> None:
-        self.clock = clock
-        self.first = first
-
     def on_train_batch_end(self, *_: Any) -> None:
-        self.clock.now += COMPUTING if self.first else WAITING
+        self.now += COMPUTING
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        if self.first:
-            self.clock.now += VALIDATING
+        self.now += VALIDATING
 
 
 class Line(L.LightningModule):
@@ -81,16 +69,12 @@ def _rows(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> lis
     logged: list[dict[str, float]] = []
     logger = CSVLogger(folder)
     monkeypatch.setattr(logger, "log_metrics", lambda metrics, step=None: logged.append(dict(metrics)))
-    plain = {
-        "logger": logger,
-        "num_sanity_val_steps": 1,
-        "max_epochs": 1,
-        "log_every_n_steps": 2,
-        "gradient_clip_val": 0.1,
-    }
-    hands = Hands(clock, True), Throughput(), Hands(clock, False)
-    trainer = plain_trainer(folder, *hands, **{**plain, **settings})
-    loader: DataLoader[Any] = DataLoader(range(6), batch_size=1, collate_fn=_batch)  # type: ignore[arg-type]
+    plain = {"logger": logger, "num_sanity_val_steps": 1, "max_epochs": 1, "log_every_n_steps": 2}
+    plain["gradient_clip_val"] = 0.1
+    waiting = LambdaCallback(on_train_batch_end=lambda *_: setattr(clock, "now", clock.now + WAITING))
+    trainer = plain_trainer(folder, clock, Throughput(), waiting, **{**plain, **settings})
+    batch = Batch({"attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}, ("a", "b"))
+    loader: DataLoader[Any] = DataLoader(range(6), batch_size=1, collate_fn=lambda _: batch)  # type: ignore[arg-type]
     trainer.fit(Line(), loader, loader)
     return [row for row in logged if "train/data_wait" in row]
 
@@ -138,17 +122,9 @@ def test_nothing_is_measured_where_nothing_is_logged(tmp_path: Path, monkeypatch
 def test_tokens_of_pairs_count_the_prompt_once_and_every_response() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     candidates = ((Candidate((1, 2, 3), 1, 0, 0.5, False), Candidate((1, 2), 1, 0, 0.4, False)),) * 2
-    nothing: Any = SimpleNamespace()
-    batch = CandidateBatch(
-        {"attention_mask": mask},
-        torch.tensor([4, 2]),
-        candidates,
-        (0.5, 0.5),
-        (True, True),
-        (0, 0),
-        (nothing, nothing),
-        (),
-    )
+    nothing: tuple[Any, ...] = (SimpleNamespace(), SimpleNamespace())
+    facts = (torch.tensor([4, 2]), candidates, (0.5, 0.5), (True, True), (0, 0), nothing, ())
+    batch = CandidateBatch({"attention_mask": mask}, *facts)
     assert int(tokens_of(batch)) == 6 + 2 * 5
     assert tokens_of(batch._replace(inputs={})) == 0, "every sample was too long"
 

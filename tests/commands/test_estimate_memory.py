@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from vlm_calibration.callbacks.peak_memory import PeakMemory
+from vlm_calibration.callbacks.throughput import PeakMemory
 from vlm_calibration.cli import main
 from vlm_calibration.models.memory import STATE_BYTES
 from vlm_calibration.stages.training import OptimizerSettings

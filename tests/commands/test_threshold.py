@@ -15,14 +15,14 @@ from safetensors.numpy import save_file
 
 from vlm_calibration.estimators.decision import DecisionRule, read_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
-from vlm_calibration.metrics.risk_control import Limits, control_risk
+from vlm_calibration.metrics.risk_control import Limits
 from vlm_calibration.models.base import adapter_files, adapter_weights_digest
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report.data import read_systems
 from vlm_calibration.reporting.report.thresholds import (
     category_of,
-    graded,
+    choose,
     one_an_image,
     part_of,
     promises_of,
@@ -95,7 +95,7 @@ def test_the_last_system_on_its_calibration_split(call: Call, evaluation: Path, 
     adapter = tmp_path / "runs/dpo/adapter"
     rule = _rule(adapter)
     answers = read_predictions(evaluation / "dpo" / "calibration.jsonl")
-    choice = control_risk({"": graded(answers, "verbalized")}, Limits(0.05)).choices[""]
+    choice = choose({"": answers}, "verbalized", Limits(0.05)).choices[""]
     assert choice.threshold is not None
     assert rule.groups[""]["threshold"] == choice.threshold
     weights = adapter_weights_digest(adapter)

@@ -28,8 +28,8 @@ import yaml
 from vlm_calibration.estimators.predictions import VERBALIZED, read_predictions
 from vlm_calibration.estimators.recalibration import recalibrated
 from vlm_calibration.metrics import functional
-from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report.data import read_systems
+from vlm_calibration.reporting.report.table import ImageBootstrap, Measured, p_value
 
 PREFERENCE = "vlm_calibration.losses.preference."
 DISTRIBUTION = "vlm_calibration.losses.distribution."

@@ -19,7 +19,7 @@ from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.bootstrap import Interval, interval_of
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.reporting.report.bootstrap import ImageBootstrap
+from vlm_calibration.reporting.report.table import ImageBootstrap
 
 GRID = 1000
 """Steps of confidence from 0 to 1, fine enough to represent continuous confidences."""

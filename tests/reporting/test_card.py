@@ -71,15 +71,10 @@ def test_the_metadata_is_what_the_hub_reads() -> None:
     assert (merged["library_name"], merged["base_model_relation"]) == ("transformers", "finetune")
     assert "lora" not in merged["tags"]
     assert "base_model_revision" not in merged
-
-
-def test_a_strange_name_stays_one_value() -> None:
     for name in ("a: b #c", "'quoted'", "yes", "0.1", "wörld/mödel", "a\nb"):
-        assert _metadata(Card(name, base_on_hub=True, revision=name)) == {
-            **_metadata(Card("x", base_on_hub=True, revision="x")),
-            "base_model": name,
-            "base_model_revision": name,
-        }
+        read = _metadata(Card(name, base_on_hub=True, revision=name))
+        assert (read["base_model"], read["base_model_revision"]) == (name, name)
+        assert len(read) == 6, "a strange name stays one value"
 
 
 def test_levels_and_results_are_tables() -> None:
@@ -105,11 +100,7 @@ def test_levels_and_results_are_tables() -> None:
 def test_the_program_compiles(merged: bool) -> None:
     card = replace(FULL, merged=merged)
     program = _program(card)
-    imports = {
-        node.module
-        for node in ast.walk(ast.parse(program))
-        if isinstance(node, ast.ImportFrom) and node.module is not None
-    }
+    imports = {node.module for node in ast.walk(ast.parse(program)) if isinstance(node, ast.ImportFrom)}
     assert imports == {"PIL", "transformers"} | (set() if merged else {"peft"})
     assert ("'org/Model-7B', revision='0123456789abcdef'" in program) is not merged
     assert "runs/sft/adapter" in program
@@ -137,13 +128,6 @@ def test_the_prompt_is_exact_in_program_and_text(template: str) -> None:
     assert f"\n{fence}text\n{FULL.conversation}\n{fence}\n" in card_text(card)
 
 
-def test_what_training_on_a_quantised_base_means_is_said() -> None:
-    card = replace(FULL, quantization="nf4")
-    assert "quantised (nf4) in training" in card_text(card)
-    assert "merged into the base in full precision" in card_text(replace(card, merged=True))
-    assert "quantised" not in card_text(FULL)
-
-
 @pytest.mark.parametrize(
     ("changes", "command"),
     [
@@ -164,6 +148,10 @@ def test_how_to_serve_it_depends_on_what_the_adapter_changes(changes: dict[str, 
 
 
 def test_of_what_is_not_known_nothing_is_said() -> None:
+    card = replace(FULL, quantization="nf4")
+    assert "quantised (nf4) in training" in card_text(card)
+    assert "merged into the base in full precision" in card_text(replace(card, merged=True))
+    assert "quantised" not in card_text(FULL)
     text = card_text(Card("org/Model-7B", location="x"))
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "# Model-7B, calibrated",
@@ -203,14 +191,13 @@ PROMISE = "At most 5% of the answers given are wrong, with 95% certainty."
 
 def test_thresholds_beside_the_adapter_are_in_its_card(tmp_path: Path) -> None:
     save_card(tmp_path, FULL)
-    assert "When to answer" not in (tmp_path / "README.md").read_text()
-    state_guarantee(tmp_path, PROMISE)
-    text = (tmp_path / "README.md").read_text()
-    assert f"## When to answer\n\n{PROMISE} Send all other questions to a person." in text
-    assert "## Results" not in text
-    assert load_card(tmp_path) == replace(FULL, guarantee=PROMISE)
-    state_guarantee(tmp_path, "Another.")
-    assert PROMISE not in (tmp_path / "README.md").read_text()
+    for promise in (PROMISE, "Another."):
+        assert promise not in (tmp_path / "README.md").read_text()
+        state_guarantee(tmp_path, promise)
+        text = (tmp_path / "README.md").read_text()
+        assert f"## When to answer\n\n{promise} Send all other questions to a person." in text
+        assert load_card(tmp_path) == replace(FULL, guarantee=promise)
+    assert PROMISE not in text
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -30,17 +30,11 @@ def wandb_server() -> Iterator[GraphQLServer]:
 
 
 @pytest.fixture
-def build(
-    server: Server, wandb_server: GraphQLServer, tmp_path: Path
-) -> Callable[..., tuple[Ended, list[dict[str, Any]]]]:
-    """Builds a dashboard on a server that records requests; returns the run and the saved views."""
-
-    def built(*arguments: str) -> tuple[Ended, list[dict[str, Any]]]:
-        environment = {"HOME": str(tmp_path), **wandb_server.environment}
-        command = ["dashboard", "--entity", ENTITY, *arguments]
-        return server.wait(server.start(command, tmp_path, environment)), wandb_server.saved
-
-    return built
+def build(server: Server, wandb_server: GraphQLServer, tmp_path: Path) -> Callable[[], Ended]:
+    """Builds a dashboard on a server that records requests."""
+    environment = {"HOME": str(tmp_path), **wandb_server.environment}
+    command = ["dashboard", "--entity", ENTITY, "--project", "mine"]
+    return lambda: server.wait(server.start(command, tmp_path, environment))
 
 
 def _panels(specification: Any) -> list[dict[str, Any]]:
@@ -70,9 +64,9 @@ def _texts(block: Any) -> str:
 
 
 def test_workspace_and_report_reach_the_server(
-    build: Callable[..., tuple[Ended, list[dict[str, Any]]]], wandb_server: GraphQLServer
+    build: Callable[[], Ended], wandb_server: GraphQLServer
 ) -> None:
-    ended, saved = build("--project", "mine")
+    ended, saved = build(), wandb_server.saved
     assert ended.status == 0, ended.err
     report, workspace = saved
     assert {(v["entityName"], v["projectName"]) for v in saved} == {(ENTITY, "mine")}
@@ -110,12 +104,10 @@ def _specifications(content: Any) -> list[Any]:
 
 
 def test_every_panel_shows_what_the_code_logs(offline_runs: dict[str, OfflineRun]) -> None:
-    logged = {
-        "training": offline_runs["sft"].keys | offline_runs["dpo"].keys,
-        "evaluation": offline_runs["eval"].keys,
-    }
-    tags = {tag: run for run in offline_runs.values() for tag in run.tags}
-    assert set(tags) == {"sft", "dpo", "evaluation"}, "what the report filters runs by"
+    sft, dpo, evaluation = (offline_runs[name] for name in ("sft", "dpo", "eval"))
+    logged = {"training": sft.keys | dpo.keys, "evaluation": evaluation.keys}
+    tags = {tag for run in offline_runs.values() for tag in run.tags}
+    assert tags == {"sft", "dpo", "evaluation"}, "what the report filters runs by"
     for specification in _specifications(sections(SYSTEMS)):
         panels = _panels(specification)
         assert {p["viewType"] for p in panels} == KINDS
@@ -157,58 +149,35 @@ def test_the_outline_names_sections_panels_and_keys(capsys: pytest.CaptureFixtur
     for section in sections(["base", "mine"]):
         begin = lines.index(f"{section['question']} ({section['runs']} runs)")
         assert lines[begin + 1].strip() == section["note"]
-        panels = lines[begin + 2 : begin + 2 + len(section["panels"])]
-        for line, panel in zip(panels, section["panels"], strict=True):
-            unit = f" ({panel['unit']})" if panel.get("unit") else ""
-            assert line == f"  - {panel['title']}: {panel['kind']} of {', '.join(panel['keys'])}{unit}"
+        for line, panel in zip(lines[begin + 2 :], section["panels"], strict=False):
+            assert line.startswith(f"  - {panel['title']}: {panel['kind']} of {', '.join(panel['keys'])}")
+            assert line.endswith(panel.get("unit", "") + ")" * ("unit" in panel))
 
 
-def test_nobody_is_logged_in(
+def test_nobody_is_logged_in_and_the_library_is_not_installed(
     call: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     ended = call("dashboard", "--entity", ENTITY)
     assert ended.error().startswith("nobody is logged in to W&B: run `wandb login`")
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    assert "pip install 'vlm-calibration[dashboard]'" in call("dashboard", "--entity", ENTITY).error()
 
 
-def test_the_server_refuses(
-    build: Callable[..., tuple[Ended, list[dict[str, Any]]]], wandb_server: GraphQLServer
-) -> None:
+def test_the_server_refuses(build: Callable[[], Ended], wandb_server: GraphQLServer) -> None:
     wandb_server.refuse = 403
-    ended, _ = build("--project", "mine")
+    ended = build()
     assert ended.status == 1
     assert ended.error().startswith(f"W&B does not take the dashboard of {ENTITY}/mine: ")
     assert "permission denied" in ended.error()
 
 
-def test_the_library_is_not_installed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in [n for n in sys.modules if n.split(".")[0] == "wandb_workspaces"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    assert main(["dashboard", "--entity", ENTITY]) == 1
-    assert "pip install 'vlm-calibration[dashboard]'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ([], "--entity NAME"),
-        (["--entity", ""], "--entity NAME"),
-        (["--entity", "team", "--projekt", "x"], "--projekt"),
-    ],
-)
-def test_a_mistake_in_the_call_is_named(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
-) -> None:
-    assert main(["dashboard", *arguments]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert expected in line
-
-
-@pytest.mark.parametrize("systems", [[], ["a/b"], ["sft", ""]])
-def test_invalid_names_of_systems(systems: list[str]) -> None:
-    with pytest.raises(DataError, match="--systems"):
-        sections(systems)
+def test_a_mistake_in_the_call_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--entity", ""]):
+        assert main(["dashboard", *arguments]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "--entity NAME" in line
+    for systems in ([], ["a/b"], ["sft", ""]):
+        with pytest.raises(DataError, match="--systems"):
+            sections(systems)

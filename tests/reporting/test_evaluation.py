@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,13 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData, model_index_to_eval_results
 
 from vlm_calibration.commands.report import report
-from vlm_calibration.files import write_rows
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, Evaluation, card_text, load_card, results_text, save_card
 from vlm_calibration.reporting.evaluation import read_evaluation
 from vlm_calibration.reporting.runs import RunRecord
 from vlm_calibration.reporting.tables import COLUMNS
 
-from .test_report import answers
+from .test_report import answers, configure, write
 
 SFT, DPO = "0" * 32, "1" * 32
 DEMO = "vlm_calibration.demo.source.DemoSource"
@@ -51,48 +48,36 @@ def _write(
     source = {"class_path": DEMO, "init_args": {"split": "development"}}
     test = {"clean": {"source": source, "noise": "none"}, "hard": {"source": source, "noise": "drawn"}}
     settings = {"adapters": {"sft": "a", "dpo": "b"}, "oracle_levels": "levels.json" if with_oracle else None}
-    config = {
-        "trainer": trainer or {"limit_test_batches": None},
-        "model": {"class_path": "x.EvaluationModule", "init_args": settings},
-        "data": {"test": test},
-    }
-    digests = {
-        "model.init_args.adapters.sft": SFT,
-        "model.init_args.adapters.dpo": DPO,
-        "data.test.clean": "a",
-        "data.test.hard": "b",
-        "data.calibration.clean": "c",
-    }
+    model = {"class_path": "x.EvaluationModule", "init_args": settings}
+    digests = {"model.init_args.adapters.sft": SFT, "model.init_args.adapters.dpo": DPO}
+    digests |= {"data.test.clean": "a", "data.test.hard": "b", "data.calibration.clean": "c"}
     for system in ("base", "sft", "dpo", *(["oracle"] if with_oracle else []), "left_by_an_earlier_one"):
         given = answers(0, n=60 - (left_out if system == "sft" else 0), honest=system == "dpo")
         if given:
-            write_rows(folder / system / "predictions.jsonl", [p.to_dict() for p in given], lines=True)
+            write(folder / system, given)
     written = {"command": "test", "stage": "EvaluationModule", "finished": True, **(record or {})}
     RunRecord(**written, inputs=digests | (inputs or {})).write(folder)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    configure(folder, model, trainer=trainer or {"limit_test_batches": None}, data={"test": test})
     return folder
 
 
-def test_the_rows_are_the_base_model_and_the_adapters_of_one_evaluation(tmp_path: Path) -> None:
+def test_the_rows_are_the_base_model_and_the_adapters_of_one_evaluation_as_in_the_report(
+    tmp_path: Path,
+) -> None:
     folder = _write(tmp_path / "eval", with_oracle=True)
     found = read_evaluation(folder, DPO)
     assert (found.system, found.dataset, found.split) == ("dpo", "demo", "development")
     assert found.parts == ["clean", "hard (key object perturbed)"]
     assert list(found.results) == ["base", "sft", "dpo"]
     assert read_evaluation(folder, SFT).system == "sft"
-
-
-def test_the_numbers_are_those_of_the_report(tmp_path: Path) -> None:
-    folder = _write(tmp_path / "eval")
     report([str(folder)], replicates=2, images=False)
     rows = [r for r in csv.DictReader((folder / "report.csv").open()) if r["estimator"] == "verbalized"]
     reported = {r["system"]: {name: r[name] for name in ("n", *COLUMNS)} for r in rows if r["kind"] == "all"}
-    found = read_evaluation(folder, DPO).results
-    assert {s: {k: str(v) for k, v in row.items()} for s, row in found.items()} == reported
-    assert found["base"]["auroc"] == 0.5
-    (folder / "base/predictions.jsonl").write_text(json.dumps({**answers(0)[0].to_dict(), "correct": True}))
-    for system in ("sft", "dpo"):
-        shutil.copy(folder / "base/predictions.jsonl", folder / system)
+    del reported["oracle"]
+    assert {s: {k: str(v) for k, v in row.items()} for s, row in found.results.items()} == reported
+    assert found.results["base"]["auroc"] == 0.5
+    for system in ("base", "sft", "dpo"):
+        write(folder / system, [replace(answers(0)[0], correct=True)])
     assert read_evaluation(folder, DPO).results["dpo"]["auroc"] is None, "undefined"
 
 
@@ -132,12 +117,8 @@ CARD = Card("org/Model-7B", base_on_hub=True, evaluations=[FOUND], license={"lic
 
 def test_the_hubs_parser_reads_the_results(tmp_path: Path) -> None:
     save_card(tmp_path, CARD)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert (card.data.license, card.data.base_model, card.data.library_name) == (
-        "apache-2.0",
-        "org/Model-7B",
-        "peft",
-    )
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.license, data.base_model, data.library_name) == ("apache-2.0", "org/Model-7B", "peft")
     front = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---\n")[1])
     name, results = model_index_to_eval_results(front["model-index"])
     assert name == "Model-7B, calibrated"
@@ -152,9 +133,6 @@ def test_the_hubs_parser_reads_the_results(tmp_path: Path) -> None:
     assert results[0].dataset_name == "demo: clean, hard (key object perturbed)"
     assert ModelCardData(**front).to_dict() == front, "nothing is lost"
     assert load_card(tmp_path) == CARD
-
-
-def test_two_evaluations_stay_two(tmp_path: Path) -> None:
     other = replace(FOUND, revision="3" * 32, results={"dpo": {**TUNED, "accuracy": 1.0}})
     data = ModelCard(card_text(replace(CARD, evaluations=[FOUND, other]))).data
     by_data = {r.dataset_revision: r.metric_value for r in data.eval_results if r.metric_type == "accuracy"}
@@ -172,12 +150,9 @@ def test_the_base_model_stands_beside_the_stages() -> None:
         ("| **dpo (this one)**", "0.750", "0.062"),
     ]
     assert rows[2][4] == "-", "undefined"
-
-
-def test_a_merged_model_claims_no_results_of_its_own() -> None:
-    text = card_text(replace(CARD, merged=True))
-    assert "model-index" not in text
-    assert "Measured with the adapter beside the base model, before it was merged." in text
+    merged = card_text(replace(CARD, merged=True))
+    assert "model-index" not in merged, "it claims no results of its own"
+    assert "Measured with the adapter beside the base model, before it was merged." in merged
 
 
 def test_a_folder_is_no_base_model_of_the_hub() -> None:

@@ -6,14 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from vlm_calibration.commands.report import report
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.files import write_rows
 from vlm_calibration.reporting.report.summary import probe_sentences
 
-from .test_report import Page, answers
+from .test_report import Page, answers, write
 
 NAMES = ("image", "object", "distractor", "answer")
 
@@ -54,20 +52,11 @@ def test_the_words() -> None:
     ]
 
 
-@pytest.fixture
-def evaluation(tmp_path: Path) -> Path:
-    for name, rows in (
-        ("base", probed(listens=False)),
-        ("tuned", probed(listens=True)),
-        ("oracle", answers(0)),
-    ):
-        folder = tmp_path / "eval" / name
-        folder.mkdir(parents=True)
-        write_rows(folder / "predictions.jsonl", [p.to_dict() for p in rows], lines=True)
-    return tmp_path / "eval"
-
-
-def test_the_page_speaks_of_each_probed_system(evaluation: Path) -> None:
+def test_the_page_speaks_of_each_probed_system(tmp_path: Path) -> None:
+    evaluation = tmp_path / "eval"
+    write(evaluation / "base", probed(listens=False))
+    write(evaluation / "tuned", probed(listens=True))
+    write(evaluation / "oracle", answers(0))
     report([str(evaluation)], replicates=20, images=False)
     text = Page((evaluation / "report.html").read_text()).text
     # The contents name both headings first.

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import re
-import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -38,20 +38,26 @@ from vlm_calibration.metrics.functional import (
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report import pictures
-from vlm_calibration.reporting.report.bootstrap import ImageBootstrap, p_value
 from vlm_calibration.reporting.report.data import System, read_calibration, read_systems
-from vlm_calibration.reporting.report.pictures import examples_of, thumbnail
+from vlm_calibration.reporting.report.pictures import examples_of, perturbation_of, thumbnail
 from vlm_calibration.reporting.report.summary import (
     Verdict,
     checked,
     in_numbers,
-    subject_of,
     summarize_system,
     verdict_of,
     verdict_sentence,
     weakest_group,
 )
-from vlm_calibration.reporting.report.table import agreement, bands_of, compare, groups_of, match_of
+from vlm_calibration.reporting.report.table import (
+    ImageBootstrap,
+    agreement,
+    bands_of,
+    compare,
+    groups_of,
+    match_of,
+    p_value,
+)
 from vlm_calibration.reporting.runs import RunRecord
 
 NAMES = {
@@ -94,33 +100,31 @@ def answers(seed: int, n: int = 60, honest: bool = True) -> list[EstimatedPredic
 
 def held_out(seed: int, honest: bool = True) -> list[EstimatedPrediction]:
     """Answers to a calibration set: about other images than `answers`, and not noised."""
-    return [
-        replace(p, id=f"h{p.id}", image=f"h{p.image}", category="clean/dog")
-        for p in answers(seed, honest=honest)
-    ]
+    given = answers(seed, honest=honest)
+    return [replace(p, id=f"h{p.id}", image=f"h{p.image}", category="clean/dog") for p in given]
 
 
 @pytest.fixture
 def evaluation(tmp_path: Path) -> Path:
     """The folder of an evaluation of a base model and an adapter, with a calibration set."""
     folder = tmp_path / "eval"
-    config = {
-        "model": {
-            "class_path": "EvaluationModule",
-            "init_args": {"adapters": {"tuned": "runs/tuned/adapter"}},
-        }
-    }
-    folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    settings = {"adapters": {"tuned": "runs/tuned/adapter"}}
     for name, honest in (("tuned", True), ("base", False)):
-        (folder / name).mkdir()
-        write_rows(
-            folder / name / "predictions.jsonl", [p.to_dict() for p in answers(0, honest=honest)], lines=True
-        )
-        rows = [p.to_dict() for p in held_out(5, honest)]
-        write_rows(folder / name / "calibration.jsonl", rows, lines=True)
+        write(folder / name, answers(0, honest=honest))
+        write(folder / name, held_out(5, honest), "calibration")
         (folder / name / "metrics.json").write_text(json.dumps({"forward_passes@likelihood": 1.0}))
+    configure(folder, {"class_path": "EvaluationModule", "init_args": settings})
     return folder
+
+
+def write(folder: Path, predictions: Sequence[EstimatedPrediction], split: str = "predictions") -> None:
+    write_rows(folder / f"{split}.jsonl", [p.to_dict() for p in predictions], lines=True)
+
+
+def configure(folder: Path, model: dict[str, Any], **sections: Any) -> None:
+    # The order of the kinds of perturbation decides which one is drawn.
+    text = yaml.safe_dump({"model": model, **sections}, sort_keys=False)
+    (folder / "config.yaml").write_text(text)
 
 
 class Page(HTMLParser):
@@ -129,25 +133,26 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.handlers: list[str] = []
-        self.links: list[str] = []
-        self.anchors: list[str] = []
-        self.policy = ""
+        self.attributes: list[tuple[str, str]] = []
         self.words: list[str] = []
+        self.policy = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        attributes = dict(attrs)
-        links = [value or "" for key, value in attrs if key == "href" and tag == "a"]
-        self.links += links
-        self.loads += [value or "" for key, value in attrs if key in ("src", "href", "data", "srcset")]
-        self.loads = [load for load in self.loads if load not in links]
-        self.anchors += [attributes["id"] or ""] if "id" in attributes else []
-        self.handlers += [key for key, _ in attrs if key.startswith("on")]
-        if attributes.get("http-equiv") == "Content-Security-Policy":
-            self.policy = attributes["content"] or ""
+        # A link loads nothing.
+        names = {"href": "link"} if tag == "a" else {}
+        self.attributes += [(names.get(name, name), value or "") for name, value in attrs]
+        if ("http-equiv", "Content-Security-Policy") in attrs:
+            self.policy = dict(attrs)["content"] or ""
+
+    def values(self, *names: str) -> list[str]:
+        """The values of all attributes with these names; addresses of links are `link`."""
+        return [value for name, value in self.attributes if name in names]
+
+    @property
+    def loads(self) -> list[str]:
+        return self.values("src", "href", "data", "srcset")
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
@@ -160,7 +165,7 @@ class Page(HTMLParser):
 def system(
     name: str, predictions: list[EstimatedPrediction], calibration: list[EstimatedPrediction] | None = None
 ) -> System:
-    return System(name, predictions, {}, Path("eval"), None, calibration)
+    return System(name, predictions, {}, Path("eval"), {}, calibration)
 
 
 # --- The table ----------------------------------------------------------------------------------------------------
@@ -342,11 +347,8 @@ def test_the_verdict_names_a_group_that_an_average_hides() -> None:
     for i in range(800):
         group, says = ("up", "down")[i % 2], (0.25, 0.75)[i // 2 % 2]
         right = (i // 4 % 20) < 20 * (says + (0.15 if group == "up" else -0.15))
-        rows.append(
-            replace(
-                answers(0, n=1)[0], id=f"q{i}", image=f"{i}", category=group, confidence=says, correct=right
-            )
-        )
+        about = {"id": f"q{i}", "image": f"{i}", "category": group}
+        rows.append(replace(answers(0, n=1)[0], **about, confidence=says, correct=right))
     frame, _ = compare([system("tuned", rows)], replicates=100)
     summary = summarize_system("tuned", frame)
     assert frame.iloc[0].ece < 0.01
@@ -373,9 +375,8 @@ def test_bands_hold_every_answer_that_states_a_confidence_once() -> None:
     rows = [(0.0, True), (0.2, False), (0.29, True), (0.8, True), (0.9, False), (1.0, True), (1.0, True)]
     predictions = [
         EstimatedPrediction(str(i), "?", "Yes", "", "yes", c, r, None, None, "yes_no")
-        for i, (c, r) in enumerate(rows)
+        for i, (c, r) in enumerate([*rows, (None, True)])
     ]
-    predictions += [EstimatedPrediction("x", "?", "Yes", "", "yes", None, True, None, None, "yes_no")]
     bands = bands_of(system("a", predictions), ImageBootstrap(predictions, 5))
     assert [(b["group"], b["n"], round(b["says"], 6), round(b["is_right"], 5)) for b in bands] == [
         ("90–100%", 3, 0.966667, 0.66667),
@@ -385,36 +386,23 @@ def test_bands_hold_every_answer_that_states_a_confidence_once() -> None:
     ]
 
 
-def test_the_report_describes_the_last_trained_system() -> None:
-    systems = [system(name, answers(0, n=6)) for name in ("base", "sft", "dpo", "oracle")]
-    assert subject_of(systems).name == "dpo"
-    assert subject_of(systems[-1:]).name == "oracle"
-
-
-def test_the_response_is_that_of_perturbed_splits_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    monkeypatch.setattr(pictures, "response_curve", lambda tables, figure: drawn.append(tables))
+def test_figures_hold_the_confidences_of_the_table_and_the_response_of_perturbed_splits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Any] = []
+    curves: list[Any] = []
+    monkeypatch.setattr(pictures, "reliability_diagram", lambda table, ax: drawn.append(table))
+    monkeypatch.setattr(pictures, "response_curve", lambda tables, figure: curves.append(tables))
     rows = [replace(p, category="clean") if p.strength == 0 else p for p in answers(0)]
     rows += [replace(p, id=f"n{p.id}", category="noised") for p in rows[:8:2]]
-    pictures.figures_of([system("base", rows)])
-    [tables] = drawn
-    assert {key: table.n for key, table in tables.items()} == {
-        ("", 0.0): 4,
-        ("motion_blur", 0.5): 15,
-        ("noise", 0.5): 15,
-    }
-    pictures.figures_of([system("base", [p for p in rows if p.category == "clean"])])
-    assert len(drawn) == 1, "nothing was perturbed"
-
-
-def test_figures_hold_the_confidences_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A level oracle's are not whole percents."""
-    drawn = []
-    monkeypatch.setattr(pictures, "reliability_diagram", lambda table, ax: drawn.append(table))
-    oracle = system("oracle", [replace(p, confidence=(p.confidence or 0.5) * 0.991) for p in answers(0)])
-    pictures.figures_of([oracle])
-    [table] = drawn
-    assert float(METRICS["ece"](table)) == compare([oracle], replicates=20)[0].iloc[0].ece
+    # A level oracle's confidences are not whole percents.
+    rows = [replace(p, confidence=(p.confidence or 0.5) * 0.991) for p in rows]
+    oracle = system("oracle", rows)
+    pictures.figures_of([oracle, system("base", [p for p in rows if p.category == "clean"])])
+    assert float(METRICS["ece"](drawn[0])) == compare([oracle], replicates=20)[0].iloc[0].ece
+    [tables] = curves
+    counts = {("", 0.0): 4, ("motion_blur", 0.5): 15, ("noise", 0.5): 15}
+    assert {key: table.n for key, table in tables.items()} == counts
 
 
 # --- The files ----------------------------------------------------------------------------------------------------
@@ -448,10 +436,10 @@ def test_page_and_table_of_an_evaluation(evaluation: Path, capsys: pytest.Captur
     assert all(load.startswith("data:image/") for load in page.loads if load), page.loads
     assert page.tags.count("img") == 2 * 2, "two figures for each of two systems"
     assert "script" not in page.tags
-    links = [link for link in page.links if link.startswith("#")]
-    assert [link[1:] for link in links] == page.anchors
-    assert {"confidence", "systems", "groups", "made"} <= set(page.anchors)
-    assert {unquote(link) for link in page.links} - set(links) == {"report.csv"}
+    *anchors, beside = page.values("link")
+    assert [link.removeprefix("#") for link in anchors] == page.values("id")
+    assert {"#confidence", "#systems", "#groups", "#made"} <= set(anchors)
+    assert unquote(beside) == "report.csv"
     assert {p.name for p in evaluation.glob("report*")} == {"report.html", "report.csv"}
 
     rows = list(csv.DictReader((evaluation / "report.csv").open()))
@@ -468,15 +456,11 @@ def test_the_page_says_what_a_system_is_where_it_is_weakest_and_what_ran_it(eval
     adapter = evaluation.parent / "runs/tuned/adapter"
     adapter.mkdir(parents=True)
     save_card(adapter, Card("my/base", training={"stage": "a stage", "steps": "77", "adapter": "LoRA, r=3"}))
-    noise = {
-        "levels": {"class_path": "vlm_calibration.perturbation.levels.AnchoredLevels"},
-        "kinds": {"noise": 2, "motion_blur": 1, "jpeg": 0},
-    }
+    levels = {"class_path": "vlm_calibration.perturbation.levels.AnchoredLevels"}
+    noise = {"levels": levels, "kinds": {"noise": 2, "motion_blur": 1, "jpeg": 0}}
     model = {"class_path": "a.SFTModule", "init_args": {"optimizer": {"name": "adamw", "lr": 0.5}}}
-    run = {"model": model, "data": {"noise": noise}}
-    (adapter.parent / "config.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
-    config = {"model": {"init_args": {"adapters": {"tuned": str(adapter)}}}}
-    (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
+    configure(adapter.parent, model, data={"noise": noise})
+    configure(evaluation, {"init_args": {"adapters": {"tuned": str(adapter)}}})
     (evaluation / "base").rename(evaluation / "oracle")
     versions = {"Python": "3.99.1", "torch": "0.0.7"}
     RunRecord("test", "EvaluationModule", True, versions=versions).write(evaluation)
@@ -489,7 +473,8 @@ def test_the_page_says_what_a_system_is_where_it_is_weakest_and_what_ran_it(eval
     ):  # fmt: skip
         assert fact in page
     shown, oracle = read_systems([str(evaluation)])
-    assert "kind and strength" in oracle.origin.label
+    assert "Can its confidence be trusted? tuned" in page, "not the oracle"
+    assert "kind and strength" in oracle.label
     weakest = weakest_group(compare([shown], 5)[0], "tuned")
     assert f"{weakest.group}: {in_numbers(weakest)} of the time" in page
     assert torch.__version__ not in page
@@ -497,19 +482,18 @@ def test_the_page_says_what_a_system_is_where_it_is_weakest_and_what_ran_it(eval
 
 def test_texts_of_models_and_data_neither_run_nor_load(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    folder.mkdir()
     evil = [
         EstimatedPrediction(
             f"q{i}{EVIL}", EVIL, EVIL, EVIL, EVIL, i / 40, i % 3 == 0, EVIL.replace("/", "|"), 0, "open", image=f"{i}{EVIL}"
         )
         for i in range(40)
     ]  # fmt: skip
-    write_rows(folder / "predictions.jsonl", [p.to_dict() for p in evil], lines=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"note": EVIL}}}))
+    write(folder, evil)
+    configure(folder, {"init_args": {"note": EVIL}})
     report([str(folder)], replicates=5)
     page = Page((folder / "report.html").read_text())
     assert "script" not in page.tags
-    assert page.handlers == []
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert not [load for load in page.loads if "evil" in load or load.startswith(("http", "//"))]
     assert "default-src 'none'" in page.policy
     assert "script-src" not in page.policy
@@ -529,47 +513,32 @@ def test_images_come_back_with_their_perturbation(
     data.setup("test")
     dataset = data.sets["test"]
     samples = {s.query.id: s for s in (dataset[0, i] for i in range(len(dataset.queries)))}
-    rows = [
-        graded_prediction(
-            s.query,
-            f"{('Yes', 'No')[i % 2]}. Confidence: {90 if s.perturbation.strength else 60}%",
-            s.perturbation,
-            s.noise_step,
-        ).to_dict()
-        for i, s in enumerate(samples.values())
-    ]
-    (tmp_path / "base").mkdir()
-    write_rows(tmp_path / "base/predictions.jsonl", rows, lines=True)
-    source = {
-        "class_path": "vlm_calibration.demo.source.DemoSource",
-        "init_args": {"split": "test", "scenes": 4},
-    }
+    rows = []
+    for i, s in enumerate(samples.values()):
+        text = f"{('Yes', 'No')[i % 2]}. Confidence: {90 if s.perturbation.strength else 60}%"
+        rows.append(graded_prediction(s.query, text, s.perturbation, s.noise_step))
+    write(tmp_path / "base", rows)
+    settings = {"split": "test", "scenes": 4}
+    source = {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": settings}
     test = {"clean": {"source": source}, "perturbed": {"source": source, "noise": "drawn"}}
-    config = {
-        "model": {"init_args": {"base": {"name_or_path": model}}},
-        "data": {"test": test, "noise": {"kinds": kinds}},
-    }
-    # The order of the kinds decides which one is drawn.
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    base = {"init_args": {"base": {"name_or_path": model}}}
+    configure(tmp_path, base, data={"test": test, "noise": {"kinds": kinds}})
     report([str(tmp_path)], replicates=5)
     html = (tmp_path / "report.html").read_text()
-    [base] = read_systems([str(tmp_path)])
-    shown = [e for examples in examples_of(base, []).values() for e in examples]
-    assert any(e.answer.strength for e in shown)
-    unknown = system("base", [replace(p, perturbation=None, strength=None) for p in base.predictions])
-    assert {e.perturbation for e in examples_of(unknown, [])["overconfident"]} == {""}
+    shown = [e for examples in examples_of(*read_systems([str(tmp_path)])).values() for e in examples]
+    assert any(e.strength for e in shown)
+    assert perturbation_of(replace(shown[0], strength=None)) == ""
     for example in shown:
-        sample = samples[example.answer.id]
-        assert example.perturbation == str(sample.perturbation)
-        assert example.perturbation in html
-        assert thumbnail(sample.image) in html, example.answer.id
+        sample = samples[example.id]
+        assert perturbation_of(example) == str(sample.perturbation)
+        assert perturbation_of(example) in html
+        assert thumbnail(sample.image) in html, example.id
     assert html.count('alt="the image of the question') == len(shown)
 
 
 def test_systems_of_an_earlier_evaluation_are_not_read(evaluation: Path) -> None:
     """The configuration names the systems; what else lies in the folder answered other questions."""
-    shutil.copytree(evaluation / "tuned", evaluation / "zzz")
-    write_rows(evaluation / "zzz/predictions.jsonl", [p.to_dict() for p in answers(0, n=30)], lines=True)
+    write(evaluation / "zzz", answers(0, n=30))
     assert [s.name for s in read_systems([str(evaluation)])] == ["base", "tuned"]
     (evaluation / "config.yaml").unlink()
     with pytest.raises(DataError, match="'base'.*'zzz'"):
@@ -582,11 +551,9 @@ def test_systems_of_an_earlier_evaluation_are_not_read(evaluation: Path) -> None
 def test_mistakes_are_named(evaluation: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    (tmp_path / "fewer").mkdir()
-    write_rows(tmp_path / "fewer/predictions.jsonl", [p.to_dict() for p in answers(0, n=57)], lines=True)
+    write(tmp_path / "fewer", answers(0, n=57))
     other = [replace(p, question="Is there a cat?") if p.id == "q3" else p for p in answers(0)]
-    (tmp_path / "other").mkdir()
-    write_rows(tmp_path / "other/predictions.jsonl", [p.to_dict() for p in other], lines=True)
+    write(tmp_path / "other", other)
     for settings, says in (
         ({"runs": [str(empty)]}, "no predictions.jsonl"),
         ({"runs": [str(evaluation), str(tmp_path / "fewer")]}, "'base'.*'fewer'.* 'q57', 'q58', 'q59':"),
@@ -604,9 +571,7 @@ def test_mistakes_are_named(evaluation: Path, tmp_path: Path) -> None:
 def test_recalibration_may_be_fitted_on_another_evaluation(evaluation: Path, tmp_path: Path) -> None:
     calibration = tmp_path / "held"
     for name in ("base", "tuned"):
-        (calibration / name).mkdir(parents=True)
-        moved = [replace(p, correct=True) for p in held_out(6)]
-        write_rows(calibration / name / "predictions.jsonl", [p.to_dict() for p in moved], lines=True)
+        write(calibration / name, [replace(p, correct=True) for p in held_out(6)])
     frame, _ = compare(read_calibration(str(calibration), read_systems([str(evaluation)])), replicates=5)
     isotonic = frame[(frame.recalibration == "isotonic") & (frame.estimator == "verbalized")]
     assert list(isotonic.mean_confidence) == [1.0, 1.0], "all held-out answers are right"
@@ -616,27 +581,23 @@ def test_recalibration_may_be_fitted_on_another_evaluation(evaluation: Path, tmp
     ("calibration", "says"),
     [
         (None, "there are no answers to a calibration set"),
+        ({"estimates": {}}, "likelihood is not recalibrated: the calibration set"),
         (
-            [replace(p, estimates={}) for p in held_out(5)],
-            "likelihood is not recalibrated: the calibration set",
-        ),
-        (
-            [replace(p, confidence=None) for p in held_out(5)],
+            {"confidence": None},
             "verbalized is not recalibrated: no yes_no answer of the calibration set has it",
         ),
     ],
 )
-def test_a_missing_recalibration_is_noted(calibration: list[EstimatedPrediction] | None, says: str) -> None:
-    frame, notes = compare([system("tuned", answers(0), calibration)], replicates=5)
+def test_a_missing_recalibration_is_noted(calibration: dict[str, Any] | None, says: str) -> None:
+    held = None if calibration is None else [replace(p, **calibration) for p in held_out(5)]
+    frame, notes = compare([system("tuned", answers(0), held)], replicates=5)
     recalibrated = set(frame[frame.recalibration != "raw"].estimator)
     assert len([note for note in notes if says in note]) == 2 - len(recalibrated)
     assert {note.split()[1] for note in notes} == {"verbalized", "likelihood"} - recalibrated
 
 
 def test_names_that_occur_twice_get_their_folder(evaluation: Path, tmp_path: Path) -> None:
-    second = tmp_path / "other" / "tuned"
-    second.mkdir(parents=True)
-    write_rows(second / "predictions.jsonl", [p.to_dict() for p in answers(2)], lines=True)
+    write(tmp_path / "other/tuned", answers(2))
     systems = read_systems([str(evaluation), str(tmp_path / "other")])
     assert [s.name for s in systems] == ["base", f"{evaluation}/tuned", f"{tmp_path / 'other'}/tuned"]
 

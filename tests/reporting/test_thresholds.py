@@ -8,17 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from scipy.stats import binomtest
 
 from vlm_calibration.commands.report import report
 from vlm_calibration.estimators.decision import DecisionRule, write_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.files import write_rows
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.models.base import adapter_weights_digest
 from vlm_calibration.reporting.report.data import System, read_systems
-from vlm_calibration.reporting.report.page import coverage_cell, error_cell
 from vlm_calibration.reporting.report.thresholds import (
     ALL,
     MAX_ERRORS,
@@ -27,6 +24,8 @@ from vlm_calibration.reporting.report.thresholds import (
     promises_of,
 )
 from vlm_calibration.settings import file_digest
+
+from .test_report import configure, write
 
 
 def answers(
@@ -46,24 +45,16 @@ def answers(
 def system(name: str, likelihood: float | None = None, calibrated: bool = True) -> System:
     test = [*answers("easy", 200, 2, 20, likelihood), *answers("hard", 100, 30, 0, likelihood)]
     calibration = answers("held", 300, 4, 100, likelihood) if calibrated else None
-    return System(name, test, {}, Path("eval"), None, calibration)
+    return System(name, test, {}, Path("eval"), {}, calibration)
 
 
-def test_each_limit_gives_the_share_that_its_threshold_gives() -> None:
+def test_each_limit_has_a_threshold_and_the_parts_where_it_breaks_are_named() -> None:
     [row] = promises_of([system("tuned")]).values()
     assert [promise.limits.max_error for promise in row] == list(MAX_ERRORS)
     one, two, five, ten = row
     assert (one.choice.threshold, two.choice.threshold, five.choice.threshold) == (None, None, 0.9)
-    assert coverage_cell(five)[:2] == ("75.0%", ["70.5–79.2%", "from 90% on"])
-    assert coverage_cell(two).value == coverage_cell(one).value == "no threshold gives this"
     assert one.tested == {}
-    assert error_cell(one, "easy").value == "–"
     assert ten.choice.threshold == 0.9
-
-
-def test_the_parts_where_the_guarantee_breaks_are_named() -> None:
-    [row] = promises_of([system("tuned")]).values()
-    ten = row[-1]
     assert {name: (s.n, s.answers, s.wrong) for name, s in ten.tested.items()} == {
         ALL: (320, 300, 32),
         "easy": (220, 200, 2),
@@ -72,8 +63,6 @@ def test_the_parts_where_the_guarantee_breaks_are_named() -> None:
     exact = binomtest(30, 100).proportion_ci(0.95, method="exact")
     assert tuple(ten.tested["hard"].error) == pytest.approx((0.3, exact.low, exact.high))
     assert list(ten.broken) == ["hard"]
-    assert error_cell(ten, "hard")[:3] == ("30.0%", ["21.2–40.0%", "100 of 100 given"], "differs")
-    assert not error_cell(ten, "easy").mark
     assert broken_sentence(row) == (
         "The guarantee does not hold on “hard” (limit 5% and 10%): the whole interval of the error lies above the limit."
     )
@@ -107,11 +96,9 @@ def test_parts_are_splits_or_else_categories() -> None:
 def evaluation(tmp_path: Path) -> Path:
     folder = tmp_path / "eval"
     for name in ("base", "tuned"):
-        (folder / name).mkdir(parents=True)
         about = system(name, 0.5)
-        assert about.calibration is not None
-        for file, rows in (("predictions", about.predictions), ("calibration", about.calibration)):
-            write_rows(folder / name / f"{file}.jsonl", [row.to_dict() for row in rows], lines=True)
+        write(folder / name, about.predictions)
+        write(folder / name, about.calibration or (), "calibration")
     return folder
 
 
@@ -129,16 +116,15 @@ def test_the_page(evaluation: Path) -> None:
     for words in (
         "What to send to a person", "at most 1% wrong", "at most 10% wrong", "base, likelihood",
         "75.0% 70.5–79.2% from 90% on", "The guarantee does not hold on “hard” (limit 5% and 10%)",
-        "Chosen on 400 answers (400 held), none of them easy or hard; of several", "30.0% ▲ 21.2–40.0% 100 of 100 given",
+        "at most 10% wrong base no threshold gives this no threshold gives this 75.0%",
+        "Chosen on 400 answers (400 held), none of them easy or hard; of several",
+        "easy – – 1.0% 0.1–3.6% 200 of 220 given", "30.0% ▲ 21.2–40.0% 100 of 100 given",
     ):  # fmt: skip
         assert words in text, words
-
-
-def test_without_calibration_answers_the_section_says_what_to_do(evaluation: Path) -> None:
     for name in ("base", "tuned"):
         (evaluation / name / "calibration.jsonl").unlink()
     text = _section(evaluation)
-    assert "No answers to a calibration set: base, tuned." in text
+    assert "No answers to a calibration set: base, tuned." in text, "without calibration answers"
     assert "--calibration" in text
     assert "at most" not in text
 
@@ -148,8 +134,7 @@ def test_the_card_of_a_system_states_the_guarantee_of_its_own_weights(evaluation
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
     (adapter / "adapter_model.safetensors").write_text("weights")
-    settings = {"model": {"init_args": {"adapters": {"tuned": str(adapter)}}}}
-    (evaluation / "config.yaml").write_text(yaml.safe_dump(settings))
+    configure(evaluation, {"init_args": {"adapters": {"tuned": str(adapter)}}})
     rule = DecisionRule(
         base="owner/base", quantization="none", dtype="auto", weights=adapter_weights_digest(adapter), prompt="{question}",
         estimator="verbalized", by=None, groups={"": {"threshold": 0.9}}, limits={}, correction="",
@@ -160,11 +145,10 @@ def test_the_card_of_a_system_states_the_guarantee_of_its_own_weights(evaluation
     write_rule(replace(rule, guarantee="At most 2% of base.", answers=answered), evaluation / "base")
 
     def stated() -> list[str | None]:
-        return [system.origin.facts.get("guarantee") for system in read_systems([str(evaluation)])]
+        return [system.facts.get("guarantee") for system in read_systems([str(evaluation)])]
 
     assert stated() == ["At most 2% of base.", "At most 5% of tuned."]
     (adapter / "adapter_model.safetensors").write_text("trained again")
     assert stated() == ["At most 2% of base.", None]
-    with (evaluation / "base/calibration.jsonl").open("a") as file:
-        file.write(json.dumps(answers("more", 1, 0, likelihood=0.5)[0].to_dict()) + "\n")
+    write(evaluation / "base", answers("held", 10, 1, likelihood=0.5), "calibration")
     assert stated() == [None, None]

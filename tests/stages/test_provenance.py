@@ -140,7 +140,7 @@ def test_table_and_report_say_that_an_adapter_is_asked_with_another_prompt(
     assert module.notes == {"other": {"not as trained": says}}
     write_json(tmp_path / "eval/other/notes.json", module.notes["other"])
     config = {"model": {"init_args": {"adapters": {"other": str(tmp_path / "other")}}}}
-    assert origin_of(tmp_path / "eval/other", tmp_path / "eval", config).facts["not as trained"] == says
+    assert origin_of(tmp_path / "eval/other", tmp_path / "eval", config)[1]["not as trained"] == says
 
 
 def test_a_model_is_the_same_in_any_folder(model_folder: str, data: Data, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ A visitor's data are kept in `gr.State` only, which is separate for every visit.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -94,13 +94,7 @@ class PageHandlers:
         return gr.skip() if painted(editor, subject.image.shape) is None else DRAWN
 
     def _samples(
-        self,
-        subject: Subject,
-        choice: str,
-        editor: Editor,
-        question: str,
-        kind: str,
-        strengths: Sequence[float],
+        self, subject: Subject, choice: str, editor: Editor, question: str, kind: str, strengths: list[float]
     ) -> list[Sample]:
         mask = key_object(subject, choice, editor, question, self.finder) if any(strengths) else None
         return [
@@ -136,7 +130,7 @@ class PageHandlers:
         """Each system's confidence at all strengths of a kind; None without answers."""
         if self.model.unknown_part(question):
             return None
-        strengths = LinearLevels().strengths()
+        strengths = list(LinearLevels().strengths())
         try:
             samples = self._samples(subject, choice, editor, question, kind, strengths)
             curves = self.model.answers(samples)

@@ -23,11 +23,7 @@ POLICY = (
 
 
 def serve(model: CalibratedModel, finder: KeyObjectFinder | None, report: Path, port: int) -> None:
-    """Serve the page on `port` of the loopback interface until interrupted; arguments as for `PageHandlers`.
-
-    Raises:
-        DataError: the port is in use.
-    """
+    """Serve the page on `port` of the loopback interface until interrupted; the others are for `PageHandlers`. DataError if it is in use."""
     # Disable Gradio telemetry; delete temporary files on exit. Gradio reads these settings when it is imported.
     with tempfile.TemporaryDirectory(prefix="vlm-calibration-") as folder:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "HF_HUB_OFFLINE": "1"}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-from torch import Tensor
 
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.files import json_number, replacing
@@ -46,7 +44,6 @@ class AdapterWriter(L.Callback):
         self.validations = dict(state_dict)
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The adapter's folder."""
         return [folder / ADAPTER]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -72,18 +69,9 @@ class AdapterWriter(L.Callback):
             self.write(trainer, module, Path(trainer.default_root_dir) / ADAPTER, weights)
         trainer.strategy.barrier("adapter")
 
-    def write(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        folder: Path,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Write the current adapter, processor and card, and replace `folder` at once when all are written.
-
-        `weights` are the gathered ones of a sharded model.
-        """
-        model, data = cast(Any, module).model, trainer.datamodule  # type: ignore[attr-defined]
+    def write(self, trainer: L.Trainer, module: Any, folder: Path, weights: Any = None) -> None:
+        """Write the current adapter, processor and card, and replace `folder` at once; `weights` are gathered ones of a sharded model."""
+        model, data = module.model, trainer.datamodule  # type: ignore[attr-defined]
         card = self.card(trainer, module)
         config = model.peft_config["default"]
         # peft's own loaders read the base model at this revision.
@@ -103,11 +91,11 @@ class AdapterWriter(L.Callback):
             data.processor.save_pretrained(temporary)
             save_card(temporary, card)
 
-    def card(self, trainer: L.Trainer, module: L.LightningModule) -> Card:
+    def card(self, trainer: L.Trainer, module: Any) -> Card:
         """The model card of the adapter in its present state; of the settings it has those in the run's record."""
         data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        trained, folder = cast(Any, module), Path(trainer.default_root_dir)
-        config, levels, base = trained.model.peft_config["default"], data.noise.levels, trained.base
+        folder, levels = Path(trainer.default_root_dir), data.noise.levels
+        config, base = module.model.peft_config["default"], module.base
         kinds = [name for name, used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if used]
         title = module.title(data) if isinstance(module, DPOModule | SFTModule) else type(module).__name__
         training = {
@@ -121,9 +109,10 @@ class AdapterWriter(L.Callback):
             training["levels"] = "open answers by ranking"
         if isinstance(module, DPOModule) and module.target.fitted is not None:
             training["teacher"] = repr(module.target.fitted)
-        if (record := read_record(folder)) is not None:
-            given = {name: str(value) for name, value in record.settings.items() if value is not None}
-            training |= {name: value for name, value in given.items() if not name.endswith(SECRETS)}
+        record = read_record(folder)
+        for name, value in record.settings.items() if record else ():
+            if value is not None and not name.endswith(SECRETS):
+                training[name] = str(value)
         # There are no answers of an evaluation yet, so these are no rows of `reporting.report.table`.
         results = {
             when: {name: json_number(name, v[name]) for name in ("n", *COLUMNS) if name in v}
@@ -132,7 +121,7 @@ class AdapterWriter(L.Callback):
         return Card(
             base=base.name_or_path,
             base_on_hub=is_hub_name(base.name_or_path),
-            revision=getattr(trained.model.config, "_commit_hash", None) or base.revision,
+            revision=getattr(module.model.config, "_commit_hash", None) or base.revision,
             location=shown_path(folder / ADAPTER),
             trust_remote_code=base.trust_remote_code,
             dtype=base.dtype,
@@ -146,8 +135,8 @@ class AdapterWriter(L.Callback):
             template=data.prompt.template,
             conversation=data.chat.render(EXAMPLE),
             has_chat_template=getattr(data.processor, "chat_template", None) is not None,
-            max_new_tokens=trained.max_new_tokens,
-            parts=list(adapted_parts(trained.model)),
+            max_new_tokens=module.max_new_tokens,
+            parts=list(adapted_parts(module.model)),
             max_pixels=data.max_pixels,
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -40,7 +41,6 @@ class Artifacts(L.Callback):
         self._digest: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score and the digest of the last logged adapter, for a resumed run."""
         return {"best": self.best, "digest": self._digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -53,7 +53,6 @@ class Artifacts(L.Callback):
         self._log_inputs(trainer, module, ("test",))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Log the adapter that was validated."""
         writers = [c for c in trainer.callbacks if isinstance(c, AdapterWriter)]  # type: ignore[attr-defined]
         logging = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
         if not (logging and writers) or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -125,8 +124,6 @@ def run_name(folder: Path) -> str:
 
 def adapter_artifact(location: str) -> Any:
     """The artifact of an adapter in a folder or on the Hugging Face Hub."""
-    import wandb
-
     folder = Path(location)
     if folder.is_dir():
         return folder_artifact(folder, run_name(folder.parent if folder.name == ADAPTER else folder), {})
@@ -137,8 +134,6 @@ def adapter_artifact(location: str) -> Any:
 
 def folder_artifact(folder: Path, name: str, metadata: dict[str, Any]) -> Any:
     """The artifact of the files in an adapter's folder."""
-    import wandb
-
     artifact = wandb.Artifact(name, type=ADAPTER, metadata=metadata)
     # One by one, since `add_dir` prints to the terminal.
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -148,8 +143,6 @@ def folder_artifact(folder: Path, name: str, metadata: dict[str, Any]) -> Any:
 
 def data_artifact(role: str, digests: dict[str, str]) -> Any:
     """The artifact of a training, validation or test set; another data set is another version."""
-    import wandb
-
     artifact = wandb.Artifact(f"{role}-data", type="dataset", metadata=digests)
     with artifact.new_file("data.json") as file:
         json.dump(digests, file)

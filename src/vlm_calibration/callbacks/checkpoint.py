@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -96,8 +96,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     @property
     def last(self) -> Path:
-        assert self.dirpath is not None
-        return Path(self.dirpath) / LAST
+        return Path(str(self.dirpath)) / LAST
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.dirpath = str(Path(trainer.default_root_dir) / FOLDER)
@@ -151,8 +150,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _stop_on_signal(self, trainer: L.Trainer) -> None:
         """Stop all processes at the same step if any of them received a signal."""
-        any_process: Callable[..., bool] = trainer.strategy.reduce_boolean_decision
-        if any_process(self._signal is not None, all=False):
+        if trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             trainer.save_checkpoint(self.last)
             self._signal = self._signal or signal.SIGTERM
             raise Stopped(self._signal, self.last)

@@ -69,10 +69,9 @@ def contact_sheet(sources: Sequence[QuerySource], count: int, policy: NoisePolic
         draw.text((left + THUMB // 2, top + LABEL // 2), label, "black", font, anchor="mm")
         sheet.paste(Image.fromarray(picture), (left, top + LABEL))
 
-    for place, index in enumerate(chosen.tolist()):
+    for first, index in zip(range(0, rows, len(strengths)), chosen.tolist(), strict=True):
         source, position = queries[index]
         query = source.queries()[position]
-        first = place * len(strengths)
         draw.line((0, first * CELL_HEIGHT, sheet.width, first * CELL_HEIGHT), LINE_COLOUR)
         caption: list[str] = []
         for text in (query.question, f"-> {query.answer}", f"[{', '.join(query.objects)}]", query.id):
@@ -83,10 +82,15 @@ def contact_sheet(sources: Sequence[QuerySource], count: int, policy: NoisePolic
         scale = THUMB / max(loaded.image.shape[:2])
         height, width = (max(1, round(side * scale)) for side in loaded.image.shape[:2])
         image = resize_image(loaded.image, (height, width))
+        tinted = image.astype(np.float32)
         evidence, distractors = (
             [resize_mask(m, (height, width)) for m in ms] for ms in (loaded.evidence, loaded.distractors)
         )
-        paste(first, 0, "regions", _draw_regions(image, evidence, distractors))
+        for masks, colour in ((distractors, OTHER), (evidence, EVIDENCE)):
+            for mask in masks:
+                tinted[mask] = 0.6 * tinted[mask] + 0.4 * np.array(colour, dtype=np.float32)
+                tinted[mask & ~binary_erosion(mask)] = colour
+        paste(first, 0, "regions", tinted.round().astype(np.uint8))
         paste(first, 1, "untouched", image)
         mask = np.logical_or.reduce([*(evidence or distractors), np.zeros(image.shape[:2], dtype=bool)])
         own_seed = int(query_rng(0, 0, query.id).integers(2**63))
@@ -98,15 +102,3 @@ def contact_sheet(sources: Sequence[QuerySource], count: int, policy: NoisePolic
                     shown = transform(image=image, mask=mask, strength=strength, seed=own_seed)["image"]
                 paste(row, column, f"{kind.replace('_', ' ')} {strength:g}", shown)
     return sheet
-
-
-def _draw_regions(
-    image: np.ndarray, evidence: Sequence[np.ndarray], distractors: Sequence[np.ndarray]
-) -> np.ndarray:
-    """The image with its regions tinted and outlined."""
-    pixels = image.astype(np.float32)
-    for masks, colour in ((distractors, OTHER), (evidence, EVIDENCE)):
-        for mask in masks:
-            pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(colour, dtype=np.float32)
-            pixels[mask & ~binary_erosion(mask)] = colour
-    return pixels.round().astype(np.uint8)

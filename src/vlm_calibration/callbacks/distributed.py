@@ -13,11 +13,7 @@ T = TypeVar("T")
 
 
 def broadcast_from_first(trainer: L.Trainer, compute: Callable[[], T]) -> T:
-    """The value that the first process computes, in all processes; every process must call this.
-
-    Raises:
-        DataError, OSError: `compute` raised it; all processes raise it, so that none waits for another.
-    """
+    """The value that the first process computes, in all processes, or the DataError or OSError that it raises; every process must call this."""
     value: T | DataError | OSError | None = None
     if trainer.is_global_zero:
         try:

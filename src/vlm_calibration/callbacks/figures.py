@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import lightning as L
 import numpy as np
+import wandb
 from PIL import Image
 
 from vlm_calibration.callbacks.logger import staged, wandb_logger
@@ -65,8 +66,8 @@ class CalibrationFigures(L.Callback):
         with staged(logger):
             media: dict[str, Any] = {}
             if stage == "test":
-                rows = plain_rows([System(name, given, {}, folder, None) for name, given in answers.items()])
-                media["test/comparison"] = _table([*rows.columns], rows.to_numpy().tolist())
+                rows = plain_rows([System(name, given, {}, folder, {}) for name, given in answers.items()])
+                media["test/comparison"] = wandb.Table([*rows.columns], rows.to_numpy().tolist())
             for system, predictions in answers.items():
                 prefix = f"{stage}/{system}" if system else stage
                 media |= {f"{prefix}/{name}": value for name, value in media_of(predictions, dataset).items()}
@@ -78,14 +79,11 @@ class CalibrationFigures(L.Callback):
 def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> dict[str, Any]:
     """The figures and tables of one system, by name; those of the response are over the splits with perturbed images."""
     total = _counted(predictions)
-    counts = [
-        [confidence, correct, wrong]
-        for confidence, (wrong, correct) in zip(total.value.tolist(), total.counts.tolist(), strict=True)
-    ]
+    counts = zip(total.value.tolist(), *reversed(total.counts.T.tolist()), strict=True)
     media: dict[str, Any] = {
         "reliability": _drawing(reliability_diagram(total)),
         "risk_coverage": _drawing(risk_coverage_figure(total)),
-        "confidence_table": _table(["confidence", "right", "wrong"], counts),
+        "confidence_table": wandb.Table(["confidence", "right", "wrong"], [*map(list, counts)]),
     }
     by_perturbation: dict[tuple[str, float], list[Prediction]] = {}
     for p in predictions:
@@ -100,7 +98,8 @@ def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> di
             if table.parsed
         ]
         media["response_curve"] = _drawing(response_curve(tables))
-        media["response_table"] = _table(["kind", "strength", "answers", "accuracy", "mean_confidence"], rows)
+        columns = ["kind", "strength", "answers", "accuracy", "mean_confidence"]
+        media["response_table"] = wandb.Table(columns, rows)
     return media
 
 
@@ -117,8 +116,6 @@ def sample_table(
 
     The image is perturbed again, which gives the same pixels. With `taught` it has the confidence that training assigns to it.
     """
-    import wandb
-
     by_id = {system: {p.id: p for p in predictions} for system, predictions in answers.items()}
     rows = []
     for place in np.linspace(0, len(dataset) - 1, num=min(size, len(dataset))):
@@ -134,18 +131,10 @@ def sample_table(
     columns = ["id", "image", "question", "answer", "perturbation", "strength"]
     columns += ["earned_confidence"] if taught else []
     columns += [f"{system}_{name}" if system else name for system in by_id for name in ANSWER_COLUMNS]
-    return _table(columns, rows)
-
-
-def _table(columns: list[str], rows: list[list[Any]]) -> Any:
-    import wandb
-
-    return wandb.Table(columns=columns, data=rows)
+    return wandb.Table(columns, rows)
 
 
 def _drawing(figure: Any) -> Any:
-    import wandb
-
     # W&B draws a figure with pyplot, which would keep it in memory.
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -39,16 +39,15 @@ class OfficialScores(L.Callback):
             )
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
-        splits = {
-            name: split.source
-            for name, split in test.items()
-            if isinstance(split.source, BenchmarkSource) and split.noise == "none"
-        }
         if trainer.is_global_zero:
-            systems = cast(HasResults, module).results
+            test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
+            splits = {
+                name: split.source
+                for name, split in test.items()
+                if isinstance(split.source, BenchmarkSource) and split.noise == "none"
+            }
             folder = Path(trainer.default_root_dir)
-            results = {system: _score(folder / system, splits) for system in systems}
+            results = {system: _score(folder / system, splits) for system in cast(HasResults, module).results}
             if any(results.values()):
                 Console().print(official_table(results))
             for system, scores in results.items():

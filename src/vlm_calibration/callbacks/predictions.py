@@ -39,8 +39,6 @@ class PredictionWriter(L.Callback):
     def __init__(self) -> None:
         self.start_over = False
         """Whether an evaluation asks all queries again, whatever an earlier one answered."""
-        self._state = ResumeState()
-        self._complete = False
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         """The metrics of each system of an evaluation."""
@@ -48,7 +46,8 @@ class PredictionWriter(L.Callback):
         return [folder / system / METRICS for system in systems]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        folder, rank, data = Path(trainer.default_root_dir), trainer.global_rank, _data(trainer)
+        folder, rank = Path(trainer.default_root_dir), trainer.global_rank
+        data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self._complete = False
         self._state = ResumeState()
         if stage != "test":
@@ -88,30 +87,21 @@ class PredictionWriter(L.Callback):
         self._log.add(VALIDATION, BatchAnswers(answers=outputs, passes={}))
 
     def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int, dataloader_idx: int = 0
     ) -> None:
-        self._log.add(TESTED[dataloader_idx], cast(BatchAnswers, outputs))
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._write(trainer, cast(HasResults, module))
+        self._log.add(TESTED[dataloader_idx], outputs)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._write(trainer, cast(HasResults, module))
+        self.on_validation_end(trainer, module)
         self._complete = True
 
-    def _write(self, trainer: L.Trainer, module: HasResults) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Write the files of all systems, in the first process."""
         log = self._log
         log.close()
         trainer.strategy.barrier("answers")
         if trainer.is_global_zero:
-            for system, metrics in module.results.items():
+            for system, metrics in cast(HasResults, module).results.items():
                 folder = log.folder / system
                 if HELD_OUT not in log.queries and TEST in log.queries:
                     remove(folder / CALIBRATION)
@@ -144,7 +134,3 @@ def require_writer(trainer: L.Trainer, callback: L.Callback) -> None:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(c, PredictionWriter) for c in callbacks[: callbacks.index(callback)]):
         raise DataError(f"trainer.callbacks: {type(callback).__name__} needs a PredictionWriter before it")
-
-
-def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:
-    return trainer.datamodule  # type: ignore[attr-defined]

@@ -6,14 +6,18 @@ processes. Several runs may share the shards (`data.parts`); the last one to end
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pycocotools import mask as coco
+from rich.console import Console
 
 from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks.distributed import broadcast_from_first
@@ -23,13 +27,15 @@ from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIR
 from vlm_calibration.files import JsonLine, replacing, write_json
 from vlm_calibration.progress import track
 from vlm_calibration.records import DataError
-from vlm_calibration.regions.extraction import Extracted
-from vlm_calibration.reporting.regions import RegionSummary, print_summary
+from vlm_calibration.regions.extraction import OUTCOMES, Extracted
+from vlm_calibration.reporting.tables import text_table
 from vlm_calibration.stages.regions import RegionExtractor
 
 SHARDS, SUMMARY = "shards", "summary.json"
 """Folder of the logs of shards, `PART.RANK.jsonl`, and the file of the summary."""
 ROW_GROUP = 1024
+MAX_NOTES = 5
+"""Unreadable images that the summary names at most."""
 
 REJECTED = pa.struct([*REGION, pa.field("reason", pa.string())])
 SCHEMA = pa.schema(
@@ -63,27 +69,28 @@ class RegionWriter(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the shards that this run has finished; raises a DataError if there are shards of another run."""
-        data, folder, run = _data(trainer), Path(trainer.default_root_dir), pl_module.run_digest
+        folder, run = Path(trainer.default_root_dir), pl_module.run_digest
+        data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
         path = folder / SHARDS / f"{data.part}.{trainer.global_rank}.jsonl"
         remedy = f"remove {folder}, or give another trainer.default_root_dir"
         log = self._log = AppendLog(path, {"run": run}, remedy, "*.jsonl")
+
+        def clear() -> None:
+            if data.parts > 1:
+                raise DataError(
+                    f"--overwrite in one run of {data.parts} would remove the shards of the others: remove {folder} and start all parts"
+                )
+            log.clear()
+            for output in self.outputs(folder, pl_module, data):
+                output.unlink(missing_ok=True)
+
         if self.start_over or run is None:
-            broadcast_from_first(trainer, lambda: self._clear(trainer, pl_module))
+            broadcast_from_first(trainer, clear)
         if data.region_plan.extractions:
             # The same in every process.
             data.region_plan.finished = broadcast_from_first(
                 trainer, lambda: {row["shard"] for _, row in log.lines()}
             )
-
-    def _clear(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if (parts := _data(trainer).parts) > 1:
-            remedy = f"remove {trainer.default_root_dir} and start all parts"
-            raise DataError(
-                f"--overwrite in one run of {parts} would remove the shards of the others: {remedy}"
-            )
-        self._log.clear()
-        for path in self.outputs(Path(trainer.default_root_dir), module, _data(trainer)):
-            path.unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RawBatch, *_: Any
@@ -95,7 +102,8 @@ class RegionWriter(L.Callback):
         self._log.close()
         trainer.strategy.barrier("shards")
         if trainer.is_global_zero:
-            data, folder = _data(trainer), Path(trainer.default_root_dir)
+            folder = Path(trainer.default_root_dir)
+            data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
             # This part's lines are complete before it reads the others', so the last part to end finds all shards.
             lines = {row["shard"]: line._replace(content=b"") for line, row in self._log.lines()}
             shards = len(data.region_plan.shards)
@@ -130,9 +138,9 @@ class RegionWriter(L.Callback):
             own = [lines[number] for number, shard in enumerate(plan.shards) if shard.extraction == index]
             tracked = track(own, f"writing {folder / extraction.file}", len(own), "shards")
             write_rows(folder / extraction.file, (usable(line, summary) for line in tracked), extraction.note)
-        by_file = {name: summary.to_dict() for name, summary in files.items()}
-        complete = [f"data.{setting}" for setting in plan.complete]
-        content = {**total.to_dict(), "files": by_file, "complete": complete}
+        content = total.to_dict()
+        content["files"] = {name: summary.to_dict() for name, summary in files.items()}
+        content["complete"] = [f"data.{setting}" for setting in plan.complete]
         write_json(folder / SUMMARY, content)
         print_summary(folder, content)
 
@@ -162,5 +170,68 @@ def write_rows(
                 writer.write_table(pa.Table.from_pylist(list(rows), schema=schema), row_group_size=ROW_GROUP)
 
 
-def _data(trainer: L.Trainer) -> PerturbedQueryDataModule:
-    return trainer.datamodule  # type: ignore[attr-defined]
+class RegionSummary:
+    """How many queries have regions, how large they are, and why the others have none."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.named = self.located = 0
+        self.shares: list[float] = []
+        self.notes: list[str] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Count one query."""
+        self.outcomes[row["outcome"]] += 1
+        self.reasons.update(r["reason"] for r in row["rejected"])
+        if row["outcome"] in ("found", "rejected", "not detected"):
+            self.named += len(row["objects"])
+            self.located += len({r["label"] for r in row["regions"]} & set(row["objects"]))
+        if row["outcome"] == "found":
+            evidence = [r for r in row["regions"] if not row["objects"] or r["label"] in row["objects"]]
+            masks = [{**r["mask"], "counts": r["mask"]["counts"].encode()} for r in evidence if r["mask"]]
+            pixels = np.prod(masks[0]["size"]) if masks else 1
+            self.shares.append(float(coco.area(coco.merge(masks)) / pixels) if masks else 0.0)
+        if row["note"] and len(self.notes) < MAX_NOTES:
+            self.notes.append(row["note"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts, and deciles of the share of the image, in [0, 1], that the regions of a query cover."""
+        shares = np.quantile(self.shares, (0.1, 0.5, 0.9)).tolist() if self.shares else [None] * 3
+        return {
+            "queries": self.outcomes.total(),
+            "outcomes": {name: self.outcomes[name] for name in OUTCOMES},
+            "phrases": {"named": self.named, "located": self.located},
+            "share_of_image": dict(zip(("p10", "median", "p90"), shares, strict=True)),
+            "rejected_regions": dict(sorted(self.reasons.items())),
+            "unreadable": self.notes,
+        }
+
+
+def print_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Print a summary of all queries, in which `files` has that of each file in `folder`, and `complete` names settings."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if n := summary["queries"]:
+        rows = [
+            (name, str(count), f"{count / n:.1%}") for name, count in summary["outcomes"].items() if count
+        ]
+        console.print(text_table(f"Regions of {n} queries", ("", "queries", "share"), rows))
+        phrases, share = summary["phrases"], summary["share_of_image"]
+        if phrases["named"]:
+            console.print(f"phrases: {phrases['located']} of {phrases['named']} located")
+        if share["median"] is not None:
+            within = f"{share['p10']:.1%} to {share['p90']:.1%}"
+            console.print(f"share of the image: median {share['median']:.1%}, 80% of queries within {within}")
+        for reason, count in summary["rejected_regions"].items():
+            console.print(f"regions left out ({reason}): {count}")
+        for note in summary["unreadable"]:
+            console.print(f"unreadable: {note}")
+    for name, of_file in summary["files"].items():
+        outcomes = of_file["outcomes"]
+        readable, located = of_file["queries"] - outcomes["unreadable"], outcomes["found"] + outcomes["known"]
+        console.print(f"wrote {folder / name}: {readable} queries, {located} with regions")
+    if summary["complete"]:
+        console.print(
+            f"nothing to extract for {', '.join(summary['complete'])}: each query has a region, or an answer that says that its "
+            "object is absent"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -29,12 +30,10 @@ class ResultsTable(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            results = cast(HasResults, module).results
-            notes = getattr(module, "notes", {})
-            words = "\n".join(
-                f"{s}, {name}: {note}" for s, by_name in notes.items() for name, note in by_name.items()
-            )
-            print_results(results, words=words, files={"answers": Path(trainer.default_root_dir)})
+            notes: Mapping[str, Mapping[str, str]] = getattr(module, "notes", {})
+            lines = [f"{system}, {name}: {note}" for system in notes for name, note in notes[system].items()]
+            files = {"answers": Path(trainer.default_root_dir)}
+            print_results(cast(HasResults, module).results, words="\n".join(lines), files=files)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.VALIDATING:

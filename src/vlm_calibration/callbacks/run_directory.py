@@ -38,11 +38,7 @@ PROGRESS = (f"{FOLDER}/*.ckpt", EVALUATED.format("*"), f"{SHARDS}/*.jsonl")
 """Files that are not empty where an interrupted run can resume."""
 ANOTHER_FOLDER = "another folder (--runs, or --trainer.default_root_dir) leaves it as it is"
 REMEDIES = f"--overwrite starts again in this folder, {ANOTHER_FOLDER}"
-SUBCOMMANDS: dict[Any, str] = {
-    TrainerFn.FITTING: "fit",
-    TrainerFn.TESTING: "test",
-    TrainerFn.PREDICTING: "predict",
-}
+SUBCOMMANDS: Any = {TrainerFn.FITTING: "fit", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict"}
 """State of the Trainer -> subcommand with results; `validate` only reads a run."""
 
 
@@ -66,10 +62,7 @@ def find_prior(cli: LightningCLI) -> Prior:
 
     `--overwrite` replaces a run of the same command. `--resume` resumes the same run if it was interrupted, and does nothing if it is
     finished. Without either, trainings and finished evaluations are refused. A training resumes from a checkpoint of its own directory
-    (`--ckpt_path`) with whatever settings.
-
-    Raises:
-        DataError: it holds a run that these options do not replace or resume, or the new run would overwrite what it starts from.
+    (`--ckpt_path`) with whatever settings. Another run is a DataError, and one that would overwrite what it starts from.
     """
     trainer, module, subcommand = cli.trainer, cli.model, str(cli.subcommand)
     config, folder = cli.config[subcommand], Path(trainer.default_root_dir)
@@ -99,18 +92,20 @@ def find_prior(cli: LightningCLI) -> Prior:
         return Prior("none")
     are_there = all(path.exists() for path in outputs)
     is_finished = record.finished and are_there and record.results == results_outside(folder, outputs)
-    state: Literal["interrupted", "finished"] = "finished" if is_finished else "interrupted"
+    prior = Prior("finished" if is_finished else "interrupted", record)
     if not config.resume and (command == "fit" or (is_finished and command == "test")):
         does = "does nothing if it is the one that is asked for" if is_finished else "resumes it"
-        raise DataError(f"{folder} holds a run of `{command}` that is {state}: --resume {does}, {REMEDIES}")
+        raise DataError(
+            f"{folder} holds a run of `{command}` that is {prior.state}: --resume {does}, {REMEDIES}"
+        )
     now = new_record(command, cli._parser(subcommand), config, trainer, cli.datamodule)
     if differing := differences(record, now):
         named = "; ".join(differing[:MAX_NAMED])
         more = f"; and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
         raise DataError(
-            f"{folder} holds a run that was {state} with other settings or inputs: {named}{more}: {REMEDIES}"
+            f"{folder} holds a run that was {prior.state} with other settings or inputs: {named}{more}: {REMEDIES}"
         )
-    return Prior(state, record) if is_finished or has_progress else Prior("none")
+    return prior if is_finished or has_progress else Prior("none")
 
 
 def is_own_checkpoint(folder: Path, checkpoint: str | None) -> bool:

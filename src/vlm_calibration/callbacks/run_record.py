@@ -108,9 +108,8 @@ def new_record(
 def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that can change the result of a command, by dotted name, of a configuration with all defaults filled in."""
     trainer, data, model = (settings.get(name) or {} for name in ("trainer", "data", "model"))
-    given = model.get("init_args") or {}
     sources = ("predict",) if command == "predict" and data.get("predict") else SPLITS[command]
-    if command == "levels fit" and given.get("likelihoods") is None:
+    if command == "levels fit" and (model.get("init_args") or {}).get("likelihoods") is None:
         sources = ("levels",)
     ignored = "|".join([*(name for name in SOURCES if name not in sources), IGNORED_DATA[command]])
     # How requests are sent to an endpoint changes no answer, and a server may have moved.
@@ -129,15 +128,10 @@ def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, An
 def run_inputs(
     settings: Mapping[str, Any], data: PerturbedQueryDataModule, *, with_regions: bool
 ) -> dict[str, str]:
-    """Digests of the content behind the settings of a run: setting -> digest.
+    """Dotted name of a setting -> digest of the content behind it, if that is on this machine.
 
     The queries of a source count, but not the bytes of its images; of models and adapters the weights and configurations; of
-    other files the whole content. A setting whose content is not on this machine is left out.
-
-    Args:
-        settings: by dotted name.
-        data: has the sources that `settings` describes.
-        with_regions: whether the run reads the sources with the regions in `data.regions`.
+    other files the whole content. `with_regions`: whether the run reads the sources with the regions in `data.regions`.
     """
     inputs: dict[str, str] = {}
     sources: list[str] = []

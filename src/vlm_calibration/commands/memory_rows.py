@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jsonargparse import Namespace
 
-from vlm_calibration.callbacks.peak_memory import PeakMemory
+from vlm_calibration.callbacks.throughput import PeakMemory
 from vlm_calibration.commands.lightning_cli import ParsedCLI, lightning_errors
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.sources.base import QuerySource

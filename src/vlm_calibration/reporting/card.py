@@ -197,8 +197,7 @@ def save_card(folder: Path, card: Card) -> None:
 def renew_card(folder: Path, card: Card) -> None:
     """Write a card; if a person has edited its `README.md`, write the facts alone and print the results and guarantee on stderr.
 
-    Raises:
-        DataError: the card in the folder cannot be read.
+    DataError if the card in the folder cannot be read.
     """
     if not is_edited(folder):
         save_card(folder, card)
@@ -211,33 +210,26 @@ def renew_card(folder: Path, card: Card) -> None:
 
 
 def state_guarantee(folder: Path, guarantee: str) -> None:
-    """State in an adapter's card what the thresholds beside it promise; without a card of ours nothing is written.
-
-    Raises:
-        DataError: the card cannot be read or written.
-    """
+    """State in an adapter's card what the thresholds beside it promise; without a card of ours nothing is written. DataError as above."""
     if (card := load_card(folder)) is not None:
         renew_card(folder, replace(card, guarantee=guarantee))
 
 
 def load_card(folder: Path) -> Card | None:
-    """Read the card that `save_card` wrote; None if there is none.
-
-    Raises:
-        DataError: the file is not what `save_card` writes.
-    """
+    """Read the card that `save_card` wrote; None if there is none. DataError if the file is not what `save_card` writes."""
     path = folder / FACTS
     if not path.is_file():
         return None
     facts = read_object(path)
     try:
-        facts["levels"] = {
-            answer_type: [(kind, strength, confidence) for kind, strength, confidence in rows]
-            for answer_type, rows in facts.get("levels", {}).items()
-        }
-        facts["evaluations"] = [Evaluation(**evaluation) for evaluation in facts.get("evaluations", [])]
         # A card of another version may have further facts.
-        return Card(**{f.name: facts[f.name] for f in fields(Card) if f.name in facts})
+        card = Card(**{f.name: facts[f.name] for f in fields(Card) if f.name in facts})
+        levels = {
+            answer_type: [(kind, strength, confidence) for kind, strength, confidence in rows]
+            for answer_type, rows in card.levels.items()
+        }
+        evaluations = [Evaluation(**facts_of_one) for facts_of_one in facts.get("evaluations", ())]
+        return replace(card, levels=levels, evaluations=evaluations)
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not the facts of a model card: {error}") from error
 

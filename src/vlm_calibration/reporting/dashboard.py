@@ -6,6 +6,7 @@ import netrc
 import os
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -32,18 +33,14 @@ def logged_in() -> bool:
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        _, _, key = netrc.netrc(os.environ.get("NETRC")).authenticators(host) or (None, None, None)
-        return bool(key)
+        login = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
     except (OSError, UnicodeDecodeError, netrc.NetrcParseError):
         return False
+    return login is not None and bool(login[2])
 
 
 def sections(systems: Sequence[str]) -> list[Section]:
-    """All sections for an evaluation of some systems.
-
-    Raises:
-        DataError: no system, or an invalid name.
-    """
+    """All sections for an evaluation of some systems; DataError without a system, or for an invalid name."""
     invalid = [name for name in systems if not re.fullmatch(r"[\w-]+", name)]
     if invalid or not systems:
         raise DataError(
@@ -52,11 +49,8 @@ def sections(systems: Sequence[str]) -> list[Section]:
 
     content: list[Section] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for panel in (panel for section in content for panel in section["panels"]):
-        panel["keys"] = [
-            key.replace("*", name)
-            for key in panel["keys"]
-            for name in (systems if "*" in key else systems[:1])
-        ]
+        keys = (key.replace("*", name) for key in panel["keys"] for name in systems)
+        panel["keys"] = list(dict.fromkeys(keys))
     return content
 
 
@@ -72,26 +66,16 @@ def outline(sections: Sequence[Section]) -> str:
 
 
 def build(entity: str, project: str, sections: Sequence[Section]) -> dict[str, str]:
-    """Save the report, which creates the project if necessary, and the workspace; returns the URL of each.
-
-    Raises:
-        DataError: `wandb-workspaces` is not installed, nobody is logged in, or the server refuses or cannot be reached.
-    """
+    """Save the report, which creates the project if necessary, and the workspace; returns the URL of each, or raises a DataError."""
     import wandb
 
-    try:
-        import wandb_workspaces  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise DataError(
-            "wandb-workspaces is not installed: pip install 'vlm-calibration[dashboard]'"
-        ) from error
+    if find_spec("wandb_workspaces") is None:
+        raise DataError("wandb-workspaces is not installed: pip install 'vlm-calibration[dashboard]'")
     if not logged_in():
         raise DataError("nobody is logged in to W&B: run `wandb login`, or print the dashboard with --print")
+    views = {"report": report, "workspace": workspace}
     try:
-        return {
-            "report": report(entity, project, sections).save().url,
-            "workspace": workspace(entity, project, sections).save().url,
-        }
+        return {name: view(entity, project, sections).save().url for name, view in views.items()}
     except (wandb.errors.Error, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"W&B does not take the dashboard of {entity}/{project}: {first_line(error)}"
@@ -102,12 +86,12 @@ def workspace(entity: str, project: str, sections: Sequence[Section]) -> Any:
     """Build the workspace, a `wandb_workspaces.workspaces.Workspace`."""
     import wandb_workspaces.workspaces as ws
 
-    rooms = [
+    made = [
         ws.Section(name=s["question"], panels=list(map(_wandb_panel, s["panels"])), is_open=True)
         for s in sections
     ]
     settings = ws.WorkspaceSettings(x_axis=STEP)
-    return ws.Workspace(entity=entity, project=project, name=NAME, sections=rooms, settings=settings)
+    return ws.Workspace(entity=entity, project=project, name=NAME, sections=made, settings=settings)
 
 
 def report(entity: str, project: str, sections: Sequence[Section]) -> Any:

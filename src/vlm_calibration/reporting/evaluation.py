@@ -20,13 +20,12 @@ ADAPTERS = "model.init_args.adapters."
 def read_evaluation(folder: Path, adapter: str) -> Evaluation:
     """Read the results of an adapter, by the digest of its files, with those of the base model and of other adapters beside it.
 
-    Raises:
-        DataError: the run directory holds no finished `vlm-calibration test` of a whole test set, or not of this adapter.
+    DataError if the run directory holds no finished `vlm-calibration test` of a whole test set, or not of this adapter.
     """
     record, config = read_record(folder), read_config(folder / CONFIG)
     if record is None:
         raise DataError(f"{folder}: no {RECORD}: give the run directory of `vlm-calibration test`")
-    if config is None or record.command != "test" or not record.finished:
+    if not config or record.command != "test" or not record.finished:
         raise DataError(f"{folder}: not a finished `vlm-calibration test`: evaluate first")
     if ((config.get("trainer") or {}).get("limit_test_batches") or 1.0) != 1.0:
         raise DataError(f"{folder}: a part of the test set: run `vlm-calibration test` without limits")
@@ -38,10 +37,10 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
             f"{folder}: this adapter was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'}): "
             "evaluate it again"
         )
-    systems = {s.name: s for s in read_systems([str(folder)])}
-    if missing := [name for name in systems_of(config) if name not in systems]:
+    systems = read_systems([str(folder)])
+    if missing := [name for name in systems_of(config) if name not in {s.name for s in systems}]:
         raise DataError(f"{folder / missing[0]}: no {PREDICTIONS}: evaluate again")
-    rows = stated_rows(plain_rows([s for name, s in systems.items() if name in (BASE, *adapters)]))
+    rows = stated_rows(plain_rows([s for s in systems if s.name in (BASE, *adapters)]))
     splits = config["data"]["test"]
     sources = [split["source"] for split in splits.values()]
     kinds = {str(source["class_path"]).rsplit(".", 1)[-1].removesuffix("Source") for source in sources}

@@ -96,11 +96,7 @@ class Run:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """All runs with a record in and below a folder, in the order of their paths. One that cannot be read is listed as damaged.
-
-    Raises:
-        DataError: there is no such folder.
-    """
+    """All runs with a record in and below a folder, by path; one that cannot be read is damaged. DataError without the folder."""
     if not folder.is_dir():
         raise DataError(f"no folder {folder}: give the folder that holds the run directories")
     return [_read_run(path) for path in sorted(record.parent for record in folder.rglob(RECORD))]
@@ -129,14 +125,10 @@ def _read_run(folder: Path) -> Run:
     return run
 
 
-def read_config(path: Path) -> dict[str, Any] | None:
-    """The configuration of a run; None without one.
-
-    Raises:
-        DataError: the file is not the configuration of a run.
-    """
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run; empty without a file. DataError if it is not such a configuration."""
     if not path.is_file():
-        return None
+        return {}
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)

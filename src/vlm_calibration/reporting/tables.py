@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +49,7 @@ def print_results(
     *,
     by_group: bool = False,
     words: str = "",
-    files: Mapping[str, Path] = MappingProxyType({}),
+    files: Mapping[str, Path] | None = None,
     commands: Sequence[str] = (),
 ) -> None:
     """Print the result of a command, which ends its output.
@@ -71,20 +70,15 @@ def print_results(
         console.print(text_table(f"All {int(first['n'])} answers", ["system", *map(heading, names)], rows))
         groups = sorted(name.removeprefix("n/") for name in first if name.startswith("n/"))
         for metric in BROKEN_DOWN if by_group and groups else ():
-            rows = [
-                (
-                    group,
-                    str(int(first[f"n/{group}"])),
-                    *(shown(metric, values[f"{metric}/{group}"]) for values in results.values()),
-                )
-                for group in groups
-            ]
+            rows = []
+            for group in groups:
+                texts = [shown(metric, values[f"{metric}/{group}"]) for values in results.values()]
+                rows.append((group, str(int(first[f"n/{group}"])), *texts))
             console.print(text_table(f"{heading(metric)} by group", ["group", "n", *results], rows))
     if words:
         console.print(Text(words))
-    for name, path in files.items():
-        # A line that is wrapped is no path any more.
-        # A notebook is read on other machines as well, where the link leads nowhere.
+    for name, path in (files or {}).items():
+        # A line that is wrapped is no path any more. A notebook is read on other machines as well, where a link leads nowhere.
         link = Text(str(path), "" if console.is_jupyter else f"link {path.resolve().as_uri()}")
         console.print(Text.assemble(f"{name}: ", link), soft_wrap=True)
     if commands:
@@ -114,8 +108,8 @@ def official_table(results: Results) -> Table:
     for system, part, scores in rows:
         # POPE's scores are unrounded fractions, AMBER's are percentages with one decimal.
         form = ".4f" if "yes_ratio" in scores else ".1f"
-        texts = [format(scores.get(key, math.nan), form) for key in columns]
-        cells.append((system, part, *("-" if text == "nan" else text for text in texts)))
+        texts = [format(scores.get(key, math.nan), form).replace("nan", "-") for key in columns]
+        cells.append((system, part, *texts))
     table = text_table("Official scores", ["system", "part", *map(heading, columns)], cells)
     table.columns[1].justify = "left"
     table.caption_justify = "left"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlm_calibration.errors import did_you_mean
 from vlm_calibration.estimators.decision import DecisionRule, read_rule, rule_of_adapter
@@ -36,20 +36,6 @@ LABELS = {
     BASE: "the base model, not fine-tuned",
     ORACLE: "the base model's answers, stated with its measured accuracy at the true kind and strength of perturbation",
 }
-RECORDED = {"stage": "stage", "steps": "steps", "adapter": "adapter settings"}
-"""Facts of an adapter's card that are shown -> their headings."""
-
-
-class Origin(NamedTuple):
-    """What a system is.
-
-    Attributes:
-        label: how it was trained, in a few words; empty if that is not known.
-        facts: heading -> text: base model, adapter, training, guarantee of the thresholds, and the notes of the evaluation.
-    """
-
-    label: str = ""
-    facts: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +47,10 @@ class System:
         predictions: its answers.
         metrics: those that the evaluation wrote beside them; may be empty.
         folder: of the whole evaluation.
-        config: of the evaluation, None if there is none.
+        config: of the evaluation; empty if there is none.
         calibration: its answers to the calibration set; None if there are none.
-        origin: what it is.
+        label: how it was trained, in a few words; empty if that is not known.
+        facts: heading -> text: base model, adapter, training, guarantee of the thresholds, and the notes of the evaluation.
         versions: name -> version of the software that answered; may be empty.
     """
 
@@ -71,15 +58,16 @@ class System:
     predictions: Sequence[EstimatedPrediction]
     metrics: Mapping[str, float | None]
     folder: Path
-    config: Mapping[str, Any] | None
+    config: Mapping[str, Any]
     calibration: Sequence[EstimatedPrediction] | None = None
-    origin: Origin = field(default_factory=Origin)
+    label: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def adapter(self) -> str | None:
         """Its adapter as commands take it: a run, the folder of an adapter or a name on the Hub; None for a base model."""
-        named = _model_settings(self.config, "adapters").get(self.name.removeprefix(f"{self.folder}/"))
+        named = model_settings(self.config, "adapters").get(self.name.removeprefix(f"{self.folder}/"))
         if named is not None:
             return str(named).removesuffix(f"/{ADAPTER}")
         return str(self.folder) if (self.folder / ADAPTER).is_dir() else None
@@ -126,7 +114,7 @@ def check_estimator(estimator: str, answers: Sequence[EstimatedPrediction], wher
 def _read_folder(folder: Path) -> list[System]:
     """Read the systems that the configuration of an evaluation names; without one those in `folder`, the base model first."""
     config, record = read_config(folder / CONFIG), read_record(folder)
-    if named := systems_of(config or {}):
+    if named := systems_of(config):
         paths = [folder / name for name in named]
     else:
         paths = [folder, *sorted(p.parent for p in folder.glob(f"*/{PREDICTIONS}"))]
@@ -144,7 +132,7 @@ def _read_folder(folder: Path) -> list[System]:
             folder,
             config,
             read_predictions(path / CALIBRATION) if (path / CALIBRATION).is_file() else None,
-            origin_of(path, folder, config),
+            *origin_of(path, folder, config),
             record.versions if record else {},
         )
         for path in paths
@@ -162,40 +150,40 @@ def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
     return [replace(s, calibration=by_name.get(s.name)) for s in systems]
 
 
-def origin_of(path: Path, folder: Path, config: Mapping[str, Any] | None) -> Origin:
-    """Read what a system is. Its adapter may be gone, or on the Hub; then only its name is known.
+def origin_of(path: Path, folder: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """Read label and facts of a `System`. Its adapter may be gone, or on the Hub; then only its name is known.
 
     `path` is the folder of its predictions, `folder` with the configuration that of the evaluation, or of the run if both are the same.
     DataError if a file on it cannot be read.
     """
-    adapters: Mapping[str, str] = _model_settings(config, "adapters")
-    base = _model_settings(config, "base").get("name_or_path")
-    label, facts = "", {}
-    if path == folder or path.name in adapters:
-        is_run = path == folder
+    adapters: Mapping[str, str] = model_settings(config, "adapters")
+    base = model_settings(config, "base").get("name_or_path")
+    label, facts, rule = "", {}, None
+    if (is_run := path == folder) or path.name in adapters:
         adapter = folder / ADAPTER if is_run else _adapter_folder(adapters[path.name])
-        name = str(adapter) if (adapter / WEIGHTS).is_file() else ""
         card = load_card(adapter)
-        training = read_config(adapter.parent / CONFIG) if adapter.name == ADAPTER else None
-        optimizer = _model_settings(training, "optimizer")
+        recorded = card.training if card else {}
+        training = read_config(adapter.parent / CONFIG) if adapter.name == ADAPTER else {}
+        optimizer = model_settings(training, "optimizer")
         rule = rule_of_adapter(adapter) or (None if is_run else _rule_in(path))
         label = _training_label(training)
-        base = base or (card.base if card else None) or _model_settings(training, "base").get("name_or_path")
-        facts["adapter"] = name if is_run else str(adapters[path.name])
-        for key, heading in RECORDED.items():
-            facts[heading] = card.training.get(key, "") if card else ""
+        base = base or (card.base if card else None) or model_settings(training, "base").get("name_or_path")
+        facts = {name: recorded.get(name, "") for name in ("adapter", "stage", "steps")}
+        facts["adapter settings"] = recorded.get("adapter", "")
+        facts["adapter"] = str(adapter) if (adapter / WEIGHTS).is_file() else ""
+        if not is_run:
+            facts["adapter"] = str(adapters[path.name])
         if "name" in optimizer and "lr" in optimizer:
             facts["optimizer"] = f"{optimizer['name']}, learning rate {optimizer['lr']}"
     elif path.name in LABELS:
         cards = (load_card(_adapter_folder(adapter)) for adapter in adapters.values())
-        rule = _rule_in(path)
-        label = LABELS[path.name]
+        label, rule = LABELS[path.name], _rule_in(path)
         base = base or next((card.base for card in cards if card), None)
     else:
-        rule, base = None, None
+        base = None
     facts = {"base model": base or "", **facts, "guarantee": rule.guarantee if rule else ""}
     notes = read_object(path / NOTES) if (path / NOTES).is_file() else {}
-    return Origin(label, {heading: text for heading, text in facts.items() if text} | notes)
+    return label, {heading: text for heading, text in facts.items() if text} | notes
 
 
 def _rule_in(path: Path) -> DecisionRule | None:
@@ -212,14 +200,13 @@ def _adapter_folder(path: str) -> Path:
     return next((p for p in (Path(path), Path(path) / ADAPTER) if (p / WEIGHTS).is_file()), Path(path))
 
 
-def _training_label(config: Mapping[str, Any] | None) -> str:
+def _training_label(config: Mapping[str, Any]) -> str:
     """How a run was trained, in a few words; empty if the configuration is not that of a training run."""
-    model, data = (config or {}).get("model") or {}, (config or {}).get("data") or {}
-    stage, settings = _class_name(model), model.get("init_args") or {}
+    stage = _class_name(config.get("model"))
     if stage not in ("SFTModule", "DPOModule"):
         return ""
-    how = "SFT" if stage == "SFTModule" else f"SFT + {_class_name(settings.get('loss')) or 'DPO'}"
-    noise = data.get("noise") or {}
+    how = "SFT" if stage == "SFTModule" else f"SFT + {_class_name(model_settings(config, 'loss')) or 'DPO'}"
+    noise = (config.get("data") or {}).get("noise") or {}
     levels = _class_name(noise.get("levels")).removesuffix("Levels").lower()
     kinds = [str(kind).replace("_", " ") for kind, weight in (noise.get("kinds") or {}).items() if weight]
     return ", ".join(filter(None, (how, levels and f"{levels} levels", " + ".join(kinds))))
@@ -230,9 +217,9 @@ def _class_name(settings: Any) -> str:
     return str(path).rsplit(".", 1)[-1]
 
 
-def _model_settings(config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+def model_settings(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A group of the model's settings; empty if the configuration lacks it."""
-    return (((config or {}).get("model") or {}).get("init_args") or {}).get(name) or {}
+    return ((config.get("model") or {}).get("init_args") or {}).get(name) or {}
 
 
 def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
@@ -264,10 +251,9 @@ def metrics_of(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
 
 
 def probe_values_of(
-    predictions: Sequence[EstimatedPrediction], probes: Sequence[str] | None = None, suffix: str = ""
+    predictions: Sequence[EstimatedPrediction], probes: Sequence[str], suffix: str = ""
 ) -> dict[str, float]:
-    """The metrics of some probes, by default of those that all predictions have, see `probe_values`."""
-    probes = probes_of(predictions) if probes is None else probes
+    """The metrics of some probes, see `probe_values`."""
     [counts] = count_probes((p.probes for p in predictions), probes, [[0]] * len(predictions), 1)
     return probe_values(counts, probes, suffix)
 

@@ -5,49 +5,31 @@ The template escapes every text of a model, a data set or a configuration; the p
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from importlib.resources import files
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pandas as pd
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from vlm_calibration.estimators.predictions import probes_of
 from vlm_calibration.metrics.figures import FEW
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.metrics.task import ALL_METRICS
 from vlm_calibration.reporting.report import summary, table, thresholds
 from vlm_calibration.reporting.report.data import System, probe_values_of
-from vlm_calibration.reporting.report.pictures import examples_of, figures_of, thumbnails
+from vlm_calibration.reporting.report.pictures import examples_of, figures_of, perturbation_of, thumbnails
 from vlm_calibration.reporting.tables import heading, shown
 
-TEMPLATE = "page.html.j2"
 METRICS = (
     *("accuracy", "ece", "brier", "auroc", "aurc", "smooth_ece"),
     *("mean_confidence", "overconfidence", "parse_failure_rate"),
 )
 """The metrics that the page shows; the CSV file holds all."""
-
-
-class Cell(NamedTuple):
-    """A cell of a table.
-
-    Attributes:
-        value: as text.
-        notes: lines below it, such as its interval.
-        mark: "better" or "worse" than the first system beyond chance, or "differs" from what is promised; else empty.
-        why: the p-value as text.
-    """
-
-    value: str
-    notes: Sequence[str] = ()
-    mark: str = ""
-    why: str = ""
 
 
 def render_page(
@@ -74,13 +56,16 @@ def render_page(
         seed: seed of the draws.
     """
     ordered = sorted(systems, key=lambda s: (s is not about, s is not systems[0]))
-    examples = examples_of(about, [s for s in ordered[1:2] if s is systems[0]])
-    answers = [example.answer for part in examples.values() for example in part]
-    pictures, missing = thumbnails(about, answers) if images else ({}, "")
+    examples = examples_of(about)
+    pictures, missing = thumbnails(about, [*chain(*examples.values())]) if images else ({}, "")
     figures, promises = figures_of(systems), thresholds.promises_of(systems)
     bands = table.parts_of_system(frame, about.name, table.BAND).to_dict("records")
     grouped = {s.name: table.parts_of_system(frame, s.name, table.GROUP).to_dict("records") for s in ordered}
-    probed = {s.name: summary.probe_sentences(probe_values_of(s.predictions)) for s in ordered}
+    grouped = {name: rows for name, rows in grouped.items() if rows}
+    values = {s.name: probe_values_of(s.predictions, probes_of(s.predictions)) for s in ordered}
+    probed = {
+        name: said for name, of_probes in values.items() if (said := summary.probe_sentences(of_probes))
+    }
     contents = {
         "confidence": "What it says, and how often that is right" if bands else "",
         "systems": "The systems",
@@ -88,28 +73,29 @@ def render_page(
         "thresholds": "What to send to a person",
         "reliability": "Reliability",
         "response": "Response to lost evidence" if figures["response"] else "",
-        "probes": "What confidence listens to" if any(probed.values()) else "",
-        "groups": "By category" if any(grouped.values()) else "",
+        "probes": "What confidence listens to" if probed else "",
+        "groups": "By category" if grouped else "",
         "overconfident": "Most confident wrong answers",
         "underconfident": "Least confident correct answers",
         "numbers": "What the numbers mean",
         "made": "How this was made",
     }
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["points"] = lambda share, decimals=0: f"{100 * share:.{decimals}f}"
     environment.filters["percent"] = percent
-    modules = {"summary": summary, "table": table, "thresholds": thresholds}
-    cells = {"metric_cell": metric_cell, "coverage_cell": coverage_cell, "error_cell": error_cell}
-    environment.globals |= {
-        **modules,
-        **cells,
-        "shown": shown,
-        "as_yaml": partial(yaml.safe_dump, sort_keys=False),
-    }
-    source = files("vlm_calibration.reporting.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return environment.get_template("page.html.j2").render(
+        summary=summary,
+        table=table,
+        thresholds=thresholds,
+        specs=ALL_METRICS,
+        shown=shown,
+        as_yaml=partial(yaml.safe_dump, sort_keys=False),
         contents={anchor: title for anchor, title in contents.items() if title},
         csv=quote(csv.name),
         overview=summary.summarize_system(about.name, frame),
@@ -124,11 +110,13 @@ def render_page(
         tested=sorted(promises.items(), key=lambda item: item[0][0] != about.name),
         figures=figures,
         few=FEW,
-        probed={name: sentences for name, sentences in probed.items() if sentences},
-        grouped={name: rows for name, rows in grouped.items() if rows},
+        probed=probed,
+        grouped=grouped,
         fitted_on="; ".join(dict.fromkeys(_fitted_on(s) for s in systems if s.calibration)),
         notes=notes,
         examples=examples,
+        perturbation_of=perturbation_of,
+        texts_of_first={p.id: p.text for p in systems[0].predictions},
         pictures=pictures,
         missing=missing,
         by_folder={str(s.folder): s for s in systems},
@@ -139,51 +127,15 @@ def render_page(
 
 def _fitted_on(system: System) -> str:
     """How many answers of which splits recalibration is fitted on, and which splits of the answers are not among them."""
-    assert system.calibration is not None
+    calibration = system.calibration or ()
     fitted, scored = (
-        Counter((p.category or "").split("/")[0] for p in answers)
-        for answers in (system.calibration, system.predictions)
+        Counter(p.category.split("/")[0] for p in answers if p.category)
+        for answers in (calibration, system.predictions)
     )
-    counts = ", ".join(f"{n:,} {split}" for split, n in fitted.items() if split)
-    unseen = " or ".join(split for split in scored if split and split not in fitted)
+    counts = ", ".join(f"{n:,} {split}" for split, n in fitted.items())
+    unseen = " or ".join(split for split in scored if split not in fitted)
     return (
-        f"{len(system.calibration):,} answers"
+        f"{len(calibration):,} answers"
         + (f" ({counts})" if counts else "")
         + (f", none of them {unseen}" if unseen else "")
     )
-
-
-def metric_cell(row: Mapping[str, Any], name: str, base: Mapping[str, Any]) -> Cell:
-    """A metric of a row of the frame, with its interval, and compared with the first row."""
-    spec, value, p = ALL_METRICS[name], row[name], row[f"{name}_p"]
-    if math.isnan(value):
-        return Cell("–")
-    between = " to " if spec.lower < 0 else "–"  # where a dash may be a minus
-    bounds = (shown(name, row[f"{name}_{end}"], percent=True).removesuffix("%") for end in ("low", "high"))
-    mark = ""
-    if p < 0.05 and spec.higher_is_better is not None:
-        mark = "better" if (value > base[name]) == spec.higher_is_better else "worse"
-    why = "" if math.isnan(p) else f"p = {p:.3f}"
-    return Cell(shown(name, value, percent=True), [between.join(bounds)], mark, why)
-
-
-def coverage_cell(promise: thresholds.Promise) -> Cell:
-    """The share of the calibration answers that a threshold gives."""
-    choice = promise.choice
-    if choice.scores is None or choice.threshold is None:
-        return Cell("no threshold gives this")
-    value, low, high = choice.scores.coverage
-    return Cell(f"{value:.1%}", [f"{100 * low:.1f}–{high:.1%}", f"from {percent(choice.threshold)} on"])
-
-
-def error_cell(promise: thresholds.Promise, part: str) -> Cell:
-    """The share of wrong answers among those given on a part of the test."""
-    if part not in promise.tested:
-        return Cell("–")
-    scores = promise.tested[part]
-    given = f"{scores.answers:,} of {scores.n:,} given"
-    if not scores.answers:
-        return Cell("–", [given])
-    value, low, high = scores.error
-    interval = f"{100 * low:.1f}–{high:.1%}"
-    return Cell(f"{value:.1%}", [interval, given], "differs" if part in promise.broken else "")

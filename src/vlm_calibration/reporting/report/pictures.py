@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jsonargparse import ArgumentError, ArgumentParser
@@ -20,7 +20,7 @@ from vlm_calibration.metrics.figures import ResponseTables, reliability_diagram,
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.report.data import System, table_of
+from vlm_calibration.reporting.report.data import System, model_settings, table_of
 
 SIZE = (5.2, 4.4)
 """Width and height of a figure in inches: small, so that its text stays readable on a phone."""
@@ -68,53 +68,42 @@ def _tables_by_perturbation(predictions: Sequence[EstimatedPrediction]) -> Respo
     split_of = {p.id: (p.category or "").split("/")[0] for p in predictions}
     perturbed = {split_of[p.id] for p in predictions if p.strength}
     groups: dict[tuple[str, float], list[EstimatedPrediction]] = {}
-    for prediction in predictions:
-        if prediction.strength is not None and split_of[prediction.id] in perturbed:
-            key = (prediction.perturbation or "", prediction.strength)
-            groups.setdefault(key, []).append(prediction)
+    for p in predictions:
+        if p.strength is not None and split_of[p.id] in perturbed:
+            groups.setdefault((p.perturbation or "", p.strength), []).append(p)
     return {key: table_of(answers) for key, answers in sorted(groups.items())}
 
 
-class Example(NamedTuple):
-    """An answer, what happened to its image in words, empty if that is not known, and the outputs of other systems by name."""
-
-    answer: EstimatedPrediction
-    perturbation: str
-    others: dict[str, str]
-
-
-def examples_of(system: System, others: Sequence[System]) -> dict[str, list[Example]]:
+def examples_of(system: System) -> dict[str, list[EstimatedPrediction]]:
     """The most confident wrong answers, "overconfident", and the least confident correct ones, "underconfident"; one an image."""
-    texts = {s.name: {p.id: p.text for p in s.predictions} for s in others}
-    examples: dict[str, list[Example]] = {}
+    examples = {}
     for name, is_correct, sign in (("overconfident", False, -1), ("underconfident", True, 1)):
         confident = [p for p in system.predictions if p.confidence is not None and p.correct == is_correct]
         by_image: dict[str, EstimatedPrediction] = {}
         for prediction in sorted(confident, key=lambda p: (sign * (p.confidence or 0.0), p.id)):
             by_image.setdefault(prediction.image or prediction.id, prediction)
-        examples[name] = []
-        for answer in list(by_image.values())[:MAX_EXAMPLES]:
-            perturbation = ""
-            if answer.perturbation is not None and answer.strength is not None:
-                perturbation = str(Perturbation(answer.perturbation, answer.strength))
-            others_text = {other: by_id[answer.id] for other, by_id in texts.items()}
-            examples[name].append(Example(answer, perturbation, others_text))
+        examples[name] = list(by_image.values())[:MAX_EXAMPLES]
     return examples
+
+
+def perturbation_of(answer: EstimatedPrediction) -> str:
+    """What happened to the image of an answer, in words; empty if that is not known."""
+    if answer.perturbation is None or answer.strength is None:
+        return ""
+    return str(Perturbation(answer.perturbation, answer.strength))
 
 
 def thumbnails(system: System, predictions: Sequence[EstimatedPrediction]) -> tuple[dict[str, str], str]:
     """Thumbnails of the images behind some predictions, query id -> data URI, and why images are missing, empty if none is."""
+    images = {}
     try:
         dataset = _dataset(system.config, predictions)
         index = {query.id: i for i, query in enumerate(dataset.queries)}
-        images = {}
         for prediction in predictions:
-            if prediction.id not in index:
-                continue
-            sample = dataset[0, index[prediction.id]]
+            sample = dataset[0, index[prediction.id]] if prediction.id in index else None
             # With another noise policy than the run's, the image would be perturbed in another way.
-            shown = (sample.query.question, *sample.perturbation)
-            if (prediction.question, prediction.perturbation, prediction.strength) == shown:
+            asked = (prediction.question, prediction.perturbation, prediction.strength)
+            if sample is not None and asked == (sample.query.question, *sample.perturbation):
                 images[prediction.id] = thumbnail(sample.image)
     except (DataError, ArgumentError, OSError, ValueError, TypeError, ImportError) as error:
         return {}, f"The images could not be loaded: {first_line(error)}"
@@ -134,13 +123,13 @@ def thumbnail(image: np.ndarray) -> str:
     return _data_uri("image/jpeg", file)
 
 
-def _dataset(config: Mapping[str, Any] | None, predictions: Sequence[EstimatedPrediction]) -> Any:
+def _dataset(config: Mapping[str, Any], predictions: Sequence[EstimatedPrediction]) -> Any:
     """The data set that a run answered, built from the run's configuration; DataError if it has none."""
     from vlm_calibration.data.module import PerturbedQueryDataModule
 
-    if not config or not isinstance(config.get("data"), Mapping):
+    if not isinstance(config.get("data"), Mapping):
         raise DataError("there is no config.yaml with the data beside the predictions")
-    base = ((config.get("model") or {}).get("init_args") or {}).get("base") or {}
+    base = model_settings(config, "base")
     # The command line links these settings to the model's.
     linked = {"processor": base.get("name_or_path"), "revision": base.get("revision")}
     parser = ArgumentParser(exit_on_error=False)
@@ -151,5 +140,6 @@ def _dataset(config: Mapping[str, Any] | None, predictions: Sequence[EstimatedPr
     # A stage of training may have a test set in its configuration as well, and it answers the validation set.
     prefixes = tuple(f"{name}:" if name else "" for name in data.test or ())
     is_test = bool(prefixes) and all(p.id.startswith(prefixes) for p in predictions)
-    data.setup("test" if is_test else "validate")
-    return data.sets["test" if is_test else "validation"]
+    stage, role = ("test", "test") if is_test else ("validate", "validation")
+    data.setup(stage)
+    return data.sets[role]

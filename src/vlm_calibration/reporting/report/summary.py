@@ -34,14 +34,7 @@ PROBES = {
 
 
 class Summary(NamedTuple):
-    """The summary of a report.
-
-    Attributes:
-        verdict: whether the stated confidence can be trusted.
-        sentence: the verdict as a sentence, with where it holds and where not.
-        headline: one sentence on the most frequent band.
-        sentences: the sentences below it.
-    """
+    """The summary of a report: the verdict, also as a sentence, one on the most frequent band, and the sentences below it."""
 
     verdict: Verdict
     sentence: str
@@ -73,26 +66,20 @@ def summarize_system(system: str, frame: pd.DataFrame) -> Summary:
             f"{100 * row.ece:.1f} points on average (ECE).{missing if row.n > row.parsed else ''}"
         ]
     if system != base.system:
-        sentences.append(_compared_with(row, base))
+        change, chance = "not comparable", ""
+        if base.ece > 0 and not math.isnan(row.ece):
+            change = f"{abs(1 - row.ece / base.ece):.0%} {'smaller' if row.ece < base.ece else 'larger'}"
+        if not math.isnan(row.ece_p):
+            kind = "more than chance" if row.ece_p < 0.05 else "within chance"
+            chance = f", which is {kind} (p = {row.ece_p:.3f})"
+        says = "-" if math.isnan(base.mean_confidence) else f"{base.mean_confidence:.0%}"
+        sentences.append(
+            f"“{base.system}” says {says} on average, is right {base.accuracy:.0%} of the time and is off by "
+            f"{100 * base.ece:.1f} points: the error is {change}{chance}."
+        )
     if worst := largest_error(frame, system):
         sentences.append(f"Its {worst}")
     return Summary(verdict, verdict_sentence(verdict, row, checks), headline, sentences)
-
-
-def _compared_with(row: Any, base: Any) -> str:
-    """How the error of a system's stated confidence differs from that of the first system."""
-    change, chance = "not comparable", ""
-    if base.ece > 0 and not math.isnan(row.ece):
-        change = f"{abs(1 - row.ece / base.ece):.0%} {'smaller' if row.ece < base.ece else 'larger'}"
-    if not math.isnan(row.ece_p):
-        chance = (
-            f", which is {'more than chance' if row.ece_p < 0.05 else 'within chance'} (p = {row.ece_p:.3f})"
-        )
-    says = "-" if math.isnan(base.mean_confidence) else f"{base.mean_confidence:.0%}"
-    return (
-        f"“{base.system}” says {says} on average, is right {base.accuracy:.0%} of the time and is off by "
-        f"{100 * base.ece:.1f} points: the error is {change}{chance}."
-    )
 
 
 def largest_error(frame: pd.DataFrame, system: str) -> str:
@@ -169,29 +156,26 @@ def verdict_sentence(verdict: Verdict, row: Any, checks: pd.DataFrame) -> str:
         return f"It cannot be told: none of its ranges of confidence has enough of the {row.n:,} answers for a check."
     if verdict == "unknown":
         between = f"off by {100 * row.ece_low:.1f} to {100 * row.ece_high:.1f} points on average (ECE)"
+        ranking = f"{row.auroc_low:.2f} to {row.auroc_high:.2f}"
         doubts = [
             f"it may be {between}" if keeps_ece == "unclear" else "",
-            f"its AUROC may be {row.auroc_low:.2f} to {row.auroc_high:.2f}"
-            if keeps_auroc == "unclear"
-            else "",
+            f"its AUROC may be {ranking}" if keeps_auroc == "unclear" else "",
             f"it may be off by more than {100 * TOLERANCE:.0f} points {unclear}" if unclear else "",
         ]
         return f"It cannot be told from {row.n:,} answers: {'; '.join(filter(None, doubts))}."
     limit = TRUSTED[0] if verdict == "partly" else ROUGH[0]
+    ranking = f"it hardly tells right answers from wrong ones (AUROC {row.auroc:.2f})"
     reasons = [
         f"it is off by {100 * row.ece:.1f} points on average (ECE)" if row.ece_low > limit else "",
         f"it does not hold {fails}" if fails else "",
-        f"it hardly tells right answers from wrong ones (AUROC {row.auroc:.2f})"
-        if keeps_auroc == "no"
-        else "",
+        ranking if keeps_auroc == "no" else "",
     ]
+    why = "; ".join(filter(None, reasons))
     if verdict == "partly":
-        but = f"not {fails}" if fails else "; ".join(filter(None, reasons))
+        but = f"not {fails}" if fails else why
         return f"Partly: its stated confidence can be trusted {holds or 'in part'}, but {but}."
     where = f"only {holds}" if holds else "nowhere for certain"
-    return (
-        f"No: its stated confidence cannot be trusted: {'; '.join(filter(None, reasons))}; it holds {where}."
-    )
+    return f"No: its stated confidence cannot be trusted: {why}; it holds {where}."
 
 
 def _places(checks: pd.DataFrame, agrees: str) -> str:

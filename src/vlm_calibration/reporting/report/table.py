@@ -1,6 +1,8 @@
 """The comparison of all systems as one frame: every confidence with intervals and p-values, and the stated one in groups and bands.
 
-The terminal, the page, the CSV file beside it, model cards and W&B take their numbers from it.
+The terminal, the page, the CSV file beside it, model cards and W&B take their numbers from it. Intervals come from a bootstrap over
+images: answers about one image are correlated, so images are drawn with replacement, each with all its answers. Systems that answered the
+same questions are measured on the same draws, which pairs them.
 """
 
 from __future__ import annotations
@@ -9,31 +11,39 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
 
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, estimators_of
 from vlm_calibration.estimators.recalibration import METHODS, recalibrated, unrated_types
+from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates, interval_of, percentile_interval
 from vlm_calibration.metrics.figures import wilson_interval
+from vlm_calibration.metrics.functional import METRICS, REPORTED
+from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.progress import track
 from vlm_calibration.records import category_groups
-from vlm_calibration.reporting.report.bootstrap import MEASURED, ImageBootstrap, Measured, p_value
 from vlm_calibration.reporting.report.data import ORACLE, System, metrics_of
 from vlm_calibration.reporting.tables import COLUMNS as HEADLINE
 
 RAW = "raw"
 ALL, GROUP, BAND = "all", "group", "band"
 """Kinds of rows: all answers of a system, those of a category, part of a category or answer type, those of a range of confidence."""
+MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
+"""Metrics of every confidence: the accuracy over all answers, and the calibration metrics of `metrics.json`."""
 ENDS = ("", "_low", "_high", "_p")
 """Of the columns of a metric: its value, 95% interval and p-value."""
 KEYS = ("system", "estimator", "recalibration", "kind", "group")
 """The columns that say what a row is about."""
+MATCH = ("parsed", "says", "is_right", "is_right_low", "is_right_high", "agrees")
 COLUMNS = (
     *(*KEYS, "n", "parsed", "forward_passes"),
     *(f"{name}{end}" for name in MEASURED for end in ENDS),
-    *("says", "is_right", "is_right_low", "is_right_high", "agrees"),
+    *MATCH[1:],
 )
 """The columns of the frame. Shares are in [0, 1]; what is undefined or does not apply to a kind of row is NaN.
 
@@ -48,6 +58,86 @@ GROUPED = ("accuracy", "mean_confidence", "overconfidence", "parse_failure_rate"
 """Metrics of each group."""
 TYPES = {"yes_no": "yes-or-no answers", "short": "short answers", "open": "open answers"}
 """Answer type -> the name of its group."""
+
+
+class Measured(NamedTuple):
+    """The interval of each metric of one confidence, NaN if undefined, and its value in each draw of images, float64 [B]."""
+
+    intervals: Mapping[str, Interval]
+    drawn: Mapping[str, Tensor]
+
+
+def p_value(first: Measured, second: Measured, name: str) -> float:
+    """Two-sided p-value of the difference in a metric between two confidences that were measured on the same draws.
+
+    The share of draws whose difference is as far from the observed one as that is from 0 (Hall & Wilson, 1991); at least
+    1 / (draws + 1), NaN if a metric is undefined.
+    """
+    observed = first.intervals[name].value - second.intervals[name].value
+    deviations = (first.drawn[name] - second.drawn[name] - observed).abs()
+    deviations = deviations[~deviations.isnan()]
+    if observed != observed or len(deviations) == 0:
+        return float("nan")
+    return (1 + int((deviations >= abs(observed) - 1e-12).sum())) / (1 + len(deviations))
+
+
+class ImageBootstrap:
+    """Bootstrap draws of the images behind some answers.
+
+    Args:
+        predictions: the answers; an answer without an image name counts as an image of its own.
+        replicates: number of draws, B.
+        seed: the draws are a function of the seed and the names of the images.
+    """
+
+    def __init__(
+        self, predictions: Sequence[EstimatedPrediction], replicates: int = 1000, seed: int = 0
+    ) -> None:
+        units = [("id", p.id) if p.image is None else ("image", p.image) for p in predictions]
+        index = {unit: i for i, unit in enumerate(sorted(set(units)))}
+        n = len(index)
+        self.correct = np.array([p.correct for p in predictions])
+        self.unit_of = np.array([index[unit] for unit in units])
+        """Number of each answer's image, int [N]."""
+        self.weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates).T
+        """How often each draw contains each image, int [images, B]."""
+        self.rarer = min(len(np.unique(self.unit_of[self.correct == kind])) for kind in (True, False))
+        """Number of images with a correct answer, or with a wrong one, whichever is smaller."""
+
+    def measure(self, confidence: Sequence[float | None]) -> Measured:
+        """Measure one confidence in each of the answers; None counts as unparsed."""
+        values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
+        correct = torch.from_numpy(self.correct)
+        table = ConfidenceTable.from_predictions(torch.from_numpy(values), correct, None)
+        # The cell of each answer: two for each level, wrong and correct, and one for unparsed answers.
+        cell = 2 * np.searchsorted(table.value.numpy(), values) + self.correct
+        cell[np.isnan(values)] = 2 * len(table.value)
+        shape = (2 * len(table.value) + 1, len(self.weights))
+        per_unit = csr_matrix((np.ones(len(values), dtype=np.int64), (cell, self.unit_of)), shape=shape)
+        counts = torch.from_numpy(np.ascontiguousarray((per_unit @ self.weights).T))
+        drawn = table._replace(counts=counts[:, :-1].reshape(len(counts), -1, 2), unparsed=counts[:, -1])
+        accuracy = self._drawn_sums(self.correct) / self._drawn_sums(np.ones(len(self.correct)))
+        of_draws = {"accuracy": torch.from_numpy(accuracy)}
+        value = float(self.correct.mean())
+        intervals = {"accuracy": percentile_interval(value, of_draws["accuracy"], self.rarer)}
+        for name in MEASURED[1:]:
+            of_draws[name] = bootstrap_replicates(drawn, METRICS[name])
+            intervals[name] = interval_of(METRICS[name], table, drawn, of_draws[name], self.rarer)
+        return Measured(intervals, of_draws)
+
+    def mean(self, values: Sequence[float | None]) -> Interval:
+        """The mean of one number for each answer with its 95% interval; None is left out, and there is at least one number."""
+        used = np.array([value is not None for value in values])
+        numbers = np.array([0.0 if value is None else value for value in values])
+        drawn = self._drawn_sums(used)
+        means = torch.from_numpy(self._drawn_sums(numbers) / np.where(drawn > 0, drawn, np.nan))
+        units = len(np.unique(self.unit_of[used]))
+        return percentile_interval(float(numbers[used].mean()), means, units)
+
+    def _drawn_sums(self, numbers: np.ndarray) -> np.ndarray:
+        """The sum of one number for each answer in each draw, float64 [B]."""
+        of_units = np.bincount(self.unit_of, weights=numbers.astype(np.float64), minlength=len(self.weights))
+        return of_units @ self.weights
 
 
 def compare(
@@ -138,7 +228,7 @@ def agreement(says: float, low: float, high: float) -> str:
 
 
 def match_of(system: System, bootstrap: ImageBootstrap, belongs: Sequence[bool]) -> dict[str, Any]:
-    """The columns `parsed` and, if there are any such answers, `says` to `agrees` of some answers of a system.
+    """The columns `parsed` and, if there are any such answers, `says` to `agrees` of the answers that belong to a row.
 
     The interval is over images, and at least the Wilson interval of independent answers, which stays wide where all are correct.
     """
@@ -153,10 +243,7 @@ def match_of(system: System, bootstrap: ImageBootstrap, belongs: Sequence[bool])
     says = right + gap.value
     low, high = map(float, wilson_interval(torch.tensor(float(sum(correct))), torch.tensor(float(n))))
     low, high = max(0.0, min(low, says - gap.high)), min(1.0, max(high, says - gap.low))
-    agrees = agreement(says, low, high)
-    return {
-        "parsed": n, "says": says, "is_right": right, "is_right_low": low, "is_right_high": high, "agrees": agrees
-    }  # fmt: skip
+    return dict(zip(MATCH, (n, says, right, low, high, agreement(says, low, high)), strict=True))
 
 
 def bands_of(system: System, bootstrap: ImageBootstrap) -> list[dict[str, Any]]:
@@ -192,9 +279,8 @@ def groups_of(system: System, bootstrap: ImageBootstrap) -> list[dict[str, Any]]
     }
     groups = []
     for name, members in ({**types, **categories} if len(types) > 1 else categories).items():
-        ids = {p.id for p in members}
+        ids, metrics = {p.id for p in members}, metrics_of(members)
         match = match_of(system, bootstrap, [p.id in ids for p in system.predictions])
-        metrics = metrics_of(members)
         values = {metric: metrics[metric] for metric in GROUPED}
         groups.append({"kind": GROUP, "group": name, "n": len(members), **match, **values})
     return groups

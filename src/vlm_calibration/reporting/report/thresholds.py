@@ -17,7 +17,6 @@ from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, estimators_of
 from vlm_calibration.metrics.risk_control import (
     Choice,
-    GradedAnswers,
     Limits,
     RiskControl,
     ThresholdScores,
@@ -48,12 +47,9 @@ ALL = "all"
 
 
 class Promise(NamedTuple):
-    """One limit of the error, and what its threshold does.
+    """One limit of the error, its threshold on the calibration answers or why there is none, and what it does in the test.
 
-    Attributes:
-        limits: what is promised.
-        choice: the threshold on the calibration answers, or why there is none.
-        tested: `ALL` and each part of the test answers -> what the threshold does there; empty without a threshold.
+    `tested`: `ALL` and each part of the test answers -> what the threshold does there; empty without a threshold.
     """
 
     limits: Limits
@@ -114,17 +110,16 @@ def one_an_image(answers: Sequence[A]) -> list[A]:
     return [answer for _, answer in chosen.values()]
 
 
-def graded(answers: Sequence[EstimatedPrediction], estimator: str) -> GradedAnswers:
-    """`one_an_image` of answers, with the confidence of an estimator."""
-    answers = one_an_image(answers)
-    return graded_answers([a.confidence_of(estimator) for a in answers], [a.correct for a in answers])
-
-
 def choose(
     groups: Mapping[str, Sequence[EstimatedPrediction]], estimator: str, limits: Limits
 ) -> RiskControl:
     """Choose a threshold for each group of answers (`grouped`)."""
-    return control_risk({name: graded(answers, estimator) for name, answers in groups.items()}, limits)
+    graded = {}
+    for name, answers in groups.items():
+        counted = one_an_image(answers)
+        confidences = [answer.confidence_of(estimator) for answer in counted]
+        graded[name] = graded_answers(confidences, [answer.correct for answer in counted])
+    return control_risk(graded, limits)
 
 
 def realised(
@@ -192,7 +187,7 @@ def model_of(system: System) -> tuple[dict[str, Any], Path, bool]:
 
     DataError if the configuration of the evaluation does not name the model, or its adapter is gone or was trained again since.
     """
-    config = system.config or {}
+    config = system.config
     if system.name not in systems_of(config):
         raise DataError(
             f"{system.folder}: not an evaluation of `vlm-calibration test` whose configuration names {system.name!r}"
