@@ -36,7 +36,7 @@ def command(
     names: Sequence[str] = ("a", "b"),
     images: bool = True,
     group: Group,
-) -> dict[str, Any]:
+) -> tuple[Any, ...]:
     """Do something.
 
     Args:
@@ -44,7 +44,7 @@ def command(
         out: where to write
         images: show images
     """
-    return {"folders": folders, "out": out, "kind": kind, "share": share, "images": images, "group": group}
+    return folders, out, kind, share, images, group
 
 
 def optional(image: str | None = None, question: str | None = None) -> tuple[str | None, str | None]:
@@ -71,31 +71,14 @@ def run(*args: str, command: Command = command) -> Any:
 
 
 def test_values_reach_the_function_with_their_types() -> None:
-    defaults = {
-        "folders": ["x"],
-        "out": None,
-        "kind": "short",
-        "share": None,
-        "images": True,
-        "group": Group(),
-    }
-    assert run("x") == defaults
-    values = run(
-        "--quiet", "x", "y", "--out", "3", "--kind=open", "--share", "1", "--max-size", "4", "--no-images"
-    )
-    assert values == {
-        "folders": ["x", "y"],
-        "out": Path("3"),
-        "kind": "open",
-        "share": 1.0,
-        "images": False,
-        "group": Group(4, True),
-    }
+    assert run("x") == (["x"], None, "short", None, True, Group())
+    options = ("--out", "3", "--kind=open", "--share", "1", "--max-size", "4", "--no-images")
+    assert run("--quiet", "x", "y", *options) == (["x", "y"], Path("3"), "open", 1.0, False, Group(4, True))
 
 
-@pytest.mark.parametrize("text", ["null", "true", "3", "Is it: a dog? [x] {y}", "100%", ""])
-def test_texts_are_taken_as_they_are(text: str) -> None:
-    assert run("a.png", text, command=optional) == ("a.png", text)
+def test_texts_are_taken_as_they_are() -> None:
+    for text in ("null", "true", "3", "Is it: a dog? [x] {y}", "100%", ""):
+        assert run("a.png", text, command=optional) == ("a.png", text)
     assert run(command=optional) == (None, None)
 
 
@@ -126,18 +109,17 @@ def test_settings_are_passed_on_in_the_order_given() -> None:
     assert page.endswith("More settings may follow.\n")
 
 
+SUBCOMMANDS = Subcommands("Two of them.", {"ask": optional, "pass": forwarding})
+
+
 def test_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = Subcommands("Two of them.", {"ask": optional, "pass": forwarding})
-    assert run("ask", "x", command=commands) == ("x", None)
-    run("--help", command=Subcommands("All.", {"more": commands}))
-    run("more", "--help", command=Subcommands("All.", {"more": commands}))
+    assert run("ask", "x", command=SUBCOMMANDS) == ("x", None)
+    run("--help", command=Subcommands("All.", {"more": SUBCOMMANDS}))
+    run("more", "--help", command=Subcommands("All.", {"more": SUBCOMMANDS}))
     assert capsys.readouterr().out == (
         "usage: prog COMMAND ...\n\nAll.\n\n  more  Two of them.\n"
         "usage: prog more COMMAND ...\n\nTwo of them.\n\n  ask   Ask.\n  pass  Hand on.\n"
     )
-
-
-SUBCOMMANDS = Subcommands("Two.", {"ask": optional, "pass": forwarding})
 
 
 @pytest.mark.parametrize(
@@ -145,7 +127,6 @@ SUBCOMMANDS = Subcommands("Two.", {"ask": optional, "pass": forwarding})
     [
         (command, [], "missing: folders; see `prog --help`"),
         (command, ["x", "--max-size", "0"], "--max-size: expected a whole number of at least 1, found '0'"),
-        (command, ["x", "--max-size", "x"], "--max-size: expected a whole number of at least 1, found 'x'"),
         (command, ["x", "--share", "80%"], "--share: expected a number in [0, 1], found '80%'"),
         (
             command,
@@ -158,11 +139,6 @@ SUBCOMMANDS = Subcommands("Two.", {"ask": optional, "pass": forwarding})
         (command, ["x", "--quiet=3"], "argument --quiet: ignored explicit argument '3'"),
         (SUBCOMMANDS, [], "missing: one of ask, pass; see `prog --help`"),
         (SUBCOMMANDS, ["aks"], "no 'aks' (did you mean ask?): one of ask, pass; see `prog --help`"),
-        (
-            SUBCOMMANDS,
-            ["pass", "--tokens", "0"],
-            "--tokens: expected a whole number of at least 1, found '0'",
-        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(of: Command, args: list[str], message: str) -> None:

@@ -27,16 +27,8 @@ from .wandb_log import OfflineRun
 NOISE = (
     *("Tip:", "GPU available", "TPU available", "Seed set to", "FLOPs", "Trainable params", "weights_only"),
     *("deprecated", "to estimate number of stepping batches", "`Trainer.fit` stopped", "Failed to load CPU"),
-    *(
-        "Loading weights",
-        "srun",
-        "wandb: ",
-        "wandb sync",
-        "Test metric",
-        "Validate metric",
-        "\x1b",
-        "Traceback",
-    ),
+    *("Loading weights", "srun", "wandb: ", "wandb sync", "Test metric", "Validate metric"),
+    *("\x1b", "Traceback"),
 )
 """What no command prints."""
 

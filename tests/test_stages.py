@@ -87,11 +87,9 @@ def test_every_stage_of_your_own_calibration_has_the_same_settings(commands: Com
 @pytest.mark.parametrize(
     ("arguments", "stages"),
     [
-        ([], "sft dpo evaluate report"),
         (["--preset", "paper"], "sft dpo evaluate report"),
         (["--preset", "anchored"], "levels sft dpo evaluate report"),
         (["--model", "smolvlm2_256m"], "levels sft dpo evaluate report"),
-        (OWN, "regions levels sft dpo evaluate report"),
         ([*OWN, "--preset", "paper"], "regions sft dpo evaluate report"),
         (["dpo", "sft"], "sft dpo"),
     ],
@@ -103,13 +101,16 @@ def test_a_calibration_consists_of_the_stages_that_it_needs(
 
 
 def test_files_of_your_own_and_several_files(commands: Commands, folder: Path) -> None:
-    for name in ("my model", "preset", "preset_dpo"):
+    for name in ("my model", "preset", "preset_dpo", "mine"):
         (folder / f"{name}.yaml").touch()
     command = commands("dpo", "--model", "'my model.yaml' qlora", "--preset", "paper preset.yaml")["dpo"]
     assert values(command, "config") == [
         *("dpo", "my model.yaml", "model/qlora"),
         *("experiment/paper", "experiment/paper_dpo", "preset.yaml", "preset_dpo.yaml"),
     ]
+    command = commands("sft", "--config", "mine.yaml")["sft"]
+    assert command[:3] == ["fit", "--config", "mine.yaml"], "instead of the stage's own"
+    assert values(command, "trainer.default_root_dir") == ["runs/sft"]
 
 
 def test_arguments_of_one_stage_reach_no_other_and_settings_no_report(commands: Commands) -> None:
@@ -124,30 +125,18 @@ def test_arguments_of_one_stage_reach_no_other_and_settings_no_report(commands: 
     assert commands("sft", "--ckpt_path", "last")["sft"][-1] == "runs/sft", "instead of --resume"
 
 
-def test_a_configuration_of_your_own_replaces_that_of_a_stage(commands: Commands, folder: Path) -> None:
-    (folder / "mine.yaml").touch()
-    command = commands("sft", "--config", "mine.yaml")["sft"]
-    assert command[:3] == ["fit", "--config", "mine.yaml"]
-    assert values(command, "trainer.default_root_dir") == ["runs/sft"]
-
-
-def test_extracted_regions_are_used_by_all_stages_after_the_extraction(
-    commands: Commands, folder: Path
-) -> None:
-    (folder / "runs/regions").mkdir(parents=True)
-    used = {stage: values(command, "data.regions") for stage, command in commands(*OWN).items()}
+def test_stages_take_what_earlier_ones_left(commands: Commands, folder: Path) -> None:
+    adapters = "model.init_args.adapters"
+    (folder / "runs/sft/adapter").mkdir(parents=True)
+    assert values(commands("evaluate")["evaluate"], adapters) == ['{"sft": "runs/sft/adapter"}']
+    for name in ("dpo/adapter", "regions"):
+        (folder / "runs" / name).mkdir(parents=True)
+    planned = commands(*OWN)
+    both = ['{"sft": "runs/sft/adapter", "dpo": "runs/dpo/adapter"}']
+    assert values(planned["evaluate"], adapters) == both
+    used = {stage: values(command, "data.regions") for stage, command in planned.items()}
     assert used.pop("regions") == used.pop("report") == []
     assert set(map(tuple, used.values())) == {("runs/regions",)}
-
-
-def test_evaluation_takes_the_adapters_that_are_there(commands: Commands, folder: Path) -> None:
-    def adapters() -> list[str]:
-        return values(commands("evaluate")["evaluate"], "model.init_args.adapters")
-
-    (folder / "runs/sft/adapter").mkdir(parents=True)
-    assert adapters() == ['{"sft": "runs/sft/adapter"}']
-    (folder / "runs/dpo/adapter").mkdir(parents=True)
-    assert adapters() == ['{"sft": "runs/sft/adapter", "dpo": "runs/dpo/adapter"}']
 
 
 def test_the_parser_takes_every_stage(commands: Commands, parse: Callable[[list[str]], Any]) -> None:

@@ -82,28 +82,19 @@ def test_one_question(
     assert (answered["answer_type"], answered["decision"]) == ("open", None)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["demo", "own"])
-def test_what_the_demo_model_does_not_know_is_a_warning(
-    call: Call, questions: Path, tmp_path: Path, own: bool
-) -> None:
-    known, model = _rows(questions)[0], str(DEMO_MODEL)
-    if own:
-        # The same weights, but in a folder of the user.
-        model = str(shutil.copytree(DEMO_MODEL, tmp_path / "own"))
-    asked = (known["image"], "Is there a zebra?", "--base", model, "--device", "cpu")
-    ended = call(*asked)
-    assert ended.status == 0
-    assert ended.err.startswith("warning: the demo model does not know the word 'zebra'; it knows") != own
-    answered = json.loads(call(*asked, "--json").out)
-    assert answered["warning"] == (None if own else unknown_part("Is there a zebra?"))
-    assert answered["confidence"] > 0.5
-
+def test_what_the_demo_model_does_not_know_is_a_warning(call: Call, questions: Path, tmp_path: Path) -> None:
+    """The same weights in a folder of the user are not the demo's model."""
+    known = _rows(questions)[0]
     zebra = {**known, "id": "z", "question": "Is there a zebra?"}
     questions.write_text("".join(json.dumps(row) + "\n" for row in (known, zebra)))
-    ended = call("--questions", str(questions), "--out", "out.jsonl", *asked[2:])
-    assert ended.status == 0
-    assert (f"warning: {questions}:2: the demo model does not know the word 'zebra'" in ended.err) != own
-    assert [row["warning"] is None for row in _rows(tmp_path / "out.jsonl")] == [True, own]
+    own = shutil.copytree(DEMO_MODEL, tmp_path / "own")
+    for model, warnings in ((DEMO_MODEL, [None, unknown_part("Is there a zebra?")]), (own, [None, None])):
+        base = ("--base", str(model), "--device", "cpu")
+        ended = call(known["image"], zebra["question"], *base)
+        assert ended.err == (f"warning: {warnings[1]}\n" if warnings[1] else "")
+        ended = call("--questions", str(questions), "--out", f"{model.name}.jsonl", *base)
+        assert (f"warning: {questions}:2: {warnings[1]}" in ended.err) == (model == DEMO_MODEL)
+        assert [row["warning"] for row in _rows(tmp_path / f"{model.name}.jsonl")] == warnings
 
 
 def test_an_answer_as_text() -> None:
@@ -152,18 +143,12 @@ def test_an_answer_below_the_threshold_is_not_printed(
 def test_a_question_unlike_those_of_the_calibration_set_goes_to_a_person(
     call: Call, asked: tuple[str, str], decides: Callable[..., tuple[str, ...]]
 ) -> None:
-    image, text = asked
-    for known, question, answered in (
-        ([text], text, True),
-        (["What is this?"], text, False),
-        ([], text, True),
-        ([], "Is there a zebra in the image?", False),  # the demo's model does not know zebras
-    ):
-        options = decides(0.0, questions=KnownQuestions.of(known * 20))
-        ended = call(image, question, *options, "--abstain", "--json")
-        answer = json.loads(ended.out)
-        assert (ended.status, answer["decision"]) == ((0, "answer") if answered else (4, "review"))
-        assert (answer["unfamiliar"] is None) == answered
+    for known, decision in ((asked[1], "answer"), ("What is this?", "review")):
+        options = decides(0.0, questions=KnownQuestions.of([known] * 20))
+        answer = json.loads(call(*asked, *options, "--abstain", "--json").out)
+        assert (answer["decision"], answer["unfamiliar"] is None) == (decision, decision == "answer")
+    # The demo's model does not know zebras.
+    assert call(asked[0], "Is there a zebra in the image?", *decides(0.0), "--abstain").status == 4
 
 
 def test_thresholds_by_category_need_one(
@@ -194,33 +179,25 @@ def test_abstaining_without_thresholds_names_the_command(
         assert "`vlm-calibration threshold RUN`" in ended.error()
 
 
-@pytest.mark.parametrize(
-    ("changed", "says"), [({"weights": "0"}, "other weights"), ({"prompt": "{question}?"}, "another prompt")]
-)
 def test_thresholds_of_another_model_are_refused(
-    call: Call,
-    asked: tuple[str, str],
-    decides: Callable[..., tuple[str, ...]],
-    changed: dict[str, str],
-    says: str,
+    call: Call, asked: tuple[str, str], decides: Callable[..., tuple[str, ...]]
 ) -> None:
-    ended = call(*asked, *decides(**changed))
-    assert ended.status == 1
-    assert f"decides/thresholds.json: its thresholds were chosen with {says}" in ended.error()
+    changes: Any = {"other weights": {"weights": "0"}, "another prompt": {"prompt": "{question}?"}}
+    for says, changed in changes.items():
+        error = call(*asked, *decides(**changed)).error()
+        assert f"decides/thresholds.json: its thresholds were chosen with {says}" in error
 
 
 def test_without_a_model_the_demo_s_is_asked(
     call: Call, asked: tuple[str, str], adapter_run: Path, tmp_path: Path
 ) -> None:
-    ended = call(*asked, "--json", "--max-new-tokens", "16")
-    assert "asking the demo's model alone" in ended.err
-    assert json.loads(ended.out)["model"] == str(DEMO_MODEL)
+    assert "asking the demo's model alone" in call(*asked, "--max-new-tokens", "16").err
+    (tmp_path / "runs").mkdir()
     for run in ("runs/sft", "runs/dpo"):
-        (tmp_path / run).parent.mkdir(exist_ok=True)
         (tmp_path / run).symlink_to(adapter_run)
-        ended = call(*asked, "--json", "--max-new-tokens", "16")
-        assert f"asking the demo's model and the adapter in {run}" in ended.err
-        assert f"with {run}/adapter (" in json.loads(ended.out)["model"]
+    ended = call(*asked, "--json", "--max-new-tokens", "16")
+    assert "asking the demo's model and the adapter in runs/dpo" in ended.err
+    assert "with runs/dpo/adapter (" in json.loads(ended.out)["model"]
 
 
 # --- Many questions ---------------------------------------------------------------------------------------------
@@ -291,18 +268,16 @@ def test_answers_under_other_settings_are_not_mixed(
     assert (questions.parent / "answers.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("line", ['{"id": "a"}', '{"id": [], "image": "", "question": ""}', "{}"])
+@pytest.mark.parametrize("line", ['{"id": "a"}', '{"id": [], "image": "", "question": ""}'])
 def test_a_line_that_is_no_answer_is_named_and_the_file_stays(
     call: Call, questions: Path, tmp_path: Path, line: str
 ) -> None:
     path, settings = tmp_path / "a.jsonl", {"model": str(DEMO_MODEL), "rule": None}
     rows = [{"id": "b", "image": "", "question": ""}, json.loads(line)]
-    path.write_text("".join(json.dumps({**row, **settings}) + "\n" for row in rows) + "not finished")
-    before = path.read_text()
-    ended = call("--questions", str(questions), "--out", "a.jsonl", "--base", str(DEMO_MODEL))
-    assert ended.error().startswith(
-        "a.jsonl:2: damaged: not an answer that `ask` wrote: choose another --out"
-    )
+    before = "".join(json.dumps({**row, **settings}) + "\n" for row in rows) + "not finished"
+    path.write_text(before)
+    error = call("--questions", str(questions), "--out", "a.jsonl", "--base", str(DEMO_MODEL)).error()
+    assert error.startswith("a.jsonl:2: damaged: not an answer that `ask` wrote: choose another --out")
     assert path.read_text() == before
 
 
@@ -330,21 +305,20 @@ def test_bad_images_stop_the_run_or_are_counted(
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", ":2: not JSON"),
-        ("[]", ":2: expected an object with 'image' and 'question'"),
-        ('{"image": "a.png"}', ":2: 'question' is missing"),
-        ('{"image": "a.png", "question": "?", "answer_type": "x"}', ":2: 'answer_type' must be one of"),
-        ('{"image": "a.png", "question": "?", "id": "1"}', ":2: the id '1' comes twice"),
+        ("{", "not JSON"),
+        ("[]", "expected an object with 'image' and 'question'"),
+        ('{"image": "a.png"}', "'question' is missing"),
+        ('{"image": "a.png", "question": "?", "answer_type": "x"}', "'answer_type' must be one of"),
+        ('{"image": "a.png", "question": "?", "id": "1"}', "the id '1' comes twice"),
     ],
 )
 def test_bad_lines_are_named_before_a_model_is_loaded(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, says: str
 ) -> None:
     monkeypatch.setattr("vlm_calibration.commands.ask.load_model", lambda *_: pytest.fail("loaded"))
-    path = tmp_path / "q.jsonl"
-    path.write_text('{"image": "a.png", "question": "A dog?"}\n' + line)
+    (tmp_path / "q.jsonl").write_text('{"image": "a.png", "question": "A dog?"}\n' + line)
     ended = call("--questions", "q.jsonl", "--out", "a.jsonl")
-    assert ended.error().startswith(f"q.jsonl{says}")
+    assert ended.error().startswith(f"q.jsonl:2: {says}")
     assert not (tmp_path / "a.jsonl").exists()
 
 
@@ -361,23 +335,4 @@ def test_bad_lines_are_named_before_a_model_is_loaded(
 )
 def test_a_mistake_in_the_call_is_named(call: Call, arguments: list[str], says: str) -> None:
     ended = call(*arguments)
-    assert ended.status == 2
-    assert says in ended.error()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--device", "cuda:99"), "device: 'cuda:99' needs a GPU, found "),
-        (
-            ("--base", "no/where"),
-            "cannot load a model from 'no/where': there is no such folder, HF_HUB_OFFLINE",
-        ),
-    ],
-)
-def test_a_missing_model_or_device_is_named(
-    call: Call, asked: tuple[str, str], arguments: tuple[str, ...], says: str
-) -> None:
-    ended = call(*asked, *arguments)
-    assert ended.status == 1
-    assert says in ended.error()
+    assert (ended.status, says in ended.error()) == (2, True)

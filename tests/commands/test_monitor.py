@@ -23,21 +23,15 @@ Rows = list[dict[str, Any]]
 
 def answers(n: int, seed: int, levels: Sequence[float | None] = LEVELS, category: str | None = None) -> Rows:
     rng = random.Random(seed)
-    plain = {
-        "question": "Is there a dog?",
-        "answer": "Yes",
-        "text": "Yes",
-        "predicted": "yes",
-        "correct": True,
-    }
+    plain = {"question": "Is there a dog?", "answer": "Yes", "text": "Yes", "predicted": "yes"}
+    plain |= {"noise_step": None, "answer_type": "yes_no"}
     return [
         {
-            "id": f"{seed}-{i}",
             **plain,
+            "id": f"{seed}-{i}",
+            "correct": True,
             "confidence": rng.choice(levels),
             "category": category or rng.choice(["easy/existence", "hard/existence"]),
-            "noise_step": None,
-            "answer_type": "yes_no",
             "expected": rng.random(),
         }
         for i in range(n)
@@ -149,29 +143,18 @@ def test_without_a_calibration_set_the_predictions_are_the_reference(
     assert monitored("--reference", evaluation / "sft", "--new", path)[0] == 3
 
 
-def test_another_estimator(evaluation: Path, monitored: Callable[..., Any], tmp_path: Path) -> None:
-    rows = answers(200, 4, LOW)
-    path = write(tmp_path / "new.jsonl", rows)
-    status, result = monitored("--reference", evaluation / "sft", "--new", path, "--estimator", "expected")
-    assert status == 0
-    assert result["overall"]["new_mean_confidence"] == pytest.approx(confidences(rows, "expected").mean())
-
-
-def test_the_answers_of_ask_by_type_and_category(
+def test_the_answers_of_ask_by_type_and_another_estimator(
     evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
 ) -> None:
-    path = tmp_path / "asked.jsonl"
-    question = {"question": "Is there a dog?", "answer_type": "yes_no", "model": "m", "rule": None}
-    rows = [
-        {"id": f"q:{i}", "image": f"{i}.png", "confidence": row["confidence"], "category": row["category"]}
-        for i, row in enumerate(answers(60, 4))
-    ]
-    write(path, [{**row, **question} for row in rows])
-    status, result = monitored("--reference", evaluation / "sft", "--new", path, "--by", "answer_type")
-    assert (status, result["overall"]["new_n"]) == (0, 60)
-    assert result["groups"]["yes_no"]["new_n"] == 60
-    _, result = monitored("--reference", evaluation / "sft", "--new", path, "--by", "category")
-    assert result["groups"]["existence"]["new_n"] == 60
+    """They have no gold answer, and an image each."""
+    kept = ("id", "question", "answer_type", "confidence", "expected")
+    rows = [{**{k: row[k] for k in kept}, "image": f"{i}.png"} for i, row in enumerate(answers(200, 4, LOW))]
+    path = write(tmp_path / "asked.jsonl", rows)
+    command = ("--reference", evaluation / "sft", "--new", path)
+    status, result = monitored(*command, "--by", "answer_type", "--estimator", "expected")
+    assert (status, result["groups"]["yes_no"]["new_n"]) == (0, 200)
+    assert result["overall"]["new_mean_confidence"] == pytest.approx(confidences(rows, "expected").mean())
+    assert monitored(*command)[0] == 3, "by the stated confidence"
 
 
 @pytest.mark.parametrize(("levels", "status", "verdict"), [(LEVELS, 0, ": no drift"), (LOW, 3, ": drift")])
@@ -186,11 +169,9 @@ def test_it_prints_a_line_for_each_group(
     path = write(tmp_path / "new.jsonl", answers(200, 4, levels))
     command = ["monitor", "--reference", str(evaluation / "sft"), "--new", str(path), "--by", "category"]
     assert main(command) == status
-    out, err = capsys.readouterr()
-    assert err == ""
-    rows = dict(line.split(": ", 1) for line in out.splitlines())
+    rows = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert {"overall", "easy", "hard", "existence"} <= set(rows)
-    assert f": {rows['overall']}".endswith(verdict)
+    assert rows["overall"].endswith(verdict)
 
 
 CONFIDENT = {"confidence": 0.5, "category": "easy"}

@@ -11,10 +11,10 @@ import pytest
 from vlm_calibration.cli import main
 from vlm_calibration.files import hold, release, write_json
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.runs import Run, find_runs
+from vlm_calibration.reporting.runs import find_runs
 
-METRICS = {"n": 300, "accuracy": 0.8, "ece": 0.05, "brier": 0.12, "auroc": None, "ece/other": 1.0}
 HEADLINE = {"n": 300, "accuracy": 0.8, "ece": 0.05, "brier": 0.12, "auroc": None}
+METRICS = {**HEADLINE, "ece/other": 1.0}
 
 
 def _run(folder: Path, *, finished: bool = False, command: str = "fit", **more: Any) -> Path:
@@ -25,21 +25,16 @@ def _run(folder: Path, *, finished: bool = False, command: str = "fit", **more: 
     return folder
 
 
-def _one(folder: Path) -> Run:
-    [run] = find_runs(folder)
-    return run
-
-
 def test_an_interrupted_run_has_a_command_and_one_that_is_held_is_running(tmp_path: Path) -> None:
     settings = {"model.init_args.base.name_or_path": "owner/model-7b"}
     folder = _run(tmp_path / "a b/dpo", stage="DPOModule", settings=settings)
-    run = _one(tmp_path)
+    [run] = find_runs(tmp_path)
     assert (run.stage, run.state, run.model) == ("dpo", "interrupted", "owner/model-7b")
     assert run.command == f"vlm-calibration fit --config '{folder}/config.yaml' --resume"
     lock = hold(folder / "config.yaml")
-    assert (_one(tmp_path).state, _one(tmp_path).command) == ("running", "")
+    assert [(run.state, run.command) for run in find_runs(tmp_path)] == [("running", "")]
     release(lock)
-    assert _one(tmp_path).state == "interrupted"
+    assert [run.state for run in find_runs(tmp_path)] == ["interrupted"]
 
 
 def test_a_finished_run_has_figures_of_each_system(
@@ -50,12 +45,8 @@ def test_a_finished_run_has_figures_of_each_system(
         write_json(folder / system / "metrics.json", METRICS)
     write_json(_run(tmp_path / "eval/other", finished=True) / "metrics.json", METRICS)
     first, second = find_runs(tmp_path)
-    assert (first.state, first.command, first.figures) == (
-        "finished",
-        "",
-        {"base": HEADLINE, "sft": HEADLINE},
-    )
-    assert second.figures == {"": HEADLINE}
+    assert (first.state, first.command) == ("finished", "")
+    assert (first.figures, second.figures) == ({"base": HEADLINE, "sft": HEADLINE}, {"": HEADLINE})
     assert main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "    sft  300 answers, accuracy 0.800, ECE 0.050, Brier 0.120, AUROC nan\n" in out

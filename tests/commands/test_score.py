@@ -88,20 +88,13 @@ def test_pope(written: Callable[..., str], scored: Callable[..., dict[str, Any]]
     labels, answers = _pope()
     shuffled = random.Random(1).sample(answers, len(answers))
     values = scored("pope", written("a.jsonl", shuffled), "--labels", written("l.json", labels))
-    expected = official_rules.pope(labels, answers)
-    assert _official(values) == expected
+    assert _official(values) == official_rules.pope(labels, answers)
     assert list(values)[:5] == [f"official/{k}" for k in (*SCORES, "yes_ratio")]
     assert set(REPORTED) == {name for name in values if "/" not in name}
     assert (values["n"], type(values["n"])) == (200, int)
 
-
-def test_our_grading_and_calibration_metrics(
-    written: Callable[..., str], scored: Callable[..., dict[str, Any]]
-) -> None:
     parsed = {"": None, "Maybe": None, "Yes": "yes", "Yes, there is.": "yes"}
     parsed |= dict.fromkeys(("No", "no", "There is not.", "NO", "\nNo"), "no")
-    labels, answers = _pope()
-    values = scored("pope", written("a.jsonl", answers), "--labels", written("l.json", labels))
     is_correct = [parsed[a["answer"]] == x["label"] for x, a in zip(labels, answers, strict=True)]
     assert values["accuracy"] == sum(is_correct) / 200
     assert values["yes_ratio"] == sum(parsed[a["answer"]] == "yes" for a in answers) / 200
@@ -121,38 +114,14 @@ def test_our_grading_and_calibration_metrics(
         assert values[name] == pytest.approx(float(metric(confidence, correct)), rel=1e-12, abs=1e-15), name
 
 
-@pytest.mark.parametrize("confidence", ["in the text", "in a key"])
-def test_a_stated_confidence(
-    written: Callable[..., str], scored: Callable[..., dict[str, Any]], confidence: str
-) -> None:
-    labels = [{"question_id": i, "label": x} for i, x in enumerate(("yes", "no", "no", "yes"))]
-    rows = [("Yes", 0.9), ("No", 0.8), ("Yes", 0.7), ("Yes", None)]
-    if confidence == "in a key":
-        answers = [{"question_id": i, "answer": a, "confidence": c} for i, (a, c) in enumerate(rows)]
-    else:
-        texts = ["Confidence: 0.9. Yes", "No\nConfidence: 80%", "Yes, I am 70% sure.", "Yes"]
-        answers = [{"question_id": i, "answer": text} for i, text in enumerate(texts)]
-    values = scored("pope", written("a.jsonl", answers), "--labels", written("l.json", labels))
-    assert values["official/accuracy"] == values["accuracy"] == 3 / 4
-    assert (values["official/precision"], values["official/recall"]) == (2 / 3, 1.0)
-    assert values["parse_failure_rate"] == 1 / 4
-    assert values["mean_confidence"] == pytest.approx(0.8)
-    assert values["overconfidence"] == pytest.approx(0.8 - 2 / 3)
-
-
 def test_undefined_official_scores_are_null(
     written: Callable[..., str], scored: Callable[..., dict[str, Any]]
 ) -> None:
     labels = [{"question_id": 1, "label": "yes"}, {"question_id": 2, "label": "no"}]
     answers = [{"question_id": i, "answer": "No"} for i in (1, 2)]
     values = scored("pope", written("a.jsonl", answers), "--labels", written("l.json", labels))
-    assert _official(values) == {
-        "accuracy": 0.5,
-        "precision": None,
-        "recall": 0.0,
-        "f1": None,
-        "yes_ratio": 0.0,
-    }
+    undefined = {"precision": None, "recall": 0.0, "f1": None}
+    assert _official(values) == {"accuracy": 0.5, **undefined, "yes_ratio": 0.0}
     assert values["ece"] is None, "no confidence is stated"
 
 
@@ -185,32 +154,22 @@ def test_generative_answers_are_left_out_with_a_note(
     assert json.loads(printed.out)["n"] == 6
 
 
-GRADED = {
-    "question": "What is it?",
-    "answer": "sofa",
-    "category": "indoor",
-    "noise_step": 0,
-    "answer_type": "short",
-}
-PREDICTIONS = [
-    {
-        **GRADED,
-        "id": str(i),
-        "text": text,
-        "predicted": text.split(".")[0].lower(),
-        "confidence": confidence,
-        "correct": correct,
-    }
-    for i, (text, confidence, correct) in enumerate(
-        (("Couch. Confidence: 90%", 0.9, True), ("Chair. Confidence: 80%", 0.8, False), ("Sofa", None, True))
-    )
+GRADED = {"question": "What is it?", "answer": "sofa", "category": "indoor", "answer_type": "short"}
+ANSWERED = (
+    ("Couch. Confidence: 90%", 0.9, True),
+    ("Chair. Confidence: 80%", 0.8, False),
+    ("Sofa", None, True),
+)
+PREDICTIONS: list[dict[str, Any]] = [
+    {**GRADED, "id": str(i), "text": text, "predicted": None, "confidence": confidence, "correct": correct}
+    for i, (text, confidence, correct) in enumerate(ANSWERED)
 ]
 
 
 def test_predictions_as_they_were_graded(
     written: Callable[..., str], scored: Callable[..., dict[str, Any]]
 ) -> None:
-    rows = [{**row, "expected": 0.5 + row["correct"] / 4} for row in PREDICTIONS]
+    rows = [{**row, "noise_step": 0, "expected": 0.5 + row["correct"] / 4} for row in PREDICTIONS]
     values = scored("jsonl", written("p.jsonl", rows))
     assert (values["n"], values["accuracy"], values["parse_failure_rate"]) == (3, 2 / 3, 1 / 3)
     assert values["ece"] == pytest.approx((0.8 + 0.1) / 2)

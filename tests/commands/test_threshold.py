@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,16 +43,15 @@ def _write(path: Path, n: int, seed: int, split: str = "own", error: float = 0.3
     """Predictions about n/2 images, whose error rate falls from `error` to 0 as the confidence rises."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for i in range(n):
-        confidence = round(float(rng.beta(3, 1)), 2)
-        plain = {"id": f"{split}:{i}", "question": "A dog?", "answer": "Yes", "text": "", "predicted": None}
-        plain |= {"noise_step": None, "answer_type": "yes_no", "image": f"{split}-{i // 2}"}
-        plain |= {"category": f"{split}/{('colour', 'size')[i % 2]}", "expected": 1 - (1 - confidence) ** 2}
-        is_correct = bool(rng.random() > error * (1 - confidence))
-        lines.append({**plain, "confidence": confidence, "correct": is_correct, **more})
+    plain = {"question": "A dog?", "answer": "Yes", "text": "", "predicted": None}
+    plain |= {"noise_step": None, "answer_type": "yes_no"}
     with path.open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        for i in range(n):
+            confidence = round(float(rng.beta(3, 1)), 2)
+            row = {**plain, "id": f"{split}:{i}", "image": f"{split}-{i // 2}", "confidence": confidence}
+            row |= {"category": f"{split}/{('colour', 'size')[i % 2]}", "expected": 1 - (1 - confidence) ** 2}
+            row |= {"correct": bool(rng.random() > error * (1 - confidence)), **more}
+            file.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture
@@ -119,15 +119,18 @@ def test_the_last_system_on_its_calibration_split(call: Call, evaluation: Path, 
         assert f"{sum(not a.correct for a in given) / len(given):.1%} [" in row
 
 
-def test_the_adapter_s_card_states_the_guarantee(call: Call, tmp_path: Path) -> None:
+def test_the_adapter_s_card_states_the_guarantee_of_the_last_rule(call: Call, tmp_path: Path) -> None:
     adapter = tmp_path / "runs/dpo/adapter"
     save_card(adapter, Card("owner/base"))
     assert call("runs/eval", "--max-error", "0.0001").status == 3
     assert "When to answer" not in (adapter / "README.md").read_text()
-    for limit in ("0.05", "0.1"):
-        assert call("runs/eval", "--max-error", limit).status == 0
+    changed = ("--estimator", "expected", "--max-error", "0.1", "--max-sent-away", "0.6")
+    for options in ((), changed):
+        assert call("runs/eval", *options).status == 0
         rule = _rule(adapter)
         assert (adapter / "README.md").read_text().count(rule.guarantee) == 1
+    assert rule.estimator == "expected"
+    assert rule.limits == {"max_error": 0.1, "certainty": 0.95, "max_sent_away": 0.6}
 
 
 def test_the_report_chooses_and_measures_the_same(call: Call, evaluation: Path) -> None:
@@ -171,25 +174,16 @@ def test_a_threshold_for_each_category(call: Call, evaluation: Path, tmp_path: P
     assert rule.applied(1.0, "shape") is None
 
 
-def test_a_second_call_replaces_the_rule(call: Call, tmp_path: Path) -> None:
-    assert call("runs/eval").status == 0
-    changed = ("--estimator", "expected", "--max-error", "0.1", "--max-sent-away", "0.6")
-    assert call("runs/eval", *changed).status == 0
-    rule = _rule(tmp_path / "runs/dpo/adapter")
-    assert rule.estimator == "expected"
-    assert rule.limits == {"max_error": 0.1, "certainty": 0.95, "max_sent_away": 0.6}
-
-
 def test_where_there_is_no_threshold_nothing_is_written(call: Call, tmp_path: Path) -> None:
-    ended = call("runs/eval", "--max-error", "0.0001")
+    call = partial(call, "runs/eval")
+    ended = call("--max-error", "0.0001")
     assert (ended.status, ended.err) == (3, "")
     assert "No threshold keeps the limits, so nothing is written." in ended.out
     assert not (tmp_path / "runs/dpo/adapter/thresholds.json").exists()
-    ended = call("runs/eval", "--max-error", "0.0001", "--json")
-    assert (ended.status, json.loads(ended.out)["found"]) == (3, False)
-    assert call("runs/eval").status == 0
+    assert json.loads(call("--max-error", "0.0001", "--json").out)["found"] is False
+    assert call().status == 0
     rule = _rule(tmp_path / "runs/dpo/adapter")
-    ended = call("runs/eval", "--max-error", "0.0001")
+    ended = call("--max-error", "0.0001")
     assert f"The thresholds of an earlier run stay in runs/dpo/adapter: {rule.guarantee}" in ended.out
 
 
@@ -200,11 +194,18 @@ def test_a_promise_that_the_test_breaks_is_said(call: Call, evaluation: Path) ->
     assert "these questions are not like those" in call("runs/eval").out
 
 
-def test_the_base_model_s_rule_stays_in_the_evaluation(call: Call, evaluation: Path) -> None:
+def test_a_rule_without_an_adapter_stays_in_the_evaluation(call: Call, evaluation: Path) -> None:
+    """That of the base model, and that of a model behind an address."""
     for n, split in ((3000, "easy"), (1000, "hard")):
         _write(evaluation / "base" / "predictions.jsonl", n, 6, split)
     assert call("runs/eval", "--system", "base", "--max-error", "0.1").status == 0
-    assert read_rule(evaluation / "base") is not None
+    assert _rule(evaluation / "base").base == "owner/base"
+    config = yaml.safe_load((evaluation / "config.yaml").read_text())
+    config["model"]["init_args"] |= {"adapters": {}, "endpoints": {"dpo": {"url": "http://x", "model": "m"}}}
+    (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
+    assert call("runs/eval", "--system", "dpo").status == 0
+    rule = _rule(evaluation / "dpo")
+    assert (rule.base, rule.weights) == ("m", "")
 
 
 def test_an_adapter_that_was_trained_again_is_refused(call: Call, tmp_path: Path) -> None:
@@ -217,43 +218,29 @@ def test_an_adapter_that_was_trained_again_is_refused(call: Call, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (["runs/eval", "--system", "oracle"], 1, "no system 'oracle'"),
-        (["runs/eval/dpo"], 1, "not an evaluation of `vlm-calibration test`"),
-        (["runs/eval", "--max-error", "0"], 2, "--max-error: expected a number in (0, 1)"),
-        (["runs/eval", "--max-sent-away", "95"], 2, "--max-sent-away: expected a number in (0, 1)"),
-        (["runs/eval", "--estimator", "p_true"], 1, "no 'p_true'; it has verbalized, expected"),
+        ("runs/eval --system oracle", 1, "no system 'oracle'"),
+        ("runs/eval/dpo", 1, "not an evaluation of `vlm-calibration test`"),
+        ("runs/eval --max-error 0", 2, "--max-error: expected a number in (0, 1)"),
+        ("runs/eval --max-sent-away 95", 2, "--max-sent-away: expected a number in (0, 1)"),
+        ("runs/eval --estimator p_true", 1, "no 'p_true'; it has verbalized, expected"),
     ],
 )
-def test_mistakes_are_named(call: Call, arguments: list[str], status: int, says: str) -> None:
-    ended = call(*arguments)
+def test_mistakes_are_named(call: Call, arguments: str, status: int, says: str) -> None:
+    ended = call(*arguments.split())
     assert ended.status == status
     assert says in ended.error()
 
 
-def test_the_rule_of_a_model_behind_an_address_stays_in_the_evaluation(call: Call, evaluation: Path) -> None:
-    config = yaml.safe_load((evaluation / "config.yaml").read_text())
-    config["model"]["init_args"] |= {"adapters": {}, "endpoints": {"dpo": {"url": "http://x", "model": "m"}}}
-    (evaluation / "config.yaml").write_text(yaml.safe_dump(config))
-    assert call("runs/eval", "--system", "dpo").status == 0
-    rule = _rule(evaluation / "dpo")
-    assert (rule.base, rule.weights) == ("m", "")
+def test_the_name_of_the_split_is_not_part_of_the_category() -> None:
+    def split(identifier: str, category: str | None) -> tuple[str | None, str | None]:
+        answer = EstimatedPrediction(identifier, "?", "Yes", "", None, None, True, category, None, "yes_no")
+        return part_of(answer), category_of(answer)
 
-
-@pytest.mark.parametrize(
-    ("identifier", "category", "part", "own"),
-    [
-        ("own:1", "own/colour", "own", "colour"),
-        ("own:1", "own", "own", None),
-        ("1", "colour/red", None, "colour/red"),
-        ("1", None, None, None),
-        ("own:1", "owner/colour", None, "owner/colour"),
-    ],
-)
-def test_the_name_of_the_split_is_not_part_of_the_category(
-    identifier: str, category: str | None, part: str | None, own: str | None
-) -> None:
-    answer = EstimatedPrediction(identifier, "?", "Yes", "", None, None, True, category, None, "yes_no")
-    assert (part_of(answer), category_of(answer)) == (part, own)
+    assert split("own:1", "own/colour") == ("own", "colour")
+    assert split("own:1", "own") == ("own", None)
+    assert split("1", "colour/red") == (None, "colour/red")
+    assert split("1", None) == (None, None)
+    assert split("own:1", "owner/colour") == (None, "owner/colour")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +259,5 @@ def test_a_damaged_file_is_named(
     path = tmp_path / "runs/dpo/adapter/thresholds.json"
     write_decision_rule(path.parent)
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}.*{re.escape(says)}"):
         read_rule(path.parent)
-    assert str(path) in str(raised.value)
-    assert says in str(raised.value)

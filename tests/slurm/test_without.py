@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from ..command_line import LIMIT, restore_sigint
-from ..regions.conftest import scene_files as scene_files
-from ..regions.conftest import tiny as tiny
 from .cluster import clean_environment, wait_for
 
 
@@ -70,6 +63,8 @@ def test_settings_reach_the_command(root: Path, tmp_path: Path) -> None:
     assert _values(arguments, "runs") == [f"{tmp_path}"]
     assert _values(arguments, "trainer.devices") == ["2"]
     assert _values(arguments, "trainer.accelerator") == ["cpu"]
+    ran = _bash(root, tmp_path, "regions", PARTS="2", PART="1")
+    assert [_values(_arguments(ran.stdout), f"data.{name}") for name in ("parts", "part")] == [["2"], ["1"]]
 
 
 @pytest.mark.parametrize("stage", ["regions", "levels", "sft", "dpo", "evaluate", "report"])
@@ -95,85 +90,6 @@ def test_the_wandb_run_belongs_to_the_checkpoint(root: Path, tmp_path: Path) -> 
     (tmp_path / "sft/checkpoints/last.ckpt").touch()
     second = (tmp_path / "sft/logs/wandb-run-id").read_text()
     assert number() == second
-
-
-@pytest.fixture(scope="module")
-def queries(scene_files: Callable[..., Path]) -> Path:
-    """22 queries about seven scenes as JSON lines, one about an image that cannot be read; beside them `files.parquet`."""
-    plain = {"answer": "Yes", "answer_type": "yes_no"}
-    damaged = {"id": "damaged", "image": "damaged.png", "question": "Is there a dog?", **plain}
-    path = scene_files(7, [damaged])
-    (path.parent / "damaged.png").write_bytes(b"no picture")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    columns = ("id", "image", "question", "answer", "answer_type", "category")
-    rows = [{name: row.get(name) for name in columns} for row in rows]
-    pq.write_table(pa.Table.from_pylist(rows), path.with_name("files.parquet"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def extraction(tiny: Callable[[str], str]) -> Callable[[str, Path], list[str]]:
-    """Function that returns the arguments of a job that extracts from a file, with tiny models and in shards of four queries."""
-
-    def arguments(source: str, path: Path) -> list[str]:
-        settings = {
-            "data.predict": f"vlm_calibration.data.sources.{source}",
-            "data.predict.init_args.path": str(path),
-            "model.init_args.detector.init_args": {"name_or_path": tiny("grounding_dino"), "threshold": 0.0},
-            "model.init_args.segmenter.init_args.name_or_path": tiny("sam"),
-            "model.init_args.gates": {"min_score": 0.02, "min_area": 0.0, "max_area": 1.0},
-            "data.eval_batch_size": 4,
-            "data.workers": 0,
-        }
-        words = [w for name, value in settings.items() for w in (f"--{name}", json.dumps(value).strip('"'))]
-        return ["regions", *words]
-
-    return arguments
-
-
-def _extracted(folder: Path) -> dict[str, Any]:
-    """The results of an extraction: rows, summary without the name of the queries' file, and pixels of the contact sheet."""
-    with Image.open(folder / "contact_sheet.png") as sheet:
-        pixels = sheet.convert("RGB").tobytes()
-    rows = pq.read_table(folder / "queries.parquet").to_pylist()
-    summary = (folder / "summary.json").read_text().replace("files.parquet", "queries.jsonl")
-    return {"rows": rows, "summary": json.loads(summary), "sheet": pixels}
-
-
-@pytest.mark.nightly
-@pytest.mark.slow
-def test_parts_of_a_parquet_file_end_as_one_part_of_a_jsonl_file(
-    root: Path, tmp_path: Path, queries: Path, extraction: Callable[[str, Path], list[str]]
-) -> None:
-    lines = extraction("jsonl.JsonlSource", queries)
-    python = {"PYTHON": sys.executable}
-    ran = _bash(root, tmp_path / "one", *lines, **python)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    one = _extracted(tmp_path / "one/regions")
-    ids = [json.loads(line)["id"] for line in queries.read_text().splitlines()]
-    assert [row["id"] for row in one["rows"]] == [i for i in ids if i != "damaged"]
-    assert sum(bool(row["regions"]) for row in one["rows"]) == 14
-    assert one["summary"]["queries"] == len(ids)
-
-    two = extraction("parquet.ParquetSource", queries.with_name("files.parquet"))
-    # Another part is at work at the same time: the line that it is writing stays.
-    shards = tmp_path / "two/regions/shards"
-    shards.mkdir(parents=True)
-    for part in (0, 1):
-        (shards / f"{part}.0.jsonl").write_text('{"shard": ')
-    ran = _bash(root, tmp_path / "two", *two, PARTS="2", PART="1", **python)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "part 1 of 2 is done; 3 of 6 shards are other parts'" in ran.stdout
-    rows = (shards / "1.0.jsonl").read_text().splitlines()
-    assert [json.loads(line)["shard"] for line in rows] == [1, 3, 5]
-    assert (shards / "0.0.jsonl").read_text() == '{"shard": '
-    assert not list((tmp_path / "two/regions").glob("*.p*"))
-    ran = _bash(root, tmp_path / "two", *two, PARTS="2", PART="0", **python)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    merged = _extracted(tmp_path / "two/regions")
-    assert len(one["summary"]["unreadable"]) == 1
-    assert "damaged.png" in one["summary"]["unreadable"][0]
-    assert merged == one
 
 
 def _submit(root: Path, folder: Path, *arguments: str, **variables: str) -> tuple[Any, list[list[str]]]:
@@ -232,16 +148,13 @@ def test_nothing_of_an_invalid_chain_is_submitted(
     assert jobs == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "variables", "culprit"),
-    [([], {"PYTHON": "nowhere/python"}, "nowhere/python"), (["--model", "nowhere"], {}, "model/nowhere")],
-)
-def test_what_is_invalid_is_named(
-    root: Path, tmp_path: Path, arguments: list[str], variables: dict[str, str], culprit: str
-) -> None:
-    ran = _bash(root, tmp_path, "sft", *arguments, **variables)
-    assert ran.returncode == 1
-    assert culprit in ran.stderr
+def test_what_is_invalid_is_named(root: Path, tmp_path: Path) -> None:
+    for ran, culprit in (
+        (_bash(root, tmp_path, "sft", PYTHON="nowhere/python"), "nowhere/python"),
+        (_bash(root, tmp_path, "sft", "--model", "nowhere"), "model/nowhere"),
+    ):
+        assert ran.returncode == 1
+        assert culprit in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from jsonargparse.typing import PositiveInt
 
 from vlm_calibration.append_log import AppendLog
-from vlm_calibration.commands.options import ModelOptions, load_model
+from vlm_calibration.commands.options import ModelOptions, load_model, refuse
 from vlm_calibration.errors import CommandError
-from vlm_calibration.files import JsonLine, json_lines
+from vlm_calibration.files import json_lines
 from vlm_calibration.progress import working
 from vlm_calibration.records import AnswerType, DataError, Query, RecordError, query_from_dict
 
@@ -93,21 +92,16 @@ def ask(
             raise ArgumentError(None, "give either an image and a question, or --questions FILE")
         if many.out is None:
             raise ArgumentError(None, "give --out FILE for the answers")
-        for name, value in {"answer_type": answer_type, "category": category}.items():
-            if value is not None:
-                raise ArgumentError(
-                    None, f'{_option(name)} is for one question; a file of questions has the key "{name}"'
-                )
+        of_one = {"answer_type": answer_type, "category": category}
+        refuse(of_one, "is for one question; a line of a file of questions has a key for it")
         _ask_many(many, many.questions, many.out, model, abstain, json)
         return
     if image is None or question is None:
         raise ArgumentError(None, "give an image and a question, or --questions FILE --out FILE")
-    for name, value in vars(many).items():
-        if value is not None:
-            raise ArgumentError(None, f"{_option(name)} is for many questions: give --questions FILE")
+    refuse(vars(many), "is for many questions: give --questions FILE")
     if not Path(image).exists():
         raise DataError(f"{image}: no such file; check the path")
-    check = partial(_check_decides, asked=[("--category", category)]) if abstain else None
+    check = partial(_check_decides, asked={"--category": category}.items()) if abstain else None
     with closing(load_model(model, check)) as asked:
         answer = asked.ask(image, question, answer_type, category)
     if answer.warning is not None:
@@ -122,10 +116,6 @@ def ask(
         raise CommandError("", REVIEWED)
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | None]]) -> None:
     """Refuse `--abstain` if a rule does not decide about a question that is asked (its place, and its category)."""
     if rule is None:
@@ -134,23 +124,17 @@ def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | N
         )
     for where, category in asked:
         if rule.applied(None, category) is None:
+            groups = ", ".join(map(repr, rule.groups))
             raise DataError(
-                f"{where}: the thresholds are by category, and there is none for {category!r}: give one of "
-                f"{', '.join(map(repr, rule.groups))}"
+                f"{where}: the thresholds are by category, and there is none for {category!r}: give one of {groups}"
             )
 
 
 def _as_text(answer: Answer) -> str:
     """An answer as lines for the terminal: text, confidences, and the confidences that it might have stated."""
-
-    def percent(value: float | None) -> str:
-        return "none" if value is None else f"{value:.0%}"
-
-    lines = [
-        _printable(answer.answer) or "(no answer)",
-        f"  stated confidence    {percent(answer.confidence):>5}",
-        f"  expected confidence  {percent(answer.expected):>5}",
-    ]
+    lines = [_printable(answer.answer) or "(no answer)"]
+    for name, value in {"stated": answer.confidence, "expected": answer.expected}.items():
+        lines.append(f"  {name + ' confidence':<21}{'none' if value is None else f'{value:.0%}':>5}")
     likely = [f"{level:.0%} (p = {p:.2f})" for level, p in answer.distribution.items() if p >= MIN_PRINTED]
     if len(likely) > 1:
         lines.append(f"  might have stated    {', '.join(likely)}")
@@ -178,37 +162,37 @@ class _Question(NamedTuple):
     answer_type: AnswerType | None
 
 
-def _read_questions(path: Path) -> Iterator[_Question]:
+def _question(data: Any, where: str, number: int) -> _Question:
+    if not isinstance(data, Mapping):
+        raise RecordError("expected an object with 'image' and 'question'")
+    given = {key: value for key, value in data.items() if value is not None}
+    query = query_from_dict({"id": number, "answer": "?", "answer_type": "open", **given})
+    return _Question(where, query, given.get("answer_type"))
+
+
+def _read_questions(path: Path) -> list[_Question]:
     """The questions of a file; raises a DataError that names the line if one is not a question, or an id comes twice."""
-    seen: set[str] = set()
+    questions: dict[str, _Question] = {}
     for line in json_lines(path):
-
-        def question(data: Any, line: JsonLine = line) -> _Question:
-            if not isinstance(data, Mapping):
-                raise RecordError("expected an object with 'image' and 'question'")
-            given = {key: value for key, value in data.items() if value is not None}
-            query = query_from_dict({"id": line.number, "answer": "?", "answer_type": "open", **given})
-            return _Question(line.where, query, given.get("answer_type"))
-
-        read = line.read(question)
-        if read.query.id in seen:
-            raise line.error(f"the id {read.query.id!r} comes twice")
-        seen.add(read.query.id)
-        yield read
-    if not seen:
+        question = line.read(partial(_question, where=line.where, number=line.number))
+        if question.query.id in questions:
+            raise line.error(f"the id {question.query.id!r} comes twice")
+        questions[question.query.id] = question
+    if not questions:
         raise DataError(f"{path}: no question in this file")
+    return list(questions.values())
 
 
 def _ask_many(
-    many: ManyQuestions, questions: Path, out: Path, options: ModelOptions, abstain: bool, json: bool
+    many: ManyQuestions, path: Path, out: Path, options: ModelOptions, abstain: bool, json: bool
 ) -> None:
     # Check all questions before a model is loaded.
-    total = sum(1 for _ in _read_questions(questions))
+    questions = _read_questions(path)
     from vlm_calibration.data.sources.images import ImageFolder
 
-    asked = ((q.where, q.query.category) for q in _read_questions(questions))
+    asked = [(question.where, question.query.category) for question in questions]
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
-    folder = ImageFolder(many.root or questions.parent)
+    folder = ImageFolder(many.root or path.parent)
     skipped: list[str] = []
     warnings: list[str] = []
     settings = {"model": model.name, "rule": None if model.rule is None else model.rule.guarantee}
@@ -222,61 +206,52 @@ def _ask_many(
                 raise log.damaged(line.where, "not an answer that `ask` wrote")
             answered[row["id"]] = (row["image"], row["question"])
             to_review += row.get("decision") == "review"
-        before, now = len(answered), 0
-        pending = _pending(questions, answered, out)
-        with working("ask", total, "questions", done=min(total, before)) as update:
-            while batch := list(islice(pending, many.batch_size or BATCH_SIZE)):
+        pending = [question for question in questions if _is_pending(question, answered, out)]
+        total, before, now = len(questions), len(answered), 0
+        size = many.batch_size or BATCH_SIZE
+        with working("ask", total, "questions", done=total - len(pending)) as update:
+            for start in range(0, len(pending), size):
                 samples = {}
-                for question in batch:
+                for question in pending[start : start + size]:
                     try:
                         samples[question] = _sample(model, folder, question)
                     except DataError as error:
                         if many.on_bad_image != "skip":
                             raise
                         skipped.append(str(error))
-                if samples:
-                    answers = model.answers(list(samples.values()), [model.main])[model.main]
-                    rows = list(zip(samples, answers, strict=True))
-                    lines = (
-                        {key: getattr(question.query, key) for key in REPEATED} | answer.to_dict()
-                        for question, answer in rows
-                    )
-                    log.append(*lines, sync=True)
-                    warnings += [f"{q.where}: {answer.warning}" for q, answer in rows if answer.warning]
-                    to_review += sum(answer.decision == "review" for answer in answers)
-                    now += len(rows)
-                update(min(total, before) + now + len(skipped))
-    counts = {
-        "questions": total,
-        "answered_now": now,
-        "answered_before": before,
-        "skipped": len(skipped),
-        "review": None if model.rule is None else to_review,
-    }
+                answers = model.answers(list(samples.values()), [model.main])[model.main] if samples else []
+                rows = []
+                for question, answer in zip(samples, answers, strict=True):
+                    rows.append({key: getattr(question.query, key) for key in REPEATED} | answer.to_dict())
+                    to_review += answer.decision == "review"
+                    warnings += [f"{question.where}: {answer.warning}"] if answer.warning else []
+                log.append(*rows, sync=True)
+                now += len(rows)
+                update(total - len(pending) + now + len(skipped))
     for message in skipped[:5]:
         print(f"left out: {_printable(message)}", file=sys.stderr)
     if warnings:
         print(f"warning: {warnings[0]} (in all {len(warnings)} such answers)", file=sys.stderr)
+    review = None if model.rule is None else to_review
     if json:
-        print(dumps({**counts, "out": str(out)}, ensure_ascii=False))
+        counts = {"answered_now": now, "answered_before": before, "skipped": len(skipped), "review": review}
+        print(dumps({"questions": total, **counts, "out": str(out)}, ensure_ascii=False))
         return
     parts = [f"{now} of {total} questions answered"]
     parts += [f"{before} answered before"] if before else []
     parts += [f"{len(skipped)} left out"] if skipped else []
-    parts += [] if model.rule is None else [f"{to_review} for review"]
+    parts += [] if review is None else [f"{review} for review"]
     print(f"{', '.join(parts)}: {out}")
 
 
-def _pending(questions: Path, answered: Mapping[str, tuple[str, str]], out: Path) -> Iterator[_Question]:
-    """The questions without an answer; one of another image or text than that of the same id (`answered`) is a DataError."""
-    for question in _read_questions(questions):
-        query = question.query
-        if query.id not in answered:
-            yield question
-        elif answered[query.id] != (query.image, query.question):
-            raise DataError(
-                f"{question.where}: {out} holds an answer to another question under the id {query.id!r}: choose another --out"
-            )
+def _is_pending(question: _Question, answered: Mapping[str, tuple[str, str]], out: Path) -> bool:
+    """Whether a question has no answer; an answer to another image or text under its id is a DataError."""
+    query = question.query
+    if query.id in answered and answered[query.id] != (query.image, query.question):
+        raise DataError(
+            f"{question.where}: {out} holds an answer to another question under the id {query.id!r}: choose another --out"
+        )
+    return query.id not in answered
 
 
 def _sample(model: CalibratedModel, folder: ImageFolder, question: _Question) -> Sample:
@@ -284,7 +259,7 @@ def _sample(model: CalibratedModel, folder: ImageFolder, question: _Question) ->
     query = question.query
     try:
         folder.check(query.image)
-        path = folder.path(query.image)
     except RecordError as error:
         raise DataError(f"{question.where}: {error}") from error
+    path = folder.path(query.image)
     return model.sample(path, query.question, question.answer_type, query.category, name=question.where)

@@ -40,11 +40,11 @@ def split(
     """
     # The help needs none of these.
     from rich.console import Console
-    from rich.table import Table
 
     from vlm_calibration.data.sources.query_file import SPLITS
     from vlm_calibration.data.split import open_source, output_paths, split_queries
     from vlm_calibration.files import name_some
+    from vlm_calibration.reporting.tables import text_table
 
     folder = root or file.parent
     if len(shares) != len(SPLITS) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
@@ -61,13 +61,13 @@ def split(
                 advice = f"leave out --out, or say with --root {source.root} what image paths are relative to"
                 raise DataError(f"--out {out}: there is no {query.image} in it: {advice}")
     files, bad, largest = split_queries(source, paths, shares, seed, near_identical)
-    table = Table()
-    for heading in ("file", "queries", "images", "yes"):
-        table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
     total = sum(number for _, number, *_ in files)
-    for path, number, images, yes in files:
-        share = f"{number} ({number / total:.1%})"
-        table.add_row(str(path), share, str(images), "-" if yes is None else f"{yes:.1%}")
+    rows = [
+        (str(path), f"{number} ({number / total:.1%})", str(images), "-" if yes is None else f"{yes:.1%}")
+        for path, number, images, yes in files
+    ]
+    table = text_table("", ("file", "queries", "images", "yes"), rows)
+    table.columns[0].overflow = "fold"
     Console().print(table)
     if len(largest) > 1:
         print(

@@ -84,16 +84,14 @@ def estimate(
 
 def _table(stage: str, rows: dict[str, Memory]) -> Table:
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
-    title = f"{stage} on one GPU, GiB"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("", overflow="fold")
+    from vlm_calibration.reporting.tables import text_table
+
     names = [name for name in COLUMNS if any(getattr(row, name) for row in rows.values())]
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for label, row in rows.items():
-        table.add_row(label, *(_gib(getattr(row, name)) for name in names))
+    cells = [(label, *(_gib(getattr(row, name)) for name in names)) for label, row in rows.items()]
+    table = text_table(f"{stage} on one GPU, GiB", ("", *names), cells)
+    table.box = SIMPLE_HEAD
+    table.columns[0].overflow = "fold"
     return table
 
 

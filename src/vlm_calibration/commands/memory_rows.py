@@ -46,16 +46,16 @@ def answer_memory(config: Any, tokens: int | None) -> Memory:
 
 def training_memory(config: Any) -> Memory:
     """The states of training, of which FSDP2 gives each GPU its share. A continued adapter is assumed to be as `model.lora` says."""
-    settings = config.model.init_args
+    settings, trainer = config.model.init_args, config.trainer
     memory = model_memory(
         _base(config),
         LoraSettings(**settings.lora.as_dict()),
         adapters=1 + (settings.get("reference") == "adapter"),
         trained=settings.get("parts"),
-        cast=CASTS.get(str(config.trainer.precision)),
+        cast=CASTS.get(str(trainer.precision)),
     )
-    strategy = config.trainer.strategy
-    size = None if isinstance(strategy, str) else (strategy.get("init_args") or {}).get("data_parallel_size")
+    sharding = {} if isinstance(trainer.strategy, str) else trainer.strategy.get("init_args") or {}
+    size = sharding.get("data_parallel_size")
     shares = size if isinstance(size, int) else 1
     return memory._replace(
         weights=memory.weights // shares,
@@ -113,9 +113,8 @@ def _choices(config: Any, *, measured: bool) -> list[dict[str, Any]]:
         changes.append({"model.init_args.base.quantization": "nf4"})
     if measured and data.batch_size > 1:
         accumulated = 2 * (config.trainer.accumulate_grad_batches or 1)
-        changes.append(
-            {"data.batch_size": data.batch_size // 2, "trainer.accumulate_grad_batches": accumulated}
-        )
+        halved = {"data.batch_size": data.batch_size // 2}
+        changes.append({**halved, "trainer.accumulate_grad_batches": accumulated})
     if measured and data.max_pixels:
         changes.append({"data.max_pixels": data.max_pixels // 2})
     if len(changes) > 1:
@@ -154,6 +153,8 @@ def _measured(cli: ParsedCLI, config: Any, memory: Memory, longest: LongestQueri
     data.workers, data.max_length = 0, tokens + ROOM
     side = min(longest.side, math.isqrt(data.max_pixels or longest.side**2))
     data.train = replace(longest, n=STEPS * accumulated * data.batch_size, side=side)
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    disabled: Any = dict.fromkeys((*off, "use_distributed_sampler"), False)
     try:
         with lightning_errors():
             L.Trainer(
@@ -165,12 +166,8 @@ def _measured(cli: ParsedCLI, config: Any, memory: Memory, longest: LongestQueri
                 gradient_clip_val=trainer.gradient_clip_val,
                 limit_val_batches=0,
                 num_sanity_val_steps=0,
-                use_distributed_sampler=False,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
                 callbacks=[peak],
+                **disabled,
             ).fit(stage.model, data)
     except torch.OutOfMemoryError:
         return memory

@@ -32,8 +32,7 @@ class MonitoredAnswer(NamedTuple):
     @classmethod
     def of(cls, id: str, image: str | None, confidence: float | None, group: str | None) -> MonitoredAnswer:
         """An answer with the category or type that it is compared by, None without `--by`."""
-        groups = (part for part in category_groups(group) if "/" not in part)
-        return cls(id, image, math.nan if confidence is None else float(confidence), tuple(groups))
+        return cls(id, image, math.nan if confidence is None else float(confidence), category_groups(group))
 
 
 def monitor(
@@ -144,16 +143,15 @@ def _compare(
 
 def _line(name: str, figures: Mapping[str, Any]) -> str:
     """The figures of a group for the terminal."""
-    counts = []
+    parts = []
     for answers in ("reference", "new"):
         mean = figures[f"{answers}_mean_confidence"]
-        counts.append(
-            f"{answers} {figures[f'{answers}_n']:,}" + ("" if mean is None else f" (mean {mean:.1%})")
-        )
-    if figures["p_value"] is None:
-        return f"{name}: {', '.join(counts)}"
-    verdict = "drift" if figures["drift"] else "no drift"
-    return f"{name}: {', '.join(counts)}, difference {figures['difference']:.1%}, p = {figures['p_value']:.2g}: {verdict}"
+        shown = "" if mean is None else f" (mean {mean:.1%})"
+        parts.append(f"{answers} {figures[f'{answers}_n']:,}{shown}")
+    if figures["p_value"] is not None:
+        verdict = "drift" if figures["drift"] else "no drift"
+        parts += [f"difference {figures['difference']:.1%}", f"p = {figures['p_value']:.2g}: {verdict}"]
+    return f"{name}: {', '.join(parts)}"
 
 
 def _new_answer(data: Any, key: str, by: By | None) -> MonitoredAnswer:
@@ -168,7 +166,7 @@ def _new_answer(data: Any, key: str, by: By | None) -> MonitoredAnswer:
     if value is not None and not (is_number and 0 <= value <= 1):
         raise RecordError(f"{key!r} must be a number in [0, 1], or null, found {short_repr(value)}")
     for name in filter(None, ("image", by)):
-        if not (data.get(name) is None or isinstance(data[name], str)):
+        if not isinstance(data.get(name), str | None):
             raise RecordError(f"{name!r} must be a string or null, found {short_repr(data[name])}")
     identifier = str(data.get("id", json_format.dumps(data, sort_keys=True)))
     return MonitoredAnswer.of(identifier, data.get("image"), value, data[by] if by else None)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveInt
 
@@ -30,6 +30,13 @@ def check_folder(folder: Path | str) -> None:
         raise DataError(
             f"no predictions.jsonl in {folder}, which is no folder: evaluate first, or name another folder"
         )
+
+
+def refuse(options: Mapping[str, Any], why: str) -> None:
+    """Raise an ArgumentError if one of the options (name -> value) is given."""
+    for name, value in options.items():
+        if value not in (None, False):
+            raise ArgumentError(None, f"--{name.replace('_', '-')} {why}")
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,19 @@ def load_model(
         ArgumentError: an address without a model, or with options of a model that is loaded here.
         DataError: see `load_calibrated` and `served_model`.
     """
+    max_new_tokens = options.max_new_tokens
     if options.url is not None or options.served_model is not None:
-        return _served(options, check)
+        if options.url is None or options.served_model is None:
+            raise ArgumentError(None, "--url and --served-model belong together")
+        of_both = {"url": None, "served_model": None, "max_new_tokens": None}
+        refuse({**vars(options), **of_both}, "is for a model that is loaded here, not for --url")
+        if check is not None:
+            check(None)  # it has no decision rule
+        from vlm_calibration.endpoint.client import Endpoint
+        from vlm_calibration.inference.asking import served_model
+
+        endpoint = Endpoint(options.url, options.served_model)
+        return served_model(endpoint, max_new_tokens or SERVED_MAX_NEW_TOKENS)
     base, adapter = options.base, options.adapter
     if base is None and adapter is None:
         trained_runs = (run for run in DEMO_RUNS if (Path(run) / "adapter/adapter_config.json").is_file())
@@ -92,22 +110,4 @@ def load_model(
 
     if check is not None:
         check(rule_of(model, adapter))
-    return load_calibrated(model, adapter, device=options.device, max_new_tokens=options.max_new_tokens)
-
-
-def _served(options: ModelOptions, check: Callable[[DecisionRule | None], None] | None) -> CalibratedModel:
-    """The model behind an address; it has no decision rule."""
-    if options.url is None or options.served_model is None:
-        raise ArgumentError(None, "--url and --served-model belong together")
-    for name in (f.name for f in fields(options)):
-        if name not in ("url", "served_model", "max_new_tokens") and getattr(options, name):
-            raise ArgumentError(
-                None, f"--{name.replace('_', '-')} is for a model that is loaded here, not for --url"
-            )
-    if check is not None:
-        check(None)
-    from vlm_calibration.endpoint.client import Endpoint
-    from vlm_calibration.inference.asking import served_model
-
-    endpoint = Endpoint(options.url, options.served_model)
-    return served_model(endpoint, options.max_new_tokens or SERVED_MAX_NEW_TOKENS)
+    return load_calibrated(model, adapter, device=options.device, max_new_tokens=max_new_tokens)

@@ -135,10 +135,9 @@ def _print_scores(
     if json:
         print(dumps({name: json_number(name, value) for name, value in values.items()}))
         return
-    results = {answers.stem: values}
     if official:
-        Console().print(official_table(results))
-    print_results(results, by_group=True)
+        Console().print(official_table({answers.stem: values}))
+    print_results({answers.stem: values}, by_group=True)
 
 
 def _grade(queries: Sequence[Query], answers: Sequence[Reply]) -> list[EstimatedPrediction]:

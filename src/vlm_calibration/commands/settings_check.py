@@ -21,18 +21,9 @@ FLAGS = {
 }
 NO_TABLE = {"--no_table": "do not print the results, which `report` prints"}
 """A flag of `test`."""
-OPTIONS = (
-    "config",
-    "help",
-    "help-all",
-    "print_config",
-    "seed_everything",
-    "trainer",
-    "model",
-    "data",
-    "verbose",
-)
-"""Options of all subcommands, beside those of Lightning."""
+OPTIONS = {"config", "help", "help-all", "print_config", "seed_everything", "verbose"}
+"""Options of all subcommands, beside those of Lightning and `SECTIONS`."""
+SECTIONS = {"trainer", "model", "data"}
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 DATA = "vlm_calibration.data.module.PerturbedQueryDataModule"
 TRAINED = ("vlm_calibration.stages.sft.SFTModule", "vlm_calibration.stages.dpo.DPOModule")
@@ -53,33 +44,29 @@ def check_settings(args: Sequence[str]) -> None:
     def check(contents: list[dict[str, Any]]) -> list[dict[str, Any]]:
         typed = [word.partition("=")[0] for word in args if word.startswith("--")]
         models = [content["model"] for content in contents if isinstance(content.get("model"), dict)]
-        stages = [model["class_path"] for model in models if model.get("class_path")]
+        stages = [str(model["class_path"]) for model in models if model.get("class_path")]
         is_replaced = not {"--model", "--model.class_path"}.isdisjoint(typed)
-        known = _known_names("" if is_replaced or not stages else str(stages[-1]))
+        own = set() if is_replaced or not stages else parameters_in_source(stages[-1])
+        lightnings = parameters_in_source(TRAINER, "fit", "validate", "test", "predict")
+        known = {
+            "": lightnings.union(OPTIONS, SECTIONS, (name[2:] for name in (*FLAGS, *NO_TABLE, *VARIABLES))),
+            "trainer": parameters_in_source(TRAINER),
+            "data": parameters_in_source(DATA),
+            # Overlays may have settings of a training that another stage ignores.
+            "model": own and own.union(*map(parameters_in_source, TRAINED)),
+        }
         for name in (*typed, *(name for content in contents for name, _ in flat(content))):
-            _check_name(name, known)
+            _check_name(name, {section: names for section, names in known.items() if names})
         return contents
 
     resolve_configs(args, check)
 
 
-def _known_names(stage: str) -> dict[str, set[str]]:
-    """Section, "" for options without one, -> the names below it; a section of which they cannot be told is not there."""
-    own = parameters_in_source(stage)
-    known = {
-        "": parameters_in_source(TRAINER, "fit", "validate", "test", "predict").union(
-            OPTIONS, (name[2:] for name in (*FLAGS, *NO_TABLE, *VARIABLES))
-        ),
-        "trainer": parameters_in_source(TRAINER),
-        "data": parameters_in_source(DATA),
-        # Overlays may have settings of a training that another stage ignores.
-        "model": own and own.union(*map(parameters_in_source, TRAINED)),
-    }
-    return {section: names for section, names in known.items() if names}
-
-
 def _check_name(name: str, known: dict[str, set[str]]) -> None:
-    """Refuse a setting, typed with dashes or in a file without, if its first name below its section is not known."""
+    """Refuse a setting, typed with dashes or in a file without, if its first name below its section is not among the known ones.
+
+    A section whose names cannot be told is not in `known`.
+    """
     option = name.removeprefix("--")
     dashes = name[: len(name) - len(option)]
     section, _, key = option.partition(".")
@@ -90,11 +77,12 @@ def _check_name(name: str, known: dict[str, set[str]]) -> None:
     if section not in known or first in known[section] | STRUCTURE:
         return
     if section == "model":
-        raise ArgumentError(
-            None, f"unknown setting model.init_args.{key}{did_you_mean(first, known['model'])}"
-        )
-    names = [f"{group}.{each}".lstrip(".") for group in known if group != "model" for each in known[group]]
-    similar = did_you_mean(name, [dashes + each for each in names])
+        name, similar = f"model.init_args.{key}", did_you_mean(first, known["model"])
+    else:
+        names = [
+            f"{group}.{each}".lstrip(".") for group in known if group != "model" for each in known[group]
+        ]
+        similar = did_you_mean(name, [dashes + each for each in names])
     raise ArgumentError(None, f"unknown setting {name}{similar}")
 
 

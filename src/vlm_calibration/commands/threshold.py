@@ -16,7 +16,7 @@ from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
-    from vlm_calibration.metrics.risk_control import RiskControl, ThresholdScores
+    from vlm_calibration.metrics.risk_control import Choice, RiskControl, ThresholdScores
 
 NOT_FOUND = 3
 """Exit status if no threshold keeps the limits."""
@@ -68,10 +68,9 @@ def threshold(
         raise DataError(f"{run}: holds no answers of a model")
     about = systems[-1] if system is None else system_named(systems, system)
     fields, folder, has_adapter = model_of(about)
-    answers, file, questions = about.calibration, CALIBRATION, "those of the calibration split"
-    if answers is None:
-        answers, file, questions = about.predictions, PREDICTIONS, "the evaluated ones"
-    path = about.folder / about.name / file
+    has_split = about.calibration is not None
+    answers = about.calibration if about.calibration is not None else about.predictions
+    path = about.folder / about.name / (CALIBRATION if has_split else PREDICTIONS)
     check_estimator(estimator, answers, path)
     groups = grouped(answers, by)
     if not groups:
@@ -81,19 +80,10 @@ def threshold(
         **fields,
         estimator=estimator,
         by=by,
-        groups={
-            name: {
-                "threshold": choice.threshold,
-                **(_plain(choice.scores) if choice.scores is not None else {}),
-                "p_error": choice.p_error,
-                "p_sent_away": choice.p_sent_away,
-                "reason": choice.reason,
-            }
-            for name, choice in control.choices.items()
-        },
+        groups={name: _figures(choice) for name, choice in control.choices.items()},
         limits=asdict(limits),
         correction=control.correction,
-        guarantee=guarantee(control, questions),
+        guarantee=guarantee(control, "those of the calibration split" if has_split else "the evaluated ones"),
         assumptions=list(ASSUMPTIONS),
         answers={
             "split": path.stem,
@@ -104,7 +94,7 @@ def threshold(
         },
         questions=KnownQuestions.of([answer.question for answer in answers]),
     )
-    tested = {} if about.calibration is None else realised(control, estimator, about.predictions)
+    tested = realised(control, estimator, about.predictions) if has_split else {}
     written = str(write_rule(rule, folder)) if control.found else None
     if control.found:
         state_guarantee(folder, rule.guarantee)
@@ -124,6 +114,12 @@ def threshold(
             )
     if not control.found:
         raise CommandError("", NOT_FOUND)
+
+
+def _figures(choice: Choice) -> dict[str, Any]:
+    figures = choice._asdict()
+    scores = figures.pop("scores")
+    return {"threshold": figures.pop("threshold"), **({} if scores is None else _plain(scores)), **figures}
 
 
 def _plain(scores: ThresholdScores) -> dict[str, Any]:
@@ -153,19 +149,19 @@ def _print(
     if left_out := rule.answers["without_group"]:
         print(f"{left_out} answers have no category and are left out.")
     print(rule.guarantee or "No threshold keeps the limits, so nothing is written.")
+    rows = []
     for name, choice in control.choices.items():
-        if choice.reason:
+        if choice.threshold is None:
             print(f"{name or 'Why'}: {choice.reason}.")
+        else:
+            label = f"{split} (chosen on)" + (f": {name}" if name else "")
+            rows.append((label, percent(choice.threshold), choice.scores))
     if not control.found:
         return
-    rows = [
-        (f"{split} (chosen on)" + (f": {name}" if name else ""), percent(choice.threshold), choice.scores)
-        for name, choice in control.choices.items()
-        if choice.scores is not None and choice.threshold is not None
-    ]
     rows += [("test" if name == "all" else f"test: {name}", "", scores) for name, scores in tested.items()]
     cells = []
     for label, from_on, scores in rows:
+        assert scores is not None, "a threshold has scores"
         shares = (scores.coverage, scores.error, scores.sent_away_share)
         texts = [f"{v:.1%} [{low:.1%}, {high:.1%}]" if v == v else "-" for v, low, high in shares]
         cells.append((label, from_on, *texts))
@@ -174,14 +170,12 @@ def _print(
     print(rule.questions.described())
     if "all" in tested:
         max_error, scores = control.limits.max_error, tested["all"]
-        given = f"on the test answers {scores.wrong} of {scores.answers} given are wrong"
-        verdict = ""
+        verdict = ": within the promise" if scores.answers else ""
         if scores.error.low > max_error:
             verdict = (
                 ": more than promised, so these questions are not like those that the threshold was chosen on"
             )
         elif scores.error.value > max_error:
             verdict = ": above it, but no more than chance explains"
-        elif scores.answers:
-            verdict = ": within the promise"
+        given = f"on the test answers {scores.wrong} of {scores.answers} given are wrong"
         print(f"Promised: at most {percent(max_error)} wrong; {given}{verdict}.")

@@ -9,81 +9,51 @@ from vlm_calibration.arguments import ALL_SETTINGS, Forwarded, Subcommands
 from vlm_calibration.commands.settings_check import FLAGS, check_settings
 from vlm_calibration.presets import CONFIG, ENDPOINT_OPTIONS, VARIABLE_OPTIONS, presets_by_folder
 
-FIRST = {
-    **ALL_SETTINGS,
-    CONFIG: "a stage, then overlays: presets (see below) or files of your own (may be repeated)",
-    **VARIABLE_OPTIONS,
-}
+OVERLAYS = {CONFIG: "a stage, then overlays: presets (see below) or files of your own (may be repeated)"}
 BASE = {"--model.init_args.base.name_or_path MODEL": "base model: its name on the Hub, or a folder"}
-ADAPTER = {"--model.init_args.adapter DIR": "stage dpo: the adapter to start from"}
+TRAINED = BASE | {"--model.init_args.adapter DIR": "stage dpo: the adapter to start from"}
 ANSWERED = {"--data.eval_batch_size N": "queries answered together"}
 DEVICES = {"--trainer.devices N": "GPUs or processes"}
-RUN = {
-    **DEVICES,
-    "--trainer.default_root_dir DIR": "run directory (default: in the folder of --runs, as the preset names it)",
-    **FLAGS,
+FOLDER = {
+    "--trainer.default_root_dir DIR": "run directory (default: in the folder of --runs, as the preset names it)"
 }
+RUN = DEVICES | FOLDER | FLAGS
 
 
 def _settings(module: str, stages: Sequence[str], options: dict[str, str]) -> Forwarded:
     """The common settings of a command, by the class of a module and the configurations that it runs."""
-    listed = {**FIRST, **options, "--print_config": "print the configuration that results, and exit"}
+    first = ALL_SETTINGS | OVERLAYS | VARIABLE_OPTIONS
+    last = {"--print_config": "print the configuration that results, and exit"}
     further = f"All settings: --help-all; those of a model: --model.help {module}."
-    return Forwarded(listed, lambda: f"{presets_by_folder(*stages)}\n\n{further}")
+    return Forwarded(first | options | last, lambda: f"{presets_by_folder(*stages)}\n\n{further}")
 
 
-FIT = _settings(
-    "SFTModule",
-    ("sft", "dpo"),
-    {
-        **BASE,
-        **ADAPTER,
-        "--model.init_args.optimizer.lr X": "learning rate",
-        "--data.batch_size N": "queries of a training step on each device",
-        "--trainer.max_steps N": "steps of the optimizer; -1: as many as --trainer.max_epochs takes",
-        "--trainer.max_epochs N": "passes over the training data",
-        **RUN,
-        "--ckpt_path FILE": 'checkpoint to resume from, or "last"',
-    },
-)
-VALIDATE = _settings(
-    "SFTModule",
-    ("sft", "dpo"),
-    {**BASE, **ADAPTER, **ANSWERED, **DEVICES, "--ckpt_path FILE": "checkpoint of the model to validate"},
-)
+OF_TRAINING = {
+    "--model.init_args.optimizer.lr X": "learning rate",
+    "--data.batch_size N": "queries of a training step on each device",
+    "--trainer.max_steps N": "steps of the optimizer; -1: as many as --trainer.max_epochs takes",
+    "--trainer.max_epochs N": "passes over the training data",
+}
+RESUMED = {"--ckpt_path FILE": 'checkpoint to resume from, or "last"'}
+VALIDATED = {"--ckpt_path FILE": "checkpoint of the model to validate"}
+ADAPTERS = {"--model.init_args.adapters '{NAME:DIR,...}'": "adapters to compare with the base model, by name"}
+PARTS = {
+    "--data.eval_batch_size N": "images of a batch",
+    "--data.parts N": "number of jobs that share the queries",
+    "--data.part N": "which of these jobs this one is, from 0",
+}
+OF_LEVELS = {
+    "--model.init_args.out FILE": "where to write the level table",
+    "--model.init_args.likelihoods FILE": "where to write how likely the model holds its answers to the training queries; null: "
+    "not at all",
+}
+FIT = _settings("SFTModule", ("sft", "dpo"), TRAINED | OF_TRAINING | RUN | RESUMED)
+VALIDATE = _settings("SFTModule", ("sft", "dpo"), TRAINED | ANSWERED | DEVICES | VALIDATED)
 TEST = _settings(
-    "EvaluationModule",
-    ("eval/*", "system/*"),
-    {
-        **ENDPOINT_OPTIONS,
-        **BASE,
-        "--model.init_args.adapters '{NAME:DIR,...}'": "adapters to compare with the base model, by name",
-        **ANSWERED,
-        **RUN,
-    },
+    "EvaluationModule", ("eval/*", "system/*"), ENDPOINT_OPTIONS | BASE | ADAPTERS | ANSWERED | RUN
 )
-PREDICT = _settings(
-    "RegionExtractor",
-    ("regions",),
-    {
-        "--data.eval_batch_size N": "images of a batch",
-        "--data.parts N": "number of jobs that share the queries",
-        "--data.part N": "which of these jobs this one is, from 0",
-        **RUN,
-    },
-)
-FIT_LEVELS = _settings(
-    "LevelFitModule",
-    ("levels",),
-    {
-        **BASE,
-        "--model.init_args.out FILE": "where to write the level table",
-        "--model.init_args.likelihoods FILE": "where to write how likely the model holds its answers to the training queries; null: "
-        "not at all",
-        **ANSWERED,
-        **RUN,
-    },
-)
+PREDICT = _settings("RegionExtractor", ("regions",), PARTS | RUN)
+FIT_LEVELS = _settings("LevelFitModule", ("levels",), BASE | OF_LEVELS | ANSWERED | RUN)
 
 
 def fit(*settings: Annotated[str, FIT]) -> None:
