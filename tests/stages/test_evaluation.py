@@ -188,6 +188,11 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says:
     assert says in str(caught.value)
 
 
+def test_a_missing_level_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "none.json")):
+        EvaluationModule(BaseModel("nowhere"), oracle_levels=str(tmp_path / "none.json"))
+
+
 def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
     model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
