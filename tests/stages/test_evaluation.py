@@ -53,6 +53,13 @@ def _metrics(folder: Path, further: bool) -> dict[str, Any]:
     return {k: v for k, v in values.items() if (k.startswith("probe_") or "@" in k) == further}
 
 
+def _queries(data: Data) -> PerturbedQueryDataModule:
+    """Nine queries in three parts, of which one is noised, and a calibration set of three."""
+    source, shifted = DemoSource("test", scenes=1), DemoSource("test", scenes=1, shifted=True)
+    parts = {"clean": EvalSplit(source), "noised": EvalSplit(source, "drawn"), "shifted": EvalSplit(shifted)}
+    return data(test=parts, calibration={"held_out": EvalSplit(DemoSource("calibration", scenes=1))})
+
+
 class Evaluated(NamedTuple):
     """An evaluation of four systems, its data, and the run directory."""
 
@@ -76,7 +83,7 @@ def evaluated(
         estimators=[ExpectedConfidence(), AnswerLikelihood(), PTrue(), SelfConsistency(2), Stability()],
         probes=[*PROBES[::-1]],
     )
-    queries = data(calibration={"held_out": EvalSplit(DemoSource("calibration", scenes=1))})
+    queries = _queries(data)
     plain_trainer(folder / "run", PredictionWriter()).test(module, datamodule=queries, verbose=False)
     return Evaluated(module, queries, folder / "run")
 
@@ -131,11 +138,11 @@ def test_systems_side_by_side(evaluated: Evaluated, load_model: LoadModel) -> No
 
 @pytest.mark.slow
 def test_estimators_and_probes_change_nothing_else(
-    evaluated: Evaluated, trainer: MakeTrainer, tmp_path: Path
+    evaluated: Evaluated, data: Data, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     settings = {"max_new_tokens": 5, "oracle_levels": str(evaluated.folder.parent / "levels.json")}
     module = EvaluationModule(evaluated.module.base, evaluated.module.adapters, **settings)
-    trainer(PredictionWriter()).test(module, datamodule=evaluated.queries, verbose=False)
+    trainer(PredictionWriter()).test(module, datamodule=_queries(data), verbose=False)
     for system in SYSTEMS:
         plain, folder = tmp_path / "run" / system, evaluated.folder / system
         assert not _metrics(plain, further=True)
@@ -181,6 +188,11 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says:
     assert says in str(caught.value)
 
 
+def test_a_missing_level_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "none.json")):
+        EvaluationModule(BaseModel("nowhere"), oracle_levels=str(tmp_path / "none.json"))
+
+
 def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
     model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
@@ -221,7 +233,7 @@ def test_every_estimator_has_its_key_and_its_metrics(evaluated: Evaluated) -> No
     estimates: dict[str, list[Any]] = {}
     for system in ("base", "one"):
         lines = _lines(folder / system / "predictions.jsonl")
-        assert [tuple(line)[-7:] for line in lines] == [("image", "probes", *NAMES)] * 15
+        assert [tuple(line)[-7:] for line in lines] == [("image", *NAMES, "probes")] * 9
         predictions = [prediction_from_dict(line) for line in lines]
         estimates[system] = [p.estimates for p in predictions]
         assert all((p["stability"] is None) == (p["likelihood"] is None) for p in estimates[system])
@@ -253,7 +265,7 @@ def test_every_answer_of_a_model_has_its_probed_confidences(
     tokenizer, (test, _) = AnswerTokenizer(queries.chat), queries.test_dataloader()
     for system in ("base", "one"):
         predictions = read_predictions(folder / system / "predictions.jsonl")
-        assert [tuple(p.probes) for p in predictions] == [("original", *PROBES)] * 15
+        assert [tuple(p.probes) for p in predictions] == [("original", *PROBES)] * 9
         with torch.no_grad(), using_adapter(model, None if system == "base" else system):
             for number, batch in enumerate(test):
                 part = predictions[4 * number : 4 * number + 4]

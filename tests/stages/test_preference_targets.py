@@ -123,9 +123,18 @@ def test_the_reference_is_the_same_while_the_policy_is_trained(
     assert torch.allclose(scores[0], scores[2], atol=1e-4)
 
 
-LEVEL = [Candidate((1,), 1, 0, c, False) for c in (1.0, 0.5, 0.0)]
-# The same levels with a wrong answer do not count.
-CANDIDATES = (*LEVEL, *(c._replace(wrong=True) for c in LEVEL))
+QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no")
+TENTHS = tuple(i / 10 for i in range(10, -1, -1))
+
+
+def _candidates(levels: Sequence[float] = TENTHS, wrong: bool = False) -> tuple[Candidate, ...]:
+    """One response per level, then the same with a wrong answer."""
+    correct = [Candidate((i,), 1, 0, c, False) for i, c in enumerate(levels)]
+    return (*correct, *(c._replace(wrong=True) for c in correct if wrong))
+
+
+# The levels with a wrong answer do not count.
+CANDIDATES = _candidates((1.0, 0.5, 0.0), wrong=True)
 
 
 def _totals(*rows: Sequence[float]) -> Tensor:
@@ -146,36 +155,18 @@ def test_mean_and_divergence_by_hand() -> None:
     assert float(kl_divergence(now, now, (CANDIDATES,) * 2)) == 0
 
 
-QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no")
-TENTHS = tuple(i / 10 for i in range(10, -1, -1))
-
-
-def _candidates(levels: Sequence[float] = TENTHS, wrong: bool = False) -> tuple[Candidate, ...]:
-    """One response per level, then the same with a wrong answer."""
-    correct = [Candidate((i,), 1, 0, c, False) for i, c in enumerate(levels)]
-    return (*correct, *(c._replace(wrong=True) for c in correct if wrong))
-
-
-@st.composite
-def _choices(draw: st.DrawFn) -> tuple[PairPolicy, tuple[Candidate, ...], int, int]:
-    """A policy, candidates, the target's index, and an epoch."""
-    levels = sorted(draw(st.sets(st.integers(0, 100), min_size=1, max_size=12)), reverse=True)
-    rejected = draw(st.sampled_from(["all", "uniform"]))
-    policy = PairPolicy(
-        rejected=rejected,  # type: ignore[arg-type]
-        n_rejected=None if rejected == "all" else draw(st.none() | st.integers(1, 15)),
-        seed=draw(st.integers(0, 5)),
-    )
-    index = st.integers(0, len(levels) - 1)
-    candidates = _candidates([level / 100 for level in levels], draw(st.booleans()))
-    return policy, candidates, draw(index), draw(st.integers(0, 3))
-
-
-@given(_choices())
+@given(
+    st.sets(st.integers(0, 100), min_size=1, max_size=12),
+    st.none() | st.integers(1, 15),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
 def test_the_chosen_one_comes_first_and_is_never_rejected(
-    case: tuple[PairPolicy, tuple[Candidate, ...], int, int],
+    percents: set[int], n_rejected: int | None, with_wrong: bool, random: Any
 ) -> None:
-    policy, candidates, target, epoch = case
+    policy = PairPolicy(rejected="all" if n_rejected is None else "uniform", n_rejected=n_rejected)
+    candidates = _candidates([percent / 100 for percent in sorted(percents, reverse=True)], with_wrong)
+    target, epoch = random.randrange(len(percents)), random.randrange(4)
     picks = choose(policy, candidates, target, QUERY, epoch)
     assert picks == choose(policy, candidates, target, QUERY, epoch)
     assert picks[0] == target
@@ -191,7 +182,7 @@ def test_the_chosen_one_comes_first_and_is_never_rejected(
 def test_uniform_is_uniform() -> None:
     candidates = _candidates((1.0, 0.8, 0.4, 0.1, 0.0))
     for n, sets in ((1, [(0,), (1,), (3,), (4,)]), (2, list(combinations([0, 1, 3, 4], 2)))):
-        policy = PairPolicy(rejected="uniform", n_rejected=n)
+        policy = PairPolicy(rejected="uniform", n_rejected=None if n == 1 else n)
         drawn = Counter(tuple(sorted(choose(policy, candidates, 2, QUERY, e)[1:])) for e in range(2000))
         assert sorted(drawn) == sets
         assert chisquare(list(drawn.values())).pvalue > 1e-3

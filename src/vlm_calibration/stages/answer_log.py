@@ -119,10 +119,9 @@ class AnswerLog(AppendLog):
                 count += 1
         expected = len(lines) if total is None else total
         if not count == len(lines) == expected:
-            raise DataError(
-                f"{self.folder / self.pattern}: {count} answers of {system!r} to {len(lines)} queries, "
-                f"expected {expected}: does another evaluation write into this folder?"
-            )
+            found = f"{count} answers of {system!r} to {len(lines)} queries, expected {expected}"
+            says = "does another evaluation write into this folder?"
+            raise DataError(f"{self.folder / self.pattern}: {found}: {says}")
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(lines[index] for index in sorted(lines))
 

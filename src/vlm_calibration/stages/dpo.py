@@ -123,33 +123,18 @@ class DPOModule(TrainingStage):
             drift_weight=drift_weight,
         )
         without, name = reference == "none", type(loss).__name__
-        for is_refused, message in (
-            (
-                reference == "adapter" and adapter is None,
-                "model.reference: adapter, but model.adapter is not set: set it to the adapter of stage 1, or compare with the base "
-                "model (`reference: base`)",
-            ),
-            (
-                isinstance(loss, DistributionLoss) and pairs.rejected != "all",
-                f"model.loss: {name} is of the distribution over all candidates, but model.pairs has `rejected: {pairs.rejected}`: "
-                "set it to all",
-            ),
-            (
-                parts is not None and adapter is None,
-                "model.parts needs a given adapter: set model.lora.parts for a new one",
-            ),
-            (without and loss.needs_reference, f"model.reference: {name} needs one, found none"),
-            (
-                without and bool(drift_weight),
-                "model.drift_weight compares with the reference, but model.reference is none",
-            ),
-            (
-                without and pairs.target == "expected",
-                "model.pairs: `target: expected` needs the reference, but model.reference is none",
-            ),
-        ):
-            if is_refused:
-                raise DataError(message)
+        if reference == "adapter" and adapter is None:
+            raise DataError("model.reference: adapter, but model.adapter is not set: set it, or use `base`")
+        if isinstance(loss, DistributionLoss) and pairs.rejected != "all":
+            raise DataError(f"model.loss: {name} compares all candidates: set model.pairs.rejected to all")
+        if parts is not None and adapter is None:
+            raise DataError("model.parts needs a given adapter: set model.lora.parts for a new one")
+        if without and loss.needs_reference:
+            raise DataError(f"model.reference: {name} needs one, found none")
+        if without and drift_weight:
+            raise DataError("model.drift_weight compares with the reference, but model.reference is none")
+        if without and pairs.target == "expected":
+            raise DataError("model.pairs: `target: expected` needs the reference, but it is none")
         self.adapter = adapter
         self.lora = lora
         self.loss = loss
@@ -179,14 +164,12 @@ class DPOModule(TrainingStage):
         own = data.candidates.answers == "own"
         if self.device_mesh is not None and (own or self.scoring != "shared"):
             raise DataError(
-                "FSDP2 needs the same passes in each process: set data.candidates.answers to gold (experiment/level_dpo) and "
-                "model.scoring to shared, or use trainer/ddp"
+                "FSDP2 needs equal passes: set data.candidates.answers to gold and model.scoring to shared, or use trainer/ddp"
             )
         opposite = isinstance(self.loss, SoftLabel) and self.loss.opposite_weight
         if opposite and not (own and data.candidates.wrong_answer):
             raise DataError(
-                "model.loss.opposite_weight teaches the opposites of own answers: set data.candidates.answers to own and "
-                "data.candidates.wrong_answer to true, or leave the weight at 0"
+                "model.loss.opposite_weight needs data.candidates.answers: own and data.candidates.wrong_answer: true"
             )
         if own:
             if self.reference == "none":
@@ -225,8 +208,7 @@ class DPOModule(TrainingStage):
         )
         if missing := sorted(taught - held_out):
             raise DataError(
-                f"data.validation has no {' and no '.join(missing)} question, but data.train has: `target: fitted` fits its map "
-                "for each answer type on data.validation; add such questions to it"
+                f"data.validation has no {' and no '.join(missing)} question, but data.train has: `target: fitted` needs such questions"
             )
         rows: list[TaughtAnswer] = []
         for batch in self.data.val_dataloader():

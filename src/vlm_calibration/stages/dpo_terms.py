@@ -122,10 +122,8 @@ def shared_text_drift(policy: ResponseScores, comparison: Comparison) -> Tensor:
 
     They share the answer before the confidence: its term is the squared change of its log-likelihood since the reference. And
     they share the ending after it ("%", the end of the turn), which must follow every number: its term is its negative
-    log-likelihood, averaged over a query's responses; the reference itself may end a number badly that it never states.
-    A preference between confidences constrains neither, and can be satisfied by destroying them: by making the ending of the
-    rejected responses unlikely, which leaves numbers without "%", or by making the number likely everywhere, also in place
-    of the answer.
+    log-likelihood, averaged over a query's responses; the reference itself may end a number badly that it never states. A
+    preference between confidences can be satisfied by destroying them: by numbers without "%", or in place of the answer.
     """
     assert comparison.reference is not None
     log_p, compared = policy.log_likelihood, comparison.compared

@@ -106,9 +106,7 @@ class EvaluationModule(L.LightningModule):
         if oracle_levels is not None and not with_base:
             raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
         if not adapters and not endpoints and not with_base:
-            raise DataError(
-                "nothing to evaluate: give model.adapters or model.endpoints, or set model.with_base"
-            )
+            raise DataError("nothing to evaluate: set model.adapters, model.endpoints or model.with_base")
         self.adapters = {name: str(find_adapter(adapter)) for name, adapter in adapters.items()}
         self.local: list[str] = [*([BASE] if with_base else []), *self.adapters]
         self.base = base or (base_of_adapters(self.adapters) if self.local else None)
@@ -176,9 +174,7 @@ class EvaluationModule(L.LightningModule):
             self.model = model.requires_grad_(False).eval()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        raise DataError(
-            "--ckpt_path: an evaluation reads adapters, not checkpoints: give model.init_args.adapters"
-        )
+        raise DataError("--ckpt_path: an evaluation reads adapters: give model.init_args.adapters")
 
     @property
     def data_needs(self) -> DataNeeds:

@@ -271,8 +271,7 @@ def _count(answer_type: str, rows: pd.DataFrame, perturbations: Sequence[Perturb
             return AnswerTypeCounts(tuple(by_bin), tuple(edges.tolist()), tuple(never_perturbed))
     kind, strength = perturbations[1 + int(np.argmin(counts[0, 1:-1, 0]))]
     raise DataError(
-        f"no {answer_type} query with {kind} of strength {strength:g}: data.levels has only queries about absent objects, whose "
-        "images `data.noise.absent: clean` leaves untouched"
+        f"no {answer_type} query with {kind} of strength {strength:g}: `data.noise.absent: clean` leaves all of data.levels untouched"
     )
 
 

@@ -71,8 +71,7 @@ class PairPolicy:
     def __post_init__(self) -> None:
         if self.n_rejected is not None and (self.rejected == "all" or self.n_rejected < 1):
             raise DataError(
-                "model.pairs.n_rejected must be at least 1, and is not allowed with `rejected: all`, "
-                f"found {self.n_rejected}"
+                f"model.pairs.n_rejected must be at least 1, and is not allowed with `rejected: all`, found {self.n_rejected}"
             )
         if self.seed < 0:
             raise DataError(f"model.pairs.seed must be at least 0, found {self.seed}")
@@ -93,13 +92,10 @@ class TeacherSettings:
 
     def __post_init__(self) -> None:
         if not self.features or len(set(self.features)) < len(self.features):
-            raise DataError(
-                f"model.teacher.features needs different features, at least one, found {list(self.features)}"
-            )
+            raise DataError(f"model.teacher.features: at least one, each once, found {list(self.features)}")
         if self.map == "isotonic" and len(self.features) > 1:
             raise DataError(
-                f"model.teacher: `map: isotonic` takes one feature, found {list(self.features)}: leave all but one out, or use "
-                "`map: logistic`"
+                f"model.teacher: `map: isotonic` takes one feature, found {list(self.features)}: use one, or `map: logistic`"
             )
 
 
@@ -138,8 +134,7 @@ class FittedTeacher:
         """The accuracy in [0, 1] of answers with such features; raises a DataError if no answer of this type was fitted."""
         if answer_type not in self.maps:
             raise DataError(
-                f"`target: fitted`: no {answer_type} answer among those to data.validation, found "
-                f"{', '.join(sorted(self.maps))}: add such queries to it"
+                f"`target: fitted`: no {answer_type} answer to data.validation, only {', '.join(sorted(self.maps))}: add such queries"
             )
         first, second = self.maps[answer_type]
         if self.settings.map == "isotonic":
@@ -158,8 +153,7 @@ class FittedTeacher:
         """The teacher of a checkpoint; raises a DataError if it was fitted with other settings."""
         if state["settings"] != asdict(settings):
             raise DataError(
-                f"--ckpt_path: the checkpoint's teacher was fitted with {state['settings']}, but model.teacher is "
-                f"{asdict(settings)}: use the settings of the run that wrote the checkpoint"
+                f"--ckpt_path: its teacher was fitted with {state['settings']}, but model.teacher is {asdict(settings)}: use the former"
             )
         return FittedTeacher(settings, state["maps"], state["scores"])
 

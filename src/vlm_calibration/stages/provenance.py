@@ -55,8 +55,7 @@ def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: Perturb
     use = provenance_of(base, data, levels.answer_types)
     if missing := [key for key in use if key not in table]:
         raise DataError(
-            f"{levels.source} has no {', '.join(missing)} in its provenance, so it cannot be compared with this run: measure it "
-            "again with `vlm-calibration levels fit`"
+            f"{levels.source} has no {', '.join(missing)} in its provenance: measure it again with `vlm-calibration levels fit`"
         )
     compared = {key: f"data.noise.{key}" for key in OF_NOISE}
     compared |= {"prompt": "data.prompt.template", "max_pixels": "data.max_pixels"}
@@ -68,8 +67,7 @@ def check_levels(levels: ConfidenceLevels | None, base: BaseModel, data: Perturb
         differences.insert(0, f"model.base was {_describe_model(table)} and is {_describe_model(use)}")
     if differences:
         raise DataError(
-            f"{levels.source} was measured under other conditions: {'; '.join(differences)}: use the conditions of the measurement, "
-            "or measure again with `vlm-calibration levels fit`"
+            f"{levels.source} was measured under other conditions: {'; '.join(differences)}: use them, or `vlm-calibration levels fit`"
         )
     if levels.table.ranked:
         rank_zero_warn(

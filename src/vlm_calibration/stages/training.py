@@ -85,9 +85,7 @@ def adamw_with_schedule(
 ) -> dict[str, Any]:
     """The optimizer and its schedule, for `configure_optimizers`; raises a DataError if the number of steps is not finite."""
     if not 0 < total_steps < math.inf:
-        raise DataError(
-            "the learning rate schedule needs an end: set trainer.max_epochs or trainer.max_steps"
-        )
+        raise DataError("the learning rate needs an end: set trainer.max_epochs or trainer.max_steps")
     optimizer = OPTIMIZERS[settings.name](
         parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
@@ -110,8 +108,7 @@ def refuse_sharding(module: L.LightningModule) -> None:
     """Raise a DataError if the trainer's strategy shards the weights, with which no answer can be generated."""
     if module.device_mesh is not None:
         raise DataError(
-            "trainer.strategy: FSDP2 (ModelParallelStrategy) trains, but does not generate answers: use one device, trainer/ddp, or a "
-            "model behind an address (model.endpoints of `test`)"
+            "trainer.strategy: FSDP2 (ModelParallelStrategy) does not generate answers: use one device, trainer/ddp or model.endpoints"
         )
 
 
@@ -175,8 +172,7 @@ class TrainingStage(L.LightningModule, ABC):
             if self.base.quantization == "int8":
                 # Their scales are lost with the class of their parameters.
                 raise DataError(
-                    "model.init_args.base.quantization: FSDP2 (ModelParallelStrategy) cannot shard int8 weights: use `nf4` or `none`, "
-                    "or another strategy"
+                    "model.init_args.base.quantization: FSDP2 (ModelParallelStrategy) cannot shard int8 weights: use `nf4` or `none`"
                 )
             rank_zero_info(
                 "FSDP2 does not validate: evaluate the adapter with `vlm-calibration test` on one device, under DDP, or behind an address"
@@ -216,8 +212,7 @@ class TrainingStage(L.LightningModule, ABC):
         filled = bool(batch.inputs)
         if self.device_mesh is not None and not self.trainer.strategy.reduce_boolean_decision(filled):
             raise DataError(
-                "FSDP2 needs a sample of each process in every batch, but all those of a process were left out: raise data.batch_size "
-                "or data.max_length, remove the records, or use trainer/ddp"
+                "FSDP2 needs a sample of each process in every batch: raise data.batch_size or data.max_length, or use trainer/ddp"
             )
         return filled
 
