@@ -111,7 +111,8 @@ class RunLogger(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log to the run; warn once if the disk is full."""
         if not self._warned and self._is_full():
-            self._warned, why = True, os.strerror(errno.ENOSPC)
+            self._warned = True
+            why = os.strerror(errno.ENOSPC)
             rank_zero_warn(f"cannot write {self._folder / 'wandb'}: {why}; metrics from here on are lost")
         super().log_metrics(metrics, step)
 
