@@ -1,4 +1,4 @@
-"""Lightning's Trainer as tests use it: on the CPU, without a logger, bars and checkpoints."""
+"""Lightning's Trainer as tests use it: on the CPU, without a logger, bars and checkpoints; and a module that it trains at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 
 def plain_trainer(folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
@@ -23,3 +24,22 @@ def plain_trainer(folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Tr
         "log_every_n_steps": 1,
     }
     return L.Trainer(callbacks=list(callbacks), **{**plain, **settings})
+
+
+class Line(L.LightningModule):
+    """One weight, 3 at first; the loss is its square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(3.0))
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        return self.weight**2
+
+    def validation_step(self, *_: Any) -> None:
+        pass
+
+    test_step = predict_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.25)

@@ -16,6 +16,8 @@ from vlm_calibration.callbacks import progress as callback
 from vlm_calibration.callbacks.progress import Progress
 from vlm_calibration.records import DataError
 
+from ..trainers import Line, plain_trainer
+
 
 class Clock(L.Callback):
     """A clock that a training batch moves by two seconds and a batch of answers by seven."""
@@ -41,34 +43,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-class SFTModule(L.LightningModule):
-    """One weight; logs a loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(3.0))
+class SFTModule(Line):
+    """Logs its loss."""
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        loss = self.weight**2
+        loss = super().training_step(batch, index)
         self.log("train/loss", loss, prog_bar=True)
         if index == 5:
             raise ZeroDivisionError
         return loss
 
-    def validation_step(self, *_: Any) -> None:
-        pass
-
-    test_step = predict_step = validation_step
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.25)
-
 
 def _trainer(clock: Clock, folder: Path, **settings: Any) -> L.Trainer:
-    quiet: Any = {"logger": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return L.Trainer(
-        accelerator="cpu", callbacks=[clock, Progress(every=10)], default_root_dir=folder, **quiet, **settings
-    )
+    return plain_trainer(folder, clock, Progress(every=10), enable_progress_bar=True, **settings)
 
 
 def _loaders(*lengths: int) -> Any:

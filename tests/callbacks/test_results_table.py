@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -17,7 +16,7 @@ from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.reporting.tables import COLUMNS
 
-from ..trainers import plain_trainer
+from ..trainers import Line, plain_trainer
 
 FELL = "accuracy on the validation queries fell by"
 
@@ -26,27 +25,17 @@ def _results(accuracy: float) -> dict[str, float]:
     return {**dict.fromkeys(COLUMNS, 0.5), "n": 40.0, "accuracy": accuracy}
 
 
-class Scored(L.LightningModule):
-    """A module that trains nothing, and reports the given accuracies, one a validation."""
+class Scored(Line):
+    """A module that reports the given accuracies, one a validation."""
 
     def __init__(self, *accuracies: float) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
         self.accuracies: Iterator[float] = iter(accuracies)
         self.results: dict[str, dict[str, float]] = {}
-
-    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-        return self.weight * batch.sum()
-
-    def validation_step(self, batch: torch.Tensor, index: int) -> None:
-        pass
 
     def on_validation_epoch_end(self) -> None:
         # In place: what is kept of a validation does not change with the next one.
         self.results.setdefault("", {}).update(_results(next(self.accuracies)))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Kept(AdapterWriter):

@@ -17,7 +17,7 @@ from vlm_calibration.callbacks import throughput
 from vlm_calibration.callbacks.throughput import Throughput, peak_memory, tokens_of
 from vlm_calibration.data.candidates import Candidate, CandidateBatch
 
-from ..trainers import plain_trainer
+from ..trainers import Line, plain_trainer
 
 COMPUTING, WAITING, VALIDATING = 3.0, 1.0, 100.0
 """Seconds of a step, between two steps, and of a validation."""
@@ -43,23 +43,6 @@ class Clock(L.Callback):
 
     def on_validation_batch_end(self, *_: Any) -> None:
         self.now += VALIDATING
-
-
-class Line(L.LightningModule):
-    """One weight; its gradient in the first step is 6, that of two accumulated batches as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(3.0))
-
-    def training_step(self, batch: Batch, index: int) -> torch.Tensor:
-        return self.weight**2
-
-    def validation_step(self, batch: Batch, index: int) -> None:
-        pass
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.25)
 
 
 def _rows(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[dict[str, float]]:

@@ -106,12 +106,9 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             clear_leftovers(Path(self.dirpath))
 
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._listen()
+        self.on_sanity_check_start()
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         self._stepped = True
@@ -140,7 +137,7 @@ class RunCheckpoint(ModelCheckpoint):
                 signal.signal(number, handler)
             self._handlers = {}
 
-    def _listen(self) -> None:
+    def on_sanity_check_start(self, *_: Any) -> None:
         def on_signal(number: int, frame: FrameType | None) -> None:
             self._signal = signal.Signals(number)
 

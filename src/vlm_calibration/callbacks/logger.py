@@ -112,9 +112,8 @@ class RunLogger(WandbLogger):
         """Log to the run; warn once if the disk is full."""
         if not self._warned and self._is_full():
             self._warned = True
-            rank_zero_warn(
-                f"cannot write {self._folder / 'wandb'}: {os.strerror(errno.ENOSPC)}; metrics from here on are lost"
-            )
+            why = os.strerror(errno.ENOSPC)
+            rank_zero_warn(f"cannot write {self._folder / 'wandb'}: {why}; metrics from here on are lost")
         super().log_metrics(metrics, step)
 
     @rank_zero_only
@@ -123,7 +122,8 @@ class RunLogger(WandbLogger):
         if status == "failed" and self._experiment is not None and self._is_full():
             # W&B would keep trying to write, and print tracebacks.
             logging.raiseExceptions = False
-            atexit.register(_leave)
+            # End this failed process without running the other `atexit` functions.
+            atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(1)))
 
     def _is_full(self) -> bool:
         return self._folder.is_dir() and shutil.disk_usage(self._folder).free < ROOM
@@ -132,13 +132,6 @@ class RunLogger(WandbLogger):
         self._offline = True
         # A W&B session that has begun no longer reads the environment variable.
         self._wandb_init["mode"] = "offline"
-
-
-def _leave() -> None:
-    """End this failed process without running the other `atexit` functions."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def wandb_logger(trainer: L.Trainer) -> WandbLogger | None:

@@ -58,13 +58,14 @@ class Progress(ProgressBar):
             self._lines.update(trainer.global_step, self._note)
 
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self._lines is not None and not self._is_within_training:
+        # A validation within training has no lines of its own.
+        if self._lines is not None and self._lines.unit == "batches":
             self._lines.update(self._lines.done + 1, self._note)
 
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end  # type: ignore[assignment]
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._is_within_training:
+        if self._lines is not None and self._lines.unit == "batches":
             self._close()
 
     on_validation_epoch_end = on_predict_epoch_end = on_test_epoch_end
@@ -74,10 +75,6 @@ class Progress(ProgressBar):
 
     def on_exception(self, *_: Any) -> None:
         self._close(finished=False)
-
-    @property
-    def _is_within_training(self) -> bool:
-        return self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
 
     def _begin(self, part: str, total: Any, unit: str = "batches", done: int = 0) -> None:
         if self.trainer.is_global_zero:

@@ -37,31 +37,21 @@ ANSWERING_PACKAGES = PACKAGES[:4]
 """Those whose versions may not change within an evaluation or measurement."""
 BATCH = "data.batch_size x processes"
 """The queries of a step of training, among the settings of a record, e.g. "4 x 2"."""
-SPLITS = {
-    "fit": ("train", "validation"),
-    "test": ("test", "calibration"),
-    "levels fit": ("levels", "train"),
-    "predict": SOURCES,
-}
-"""Command -> the sources that it reads."""
+STEPS = (
+    r"(max|min)_.*|accumulate_grad_batches|gradient_clip_\w+|limit_(train|val)_batches|overfit_batches|\w*val_\w+"
+    r"|sync_batchnorm|callbacks.*"
+)
 TESTING = r"limit_test_batches|overfit_batches"
-TRAINER = {
-    "fit": r"(max|min)_.*|accumulate_grad_batches|gradient_clip_\w+|limit_(train|val)_batches|overfit_batches|\w*val_\w+"
-    r"|sync_batchnorm|callbacks.*",
-    "test": TESTING,
-    "levels fit": TESTING,
-    "predict": "",
-}
-"""Command -> settings of `trainer` that can change its result, beside the precision and the number of processes."""
 LOADING = "batch_size|parts|part|workers|regions"
 TRAINING = "augment|candidates|max_length|on_too_long"
-IGNORED_DATA = {
-    "fit": f"{LOADING}|eval_batch_size",
-    "test": f"{LOADING}|eval_batch_size|{TRAINING}",
-    "levels fit": f"{LOADING}|eval_batch_size|{TRAINING}",
-    "predict": f"{LOADING}|{TRAINING}|noise|prompt|grading",
+COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "fit": (("train", "validation"), STEPS, f"{LOADING}|eval_batch_size"),
+    "test": (("test", "calibration"), TESTING, f"{LOADING}|eval_batch_size|{TRAINING}"),
+    "levels fit": (("levels", "train"), TESTING, f"{LOADING}|eval_batch_size|{TRAINING}"),
+    "predict": (SOURCES, "", f"{LOADING}|{TRAINING}|noise|prompt|grading"),
 }
-"""Command -> settings of `data` that do not count, beside the sources that it does not read.
+"""Command -> the sources that it reads; the settings of `trainer` that can change its result, beside the precision and the number of
+processes; and those of `data` that cannot, beside the sources that it does not read.
 
 An extraction looks at the queries of a batch together. The batch size of training counts as `BATCH`, regions by their content."""
 IGNORED_MODEL = "gradient_checkpointing|out|likelihoods"
@@ -108,14 +98,16 @@ def new_record(
 def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that can change the result of a command, by dotted name, of a configuration with all defaults filled in."""
     trainer, data, model = (settings.get(name) or {} for name in ("trainer", "data", "model"))
-    sources = ("predict",) if command == "predict" and data.get("predict") else SPLITS[command]
+    sources, of_trainer, of_loading = COMMANDS[command]
+    if command == "predict" and data.get("predict"):
+        sources = ("predict",)
     if command == "levels fit" and (model.get("init_args") or {}).get("likelihoods") is None:
         sources = ("levels",)
-    ignored = "|".join([*(name for name in SOURCES if name not in sources), IGNORED_DATA[command]])
+    ignored = "|".join([*(name for name in SOURCES if name not in sources), of_loading])
     # How requests are sent to an endpoint changes no answer, and a server may have moved.
     sending = rf"endpoints\.[^.]+\.(?!({'|'.join(DECIDING)})\b)"
     deciding = re.compile(
-        rf"seed_everything|ckpt_path|trainer\.({TRAINER[command]})"
+        rf"seed_everything|ckpt_path|trainer\.({of_trainer})"
         rf"|model\.(?!init_args\.({IGNORED_MODEL}|{sending})\b).*|data\.(?!({ignored})\b).*"
     )
     callbacks = trainer.get("callbacks") or []

@@ -75,12 +75,10 @@ class Run:
     """A run directory.
 
     Attributes:
-        folder: its path.
+        when: time of the last change of the record.
         stage: "sft", "dpo", "levels", "evaluation" or "regions".
-        state: whether it is finished.
         detail: what is damaged.
         model: name or folder of the base model; empty if the record does not say it.
-        when: time of the last change of the record.
         figures: system, "" for the run itself -> figure -> value, None if it is undefined.
         command: resumes an interrupted run; empty for another one.
     """

@@ -60,6 +60,8 @@ def render_page(
     pictures, missing = thumbnails(about, [*chain(*examples.values())]) if images else ({}, "")
     figures, promises = figures_of(systems), thresholds.promises_of(systems)
     bands = table.parts_of_system(frame, about.name, table.BAND).to_dict("records")
+    row = next(row for row in table.stated_rows(frame).itertuples() if row.system == about.name)
+    checks = summary.checked(table.parts_of_system(frame, about.name, table.GROUP, table.BAND))
     grouped = {s.name: table.parts_of_system(frame, s.name, table.GROUP).to_dict("records") for s in ordered}
     grouped = {name: rows for name, rows in grouped.items() if rows}
     values = {s.name: probe_values_of(s.predictions, probes_of(s.predictions)) for s in ordered}
@@ -98,8 +100,10 @@ def render_page(
         as_yaml=partial(yaml.safe_dump, sort_keys=False),
         contents={anchor: title for anchor, title in contents.items() if title},
         csv=quote(csv.name),
-        overview=summary.summarize_system(about.name, frame),
         about=about,
+        row=row,
+        checks=checks,
+        verdict=summary.verdict_of(row, checks),
         bands=bands,
         systems=systems,
         frame=frame,

@@ -1,4 +1,4 @@
-"""What the report says in words: a verdict on the stated confidence, the sentences that explain it, and what confidence listens to.
+"""What the report says in words: a verdict on the stated confidence, its largest error, and what confidence listens to.
 
 The verdict follows a rule (`verdict_of`) with thresholds that the page prints. They are this project's choice; there are no established ones.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pandas as pd
 
 from vlm_calibration.metrics.probes import SWAPPED
 from vlm_calibration.reporting.report.data import ORACLE, System
-from vlm_calibration.reporting.report.table import BAND, GROUP, TOLERANCE, parts_of_system, stated_rows
+from vlm_calibration.reporting.report.table import BAND, GROUP, TOLERANCE, parts_of_system
 
 Verdict = Literal["yes", "partly", "no", "unknown"]
 TRUSTED, ROUGH = (0.05, 0.70), (0.10, 0.60)
@@ -33,53 +33,9 @@ PROBES = {
 """What a probe does, in words."""
 
 
-class Summary(NamedTuple):
-    """The summary of a report: the verdict, also as a sentence, one on the most frequent band, and the sentences below it."""
-
-    verdict: Verdict
-    sentence: str
-    headline: str
-    sentences: list[str]
-
-
 def subject_of(systems: Sequence[System]) -> System:
     """The system that a report describes by default: the last one that is not the oracle."""
     return ([s for s in systems if s.name != ORACLE] or list(systems))[-1]
-
-
-def summarize_system(system: str, frame: pd.DataFrame) -> Summary:
-    """Summarise one system and compare it with the first one; `frame` is that of `compare`."""
-    stated = stated_rows(frame)
-    row, base = stated[stated.system == system].iloc[0], stated.iloc[0]
-    bands = parts_of_system(frame, system, BAND)
-    checks = checked(parts_of_system(frame, system, GROUP, BAND))
-    verdict = verdict_of(row, checks)
-    none = "None of its{} answers states a confidence that could be parsed."
-    headline, sentences = none.format(""), [none.format(f" {row.n:,}")]
-    if len(bands):
-        band = bands.loc[bands.n.idxmax()]
-        headline = f"When it says {band.group}, on average {band.says:.0%}, it is right {band.is_right:.0%} of the time."
-        missing = f" {row.n - row.parsed:,} of the answers state none that could be parsed."
-        sentences = [
-            f"Over {row.n:,} answers it says {row.mean_confidence:.0%} on average and is right "
-            f"{row.mean_confidence - row.overconfidence:.0%} of the time; stated confidence and accuracy differ by "
-            f"{100 * row.ece:.1f} points on average (ECE).{missing if row.n > row.parsed else ''}"
-        ]
-    if system != base.system:
-        change, chance = "not comparable", ""
-        if base.ece > 0 and not math.isnan(row.ece):
-            change = f"{abs(1 - row.ece / base.ece):.0%} {'smaller' if row.ece < base.ece else 'larger'}"
-        if not math.isnan(row.ece_p):
-            kind = "more than chance" if row.ece_p < 0.05 else "within chance"
-            chance = f", which is {kind} (p = {row.ece_p:.3f})"
-        says = "-" if math.isnan(base.mean_confidence) else f"{base.mean_confidence:.0%}"
-        sentences.append(
-            f"“{base.system}” says {says} on average, is right {base.accuracy:.0%} of the time and is off by "
-            f"{100 * base.ece:.1f} points: the error is {change}{chance}."
-        )
-    if worst := largest_error(frame, system):
-        sentences.append(f"Its {worst}")
-    return Summary(verdict, verdict_sentence(verdict, row, checks), headline, sentences)
 
 
 def largest_error(frame: pd.DataFrame, system: str) -> str:
