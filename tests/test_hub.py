@@ -85,9 +85,6 @@ def test_a_proxy_is_left_to_reach_the_hub(
     assert not constants.HF_HUB_OFFLINE
 
 
-# --- A reachable Hub ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def serve() -> Iterator[Callable[[str, Path], str]]:
     """Serves folders as repositories of the Hub, each at one commit; returns the address."""
@@ -195,9 +192,6 @@ def test_a_folder_goes_before_the_hub(
     Path("runs/empty").mkdir()
     with pytest.raises(DataError, match="no adapter at runs/empty .*: train one first$"):
         find_adapter("runs/empty")
-
-
-# --- The base model of an adapter -----------------------------------------------------------------------------------
 
 
 def test_the_base_is_loaded_as_in_training(new_adapter: Callable[..., str], model_folder: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -16,6 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from .test_imports import SOURCE, import_graph
 
 TOP_LEVEL = {
     *("src", "configs", "notebooks", "tests", "environment.yml", "Makefile", "pyproject.toml", "setup.py"),
@@ -52,26 +54,25 @@ def test_the_next_major_version_is_refused(project: dict, name: str) -> None:
 
 
 EXTRAS = {
-    "app": "app/",
-    "demo": "demo/pictures.py",
-    "dashboard": "reporting/dashboard.py",
-    "datasets": ("data/convert/hf", "commands/data_fetch"),
-    "endpoint": "endpoint/client.py",
-    "regions": "regions/tagger.py",
+    "app": "app.",
+    "demo": "demo.pictures",
+    "dashboard": "reporting.dashboard",
+    "datasets": ("data.convert.hf", "commands.data_fetch"),
+    "endpoint": "endpoint.client",
+    "regions": "regions.tagger",
 }
-"""Extra -> prefix, or prefixes, of the modules that may import its packages."""
+"""Extra -> begin, or begins, of the names of modules that may import its packages."""
 
 
-def test_what_is_imported_is_declared(root: Path, project: dict) -> None:
-    source = root / "src/vlm_calibration"
+def test_what_is_imported_is_declared(project: dict) -> None:
     distributions = packages_distributions()
     declared = {None: project["dependencies"], **project["optional-dependencies"]}
     undeclared = {}
-    for path in sorted(source.rglob("*.py")):
-        module = str(path.relative_to(source))
-        extra = next((name for name, prefix in EXTRAS.items() if module.startswith(prefix)), None)
+    for path, imported in import_graph(SOURCE).items():
+        module = path.removeprefix("vlm_calibration.")
+        extra = next((name for name, begin in EXTRAS.items() if module.startswith(begin)), None)
         allowed = {_distribution(line) for name in {None, extra} for line in declared[name]}
-        for name in third_party(path):
+        for name in {n for n in imported if not n.startswith("vlm_calibration")} - sys.stdlib_module_names:
             # A package that is not installed is assumed to have a distribution of the same name.
             candidates = {_distribution(d) for d in distributions.get(name, [name])}
             if not candidates & allowed:
@@ -79,20 +80,9 @@ def test_what_is_imported_is_declared(root: Path, project: dict) -> None:
     assert undeclared == {}
 
 
-def third_party(path: Path) -> set[str]:
-    """The top-level packages that a module imports anywhere, without the standard library and this package."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"vlm_calibration"}
-
-
 def _distribution(requirement: str) -> str:
     """The normalized name of the distribution in a requirement."""
-    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+    return canonicalize_name(Requirement(requirement).name)
 
 
 def test_top_level_holds_nothing_else(root: Path) -> None:

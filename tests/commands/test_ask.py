@@ -26,6 +26,8 @@ from ..decision_rules import write_decision_rule
 
 SOURCE = DemoSource("test", scenes=4)
 Call = Callable[..., Ended]
+Options = tuple[str, ...]
+Decides = Callable[..., Options]
 
 
 @pytest.fixture
@@ -47,14 +49,24 @@ def questions(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def asked(questions: Path) -> tuple[str, str]:
+def asked(questions: Path) -> Options:
     """Image and question of the first of them."""
     row = _rows(questions)[0]
     return row["image"], row["question"]
 
 
 @pytest.fixture
-def adapter(adapter_run: Path) -> tuple[str, ...]:
+def call_one(call: Call, asked: Options) -> Call:
+    return partial(call, *asked)
+
+
+@pytest.fixture
+def call_many(call: Call, questions: Path) -> Call:
+    return partial(call, "--questions", str(questions), "--out", "answers.jsonl")
+
+
+@pytest.fixture
+def adapter(adapter_run: Path) -> Options:
     return ("--adapter", str(adapter_run), "--device", "cpu", "--max-new-tokens", "16")
 
 
@@ -62,12 +74,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# --- One question -----------------------------------------------------------------------------------------------
-
-
-def test_one_question(
-    call: Call, asked: tuple[str, str], adapter: tuple[str, ...], calibrated: CalibratedModel
-) -> None:
+def test_one_question(call: Call, asked: Options, adapter: Options, calibrated: CalibratedModel) -> None:
     ended = call(*asked, *adapter)
     expected = calibrated.ask(*asked)
     assert (ended.status, ended.err) == (0, "")
@@ -109,14 +116,11 @@ def test_an_answer_as_text() -> None:
     ]
 
 
-# --- Abstaining -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
-def decides(adapter: tuple[str, ...], tmp_path: Path) -> Callable[..., tuple[str, ...]]:
+def decides(adapter: Options, tmp_path: Path) -> Decides:
     """Options of the adapter with a decision rule beside it."""
 
-    def options(threshold: float | None = 0.5, **changed: Any) -> tuple[str, ...]:
+    def options(threshold: float | None = 0.5, **changed: Any) -> Options:
         folder = tmp_path / "decides"
         shutil.copytree(Path(adapter[1]) / "adapter", folder, dirs_exist_ok=True)
         write_decision_rule(folder, threshold, **changed)
@@ -125,23 +129,21 @@ def decides(adapter: tuple[str, ...], tmp_path: Path) -> Callable[..., tuple[str
     return options
 
 
-def test_an_answer_below_the_threshold_is_not_printed(
-    call: Call, asked: tuple[str, str], decides: Callable[..., tuple[str, ...]]
-) -> None:
-    ended = call(*asked, *decides(None), "--abstain")
+def test_an_answer_below_the_threshold_is_not_printed(call_one: Call, decides: Decides) -> None:
+    ended = call_one(*decides(None), "--abstain")
     assert (ended.status, ended.out, ended.err) == (4, "review\n", "")
-    ended = call(*asked, *decides(None), "--abstain", "--json")
+    ended = call_one(*decides(None), "--abstain", "--json")
     assert (ended.status, json.loads(ended.out)["decision"]) == (4, "review")
-    ended = call(*asked, *decides(None))
+    ended = call_one(*decides(None))
     assert (ended.status, "decision             review" in ended.out) == (0, True), "not asked to abstain"
     for estimator, name in (("verbalized", "stated"), ("expected", "expected"), ("likelihood", "likelihood")):
-        ended = call(*asked, *decides(0.0, estimator=estimator), "--abstain")
+        ended = call_one(*decides(0.0, estimator=estimator), "--abstain")
         assert ended.status == 0
         assert re.search(rf"decision             answer \({name} .*%, at least 0%\)", ended.out)
 
 
 def test_a_question_unlike_those_of_the_calibration_set_goes_to_a_person(
-    call: Call, asked: tuple[str, str], decides: Callable[..., tuple[str, ...]]
+    call: Call, asked: Options, decides: Decides
 ) -> None:
     for known, decision in ((asked[1], "answer"), ("What is this?", "review")):
         options = decides(0.0, questions=KnownQuestions.of([known] * 20))
@@ -151,11 +153,9 @@ def test_a_question_unlike_those_of_the_calibration_set_goes_to_a_person(
     assert call(asked[0], "Is there a zebra in the image?", *decides(0.0), "--abstain").status == 4
 
 
-def test_thresholds_by_category_need_one(
-    call: Call, asked: tuple[str, str], decides: Callable[..., tuple[str, ...]]
-) -> None:
+def test_thresholds_by_category_need_one(call_one: Call, decides: Decides) -> None:
     groups = {"colour": {"threshold": 0.0}, "size": {"threshold": None}}
-    call = partial(call, *asked, *decides(by="category", groups=groups))
+    call = partial(call_one, *decides(by="category", groups=groups))
     assert call("--category", "colour", "--abstain").status == 0
     assert call("--category", "size", "--abstain").status == 4
     assert json.loads(call("--json").out)["decision"] is None
@@ -166,48 +166,36 @@ def test_thresholds_by_category_need_one(
 
 
 def test_abstaining_without_thresholds_names_the_command(
-    call: Call,
-    questions: Path,
-    asked: tuple[str, str],
-    adapter: tuple[str, ...],
-    monkeypatch: pytest.MonkeyPatch,
+    call_one: Call, call_many: Call, adapter: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlm_calibration.inference.model.load_base", lambda *_: pytest.fail("loaded"))
-    for arguments in (asked, ("--questions", str(questions), "--out", "a.jsonl")):
-        ended = call(*arguments, *adapter, "--abstain")
+    for call in (call_one, call_many):
+        ended = call(*adapter, "--abstain")
         assert ended.status == 1
         assert "`vlm-calibration threshold RUN`" in ended.error()
 
 
-def test_thresholds_of_another_model_are_refused(
-    call: Call, asked: tuple[str, str], decides: Callable[..., tuple[str, ...]]
-) -> None:
+def test_thresholds_of_another_model_are_refused(call_one: Call, decides: Decides) -> None:
     changes: Any = {"other weights": {"weights": "0"}, "another prompt": {"prompt": "{question}?"}}
     for says, changed in changes.items():
-        error = call(*asked, *decides(**changed)).error()
+        error = call_one(*decides(**changed)).error()
         assert f"decides/thresholds.json: its thresholds were chosen with {says}" in error
 
 
-def test_without_a_model_the_demo_s_is_asked(
-    call: Call, asked: tuple[str, str], adapter_run: Path, tmp_path: Path
-) -> None:
-    assert "asking the demo's model alone" in call(*asked, "--max-new-tokens", "16").err
+def test_without_a_model_the_demo_s_is_asked(call_one: Call, adapter_run: Path, tmp_path: Path) -> None:
+    assert "asking the demo's model alone" in call_one("--max-new-tokens", "16").err
     (tmp_path / "runs").mkdir()
     for run in ("runs/sft", "runs/dpo"):
         (tmp_path / run).symlink_to(adapter_run)
-    ended = call(*asked, "--json", "--max-new-tokens", "16")
+    ended = call_one("--json", "--max-new-tokens", "16")
     assert "asking the demo's model and the adapter in runs/dpo" in ended.err
     assert "with runs/dpo/adapter (" in json.loads(ended.out)["model"]
 
 
-# --- Many questions ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
-def test_many_questions(
-    call: Call, questions: Path, adapter: tuple[str, ...], calibrated: CalibratedModel
-) -> None:
-    ended = call("--questions", str(questions), "--out", "a/answers.jsonl", *adapter, "--batch-size", "5")
+def test_many_questions(call: Call, questions: Path, adapter: Options, calibrated: CalibratedModel) -> None:
+    arguments = ("--questions", str(questions), "--out", "a/answers.jsonl", *adapter)
+    ended = call(*arguments, "--batch-size", "5")
     assert ended.status == 0, ended.err
     assert ended.out == "12 of 12 questions answered: a/answers.jsonl\n"
     asked = _rows(questions)
@@ -220,13 +208,13 @@ def test_many_questions(
         assert {k: row[k] for k in question} == question
         assert (row["text"], row["confidence"]) == (answer.text, answer.confidence)
         assert row["expected"] == pytest.approx(answer.expected, abs=2e-4)
-    ended = call("--questions", str(questions), "--out", "a/answers.jsonl", *adapter, "--json")
+    ended = call(*arguments, "--json")
     counts = {"questions": 12, "answered_now": 0, "answered_before": 12, "skipped": 0}
     assert json.loads(ended.out) == {**counts, "review": None, "out": "a/answers.jsonl"}
 
 
 def test_a_run_that_was_cut_off_resumes_where_it_was(
-    call: Call, questions: Path, decides: Callable[..., tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+    call: Call, questions: Path, decides: Decides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--questions", str(questions), "--batch-size", "3", *decides(0.97), "--abstain"]
     assert call(*arguments, "--out", "whole.jsonl").status == 0
@@ -252,54 +240,46 @@ def test_a_run_that_was_cut_off_resumes_where_it_was(
 
 
 def test_answers_under_other_settings_are_not_mixed(
-    call: Call, questions: Path, adapter: tuple[str, ...], decides: Callable[..., tuple[str, ...]]
+    call_many: Call, questions: Path, adapter: Options, decides: Decides
 ) -> None:
-    arguments = ("--questions", str(questions), "--out", "answers.jsonl")
-    assert call(*arguments, *adapter).status == 0
+    assert call_many(*adapter).status == 0
     before = (questions.parent / "answers.jsonl").read_bytes()
-    ended = call(*arguments, "--base", str(DEMO_MODEL))
-    assert ended.error().startswith("answers.jsonl:1: written with model = '")
-    ended = call(*arguments, *decides())
-    assert ended.error().startswith("answers.jsonl:1: written with ")
+    error = call_many("--base", str(DEMO_MODEL)).error()
+    assert error.startswith("answers.jsonl:1: written with model = '")
+    assert call_many(*decides()).error().startswith("answers.jsonl:1: written with ")
     first, *rest = questions.read_text().splitlines()
     questions.write_text("\n".join([json.dumps({**json.loads(first), "question": "A cow?"}), *rest]))
-    ended = call(*arguments, *adapter)
-    assert f"{questions}:1: answers.jsonl holds an answer to another question" in ended.error()
+    error = call_many(*adapter).error()
+    assert f"{questions}:1: answers.jsonl holds an answer to another question" in error
     assert (questions.parent / "answers.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("line", ['{"id": "a"}', '{"id": [], "image": "", "question": ""}'])
 def test_a_line_that_is_no_answer_is_named_and_the_file_stays(
-    call: Call, questions: Path, tmp_path: Path, line: str
+    call_many: Call, tmp_path: Path, line: str
 ) -> None:
-    path, settings = tmp_path / "a.jsonl", {"model": str(DEMO_MODEL), "rule": None}
+    path, settings = tmp_path / "answers.jsonl", {"model": str(DEMO_MODEL), "rule": None}
     rows = [{"id": "b", "image": "", "question": ""}, json.loads(line)]
     before = "".join(json.dumps({**row, **settings}) + "\n" for row in rows) + "not finished"
     path.write_text(before)
-    error = call("--questions", str(questions), "--out", "a.jsonl", "--base", str(DEMO_MODEL)).error()
-    assert error.startswith("a.jsonl:2: damaged: not an answer that `ask` wrote: choose another --out")
+    error = call_many("--base", str(DEMO_MODEL)).error()
+    assert error.startswith("answers.jsonl:2: damaged: not an answer that `ask` wrote: choose another --out")
     assert path.read_text() == before
 
 
-def test_bad_images_stop_the_run_or_are_counted(
-    call: Call, questions: Path, adapter: tuple[str, ...]
-) -> None:
-    lines = questions.read_text().splitlines()
-    bad = [{"image": "nowhere.png", "question": "A dog?"}, {"image": "../x.png", "question": "A dog?"}]
+def test_bad_images_stop_the_run_or_are_counted(call_many: Call, questions: Path, adapter: Options) -> None:
+    first, second, *_ = questions.read_text().splitlines()
+    images = ("nowhere.png", "../x.png", "torn.png")
+    bad = [json.dumps({"image": image, "question": "A dog?"}) for image in images]
     (questions.parent / "torn.png").write_bytes((questions.parent / "test-000000.png").read_bytes()[:500])
-    bad.append({"image": "torn.png", "question": "A dog?"})
-    questions.write_text("\n".join([lines[0], *map(json.dumps, bad), lines[1]]) + "\n")
-    arguments = ("--questions", str(questions), "--out", "answers.jsonl", *adapter, "--batch-size", "1")
-    ended = call(*arguments)
-    assert f"{questions}:2: no such image: " in ended.error()
+    questions.write_text("\n".join([first, *bad, second]) + "\n")
+    call = partial(call_many, *adapter, "--batch-size", "1")
+    assert f"{questions}:2: no such image: " in call().error()
     assert len(_rows(questions.parent / "answers.jsonl")) == 1, "what was answered stays"
-    ended = call(*arguments, "--on-bad-image", "skip")
+    ended = call("--on-bad-image", "skip")
     assert ended.out == "1 of 5 questions answered, 1 answered before, 3 left out: answers.jsonl\n"
     for reason in (":2: no such image", ":3: the image path '../x.png' leaves", "torn.png: damaged"):
         assert reason in ended.err
-
-
-# --- Mistakes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from vlm_calibration.stages.training import OptimizerSettings
 
 from ..models.published import MODELS
 from ..models.steps import allocated
+from ..trainers import plain_trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(p.stem for p in (CONFIGS / "model").glob("*.yaml") if p.stem != "qlora")
@@ -112,17 +113,11 @@ class _Stack(L.LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
-def test_the_peak_is_that_of_the_allocator() -> None:
-    measured, module = PeakMemory(), _Stack()
-    loader: Any = torch.utils.data.DataLoader(
-        range(3 * 512),  # type: ignore[arg-type]
-        batch_size=512,
-        collate_fn=lambda rows: torch.ones(len(rows), 256),
-    )
-    quiet: Any = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    L.Trainer(accelerator="cpu", max_steps=3, callbacks=[measured], **quiet).fit(module, loader)
+def test_the_peak_is_that_of_the_allocator(tmp_path: Path) -> None:
+    measured = PeakMemory()
+    batches = [torch.ones(512, 256) for _ in range(3)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    plain_trainer(tmp_path, measured, max_steps=3).fit(_Stack(), loader)
     module, batch = _Stack(), torch.randn(512, 256)
     optimizer = torch.optim.AdamW(module.parameters())
 

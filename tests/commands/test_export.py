@@ -60,9 +60,6 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-# --- Written files ----------------------------------------------------------------------------------------------
-
-
 def test_a_copy_of_the_adapter(call: Call, trained: Path, tmp_path: Path) -> None:
     before = _files(trained / "adapter")
     for run, to in (("run", "to/one"), ("run/adapter", "to/two")):
@@ -192,9 +189,6 @@ def test_the_results_of_an_evaluation_are_in_the_card(
     )
 
 
-# --- The licence ------------------------------------------------------------------------------------------------
-
-
 def test_the_licence_is_that_of_the_base_unless_one_is_given(
     call: Call, api: type[FakeApi], trained: Path, tmp_path: Path, model_folder: str
 ) -> None:
@@ -233,9 +227,6 @@ def test_another_base_is_loaded_and_named(
     assert "'org/base', revision='abc'" in (tmp_path / "copy" / "README.md").read_text()
     assert call("run", "--out", "same").status == 0
     assert json.loads((tmp_path / "same" / CONFIG).read_text())["revision"] == "v1", "the adapter's own"
-
-
-# --- Refusals ---------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_that_is_not_empty_is_replaced_only_with_overwrite(
@@ -305,9 +296,6 @@ def test_a_mistake_in_the_call(
     assert says.format(base=model_folder) in ended.error()
     assert ended.status == status
     assert not (tmp_path / "x").exists()
-
-
-# --- The Hub ----------------------------------------------------------------------------------------------------
 
 
 class FakeApi:

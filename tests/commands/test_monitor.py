@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm_calibration.cli import main
 from vlm_calibration.files import write_rows
 from vlm_calibration.metrics.drift import drift_test
+
+from ..command_line import Ended
 
 LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, None)
 LOW = (0.3, 0.5, 0.5, 0.7)
 Rows = list[dict[str, Any]]
+Monitored = Callable[..., tuple[int, dict[str, Any]]]
 
 
 def answers(n: int, seed: int, levels: Sequence[float | None] = LEVELS, category: str | None = None) -> Rows:
@@ -55,14 +57,15 @@ def evaluation(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def monitored(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Runs the command; returns its status and the object that it prints."""
+def monitored(call: Callable[..., Ended], evaluation: Path) -> Monitored:
+    """Writes new answers and runs the command; returns its status and the object that it prints."""
 
-    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
-        status = main(["monitor", *map(str, arguments), "--json"])
-        out, err = capsys.readouterr()
-        assert err == ""
-        return status, json.loads(out)
+    def run(new: Rows, *arguments: object, system: str = "sft") -> tuple[int, dict[str, Any]]:
+        path = write(evaluation.with_name("new.jsonl"), new)
+        command = ("monitor", "--reference", str(evaluation / system), "--new", str(path))
+        ended = call(*command, "--json", *map(str, arguments))
+        assert ended.err == ""
+        return ended.status, json.loads(ended.out)
 
     return run
 
@@ -71,10 +74,10 @@ def confidences(rows: Rows, key: str = "confidence") -> np.ndarray:
     return np.array([math.nan if row[key] is None else row[key] for row in rows])
 
 
-def test_answers_of_the_same_kind(evaluation: Path, monitored: Callable[..., Any], tmp_path: Path) -> None:
+def test_answers_of_the_same_kind(monitored: Monitored) -> None:
     new = answers(400, 4)
-    path = write(tmp_path / "new.jsonl", [{"confidence": row["confidence"]} for row in new])
-    status, result = monitored("--reference", evaluation, "--system", "sft", "--new", path)
+    rows = [{"confidence": row["confidence"]} for row in new]
+    status, result = monitored(rows, "--system", "sft", system=".")
     reference, stream = confidences(answers(300, 3)), confidences(new)
     test = drift_test(reference, stream)
     assert (status, result["drift"], result["groups"]) == (0, False, {})
@@ -91,85 +94,64 @@ def test_answers_of_the_same_kind(evaluation: Path, monitored: Callable[..., Any
     }
 
 
-def test_the_order_of_the_lines_does_not_matter_and_an_image_counts_once(
-    evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_the_order_of_the_lines_does_not_matter_and_an_image_counts_once(monitored: Monitored) -> None:
     """Sorted answers, with a question each that is asked again three times about the same image."""
     rows = sorted(answers(100, 4), key=lambda row: row["confidence"] or 0)
     asked = [{**row, "id": f"{row['id']}-{i}", "image": row["id"]} for i in range(3) for row in rows]
-    path = write(tmp_path / "new.jsonl", asked)
-    status, result = monitored("--reference", evaluation / "sft", "--new", path, "--by", "category")
+    status, result = monitored(asked, "--by", "category")
     assert (status, result["overall"]["new_n"]) == (0, 100)
     random.Random(0).shuffle(asked)
-    write(path, asked)
-    assert monitored("--reference", evaluation / "sft", "--new", path, "--by", "category")[1] == result
-    write(path, answers(300, 3))
-    assert monitored("--reference", evaluation / "sft", "--new", path)[1]["overall"]["p_value"] == 1
+    assert monitored(asked, "--by", "category")[1] == result
+    assert monitored(answers(300, 3))[1]["overall"]["p_value"] == 1
 
 
-def test_a_drift_of_one_category_ends_with_status_3(
-    evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_drift_of_one_category_ends_with_status_3(monitored: Monitored) -> None:
     hard = answers(300, 6, LOW, "hard/existence")
     rows = [*answers(300, 5, category="easy"), *hard, *answers(10, 7, category="foreign")]
-    path = write(tmp_path / "new.jsonl", rows)
-    command = ("--reference", evaluation / "sft", "--new", path, "--by", "category")
-    status, result = monitored(*command)
+    status, result = monitored(rows, "--by", "category")
     assert (status, result["drift"]) == (3, True)
     drifts = {group: figures["drift"] for group, figures in result["groups"].items()}
     assert drifts == {"easy": False, "existence": True, "hard": True}
     assert result["without_reference"] == ["foreign"]
 
 
-def test_all_comparisons_share_the_error(
-    evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_all_comparisons_share_the_error(monitored: Monitored) -> None:
     """A difference that alarms alone does not do so beside three groups, nor with more certainty."""
-    path = write(tmp_path / "new.jsonl", answers(60, 29, (0.5, 0.7, 0.7, 0.8, 0.8, 0.9)))
-    command = ("--reference", evaluation / "sft", "--new", path)
-    p = monitored(*command)[1]["overall"]["p_value"]
+    new = answers(60, 29, (0.5, 0.7, 0.7, 0.8, 0.8, 0.9))
+    p = monitored(new)[1]["overall"]["p_value"]
     assert 0.01 < p < 0.05
     assert [
-        monitored(*command, *more)[1]["overall"]["drift"]
-        for more in ((), ("--by", "category", "--certainty", str(1 - 2 * p)), ("--certainty", str(1 - p / 2)))
+        monitored(new, *more)[1]["overall"]["drift"]
+        for more in ((), ("--by", "category", "--certainty", 1 - 2 * p), ("--certainty", 1 - p / 2))
     ] == [True, False, False]
 
 
 def test_without_a_calibration_set_the_predictions_are_the_reference(
-    evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
+    evaluation: Path, monitored: Monitored
 ) -> None:
     (evaluation / "sft" / "calibration.jsonl").unlink()
-    path = write(tmp_path / "new.jsonl", answers(300, 4))
-    assert monitored("--reference", evaluation / "sft", "--new", path)[0] == 3
+    assert monitored(answers(300, 4))[0] == 3
 
 
-def test_the_answers_of_ask_by_type_and_another_estimator(
-    evaluation: Path, monitored: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_the_answers_of_ask_by_type_and_another_estimator(monitored: Monitored) -> None:
     """They have no gold answer, and an image each."""
     kept = ("id", "question", "answer_type", "confidence", "expected")
     rows = [{**{k: row[k] for k in kept}, "image": f"{i}.png"} for i, row in enumerate(answers(200, 4, LOW))]
-    path = write(tmp_path / "asked.jsonl", rows)
-    command = ("--reference", evaluation / "sft", "--new", path)
-    status, result = monitored(*command, "--by", "answer_type", "--estimator", "expected")
+    status, result = monitored(rows, "--by", "answer_type", "--estimator", "expected")
     assert (status, result["groups"]["yes_no"]["new_n"]) == (0, 200)
     assert result["overall"]["new_mean_confidence"] == pytest.approx(confidences(rows, "expected").mean())
-    assert monitored(*command)[0] == 3, "by the stated confidence"
+    assert monitored(rows)[0] == 3, "by the stated confidence"
 
 
 @pytest.mark.parametrize(("levels", "status", "verdict"), [(LEVELS, 0, ": no drift"), (LOW, 3, ": drift")])
 def test_it_prints_a_line_for_each_group(
-    evaluation: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    levels: Sequence[float | None],
-    status: int,
-    verdict: str,
+    evaluation: Path, call: Callable[..., Ended], levels: Sequence[float | None], status: int, verdict: str
 ) -> None:
-    path = write(tmp_path / "new.jsonl", answers(200, 4, levels))
-    command = ["monitor", "--reference", str(evaluation / "sft"), "--new", str(path), "--by", "category"]
-    assert main(command) == status
-    rows = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    path = write(evaluation.with_name("new.jsonl"), answers(200, 4, levels))
+    command = ("monitor", "--reference", str(evaluation / "sft"), "--new", str(path), "--by", "category")
+    ended = call(*command)
+    assert ended.status == status
+    rows = dict(line.split(": ", 1) for line in ended.out.splitlines())
     assert {"overall", "easy", "hard", "existence"} <= set(rows)
     assert rows["overall"].endswith(verdict)
 
@@ -198,15 +180,9 @@ CONFIDENT = {"confidence": 0.5, "category": "easy"}
     ],
 )
 def test_what_cannot_be_used_is_named(
-    evaluation: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    rows: Any,
-    options: list[str] | None,
-    named: tuple[str, ...],
+    evaluation: Path, call: Callable[..., Ended], rows: Any, options: list[str] | None, named: tuple[str, ...]
 ) -> None:
-    path = write(tmp_path / "new.jsonl", rows)
+    path = write(evaluation.with_name("new.jsonl"), rows)
     options = [] if options is None else options if "--system" in options else ["--system", "sft", *options]
-    assert main(["monitor", "--reference", str(evaluation), "--new", str(path), *options]) == 1
-    [error] = capsys.readouterr().err.splitlines()
+    error = call("monitor", "--reference", str(evaluation), "--new", str(path), *options).error()
     assert [text for text in named if text not in error] == []

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlm_calibration.cli import main
 from vlm_calibration.files import hold, release, write_json
-from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import find_runs
+
+from ..command_line import Ended
 
 HEADLINE = {"n": 300, "accuracy": 0.8, "ece": 0.05, "brier": 0.12, "auroc": None}
 METRICS = {**HEADLINE, "ece/other": 1.0}
@@ -37,9 +38,7 @@ def test_an_interrupted_run_has_a_command_and_one_that_is_held_is_running(tmp_pa
     assert [run.state for run in find_runs(tmp_path)] == ["interrupted"]
 
 
-def test_a_finished_run_has_figures_of_each_system(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_has_figures_of_each_system(call: Callable[..., Ended], tmp_path: Path) -> None:
     folder = _run(tmp_path / "eval", finished=True, command="test")
     for system in ("base", "sft"):
         write_json(folder / system / "metrics.json", METRICS)
@@ -47,9 +46,8 @@ def test_a_finished_run_has_figures_of_each_system(
     first, second = find_runs(tmp_path)
     assert (first.state, first.command) == ("finished", "")
     assert (first.figures, second.figures) == ({"base": HEADLINE, "sft": HEADLINE}, {"": HEADLINE})
-    assert main(["runs", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "    sft  300 answers, accuracy 0.800, ECE 0.050, Brier 0.120, AUROC nan\n" in out
+    shown = "    sft  300 answers, accuracy 0.800, ECE 0.050, Brier 0.120, AUROC nan\n"
+    assert shown in call("runs", ".").out
 
 
 @pytest.mark.parametrize(
@@ -63,27 +61,18 @@ def test_a_finished_run_has_figures_of_each_system(
     ],
 )
 def test_a_damaged_folder_is_named_and_the_others_are_listed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None
+    call: Callable[..., Ended], tmp_path: Path, name: str, content: bytes | None
 ) -> None:
-    damaged, good = (_run(tmp_path / folder) for folder in ("damaged", "good"))
+    damaged, _ = (_run(tmp_path / folder) for folder in ("damaged", "good"))
     (damaged / name).unlink() if content is None else (damaged / name).write_bytes(content)
-    assert main(["runs", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    [line] = [line for line in out.splitlines() if line.startswith(str(damaged))]
-    assert "damaged" in line
-    assert name in line
-    assert f"{good}:  sft  interrupted" in out
+    first, second, *_ = call("runs", ".").out.splitlines()
+    assert [text for text in ("damaged:", "damaged (", name) if text not in first] == []
+    assert second.startswith("good:  sft  interrupted")
 
 
-def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nothing-here"):
-        find_runs(tmp_path / "nothing-here")
-
-
-def test_json_has_all_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_all_runs(call: Callable[..., Ended], tmp_path: Path) -> None:
     for name in ("b", "a/c"):
         _run(tmp_path / name)
-    assert main(["runs", str(tmp_path), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["folder"] for row in rows] == [str(tmp_path / "a/c"), str(tmp_path / "b")]
-    assert {row["state"] for row in rows} == {"interrupted"}
+    rows = json.loads(call("runs", ".", "--json").out)
+    assert [(row["folder"], row["state"]) for row in rows] == [("a/c", "interrupted"), ("b", "interrupted")]
+    assert "nothing-here" in call("runs", "nothing-here").error()

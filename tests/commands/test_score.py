@@ -1,7 +1,4 @@
-"""`vlm-calibration score`: official scores against a second implementation of the rules, our metrics against those of raw values.
-
-Most tests call `main`; one starts a process.
-"""
+"""`vlm-calibration score`: official scores against a second implementation of the rules, our metrics against those of raw values."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from vlm_calibration.cli import main
 from vlm_calibration.metrics import functional
 
 from ..benchmarks import official_rules
@@ -24,15 +20,19 @@ from ..benchmarks.test_amber import ANNOTATIONS, TYPES
 from ..command_line import Ended
 
 SCORES = ("accuracy", "precision", "recall", "f1")
-REPORTED = [
+REPORTED = {
     *("n", "ece", "ace", "mce", "brier", "brier_reliability", "brier_resolution", "brier_uncertainty"),
     *("log_loss", "auroc", "aurc", "smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate"),
-    *("accuracy", "precision", "recall", "f1", "yes_ratio"),
-]
+    *("yes_ratio", *SCORES),
+}
+
+
+Written = Callable[..., str]
+Scored = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Callable[..., str]:
+def written(tmp_path: Path) -> Written:
     def write(name: str, rows: Any, lines: bool = True) -> str:
         text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -42,14 +42,13 @@ def written(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def scored(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+def scored(call: Callable[..., Ended]) -> Scored:
     """Runs the command; returns the flat object that it prints."""
 
     def run(*arguments: str) -> dict[str, Any]:
-        assert main(["score", *arguments, "--json"]) == 0
-        out = capsys.readouterr().out
-        assert out.count("\n") == 1, "nothing but the object is on standard output"
-        return json.loads(out)
+        ended = call("score", *arguments, "--json")
+        assert (ended.status, ended.out.count("\n")) == (0, 1), "nothing but the object is on standard output"
+        return json.loads(ended.out)
 
     return run
 
@@ -84,13 +83,13 @@ def _official(values: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(begin): value for name, value in values.items() if name.startswith(begin)}
 
 
-def test_pope(written: Callable[..., str], scored: Callable[..., dict[str, Any]]) -> None:
+def test_pope(written: Written, scored: Scored) -> None:
     labels, answers = _pope()
     shuffled = random.Random(1).sample(answers, len(answers))
     values = scored("pope", written("a.jsonl", shuffled), "--labels", written("l.json", labels))
     assert _official(values) == official_rules.pope(labels, answers)
     assert list(values)[:5] == [f"official/{k}" for k in (*SCORES, "yes_ratio")]
-    assert set(REPORTED) == {name for name in values if "/" not in name}
+    assert {name for name in values if "/" not in name} == REPORTED
     assert (values["n"], type(values["n"])) == (200, int)
 
     parsed = {"": None, "Maybe": None, "Yes": "yes", "Yes, there is.": "yes"}
@@ -114,9 +113,7 @@ def test_pope(written: Callable[..., str], scored: Callable[..., dict[str, Any]]
         assert values[name] == pytest.approx(float(metric(confidence, correct)), rel=1e-12, abs=1e-15), name
 
 
-def test_undefined_official_scores_are_null(
-    written: Callable[..., str], scored: Callable[..., dict[str, Any]]
-) -> None:
+def test_undefined_official_scores_are_null(written: Written, scored: Scored) -> None:
     labels = [{"question_id": 1, "label": "yes"}, {"question_id": 2, "label": "no"}]
     answers = [{"question_id": i, "answer": "No"} for i in (1, 2)]
     values = scored("pope", written("a.jsonl", answers), "--labels", written("l.json", labels))
@@ -125,7 +122,7 @@ def test_undefined_official_scores_are_null(
     assert values["ece"] is None, "no confidence is stated"
 
 
-def test_amber(written: Callable[..., str], scored: Callable[..., dict[str, Any]]) -> None:
+def test_amber(written: Written, scored: Scored) -> None:
     annotations, answers = _amber()
     truth = written("t.json", annotations, lines=False)
     files = (written("a.json", answers, lines=False), "--annotations", truth)
@@ -143,15 +140,12 @@ def test_amber(written: Callable[..., str], scored: Callable[..., dict[str, Any]
     assert only["n"] == len(existence)
 
 
-def test_generative_answers_are_left_out_with_a_note(
-    written: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generative_answers_are_left_out_with_a_note(written: Written, call: Callable[..., Ended]) -> None:
     answers = written("a.json", [{"id": a["id"], "response": "No"} for a in ANNOTATIONS], lines=False)
-    annotations = written("t.json", ANNOTATIONS, lines=False)
-    assert main(["score", "amber", answers, "--annotations", annotations, "--json"]) == 0
-    printed = capsys.readouterr()
-    assert "1 generative records (descriptions) are left out: AMBER's own script scores them" in printed.err
-    assert json.loads(printed.out)["n"] == 6
+    truth = written("t.json", ANNOTATIONS, lines=False)
+    ended = call("score", "amber", answers, "--annotations", truth, "--json")
+    assert "1 generative records (descriptions) are left out: AMBER's own script scores them" in ended.err
+    assert json.loads(ended.out)["n"] == 6
 
 
 GRADED = {"question": "What is it?", "answer": "sofa", "category": "indoor", "answer_type": "short"}
@@ -166,9 +160,7 @@ PREDICTIONS: list[dict[str, Any]] = [
 ]
 
 
-def test_predictions_as_they_were_graded(
-    written: Callable[..., str], scored: Callable[..., dict[str, Any]]
-) -> None:
+def test_predictions_as_they_were_graded(written: Written, scored: Scored) -> None:
     rows = [{**row, "noise_step": 0, "expected": 0.5 + row["correct"] / 4} for row in PREDICTIONS]
     values = scored("jsonl", written("p.jsonl", rows))
     assert (values["n"], values["accuracy"], values["parse_failure_rate"]) == (3, 2 / 3, 1 / 3)
@@ -179,9 +171,7 @@ def test_predictions_as_they_were_graded(
     assert not any(name.startswith("official") for name in values)
 
 
-def test_predictions_graded_anew_by_the_queries(
-    written: Callable[..., str], scored: Callable[..., dict[str, Any]]
-) -> None:
+def test_predictions_graded_anew_by_the_queries(written: Written, scored: Scored) -> None:
     query = {"image": "none.png", "question": "What is it?", "answer": "sofa", "answer_type": "short"}
     queries: list[dict[str, Any]] = [{"id": str(i), **query} for i in range(3)]
     answers = [{"id": row["id"], "text": row["text"]} for row in PREDICTIONS][::-1]
@@ -192,9 +182,7 @@ def test_predictions_graded_anew_by_the_queries(
     assert (values["accuracy"], values["mean_confidence"]) == (2 / 3, pytest.approx(0.85))
 
 
-def test_files_for_the_benchmarks_own_scripts(
-    written: Callable[..., str], scored: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_files_for_the_benchmarks_own_scripts(written: Written, scored: Scored, tmp_path: Path) -> None:
     """They have the same metrics; tests of the benchmarks compare them with the scripts."""
     labels, answers = _pope(50)
     for given, text in zip(answers, ("Confidence: 0.9. No", "No. Confidence: 70%"), strict=False):
@@ -215,13 +203,12 @@ def test_files_for_the_benchmarks_own_scripts(
     assert scored("amber", str(tmp_path / "answers.json"), *truth) == values
 
 
-def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_tables(written: Written, call: Callable[..., Ended]) -> None:
     labels, answers = _pope(20)
-    assert main(["score", "pope", written("a.jsonl", answers), "--labels", written("l.json", labels)]) == 0
-    out = capsys.readouterr().out
-    assert "Official scores" in out
-    assert f"{official_rules.pope(labels, answers)['accuracy']:.4f}" in out
-    assert "All 20 answers" in out
+    files = (written("a.jsonl", answers), "--labels", written("l.json", labels))
+    out = call("score", "pope", *files).out
+    official = f"{official_rules.pope(labels, answers)['accuracy']:.4f}"
+    assert [text for text in ("Official scores", official, "All 20 answers") if text not in out] == []
 
 
 @pytest.mark.parametrize(
@@ -236,7 +223,7 @@ def test_as_tables(written: Callable[..., str], capsys: pytest.CaptureFixture[st
     ],
 )
 def test_a_mistake_ends_in_one_line(
-    written: Callable[..., str], call: Callable[..., Ended], arguments: list[str], says: str, status: int
+    written: Written, call: Callable[..., Ended], arguments: list[str], says: str, status: int
 ) -> None:
     query = {"id": "1", "image": "a.png", "question": "A dog?", "answer": "perhaps", "answer_type": "yes_no"}
     written("a.jsonl", [{"question_id": 1, "answer": "Yes"}])
@@ -249,7 +236,7 @@ def test_a_mistake_ends_in_one_line(
 
 
 @pytest.mark.slow
-def test_the_command_starts_without_a_trainer(written: Callable[..., str]) -> None:
+def test_the_command_starts_without_a_trainer(written: Written) -> None:
     labels, answers = _pope(20)
     code = (
         "import sys; from vlm_calibration.cli import main; status = main(sys.argv[1:]);"

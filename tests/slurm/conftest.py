@@ -62,27 +62,6 @@ class Jobs:
             check=False,
         )
 
-    def make(self, target: str, **variables: str) -> Ran:
-        """Run make with variables on its command line."""
-        return self.run(
-            "make",
-            target,
-            f"PYTHON={sys.executable}",
-            *(f"{name}={value}" for name, value in variables.items()),
-        )
-
-    def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
-        """Start a command in a new process group, as under a terminal."""
-        return subprocess.Popen(
-            command,
-            cwd=self.root,
-            env={**self.environment, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
     def submit(self, *arguments: str, **variables: str) -> list[str]:
         """Submit stages, with run directories in `folder` unless told otherwise; return the numbers of their jobs."""
         runs = [] if "--runs" in arguments else self.runs
@@ -100,9 +79,9 @@ class Jobs:
         )
         assert (run / "paused").exists(), logs(run)
 
-    def called(self, number: str, folder: Path) -> None:
-        """Wait until the stand-in for Python runs."""
-        wait_for(lambda: bool([*folder.glob("called-*")]) or self.cluster.has_ended(number), f"job {number}")
+    def calls(self, folder: Path, count: int = 1) -> None:
+        """Wait until the stand-in for Python has been called so often."""
+        wait_for(lambda: len([*folder.glob("called-*")]) == count, f"call {count}")
 
     def done(self, number: str, run: Path) -> dict[str, str]:
         """Wait for the end of a job that must succeed, and return its fields."""

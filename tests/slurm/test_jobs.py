@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,11 @@ def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp
     (killed,) = jobs.submit(*pausing, *folders["killed"], TASKS="2")
     jobs.paused(limited, runs["limited"])
     # A limit one to two minutes from now, within the signal's lead of 90 seconds; it is raised again after the requeue.
-    elapsed = time.time() - jobs.cluster.started(limited)
-    jobs.cluster.limit(limited, int(elapsed // 60) + 2)
+    started = datetime.fromisoformat(jobs.cluster.job(limited)["StartTime"]).timestamp()
+    limit = ("scontrol", "update", f"JobId={limited}")
+    jobs.cluster(*limit, f"TimeLimit={int((time.time() - started) // 60) + 2}")
     wait_for(lambda: jobs.cluster.job(limited)["Restarts"] != "0", "requeue at the time limit")
-    jobs.cluster.limit(limited, 10)
+    jobs.cluster(*limit, "TimeLimit=10")
     jobs.paused(killed, runs["killed"])
     jobs.cluster("scancel", "--signal=KILL", killed)
     assert jobs.cluster.ended(killed)["JobState"] in ("CANCELLED", "FAILED")
@@ -64,9 +67,7 @@ def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp
         assert text in log
     ids = {name: _wandb_ids(run) for name, run in runs.items()}
     assert [len(segments) for segments in ids.values()] == [1, 2, 2]
-    assert [len(set(segments)) for segments in ids.values()] == [1, 1, 1], (
-        "one W&B run, however often interrupted"
-    )
+    assert {len(set(segments)) for segments in ids.values()} == {1}, "one W&B run, however often interrupted"
     assert len({segments[0] for segments in ids.values()}) == 3
 
 
@@ -91,7 +92,8 @@ def test_all_stages_one_after_the_other(
         "RUN": str(tmp_path / "runs"),
     }
     runs = tmp_path / "runs"
-    ran = jobs.make("slurm-all", **settings, PARTS="2", TIME="10")
+    make = ("make", "slurm-all", f"PYTHON={sys.executable}", *(f"{k}={v}" for k, v in settings.items()))
+    ran = jobs.run(*make, "PARTS=2", "TIME=10")
     first, levels, sft, dpo, evaluation, report = jobs.numbers(ran)
     assert jobs.cluster.job(levels)["Dependency"].startswith(f"afterok:{first}")
 
@@ -121,7 +123,7 @@ def test_all_stages_one_after_the_other(
     results = ("levels.json", "sft/adapter/*", "sft/predictions.jsonl")
     times = {path: path.stat().st_mtime_ns for pattern in results for path in runs.glob(pattern)}
     assert len(times) > 3
-    ran = jobs.make("slurm-all", **settings, STAGES="levels sft", TIME="10")
+    ran = jobs.run(*make, "STAGES=levels sft", "TIME=10")
     jobs.done(jobs.numbers(ran)[-1], runs / "sft")
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
@@ -147,16 +149,10 @@ def _split(queries: Path, folder: Path) -> dict[str, int]:
 
 def _model(folder: Path) -> dict[str, Any]:
     """An overlay for a small model."""
-    return {
-        "model": {
-            "init_args": {
-                "base": {"name_or_path": str(folder), "dtype": "float32"},
-                "lora": {"r": 4, "alpha": 8, "parts": ["language"]},
-                "max_new_tokens": 12,
-            }
-        },
-        "data": {"batch_size": 2, "eval_batch_size": 8, "workers": 0, "max_length": 400},
-    }
+    base = {"name_or_path": str(folder), "dtype": "float32"}
+    lora = {"r": 4, "alpha": 8, "parts": ["language"]}
+    data = {"batch_size": 2, "eval_batch_size": 8, "workers": 0, "max_length": 400}
+    return {"model": {"init_args": {"base": base, "lora": lora, "max_new_tokens": 12}}, "data": data}
 
 
 TRAINER = {"trainer": {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2}}

@@ -16,14 +16,8 @@ def test_options(jobs: Jobs) -> None:
     counts = {"NODES": "2", "GPUS": "2", "CPUS": "2", "MEM": "100M", "TIME": "01:30:00"}
     sft, dpo = jobs.submit("sft", "dpo", **counts, PARTITION="tests", OPTIONS="--hold --comment=night")
     job = jobs.cluster.job(sft)
-    expected = {
-        "NumNodes": "2-2",
-        "NumTasks": "4",
-        "CPUs/Task": "2",
-        "TimeLimit": "01:30:00",
-        "Partition": "tests",
-    }
-    expected |= {"Requeue": "1", "TresPerNode": "gres/gpu:2", "Comment": "night"}
+    expected = {"NumNodes": "2-2", "NumTasks": "4", "CPUs/Task": "2", "TimeLimit": "01:30:00"}
+    expected |= {"Partition": "tests", "Requeue": "1", "TresPerNode": "gres/gpu:2", "Comment": "night"}
     assert {key: job[key] for key in expected} == expected
     assert jobs.cluster.job(dpo)["Dependency"].startswith(f"afterok:{sft}")
     jobs.cluster("scancel", sft, dpo)
@@ -50,7 +44,7 @@ def test_a_process_for_each_gpu(jobs: Jobs, tmp_path: Path) -> None:
 
 def test_only_this_job_of_an_array_is_requeued(jobs: Jobs, tmp_path: Path) -> None:
     (number,) = jobs.submit("regions", PYTHON=jobs.interpreter, PARTS="2")
-    wait_for(lambda: len([*tmp_path.glob("called-*")]) == 2, "both jobs")
+    jobs.calls(tmp_path, 2)
     # The last job of an array has the array's number.
     jobs.cluster("scancel", "--batch", "--signal=USR1", f"{number}_1")
     jobs.done(f"{number}_1", tmp_path / "regions/part-0001")
@@ -63,7 +57,7 @@ def test_only_this_job_of_an_array_is_requeued(jobs: Jobs, tmp_path: Path) -> No
 def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(jobs: Jobs, tmp_path: Path) -> None:
     (number,) = jobs.submit("sft", PYTHON=jobs.interpreter, WAITS="9")
     for count in range(3):
-        wait_for(lambda count=count: len([*tmp_path.glob("called-*")]) == count + 1, f"start {count}")
+        jobs.calls(tmp_path, count + 1)
         jobs.cluster("scancel", "--batch", "--signal=USR1", number)
     assert jobs.cluster.ended(number)["JobState"] == "FAILED"
     assert "three times in a row" in logs(tmp_path / "sft")
@@ -72,7 +66,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(jobs: Jobs, tmp_path: 
 def test_a_cancelled_job_does_not_come_back(jobs: Jobs, tmp_path: Path) -> None:
     """This also holds for a job that is cancelled while it stops at its time limit."""
     (number,) = jobs.submit("sft", PYTHON=jobs.interpreter, IGNORED="USR1")
-    jobs.called(number, tmp_path)
+    jobs.calls(tmp_path)
     jobs.cluster("scancel", "--batch", "--signal=USR1", number)
     wait_for(lambda: "ignored USR1" in logs(tmp_path / "sft"), "the signal")
     jobs.cluster("scancel", number)
@@ -85,7 +79,7 @@ def test_an_evaluation_goes_on_as_long_as_it_answers(jobs: Jobs, tmp_path: Path)
     progress = tmp_path / "eval/.answered.0.jsonl"
     (number,) = jobs.submit("evaluate", PYTHON=jobs.interpreter, WAITS="4", PROGRESS=str(progress))
     for count in range(4):
-        wait_for(lambda count=count: len([*tmp_path.glob("called-*")]) == count + 1, f"start {count}")
+        jobs.calls(tmp_path, count + 1)
         wait_for(progress.exists, "an answer")
         jobs.cluster("scancel", "--batch", "--signal=USR1", number)
     assert jobs.done(number, tmp_path / "eval")["Restarts"] == "4"

@@ -40,10 +40,6 @@ def calibrate(
         arguments: names of stages, then settings
         config: configuration of a single stage, instead of the stage's own
         dry_run: print stage, run directory and command of each stage, separated by tabs, and run nothing
-
-    Raises:
-        DataError: settings contradict each other.
-        CommandError: a stage failed; the later ones are not run.
     """
     named = [*takewhile(lambda argument: not argument.startswith("--"), arguments)]
     if unknown := [stage for stage in named if stage not in STAGES]:

@@ -40,10 +40,6 @@ def app(
     Args:
         port: port on 127.0.0.1
         report: page of the second tab (default: runs/demo/report.html or runs/eval/report.html)
-
-    Raises:
-        ArgumentError: a detector without a segmenter, or a segmenter without a detector.
-        DataError: a model cannot be loaded, the port is in use, or Gradio is not installed.
     """
     detector, segmenter = key_objects.detector, key_objects.segmenter
     if (detector is None) != (segmenter is None):

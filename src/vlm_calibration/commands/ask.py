@@ -81,11 +81,6 @@ def ask(
         category: category of the question, for thresholds by category
         abstain: print "review" below the threshold that `vlm-calibration threshold` wrote, and for questions unlike those that it was
             chosen on; JSON has both
-
-    Raises:
-        ArgumentError: options are missing or contradict each other.
-        DataError: a file, image, question or model cannot be used, or with `abstain` the model has no threshold for a question.
-        CommandError: with `abstain`, the one question goes to a person.
     """
     if many.questions is not None:
         if image is not None:

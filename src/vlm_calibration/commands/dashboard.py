@@ -25,10 +25,6 @@ def dashboard(
         project: project that runs are logged to
         systems: names of the systems in the evaluation
         print: print the sections, and what each panel shows, and build nothing
-
-    Raises:
-        ArgumentError: no entity is given, and something is to be built.
-        DataError: `wandb-workspaces` is not installed, nobody is logged in, or the server refuses.
     """
     if not entity and not print:
         raise ArgumentError(

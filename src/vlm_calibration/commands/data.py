@@ -45,11 +45,6 @@ def inspect(
         samples: images of each source to open for the counts
         leaks: look for images that splits share
         strict: end with status 1 if splits share images, or a record or image cannot be used
-
-    Raises:
-        ArgumentError: a setting is unknown or wrong, or there is none.
-        DataError: a configuration file or a source cannot be used.
-        CommandError: a file does not exist, or `strict` found something.
     """
     resolve_configs(settings)  # A preset that does not exist is refused before the imports.
     from rich.console import Console

@@ -42,10 +42,6 @@ def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")
     Args:
         benchmark: pope or amber
         data_root: folder to write to
-
-    Raises:
-        DataError: a file cannot be downloaded or written; names the places for files of one's own.
-        CommandError: images of AMBER are missing.
     """
     if find_spec("datasets") is None:
         raise DataError("data fetch needs the package datasets: pip install 'vlm-calibration[datasets]'")

@@ -34,9 +34,6 @@ def split(
         near_identical: keep images together that look nearly the same, e.g. encoded again or resized
         on_bad_record: "raise" stops at a bad record, "skip" leaves it out and names it
         overwrite: replace existing files
-
-    Raises:
-        DataError: a record or setting cannot be used, or a file exists already.
     """
     # The help needs none of these.
     from rich.console import Console

@@ -43,10 +43,6 @@ def estimate(
     Args:
         tokens: length of a prompt with its image and a response (default: data.max_length)
         measure: load the model and run training steps on the longest rows, on the GPU or else the CPU, also with the usual changes
-
-    Raises:
-        ArgumentError: a setting is unknown or wrong, or there are several stages.
-        DataError: a setting or a model cannot be used.
     """
     configs = [value for option, value in pairwise(settings) if option in ("--config", "-c")]
     configs += [s.partition("=")[2] for s in settings if s.startswith(("--config=", "-c="))]

@@ -62,11 +62,6 @@ def export(
         base: name or folder of the base model, instead of the one that the adapter names; the export then names it too
         base_revision: branch, tag or commit of the base model on the Hub
         trust_remote_code: run code that comes with the base model
-
-    Raises:
-        ArgumentError: neither `out` nor `push_to_hub` is given.
-        DataError: there is no adapter, it cannot be merged, an evaluation is not of this adapter, `out` is not empty, or the Hub
-            refuses.
     """
     if out is None and push_to_hub is None:
         raise ArgumentError(None, "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both")

@@ -59,10 +59,6 @@ def monitor(
         by: also compare each category, or each type of answer, with the reference's; "a/b" counts in a and in b
         certainty: probability that one call gives no false alarm; shared equally by all comparisons
         json: print one JSON object
-
-    Raises:
-        DataError: a file, a line of it, or the system or estimator cannot be used.
-        CommandError: the answers have changed.
     """
     check_folder(reference)
     # These import torch, which the help does not need.

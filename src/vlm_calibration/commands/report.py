@@ -38,10 +38,6 @@ def report(
         images: show images, loaded from the data that the run's configuration names
         replicates: number of bootstrap draws
         seed: seed of the draws
-
-    Raises:
-        DataError: there are no predictions, a file cannot be used, the calibration set shares an image with the answers, or
-            there is no such system.
     """
     for folder in [*runs, *([str(calibration)] if calibration else [])]:
         check_folder(folder)

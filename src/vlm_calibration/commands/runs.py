@@ -24,9 +24,6 @@ def runs(folder: Path = Path("runs"), *, json: bool = False) -> None:
     Args:
         folder: folder of run directories
         json: print one JSON array
-
-    Raises:
-        DataError: there is no such folder.
     """
     found = find_runs(folder)
     if json:

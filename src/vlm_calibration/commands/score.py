@@ -33,9 +33,6 @@ def score_pope(
         labels: POPE's questions with labels: JSON lines, an array, or POPEv2's annotations
         json: print one flat JSON object
         write_official: write what the benchmark's own script scores to the same numbers: a file, or an existing folder
-
-    Raises:
-        DataError: a file or a record of it cannot be used.
     """
     questions = pope.read_questions(labels)
     replies = pope.read_answers(answers, questions)
@@ -65,9 +62,6 @@ def score_amber(
         only: score one dimension alone
         json: print one flat JSON object
         write_official: write what the benchmark's own script scores to the same numbers: a file, or an existing folder
-
-    Raises:
-        DataError: a file or a record of it cannot be used.
     """
     dimensions = [only] if only else list(amber.DIMENSIONS)
     queries, replies, generative, others = amber.read_answers(
@@ -92,9 +86,6 @@ def score_jsonl(answers: Path, *, labels: Path | None = None, json: bool = False
         answers: JSON lines: predictions, or with --labels any answers with "id" and "text"
         labels: the queries, to grade the answers by; without them `correct` of each prediction counts
         json: print one flat JSON object
-
-    Raises:
-        DataError: a file or a record of it cannot be used.
     """
     if labels is None:
         from vlm_calibration.estimators.predictions import read_predictions

@@ -46,10 +46,6 @@ def threshold(
         estimator: estimator of the confidence that is compared, such as expected or likelihood
         system: system of the evaluation (default: the last trained one)
         json: print one JSON object
-
-    Raises:
-        DataError: there are no answers, they cannot be used, or the adapter is not that of the evaluation.
-        CommandError: no threshold keeps the limits.
     """
     check_folder(run)
     # These import torch, which the help does not need.
