@@ -17,7 +17,6 @@ from vlm_calibration.benchmarks.amber import (
     DIMENSIONS,
     AmberCounts,
     official_answers,
-    read_annotations,
     read_answers,
     read_queries,
 )
@@ -84,7 +83,7 @@ def test_scores_of_answer_files_are_those_of_the_script(tmp_path: Path) -> None:
         for name, content in (("annotations.json", annotations), ("answers.json", answers[::-1])):
             (tmp_path / name).write_text(json.dumps(content))
         queries, replies, *_ = read_answers(
-            tmp_path / "answers.json", read_annotations(tmp_path / "annotations.json")
+            tmp_path / "answers.json", tmp_path / "annotations.json"
         )
         counts = AmberCounts.of(queries, [reply.text for reply in replies])
         assert counts.scores(DIMENSIONS) == official_rules.amber(annotations, answers)
@@ -162,7 +161,7 @@ def written(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_official_files(written: Callable[..., Path]) -> None:
-    annotations = read_annotations(written("annotations.json", ANNOTATIONS))
+    annotations = written("annotations.json", ANNOTATIONS)
     path = written("answers.json", [{"id": 1, "response": "A sky."}, *ANSWERS[::-1]])
     queries, replies, generative, others = read_answers(path, annotations)
     assert [q.category for q in queries] == list(CATEGORIES.values())
@@ -200,6 +199,6 @@ def test_official_files(written: Callable[..., Path]) -> None:
 def test_a_mistake_is_named(written: Callable[..., Path], annotations: Any, answers: Any, says: str) -> None:
     paths = {"annotations": written("t.json", annotations), "answers": written("a.json", answers)}
     with pytest.raises(DataError) as caught:
-        read_answers(paths["answers"], read_annotations(paths["annotations"]))
+        read_answers(paths["answers"], paths["annotations"])
     assert str(caught.value).startswith(f"{paths['answers'].parent}/{says.format(**paths)}")
     assert "\n" not in str(caught.value)

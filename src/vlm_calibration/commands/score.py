@@ -69,10 +69,8 @@ def score_amber(
     Raises:
         DataError: a file or a record of it cannot be used.
     """
-    dimensions = [only] if only else list(amber.DIMENSIONS)
-    queries, replies, generative, others = amber.read_answers(
-        answers, amber.read_annotations(annotations), dimensions
-    )
+    dimensions = [only] if only else amber.DIMENSIONS
+    queries, replies, generative, others = amber.read_answers(answers, annotations, dimensions)
     if generative:
         _note(f"{answers}: {amber.GENERATIVE_NOTE.format(n=generative)}")
     if others:
@@ -110,7 +108,7 @@ def score_jsonl(answers: Path, *, labels: Path | None = None, json: bool = False
         if query.id in queries:
             raise record.error(f"duplicate id {query.id!r}")
         queries[query.id] = query
-    replies = [reply(r, r.text("id"), r.text("text")) for r in read_records(answers)]
+    replies = [reply(r, r.identifier("id"), r.text("text")) for r in read_records(answers)]
     ordered = in_order_of(replies, list(queries), answers, labels)
     _print_scores(answers, _grade(list(queries.values()), ordered), {}, json)
 

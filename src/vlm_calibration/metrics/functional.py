@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.metrics import smooth
-from vlm_calibration.metrics.table import (
-    Binning,
-    ConfidenceTable,
-    GapNorm,
-    bin_index,
-    bin_sums,
-    check_confidence,
-)
+from vlm_calibration.metrics.table import Binning, ConfidenceTable, GapNorm, bin_index, bin_sums
 
 UNPARSED = "there is no answer with a readable confidence"
 
@@ -37,34 +30,41 @@ class MetricSpec:
     """The declaration of a metric.
 
     Attributes:
-        name: flat name, the key in `metrics.json`.
         heading: short name for table columns.
-        function: from a `ConfidenceTable`, or the counts of `metrics.task`, to float64 [...], NaN where undefined.
         undefined: when the value is NaN, as the end of a sentence.
         higher_is_better: None where neither direction is better by itself.
         lower: smallest possible value.
         upper: largest possible value; infinity if there is none.
         format: format of the value in tables.
-        gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
     """
 
-    name: str
     heading: str
-    function: Callable[..., Tensor]
     undefined: str
     higher_is_better: bool | None = None
     lower: float = 0.0
     upper: float = 1.0
     format: str = ".3f"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationMetric(MetricSpec):
+    """The declaration of a metric of confidence.
+
+    Attributes:
+        function: from a `ConfidenceTable` to float64 [...], NaN where undefined.
+        gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
+    """
+
+    function: Callable[..., Tensor]
     gaps: GapNorm | None = None
 
-    def __call__(self, counts: Any, **options: Any) -> Tensor:
+    def __call__(self, table: ConfidenceTable, **options: Any) -> Tensor:
         """The value on a table or a batch of replicates, float64, NaN where undefined, without a warning."""
-        return self.function(counts, **options)
+        return self.function(table, **options)
 
 
-METRICS: dict[str, MetricSpec] = {}
-"""The declarations of all metrics of confidence by flat name, those of `metrics.json` first and in their order there."""
+METRICS: dict[str, CalibrationMetric] = {}
+"""The declarations of all metrics of confidence by flat name, the key in `metrics.json`, those of `metrics.json` first and in their order there."""
 
 
 def table_values(table: ConfidenceTable, names: Iterable[str], suffix: str = "") -> dict[str, float]:
@@ -82,8 +82,11 @@ def of_values(formula: Callable[..., Any], undefined: str = UNPARSED) -> Callabl
 
     @wraps(formula)
     def function(confidence: Tensor, correct: Tensor, **options: Any) -> Any:
-        check_confidence(confidence, nan_is_unparsed=False)
-        value = formula(ConfidenceTable.from_predictions(confidence, correct, None), **options)
+        table = ConfidenceTable.from_predictions(confidence, correct, None)
+        if table.unparsed:
+            index = int(confidence.isnan().nonzero()[0])
+            raise ValueError(f"confidence[{index}] is not a number; leave out answers without a confidence")
+        value = formula(table, **options)
         parts = value if isinstance(value, tuple) else (value,)
         if any(bool(part.isnan().any()) for part in parts):
             message = f"{formula.__name__} is undefined (NaN): {undefined}"
@@ -91,13 +94,9 @@ def of_values(formula: Callable[..., Any], undefined: str = UNPARSED) -> Callabl
         moved = [to_device_of(part, confidence) for part in parts]
         return type(value)(*moved) if isinstance(value, tuple) else moved[0]
 
-    signature = inspect.signature(formula)
-    values = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor)
-        for name in ("confidence", "correct")
-    ]
-    parameters = [*values, *list(signature.parameters.values())[1:]]
-    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    values, options = (inspect.signature(f, follow_wrapped=False) for f in (function, formula))
+    parameters = [*list(values.parameters.values())[:2], *list(options.parameters.values())[1:]]
+    function.__signature__ = options.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function
 
 
@@ -106,14 +105,14 @@ def metric(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Declare the decorated formula: enter it in `METRICS` and put its function of raw values in its place.
 
-    `declaration` has further fields of `MetricSpec`; ValueError if the name is taken.
+    `declaration` has further fields of `CalibrationMetric`; ValueError if the name is taken.
     """
 
     def declare(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in METRICS:
             raise ValueError(f"the metric {name!r} is declared twice")
-        METRICS[name] = MetricSpec(
-            name=name, heading=heading, undefined=undefined, function=formula, **declaration
+        METRICS[name] = CalibrationMetric(
+            heading=heading, undefined=undefined, function=formula, **declaration
         )
         return of_values(formula, undefined)
 

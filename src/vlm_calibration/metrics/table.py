@@ -33,20 +33,14 @@ def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:
     return correct.bool()
 
 
-def check_confidence(confidence: Tensor, *, nan_is_unparsed: bool) -> None:
-    """Raise a ValueError that names the first bad value, unless `confidence` is floating [N] in [0, 1], or NaN where that is allowed."""
+def check_confidence(confidence: Tensor) -> None:
+    """Raise a ValueError that names the first bad value, unless `confidence` is floating [N] in [0, 1] or NaN."""
     if not confidence.is_floating_point() or confidence.ndim != 1:
         found = f"{confidence.dtype} of shape {tuple(confidence.shape)}"
         raise ValueError(f"confidence must be a floating vector with values in [0, 1], got {found}")
-    bad = (confidence < 0) | (confidence > 1)
-    if not nan_is_unparsed:
-        bad |= confidence.isnan()
-    if bool(bad.any()):
+    if (bad := (confidence < 0) | (confidence > 1)).any():
         index = int(bad.nonzero()[0])
-        value = float(confidence[index])
-        if value != value:
-            raise ValueError(f"confidence[{index}] is not a number; leave out answers without a confidence")
-        raise ValueError(f"confidence[{index}] = {value} is outside [0, 1]")
+        raise ValueError(f"confidence[{index}] = {float(confidence[index])} is outside [0, 1]")
 
 
 def as_confidence_tensor(confidence: Tensor | Sequence[float | None]) -> Tensor:
@@ -110,7 +104,7 @@ class ConfidenceTable(NamedTuple):
         if not isinstance(correct, Tensor):
             correct = torch.tensor(list(correct), dtype=torch.bool)
         correct = check_correct(correct, confidence.shape)
-        check_confidence(confidence, nan_is_unparsed=True)
+        check_confidence(confidence)
         parsed = ~confidence.isnan()
         confidence, correct = confidence[parsed], correct[parsed.to(correct.device)]
         if grid_steps is not None:
@@ -189,35 +183,23 @@ class GapNorm(NamedTuple):
     of_bin: bool = False
 
 
-def uniform_bin(value: Tensor, n_bins: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The equal-width bin of each confidence, float64 [L], int64 in [0, n_bins - 1].
+def bin_index(table: ConfidenceTable, n_bins: int, binning: Binning) -> Tensor:
+    """The bin of each distinct confidence, int64 [L] in [0, n_bins - 1]; [..., L] for `quantile`, which depends on counts.
 
-    Bin `b` holds the confidences in `[b / n_bins, (b + 1) / n_bins)`; the last bin also holds 1. An edge belongs to the bin above it, as in
-    `numpy.histogram`, netcal and torchmetrics. It is the number nearest to `b / n_bins` in `dtype`, that of the given confidences, as
-    are the literal 0.3 and the level 30 / 100: none of them falls on the wrong side.
+    Bin `b` of equal width (`uniform`) holds the confidences in `[b / n_bins, (b + 1) / n_bins)`; the last bin also holds 1. An edge belongs
+    to the bin above it, as in `numpy.histogram`, netcal and torchmetrics. It is the number nearest to `b / n_bins` in the dtype of the
+    given confidences, as are the literal 0.3 and the level 30 / 100: none of them falls on the wrong side.
+
+    Bins of equal mass (`quantile`) equal binning at the edges `numpy.quantile(confidences, b / n_bins)`, an edge in the bin above it, in
+    integers: `(rank of the last answer with this confidence - 1) * n_bins // (N - 1)`. Equal confidences share a bin.
     """
-    edges = (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(dtype).double()
-    return torch.bucketize(value, edges, right=True)
-
-
-def quantile_bin(count: Tensor, n_bins: int) -> Tensor:
-    """The equal-mass bin of each distinct confidence, int64 [..., L] in [0, n_bins - 1]; equal confidences share a bin.
-
-    This equals binning at the edges `numpy.quantile(confidences, b / n_bins)`, an edge in the bin above it,
-    in integers: `(rank of the last answer with this confidence - 1) * n_bins // (N - 1)`. `count` is int64 [..., L], the answers at
-    each confidence, ascending.
-    """
-    rank = count.cumsum(-1)
+    check_positive("n_bins", n_bins)
+    if binning == "uniform":
+        edges = (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(table.dtype).double()
+        return torch.bucketize(table.value, edges, right=True)
+    rank = table.counts.sum(-1).cumsum(-1)
     last = (rank[..., -1:] - 1).clamp_min(1)
     return ((rank - 1) * n_bins).div(last, rounding_mode="floor").clamp(0, n_bins - 1)
-
-
-def bin_index(table: ConfidenceTable, n_bins: int, binning: Binning) -> Tensor:
-    """The bin of each distinct confidence, int64 [L] in [0, n_bins - 1]; [..., L] for `quantile`, which depends on counts."""
-    check_positive("n_bins", n_bins)
-    if binning == "quantile":
-        return quantile_bin(table.counts.sum(-1), n_bins)
-    return uniform_bin(table.value, n_bins, table.dtype)
 
 
 def bin_sums(table: ConfidenceTable, n_bins: int, binning: Binning) -> BinSums:

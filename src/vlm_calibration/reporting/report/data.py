@@ -268,8 +268,7 @@ def probe_values_of(
 ) -> dict[str, float]:
     """The metrics of some probes, by default of those that all predictions have, see `probe_values`."""
     probes = probes_of(predictions) if probes is None else probes
-    [counts] = count_probes((p.probes for p in predictions), probes, [[0]] * len(predictions), 1)
-    return probe_values(counts, probes, suffix)
+    return probe_values(count_probes((p.probes for p in predictions), probes), probes, suffix)
 
 
 def table_of(predictions: Sequence[EstimatedPrediction], estimator: str = VERBALIZED) -> ConfidenceTable:
