@@ -21,17 +21,11 @@ from vlm_calibration.metrics.functional import (
     to_device_of,
 )
 from vlm_calibration.metrics.probes import Probed, count_probes, probe_values
-from vlm_calibration.metrics.table import (
-    ConfidenceTable,
-    check_confidence,
-    check_correct,
-    check_positive,
-    to_level,
-)
+from vlm_calibration.metrics.table import ConfidenceTable, check_predictions, to_level
 from vlm_calibration.metrics.task import ALL_METRICS, TASK_SHAPE, answer_cells, task_scores
 
-Category = str | Collection[str] | None
-"""The category of an answer, several of them, or none."""
+Categories = Sequence[Collection[str]]
+"""The categories of each answer; an answer may be in several, or in none."""
 
 
 def sum_across_processes(counts: Tensor, group: Any = None) -> list[Tensor]:
@@ -67,23 +61,22 @@ class CountingMetric(Metric):
         rows = torch.zeros(1 + len(self.categories), *shape, dtype=torch.int64)
         self.add_state("counts", rows, dist_reduce_fx="sum")
 
-    def count(self, cell: Tensor, category: Sequence[Category] | None) -> None:
+    def count(self, cell: Tensor, categories: Categories | None) -> None:
         """Count each of N answers once in row 0 and once in the row of each of its categories, with one `bincount`.
 
         `cell` is int64 [N], the place of each answer in the flattened counts of a row. ValueError on a category that was not declared, or
         another number of categories than answers.
         """
         n, size = len(cell), self.counts[0].numel()
-        if self.categories and category is not None:
-            if isinstance(category, str) or len(category) != n:
-                raise ValueError(f"category must hold one name for each of the {n} answers, got {category!r}")
-            names = [(name,) if isinstance(name, str) else name or () for name in category]
-            if unknown := {name for of_answer in names for name in of_answer} - {*self.categories}:
+        if self.categories and categories is not None:
+            if len(categories) != n:
+                raise ValueError(f"categories must hold those of each of the {n} answers, got {categories!r}")
+            if unknown := {name for of_answer in categories for name in of_answer} - {*self.categories}:
                 raise ValueError(
                     f"unknown categories {sorted(unknown)}; declared are {list(self.categories)}"
                 )
-            index = [i for i, of_answer in enumerate(names) for _ in of_answer]
-            rows = [1 + self.categories.index(name) for of_answer in names for name in of_answer]
+            index = [i for i, of_answer in enumerate(categories) for _ in of_answer]
+            rows = [1 + self.categories.index(name) for of_answer in categories for name in of_answer]
             cell = torch.cat([cell, cell[index] + torch.tensor(rows).to(cell) * size])
         counts = torch.bincount(cell, minlength=self.counts.numel()).view_as(self.counts)
         self.counts = self.counts + counts.to(self.counts.device)
@@ -92,10 +85,6 @@ class CountingMetric(Metric):
     def update_called(self) -> bool:
         """True: no answers are a state like any other, and no reason for a warning of torchmetrics."""
         return True
-
-    def set_dtype(self, dst_type: str | torch.dtype) -> "CountingMetric":
-        """Do nothing: counts are integers whatever the dtype."""
-        return self
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
         """The metrics of the counts of one row on the CPU, NaN where undefined, with `suffix` behind their names."""
@@ -122,25 +111,23 @@ class CalibrationCounts(CountingMetric):
     """The member of `CalibrationMetrics`, with its arguments."""
 
     def __init__(self, categories: Iterable[str] | None, grid_steps: int, metrics: Iterable[str]) -> None:
-        check_positive("grid_steps", grid_steps)
         super().__init__((grid_steps + 2, 2), categories)
         self.grid_steps = grid_steps
         self.names = tuple(metrics)
         if unknown := [name for name in self.names if name not in METRICS]:
             raise ValueError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
 
-    def update(self, confidence: Tensor, correct: Tensor, category: Sequence[Category] | None = None) -> None:
+    def update(self, confidence: Tensor, correct: Tensor, categories: Categories | None = None) -> None:
         """Count N answers; ValueError on what is no confidence, correctness or declared category.
 
         Args:
             confidence: float [N] in [0, 1], NaN where it could not be parsed.
             correct: bool [N].
-            category: N names, collections of names or None, if there are categories.
+            categories: those of each answer, if there are any.
         """
-        correct = check_correct(correct, confidence.shape)
-        check_confidence(confidence)
+        check_predictions(confidence, correct)
         level = to_level(confidence.detach(), self.grid_steps)
-        self.count(level * 2 + correct.to(level.device), category)
+        self.count(level * 2 + correct.to(level.device), categories)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
         return table_values(ConfidenceTable.from_grid(counts), self.names, suffix)
@@ -186,10 +173,10 @@ class TaskMetrics(CountingMetric):
         predicted: Sequence[str | None],
         answer: Sequence[str],
         correct: Tensor,
-        category: Sequence[Category] | None = None,
+        categories: Categories | None = None,
     ) -> None:
-        """Count N answers, see `answer_cells`; `category` as for `CalibrationCounts.update`."""
-        self.count(answer_cells(predicted, answer, correct), category)
+        """Count N answers, see `answer_cells`; `categories` as for `CalibrationCounts.update`."""
+        self.count(answer_cells(predicted, answer, correct), categories)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
         return task_scores(counts, suffix)
@@ -202,7 +189,7 @@ class ProbeMetrics(CountingMetric):
         super().__init__((len(probes), 5), categories)
         self.probes = tuple(probes)
 
-    def update(self, probed: Sequence[Probed], categories: Sequence[Collection[str]]) -> None:
+    def update(self, probed: Sequence[Probed], categories: Categories) -> None:
         """Count N answers: the confidences of all probes, and the categories, of each."""
         members = [probed]
         members += [[p for p, of in zip(probed, categories, strict=True) if c in of] for c in self.categories]

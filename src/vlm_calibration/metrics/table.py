@@ -16,28 +16,14 @@ PROBABILITY_STEPS = 10_000
 """Grid steps from 0 to 1 for confidences that are not whole percents, as those of estimators."""
 
 
-def check_positive(name: str, value: int) -> None:
-    """Raise a ValueError unless a number of steps or bins is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:
-    """`correct`, bool or integers 0 and 1 of the shape of the confidences, as a bool tensor; ValueError for anything else."""
-    if correct.shape != shape:
-        raise ValueError(f"confidence has shape {tuple(shape)} but correct has {tuple(correct.shape)}")
-    if correct.dtype == torch.bool:
-        return correct
-    if correct.is_floating_point() or not bool(((correct == 0) | (correct == 1)).all()):
-        raise ValueError("correct must be a bool tensor, or integers 0 and 1")
-    return correct.bool()
-
-
-def check_confidence(confidence: Tensor) -> None:
-    """Raise a ValueError that names the first bad value, unless `confidence` is floating [N] in [0, 1] or NaN."""
+def check_predictions(confidence: Tensor, correct: Tensor) -> None:
+    """Raise a ValueError that names the first bad value, unless `confidence` is floating [N] in [0, 1] or NaN, and `correct` bool [N]."""
     if not confidence.is_floating_point() or confidence.ndim != 1:
         found = f"{confidence.dtype} of shape {tuple(confidence.shape)}"
         raise ValueError(f"confidence must be a floating vector with values in [0, 1], got {found}")
+    if correct.dtype != torch.bool or correct.shape != confidence.shape:
+        found = f"{correct.dtype} of shape {tuple(correct.shape)}"
+        raise ValueError(f"correct must be bool of shape {tuple(confidence.shape)}, got {found}")
     if (bad := (confidence < 0) | (confidence > 1)).any():
         index = int(bad.nonzero()[0])
         raise ValueError(f"confidence[{index}] = {float(confidence[index])} is outside [0, 1]")
@@ -103,12 +89,10 @@ class ConfidenceTable(NamedTuple):
         confidence = as_confidence_tensor(confidence).detach()
         if not isinstance(correct, Tensor):
             correct = torch.tensor(list(correct), dtype=torch.bool)
-        correct = check_correct(correct, confidence.shape)
-        check_confidence(confidence)
+        check_predictions(confidence, correct)
         parsed = ~confidence.isnan()
         confidence, correct = confidence[parsed], correct[parsed.to(correct.device)]
         if grid_steps is not None:
-            check_positive("grid_steps", grid_steps)
             confidence = to_level(confidence, grid_steps).cpu().double() / grid_steps
         value, place = torch.unique(confidence, sorted=True, return_inverse=True)
         counts = torch.bincount(place * 2 + correct.to(place.device), minlength=2 * len(value)).view(-1, 2)
@@ -193,7 +177,6 @@ def bin_index(table: ConfidenceTable, n_bins: int, binning: Binning) -> Tensor:
     Bins of equal mass (`quantile`) equal binning at the edges `numpy.quantile(confidences, b / n_bins)`, an edge in the bin above it, in
     integers: `(rank of the last answer with this confidence - 1) * n_bins // (N - 1)`. Equal confidences share a bin.
     """
-    check_positive("n_bins", n_bins)
     if binning == "uniform":
         edges = (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(table.dtype).double()
         return torch.bucketize(table.value, edges, right=True)

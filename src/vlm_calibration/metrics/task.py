@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.metrics.functional import METRICS, MetricSpec
-from vlm_calibration.metrics.table import check_correct
 
 CLASSES = ("yes", "no")
 YES, OTHER = 0, 2
@@ -30,11 +29,10 @@ def answer_cells(predicted: Sequence[str | None], answer: Sequence[str], correct
         correct: bool [N].
 
     Raises:
-        ValueError: if the lengths differ or `correct` is not bool.
+        ValueError: if the lengths differ.
     """
     if not len(predicted) == len(answer) == len(correct):
         raise ValueError(f"got {len(predicted)} predicted, {len(answer)} answers and {len(correct)} correct")
-    correct = check_correct(correct, torch.Size([len(answer)]))
     gold, said = (
         torch.tensor([_class_of(text) for text in texts], dtype=torch.int64, device=correct.device)
         for texts in (answer, predicted)
