@@ -24,7 +24,7 @@ def answers():
     confidence = rng.integers(0, 101, SIZE) / 100
     correct = rng.random(SIZE) < 0.1 + 0.7 * confidence
     confidence[rng.random(SIZE) < 0.05] = np.nan
-    category = rng.choice(["a", "b", "c"], SIZE).tolist()
+    category = [[name] for name in rng.choice(["a", "b", "c"], SIZE).tolist()]
     gold = rng.choice(["yes", "no"], SIZE).tolist()
     predicted = [g if y else "no" for g, y in zip(gold, correct, strict=True)]
     return torch.tensor(confidence), torch.tensor(correct), category, predicted, gold
@@ -67,7 +67,7 @@ def process(rank, folder):
     result |= {"task": tasks.compute(), "again": metrics.compute()}
     result["own"] = sum(int(member.counts[0].sum()) for member in metrics.values())
     if rank:
-        metrics.update(torch.tensor([0.5]), torch.tensor([True]), ["a"])
+        metrics.update(torch.tensor([0.5]), torch.tensor([True]), [["a"]])
     result["after one more each"] = metrics.compute()
     torch.save(result, f"{folder}/{rank}.pt")
     dist.barrier()

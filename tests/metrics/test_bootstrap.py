@@ -25,8 +25,11 @@ def resample(table, replicates, seed):
 
 
 def intervals_of(table, names, replicates=1000, seed=0):
-    drawn = resample(table, replicates, seed)
-    return {name: interval_of(METRICS[name], table, drawn) for name in names}
+    drawn, rarer = resample(table, replicates, seed), int(table.counts.sum(0).amin())
+    return {
+        name: interval_of(METRICS[name], table, drawn, bootstrap_replicates(drawn, METRICS[name]), rarer)
+        for name in names
+    }
 
 
 @pytest.fixture(scope="module")

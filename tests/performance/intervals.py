@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.metrics.bootstrap import Interval, interval_of
+from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates, interval_of
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.reporting.report.bootstrap import ImageBootstrap
@@ -114,7 +114,13 @@ def intervals(
     both = population.table(np.concatenate([counts[None], draws]).reshape(replicates + 1, -1, 2))
     answers = both._replace(counts=both.counts[0], unparsed=both.unparsed[0])
     resampled = both._replace(counts=both.counts[1:], unparsed=both.unparsed[1:])
-    return {metric: interval_of(METRICS[metric], answers, resampled) for metric in metrics}
+    rarer = int(answers.counts.sum(0).amin())
+    return {
+        name: interval_of(
+            METRICS[name], answers, resampled, bootstrap_replicates(resampled, METRICS[name]), rarer
+        )
+        for name in metrics
+    }
 
 
 def _intervals_of_images(

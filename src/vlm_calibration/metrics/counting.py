@@ -1,6 +1,6 @@
 """The metrics as torchmetrics, each kind with one int64 tensor of counts as its whole state.
 
-The state is O(1) in the number of predictions, is not changed by autocast or dtype casts, and is reduced across
+The state is O(1) in the number of predictions, is not changed by autocast or by `half()` and its like, and is reduced across
 processes by a single all-reduce sum, however many metrics are computed from it.
 """
 
@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from vlm_calibration.metrics.functional import (
-    METRICS,
-    REPORTED,
-    UndefinedMetricWarning,
-    table_values,
-    to_device_of,
-)
+from vlm_calibration.metrics.functional import REPORTED, UndefinedMetricWarning, table_values, to_device_of
 from vlm_calibration.metrics.probes import Probed, count_probes, probe_values
 from vlm_calibration.metrics.table import ConfidenceTable, check_predictions, to_level
 from vlm_calibration.metrics.task import ALL_METRICS, TASK_SHAPE, answer_cells, task_scores
@@ -42,8 +36,8 @@ class CountingMetric(Metric):
 
     Args:
         shape: of the counts of one row.
-        categories: names to break the metrics down by, fixed so that every process has the same state; None for
-            no breakdown, in which case the categories of an update are not used. ValueError on an empty or repeated one.
+        categories: different names to break the metrics down by, fixed so that every process has the same state; None for
+            no breakdown, in which case the categories of an update are not used.
     """
 
     is_differentiable = False
@@ -53,31 +47,22 @@ class CountingMetric(Metric):
     def __init__(self, shape: Sequence[int], categories: Iterable[str] | None) -> None:
         # With the cache, a process without new answers would return its last value and leave the others waiting for its counts.
         super().__init__(dist_sync_fn=sum_across_processes, compute_with_cache=False)
-        if isinstance(categories, str):
-            raise ValueError(f"categories must be a list of names, got the string {categories!r}")
         self.categories = tuple(categories or ())
-        if len(set(self.categories)) != len(self.categories) or "" in self.categories:
-            raise ValueError(f"categories must differ and not be empty, got {list(self.categories)}")
         rows = torch.zeros(1 + len(self.categories), *shape, dtype=torch.int64)
         self.add_state("counts", rows, dist_reduce_fx="sum")
 
     def count(self, cell: Tensor, categories: Categories | None) -> None:
         """Count each of N answers once in row 0 and once in the row of each of its categories, with one `bincount`.
 
-        `cell` is int64 [N], the place of each answer in the flattened counts of a row. ValueError on a category that was not declared, or
-        another number of categories than answers.
+        `cell` is int64 [N], the place of each answer in the flattened counts of a row. KeyError on a category that was not declared,
+        ValueError on another number of categories than answers.
         """
-        n, size = len(cell), self.counts[0].numel()
         if self.categories and categories is not None:
-            if len(categories) != n:
-                raise ValueError(f"categories must hold those of each of the {n} answers, got {categories!r}")
-            if unknown := {name for of_answer in categories for name in of_answer} - {*self.categories}:
-                raise ValueError(
-                    f"unknown categories {sorted(unknown)}; declared are {list(self.categories)}"
-                )
-            index = [i for i, of_answer in enumerate(categories) for _ in of_answer]
-            rows = [1 + self.categories.index(name) for of_answer in categories for name in of_answer]
-            cell = torch.cat([cell, cell[index] + torch.tensor(rows).to(cell) * size])
+            row_of = {name: row for row, name in enumerate(self.categories, start=1)}
+            of_answers = zip(range(len(cell)), categories, strict=True)
+            pairs = [(i, row_of[name]) for i, of_answer in of_answers for name in of_answer]
+            index, row = torch.tensor(pairs, dtype=torch.int64, device=cell.device).view(-1, 2).T
+            cell = torch.cat([cell, cell[index] + row * self.counts[0].numel()])
         counts = torch.bincount(cell, minlength=self.counts.numel()).view_as(self.counts)
         self.counts = self.counts + counts.to(self.counts.device)
 
@@ -114,11 +99,9 @@ class CalibrationCounts(CountingMetric):
         super().__init__((grid_steps + 2, 2), categories)
         self.grid_steps = grid_steps
         self.names = tuple(metrics)
-        if unknown := [name for name in self.names if name not in METRICS]:
-            raise ValueError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
 
     def update(self, confidence: Tensor, correct: Tensor, categories: Categories | None = None) -> None:
-        """Count N answers; ValueError on what is no confidence, correctness or declared category.
+        """Count N answers; ValueError on what is no confidence or correctness.
 
         Args:
             confidence: float [N] in [0, 1], NaN where it could not be parsed.
