@@ -205,7 +205,11 @@ ANSWERS = [{"question_id": i, "answer": "yes"} for i in (1, 2)]
         (POPE, [*ANSWERS, ANSWERS[0]], "a.jsonl:3: a second answer to 1, the first is at {answers}:1"),
         (POPE, [*ANSWERS, {"question_id": 9, "answer": ""}], "a.jsonl:3: 9 is no id in {labels}"),
         (POPE, [*ANSWERS, {"answer": ""}], "a.jsonl:3: no 'question_id'"),
-        (POPE, [{"question_id": 1.5, "answer": ""}], "a.jsonl:1: 'question_id' must be a string or a whole number"),
+        (
+            POPE,
+            [{"question_id": 1.5, "answer": ""}],
+            "a.jsonl:1: 'question_id' must be a string or a whole number",
+        ),
         (POPE, [{"question_id": 1, "text": "x"}], "a.jsonl:1: 'answer' must be a string, found no such key"),
         (POPE, [{"question_id": 1, "answer": None}], "a.jsonl:1: 'answer' must be a string, found None"),
         (POPE, [{**ANSWERS[0], "confidence": 80}], "a.jsonl:1: 'confidence' must be a number in [0, 1]"),

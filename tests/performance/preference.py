@@ -242,7 +242,9 @@ class OurStep:
         collated = time.perf_counter() - start
         loss = self.loss(batch)
         loss.backward()
-        self.update()
+        torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach()), collated
 
     def loss(self, batch: Any) -> Tensor:
@@ -250,12 +252,6 @@ class OurStep:
         kind = self.device.type
         with torch.autocast(kind, dtype=self.autocast) if self.autocast else nullcontext():
             return self.module.training_step(batch, 0)
-
-    def update(self) -> None:
-        """Clip the gradients and apply them."""
-        torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]]:
