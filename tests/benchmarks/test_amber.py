@@ -172,7 +172,6 @@ def test_official_files(written: Callable[..., Path]) -> None:
         ),
         (ANNOTATIONS, [{"id": "2", "response": "No"}], "a.json: record 1: 'id' must be a whole number"),
         (ANNOTATIONS, [{"id": 2, "answer": "No"}], "a.json: record 1: 'response' must be a string"),
-        (ANNOTATIONS, '[{"id": 2,\n "response": No}]', "a.json:2: not JSON"),
         ([{**ANNOTATIONS[1], "truth": "maybe"}], ANSWERS, "t.json: record 1: 'truth' must be yes or no"),
         ([{**ANNOTATIONS[1], "type": "odd"}], ANSWERS, "t.json: record 1: 'type' must be one of generative"),
         ([ANNOTATIONS[1]] * 2, ANSWERS, "t.json: record 2: duplicate id 2"),

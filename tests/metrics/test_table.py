@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable, bin_index, to_level
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -108,18 +107,3 @@ def test_raw_percents_and_edges_have_the_bins_of_integers_in_every_dtype(dtype):
         values = torch.tensor([float(Fraction(i, steps)) for i in range(steps + 1)], dtype=torch.float64)
         expected = (torch.arange(steps + 1) * n_bins // steps).clamp_max(n_bins - 1)
         assert torch.equal(uniform_bins(values.to(dtype).double(), n_bins, dtype), expected)
-
-
-@pytest.mark.parametrize("grid_steps", [10, 100, 10_000])
-def test_rounding_moves_metrics_by_no_more_than_confidences_move(cases, grid_steps):
-    """Those that are Lipschitz in the confidences, on continuous ones."""
-    half = 1 / (2 * grid_steps)
-    for confidence, correct in cases(25, "continuous", seed=61, largest=150):
-        raw, table = (
-            ConfidenceTable.from_predictions(torch.tensor(confidence), torch.tensor(correct), steps)
-            for steps in (None, grid_steps)
-        )
-        for name, slope in {"mean_confidence": 1, "overconfidence": 1, "brier": 2}.items():
-            moved = abs(float(METRICS[name](table)) - float(METRICS[name](raw)))
-            assert moved <= slope * half + 1e-12, name
-        assert METRICS["parsed_accuracy"](table) == METRICS["parsed_accuracy"](raw)

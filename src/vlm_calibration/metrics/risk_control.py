@@ -263,11 +263,6 @@ def guarantee(control: RiskControl, questions: str = "those of the calibration s
     Args:
         control: thresholds of one or several groups.
         questions: which questions the promise is for, after "questions like".
-
-    Example:
-        >>> answers = graded_answers([0.9] * 100 + [0.4] * 20, [True] * 100 + [False] * 20)
-        >>> print(guarantee(control_risk({"": answers}, Limits(0.05))))
-        At most 5% of the answers given are wrong, with 95% certainty, for questions like those of the calibration split: answer from 90% on, 83% of the questions.
     """
     if not control.found:
         return ""
