@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from vlm_calibration.demo.scenes import SCENE_SIZE
+from vlm_calibration.files import read_json, write_json
 from vlm_calibration.models.base import DEMO_MODEL
 
 CHAT_TEMPLATE = (DEMO_MODEL / "chat_template.jinja").read_text(encoding="utf-8")
@@ -50,3 +52,8 @@ def publish_tower_names(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         weights = {published(name): weight for name, weight in load_file(path).items()}
         save_file(weights, path, {"format": "pt"})
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        content = read_json(index)
+        content["weight_map"] = {published(name): file for name, file in content["weight_map"].items()}
+        write_json(index, content)
