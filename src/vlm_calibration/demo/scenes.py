@@ -188,7 +188,7 @@ def _place(rng: np.random.Generator, layout: Layout, kind: str, hand: Hand) -> l
             else:
                 begins.append(side * half + int(rng.integers(0, max(1, half - length) + 1)))
         layers.append(Image.new("RGBA", (SCENE_SIZE, SCENE_SIZE)))
-        layers[-1].paste(drawn, tuple(begins))
+        layers[-1].paste(drawn, (begins[0], begins[1]))
     return layers
 
 
