@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -51,13 +52,13 @@ def process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     metrics, tasks = counted(ENDS[rank], ENDS[rank + 1], batch=97)
     sent = []
+
+    def recording(name, original, tensor, *others, **settings):
+        sent.append((name, getattr(tensor, "nbytes", None)))
+        return original(tensor, *others, **settings)
+
     for name in ("all_reduce", "all_gather", "all_gather_object", "gather", "broadcast"):
-
-        def recording(tensor, *others, _name=name, _original=getattr(dist, name), **settings):
-            sent.append((_name, getattr(tensor, "nbytes", None)))
-            return _original(tensor, *others, **settings)
-
-        setattr(dist, name, recording)
+        setattr(dist, name, partial(recording, name, getattr(dist, name)))
     result = {"calibration": metrics.compute(), "sent": list(sent)}
     result |= {"task": tasks.compute(), "again": metrics.compute()}
     result["own"] = sum(int(member.counts[0].sum()) for member in metrics.values())

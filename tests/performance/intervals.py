@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -152,6 +151,8 @@ class Coverage(NamedTuple):
     width: float
 
     def __str__(self) -> str:
+        if not self.samples:
+            return "-"
         below, above = 100 * self.below / self.samples, 100 * self.above / self.samples
         text = f"{100 - below - above:.1f}"
         if not COVERED[0] <= 100 - below - above <= COVERED[1]:
@@ -172,9 +173,8 @@ def coverage(
         defined = [interval for interval in drawn if not math.isnan(interval.value)]
         below = sum(truth < interval.low - 1e-6 for interval in defined)
         above = sum(truth > interval.high + 1e-6 for interval in defined)
-        counted[metric] = Coverage(
-            len(defined), below, above, statistics.fmean(i.high - i.low for i in defined)
-        )
+        width = sum(interval.high - interval.low for interval in defined) / max(1, len(defined))
+        counted[metric] = Coverage(len(defined), below, above, width)
     return counted
 
 
