@@ -192,7 +192,7 @@ format: $(DEV)  ## rewrite the code in the project's format
 type: $(DEV)  ## mypy
 	$(PYTHON) -m mypy
 
-bench: $(DEV)  ## run every benchmark and write runs/bench/benchmarks.md (hours; one of them: ARGS="--only metrics")
+bench: $(DEV)  ## run every benchmark and write runs/bench/benchmarks.md (hours; one of them: ARGS="--only thresholds")
 	$(PYTHON) -m tests.performance $(ARGS)
 
 bench-gpu: $(DEV)  ## speed and memory of real sizes on one GPU, with random weights; writes runs/bench/gpu.md (ten minutes)

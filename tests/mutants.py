@@ -60,7 +60,7 @@ MUTANTS: dict[tuple[str, str, str], dict[str, str]] = {
         "torch.bincount(place * 2 + correct.to(place.device)": "torch.bincount(place * 2 + ~correct.to(place.device)",
     },
     ("counts", "metrics/functional.py", "metrics/test_exact.py"): {
-        'return bin_sums(table, n_bins, "uniform").gap.abs().sum(-1) / table.total': 'return bin_sums(table, n_bins, "uniform").gap.sum(-1).abs() / table.total',
+        'return bin_sums(table, 10, "uniform").gap.abs().sum(-1) / table.total': 'return bin_sums(table, 10, "uniform").gap.sum(-1).abs() / table.total',
     },
     ("grading", "text/grading.py", "text/test_grading.py"): {
         "(?:free|instead|in place) of": "(?:free|in place) of",

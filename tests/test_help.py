@@ -1,7 +1,4 @@
-"""What is told without a heavy import: the help of every command and subcommand, and mistakes that need no model.
-
-`tests/performance/startup.py` measures the time of each in a process of its own.
-"""
+"""What is told without a heavy import: the help of every command and subcommand, and mistakes that need no model."""
 
 from __future__ import annotations
 

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vlm_calibration.benchmarks.amber import (
     CATEGORIES,
     DIMENSIONS,
     AmberCounts,
     official_answers,
-    read_annotations,
     read_answers,
     read_queries,
 )
@@ -54,25 +51,8 @@ def _scores(annotations: Rows, answers: Rows) -> dict[str, float]:
     return AmberCounts.of(_queries(annotations), [a["response"] for a in answers]).scores(DIMENSIONS)
 
 
-@pytest.mark.slow
-@settings(max_examples=100)
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(TYPES),
-            st.sampled_from(["yes", "no"]),
-            st.sampled_from([*ODD, "No. Confidence: 80%", "Confidence: 0.9. Yes"]) | st.text(),
-        ),
-        max_size=60,
-    )
-)
-def test_scores_are_those_of_the_script_on_the_written_file(rows: list[tuple[str, str, str]]) -> None:
-    annotations, answers = _file(rows)
-    written = official_answers(_queries(annotations), [(a["response"], 0.5) for a in answers])
-    assert _scores(annotations, answers) == official_rules.amber(annotations, json.loads(json.dumps(written)))
-
-
 def test_scores_of_answer_files_are_those_of_the_script(tmp_path: Path) -> None:
+    """Also on the file that is written for it, without stated confidences."""
     rng = random.Random(0)
     for size in (*(rng.randint(1, 12) for _ in range(50)), 14_216):
         skill = rng.random()
@@ -83,13 +63,15 @@ def test_scores_of_answer_files_are_those_of_the_script(tmp_path: Path) -> None:
         annotations, answers = _file(rows)
         for name, content in (("annotations.json", annotations), ("answers.json", answers[::-1])):
             (tmp_path / name).write_text(json.dumps(content))
-        queries, replies, *_ = read_answers(
-            tmp_path / "answers.json", read_annotations(tmp_path / "annotations.json")
-        )
+        queries, replies, *_ = read_answers(tmp_path / "answers.json", tmp_path / "annotations.json")
         counts = AmberCounts.of(queries, [reply.text for reply in replies])
         assert counts.scores(DIMENSIONS) == official_rules.amber(annotations, answers)
         parts = [AmberCounts.of(queries[p], [r.text for r in replies[p]]) for p in (slice(3), slice(3, None))]
         assert (parts[0] + parts[1]).scores() == counts.scores(), "counts add up"
+        stated = [(f"{reply.text}. Confidence: 80%", 0.8) for reply in replies]
+        written = json.loads(json.dumps(official_answers(queries, stated)))
+        of_stated = AmberCounts.of(queries, [text for text, _ in stated])
+        assert of_stated.scores(DIMENSIONS) == official_rules.amber(annotations, written)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +144,7 @@ def written(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_official_files(written: Callable[..., Path]) -> None:
-    annotations = read_annotations(written("annotations.json", ANNOTATIONS))
+    annotations = written("annotations.json", ANNOTATIONS)
     path = written("answers.json", [{"id": 1, "response": "A sky."}, *ANSWERS[::-1]])
     queries, replies, generative, others = read_answers(path, annotations)
     assert [q.category for q in queries] == list(CATEGORIES.values())
@@ -190,7 +172,6 @@ def test_official_files(written: Callable[..., Path]) -> None:
         ),
         (ANNOTATIONS, [{"id": "2", "response": "No"}], "a.json: record 1: 'id' must be a whole number"),
         (ANNOTATIONS, [{"id": 2, "answer": "No"}], "a.json: record 1: 'response' must be a string"),
-        (ANNOTATIONS, '[{"id": 2,\n "response": No}]', "a.json:2: not JSON"),
         ([{**ANNOTATIONS[1], "truth": "maybe"}], ANSWERS, "t.json: record 1: 'truth' must be yes or no"),
         ([{**ANNOTATIONS[1], "type": "odd"}], ANSWERS, "t.json: record 1: 'type' must be one of generative"),
         ([ANNOTATIONS[1]] * 2, ANSWERS, "t.json: record 2: duplicate id 2"),
@@ -200,6 +181,6 @@ def test_official_files(written: Callable[..., Path]) -> None:
 def test_a_mistake_is_named(written: Callable[..., Path], annotations: Any, answers: Any, says: str) -> None:
     paths = {"annotations": written("t.json", annotations), "answers": written("a.json", answers)}
     with pytest.raises(DataError) as caught:
-        read_answers(paths["answers"], read_annotations(paths["annotations"]))
+        read_answers(paths["answers"], paths["annotations"])
     assert str(caught.value).startswith(f"{paths['answers'].parent}/{says.format(**paths)}")
     assert "\n" not in str(caught.value)

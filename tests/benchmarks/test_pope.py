@@ -199,16 +199,18 @@ ANSWERS = [{"question_id": i, "answer": "yes"} for i in (1, 2)]
         (POPE, "", "a.jsonl: no record in this file"),
         (POPE, "{}\n[1", "a.jsonl:2: not JSON"),
         (POPE, '{"question_id": 1, "answer": "yes"}\n3\n', "a.jsonl:2: expected a JSON object, found int"),
-        (POPE, '[{"answer": "yes"},\n{"answer" "no"}]', "a.jsonl:2: not JSON"),
         (POPE, '[{"question_id": 1, "answer": "yes"}, null]', "a.jsonl: record 2: expected a JSON object"),
         (POPE, ANSWERS[:1], "a.jsonl: no answer to 1 of the 2 questions in {labels}: '2'"),
         (POPE, [*ANSWERS, ANSWERS[0]], "a.jsonl:3: a second answer to 1, the first is at {answers}:1"),
         (POPE, [*ANSWERS, {"question_id": 9, "answer": ""}], "a.jsonl:3: 9 is no id in {labels}"),
         (POPE, [*ANSWERS, {"answer": ""}], "a.jsonl:3: no 'question_id'"),
-        (POPE, [{"question_id": 1.5, "answer": ""}], "a.jsonl:1: 'question_id' must be a whole number"),
+        (
+            POPE,
+            [{"question_id": 1.5, "answer": ""}],
+            "a.jsonl:1: 'question_id' must be a string or a whole number",
+        ),
         (POPE, [{"question_id": 1, "text": "x"}], "a.jsonl:1: 'answer' must be a string, found no such key"),
         (POPE, [{"question_id": 1, "answer": None}], "a.jsonl:1: 'answer' must be a string, found None"),
-        (POPE, [{**ANSWERS[0], "confidence": 80}], "a.jsonl:1: 'confidence' must be a number in [0, 1]"),
         (POPE, [{**ANSWERS[0], "confidence": "80%"}], "a.jsonl:1: 'confidence' must be a number in [0, 1]"),
         (POPE, [{"answer": "yes"}], "a.jsonl: 1 answers to the 2 questions in {labels}"),
         (POPE, [{"answer": "", "question": "A cat?"}] * 2, "a.jsonl:1: answers are matched in order"),
@@ -223,11 +225,3 @@ def test_a_mistake_is_named(written: Callable[..., Path], labels: Any, answers: 
         pope.read_answers(paths["answers"], pope.read_questions(paths["labels"]))
     assert str(caught.value).startswith(f"{paths['labels'].parent}/{says.format(**paths)}")
     assert "\n" not in str(caught.value)
-
-
-def test_no_such_file_and_not_utf8(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none.json: cannot be read: No such file"):
-        pope.read_questions(tmp_path / "none.json")
-    (tmp_path / "latin.json").write_bytes(b'{"label": "yes"}\n{"label": "\xe9"}\n')
-    with pytest.raises(DataError, match=r"latin.json:2: not UTF-8"):
-        pope.read_questions(tmp_path / "latin.json")

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -36,7 +37,7 @@ from vlm_calibration.demo.questions import (
     scene_seed,
 )
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, Scene, render_scene
-from vlm_calibration.demo.shifts import mild_degradation
+from vlm_calibration.demo.shifts import Change, jpeg, low_contrast, shrink
 from vlm_calibration.files import replacing
 from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.models.base import DEMO_MODEL
@@ -61,6 +62,40 @@ FEATURE_SCALE = 3.0
 CONFIDENCES = (0.95, 1.0, 0.9)
 CONFIDENCE_SHARES = ((0.7, 0.2, 0.1), (0.2, 0.7, 0.1), (0.1, 0.3, 0.6))
 """Per question form: the probability with which each of `CONFIDENCES` is stated."""
+
+
+def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian blur; `strength` is the radius in pixels."""
+    return np.array(Image.fromarray(image).filter(ImageFilter.GaussianBlur(strength)))
+
+
+def occlusion(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Uniform rectangles at random positions until they cover a share `strength` of the image."""
+    out = image.copy()
+    height, width = image.shape[:2]
+    covered = np.zeros((height, width), dtype=bool)
+    while covered.mean() < strength:
+        h, w = rng.integers(height // 10, height // 4, size=2)
+        top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+        out[top : top + h, left : left + w] = rng.integers(0, 256, size=3)
+        covered[top : top + h, left : left + w] = True
+    return out
+
+
+DEGRADATIONS: dict[Change, tuple[float, float]] = {
+    blur: (0.3, 1.2),
+    occlusion: (0.02, 0.2),
+    low_contrast: (0.1, 0.6),
+    jpeg: (20, 85),
+    shrink: (1.2, 2.2),
+}
+"""Changes of the whole image with the range of their strengths, well below those of the test's shifts."""
+
+
+def mild_degradation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Apply a random degradation at a random strength; uint8 [H, W, 3] in and out."""
+    change, strengths = list(DEGRADATIONS.items())[int(rng.integers(len(DEGRADATIONS)))]
+    return change(image, float(rng.uniform(*strengths)), rng)
 
 
 def scene_patches(processor: LlavaProcessor, index: int) -> tuple[Tensor, Tensor, Tensor, Scene]:

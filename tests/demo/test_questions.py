@@ -62,7 +62,4 @@ def test_an_unknown_form_is_answered_with_the_known_forms_of_its_object() -> Non
     assert '"Do you see a cat?"' in message
     assert "dog" not in message
     assert '"What is at the ...?"' in (unknown_part("What is the image?") or "")
-
-
-def test_an_empty_corner_has_no_right_answer() -> None:
-    assert right_answer("What is at the top right?", {"dog": "top left"}) is None
+    assert right_answer("What is at the top right?", {"dog": "top left"}) is None, "the corner is empty"

@@ -1,40 +1,60 @@
-"""Scenes, questions and shifts: deterministic in their seed, exact masks, balanced, and disjoint between splits."""
+"""Scenes, questions, shifts and the source: deterministic in their seed, exact masks, true answers, disjoint splits."""
 
 from __future__ import annotations
 
+import hashlib
+import pickle
+import sys
 from collections import Counter
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.ndimage import binary_dilation
 
-from vlm_calibration.demo.pictures import HANDS, picture
-from vlm_calibration.demo.questions import (
-    NEGATIVES,
-    SPLITS,
-    absent_class,
-    scene_queries,
-    scene_seed,
-)
+from vlm_calibration.demo.pictures import GLYPHS, HANDS, LOOK_ALIKES, UNUSUAL, Hand, picture
+from vlm_calibration.demo.questions import NEGATIVES, SPLITS, absent_class, scene_queries, scene_seed
 from vlm_calibration.demo.scenes import (
     CLASSES,
     CORNERS,
-    GLYPHS,
+    HARD_KINDS,
     SCENE_SIZE,
+    SMALL_SIZES,
     THEMES,
-    class_weights,
+    hard_kind,
     render_scene,
     scene_layout,
 )
-from vlm_calibration.demo.shifts import DEGRADATIONS, SHIFTS, draw_shift, mild_degradation
-from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.demo.shifts import SHIFTS, draw_shift
+from vlm_calibration.demo.source import DemoSource, scene_index
 from vlm_calibration.records import DataError
 from vlm_calibration.text.grading import grade
 
-MANY = range(200)
+from .recipe import DEGRADATIONS, FIRST_SCENE
+
+MANY, FEW = range(200), range(10)
+RECIPE = {
+    (1, 0): "5b998b4054dcb7c5",
+    (1, 7): "08f753393320de66",
+    (1, FIRST_SCENE): "9a1362e75d3a2854",
+    (1, FIRST_SCENE + 123): "075f2a67bbb8b7b3",
+    (1, FIRST_SCENE + 35_199): "852771109fb98e4a",
+}
+"""Seed -> digest of the pixels and masks that the shipped model was trained on."""
 
 
-def test_scenes_are_as_described() -> None:
+@pytest.mark.parametrize("seed", RECIPE)
+def test_the_scenes_of_the_base_model_are_drawn_as_ever(seed: tuple[int, int]) -> None:
+    scene = render_scene(seed)
+    digest = hashlib.sha256(scene.image.tobytes())
+    for item in scene.objects:
+        digest.update(item.name.encode() + bytes([item.corner]) + np.packbits(item.mask).tobytes())
+    assert digest.hexdigest()[:16] == RECIPE[seed]
+
+
+def test_easy_scenes_have_one_to_four_objects() -> None:
     counts: Counter[int] = Counter()
     for seed in MANY:
         scene = render_scene(seed)
@@ -43,19 +63,68 @@ def test_scenes_are_as_described() -> None:
         assert min(item.mask.sum() for item in scene.objects) > 40
     assert set(counts) == {1, 2, 3, 4}
     assert min(counts.values()) > 25
-    assert len(CLASSES) >= 24
     assert {name for theme in THEMES.values() for name in theme} <= set(CLASSES)
-    assert not np.array_equal(render_scene((1, 5)).image, render_scene((1, 6)).image)
 
 
-def test_every_class_has_a_picture_of_its_own_in_each_hand() -> None:
+@pytest.mark.parametrize("hand", HANDS)
+@pytest.mark.parametrize("kind", ["", *HARD_KINDS])
+def test_scenes_are_as_described_and_masks_exact(
+    kind: str, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same scene without its objects differs where the masks are, and nowhere else."""
+    scenes = [render_scene((3, index), kind, hand) for index in FEW]
+    for index, scene in zip(FEW, scenes, strict=True):
+        layout = scene_layout((3, index), kind)
+        assert layout.labels == scene.names
+        assert layout.corners == tuple(o.corner for o in scene.objects)
+        assert set(layout.names) <= set(CLASSES)
+        assert len(set(scene.names)) == len(set(layout.corners)) == len(scene.objects)
+        for item in scene.objects:
+            rows, columns = np.nonzero(item.mask)
+            assert len(rows) > 10, "every object can be seen"
+            assert item.corner == 2 * (rows.mean() >= 48) + (columns.mean() >= 48)
+        assert sum(o.mask.astype(int) for o in scene.objects).max() <= 1
+        assert np.array_equal(scene.image, render_scene((3, index), kind, hand).image)
+    monkeypatch.setattr(Image.Image, "alpha_composite", lambda *_: None)
+    for index, scene in zip(FEW, scenes, strict=True):
+        changed = (scene.image != render_scene((3, index), kind, hand).image).any(axis=-1)
+        covered = np.logical_or.reduce([o.mask for o in scene.objects])
+        assert not changed[~covered].any()
+        assert changed[covered].mean() > 0.97, "faint edges may round to the background colour"
+
+
+def test_the_objects_are_small() -> None:
+    for index in FEW:
+        for item in render_scene((3, index), "small").objects:
+            rows, columns = np.nonzero(item.mask)
+            assert max(np.ptp(rows), np.ptp(columns)) < SMALL_SIZES[1]
+
+
+def test_a_neighbour_covers_a_part_of_an_object() -> None:
+    """Masks exclude what a later object covers, so that those of covering and covered object touch."""
+    touching = {}
+    for kind in ("", "overlapping"):
+        scenes = [[o.mask for o in render_scene((3, index), kind).objects] for index in FEW]
+        touching[kind] = [
+            any((binary_dilation(a) & b).any() for a, b in combinations(masks, 2)) for masks in scenes
+        ]
+    assert all(touching["overlapping"])
+    assert np.mean(touching[""]) < 0.5
+
+
+def test_every_picture_is_another_one_in_each_hand() -> None:
+    unusual = [character for characters in UNUSUAL.values() for character in characters]
+    characters = [*GLYPHS.values(), *unusual, *(look.character for look in LOOK_ALIKES)]
+    assert len(set(characters)) == len(characters)
     pictures = [picture(GLYPHS[name], hand) for name in CLASSES for hand in HANDS]
     assert len({each.resize((32, 32)).tobytes() for each in pictures}) == 2 * len(CLASSES)
     assert all(np.asarray(each)[..., 3].any() for each in pictures)
+    for index in FEW:
+        layout = scene_layout((3, index), "unusual")
+        assert all(c in UNUSUAL[name] for name, c in zip(layout.names, layout.characters, strict=True))
 
 
 def test_frequencies_make_popular_absent_objects_popular() -> None:
-    assert class_weights().sum() == pytest.approx(1)
     rng = np.random.default_rng(0)
     present = ("horse", "cow")
     drawn = {kind: Counter(absent_class(rng, present, kind) for _ in range(3000)) for kind in NEGATIVES}
@@ -71,25 +140,35 @@ def test_frequencies_make_popular_absent_objects_popular() -> None:
     assert of_related["adversarial"] > 3 * of_related["popular"]
 
 
-def test_questions_fit_their_scenes() -> None:
+@pytest.mark.parametrize("kind", ["", "look_alike"])
+def test_questions_fit_their_scenes(kind: str) -> None:
+    """A look-alike is never what an answer is about, but the question about an absent object asks for what it resembles."""
     corners: Counter[str] = Counter()
+    looks = set()
     for index in MANY:
-        names, in_corners, *_ = scene_layout(scene_seed("train", index))
-        yes, no, corner = scene_queries("train", index)
+        layout = scene_layout(scene_seed("development", index), kind)
+        yes, no, corner = queries = scene_queries("development", index, kind)
         assert (yes.answer, no.answer) == ("Yes", "No")
-        assert yes.objects[0] in names
-        assert no.objects[0] not in names
+        assert yes.objects[0] in layout.names
+        assert no.objects[0] not in layout.names
         for query in (yes, no):
             name = query.objects[0]
             article = "an" if name in ("elephant", "apple", "airplane", "umbrella") else "a"
             assert f" {article} {name}" in query.question
         asked = next(c for c in CORNERS if c in corner.question)
         corners[asked] += 1
-        assert names[in_corners.index(CORNERS.index(asked))] == corner.answer == corner.objects[0]
-        assert [q.answer_type for q in (yes, no, corner)] == ["yes_no", "yes_no", "short"]
-        assert [q.category for q in (yes, no, corner)] == ["existence", "existence", "position"]
-        assert all(grade(q.answer, q.answer, q.answer_type).correct for q in (yes, no, corner))
+        place = layout.corners.index(CORNERS.index(asked))
+        assert layout.names[place] == corner.answer == corner.objects[0]
+        assert [q.answer_type for q in queries] == ["yes_no", "yes_no", "short"]
+        categories = [str(q.category).removeprefix(f"{kind}/") for q in queries]
+        assert categories == ["existence", "existence", "position"]
+        assert all(grade(q.answer, q.answer, q.answer_type).correct for q in queries)
+        if layout.look_alike:
+            looks.add(layout.look_alike.name)
+            assert no.objects == (layout.look_alike.resembles,)
     assert min(corners.values()) > 25
+    assert looks == ({look.name for look in LOOK_ALIKES} if kind else set())
+    assert looks.isdisjoint(CLASSES)
 
 
 def test_splits_share_no_scene_and_no_id() -> None:
@@ -102,6 +181,41 @@ def test_splits_share_no_scene_and_no_id() -> None:
         ValueError, match="unknown split 'dev': expected one of train, calibration, development, test"
     ):
         scene_seed("dev", 0)
+
+
+def test_hard_scenes_keep_their_kind_at_every_share() -> None:
+    seeds = [scene_seed("train", index) for index in range(2000)]
+    kinds = {share: [hard_kind(seed, share) for seed in seeds] for share in (0.0, 0.3, 0.6, 1.0)}
+    assert set(kinds[0.0]) == {""}
+    counts = Counter(kinds[0.3])
+    assert 0.27 < 1 - counts[""] / 2000 < 0.33
+    assert all(counts[kind] > 100 for kind in HARD_KINDS)
+    assert set(kinds[1.0]) == set(HARD_KINDS)
+    for fewer, more in zip(kinds[0.3], kinds[0.6], strict=True):
+        assert fewer in ("", more)
+
+
+@pytest.mark.parametrize("hand", HANDS)
+def test_the_source_loads_what_the_questions_are_about(hand: Hand) -> None:
+    source = pickle.loads(pickle.dumps(DemoSource("development", scenes=60, first=9, hard=0.5, hand=hand)))
+    queries, found = source.queries(), set()
+    assert queries == source.queries()
+    for query in queries:
+        *kind, asked = str(query.category).split("/")
+        found.add(*kind or [""])
+        assert asked in ("existence", "position")
+        assert all(name in query.image for name in kind)
+        wrong = source.wrong_answers(query)
+        assert wrong
+        assert not any(grade(w, query.answer, query.answer_type).correct for w in wrong)
+        loaded = source.load(query)
+        scene = render_scene(scene_seed("development", scene_index(query)), "".join(kind), hand)
+        assert np.array_equal(loaded.image, scene.image)
+        assert source.has_evidence(query) == (query.answer != "No")
+        about = [o.mask for o in scene.objects if o.name == query.objects[0]]
+        assert [m.tobytes() for m in loaded.evidence] == [m.tobytes() for m in about]
+        assert len(loaded.evidence) + len(loaded.distractors) == len(scene.objects)
+    assert found == {"", *HARD_KINDS}
 
 
 @pytest.mark.parametrize("name", SHIFTS)
@@ -122,29 +236,25 @@ def test_shifts_take_more_away_the_stronger_they_are(name: str) -> None:
     test = [harm(s) for s in strengths]
     assert test == sorted(test)
     assert test[0] > 0
-    if name in DEGRADATIONS:
-        degrade, (least, most) = DEGRADATIONS[name]
-        assert degrade is change
+    if change in DEGRADATIONS:
+        least, most = DEGRADATIONS[change]
         assert 0 < harm(least) < harm(most) < test[0]
-    assert len(strengths) >= 3
     assert name not in ("noise", "blur", "occlusion"), "training uses them"
 
 
-def test_draws_cover_all_shifts_and_strengths() -> None:
+def test_the_shifted_source_changes_the_same_scenes() -> None:
     rng = np.random.default_rng(0)
     drawn = Counter(draw_shift(rng) for _ in range(1500))
     assert set(drawn) == {(name, float(s)) for name, (_, strengths) in SHIFTS.items() for s in strengths}
-    image = render_scene(0).image
-    again = [mild_degradation(image, np.random.default_rng(4)) for _ in range(2)]
-    assert np.array_equal(*again)
-
-
-def test_the_shifted_source_degrades_the_same_scenes() -> None:
-    plain, shifted = DemoSource("test", scenes=40), DemoSource("test", scenes=40, shifted=True)
+    plain, shifted, lined = (
+        DemoSource("development", scenes=40, hard=0.5, **settings)
+        for settings in ({}, {"shifted": True}, {"hand": "line"})
+    )
+    assert plain.queries() == lined.queries()
     kinds: Counter[str] = Counter()
     for before, after in zip(plain.queries(), shifted.queries(), strict=True):
         assert (before.id, before.question, before.answer) == (after.id, after.question, after.answer)
-        kind, category = str(after.category).split("/")
+        kind, category = str(after.category).split("/", 1)
         kinds[kind] += 1
         assert category == before.category
         image = shifted.load(after).image
@@ -159,3 +269,10 @@ def test_impossible_sources_are_refused_at_once(settings: dict[str, Any]) -> Non
         DemoSource("train", **settings)
     with pytest.raises(ValueError, match="unknown split"):
         DemoSource("dev")
+
+
+def test_without_resvg_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(DataError, match=r"resvg.*vlm-calibration\[demo\]"):
+        DemoSource("development", scenes=1, hand="line").queries()
+    assert DemoSource("development", scenes=1).queries()

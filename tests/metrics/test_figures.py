@@ -1,14 +1,13 @@
 """Figures show the numbers of the table, need no display or pyplot, and work with empty tables and in threads."""
 
 import math
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from vlm_calibration.metrics import ConfidenceTable, figures
@@ -33,6 +32,11 @@ def texts(figure):
     return " | ".join(written + ([t.get_text() for t in legend.get_texts()] if legend else []))
 
 
+def curves(ax):
+    """Label -> the x and y of each line."""
+    return {li.get_label(): (list(li.get_xdata()), list(li.get_ydata())) for li in ax.lines}
+
+
 def size(figure):
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
@@ -49,11 +53,9 @@ def size(figure):
         make(levels=101, n=3000),
         ConfidenceTable.from_predictions([], []),
         ConfidenceTable.from_predictions([None], [True]),
-        ConfidenceTable.from_predictions([1.0], [True]),
-        ConfidenceTable.from_predictions([0.0, 0.0], [False, False]),
         ConfidenceTable.from_predictions([0.123, 0.1234], [False, True], grid_steps=10_000),
     ],
-    ids=["tens", "percents", "empty", "unparsed", "one right", "all 0%", "fine"],
+    ids=["tens", "percents", "empty", "unparsed", "fine"],
 )
 def test_every_figure_draws_every_table(draw, table):
     figure = draw(table)
@@ -72,9 +74,7 @@ def test_the_reliability_diagram_shows_bins_counts_and_ece():
     correct = [True] * 10 + [False] * 30 + [True] * 1500
     table = ConfidenceTable.from_predictions(confidence, correct)
     figure = figures.reliability_diagram(table)
-    line = next(li for li in figure.axes[0].lines if li.get_label() == "Answers, by bin")
-    assert line.get_xdata().tolist() == pytest.approx([22.5, 100])
-    assert line.get_ydata().tolist() == pytest.approx([25, 100])
+    assert curves(figure.axes[0])["Answers, by bin"] == (pytest.approx([22.5, 100]), pytest.approx([25, 100]))
     written = texts(figure)
     for part in ("40", "1,500", "Perfectly calibrated", "95% interval", "ECE 0.1%, 1,540 answers"):
         assert part in written
@@ -105,33 +105,26 @@ def test_wilson_intervals():
 def test_the_histogram_splits_by_correctness():
     table = ConfidenceTable.from_predictions([0.9] * 5 + [0.5] * 3, [True] * 4 + [False] + [False] * 3)
     figure = figures.confidence_histogram(table)
-    heights = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in figure.axes[0].containers[0]}
+    above, below = figure.axes[0].containers
+    heights = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in above}
     assert heights == pytest.approx({50: 0, 90: 4})
-    below = [bar.get_height() for bar in figure.axes[0].containers[1]]
-    assert below == [-3, -1]
+    assert [bar.get_height() for bar in below] == [-3, -1]
     assert "Mean confidence 75.0%" in texts(figure)
     assert "Accuracy 50.0%" in texts(figure)
 
 
 def test_the_risk_coverage_figure_integrates_to_aurc():
     table = make(2000)
-    figure = figures.risk_coverage_figure(table)
-    line = next(li for li in figure.axes[0].lines if li.get_label() == "By stated confidence")
-    area = np.trapezoid(line.get_ydata(), line.get_xdata()) / 1e4
-    assert area == pytest.approx(float(METRICS["aurc"](table)), abs=2e-3)
-    points = next(li for li in figure.axes[0].lines if li.get_label() == "Thresholds")
-    assert len(points.get_xdata()) == 11
-    assert points.get_xdata()[-1] == pytest.approx(100)
+    drawn = curves(figures.risk_coverage_figure(table).axes[0])
+    coverage, risk = drawn["By stated confidence"]
+    assert np.trapezoid(risk, coverage) / 1e4 == pytest.approx(float(METRICS["aurc"](table)), abs=2e-3)
+    assert len(drawn["Thresholds"][0]) == 11
+    assert drawn["Thresholds"][0][-1] == pytest.approx(100)
 
 
 def response(n_kinds, strengths=(1.0, 0.5)):
     tables = {(kind, s): make(200, seed=int(100 * s)) for kind in KIND_NAMES[:n_kinds] for s in strengths}
     return {("", 0.0): make(300), **tables}
-
-
-def curves(ax):
-    """Label -> the x and y of each line."""
-    return {li.get_label(): (list(li.get_xdata()), list(li.get_ydata())) for li in ax.lines}
 
 
 def test_the_response_curve_of_one_kind():
@@ -148,7 +141,7 @@ def test_the_response_curve_of_one_kind():
     assert "700 answers" in figure.get_suptitle()
 
 
-@pytest.mark.parametrize("n_kinds", [2, 5, 9])
+@pytest.mark.parametrize("n_kinds", [2, 9])
 def test_several_kinds_have_a_panel_each_and_share_the_untouched_images(n_kinds):
     tables = response(n_kinds)
     figure = figures.response_curve(tables)
@@ -170,8 +163,9 @@ def test_several_kinds_have_a_panel_each_and_share_the_untouched_images(n_kinds)
 def test_the_response_curve_without_answers_or_perturbation():
     for tables in ({}, {("", 0.0): ConfidenceTable.from_predictions([], [])}):
         assert "No answer" in texts(figures.response_curve(tables))
-    alone = figures.response_curve({("", 0.0): make()}).axes[0]
-    assert curves(alone)["Accuracy"][0] == [0]
+    alone = figures.response_curve({("", 0.0): make()}, figure=(given := Figure()))
+    assert alone is given
+    assert curves(alone.axes[0])["Accuracy"][0] == [0]
 
 
 def test_given_axes_and_titles_are_used():
@@ -180,31 +174,10 @@ def test_given_axes_and_titles_are_used():
     assert figures.reliability_diagram(make(), ax=left, title="mine") is figure
     assert left.get_title() == "mine"
     assert figures.confidence_histogram(make(), ax=right) is figure
-    assert figures.response_curve(response(3), figure=(given := Figure())) is given
 
 
-def test_figures_are_drawn_in_threads():
-    with ThreadPoolExecutor(4) as pool:
-        sizes = list(pool.map(lambda i: size(DRAWN[i % 3](make(seed=i))), range(6)))
-    assert sizes == [(800, 600)] * 6
-
-
-@pytest.mark.slow
-def test_no_pyplot_and_no_matplotlib_until_something_is_drawn():
-    """Importing the package and computing do not import matplotlib; drawing registers no figure with pyplot."""
-    code = """
-import sys, torch
-before = set(sys.modules)
-import torchmetrics
-by_torchmetrics = set(sys.modules)
-from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, figures
-assert not [m for m in set(sys.modules) - by_torchmetrics if m.startswith('matplotlib')]
-metrics = CalibrationMetrics()
-metrics.update(torch.tensor([0.9, 0.1]), torch.tensor([True, False]))
-metrics.compute()
-assert not [m for m in set(sys.modules) - by_torchmetrics if m.startswith(('matplotlib', 'lightning', 'transformers'))]
-figures.reliability_diagram(ConfidenceTable.from_predictions([0.9], [True]))
-import matplotlib.pyplot as plt
-assert not plt.get_fignums()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_figures_are_drawn_in_threads_without_pyplot():
+    with ThreadPoolExecutor(3) as pool:
+        sizes = list(pool.map(lambda draw: size(draw(make())), DRAWN))
+    assert sizes == [(800, 600)] * 3
+    assert not pyplot.get_fignums()

@@ -70,9 +70,11 @@ def test_a_confidence_outside_the_unit_interval_is_an_error():
 
     Its ECE is then 1 - (0.711 + 0.818) / 2 = 0.236, of numbers that nobody stated. Ours names the value.
     """
-    confidence, correct = torch.tensor([0.9, 1.5]), torch.tensor([1, 1])
+    confidence, correct = torch.tensor([0.9, 1.5]), torch.tensor([True, True])
     squashed = 1 - torch.sigmoid(confidence).mean()
-    assert float(binary_calibration_error(confidence, correct, n_bins=1)) == pytest.approx(float(squashed))
+    assert float(binary_calibration_error(confidence, correct.int(), n_bins=1)) == pytest.approx(
+        float(squashed)
+    )
     with pytest.raises(ValueError, match=r"confidence\[1\] = 1.5 is outside \[0, 1\]"):
         functional.expected_calibration_error(confidence, correct)
     with pytest.raises(ValueError, match=r"confidence\[1\] = 1.5 is outside \[0, 1\]"):

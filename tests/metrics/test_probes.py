@@ -1,14 +1,12 @@
-"""Counts of probed confidences: against a loop in exact fractions, in any batches and processes."""
+"""Counts of probed confidences, against a loop in exact fractions, in any batches."""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from vlm_calibration.metrics.counting import ProbeMetrics
 from vlm_calibration.records import ORIGINAL
@@ -17,9 +15,9 @@ PROBES = ("image", "answer")
 GROUPS = ("a", "b", "empty")
 
 
-def draw(n: int, seed: int = 0) -> tuple[list[dict[str, float | None]], list[list[str]]]:
+def draw(n: int) -> tuple[list[dict[str, float | None]], list[list[str]]]:
     """Confidences of whole percents and of millionths, some missing, and the groups of each answer."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def one() -> float | None:
         if rng.random() < 0.2:
@@ -68,26 +66,3 @@ def test_every_number_is_that_of_a_loop(batch: int) -> None:
     assert values == pytest.approx(expected, abs=1e-15, nan_ok=True)
     assert 0 < values["probe_image_fell"] < 1
     assert ProbeMetrics((), GROUPS).compute() == {}
-
-
-def test_processes_merge_to_the_same_bits() -> None:
-    """Each process syncs by the sum of its state, in any order."""
-    probed, groups = draw(300)
-    whole = ProbeMetrics(PROBES, GROUPS)
-    whole.update(probed, groups)
-    parts = []
-    for part in (slice(0, 0), slice(0, 37), slice(37, 300)):
-        metrics = ProbeMetrics(PROBES, GROUPS)
-        if probed[part]:
-            metrics.update(probed[part], groups[part])
-        parts.append(metrics)
-
-    def gathered(state: Any, **_: Any) -> list[torch.Tensor]:
-        assert state.shape == whole.counts.shape
-        return [p.counts.clone() for p in parts[::-1]]
-
-    synced = parts[1]
-    synced.sync(dist_sync_fn=gathered, distributed_available=lambda: True)
-    assert torch.equal(synced.counts, whole.counts)
-    synced.unsync()
-    assert not torch.equal(synced.counts, whole.counts)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from mapie.risk_control.fwer_control import FWERFixedSequenceTesting
 from scipy.stats import binom, binomtest
 
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.risk_control import (
     GRID_STEPS,
     LATER_START,
     Limits,
     ThresholdScores,
     control_risk,
-    exact_interval,
     fewest_answers,
     graded_answers,
     guarantee,
@@ -32,9 +32,6 @@ def _random_answers(seed: int, n: int = 600) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     confidence = np.round(rng.beta(4, 1, n), (1, 2)[seed % 2])
     return confidence, rng.random(n) < 1 - (1 - confidence) * 0.4
-
-
-# --- Against MAPIE ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -72,20 +69,10 @@ def test_the_threshold_is_never_above_that_of_a_fixed_sequence(name: str) -> Non
             assert not len(passed) or (ours is not None and ours <= falling[passed[-1]])
 
 
-# --- By hand ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("limit", "level"), [(0.05, 0.05), (0.1, 0.01), (0.4, 0.05), (0.001, 0.1)])
 def test_the_sequence_starts_with_enough_answers(limit: float, level: float) -> None:
     fewest = fewest_answers(limit, level)
     assert (1 - limit) ** fewest <= level < (1 - limit) ** (fewest - 1)
-
-
-@pytest.mark.parametrize(("events", "trials"), [(0, 20), (3, 40), (17, 17), (250, 1000)])
-def test_intervals_are_scipy_s(events: int, trials: int) -> None:
-    theirs = binomtest(events, trials).proportion_ci(0.9, "exact")
-    assert exact_interval(events, trials, 0.9) == pytest.approx((events / trials, theirs.low, theirs.high))
-    assert exact_interval(0, 0, 0.9)[1:] == (0, 1)
 
 
 def test_an_answer_counts_at_a_threshold_if_and_only_if_it_reaches_it() -> None:
@@ -97,22 +84,21 @@ def test_an_answer_counts_at_a_threshold_if_and_only_if_it_reaches_it() -> None:
         assert ((answers.confidence >= threshold) == (confidence >= threshold)).all()
 
 
-def test_what_is_no_answer_or_limit_is_refused() -> None:
-    for confidence, correct in (([0.5, 1.1], [True, True]), ([0.5], [True, False])):
-        with pytest.raises(ValueError, match="confidence"):
-            graded_answers(confidence, correct)
-    for limits in ((0, 0.95, None), (1, 0.95, None), (0.05, 1, None), (0.05, 0.95, 0)):
-        with pytest.raises(ValueError, match=r"must be between 0 and 1 \(exclusive\)"):
-            Limits(*limits)
-
-
-def test_counts_of_a_threshold_with_unparsed_answers() -> None:
+def test_scores_of_a_threshold_with_unparsed_answers() -> None:
+    """Their intervals are SciPy's."""
     confidence = [0.9] * 8 + [0.5] * 4 + [None] * 3
     correct = [True] * 7 + [False] + [True, False, False, False] + [True, True, False]
     answers = graded_answers(confidence, correct)
-    scores = ThresholdScores.of(answers.confidence >= 0.9, answers.correct, 0.95)
+    scores = ThresholdScores.of(answers.confidence >= 0.9, answers.correct, 0.9)
     assert scores[:5] == (15, 8, 1, 10, 3)
-    assert [interval.value for interval in scores[5:]] == [8 / 15, 1 / 8, 3 / 10]
+    for interval, events, trials in zip(scores[5:], (8, 1, 3), (15, 8, 10), strict=True):
+        theirs = binomtest(events, trials).proportion_ci(0.9, "exact")
+        assert interval == pytest.approx((events / trials, theirs.low, theirs.high))
+    none = ThresholdScores.of(np.zeros(17, dtype=bool), np.ones(17, dtype=bool), 0.9)
+    theirs = binomtest(17, 17).proportion_ci(0.9, "exact")
+    assert none.sent_away_share == pytest.approx((1, theirs.low, 1))
+    assert none.coverage[:2] == (0, 0)
+    assert none.error[1:] == (0, 1)
 
 
 @pytest.mark.parametrize(("top", "fewest"), [([0.8], 59), ([0.9, 0.85, 0.8], 72)])
@@ -143,12 +129,11 @@ def test_a_sequence_ends_at_the_first_threshold_that_fails() -> None:
 
 
 def test_groups_share_the_error_probability() -> None:
-    part = graded_answers([0.8] * 59, [True] * 59)
+    part, more = (graded_answers([0.8] * n, [True] * n) for n in (59, 72))
     assert control_risk({"a": part}, Limits(0.05)).found
     two = control_risk({"a": part, "b": part}, Limits(0.05))
     assert not two.found
     assert "Bonferroni over 2" in two.correction
-    more = graded_answers([0.8] * 72, [True] * 72)
     choices = control_risk({"a": more, "b": part}, Limits(0.05)).choices
     assert [choice.threshold for choice in choices.values()] == [0.8, None]
 
@@ -187,9 +172,6 @@ def test_the_sentence() -> None:
         "certainty for all groups together, for questions like mine: a: answer from 80% on, 75% of the questions; b: answer nothing."
     )
     assert guarantee(control_risk({"": bad}, Limits(0.05))) == ""
-
-
-# --- The guarantee, by simulation -------------------------------------------------------------------------------
 
 
 def _allowed(level: float) -> float:
@@ -245,12 +227,8 @@ def test_the_promise_holds_with_several_questions_an_image(correlation: float, q
     """Answers at one confidence just over the limit, of which those about an image are wrong together with this correlation."""
     rng, images = np.random.default_rng([questions, int(100 * correlation)]), 500
     over = Population(np.array([0.9]), np.ones(1), np.array([LIMIT + 1e-4]))
-    facts = ("A dog?", "Yes", "Yes", "yes", 0.9, True, None, None, "yes_no")
-    asked = [
-        EstimatedPrediction(f"{i}-{j}", *facts, image=str(i))  # type: ignore[arg-type]
-        for i in range(images)
-        for j in range(questions)
-    ]
+    asked = [SimpleNamespace(id=f"{i}-{j}", image=str(i)) for i in range(images) for j in range(questions)]
+    assert len(one_an_image([SimpleNamespace(id="a", image=None)] * 5)) == 5, "without an image all count"
     counted = np.array([tuple(map(int, answer.id.split("-"))) for answer in one_an_image(asked)])
     assert counted[:, 0].tolist() == list(range(images))
     assert len(set(counted[:, 1])) == questions, "not always the first"
@@ -262,9 +240,3 @@ def test_the_promise_holds_with_several_questions_an_image(correlation: float, q
         answers = over.graded(np.zeros(images, dtype=int), ~wrong)
         count += lowest_controlled(answers, LIMIT, 0.05) is not None
     assert count / DRAWS <= _allowed(0.05)
-
-
-def test_answers_without_an_image_all_count() -> None:
-    facts = ("A dog?", "Yes", "Yes", "yes", 0.9, True, None, None, "yes_no")
-    answers = [EstimatedPrediction(str(i), *facts) for i in range(5)]  # type: ignore[arg-type]
-    assert one_an_image(answers) == answers

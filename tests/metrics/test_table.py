@@ -1,4 +1,4 @@
-"""ConfidenceTable: conversion to levels, counting and refusals."""
+"""ConfidenceTable: conversion to levels, counting, bin edges and refusals."""
 
 from fractions import Fraction
 
@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_calibration.metrics.functional import METRICS
-from vlm_calibration.metrics.table import ConfidenceTable, to_level
+from vlm_calibration.metrics.table import ConfidenceTable, bin_index, to_level
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -48,12 +47,17 @@ def test_counting_under_autocast(dtype):
     assert table.value.tolist() == [i / 100 for i in range(101)]
 
 
-def test_unparsed_answers_are_counted_and_in_no_level():
-    correct = [True, True, False, False]
-    for confidence in ([0.9, None, 0.2, None], torch.tensor([0.9, float("nan"), 0.2, float("nan")])):
-        table = ConfidenceTable.from_predictions(confidence, correct)
-        assert (table.n, table.parsed, int(table.unparsed)) == (4, 2, 2)
-        assert (table.value.tolist(), table.counts.tolist()) == ([0.2, 0.9], [[1, 0], [0, 1]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_values_are_counted_together_and_unparsed_answers_apart(dtype):
+    confidence = torch.tensor([0.3, 0.1, 0.3, 1.0, 0.0, 0.3, float("nan")], dtype=dtype)
+    correct = torch.tensor([True, False, False, True, False, True, True])
+    table = ConfidenceTable.from_predictions(confidence, correct, None)
+    assert table.value.tolist() == sorted({float(c) for c in confidence[:-1]})
+    assert table.counts.tolist() == [[1, 0], [1, 0], [1, 2], [0, 1]]
+    assert (table.n, table.parsed, int(table.unparsed), table.dtype) == (7, 6, 1, dtype)
+    listed = ConfidenceTable.from_predictions([0.9, None, 0.2, None], [True, True, False, False])
+    assert (listed.n, listed.parsed, int(listed.unparsed)) == (4, 2, 2)
+    assert (listed.value.tolist(), listed.counts.tolist()) == ([0.2, 0.9], [[1, 0], [0, 1]])
 
 
 def test_the_grid_is_free():
@@ -69,11 +73,10 @@ def test_the_grid_is_free():
         ([0.5, -0.25], [True, True], r"confidence\[1\] = -0.25 is outside \[0, 1\]"),
         ([1.0001], [True], r"confidence\[0\] = 1.0001\d* is outside"),
         ([float("-inf")], [True], "outside"),
-        ([0.5], [True, False], "shape"),
+        ([0.5], [True, False], r"bool of shape \(1,\)"),
         ([50], [True], "floating"),
         ([[0.5]], [[True]], "vector"),
-        ([0.5], [1.0], "bool"),
-        ([0.5], [3], "0 and 1"),
+        ([0.5], [1], "bool"),
     ],
 )
 @pytest.mark.parametrize("grid_steps", [100, None])
@@ -82,22 +85,25 @@ def test_refusals(confidence, correct, message, grid_steps):
         ConfidenceTable.from_predictions(torch.tensor(confidence), torch.tensor(correct), grid_steps)
 
 
-@pytest.mark.parametrize("grid_steps", [0, -1, 2.5, True])
-def test_bad_grid_steps(grid_steps):
-    with pytest.raises(ValueError, match="grid_steps must be a positive integer"):
-        ConfidenceTable.from_predictions([0.5], [True], grid_steps)
+def uniform_bins(value, n_bins, dtype):
+    table = ConfidenceTable(value, torch.ones(len(value), 2, dtype=torch.int64), torch.tensor(0), dtype)
+    return bin_index(table, n_bins, "uniform")
 
 
-@pytest.mark.parametrize("grid_steps", [10, 100, 10_000])
-def test_rounding_moves_metrics_by_no_more_than_confidences_move(cases, grid_steps):
-    """Those that are Lipschitz in the confidences, on continuous ones."""
-    half = 1 / (2 * grid_steps)
-    for confidence, correct in cases(25, "continuous", seed=61, largest=150):
-        raw, table = (
-            ConfidenceTable.from_predictions(torch.tensor(confidence), torch.tensor(correct), steps)
-            for steps in (None, grid_steps)
-        )
-        for name, slope in {"mean_confidence": 1, "overconfidence": 1, "brier": 2}.items():
-            moved = abs(float(METRICS[name](table)) - float(METRICS[name](raw)))
-            assert moved <= slope * half + 1e-12, name
-        assert METRICS["parsed_accuracy"](table) == METRICS["parsed_accuracy"](raw)
+@pytest.mark.parametrize("grid_steps", [1, 7, 10, 100, 1000, 10_000])
+def test_levels_are_binned_as_in_integer_arithmetic(grid_steps):
+    """`[b / n_bins, (b + 1) / n_bins)`, the last closed, for quotients of integers."""
+    levels = torch.arange(grid_steps + 1)
+    for n_bins in (*range(1, 34), 100, 137, 200):
+        expected = (levels * n_bins // grid_steps).clamp_max(n_bins - 1)
+        assert torch.equal(uniform_bins(levels.double() / grid_steps, n_bins, torch.float64), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_raw_percents_and_edges_have_the_bins_of_integers_in_every_dtype(dtype):
+    """The literal nearest to k / n_bins in the dtype is in bin k; 1 is in the last bin."""
+    for n_bins in (1, 2, 3, 5, 10, 15, 20, 25, 50):
+        steps = n_bins if 100 % n_bins else 100
+        values = torch.tensor([float(Fraction(i, steps)) for i in range(steps + 1)], dtype=torch.float64)
+        expected = (torch.arange(steps + 1) * n_bins // steps).clamp_max(n_bins - 1)
+        assert torch.equal(uniform_bins(values.to(dtype).double(), n_bins, dtype), expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -11,16 +10,14 @@ from pathlib import Path
 
 from tests.performance.machine import processor, setting
 
+from vlm_calibration.files import write_text
+
 # Name -> title of its section. Benchmarks that need the whole machine come first, the longest one last.
 BENCHMARKS = {
-    "perturbation": "Region noise",
+    "perturbation": "Perturbation of a region, by kind",
     "data_path": "A query on its way to the model",
-    "metrics": "Calibration metrics",
-    "startup": "Start-up time of help pages and of mistakes",
     "streaming": "A million records in the data module",
     "phrases": "Key-object phrases",
-    "wandb_overhead": "Logging to W&B",
-    "estimators": "Cost of confidence estimators",
     "serving": "Answers a second, in process and from servers (vLLM needs tests/serving/setup)",
     "long_rows": "Long packed rows, dense masks and block masks",
     "preference": "Training steps, against TRL's",
@@ -49,10 +46,7 @@ def main() -> None:
             f"## {BENCHMARKS[name]}\n\n`python -m tests.performance.{name}`\n\n{ran.stdout.strip()}{status}\n"
         )
     text = "\n".join(page)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(args.out)
+    write_text(args.out, text)
     print(text)
     print(f"wrote {args.out}", file=sys.stderr)
     if failed:

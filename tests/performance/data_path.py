@@ -1,9 +1,9 @@
 """What a query costs before it reaches the model, part by part: reading, resizing, perturbing, processing, collating, copying.
 
-Run with `python -m tests.performance.data_path`; prints two Markdown tables. The image is a photograph of 1 and of 12 megapixels as a
+Run with `python -m tests.performance.data_path`; prints a Markdown table. The image is a photograph of 1 and of 12 megapixels as a
 JPEG, the processor that of Qwen2.5-VL with `data.max_pixels` of 1 megapixel. Parts are measured in CPU time of one thread, which
-other load on the machine changes little; the data module is measured by the clock, with two workers. The bar: resizing the image
-and resizing a mask take at most 10 ms for each megapixel of the file; otherwise the script ends with status 1.
+other load on the machine changes little. The bar: resizing the image and resizing a mask take at most 10 ms for each megapixel of the
+file; otherwise the script ends with status 1.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", NO_ALBUMENTATIONS_UPDATE="1", TOKENIZERS_PARALLELISM="false")
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -34,9 +32,8 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVide
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings
 from vlm_calibration.data.collate import ChatFormat, SFTCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy, Sample
+from vlm_calibration.data.noise import Sample
 from vlm_calibration.data.resolution import resize_to_model
-from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.perturbation.by_kind import KIND_NAMES, region_perturbation
 from vlm_calibration.perturbation.images import load_image, resize_mask
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
@@ -52,11 +49,6 @@ BAR = 10.0
 BARRED = ("resize to the model's size", "resize a mask")
 LEVELS = LinearLevels(n_levels=11)
 QUESTION, ANSWER = "Is there a woman in the picture?", "Yes"
-STAGES = {
-    "stage 1": None,
-    "stage 2, own answers": CandidateSettings(answers="own"),
-    "stage 2, gold answers": CandidateSettings(),
-}
 
 
 def write_photograph(path: Path, height: int, width: int) -> None:
@@ -78,36 +70,6 @@ def save_processor(folder: Path) -> str:
         chat_template=small.chat_template,
     ).save_pretrained(folder)
     return str(folder)
-
-
-def write_queries(folder: Path, n: int) -> dict[str, str]:
-    """Name of each size -> a file of `n` queries about its photograph, each with one region."""
-    files = {}
-    for name, (height, width) in SIZES.items():
-        image = f"{height}.jpg"
-        write_photograph(folder / image, height, width)
-        box = [width * 0.25, height * 0.25, width * 0.75, height * 0.75]
-        region = {"label": "woman", "box": box}
-        record = {"image": image, "question": QUESTION, "answer": ANSWER, "answer_type": "yes_no"}
-        lines = [
-            json.dumps({"id": f"{name} {i}", **record, "objects": ["woman"], "regions": [region]})
-            for i in range(n)
-        ]
-        files[name] = str(folder / f"{height}.jsonl")
-        Path(files[name]).write_text("\n".join(lines), encoding="utf-8")
-    return files
-
-
-def data_module(processor: str, queries: str, **settings: Any) -> PerturbedQueryDataModule:
-    return PerturbedQueryDataModule(
-        processor,
-        train=JsonlSource(queries),
-        noise=NoisePolicy(levels=LEVELS, kinds=dict.fromkeys(KIND_NAMES, 1.0)),
-        max_pixels=MAX_PIXELS,
-        max_length=MAX_LENGTH,
-        batch_size=2,
-        **settings,
-    )
 
 
 def parts_of(chat: ChatFormat, file: Path) -> dict[str, Callable[[], object]]:
@@ -162,49 +124,25 @@ def milliseconds(parts: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def queries_a_second(data: PerturbedQueryDataModule) -> float:
-    """Of an epoch after the first batches, by the clock."""
-    data.setup("fit")
-    loader = data.train_dataloader()
-    batches = iter(loader)
-    for _ in range(2 * max(1, data.workers)):  # prefetched while the workers started
-        next(batches)
-    start = time.perf_counter()
-    n = sum(len(batch.queries) for batch in batches)
-    return n / (time.perf_counter() - start)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--queries", type=int, default=60, help="in an epoch of the data module")
-    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    parts = {}
     with tempfile.TemporaryDirectory() as folder:
         processor = save_processor(Path(folder) / "processor")
-        files = write_queries(Path(folder), args.queries)
-        parts = {}
-        for name, (height, _) in SIZES.items():
-            chat = data_module(processor, files[name]).chat
-            parts[name] = milliseconds(parts_of(chat, Path(folder) / f"{height}.jpg"), args.rounds)
-        rates = {
-            (stage, name): queries_a_second(
-                data_module(processor, files[name], candidates=candidates, workers=args.workers)
-            )
-            for stage, candidates in STAGES.items()
-            for name in SIZES
-        }
+        data = PerturbedQueryDataModule(processor, max_pixels=MAX_PIXELS, max_length=MAX_LENGTH)
+        for name, (height, width) in SIZES.items():
+            file = Path(folder) / f"{height}.jpg"
+            write_photograph(file, height, width)
+            parts[name] = milliseconds(parts_of(data.chat, file), args.rounds)
     print(f"{cpu()}; {setting('torch', 'torchvision', 'transformers', 'pillow', 'numpy')}\n")
     print(f"| CPU time of a query (ms), file of | {' | '.join(SIZES)} |")
     print("|---|---|---|")
     for part in next(iter(parts.values())):
         print(f"| {part} | {' | '.join(f'{parts[name][part]:.1f}' for name in SIZES)} |")
-    print(f"\n| queries a second, {args.workers} workers | {' | '.join(SIZES)} |")
-    print("|---|---|---|")
-    for stage in STAGES:
-        print(f"| {stage} | {' | '.join(f'{rates[stage, name]:.1f}' for name in SIZES)} |")
     megapixels = {name: height * width / 1e6 for name, (height, width) in SIZES.items()}
     slow = [
         f"{part} at {name}" for name in SIZES for part in BARRED if parts[name][part] > BAR * megapixels[name]

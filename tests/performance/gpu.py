@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from tests.performance.gpu_models import REAL, SETS, TINY
-from tests.performance.gpu_steps import ANSWERED, FAILED, NEW_TOKENS, OURS, PARTS, STEP_SECONDS, Cell
+from tests.performance.gpu_steps import ANSWERED, FAILED, NEW_TOKENS, OURS, STEP_SECONDS, Cell
 from tests.performance.machine import processor, setting
 from tests.performance.preference import BATCH
 
@@ -39,7 +39,6 @@ NOTES = """\
 - Liger: `LigerFusedLinearDPOLoss` on TRL's batch. Its SFT loss is a Triton kernel that could not be checked without a GPU, and is left out.
 - flash-pref is left out: 0.1.1, its newest version, needs transformers below 4.52, and this package 5 or newer.
 - Peak: all tensors on the device, weights included.
-- Shares are of one step with clocks that wait for the device, collating included. "prefix" and "suffixes" split the language model's time, forward and backward.
 """
 
 
@@ -126,11 +125,6 @@ def page(cells: Sequence[Cell], failed: Sequence[str], args: argparse.Namespace)
         f"Random weights. {BATCH} queries a step; at most five measured steps a side, fewer where they take more than {STEP_SECONDS:g} s.",
         "## Training steps",
         table(STEP_HEADER, (step_row(c, cells) for c in trained)),
-        "## Share of time, ours",
-        table(
-            ("model", "weights", "task", *PARTS),
-            ([c.model, c.weights, c.task, *(f"{c.parts[p]:.0%}" for p in PARTS)] for c in trained if c.parts),
-        ),
         "## Answers",
         f"Batches of {ANSWERED} questions, {NEW_TOKENS} new tokens each.",
         table(

@@ -1,4 +1,4 @@
-"""One model of `tests.performance.gpu` in one format of weights: steps of all sides, shares of time, memory, answers.
+"""One model of `tests.performance.gpu` in one format of weights: steps of all sides, memory, answers.
 
 `python -m tests.performance.gpu_steps MODEL` runs in a process of its own and prints one JSON object a line, a `Cell`. The model is loaded once; every
 side adds its adapter to it and takes it away again.
@@ -18,10 +18,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,8 @@ from transformers import AutoProcessor
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.models.base import BaseModel
-from vlm_calibration.models.forward import frozen_vision, unwrap_peft
 from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import load_for_training
-from vlm_calibration.models.shared_prefix import Prompts, score_responses
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -56,7 +53,6 @@ TASKS = {
     "sft": Task("SFT", 0, {}),
     **{f"dpo{n}": Task(f"DPO, {n} rejected", n, {}) for n in (1, 4, 10)},
 }
-PARTS = ("data", "vision", "prefix", "suffixes", "head", "rest")
 BF16 = torch.bfloat16
 
 
@@ -75,7 +71,6 @@ class Cell:
         losses: of all steps, warm-up first.
         peak: bytes allocated at the peak.
         rows: longest prompt of the answers in tokens.
-        parts: part of `PARTS` -> share of the time of a step.
     """
 
     model: str
@@ -88,7 +83,6 @@ class Cell:
     losses: list[float] = field(default_factory=list)
     peak: int = 0
     rows: int = 0
-    parts: dict[str, float] = field(default_factory=dict)
 
 
 class Bench:
@@ -171,8 +165,6 @@ class Bench:
                 if cell.seconds and sum(cell.seconds) + sum(cell.collating) > STEP_SECONDS:
                     break
             cell.peak = self._peak(lambda: step(0), side)
-            if cell.side == OURS:
-                cell.parts = Shares(self, side).measure(self.samples[:BATCH])
 
     def _side(self, side: str, task: Task, model: Any) -> tuple[Callable[[int], tuple[float, float]], Any]:
         """Steps of a side by their number, and what runs them."""
@@ -278,100 +270,6 @@ def scales_bytes(parameter: torch.Tensor) -> int:
     """Bytes of the scales of a weight in nf4, which are no parameters; 0 for other weights."""
     state = getattr(parameter, "quant_state", None)
     return 0 if state is None else state.absmax.nbytes + state.state2.absmax.nbytes
-
-
-class Shares:
-    """The time of a training step by parts: data, vision, prefix, suffixes, head, and the rest (loss, clipping, optimizer).
-
-    One more step runs with clocks around the modules, which wait for the GPU. The language model's time, forward and backward, of policy and reference, is
-    split by that of a pass over the prompts alone. Images and responses of SFT, which shares nothing, belong to its prefix.
-
-    Args:
-        bench: the measured model.
-        ours: the side whose step is measured.
-    """
-
-    def __init__(self, bench: Bench, ours: OurStep) -> None:
-        self.bench, self.ours, self.now = bench, ours, bench._now
-        self.spent = dict.fromkeys(("vision", "language", "head"), 0.0)
-
-    def measure(self, samples: Sequence[Any]) -> dict[str, float]:
-        """Part of `PARTS` -> share of the time of a step with these samples, collating included."""
-        start = self.now()
-        batch = self.ours.collate(samples).to(self.ours.device)
-        data = self.now() - start
-        with self._clocks():
-            self._reset()
-            start = self.now()
-            self._backward(self.ours.loss(batch))
-            self.ours.update()
-            total = data + self.now() - start
-            spent = dict(self.spent)
-            prefix = spent["language"]
-            if hasattr(batch, "candidates"):
-                self._reset()
-                self._score_prompts(batch)
-                prefix = min(prefix, self.spent["language"])
-        seconds = {
-            "data": data,
-            "vision": spent["vision"],
-            "prefix": prefix,
-            "suffixes": spent["language"] - prefix,
-            "head": spent["head"],
-        }
-        seconds["rest"] = total - sum(seconds.values())
-        return {part: value / total for part, value in seconds.items()}
-
-    def _score_prompts(self, batch: Any) -> None:
-        """The passes of policy and reference over prompts with the first token of one response, which takes no row of its own."""
-        tokens = [[row[0].tokens[:1]] for row in batch.candidates]
-        prompts, module = Prompts(batch.inputs, batch.lengths), self.ours.module
-        with torch.autocast(self.ours.device.type, dtype=self.ours.autocast):
-            with torch.no_grad(), module.as_reference():
-                score_responses(self.ours.model, prompts, tokens)
-            loss = score_responses(self.ours.model, prompts, tokens).total.sum()
-        self._backward(loss)
-        self.ours.optimizer.zero_grad(set_to_none=True)
-
-    def _reset(self) -> None:
-        self.spent.update(dict.fromkeys(self.spent, 0.0))
-
-    def _backward(self, loss: torch.Tensor) -> None:
-        """The backward pass: first through loss and output head, then through the language model."""
-        start = self.reached = self.now()
-        loss.backward()
-        self.spent["head"] += self.reached - start
-        self.spent["language"] += self.now() - self.reached
-
-    @contextmanager
-    def _clocks(self) -> Iterator[None]:
-        """Add the time of every forward pass to its part, and note when the backward pass reaches the language model."""
-        base = unwrap_peft(self.ours.model)
-        modules = [("language", base.get_decoder()), ("head", base.get_output_embeddings())]
-        modules += [("vision", module) for module in frozen_vision(self.ours.model)]
-        started: dict[int, float] = {}
-
-        def enter(module: Any, args: Any) -> None:
-            started[id(module)] = self.now()
-
-        def leave(part: str, module: Any, args: Any, output: Any) -> None:
-            self.spent[part] += self.now() - started[id(module)]
-            hidden = getattr(output, "last_hidden_state", None)
-            if part == "language" and hidden is not None and hidden.requires_grad:
-                hidden.register_hook(self._reach)
-
-        handles = []
-        for part, module in modules:
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(partial(leave, part)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _reach(self, gradient: torch.Tensor) -> None:
-        self.reached = self.now()
 
 
 def main(arguments: list[str] | None = None) -> None:

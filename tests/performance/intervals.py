@@ -9,14 +9,16 @@ cells are in bold.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.metrics.bootstrap import Interval, interval_of
+from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates, interval_of
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.reporting.report.table import ImageBootstrap
@@ -114,7 +116,13 @@ def intervals(
     both = population.table(np.concatenate([counts[None], draws]).reshape(replicates + 1, -1, 2))
     answers = both._replace(counts=both.counts[0], unparsed=both.unparsed[0])
     resampled = both._replace(counts=both.counts[1:], unparsed=both.unparsed[1:])
-    return {metric: interval_of(METRICS[metric], answers, resampled) for metric in metrics}
+    rarer = int(answers.counts.sum(0).amin())
+    return {
+        name: interval_of(
+            METRICS[name], answers, resampled, bootstrap_replicates(resampled, METRICS[name]), rarer
+        )
+        for name in metrics
+    }
 
 
 def _intervals_of_images(
@@ -134,78 +142,55 @@ def _intervals_of_images(
     return dict(bootstrap.measure(confidence).intervals)
 
 
-@dataclass
-class Coverage:
-    """Counts of intervals and misses.
+class Coverage(NamedTuple):
+    """Number of intervals, how many have the truth below them and above them, and their mean width."""
 
-    Attributes:
-        samples: number of intervals.
-        below: how many have the truth below them.
-        above: how many have the truth above them.
-        width: sum of their widths.
-    """
-
-    samples: int = 0
-    below: int = 0
-    above: int = 0
-    width: float = 0.0
-
-    def add(self, interval: Interval, truth: float) -> None:
-        """Count one interval, unless it is undefined."""
-        if interval.value != interval.value:
-            return
-        self.samples += 1
-        self.below += truth < interval.low - 1e-6
-        self.above += truth > interval.high + 1e-6
-        self.width += interval.high - interval.low
-
-    @property
-    def percent(self) -> float:
-        """Share of the intervals that contain the truth."""
-        return 100 * (1 - (self.below + self.above) / self.samples)
+    samples: int
+    below: int
+    above: int
+    width: float
 
     def __str__(self) -> str:
         if not self.samples:
             return "-"
-        text = f"{self.percent:.1f}"
-        if not COVERED[0] <= self.percent <= COVERED[1]:
+        below, above = 100 * self.below / self.samples, 100 * self.above / self.samples
+        text = f"{100 - below - above:.1f}"
+        if not COVERED[0] <= 100 - below - above <= COVERED[1]:
             text = f"**{text}**"
-        below, above = (100 * k / self.samples for k in (self.below, self.above))
-        return f"{text} ({below:.1f}, {above:.1f}; {self.width / self.samples:.3f})"
+        return f"{text} ({below:.1f}, {above:.1f}; {self.width:.3f})"
 
 
 def coverage(
     population: Population, n: int, metrics: Sequence[str], samples: int, replicates: int, seed: int = 0
 ) -> dict[str, Coverage]:
-    """Coverage of the intervals from samples of n answers, by metric."""
-    truth = {metric: population.truth(metric) for metric in metrics}
-    counted = {metric: Coverage() for metric in metrics}
+    """Coverage of the intervals from samples of n answers, by metric; undefined intervals are left out."""
     rng = np.random.default_rng(seed)
-    for _ in range(samples):
-        of_sample = intervals(population, n, metrics, rng, replicates)
-        for metric in metrics:
-            if truth[metric] == truth[metric]:
-                counted[metric].add(of_sample[metric], truth[metric])
+    of_samples = [intervals(population, n, metrics, rng, replicates) for _ in range(samples)]
+    counted = {}
+    for metric in metrics:
+        truth = population.truth(metric)
+        drawn = [of_sample[metric] for of_sample in of_samples]
+        defined = [interval for interval in drawn if not math.isnan(interval.value)]
+        below = sum(truth < interval.low - 1e-6 for interval in defined)
+        above = sum(truth > interval.high + 1e-6 for interval in defined)
+        width = sum(interval.high - interval.low for interval in defined) / max(1, len(defined))
+        counted[metric] = Coverage(len(defined), below, above, width)
     return counted
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--metrics", nargs="+", default=["ece", "brier", "auroc"], choices=METRICS)
-    parser.add_argument("--answers", nargs="+", type=int, default=[200, 2000])
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--replicates", type=int, default=500)
-    parser.add_argument("--populations", nargs="+", default=list(POPULATIONS), choices=POPULATIONS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"| population | answers | true ECE | {' | '.join(args.metrics)} |")
-    print("|---|---:|---:|" + "---|" * len(args.metrics))
-    for n in args.answers:
-        for name in args.populations:
-            population = POPULATIONS[name]
-            cells = coverage(population, n, args.metrics, args.samples, args.replicates)
-            row = " | ".join(str(cells[metric]) for metric in args.metrics)
+    metrics = ("ece", "brier", "auroc")
+    print(f"| population | answers | true ECE | {' | '.join(metrics)} |\n|---|---:|---:|---|---|---|")
+    for n in (200, 2000):
+        for name, population in POPULATIONS.items():
+            cells = coverage(population, n, metrics, args.samples, args.replicates)
+            row = " | ".join(str(cells[metric]) for metric in metrics)
             print(f"| {name} | {n:,} | {population.truth('ece'):.3f} | {row} |", flush=True)
 
 

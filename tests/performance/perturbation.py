@@ -1,7 +1,7 @@
-"""Time of one perturbation, compared with albumentations on the whole image and, for noise, a plain float64 version.
+"""Time of one perturbation of each kind, compared with albumentations on the whole image.
 
 Run with `python -m tests.performance.perturbation`. The contestants take turns in one process on one thread, so that
-other load on the machine affects all of them; the tables show medians. The bar: at most 5 ms for ours, of any kind.
+other load on the machine affects all of them; the table shows medians. The bar: at most 5 ms for ours, of any kind.
 """
 
 import os
@@ -18,14 +18,12 @@ from tests.performance.machine import setting
 
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
 from vlm_calibration.perturbation.kinds import RegionPerturbation
-from vlm_calibration.perturbation.noise import add_region_noise
-from vlm_calibration.perturbation.schedules import LinearSchedule
 
 # isort: split
 import albumentations as A
 import cv2
 
-HEIGHT, WIDTH, STEP = 480, 640, 500
+HEIGHT, WIDTH = 480, 640
 STRENGTHS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 BOXES = {"150 x 150": (slice(165, 315), slice(245, 395)), "400 x 300": (slice(90, 390), slice(120, 520))}
 PEERS = {
@@ -42,41 +40,7 @@ PEERS = {
 """Albumentations' own transform of a similar kind."""
 
 
-def ellipse_mask(share: float) -> np.ndarray:
-    """A centred ellipse that covers `share` of the image, with the aspect ratio of the image."""
-    radius = np.sqrt(share / np.pi)
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    return ((y + 0.5) / HEIGHT - 0.5) ** 2 + ((x + 0.5) / WIDTH - 0.5) ** 2 < radius**2
-
-
-def plain_numpy(image: np.ndarray, mask: np.ndarray, alpha_bar: float, seed: int) -> np.ndarray:
-    """The formula in float64 on the whole image, blended with the mask."""
-    clean = image / 127.5 - 1
-    noise = np.random.default_rng(seed).standard_normal(image.shape)
-    noisy = np.sqrt(alpha_bar) * clean + np.sqrt(1 - alpha_bar) * noise
-    blended = np.where(mask[..., None], noisy, clean)
-    return np.clip(np.rint((blended + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-def contestants(share: float) -> dict[str, Callable[[int], object]]:
-    image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    mask = ellipse_mask(share)
-    schedule = LinearSchedule()
-    alpha_bar = schedule.alpha_bar(STEP)
-    noise = RegionPerturbation("noise", schedule)
-    transform = A.Compose([noise])
-    spread = float(np.sqrt(1 - alpha_bar) / 2)
-    gauss = A.Compose([A.GaussNoise(std_range=(spread, spread), p=1)])
-    return {
-        "`add_region_noise`": lambda i: add_region_noise(image, mask, STEP, schedule, i),
-        "noise, as in training": lambda i: noise(image=image, mask=mask, strength=0.5, seed=i),
-        "noise in a `Compose`": lambda i: transform(image=image, mask=mask, strength=0.5, seed=i),
-        "albumentations `GaussNoise`, whole image": lambda i: gauss(image=image),
-        "plain numpy, float64": lambda i: plain_numpy(image, mask, alpha_bar, i),
-    }
-
-
-def kind_contestants() -> dict[str, Callable[[int], object]]:
+def contestants() -> dict[str, Callable[[int], object]]:
     """Each kind on a mask of each size, at a strength that changes from call to call, and its peer on the whole image."""
     image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     runs: dict[str, Callable[[int], object]] = {}
@@ -105,39 +69,23 @@ def measure(runs: dict[str, Callable[[int], object]], rounds: int) -> dict[str, 
     return times
 
 
-def print_kinds(rounds: int) -> None:
-    """The table of all kinds: median milliseconds on both masks, and of albumentations' transform on the whole image."""
-    medians = {
-        name: statistics.median(values) for name, values in measure(kind_contestants(), rounds).items()
-    }
-    print(f"\nAll kinds, ms at strengths {', '.join(map(str, STRENGTHS))} in turn\n")
-    print(f"| kind | {' | '.join(f'mask of {size}' for size in BOXES)} | albumentations, whole image |")
-    print("|---|---|---|---|")
-    for kind, peer in PEERS.items():
-        ours = " | ".join(f"{medians[f'{kind}, {size}']:.2f}" for size in BOXES)
-        print(f"| {kind} | {ours} | `{type(peer).__name__}` {medians[f'{kind}, peer']:.2f} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=100, help="timed calls of each contestant")
-    parser.add_argument("--share", type=float, default=0.25, help="share of the image under the mask")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
-    times = measure(contestants(arguments.share), arguments.rounds)
+    times = measure(contestants(), arguments.rounds)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ours = next(iter(medians.values()))
     print(
-        f"{WIDTH} x {HEIGHT}, {arguments.share:.0%} mask, one thread, {arguments.rounds} interleaved rounds, "
-        f"{setting('numpy', 'albumentations')}\n"
+        f"{WIDTH} x {HEIGHT}, one thread, {setting('numpy', 'albumentations')}; ms at strengths {STRENGTHS} in turn\n"
     )
-    print("| | median ms | 10% to 90% | ratio |\n|---|---|---|---|")
-    for name, values in times.items():
-        low, high = np.percentile(values, [10, 90])
-        print(f"| {name} | {medians[name]:.2f} | {low:.2f} to {high:.2f} | {medians[name] / ours:.1f} |")
-    print_kinds(arguments.rounds)
+    print(f"| kind | {' | '.join(f'mask of {size}' for size in BOXES)} | albumentations, whole image |")
+    print("|---|---|---|---|")
+    for kind, peer in PEERS.items():
+        ours = " | ".join(f"{medians[f'{kind}, {size}']:.2f}" for size in BOXES)
+        print(f"| {kind} | {ours} | `{type(peer).__name__}` {medians[f'{kind}, peer']:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,43 @@
 """Precision and recall of the key object phrases on hand-labelled question-response pairs (`phrases.jsonl`).
 
-`python -m tests.performance.phrases` prints both parts of the file and each form of `phrase_forms.py`; `--misses` lists the errors
-in the development part. The labels were written before the rules, with these guidelines: an object is anything that one can point
-at, with its adjectives and nouns and without articles and numbers. The image and its sides, colours, counts, times, activities and
-written text are not objects. "Cup of coffee" is one object, "herd of elephants" is "elephants". An object that the answer names
-("What animal ...?" - "cat") has that name. `absent` lists objects that are not in the image according to the answer. The rules were
-developed on the development part, of which three labels were corrected later to follow the guidelines; the held-out part was only
-measured. One author wrote both parts and the rules, so accuracy on questions of real users will be lower.
+`python -m tests.performance.phrases` prints both parts of the file and each form of `phrase_forms.jsonl`. The labels were written before
+the rules, with these guidelines: an object is anything that one can point at, with its adjectives and nouns and without articles and
+numbers. The image and its sides, colours, counts, times, activities and written text are not objects. "Cup of coffee" is one object,
+"herd of elephants" is "elephants". An object that the answer names ("What animal ...?" - "cat") has that name. `absent` lists objects
+that are not in the image according to the answer. The rules were developed on the development part, of which three labels were
+corrected later to follow the guidelines; the held-out part was only measured. One author wrote both parts and the rules, so accuracy on
+questions of real users will be lower.
+
+A form is a template that is filled in with many objects, so that one that fails for every object is visible: `{x}` is an object, `{xs}` its
+plural, `{a}` its article, `{y}` the next object of the list, `{ys}` the plural of that, `{w}` each of the form's words in turn, and `{h}`
+the word without its article. The held-out forms were written before the first measurement, with other objects and words.
 """
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vlm_calibration.regions.describer import Description
 from vlm_calibration.regions.phrases import RuleDescriber
 
-from .phrase_forms import FORMS, Form, fill
-
-PAIRS = Path(__file__).with_name("phrases.jsonl")
 PARTS = ("development", "held out")
-UNKNOWN = Description(())
+THINGS = {
+    "development": "car, dog, cup, table, door, bus/buses, lake, umbrella, fire hydrant, traffic light, teddy bear, bench/benches",
+    "held out": "knife/knives, horse, boat, shirt, bridge, wine glass/wine glasses, parking meter, tennis racket, suitcase, sheep/sheep, "
+    "potted plant, box/boxes",
+}
+"""Objects of each part; "/" separates the plural if it is not the singular with "s"."""
+BEINGS = {
+    "development": "man/men, woman/women, child/children, person/people, dog, cat, bird, horse, cow, bear, giraffe, lion",
+    "held out": "boy, girl, elephant, zebra, sheep/sheep, player, surfer, duck, tiger, lady/ladies, rider, police officer",
+}
+"""People and animals, for forms with `beings`."""
 
 
 class Pair(NamedTuple):
-    """One line of the file: a question with its answer and the expected phrases.
+    """A question with its answer, and the expected phrases.
 
     Attributes:
         part: "development" or "held out".
@@ -71,9 +82,38 @@ class Agreement(NamedTuple):
         return self.correct / max(1, self.labelled)
 
 
-def read_pairs(path: Path = PAIRS) -> list[Pair]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()]
+
+
+def read_pairs() -> list[Pair]:
+    rows = _lines("phrases.jsonl")
     return [Pair(**{**row, "objects": tuple(row["objects"]), "absent": tuple(row["absent"])}) for row in rows]
+
+
+FORMS = _lines("phrase_forms.jsonl")
+
+
+def filled(form: dict[str, Any], part: str) -> list[Pair]:
+    """A form filled in with each object of a part and each of its own words."""
+    things = (BEINGS if form.get("beings") else THINGS)[part].split(", ")
+    objects = [(name, plural or f"{name}s") for name, _, plural in (thing.partition("/") for thing in things)]
+    pairs = []
+    for (i, (x, xs)), word in product(enumerate(objects), form.get("words", "").split(", ")):
+        y, ys = objects[(i + 1) % len(objects)]
+        a, h = "an" if x[0] in "aeiou" else "a", word.removeprefix("an ").removeprefix("a ")
+        question, answer, *phrases = (
+            text.format(x=x, xs=xs, a=a, y=y, ys=ys, w=word, h=h)
+            for text in (
+                form["question"],
+                form["answer"],
+                *form.get("objects", ["{x}"]),
+                *form.get("absent", []),
+            )
+        )
+        n = len(phrases) - len(form.get("absent", []))
+        pairs.append(Pair(part, form["name"], question, answer, tuple(phrases[:n]), tuple(phrases[n:])))
+    return pairs
 
 
 def head(phrase: str) -> str:
@@ -93,7 +133,7 @@ def measure(part: str) -> dict[str, Agreement]:
     """Agreement of objects and of absent objects; phrases must match exactly, or in their head nouns."""
     pairs = [p for p in read_pairs() if p.part == part]
     describer = RuleDescriber()
-    described = [describer.describe_pair(p.question, p.answer) or UNKNOWN for p in pairs]
+    described = [describer.describe_pair(p.question, p.answer) or Description(()) for p in pairs]
     objects, expected = [d.objects for d in described], [p.objects for p in pairs]
     heads = [[[head(p) for p in row] for row in rows] for rows in (objects, expected)]
     return {
@@ -103,66 +143,33 @@ def measure(part: str) -> dict[str, Agreement]:
     }
 
 
-def form_pairs(form: Form, part: str) -> list[Pair]:
-    """A form filled in with each object of a part."""
-    return [Pair(part, *asked) for asked in fill(form, part)]
-
-
-def unknown(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs that the rules leave to another describer."""
+def misses(pairs: Iterable[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """The pairs with an error, and those that the rules leave to another describer, which are no errors."""
     describer = RuleDescriber()
-    return [pair for pair in pairs if describer.describe_pair(pair.question, pair.answer) is None]
-
-
-def misses(pairs: Iterable[Pair]) -> list[tuple[Pair, Description]]:
-    """The pairs with an error, and their descriptions; those that the rules do not know are no errors."""
-    describer = RuleDescriber()
-    described = [(pair, describer.describe_pair(pair.question, pair.answer)) for pair in pairs]
-    return [
-        (pair, description)
-        for pair, description in described
-        if description is not None
-        and (set(description.objects) != set(pair.objects) or set(description.absent) != set(pair.absent))
-    ]
-
-
-def print_forms(part: str) -> None:
-    print(f"\n| form, {part} | for example | without error | not known |\n|---|---|---|---|")
-    for form in FORMS[part]:
-        pairs = form_pairs(form, part)
-        exact, other = len(pairs) - len(misses(pairs)), len(unknown(pairs))
-        print(
-            f"| {form.name} | {pairs[0].question} | {exact / len(pairs):.3f} ({exact}/{len(pairs)}) | {other} |"
-        )
-
-
-def print_misses(part: str) -> None:
-    pairs = [pair for pair in read_pairs() if pair.part == part]
-    for form in FORMS[part]:
-        pairs += form_pairs(form, part)
-    for pair, described in misses(pairs):
-        print(
-            f"{pair.question} | {pair.answer}\n  found    {described}\n  labelled {pair.objects} {pair.absent}"
-        )
+    wrong, unknown = [], []
+    for pair in pairs:
+        described = describer.describe_pair(pair.question, pair.answer)
+        if described is None:
+            unknown.append(pair)
+        elif (set(described.objects), set(described.absent)) != (set(pair.objects), set(pair.absent)):
+            wrong.append(pair)
+    return wrong, unknown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--misses", nargs="?", const=PARTS[0], choices=PARTS, help="list the pairs with an error"
-    )
-    args = parser.parse_args()
     print("| part | | precision | recall | pairs without error |\n|---|---|---|---|---|")
     for part in PARTS:
         for name, a in measure(part).items():
             cells = f"{a.precision:.3f} ({a.correct}/{a.found}) | {a.recall:.3f} ({a.correct}/{a.labelled})"
             print(f"| {part} | {name} | {cells} | {a.exact}/{a.pairs} |")
-    for part in PARTS:
-        print_forms(part)
-    if args.misses:
-        print_misses(args.misses)
+    print("\n| part | form | for example | without error | not known |\n|---|---|---|---|---|")
+    for form in FORMS:
+        pairs = filled(form, form["part"])
+        wrong, unknown = misses(pairs)
+        exact, n = len(pairs) - len(wrong), len(pairs)
+        print(
+            f"| {form['part']} | {form['name']} | {pairs[0].question} | {exact / n:.3f} ({exact}/{n}) | {len(unknown)} |"
+        )
 
 
 if __name__ == "__main__":

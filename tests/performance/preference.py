@@ -2,8 +2,8 @@
 
 Run with `python -m tests.performance.preference`; prints a Markdown table. A step is collating a batch of two queries,
 forward, reference, loss, backward, clipping and AdamW. Both sides alternate in one process, so that other load on the
-machine affects them alike; ratios are of the same round. Peak memory is measured in a process for each side. The losses of each
-step are compared too; if they differ, the script ends with status 1.
+machine affects them alike; ratios are of the same round. The losses of each step are compared too; if they differ, the script ends with
+status 1. Memory is measured by `tests.performance.gpu`.
 
 The model is a LLaVA with a language model of 39M parameters, a vocabulary of 49k and 256 image tokens; the reference is
 the model without its adapter. TRL runs as it does on this machine ("stock") and with the output head at labelled
@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", NO_ALBUMENTATIONS_UPDATE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", NO_ALBUMENTATIONS_UPDATE="1", TOKENIZERS_PARALLELISM="false"
+)
 
 import argparse
 import gc
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -38,7 +37,7 @@ import numpy as np
 import torch
 import transformers
 from peft import load_peft_weights, set_peft_model_state_dict
-from tests.performance.machine import peak_bytes, processor, reset_peak, setting
+from tests.performance.machine import processor, setting
 from torch import Tensor
 from transformers import (
     AutoProcessor,
@@ -70,7 +69,6 @@ from ..demo.architecture import CHAT_TEMPLATE, IMAGE, build_processor
 
 SIDE, PATCH, VOCABULARY = 256, 16, 49152
 BATCH, LR, BETA, CLIP = 2, 1e-4, 0.1, 1.0
-MEMORY_STEPS = 2
 TOLERANCE = 1e-4
 LORA = LoraSettings(r=16, alpha=32, dropout=0.0)
 LEVELS = LinearLevels()
@@ -90,18 +88,16 @@ class Task:
         title: name in the table.
         rejected: rejected responses a query; 0 for SFT.
         faster: minimum speed relative to an arm of TRL, by arm.
-        memory: maximum share of the peak memory growth of an arm of TRL, by arm.
     """
 
     title: str
     rejected: int
-    faster: dict[str, float]
-    memory: dict[str, float] = field(default_factory=dict)
+    faster: dict[str, float] = field(default_factory=dict)
 
 
 TASKS = {
-    "dpo1": Task("DPO, 1 rejected", 1, {RESTRICTED: 1.8, STOCK: 6.0}, {RESTRICTED: 0.6}),
-    "dpo4": Task("DPO, 4 rejected", 4, {RESTRICTED: 7.0, STOCK: 25.0}, {RESTRICTED: 0.2}),
+    "dpo1": Task("DPO, 1 rejected", 1, {RESTRICTED: 1.8, STOCK: 6.0}),
+    "dpo4": Task("DPO, 4 rejected", 4, {RESTRICTED: 7.0, STOCK: 25.0}),
     "sft": Task("SFT", 0, {RESTRICTED: 1.0}),
 }
 
@@ -246,7 +242,9 @@ class OurStep:
         collated = time.perf_counter() - start
         loss = self.loss(batch)
         loss.backward()
-        self.update()
+        torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach()), collated
 
     def loss(self, batch: Any) -> Tensor:
@@ -254,12 +252,6 @@ class OurStep:
         kind = self.device.type
         with torch.autocast(kind, dtype=self.autocast) if self.autocast else nullcontext():
             return self.module.training_step(batch, 0)
-
-    def update(self) -> None:
-        """Clip the gradients and apply them."""
-        torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -288,13 +280,13 @@ def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[st
     return rows
 
 
-def make_arm(arm: str, task: Task, folder: Path, n_batches: int, checkpointing: bool) -> tuple[Step, Any]:
-    """The training steps of one side on the batches of this benchmark, and its model."""
+def make_arm(arm: str, task: Task, folder: Path, n_batches: int) -> Step:
+    """The training steps of one side on the batches of this benchmark."""
     samples = make_samples(BATCH * n_batches)
-    base = BaseModel(str(folder), dtype="float32")
+    model = load_for_training(BaseModel(str(folder), dtype="float32"))
     if arm == OURS:
-        ours = OurStep(task, folder, checkpointing, load_for_training(base))
-        return (lambda i: ours(samples[BATCH * i : BATCH * (i + 1)])), ours.model
+        ours = OurStep(task, folder, False, model)
+        return lambda i: ours(samples[BATCH * i : BATCH * (i + 1)])
     from tests.performance.trl_peer import TRLStep
 
     rows = rows_of(task, folder, samples)
@@ -306,11 +298,11 @@ def make_arm(arm: str, task: Task, folder: Path, n_batches: int, checkpointing: 
         lr=LR,
         beta=BETA,
         restricted=arm == RESTRICTED,
-        checkpointing=checkpointing,
+        checkpointing=False,
         scratch=folder / "trl",
-        model=load_for_training(base),
+        model=model,
     )
-    return (lambda i: theirs(rows[size * i : size * (i + 1)])), theirs.model
+    return lambda i: theirs(rows[size * i : size * (i + 1)])
 
 
 class Timing(NamedTuple):
@@ -327,9 +319,9 @@ class Timing(NamedTuple):
     losses: list[float]
 
 
-def time_task(task: Task, folder: Path, rounds: int, checkpointing: bool) -> dict[str, Timing]:
+def time_task(task: Task, folder: Path, rounds: int) -> dict[str, Timing]:
     """Time alternating steps of all arms, after one warm-up round; the order rotates, because each step changes the caches."""
-    steps = {arm: make_arm(arm, task, folder, rounds + 1, checkpointing)[0] for arm in ARMS}
+    steps = {arm: make_arm(arm, task, folder, rounds + 1) for arm in ARMS}
     timings = {arm: Timing([], [], []) for arm in ARMS}
     for i in range(rounds + 1):
         for arm in ARMS[i % len(ARMS) :] + ARMS[: i % len(ARMS)]:
@@ -344,31 +336,6 @@ def time_task(task: Task, folder: Path, rounds: int, checkpointing: bool) -> dic
     return timings
 
 
-def memory_growth(arm: str, task: Task, folder: Path, checkpointing: bool) -> int:
-    """Peak growth of this process's memory in the first steps, above the loaded model, in bytes."""
-    step, model = make_arm(arm, task, folder, MEMORY_STEPS, checkpointing)
-    for parameter in model.parameters():  # else weights mapped from a file count when they are first read
-        parameter.data = parameter.data.clone()
-    gc.collect()
-    reset_peak()
-    before = peak_bytes()
-    for i in range(MEMORY_STEPS):
-        step(i)
-    return peak_bytes() - before
-
-
-def child(arm: str, what: str, folder: Path, arguments: argparse.Namespace) -> int:
-    """`memory_growth` in a separate process."""
-    command = [sys.executable, "-m", "tests.performance.preference", "--threads", str(arguments.threads)]
-    command += ["--what", what, "--arm", arm, "--folder", str(folder)]
-    if arguments.gradient_checkpointing:
-        command.append("--gradient-checkpointing")
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if result.returncode:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def difference(timings: dict[str, Timing], arm: str) -> float:
     """The largest relative difference between an arm's losses and ours."""
     pairs = zip(timings[OURS].losses, timings[arm].losses, strict=True)
@@ -376,96 +343,53 @@ def difference(timings: dict[str, Timing], arm: str) -> float:
 
 
 HEADER = (
-    "what",
-    "side",
-    "step (s)",
-    "of it collating (s)",
-    "queries/s",
-    "ours is faster",
-    "to be at least",
-    "peak memory growth (MiB)",
-    "ours takes",
-    "to be at most",
-    "loss of the first step",
-    "largest difference to ours",
+    *("what", "side", "step (s)", "of it collating (s)", "queries/s", "ours is faster", "to be at least"),
+    *("loss of the first step", "largest difference to ours"),
 )
 
 
-def lines(task: Task, timings: dict[str, Timing], memory: dict[str, int], checked: bool) -> list[str]:
-    """The rows of one task; `checked`: whether the targets apply to this run's settings."""
+def lines(task: Task, timings: dict[str, Timing]) -> list[str]:
+    """The rows of one task."""
     table = []
     for arm, timing in timings.items():
         median = statistics.median(timing.steps)
         cells = [task.title, arm, f"{median:.3f}", f"{statistics.median(timing.collating):.3f}"]
-        cells.append(f"{BATCH / median:.2f}")
         ratios = [theirs / ours for theirs, ours in zip(timing.steps, timings[OURS].steps, strict=True)]
-        ratio = statistics.median(ratios)
-        share = memory[OURS] / memory[arm] if memory else 0.0
-        cells += ["", ""] if arm == OURS else [f"{ratio:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", ""]
-        if checked and arm in task.faster:
-            cells[-1] = f"{task.faster[arm]:g}x: {verdict(round(ratio, 2) >= task.faster[arm])}"
-        cells.append(f"{memory[arm] / 2**20:,.0f}" if memory else "-")
-        cells += ["", ""] if arm == OURS or not memory else [f"{share:.2f}", ""]
-        if checked and memory and arm in task.memory:
-            cells[-1] = f"{task.memory[arm]:g}: {verdict(round(share, 2) <= task.memory[arm])}"
-        cells.append(f"{timing.losses[0]:.6f}")
-        cells.append("" if arm == OURS else f"{difference(timings, arm):.1e}")
+        ratio, target = statistics.median(ratios), task.faster.get(arm)
+        cells.append(f"{BATCH / median:.2f}")
+        cells.append("" if arm == OURS else f"{ratio:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})")
+        cells.append(f"{target:g}x: {'met' if round(ratio, 2) >= target else 'missed'}" if target else "")
+        cells += [f"{timing.losses[0]:.6f}", "" if arm == OURS else f"{difference(timings, arm):.1e}"]
         table.append(f"| {' | '.join(cells)} |")
     return table
 
 
-def verdict(met: bool) -> str:
-    return "met" if met else "missed"
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--what", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="on both sides; without targets"
-    )
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parsed = parser.parse_args(arguments)
-    if parsed.rounds < 1 or parsed.threads < 1:
-        parser.error("--rounds and --threads must be at least 1")
-    return parsed
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Print the table, or with `--arm` the memory growth of one side in bytes."""
-    args = parse(arguments)
+    args = parser.parse_args()
     if missing := [name for name in ("trl", "datasets") if find_spec(name) is None]:
         raise SystemExit(f"{missing[0]} is not installed: pip install -e '.[bench]'")
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    checkpointing = args.gradient_checkpointing
-    if args.arm:
-        print(memory_growth(args.arm, TASKS[args.what[0]], args.folder, checkpointing))
-        return
     agree = True
     print(
-        f"{processor()}, {args.threads} thread{'s' * (args.threads > 1)}, {args.rounds} interleaved rounds, "
-        f"{BATCH} queries a step{', gradient checkpointing' * checkpointing}, "
+        f"{processor()}, one thread, {args.rounds} interleaved rounds, {BATCH} queries a step, "
         f"{setting('torch', 'transformers', 'peft', 'trl')}\n"
     )
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder)
-        for what in args.what:
-            task = TASKS[what]
-            memory = {arm: child(arm, what, folder, args) for arm in ARMS} if args.memory else {}
-            timings = time_task(task, folder, args.rounds, checkpointing)
-            print("\n".join(lines(task, timings, memory, not checkpointing)), flush=True)
+        for task in (TASKS[what] for what in args.what):
+            timings = time_task(task, folder, args.rounds)
+            print("\n".join(lines(task, timings)), flush=True)
             agree &= all(difference(timings, arm) <= TOLERANCE for arm in ARMS)
     print(
         f"\nMedians; ratios are medians of paired rounds (smallest to largest). A query with {TASKS['dpo4'].rejected} "

@@ -7,13 +7,21 @@ scored here. The generative records ask for a description, whose nouns the scrip
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import product
+from functools import reduce
+from itertools import product, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from vlm_calibration.benchmarks.files import Reply, in_order_of, read_records, reply, without_confidence
+from vlm_calibration.benchmarks.files import (
+    Reply,
+    in_order_of,
+    read_records,
+    reply,
+    without_confidence,
+)
 from vlm_calibration.benchmarks.official import OfficialCounts
 from vlm_calibration.records import DataError, Query
 
@@ -33,41 +41,23 @@ GENERATIVE_NOTE = (
     "{n} generative records (descriptions) are left out: AMBER's own script scores them, with spaCy and NLTK"
 )
 
-DIMENSIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "existence": {"existence": ("existence",)},
-    "attribute": {
-        "attribute": ("attribute/state", "attribute/number", "attribute/action"),
-        "state": ("attribute/state",),
-        "number": ("attribute/number",),
-        "action": ("attribute/action",),
-    },
-    "relation": {"relation": ("relation",)},
-}
-"""Dimension, with which a category begins -> block that the script prints -> categories in the block."""
+DIMENSIONS = ("existence", "attribute", "relation")
+"""A category is in the dimension with which it begins."""
 
 
-class AmberAnnotations(NamedTuple):
-    """The annotations of one file: id -> query without image and question, and the ids of the generative records."""
-
-    path: Path
-    truths: dict[int, Query]
-    generative: set[int]
-
-
-def read_annotations(path: str | Path) -> AmberAnnotations:
-    """Read AMBER's `annotations.json`.
+def read_annotations(path: str | Path) -> dict[int, Query | None]:
+    """Read AMBER's `annotations.json`: id -> query without image and question; None for a generative record.
 
     Raises:
         DataError: the file cannot be read, or a record has an unknown type, a truth other than yes and no, or a repeated id.
     """
-    truths: dict[int, Query] = {}
-    generative: set[int] = set()
+    truths: dict[int, Query | None] = {}
     for record in read_records(path):
         number, kind = record.number("id"), record.text("type")
-        if number in truths or number in generative:
+        if number in truths:
             raise record.error(f"duplicate id {number}")
         if kind == GENERATIVE:
-            generative.add(number)
+            truths[number] = None
             continue
         if kind not in CATEGORIES:
             kinds = ", ".join([GENERATIVE, *CATEGORIES])
@@ -76,34 +66,31 @@ def read_annotations(path: str | Path) -> AmberAnnotations:
         if truth not in ("yes", "no"):
             raise record.error(f"'truth' must be yes or no, found {truth!r}")
         truths[number] = Query(str(number), "", "", truth.capitalize(), "yes_no", category=CATEGORIES[kind])
-    return AmberAnnotations(Path(path), truths, generative)
+    return truths
 
 
-def read_queries(path: str | Path, annotations: AmberAnnotations) -> tuple[list[Query], int]:
+def read_queries(path: str | Path, annotations: str | Path) -> tuple[list[Query], int]:
     """The discriminative questions of one of AMBER's `query_*.json`, and the number of generative ones.
 
     Raises:
-        DataError: the file cannot be read, or an id is repeated or not in the annotations.
+        DataError: a file cannot be read, or an id is repeated or not in the annotations.
     """
-    queries: dict[int, Query] = {}
-    seen: set[int] = set()
+    truths = read_annotations(annotations)
+    queries: dict[int, Query | None] = {}
     for record in read_records(path):
         number = record.number("id")
-        if number in seen:
+        if number in queries:
             raise record.error(f"duplicate id {number}")
-        seen.add(number)
-        if number in annotations.generative:
-            continue
-        if number not in annotations.truths:
-            raise record.error(f"{number} is no id in {annotations.path}")
-        queries[number] = replace(
-            annotations.truths[number], image=record.text("image"), question=record.text("query")
-        )
-    return list(queries.values()), len(seen) - len(queries)
+        if number not in truths:
+            raise record.error(f"{number} is no id in {annotations}")
+        query = truths[number]
+        queries[number] = query and replace(query, image=record.text("image"), question=record.text("query"))
+    discriminative = [query for query in queries.values() if query]
+    return discriminative, len(queries) - len(discriminative)
 
 
 def read_answers(
-    path: str | Path, annotations: AmberAnnotations, dimensions: Collection[str] = tuple(DIMENSIONS)
+    path: str | Path, annotations: str | Path, dimensions: Collection[str] = DIMENSIONS
 ) -> tuple[list[Query], list[Reply], int, int]:
     """Read the answers to all questions of some dimensions, an array of `{id, response}`.
 
@@ -112,34 +99,34 @@ def read_answers(
         other dimensions.
 
     Raises:
-        DataError: the file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
+        DataError: a file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
     """
-    asked = {id_: q for id_, q in annotations.truths.items() if _dimension(q) in dimensions}
+    truths = read_annotations(annotations)
+    asked = {number: q for number, q in truths.items() if q and _dimension(q.category) in dimensions}
     if not asked:
-        raise DataError(f"{annotations.path}: no question about {' or '.join(dimensions)}")
+        raise DataError(f"{annotations}: no question about {' or '.join(dimensions)}")
     replies: list[Reply] = []
     generative = others = 0
-    unanswered = {_dimension(query) for query in asked.values()}
+    unanswered = {_dimension(query.category) for query in asked.values()}
     for record in read_records(path):
         number = record.number("id")
-        if number in annotations.generative:
-            generative += 1
-        elif number in annotations.truths and number not in asked:
-            others += 1
-        else:
-            replies.append(reply(record, str(number), record.text("response")))
-            if number in asked:
-                unanswered.discard(_dimension(asked[number]))
+        if number in truths and number not in asked:
+            generative += truths[number] is None
+            others += truths[number] is not None
+            continue
+        replies.append(reply(record, str(number), record.text("response")))
+        if number in asked:
+            unanswered.discard(_dimension(asked[number].category))
     hint = ""
     if unanswered:
         hint = f"; none is about {' or '.join(sorted(unanswered))}: `--only` scores one dimension alone"
     queries = list(asked.values())
-    ordered = in_order_of(replies, [query.id for query in queries], path, annotations.path, hint)
+    ordered = in_order_of(replies, [query.id for query in queries], path, annotations, hint)
     return queries, ordered, generative, others
 
 
-def _dimension(query: Query) -> str:
-    return str(query.category).split("/", 1)[0]
+def _dimension(category: str | None) -> str:
+    return str(category).split("/", 1)[0]
 
 
 class AmberCounts(OfficialCounts):
@@ -162,43 +149,39 @@ class AmberCounts(OfficialCounts):
         are keys of `DIMENSIONS`; None: those with answers.
         """
         if dimensions is None:
-            dimensions = {str(category).split("/", 1)[0] for category, _, _ in self.answers}
+            dimensions = {_dimension(category) for category, _, _ in self.answers}
         scores: dict[str, float] = {}
         if set(dimensions) == set(DIMENSIONS):
             scores |= self._block([set(CATEGORIES.values())])
-        for dimension, blocks in DIMENSIONS.items():
-            for name, categories in blocks.items() if dimension in dimensions else ():
-                block = self._block([{category} for category in categories], name == "existence")
-                scores |= {f"{name}/{key}": value for key, value in block.items()}
+        for dimension in DIMENSIONS:
+            if dimension in dimensions:
+                categories = [c for c in dict.fromkeys(CATEGORIES.values()) if _dimension(c) == dimension]
+                blocks = {dimension: categories, **{c.rpartition("/")[2]: [c] for c in categories}}
+                for name, parts in blocks.items():
+                    block = self._block([{category} for category in parts], name == "existence")
+                    scores |= {f"{name}/{key}": value for key, value in block.items()}
         return scores
 
     def _block(self, parts: Sequence[Collection[str]], existence: bool = False) -> dict[str, float]:
         """The scores of the categories in all parts, of which the script counts each by itself."""
 
-        def count(part: Collection[str], golds: Sequence[str], responses: Sequence[str]) -> int:
-            return sum(self.answers[combination] for combination in product(part, golds, responses))
+        def count(golds: Sequence[str], responses: Sequence[str]) -> list[int]:
+            return [sum(self.answers[key] for key in product(part, golds, responses)) for part in parts]
 
-        def percent(correct: Sequence[str], golds: Sequence[str], responses: Sequence[str]) -> float:
-            hits = sum(count(part, [gold], [gold]) for part in parts for gold in correct)
-            denominator = 0.0
-            for part in parts:
-                denominator += _script_count(count(part, golds, responses))
-            return round(hits / denominator * 100, 1)
-
-        accuracy = percent(("Yes", "No"), ("Yes", "No"), ("Yes", "No", ""))
-        precision = percent(("No",), ("Yes", "No"), ("No",))
-        recall = percent(("No",), ("No",), ("Yes", "No", ""))
+        hits = sum(count(["No"], ["No"]))
+        accuracy = _percent(hits + sum(count(["Yes"], ["Yes"])), count(["Yes", "No"], ["Yes", "No", ""]))
+        precision = _percent(hits, count(["Yes", "No"], ["No"]))
+        recall = _percent(hits, count(["No"], ["Yes", "No", ""]))
         p, r = precision / 100, recall / 100
         f1 = round(2 * p * r / (p + r + (0.001 if existence else 0.0001)) * 100, 1)
         return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
 
 
-def _script_count(n: int) -> float:
-    """The script's counter after n steps from 0.001, rounding errors included."""
-    count = 0.001
-    for _ in range(n):
-        count += 1
-    return count
+def _percent(hits: int, counts: Sequence[int]) -> float:
+    """The script's percentage: its counters go up from 0.001 in steps of 1, rounding errors included, and are added."""
+    # Not `sum`, which compensates rounding errors.
+    counters = (reduce(operator.add, repeat(1, n), 0.001) for n in counts)
+    return round(hits / reduce(operator.add, counters) * 100, 1)
 
 
 def official_answers(

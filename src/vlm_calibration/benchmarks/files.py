@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from vlm_calibration.files import json_lines, name_some, read_json
-from vlm_calibration.records import DataError, id_text, short_repr
+from vlm_calibration.records import DataError, short_repr
 from vlm_calibration.text.confidence import parse_confidence, strip_confidence
 
 
@@ -19,44 +19,39 @@ class Record(NamedTuple):
     data: dict[str, Any]
 
     def text(self, key: str) -> str:
-        """The string under a key, which may be empty, or a DataError. An integer `id` becomes a string."""
+        """The string under a key, which may be empty, or a DataError."""
         value = self.data.get(key)
-        if key == "id":
-            value = id_text(value)
-        if not isinstance(value, str):
-            raise self.error(f"'{key}' must be a string, found {self.shown(key)}")
-        return value
+        return value if isinstance(value, str) else self._refuse(key, "a string")
 
     def number(self, key: str) -> int:
         """The integer under a key, or a DataError."""
         value = self.data.get(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(f"'{key}' must be a whole number, found {self.shown(key)}")
-        return value
+        return value if type(value) is int else self._refuse(key, "a whole number")
+
+    def identifier(self, key: str) -> str:
+        """The string or integer under a key as a string, or a DataError."""
+        value = self.data.get(key)
+        return str(value) if type(value) in (str, int) else self._refuse(key, "a string or a whole number")
 
     def error(self, message: str) -> DataError:
         """The error to raise about this record."""
         return DataError(f"{self.where}: {message}")
 
-    def shown(self, key: str) -> str:
-        """The value under a key, shortened for a message."""
-        if key not in self.data:
-            return f"no such key among {', '.join(map(repr, self.data)) or 'none'}"
-        return short_repr(self.data[key])
+    def _refuse(self, key: str, expected: str) -> NoReturn:
+        found = f"no such key among {', '.join(map(repr, self.data)) or 'none'}"
+        if key in self.data:
+            found = short_repr(self.data[key])
+        raise self.error(f"'{key}' must be {expected}, found {found}")
 
 
 def read_records(path: str | Path) -> list[Record]:
     """The records of a JSON array, or of JSON lines that are not blank; a DataError if there is none or one is no object."""
     path = Path(path)
-    lines = json_lines(path)
-    first = next(lines, None)
-    if first is not None and first.content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    lines = list(json_lines(path))
+    if lines and lines[0].content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         records = [Record(f"{path}: record {i}", value) for i, value in enumerate(read_json(path), start=1)]
     else:
-        records = [
-            Record(line.where, line.read(lambda value: value))
-            for line in chain([first] if first else [], lines)
-        ]
+        records = [Record(line.where, line.read(lambda value: value)) for line in lines]
     for record in records:
         if not isinstance(record.data, dict):
             raise record.error(f"expected a JSON object, found {type(record.data).__name__}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +45,12 @@ def read_questions(path: str | Path) -> PopeQuestions:
         DataError: the file cannot be read, a label is neither yes nor no, or an id is repeated or missing in some records.
     """
     records = read_records(path)
-    numbered = _all_numbered(records)
+    ids = _identifiers(records)
     queries: dict[str, Query] = {}
-    for i, record in enumerate(records, start=1):
-        name = _identifier(record) if numbered else str(i)
-        label = record.text("label").strip().capitalize()
-        if label not in ("Yes", "No"):
-            raise record.error(f"'label' must be yes or no, found {record.shown('label')}")
+    for name, record in zip(ids or map(str, count(1)), records, strict=False):
+        label = record.text("label")
+        if label.strip().lower() not in ("yes", "no"):
+            raise record.error(f"'label' must be yes or no, found {label!r}")
         if name in queries:
             first = records[list(queries).index(name)].where
             raise record.error(f"duplicate question_id {name}, first at {first}")
@@ -58,8 +58,9 @@ def read_questions(path: str | Path) -> PopeQuestions:
         keys = ("image_name", "query") if "image_name" in record.data else ("image", "text")
         image, question = (record.text(key) if key in record.data else "" for key in keys)
         objects = tuple(_OBJECT.findall(question)[:1])
-        queries[name] = Query(name, image.lstrip("/"), question, label, "yes_no", objects)
-    return PopeQuestions(Path(path), list(queries.values()), numbered)
+        answer = label.strip().capitalize()
+        queries[name] = Query(name, image.lstrip("/"), question, answer, "yes_no", objects)
+    return PopeQuestions(Path(path), list(queries.values()), ids is not None)
 
 
 def read_answers(path: str | Path, questions: PopeQuestions) -> list[Reply]:
@@ -71,16 +72,16 @@ def read_answers(path: str | Path, questions: PopeQuestions) -> list[Reply]:
         DataError: the file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
     """
     records = read_records(path)
-    numbered = _all_numbered(records)
-    replies = [reply(r, _identifier(r) if numbered else None, r.text("answer")) for r in records]
-    if numbered and questions.numbered:
+    ids = _identifiers(records)
+    replies = [reply(r, i, r.text("answer")) for i, r in zip(ids or repeat(None), records, strict=False)]
+    if ids and questions.numbered:
         return in_order_of(replies, [query.id for query in questions.queries], path, questions.path)
     expected = len(questions.queries)
     if len(replies) != expected:
         raise DataError(f"{path}: {len(replies)} answers to the {expected} questions in {questions.path}")
     rows = zip(records, replies, questions.queries, strict=True)
     for position, (record, answer, asked) in enumerate(rows, start=1 if replies[0].id == "1" else 0):
-        if numbered and answer.id != str(position):
+        if ids and answer.id != str(position):
             raise record.error(f"{questions.path} has no ids: expected answer {position}, found {answer.id}")
         prompt = record.data.get("question")
         if isinstance(prompt, str) and prompt and _folded(asked.question) not in _folded(prompt):
@@ -145,17 +146,14 @@ def official_labels(queries: Sequence[Query]) -> list[dict[str, Any]]:
     ]
 
 
-def _all_numbered(records: Sequence[Record]) -> bool:
-    """Whether all records have a `question_id`; an error if only some do."""
+def _identifiers(records: Sequence[Record]) -> list[str] | None:
+    """The `question_id` of all records, None if they have none; an error if only some do."""
     unnumbered = [record for record in records if "question_id" not in record.data]
-    if 0 < len(unnumbered) < len(records):
+    if len(unnumbered) == len(records):
+        return None
+    if unnumbered:
         raise unnumbered[0].error("no 'question_id', which other records of the file have")
-    return not unnumbered
-
-
-def _identifier(record: Record) -> str:
-    value = record.data["question_id"]
-    return value if isinstance(value, str) else str(record.number("question_id"))
+    return [record.identifier("question_id") for record in records]
 
 
 def _as_written(identifier: str) -> int | str:

@@ -63,10 +63,8 @@ def score_amber(
         json: print one flat JSON object
         write_official: write what the benchmark's own script scores to the same numbers: a file, or an existing folder
     """
-    dimensions = [only] if only else list(amber.DIMENSIONS)
-    queries, replies, generative, others = amber.read_answers(
-        answers, amber.read_annotations(annotations), dimensions
-    )
+    dimensions = [only] if only else amber.DIMENSIONS
+    queries, replies, generative, others = amber.read_answers(answers, annotations, dimensions)
     if generative:
         _note(f"{answers}: {amber.GENERATIVE_NOTE.format(n=generative)}")
     if others:
@@ -101,7 +99,7 @@ def score_jsonl(answers: Path, *, labels: Path | None = None, json: bool = False
         if query.id in queries:
             raise record.error(f"duplicate id {query.id!r}")
         queries[query.id] = query
-    replies = [reply(r, r.text("id"), r.text("text")) for r in read_records(answers)]
+    replies = [reply(r, r.identifier("id"), r.text("text")) for r in read_records(answers)]
     ordered = in_order_of(replies, list(queries), answers, labels)
     _print_scores(answers, _grade(list(queries.values()), ordered), {}, json)
 

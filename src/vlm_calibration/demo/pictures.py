@@ -7,7 +7,6 @@ a way that no training image is.
 from __future__ import annotations
 
 import io
-import re
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Literal, NamedTuple, get_args
@@ -17,26 +16,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm_calibration.records import DataError
 
+
+def _entries(text: str) -> list[list[str]]:
+    return [entry.split(":") for entry in text.split()]
+
+
 GLYPHS: dict[str, str] = dict(
-    re.findall(
-        r"(\w+):(\S+)",
-        """
+    _entries("""
         dog:🐕 cat:🐈 horse:🐎 cow:🐄 pig:🐖 elephant:🐘 bird:🐦 fish:🐟 apple:🍎 banana:🍌 pizza:🍕 cake:🎂 carrot:🥕
         cup:☕ car:🚗 bus:🚌 bicycle:🚲 airplane:✈ boat:⛵ chair:🪑 bed:🛏 clock:🕐 book:📖 umbrella:☂ ball:⚽ tree:🌳
         house:🏠 guitar:🎸
-        """,
-    )
+        """)
 )
 """Class -> its picture, one character of OpenMoji. The order is that of the frequencies of the classes."""
 
 UNUSUAL: dict[str, str] = dict(
-    re.findall(
-        r"(\w+):(\S+)",
-        """
+    _entries("""
         dog:🐶 horse:🐴 cow:🐮 pig:🐷 bird:🦆 cake:🍰 cup:🥤 car:🚘🏎 boat:🛥🚣⛴ bed:🛌 clock:⏰🕘🕔 book:📚📘 umbrella:☔🌂
         ball:⚾🎱 tree:🌲🌴🎄 house:🏘
-        """,
-    )
+        """)
 )
 """Class -> other pictures of it, one a character."""
 
@@ -51,16 +49,13 @@ class LookAlike(NamedTuple):
 
 LOOK_ALIKES = tuple(
     LookAlike(*entry)
-    for entry in re.findall(
-        r"(\w+):(\w+):(\S+)",
-        """
+    for entry in _entries("""
         dog:wolf:🐺 dog:fox:🦊 cat:leopard:🐆 horse:llama:🦙 horse:deer:🦌 horse:goat:🐐 cow:bison:🦬
         elephant:rhinoceros:🦏 elephant:hippopotamus:🦛 fish:whale:🐳 bird:bat:🦇 apple:tomato:🍅
         apple:cherries:🍒 banana:corn:🌽 banana:moon:🌙 pizza:cookie:🍪 pizza:flatbread:🫓 cake:pie:🥧
         cake:custard:🍮 cup:teapot:🫖 cup:bowl:🥣 bus:carriage:🚃 book:newspaper:📰 book:envelope:✉ book:folder:📁
         guitar:violin:🎻 tree:broccoli:🥦 tree:cactus:🌵
-        """,
-    )
+        """)
 )
 
 Hand = Literal["colour", "line"]

@@ -25,6 +25,9 @@ was trained on easy scenes alone; these are chosen on development scenes so that
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 CLASSES: tuple[str, ...] = tuple(GLYPHS)
+_ZIPF = 1.0 / np.sqrt(1.0 + np.arange(len(CLASSES)))
+CLASS_WEIGHTS = _ZIPF / _ZIPF.sum()
+"""Relative frequency of each class, float64 with sum 1: a mild Zipf law."""
 
 THEMES: dict[str, tuple[str, ...]] = {
     "farm": ("horse", "cow", "pig", "dog", "tree", "house"),
@@ -73,12 +76,6 @@ class Layout(NamedTuple):
         return (*self.names, self.look_alike.name) if self.look_alike else self.names
 
 
-class _Placed(NamedTuple):
-    picture: Image.Image
-    left: int
-    top: int
-
-
 class SceneObject(NamedTuple):
     """An object's class, or what a look-alike is, the index of its corner in `CORNERS`, and its visible pixels, bool [S, S]."""
 
@@ -98,19 +95,11 @@ class Scene(NamedTuple):
         return tuple(o.name for o in self.objects)
 
 
-@lru_cache(maxsize=1)
-def class_weights() -> np.ndarray:
-    """Relative frequency of each class, float64 [len(CLASSES)] with sum 1: a mild Zipf law over `CLASSES`."""
-    weights = 1.0 / np.sqrt(1.0 + np.arange(len(CLASSES)))
-    return weights / weights.sum()
-
-
 def _background(rng: np.random.Generator) -> Image.Image:
     """A gradient between two pale colours in one of four directions, with noise."""
     first, second = rng.integers(120, 256, size=(2, 3)).astype(np.float32)
     ramp = np.linspace(0.0, 1.0, SCENE_SIZE, dtype=np.float32)
-    across = np.broadcast_to(ramp, (SCENE_SIZE, SCENE_SIZE))
-    share = np.rot90(across, k=int(rng.integers(4)))[..., None]
+    share = np.rot90(np.broadcast_to(ramp, (SCENE_SIZE, SCENE_SIZE)), k=int(rng.integers(4)))[..., None]
     colours = first * (1 - share) + second * share
     colours = colours + rng.normal(0.0, rng.uniform(0, 8), size=(SCENE_SIZE, SCENE_SIZE, 1))
     return Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8)).convert("RGBA")
@@ -128,28 +117,24 @@ def hard_kind(seed: tuple[int, int], share: float) -> str:
 @lru_cache(maxsize=1 << 14)
 def scene_layout(seed: Seed, kind: str = "") -> Layout:
     """The objects of the scene that `render_scene` draws, without drawing it."""
-    return _draw_layout(_generator(seed, kind), kind)
+    return _draw_layout(seed, kind)[0]
 
 
-def _generator(seed: Seed, kind: str) -> np.random.Generator:
-    """Scenes of different kinds share nothing but the number of their seed."""
-    if not kind:
-        return np.random.default_rng(seed)
-    parts = (seed,) if isinstance(seed, int) else seed
-    return np.random.default_rng((*parts, _KIND_SALT + HARD_KINDS.index(kind)))
-
-
-def _draw_layout(rng: np.random.Generator, kind: str) -> Layout:
+def _draw_layout(seed: Seed, kind: str) -> tuple[Layout, np.random.Generator]:
+    """The objects of a scene, and the generator to draw it with; scenes of different kinds share nothing but their seed."""
+    entropy = (*np.atleast_1d(seed), _KIND_SALT + HARD_KINDS.index(kind)) if kind else seed
+    rng = np.random.default_rng(entropy)
     names = _draw_names(rng, kind)
     corners = tuple(int(c) for c in rng.permutation(4)[: len(names) + (kind == "look_alike")])
-    characters = [GLYPHS[name] for name in names]
-    if kind == "unusual":
-        characters = [UNUSUAL[name][int(rng.integers(len(UNUSUAL[name])))] for name in names]
+    characters = tuple(
+        UNUSUAL[name][int(rng.integers(len(UNUSUAL[name])))] if kind == "unusual" else GLYPHS[name]
+        for name in names
+    )
     if kind != "look_alike":
-        return Layout(names, corners, tuple(characters))
+        return Layout(names, corners, characters), rng
     others = [look for look in LOOK_ALIKES if look.resembles not in names]
     look = others[int(rng.integers(len(others)))]
-    return Layout(names, corners, (*characters, look.character), look)
+    return Layout(names, corners, (*characters, look.character), look), rng
 
 
 def _draw_names(rng: np.random.Generator, kind: str) -> tuple[str, ...]:
@@ -157,15 +142,13 @@ def _draw_names(rng: np.random.Generator, kind: str) -> tuple[str, ...]:
     count = int(rng.integers(fewest, most + 1))
     allowed = np.isin(CLASSES, tuple(UNUSUAL) if kind == "unusual" else CLASSES)
     in_theme = np.isin(CLASSES, THEMES[sorted(THEMES)[int(rng.integers(len(THEMES)))]])
-    chosen: list[int] = []
+    chosen: dict[str, None] = {}
     while len(chosen) < count:
-        weights = class_weights() * allowed
+        weights = CLASS_WEIGHTS * allowed
         if rng.random() < THEME_SHARE and (allowed & in_theme).any():
             weights = weights * in_theme
-        index = int(rng.choice(len(CLASSES), p=weights / weights.sum()))
-        if index not in chosen:
-            chosen.append(index)
-    return tuple(CLASSES[i] for i in chosen)
+        chosen[CLASSES[int(rng.choice(len(CLASSES), p=weights / weights.sum()))]] = None
+    return tuple(chosen)
 
 
 def render_scene(seed: Seed, kind: str = "", hand: Hand = "colour") -> Scene:
@@ -173,23 +156,27 @@ def render_scene(seed: Seed, kind: str = "", hand: Hand = "colour") -> Scene:
 
     A mask contains the pixels that the object colours and no later object covers. `kind` is one of `HARD_KINDS`, or "" for an easy scene.
     """
-    rng = _generator(seed, kind)
-    layout = _draw_layout(rng, kind)
+    layout, rng = _draw_layout(seed, kind)
     canvas = _background(rng)
-    placed = (
-        _place_overlapping(rng, layout, hand) if kind == "overlapping" else _place(rng, layout, kind, hand)
-    )
-    for drawn in placed:
-        canvas.alpha_composite(drawn.picture, (drawn.left, drawn.top))
-    objects = map(SceneObject, layout.labels, layout.corners, _visible(placed))
+    for _ in range(_TRIES):
+        layers = _place(rng, layout, kind, hand)
+        drawn = [np.asarray(layer)[..., 3] > 0 for layer in layers]
+        masks = [mask & ~np.any(drawn[i:], axis=0) for i, mask in enumerate(drawn, start=1)]
+        if kind != "overlapping" or _overlap_well(layout, drawn, masks):
+            break
+    else:
+        raise RuntimeError(f"no overlap of {layout.names} in {_TRIES} tries")
+    for layer in layers:
+        canvas.alpha_composite(layer)
+    objects = map(SceneObject, layout.labels, layout.corners, masks)
     return Scene(np.array(canvas.convert("RGB")), tuple(objects))
 
 
-def _place(rng: np.random.Generator, layout: Layout, kind: str, hand: Hand) -> list[_Placed]:
-    """Each object at a random size and position inside its quarter; near the middle of an overlapping scene."""
+def _place(rng: np.random.Generator, layout: Layout, kind: str, hand: Hand) -> list[Image.Image]:
+    """A layer for each object, at a random size and position inside its quarter; near the middle of an overlapping scene."""
     smallest, largest = {"small": SMALL_SIZES, "overlapping": OVERLAP_SIZES}.get(kind, SIZES)
     half = SCENE_SIZE // 2
-    placed = []
+    layers = []
     for character, corner in zip(layout.characters, layout.corners, strict=True):
         size, mirrored = int(rng.integers(smallest, largest + 1)), bool(rng.integers(2))
         drawn = sized_picture(character, hand, size, mirrored)
@@ -200,38 +187,17 @@ def _place(rng: np.random.Generator, layout: Layout, kind: str, hand: Hand) -> l
                 begins.append(min(max(0, middle - length // 2), SCENE_SIZE - length))
             else:
                 begins.append(side * half + int(rng.integers(0, max(1, half - length) + 1)))
-        placed.append(_Placed(drawn, *begins))
-    return placed
+        layers.append(Image.new("RGBA", (SCENE_SIZE, SCENE_SIZE)))
+        layers[-1].paste(drawn, (begins[0], begins[1]))
+    return layers
 
 
-def _place_overlapping(rng: np.random.Generator, layout: Layout, hand: Hand) -> list[_Placed]:
-    """Large objects, redrawn until one is covered well and all can be seen, each in its own quarter."""
-    for _ in range(_TRIES):
-        placed = _place(rng, layout, "overlapping", hand)
-        masks = _visible(placed)
-        shares = [
-            mask.sum() / (np.asarray(p.picture)[..., 3] > 0).sum()
-            for mask, p in zip(masks, placed, strict=True)
-        ]
-        in_corner = all(_quarter(m) == c for m, c in zip(masks, layout.corners, strict=True) if m.any())
-        if LEAST_VISIBLE <= min(shares) <= MOST_VISIBLE and in_corner:
-            return placed
-    raise RuntimeError(f"no overlap of {layout.names} in {_TRIES} tries")
-
-
-def _visible(placed: list[_Placed]) -> list[np.ndarray]:
-    """What later pictures leave of each, bool [S, S]."""
-    masks: list[np.ndarray] = []
-    for drawn in placed:
-        mask = np.zeros((SCENE_SIZE, SCENE_SIZE), dtype=bool)
-        alpha = np.asarray(drawn.picture)[: SCENE_SIZE - drawn.top, : SCENE_SIZE - drawn.left, 3]
-        mask[drawn.top : drawn.top + alpha.shape[0], drawn.left : drawn.left + alpha.shape[1]] = alpha > 0
-        masks = [earlier & ~mask for earlier in masks]
-        masks.append(mask)
-    return masks
-
-
-def _quarter(mask: np.ndarray) -> int:
-    """The index in `CORNERS` of the quarter in which the middle of a mask lies."""
-    rows, columns = np.nonzero(mask)
-    return 2 * int(rows.mean() >= SCENE_SIZE / 2) + int(columns.mean() >= SCENE_SIZE / 2)
+def _overlap_well(layout: Layout, drawn: list[np.ndarray], masks: list[np.ndarray]) -> bool:
+    """Whether one object is covered well, all can be seen, and the middle of what is seen of each is in its own quarter."""
+    half = SCENE_SIZE / 2
+    for corner, mask in zip(layout.corners, masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        if len(rows) and 2 * (rows.mean() >= half) + (columns.mean() >= half) != corner:
+            return False
+    least = min(mask.sum() / whole.sum() for mask, whole in zip(masks, drawn, strict=True))
+    return bool(LEAST_VISIBLE <= least <= MOST_VISIBLE)

@@ -1,6 +1,6 @@
-"""Changes of the whole image: distribution shifts of the test, and the mild degradations with which the base model was trained.
+"""Changes of the whole image: distribution shifts of the test.
 
-Blur and occlusion are no shifts of the test, because training may perturb regions with them.
+Blur and occlusion are none of them, because training may perturb regions with them.
 """
 
 from __future__ import annotations
@@ -9,25 +9,7 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageFilter
-
-
-def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian blur; `strength` is the radius in pixels."""
-    return np.array(Image.fromarray(image).filter(ImageFilter.GaussianBlur(strength)))
-
-
-def occlusion(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Uniform rectangles at random positions until they cover a share `strength` of the image."""
-    out = image.copy()
-    height, width = image.shape[:2]
-    covered = np.zeros((height, width), dtype=bool)
-    while covered.mean() < strength:
-        h, w = rng.integers(height // 10, height // 4, size=2)
-        top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-        out[top : top + h, left : left + w] = rng.integers(0, 256, size=3)
-        covered[top : top + h, left : left + w] = True
-    return out
+from PIL import Image
 
 
 def low_contrast(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
@@ -78,23 +60,9 @@ SHIFTS: dict[str, tuple[Change, tuple[float, ...]]] = {
     "coloured_light": (coloured_light, (0.25, 0.35, 0.4)),
 }
 """Name -> the change and its strengths in the test."""
-DEGRADATIONS: dict[str, tuple[Change, tuple[float, float]]] = {
-    "blur": (blur, (0.3, 1.2)),
-    "occlusion": (occlusion, (0.02, 0.2)),
-    "low_contrast": (low_contrast, (0.1, 0.6)),
-    "jpeg": (jpeg, (20, 85)),
-    "shrink": (shrink, (1.2, 2.2)),
-}
-"""Name -> the change and the range of its strengths, well below those of the shifts, in the base model's training."""
 
 
 def draw_shift(rng: np.random.Generator) -> tuple[str, float]:
     """Sample one of the shifts and one of its strengths."""
     name = list(SHIFTS)[int(rng.integers(len(SHIFTS)))]
     return name, float(rng.choice(SHIFTS[name][1]))
-
-
-def mild_degradation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Apply a random degradation at a random strength; uint8 [H, W, 3] in and out."""
-    change, strengths = list(DEGRADATIONS.values())[int(rng.integers(len(DEGRADATIONS)))]
-    return change(image, float(rng.uniform(*strengths)), rng)

@@ -11,7 +11,7 @@ import numpy as np
 from vlm_calibration.data.sources.base import QuerySource, opposite
 from vlm_calibration.demo.pictures import Hand, check_installed
 from vlm_calibration.demo.questions import scene_queries, scene_seed
-from vlm_calibration.demo.scenes import CLASSES, Layout, hard_kind, render_scene, scene_layout
+from vlm_calibration.demo.scenes import CLASSES, hard_kind, render_scene, scene_layout
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.labels import is_evidence
@@ -60,28 +60,28 @@ class DemoSource(QuerySource):
         self.hard = hard
         self.hand: Hand = hand
 
+    def _scene(self, index: int) -> tuple[tuple[int, int], str]:
+        """The seed of a scene, and its kind."""
+        seed = scene_seed(self.split, index)
+        return seed, hard_kind(seed, self.hard)
+
     def queries(self) -> Sequence[Query]:
         check_installed(self.hand)  # raises for a missing package here instead of in a worker
         queries: list[Query] = []
         for index in range(self.first, self.first + self.scenes):
-            of_scene = scene_queries(self.split, index, self._kind(index))
+            seed, kind = self._scene(index)
+            of_scene = scene_queries(self.split, index, kind)
             if self.shifted:
-                shift, _ = draw_shift(self._shift_rng(index))
+                shift, _ = draw_shift(np.random.default_rng((*seed, 3)))
                 of_scene = [replace(query, category=f"{shift}/{query.category}") for query in of_scene]
             queries += of_scene
         return queries
 
-    def _kind(self, index: int) -> str:
-        return hard_kind(scene_seed(self.split, index), self.hard)
-
-    def _shift_rng(self, index: int) -> np.random.Generator:
-        return np.random.default_rng((*scene_seed(self.split, index), 3))
-
     def load(self, query: Query) -> LoadedImage:
-        index = scene_index(query)
-        image, objects = _drawn(scene_seed(self.split, index), self._kind(index), self.hand)
+        seed, kind = self._scene(scene_index(query))
+        image, objects = _drawn(seed, kind, self.hand)
         if self.shifted:
-            rng = self._shift_rng(index)
+            rng = np.random.default_rng((*seed, 3))
             name, strength = draw_shift(rng)
             image = SHIFTS[name][0](image, strength, rng)
         evidence = tuple(o.mask for o in objects if is_evidence(query, o.name))
@@ -92,12 +92,9 @@ class DemoSource(QuerySource):
         return f"{query.image} {self.hand} {self.shifted}"
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
-        in_scene = [name for name in self._layout(query).names if name != query.answer]
+        names = scene_layout(*self._scene(scene_index(query))).names
+        in_scene = [name for name in names if name != query.answer]
         return opposite(query) or in_scene or [name for name in CLASSES if name != query.answer]
 
     def labels(self, query: Query) -> Sequence[str]:
-        return self._layout(query).labels
-
-    def _layout(self, query: Query) -> Layout:
-        index = scene_index(query)
-        return scene_layout(scene_seed(self.split, index), self._kind(index))
+        return scene_layout(*self._scene(scene_index(query))).labels

@@ -14,7 +14,7 @@ import torch
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-from vlm_calibration.metrics.functional import MetricSpec
+from vlm_calibration.metrics.functional import CalibrationMetric
 from vlm_calibration.metrics.table import ConfidenceTable, GapNorm
 
 LEVEL = 0.95
@@ -45,11 +45,7 @@ def bootstrap_replicates(table: ConfidenceTable, function: Callable[[ConfidenceT
 
 
 def interval_of(
-    metric: MetricSpec,
-    table: ConfidenceTable,
-    draws: ConfidenceTable,
-    replicates: Tensor | None = None,
-    rarer: int | None = None,
+    metric: CalibrationMetric, table: ConfidenceTable, draws: ConfidenceTable, replicates: Tensor, rarer: int
 ) -> Interval:
     """95% confidence interval of one metric from given resamples.
 
@@ -57,20 +53,16 @@ def interval_of(
         metric: the metric.
         table: the answers.
         draws: B resamples of the answers, drawn one by one or in clusters: counts [B, L, 2] over the same confidences.
-        replicates: the metric of the draws, float [B], if it is computed already.
-        rarer: see `percentile_interval`; by default that of answers drawn one by one.
+        replicates: the metric of the draws, float [B].
+        rarer: see `percentile_interval`.
     """
     value = float(metric(table))
-    if value != value:
+    if math.isnan(value):
         return Interval(value, value, value)
-    if metric.gaps is not None:
-        low, high = _compatible_errors(metric.gaps, table, draws)
-        return Interval(value, min(low * value, value), max(min(high * value, metric.upper), value))
-    if replicates is None:
-        replicates = bootstrap_replicates(draws, metric)
-    if rarer is None:
-        rarer = int(table.counts.sum(0).amin())
-    return percentile_interval(value, replicates, rarer)
+    if metric.gaps is None:
+        return percentile_interval(value, replicates, rarer)
+    low, high = _compatible_errors(metric.gaps, table, draws)
+    return Interval(value, min(low * value, value), max(min(high * value, metric.upper), value))
 
 
 def percentile_interval(value: float, replicates: Tensor, rarer: int) -> Interval:
@@ -113,18 +105,18 @@ def _compatible_errors(
     def is_compatible_above(shift: float) -> bool:
         return float((norm(population(shift) + noise) <= measured).double().mean()) >= miss / 2
 
+    def boundary(is_compatible: Callable[[float], bool], outside: float) -> float:
+        """Bisect for the last shift from 0 towards `outside` that is compatible; 0 if none is."""
+        inside = 0.0
+        for _ in range(_HALVINGS):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if is_compatible(middle) else (inside, middle)
+        return inside
+
     no_gaps = -float((gaps.abs() / standard_error.clamp_min(1e-300)).max()) - 1
-    low = no_gaps if is_compatible_below(no_gaps) else _boundary(is_compatible_below, 0.0, no_gaps)
-    high = _boundary(is_compatible_above, 0.0, _MAX_SHIFT)
+    low = no_gaps if is_compatible_below(no_gaps) else boundary(is_compatible_below, no_gaps)
+    high = boundary(is_compatible_above, _MAX_SHIFT)
     return float(norm(population(low))) / measured, float(norm(population(high))) / measured
-
-
-def _boundary(holds: Callable[[float], bool], inside: float, outside: float) -> float:
-    """Bisect for the last number from `inside` towards `outside` at which `holds`; `inside` if it holds nowhere."""
-    for _ in range(_HALVINGS):
-        middle = (inside + outside) / 2
-        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
-    return inside
 
 
 def _gaps_and_noise(

@@ -1,37 +1,25 @@
 """The metrics as torchmetrics, each kind with one int64 tensor of counts as its whole state.
 
-The state is O(1) in the number of predictions, is not changed by autocast or dtype casts, and is reduced across
+The state is O(1) in the number of predictions, is not changed by autocast or by `half()` and its like, and is reduced across
 processes by a single all-reduce sum, however many metrics are computed from it.
 """
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from vlm_calibration.metrics.functional import (
-    METRICS,
-    REPORTED,
-    UndefinedMetricWarning,
-    table_values,
-    to_device_of,
-)
+from vlm_calibration.metrics.functional import REPORTED, UndefinedMetricWarning, table_values, to_device_of
 from vlm_calibration.metrics.probes import Probed, count_probes, probe_values
-from vlm_calibration.metrics.table import (
-    ConfidenceTable,
-    check_confidence,
-    check_correct,
-    check_positive,
-    to_level,
-)
+from vlm_calibration.metrics.table import ConfidenceTable, check_predictions, to_level
 from vlm_calibration.metrics.task import ALL_METRICS, TASK_SHAPE, answer_cells, task_scores
 
-Category = str | Collection[str] | None
-"""The category of an answer, several of them, or none."""
+Categories = Sequence[Collection[str]]
+"""The categories of each answer; an answer may be in several, or in none."""
 
 
 def sum_across_processes(counts: Tensor, group: Any = None) -> list[Tensor]:
@@ -41,18 +29,6 @@ def sum_across_processes(counts: Tensor, group: Any = None) -> list[Tensor]:
     return [total]
 
 
-def warn_undefined_values(values: Mapping[str, float]) -> None:
-    """Issue one warning that names all values of declared metrics that are NaN, and why they are."""
-    by_reason: dict[str, list[str]] = {}
-    for name, value in values.items():
-        spec = ALL_METRICS.get(name.split("/", 1)[0])
-        if spec is not None and math.isnan(value):
-            by_reason.setdefault(spec.undefined, []).append(name)
-    if by_reason:
-        message = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
-        warnings.warn(f"undefined (NaN): {message}", UndefinedMetricWarning, stacklevel=3)
-
-
 class CountingMetric(Metric):
     """Metrics whose whole state is one int64 tensor `counts`.
 
@@ -60,46 +36,33 @@ class CountingMetric(Metric):
 
     Args:
         shape: of the counts of one row.
-        categories: names to break the metrics down by, fixed so that every process has the same state; None for
-            no breakdown, in which case the categories of an update are not used. ValueError on an empty or repeated one.
-        kwargs: those of `torchmetrics.Metric`.
+        categories: different names to break the metrics down by, fixed so that every process has the same state; None for
+            no breakdown, in which case the categories of an update are not used.
     """
 
     is_differentiable = False
     full_state_update = False
     counts: Tensor
 
-    def __init__(self, shape: Sequence[int], categories: Iterable[str] | None, **kwargs: Any) -> None:
-        kwargs.setdefault("dist_sync_fn", sum_across_processes)
-        # A process without new answers would else return its last value and leave the others waiting for its counts.
-        kwargs.setdefault("compute_with_cache", False)
-        super().__init__(**kwargs)
-        if isinstance(categories, str):
-            raise ValueError(f"categories must be a list of names, got the string {categories!r}")
-        names = tuple(categories or ())
-        self._row_of = {name: row for row, name in enumerate(names, start=1)}
-        if len(self._row_of) != len(names) or "" in names:
-            raise ValueError(f"categories must differ and not be empty, got {list(names)}")
-        self.suffixes = ("", *(f"/{name}" for name in names))
-        self.add_state("counts", torch.zeros(1 + len(names), *shape, dtype=torch.int64), dist_reduce_fx="sum")
+    def __init__(self, shape: Sequence[int], categories: Iterable[str] | None) -> None:
+        # With the cache, a process without new answers would return its last value and leave the others waiting for its counts.
+        super().__init__(dist_sync_fn=sum_across_processes, compute_with_cache=False)
+        self.categories = tuple(categories or ())
+        rows = torch.zeros(1 + len(self.categories), *shape, dtype=torch.int64)
+        self.add_state("counts", rows, dist_reduce_fx="sum")
 
-    def count(self, cell: Tensor, category: Sequence[Category] | None) -> None:
+    def count(self, cell: Tensor, categories: Categories | None) -> None:
         """Count each of N answers once in row 0 and once in the row of each of its categories, with one `bincount`.
 
-        `cell` is int64 [N], the place of each answer in the flattened counts of a row. ValueError on a category that was not declared, or
-        another number of categories than answers.
+        `cell` is int64 [N], the place of each answer in the flattened counts of a row. KeyError on a category that was not declared,
+        ValueError on another number of categories than answers.
         """
-        n, size = len(cell), self.counts[0].numel()
-        if self._row_of and category is not None:
-            if isinstance(category, str) or len(category) != n:
-                raise ValueError(f"category must hold one name for each of the {n} answers, got {category!r}")
-            names = [(name,) if isinstance(name, str) else name or () for name in category]
-            unknown = {name for of_answer in names for name in of_answer if name not in self._row_of}
-            if unknown:
-                raise ValueError(f"unknown categories {sorted(unknown)}; declared are {list(self._row_of)}")
-            index = [i for i, of_answer in enumerate(names) for _ in of_answer]
-            row = torch.tensor([self._row_of[name] for of_answer in names for name in of_answer])
-            cell = torch.cat([cell, cell[index] + row.to(cell) * size])
+        if self.categories and categories is not None:
+            row_of = {name: row for row, name in enumerate(self.categories, start=1)}
+            of_answers = zip(range(len(cell)), categories, strict=True)
+            pairs = [(i, row_of[name]) for i, of_answer in of_answers for name in of_answer]
+            index, row = torch.tensor(pairs, dtype=torch.int64, device=cell.device).view(-1, 2).T
+            cell = torch.cat([cell, cell[index] + row * self.counts[0].numel()])
         counts = torch.bincount(cell, minlength=self.counts.numel()).view_as(self.counts)
         self.counts = self.counts + counts.to(self.counts.device)
 
@@ -108,20 +71,23 @@ class CountingMetric(Metric):
         """True: no answers are a state like any other, and no reason for a warning of torchmetrics."""
         return True
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> "CountingMetric":
-        """Do nothing: counts are integers whatever the dtype."""
-        return self
-
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
         """The metrics of the counts of one row on the CPU, NaN where undefined, with `suffix` behind their names."""
         raise NotImplementedError
 
     def compute(self) -> dict[str, Tensor]:
-        """All metrics by name, then by `name/category`, float64 on the metric's device; one warning for all that are NaN."""
+        """All metrics by name, then by `name/category`, float64 on the metric's device; one warning names all that are NaN, and why."""
         values: dict[str, float] = {}
-        for suffix, counts in zip(self.suffixes, self.counts.cpu(), strict=True):
-            values |= self.values(counts, suffix)
-        warn_undefined_values(values)
+        for name, counts in zip(("", *self.categories), self.counts.cpu(), strict=True):
+            values |= self.values(counts, f"/{name}" if name else "")
+        undefined: dict[str, list[str]] = {}
+        for name, value in values.items():
+            spec = ALL_METRICS.get(name.split("/", 1)[0])
+            if spec is not None and math.isnan(value):
+                undefined.setdefault(spec.undefined, []).append(name)
+        if undefined:
+            message = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in undefined.items())
+            warnings.warn(f"undefined (NaN): {message}", UndefinedMetricWarning, stacklevel=2)
         moved = to_device_of(torch.tensor(list(values.values()), dtype=torch.float64), self.counts)
         return dict(zip(values, moved.unbind(), strict=True))
 
@@ -129,28 +95,22 @@ class CountingMetric(Metric):
 class CalibrationCounts(CountingMetric):
     """The member of `CalibrationMetrics`, with its arguments."""
 
-    def __init__(
-        self, categories: Iterable[str] | None, grid_steps: int, metrics: Iterable[str], **kwargs: Any
-    ) -> None:
-        check_positive("grid_steps", grid_steps)
-        super().__init__((grid_steps + 2, 2), categories, **kwargs)
+    def __init__(self, categories: Iterable[str] | None, grid_steps: int, metrics: Iterable[str]) -> None:
+        super().__init__((grid_steps + 2, 2), categories)
         self.grid_steps = grid_steps
         self.names = tuple(metrics)
-        if unknown := [name for name in self.names if name not in METRICS]:
-            raise ValueError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
 
-    def update(self, confidence: Tensor, correct: Tensor, category: Sequence[Category] | None = None) -> None:
-        """Count N answers; ValueError on what is no confidence, correctness or declared category.
+    def update(self, confidence: Tensor, correct: Tensor, categories: Categories | None = None) -> None:
+        """Count N answers; ValueError on what is no confidence or correctness.
 
         Args:
             confidence: float [N] in [0, 1], NaN where it could not be parsed.
             correct: bool [N].
-            category: N names, collections of names or None, if there are categories.
+            categories: those of each answer, if there are any.
         """
-        correct = check_correct(correct, confidence.shape)
-        check_confidence(confidence, nan_is_unparsed=True)
+        check_predictions(confidence, correct)
         level = to_level(confidence.detach(), self.grid_steps)
-        self.count(level * 2 + correct.to(level.device), category)
+        self.count(level * 2 + correct.to(level.device), categories)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
         return table_values(ConfidenceTable.from_grid(counts), self.names, suffix)
@@ -163,12 +123,10 @@ class CalibrationMetrics(MetricCollection):
     other metrics are over the answers whose confidence could be read.
 
     Args:
-        prefix: put before every key.
-        postfix: put after every key, category included.
         categories: names to break down by; None for no breakdown.
         grid_steps: grid steps from 0 to 1.
         metrics: names from `METRICS`, by default those of `metrics.json`.
-        kwargs: those of `torchmetrics.Metric`.
+        kwargs: those of `torchmetrics.MetricCollection`, such as `prefix`.
 
     Example:
         >>> metrics = CalibrationMetrics(prefix="val/", metrics=("n", "ece", "brier"))
@@ -179,32 +137,29 @@ class CalibrationMetrics(MetricCollection):
 
     def __init__(
         self,
-        prefix: str | None = None,
-        postfix: str | None = None,
         categories: Iterable[str] | None = None,
         grid_steps: int = 100,
         metrics: Iterable[str] = REPORTED,
         **kwargs: Any,
     ) -> None:
-        counts = CalibrationCounts(categories, grid_steps, metrics, **kwargs)
-        super().__init__(counts, prefix=prefix, postfix=postfix)
+        super().__init__(CalibrationCounts(categories, grid_steps, metrics), **kwargs)
 
 
 class TaskMetrics(CountingMetric):
     """Accuracy over all answers; precision, recall, F1 and yes ratio over the yes/no questions; see `CountingMetric`."""
 
-    def __init__(self, categories: Iterable[str] | None = None, **kwargs: Any) -> None:
-        super().__init__(TASK_SHAPE, categories, **kwargs)
+    def __init__(self, categories: Iterable[str] | None = None) -> None:
+        super().__init__(TASK_SHAPE, categories)
 
     def update(
         self,
         predicted: Sequence[str | None],
         answer: Sequence[str],
         correct: Tensor,
-        category: Sequence[Category] | None = None,
+        categories: Categories | None = None,
     ) -> None:
-        """Count N answers, see `answer_cells`; `category` as for `CalibrationCounts.update`."""
-        self.count(answer_cells(predicted, answer, correct), category)
+        """Count N answers, see `answer_cells`; `categories` as for `CalibrationCounts.update`."""
+        self.count(answer_cells(predicted, answer, correct), categories)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
         return task_scores(counts, suffix)
@@ -217,10 +172,11 @@ class ProbeMetrics(CountingMetric):
         super().__init__((len(probes), 5), categories)
         self.probes = tuple(probes)
 
-    def update(self, probed: Sequence[Probed], categories: Sequence[Sequence[str]]) -> None:
+    def update(self, probed: Sequence[Probed], categories: Categories) -> None:
         """Count N answers: the confidences of all probes, and the categories, of each."""
-        rows = [[0, *(self._row_of[c] for c in of_answer)] for of_answer in categories]
-        counts = count_probes(probed, self.probes, rows, len(self.suffixes))
+        members = [probed]
+        members += [[p for p, of in zip(probed, categories, strict=True) if c in of] for c in self.categories]
+        counts = torch.stack([count_probes(part, self.probes) for part in members])
         self.counts = self.counts + counts.to(self.counts.device)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:

@@ -5,7 +5,6 @@ without pyplot, so that they need no display and are safe in threads. Colours ar
 """
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -53,15 +52,13 @@ def reliability_diagram(
 
     Bins with fewer than `FEW` answers are faint, and neither the line nor the band leads to them. `title` replaces the default one.
     """
-    ax = _axes(
-        table, title or f"Reliability: ECE {_text(table, 'ece', '.1%')}", ax, with_answers=title is None
-    )
-    _percent_axis(ax, "x", "Stated confidence (%)")
-    _percent_axis(ax, "y", "Accuracy (%)")
+    default = f"Reliability: ECE {_text(table, 'ece', '.1%')}{_answers(table)}"
+    figure, ax = _axes(table, title or default, "Stated confidence (%)", "Accuracy (%)", ax)
+    ax.set(ylim=(-3, 103), yticks=range(0, 101, 10))
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="Perfectly calibrated")
     if not table.parsed:
         ax.legend(loc="upper left", frameon=False)
-        return _figure(ax)
+        return figure
     sums = bin_sums(table, 10, "uniform")
     occupied = sums.answers > 0
     answers, correct = sums.answers[occupied], sums.correct[occupied]
@@ -91,18 +88,17 @@ def reliability_diagram(
     for middle, top, count in zip(centre.tolist(), size.tolist(), sums.answers.tolist(), strict=True):
         if count:
             ax.text(middle, floor + top + 0.5, f"{count:,.0f}", ha="center", va="bottom", fontsize=9)
-    return _figure(ax)
+    return figure
 
 
 def confidence_histogram(table: ConfidenceTable, *, ax: "Axes | None" = None) -> "Figure":
     """Histogram of the stated confidences: correct answers upwards, wrong ones downwards; a bar a level if there are at most 20."""
     from matplotlib.ticker import MaxNLocator
 
-    ax = _axes(table, f"Stated confidence: AUROC {_text(table, 'auroc')}", ax)
-    _percent_axis(ax, "x", "Stated confidence (%)")
-    ax.set_ylabel("Answers (wrong below, right above)")
+    title = f"Stated confidence: AUROC {_text(table, 'auroc')}{_answers(table)}"
+    figure, ax = _axes(table, title, "Stated confidence (%)", "Answers (wrong below, right above)", ax)
     if not table.parsed:
-        return _figure(ax)
+        return figure
     gap = float(table.value.diff().min()) if len(table.value) > 1 else 1.0
     if len(table.value) <= 20 and gap > 0.009:
         centre, width, correct, wrong = 100 * table.value, min(80 * gap, 4.0), table.correct, table.wrong
@@ -126,7 +122,7 @@ def confidence_histogram(table: ConfidenceTable, *, ax: "Axes | None" = None) ->
     ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
-    return _figure(ax)
+    return figure
 
 
 def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
@@ -135,11 +131,11 @@ def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
     Points are the thresholds that can be set; between them equally confident answers come in random order. The best
     possible ranking of the same answers and a random ranking are drawn for comparison.
     """
-    ax = _axes(table, f"Risk and coverage: AURC {_text(table, 'aurc')}")
-    _percent_axis(ax, "x", "Coverage: most confident answers given (%)")
-    ax.set_ylabel("Risk: error rate of the answers given (%)")
+    title = f"Risk and coverage: AURC {_text(table, 'aurc')}{_answers(table)}"
+    coverage_label = "Coverage: most confident answers given (%)"
+    figure, ax = _axes(table, title, coverage_label, "Risk: error rate of the answers given (%)")
     if not table.parsed:
-        return _figure(ax)
+        return figure
     answers, wrong = table.answers.flip(-1), table.wrong.flip(-1)
     total, errors = float(answers.sum()), float(wrong.sum())
     ends, ends_wrong = answers.cumsum(-1), wrong.cumsum(-1)
@@ -157,7 +153,7 @@ def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
     ax.set_ylim(0, min(1.12 * highest, 104))
     ax.grid(alpha=0.25)
     ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
-    return _figure(ax)
+    return figure
 
 
 def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) -> "Figure":
@@ -181,10 +177,18 @@ def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) ->
         ax.set(ylim=(-3, 103), xlim=(-0.04, 1.04), title=kind.replace("_", " "))
         ax.tick_params(labelbottom=True)
         ax.grid(alpha=0.25)
-        if curve:
-            _draw_response(ax, curve)
-        else:
+        if not curve:
             _note_empty(ax)
+            continue
+        strengths = sorted(curve)
+        rows = [curve[strength] for strength in strengths]
+        correct, answers = torch.stack([t.correct.sum() for t in rows]), torch.stack([t.total for t in rows])
+        low, high = (100 * bound for bound in wilson_interval(correct, answers))
+        confidence = [100 * float(METRICS["mean_confidence"](table)) for table in rows]
+        ax.fill_between(strengths, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95% interval")
+        ax.vlines(strengths, low, high, color=BLUE, alpha=0.55, linewidth=1.5)
+        ax.plot(strengths, 100 * correct / answers, color=BLUE, marker="o", markersize=4, label="Accuracy")
+        ax.plot(strengths, confidence, "s--", color=ORANGE, markersize=4, label="Mean stated confidence")
     for ax in panels[len(kinds) :]:
         ax.remove()
     # The empty lines are where the legend stands.
@@ -195,45 +199,27 @@ def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) ->
     return figure
 
 
-def _draw_response(ax: "Axes", curve: Mapping[float, ConfidenceTable]) -> None:
-    """Draw the curves of one kind: strength -> the answers there."""
-    strengths = sorted(curve)
-    rows = [curve[strength] for strength in strengths]
-    correct, answers = (
-        torch.stack(column) for column in zip(*((t.correct.sum(), t.total) for t in rows), strict=True)
-    )
-    low, high = (100 * bound for bound in wilson_interval(correct, answers))
-    confidence = [100 * float(METRICS["mean_confidence"](table)) for table in rows]
-    ax.fill_between(strengths, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95% interval")
-    ax.vlines(strengths, low, high, color=BLUE, alpha=0.55, linewidth=1.5)
-    ax.plot(strengths, 100 * correct / answers, color=BLUE, marker="o", markersize=4, label="Accuracy")
-    ax.plot(strengths, confidence, "s--", color=ORANGE, markersize=4, label="Mean stated confidence")
-
-
-def _percent_axis(ax: "Axes", which: str, label: str) -> None:
-    ax.set(**{f"{which}lim": (-3, 103), f"{which}ticks": range(0, 101, 10), f"{which}label": label})
-
-
 def _text(table: ConfidenceTable, name: str, format: str = ".3f") -> str:
     value = float(METRICS[name](table))
     return "undefined" if math.isnan(value) else f"{value:{format}}"
 
 
-def _axes(table: ConfidenceTable, title: str, ax: "Axes | None" = None, with_answers: bool = True) -> "Axes":
-    """The given axes or new ones, with a title, by default with the number of answers, and a note if none states a confidence."""
-    ax = new_figure().subplots() if ax is None else ax
+def _answers(table: ConfidenceTable) -> str:
     unparsed = f" ({table.unparsed:,} unparsed)" if table.unparsed else ""
-    answers = f", {table.n:,} answer{'' if table.n == 1 else 's'}{unparsed}"
-    ax.set_title(title + (answers if with_answers else ""))
+    return f", {table.n:,} answer{'' if table.n == 1 else 's'}{unparsed}"
+
+
+def _axes(
+    table: ConfidenceTable, title: str, x: str, y: str, ax: "Axes | None" = None
+) -> "tuple[Figure, Axes]":
+    """The given axes or new ones, x in percent, with a note if no answer states a confidence."""
+    ax = new_figure().subplots() if ax is None else ax
+    ax.set(title=title, xlim=(-3, 103), xticks=range(0, 101, 10), xlabel=x, ylabel=y)
     if not table.parsed:
         _note_empty(ax)
-    return ax
+    return cast("Figure", ax.get_figure(root=True)), ax
 
 
 def _note_empty(ax: "Axes") -> None:
     note = "No answer with a readable confidence"
     ax.text(0.5, 0.5, note, ha="center", va="center", transform=ax.transAxes)
-
-
-def _figure(ax: "Axes") -> "Figure":
-    return cast("Figure", ax.get_figure(root=True))

@@ -5,7 +5,6 @@ grouped by one sort and not rounded. The result is a float64 scalar on the devic
 `UndefinedMetricWarning` where the metric is undefined. Ranking metrics are in expectation over random orders of equally confident answers.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,14 +15,7 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.metrics import smooth
-from vlm_calibration.metrics.table import (
-    Binning,
-    ConfidenceTable,
-    GapNorm,
-    bin_index,
-    bin_sums,
-    check_confidence,
-)
+from vlm_calibration.metrics.table import Binning, ConfidenceTable, GapNorm, bin_index, bin_sums
 
 UNPARSED = "there is no answer with a readable confidence"
 
@@ -37,33 +29,40 @@ class MetricSpec:
     """The declaration of a metric.
 
     Attributes:
-        name: flat name, the key in `metrics.json`.
         heading: short name for table columns.
-        function: from a `ConfidenceTable`, or the counts of `metrics.task`, to float64 [...], NaN where undefined.
         undefined: when the value is NaN, as the end of a sentence.
         higher_is_better: None where neither direction is better by itself.
         lower: smallest possible value.
         upper: largest possible value; infinity if there is none.
         format: format of the value in tables.
-        gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
     """
 
-    name: str
     heading: str
-    function: Callable[..., Tensor]
     undefined: str
     higher_is_better: bool | None = None
     lower: float = 0.0
     upper: float = 1.0
     format: str = ".3f"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationMetric(MetricSpec):
+    """The declaration of a metric of confidence.
+
+    Attributes:
+        function: from a `ConfidenceTable` to float64 [...], NaN where undefined.
+        gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
+    """
+
+    function: Callable[[ConfidenceTable], Tensor]
     gaps: GapNorm | None = None
 
-    def __call__(self, counts: Any, **options: Any) -> Tensor:
+    def __call__(self, table: ConfidenceTable) -> Tensor:
         """The value on a table or a batch of replicates, float64, NaN where undefined, without a warning."""
-        return self.function(counts, **options)
+        return self.function(table)
 
 
-METRICS: dict[str, MetricSpec] = {}
+METRICS: dict[str, CalibrationMetric] = {}
 """The declarations of all metrics of confidence by flat name, those of `metrics.json` first and in their order there."""
 
 
@@ -77,43 +76,39 @@ def to_device_of(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.device, torch.float32 if like.device.type == "mps" else torch.float64)
 
 
-def of_values(formula: Callable[..., Any], undefined: str = UNPARSED) -> Callable[..., Any]:
-    """Turn a formula of a `ConfidenceTable` into a function of raw values with the formula's options."""
+def of_values(formula: Callable[[ConfidenceTable], Any], undefined: str = UNPARSED) -> Callable[..., Any]:
+    """Turn a formula of a `ConfidenceTable` into a function of raw values."""
 
     @wraps(formula)
-    def function(confidence: Tensor, correct: Tensor, **options: Any) -> Any:
-        check_confidence(confidence, nan_is_unparsed=False)
-        value = formula(ConfidenceTable.from_predictions(confidence, correct, None), **options)
+    def function(confidence: Tensor, correct: Tensor) -> Any:
+        table = ConfidenceTable.from_predictions(confidence, correct, None)
+        if table.unparsed:
+            index = int(confidence.isnan().nonzero()[0])
+            raise ValueError(f"confidence[{index}] is not a number; leave out answers without a confidence")
+        value = formula(table)
         parts = value if isinstance(value, tuple) else (value,)
-        if any(bool(part.isnan().any()) for part in parts):
+        if any(bool(part.isnan()) for part in parts):
             message = f"{formula.__name__} is undefined (NaN): {undefined}"
             warnings.warn(message, UndefinedMetricWarning, stacklevel=2)
         moved = [to_device_of(part, confidence) for part in parts]
         return type(value)(*moved) if isinstance(value, tuple) else moved[0]
 
-    signature = inspect.signature(formula)
-    values = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor)
-        for name in ("confidence", "correct")
-    ]
-    parameters = [*values, *list(signature.parameters.values())[1:]]
-    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    # The signature is that of this function, and not that of the formula.
+    del function.__wrapped__  # type: ignore[attr-defined]
     return function
 
 
 def metric(
     name: str, heading: str, undefined: str = UNPARSED, **declaration: Any
-) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+) -> Callable[[Callable[[ConfidenceTable], Tensor]], Callable[..., Tensor]]:
     """Declare the decorated formula: enter it in `METRICS` and put its function of raw values in its place.
 
-    `declaration` has further fields of `MetricSpec`; ValueError if the name is taken.
+    `declaration` has further fields of `CalibrationMetric`.
     """
 
-    def declare(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if name in METRICS:
-            raise ValueError(f"the metric {name!r} is declared twice")
-        METRICS[name] = MetricSpec(
-            name=name, heading=heading, undefined=undefined, function=formula, **declaration
+    def declare(formula: Callable[[ConfidenceTable], Tensor]) -> Callable[..., Tensor]:
+        METRICS[name] = CalibrationMetric(
+            heading=heading, undefined=undefined, function=formula, **declaration
         )
         return of_values(formula, undefined)
 
@@ -140,42 +135,42 @@ UNIFORM, QUANTILE = partial(membership, binning="uniform"), partial(membership, 
 
 
 @metric("ece", "ECE", higher_is_better=False, gaps=GapNorm(UNIFORM, lambda gaps: gaps.abs().sum(-1)))
-def expected_calibration_error(table: ConfidenceTable, *, n_bins: int = 10) -> Tensor:
+def expected_calibration_error(table: ConfidenceTable) -> Tensor:
     r"""Expected calibration error (ECE), Naeini et al. (AAAI 2015) and Guo et al. (arXiv 1706.04599).
 
     :math:`\sum_b w_b |acc_b - conf_b|`, with the share of answers `w_b`, mean confidence `conf_b` and accuracy `acc_b` of each
-    of `n_bins` bins of equal width. An edge belongs to the bin above it, and 1 to the last bin.
+    of ten bins of equal width. An edge belongs to the bin above it, and 1 to the last bin.
 
     Bins [0.3, 0.4) and [0.9, 1] give 2/3 * |0.5 - 0.9| + 1/3 * |0 - 0.3|:
 
     >>> expected_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.3667, dtype=torch.float64)
     """
-    return bin_sums(table, n_bins, "uniform").gap.abs().sum(-1) / table.total
+    return bin_sums(table, 10, "uniform").gap.abs().sum(-1) / table.total
 
 
 @metric("ace", "ACE", higher_is_better=False, gaps=GapNorm(QUANTILE, lambda gaps: gaps.abs().mean(-1), True))
-def adaptive_calibration_error(table: ConfidenceTable, *, n_bins: int = 10) -> Tensor:
+def adaptive_calibration_error(table: ConfidenceTable) -> Tensor:
     r"""Adaptive calibration error (ACE), Nixon et al. (arXiv 1904.01685): mean gap over equal-mass bins.
 
-    :math:`\frac{1}{B} \sum_b |acc_b - conf_b|` over the B of `n_bins` bins that hold an answer, as in netcal. Equal confidences
+    :math:`\frac{1}{B} \sum_b |acc_b - conf_b|` over the B of ten bins that hold an answer, as in netcal. Equal confidences
     stay in one bin, so the order of ties does not matter.
 
     >>> adaptive_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.3500, dtype=torch.float64)
     """
-    sums = bin_sums(table, n_bins, "quantile")
+    sums = bin_sums(table, 10, "quantile")
     return sums.mean_gap.abs().sum(-1) / (sums.answers > 0).sum(-1).double()
 
 
 @metric("mce", "MCE", higher_is_better=False, gaps=GapNorm(UNIFORM, lambda gaps: gaps.abs().amax(-1), True))
-def maximum_calibration_error(table: ConfidenceTable, *, n_bins: int = 10) -> Tensor:
+def maximum_calibration_error(table: ConfidenceTable) -> Tensor:
     r"""Maximum calibration error (MCE), :math:`\max_b |acc_b - conf_b|` over the bins of the ECE that hold an answer.
 
     >>> maximum_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.4000, dtype=torch.float64)
     """
-    largest = bin_sums(table, n_bins, "uniform").mean_gap.abs().amax(-1)
+    largest = bin_sums(table, 10, "uniform").mean_gap.abs().amax(-1)
     return torch.where(table.total > 0, largest, torch.nan)
 
 

@@ -8,15 +8,13 @@ a probability of at most 1 - certainty.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import beta, binom
 
 from vlm_calibration.metrics.bootstrap import Interval
-
-Counts: TypeAlias = npt.NDArray[np.int64]
 
 GRID_STEPS = 1000
 """Thresholds are tenths of a percent, fine enough for confidences that crowd near 100%."""
@@ -40,19 +38,11 @@ class Limits:
         max_error: largest share of wrong answers among the answers given, in (0, 1).
         certainty: probability that the promise is kept, in (0, 1).
         max_sent_away: largest share of the correct answers that are not given, in (0, 1); None: no limit.
-
-    Raises:
-        ValueError: on a value outside (0, 1).
     """
 
     max_error: float
     certainty: float = 0.95
     max_sent_away: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name} must be between 0 and 1 (exclusive), got {value}")
 
 
 class GradedAnswers(NamedTuple):
@@ -144,16 +134,8 @@ class RiskControl(NamedTuple):
 
 
 def graded_answers(confidence: Sequence[float | None], correct: Sequence[bool]) -> GradedAnswers:
-    """Round confidences in [0, 1], None or NaN where they could not be parsed, down to the highest threshold that gives the answer.
-
-    Raises:
-        ValueError: on a confidence outside [0, 1], or inputs of different lengths.
-    """
+    """Round confidences in [0, 1], None or NaN where they could not be parsed, down to the highest threshold that gives the answer."""
     values = np.array([np.nan if c is None else c for c in confidence], dtype=np.float64)
-    if len(values) != len(correct):
-        raise ValueError(f"{len(values)} confidences but {len(correct)} correct")
-    if ((values < 0) | (values > 1)).any():
-        raise ValueError("a confidence is outside [0, 1]")
     level = np.round(values * GRID_STEPS)
     level -= level / GRID_STEPS > values
     return GradedAnswers(level / GRID_STEPS, np.array(correct, dtype=bool))
@@ -209,7 +191,7 @@ def lowest_controlled(answers: GradedAnswers, max_error: float, level: float) ->
     return lowest
 
 
-def _steps(answers: GradedAnswers) -> tuple[npt.NDArray[np.float64], Counts, Counts]:
+def _steps(answers: GradedAnswers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The thresholds that give further answers, from the highest down, and how many answers and wrong answers each gives, [L] each."""
     read = ~np.isnan(answers.confidence)
     negative, place = np.unique(-answers.confidence[read], return_inverse=True)
@@ -239,20 +221,20 @@ def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
     if threshold is None:
         return Choice(None, reason=_why_none(answers, limits.max_error, level))
     scores = ThresholdScores.of(answers.confidence >= threshold, answers.correct, limits.certainty)
-    p_sent_away = None
-    if limits.max_sent_away is not None:
-        # A sequence of tests from the lowest threshold upwards passes this one if and only if its own test does, since each test has the
-        # same number of trials and not fewer events than the one before it.
-        p_sent_away = float(binom.cdf(scores.sent_away, scores.correct, limits.max_sent_away))
-        if p_sent_away > level:
-            reason = (
-                f"from {percent(threshold)} on at most {percent(limits.max_error)} of the answers given are wrong, but "
-                f"{percent(scores.sent_away_share.value)} of the correct answers are sent away (limit "
-                f"{percent(limits.max_sent_away)}): raise one of the two limits, or give more answers"
-            )
-            return Choice(None, reason=reason)
     p_error = float(binom.cdf(scores.wrong, scores.answers, limits.max_error))
-    return Choice(threshold, scores, p_error, p_sent_away)
+    if limits.max_sent_away is None:
+        return Choice(threshold, scores, p_error)
+    # A sequence of tests from the lowest threshold upwards passes this one if and only if its own test does, since each test has the
+    # same number of trials and not fewer events than the one before it.
+    p_sent_away = float(binom.cdf(scores.sent_away, scores.correct, limits.max_sent_away))
+    if p_sent_away <= level:
+        return Choice(threshold, scores, p_error, p_sent_away)
+    reason = (
+        f"from {percent(threshold)} on at most {percent(limits.max_error)} of the answers given are wrong, but "
+        f"{percent(scores.sent_away_share.value)} of the correct answers are sent away (limit "
+        f"{percent(limits.max_sent_away)}): raise one of the two limits, or give more answers"
+    )
+    return Choice(None, reason=reason)
 
 
 def percent(share: float) -> str:
@@ -271,10 +253,8 @@ def _why_none(answers: GradedAnswers, max_error: float, level: float) -> str:
         )
     rates = np.where(given >= fewest, wrong / given, np.inf)
     best = int(rates.argmin())
-    return (
-        f"no threshold passes the test: the lowest error found is {percent(rates[best])} of {given[best]} answers, from "
-        f"{percent(thresholds[best])} on"
-    )
+    lowest = f"{percent(rates[best])} of {given[best]} answers, from {percent(thresholds[best])} on"
+    return f"no threshold passes the test: the lowest error found is {lowest}"
 
 
 def guarantee(control: RiskControl, questions: str = "those of the calibration split") -> str:
@@ -283,11 +263,6 @@ def guarantee(control: RiskControl, questions: str = "those of the calibration s
     Args:
         control: thresholds of one or several groups.
         questions: which questions the promise is for, after "questions like".
-
-    Example:
-        >>> answers = graded_answers([0.9] * 100 + [0.4] * 20, [True] * 100 + [False] * 20)
-        >>> print(guarantee(control_risk({"": answers}, Limits(0.05))))
-        At most 5% of the answers given are wrong, with 95% certainty, for questions like those of the calibration split: answer from 90% on, 83% of the questions.
     """
     if not control.found:
         return ""
@@ -295,12 +270,13 @@ def guarantee(control: RiskControl, questions: str = "those of the calibration s
     promise = f"At most {percent(limits.max_error)} of the answers given are wrong"
     if limits.max_sent_away is not None:
         promise += f" and at most {percent(limits.max_sent_away)} of the correct answers are sent away"
-    promise += " in every group" if several else ""
+    if several:
+        promise += " in every group"
     certainty = f"with {percent(limits.certainty)} certainty{' for all groups together' if several else ''}"
     rules = []
-    for name, choice in control.choices.items():
+    for name, (threshold, scores, *_) in control.choices.items():
         rule = "answer nothing"
-        if choice.threshold is not None and choice.scores is not None:
-            rule = f"answer from {percent(choice.threshold)} on, {choice.scores.coverage.value:.0%} of the questions"
+        if threshold is not None and scores is not None:
+            rule = f"answer from {percent(threshold)} on, {scores.coverage.value:.0%} of the questions"
         rules.append(f"{name}: {rule}" if several else rule)
     return f"{promise}, {certainty}, for questions like {questions}: {'; '.join(rules)}."

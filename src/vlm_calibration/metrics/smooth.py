@@ -95,9 +95,7 @@ def _integral_of_absolute(height: Tensor) -> Tensor:
     row, cell = ((start < 0) != (end < 0)).nonzero(as_tuple=True)
     a, b = start[row, cell].abs(), end[row, cell].abs()
     span = a + b
-    correction = torch.where(
-        span > 0, (a * a + b * b) / (2 * span.clamp_min(1e-300)) - span / 2 + span / 6, 0.0
-    )
+    correction = (a * a + b * b) / (2 * span) - span / 2 + span / 6
     return area.index_add(0, row, correction) / nodes
 
 

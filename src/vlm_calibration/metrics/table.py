@@ -16,37 +16,17 @@ PROBABILITY_STEPS = 10_000
 """Grid steps from 0 to 1 for confidences that are not whole percents, as those of estimators."""
 
 
-def check_positive(name: str, value: int) -> None:
-    """Raise a ValueError unless a number of steps or bins is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-
-
-def check_correct(correct: Tensor, shape: torch.Size) -> Tensor:
-    """`correct`, bool or integers 0 and 1 of the shape of the confidences, as a bool tensor; ValueError for anything else."""
-    if correct.shape != shape:
-        raise ValueError(f"confidence has shape {tuple(shape)} but correct has {tuple(correct.shape)}")
-    if correct.dtype == torch.bool:
-        return correct
-    if correct.is_floating_point() or not bool(((correct == 0) | (correct == 1)).all()):
-        raise ValueError("correct must be a bool tensor, or integers 0 and 1")
-    return correct.bool()
-
-
-def check_confidence(confidence: Tensor, *, nan_is_unparsed: bool) -> None:
-    """Raise a ValueError that names the first bad value, unless `confidence` is floating [N] in [0, 1], or NaN where that is allowed."""
+def check_predictions(confidence: Tensor, correct: Tensor) -> None:
+    """Raise a ValueError that names the first bad value, unless `confidence` is floating [N] in [0, 1] or NaN, and `correct` bool [N]."""
     if not confidence.is_floating_point() or confidence.ndim != 1:
         found = f"{confidence.dtype} of shape {tuple(confidence.shape)}"
         raise ValueError(f"confidence must be a floating vector with values in [0, 1], got {found}")
-    bad = (confidence < 0) | (confidence > 1)
-    if not nan_is_unparsed:
-        bad |= confidence.isnan()
-    if bool(bad.any()):
+    if correct.dtype != torch.bool or correct.shape != confidence.shape:
+        found = f"{correct.dtype} of shape {tuple(correct.shape)}"
+        raise ValueError(f"correct must be bool of shape {tuple(confidence.shape)}, got {found}")
+    if (bad := (confidence < 0) | (confidence > 1)).any():
         index = int(bad.nonzero()[0])
-        value = float(confidence[index])
-        if value != value:
-            raise ValueError(f"confidence[{index}] is not a number; leave out answers without a confidence")
-        raise ValueError(f"confidence[{index}] = {value} is outside [0, 1]")
+        raise ValueError(f"confidence[{index}] = {float(confidence[index])} is outside [0, 1]")
 
 
 def as_confidence_tensor(confidence: Tensor | Sequence[float | None]) -> Tensor:
@@ -109,12 +89,10 @@ class ConfidenceTable(NamedTuple):
         confidence = as_confidence_tensor(confidence).detach()
         if not isinstance(correct, Tensor):
             correct = torch.tensor(list(correct), dtype=torch.bool)
-        correct = check_correct(correct, confidence.shape)
-        check_confidence(confidence, nan_is_unparsed=True)
+        check_predictions(confidence, correct)
         parsed = ~confidence.isnan()
         confidence, correct = confidence[parsed], correct[parsed.to(correct.device)]
         if grid_steps is not None:
-            check_positive("grid_steps", grid_steps)
             confidence = to_level(confidence, grid_steps).cpu().double() / grid_steps
         value, place = torch.unique(confidence, sorted=True, return_inverse=True)
         counts = torch.bincount(place * 2 + correct.to(place.device), minlength=2 * len(value)).view(-1, 2)
@@ -189,35 +167,22 @@ class GapNorm(NamedTuple):
     of_bin: bool = False
 
 
-def uniform_bin(value: Tensor, n_bins: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The equal-width bin of each confidence, float64 [L], int64 in [0, n_bins - 1].
+def bin_index(table: ConfidenceTable, n_bins: int, binning: Binning) -> Tensor:
+    """The bin of each distinct confidence, int64 [L] in [0, n_bins - 1]; [..., L] for `quantile`, which depends on counts.
 
-    Bin `b` holds the confidences in `[b / n_bins, (b + 1) / n_bins)`; the last bin also holds 1. An edge belongs to the bin above it, as in
-    `numpy.histogram`, netcal and torchmetrics. It is the number nearest to `b / n_bins` in `dtype`, that of the given confidences, as
-    are the literal 0.3 and the level 30 / 100: none of them falls on the wrong side.
+    Bin `b` of equal width (`uniform`) holds the confidences in `[b / n_bins, (b + 1) / n_bins)`; the last bin also holds 1. An edge belongs
+    to the bin above it, as in `numpy.histogram`, netcal and torchmetrics. It is the number nearest to `b / n_bins` in the dtype of the
+    given confidences, as are the literal 0.3 and the level 30 / 100: none of them falls on the wrong side.
+
+    Bins of equal mass (`quantile`) equal binning at the edges `numpy.quantile(confidences, b / n_bins)`, an edge in the bin above it, in
+    integers: `(rank of the last answer with this confidence - 1) * n_bins // (N - 1)`. Equal confidences share a bin.
     """
-    edges = (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(dtype).double()
-    return torch.bucketize(value, edges, right=True)
-
-
-def quantile_bin(count: Tensor, n_bins: int) -> Tensor:
-    """The equal-mass bin of each distinct confidence, int64 [..., L] in [0, n_bins - 1]; equal confidences share a bin.
-
-    This equals binning at the edges `numpy.quantile(confidences, b / n_bins)`, an edge in the bin above it,
-    in integers: `(rank of the last answer with this confidence - 1) * n_bins // (N - 1)`. `count` is int64 [..., L], the answers at
-    each confidence, ascending.
-    """
-    rank = count.cumsum(-1)
+    if binning == "uniform":
+        edges = (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(table.dtype).double()
+        return torch.bucketize(table.value, edges, right=True)
+    rank = table.counts.sum(-1).cumsum(-1)
     last = (rank[..., -1:] - 1).clamp_min(1)
     return ((rank - 1) * n_bins).div(last, rounding_mode="floor").clamp(0, n_bins - 1)
-
-
-def bin_index(table: ConfidenceTable, n_bins: int, binning: Binning) -> Tensor:
-    """The bin of each distinct confidence, int64 [L] in [0, n_bins - 1]; [..., L] for `quantile`, which depends on counts."""
-    check_positive("n_bins", n_bins)
-    if binning == "quantile":
-        return quantile_bin(table.counts.sum(-1), n_bins)
-    return uniform_bin(table.value, n_bins, table.dtype)
 
 
 def bin_sums(table: ConfidenceTable, n_bins: int, binning: Binning) -> BinSums:

@@ -6,13 +6,12 @@ counts as negative, and stays in the denominator of the yes ratio.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vlm_calibration.metrics.functional import METRICS, MetricSpec
-from vlm_calibration.metrics.table import check_correct
 
 CLASSES = ("yes", "no")
 YES, OTHER = 0, 2
@@ -30,11 +29,10 @@ def answer_cells(predicted: Sequence[str | None], answer: Sequence[str], correct
         correct: bool [N].
 
     Raises:
-        ValueError: if the lengths differ or `correct` is not bool.
+        ValueError: if the lengths differ.
     """
     if not len(predicted) == len(answer) == len(correct):
         raise ValueError(f"got {len(predicted)} predicted, {len(answer)} answers and {len(correct)} correct")
-    correct = check_correct(correct, torch.Size([len(answer)]))
     gold, said = (
         torch.tensor([_class_of(text) for text in texts], dtype=torch.int64, device=correct.device)
         for texts in (answer, predicted)
@@ -53,35 +51,14 @@ def count_answers(predicted: Sequence[str | None], answer: Sequence[str], correc
     return torch.bincount(cells, minlength=math.prod(TASK_SHAPE)).view(TASK_SHAPE)
 
 
-def _accuracy(counts: Tensor) -> Tensor:
-    return counts[..., 1].sum().double() / counts.sum()
-
-
-def _of_yes_no(formula: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """From a formula of numbers of yes/no questions to a function of counts: correctly answered yes, answered yes, gold yes, all."""
-
-    def function(counts: Tensor) -> Tensor:
-        yes_no = counts.sum(-1)[:OTHER].double()
-        return formula(yes_no[YES, YES], yes_no[:, YES].sum(), yes_no[YES].sum(), yes_no.sum())
-
-    return function
-
-
-_precision = _of_yes_no(lambda hits, answered, gold, n: hits / answered)
-_recall = _of_yes_no(lambda hits, answered, gold, n: hits / gold)
-_f1 = _of_yes_no(lambda hits, answered, gold, n: 2 * hits / (answered + gold))
-_yes_ratio = _of_yes_no(lambda hits, answered, gold, n: answered / n)
-
-TASK_METRICS: dict[str, MetricSpec] = {
-    name: MetricSpec(
-        name=name, heading=heading, function=function, undefined=undefined, higher_is_better=better
-    )
-    for name, heading, function, undefined, better in (
-        ("accuracy", "accuracy", _accuracy, "there is no answer", True),
-        ("precision", "precision", _precision, "yes was never predicted on a yes/no question", True),
-        ("recall", "recall", _recall, "yes is the gold answer of no question", True),
-        ("f1", "F1", _f1, "yes was neither predicted nor a gold answer", True),
-        ("yes_ratio", "yes ratio", _yes_ratio, "there is no yes/no question", None),
+TASK_METRICS = {
+    name: MetricSpec(heading=heading, undefined=undefined, higher_is_better=better)
+    for name, heading, undefined, better in (
+        ("accuracy", "accuracy", "there is no answer", True),
+        ("precision", "precision", "yes was never predicted on a yes/no question", True),
+        ("recall", "recall", "yes is the gold answer of no question", True),
+        ("f1", "F1", "yes was neither predicted nor a gold answer", True),
+        ("yes_ratio", "yes ratio", "there is no yes/no question", None),
     )
 }
 """The declarations of the task metrics by flat name."""
@@ -91,4 +68,13 @@ ALL_METRICS: dict[str, MetricSpec] = {**TASK_METRICS, **METRICS}
 
 def task_scores(counts: Tensor, suffix: str = "") -> dict[str, float]:
     """The task metrics of counts by flat name, NaN where undefined, without a warning."""
-    return {name + suffix: float(spec(counts)) for name, spec in TASK_METRICS.items()}
+    yes_no = counts.sum(-1)[:OTHER].double()
+    hits, answered, gold = yes_no[YES, YES], yes_no[:, YES].sum(), yes_no[YES].sum()
+    scores = {
+        "accuracy": counts[..., 1].sum().double() / counts.sum(),
+        "precision": hits / answered,
+        "recall": hits / gold,
+        "f1": 2 * hits / (answered + gold),
+        "yes_ratio": answered / yes_no.sum(),
+    }
+    return {name + suffix: float(value) for name, value in scores.items()}

@@ -123,7 +123,7 @@ class AmberSource(BenchmarkSource):
         self.annotations = annotations
 
     def read(self) -> list[Query]:
-        queries, generative = amber.read_queries(self.path, amber.read_annotations(self.annotations))
+        queries, generative = amber.read_queries(self.path, self.annotations)
         note = f"{self.path}: {amber.GENERATIVE_NOTE.format(n=generative)}"
         if not queries:
             raise DataError(f"{note}, and there are no others")

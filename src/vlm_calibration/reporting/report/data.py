@@ -254,8 +254,7 @@ def probe_values_of(
     predictions: Sequence[EstimatedPrediction], probes: Sequence[str], suffix: str = ""
 ) -> dict[str, float]:
     """The metrics of some probes, see `probe_values`."""
-    [counts] = count_probes((p.probes for p in predictions), probes, [[0]] * len(predictions), 1)
-    return probe_values(counts, probes, suffix)
+    return probe_values(count_probes((p.probes for p in predictions), probes), probes, suffix)
 
 
 def table_of(predictions: Sequence[EstimatedPrediction], estimator: str = VERBALIZED) -> ConfidenceTable:
