@@ -35,6 +35,12 @@ class Listed(QuerySource):
         return with_regions(query, np.full((*self.size, 3), 128, dtype=np.uint8))
 
 
+def pattern(seed: int) -> Image.Image:
+    """An image of 64 x 48 pixels that no other seed's resembles."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((64, 48), Image.Resampling.BICUBIC)
+
+
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
     """Write `data/queries.jsonl` and `data/a.png` (20 x 10 pixels); lines may be objects, text or bytes."""

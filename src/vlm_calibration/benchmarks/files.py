@@ -50,7 +50,7 @@ def read_records(path: str | Path) -> list[Record]:
     path = Path(path)
     lines = json_lines(path)
     first = next(lines, None)
-    if first is not None and first.content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    if first is not None and first.content.lstrip().startswith(b"["):
         records = [Record(f"{path}: record {i}", value) for i, value in enumerate(read_json(path), start=1)]
     else:
         records = [

@@ -42,7 +42,7 @@ def split(
     from rich.console import Console
     from rich.table import Table
 
-    from vlm_calibration.data.sources.query_file import SPLITS
+    from vlm_calibration.data.sources.jsonl import SPLITS
     from vlm_calibration.data.split import open_source, output_paths, split_queries
     from vlm_calibration.files import name_some
 
