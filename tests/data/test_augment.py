@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import albumentations as A
 import numpy as np
 import pytest
-import yaml
+from jsonargparse import ArgumentParser
 
-from vlm_calibration.commands.lightning_cli import ParsedCLI
 from vlm_calibration.data.augment import Augmentation
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.module import PerturbedQueryDataModule
@@ -127,19 +124,13 @@ def test_only_training_is_augmented(model_folder: str) -> None:
             assert np.array_equal(*(module.sets[split][0, i].image for module in modules))
 
 
-@pytest.mark.slow
-def test_a_configuration_names_transforms_by_their_class(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    transforms = [{"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.25}}]
-    levels = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}
-    overlay = {"data": {"augment": transforms, "noise": {"levels": levels}}}
-    (tmp_path / "augment.yaml").write_text(yaml.safe_dump(overlay))
-    files = ["--config", str(root / "configs/sft.yaml"), "--config", str(tmp_path / "augment.yaml")]
-    argument = json.dumps([{"class_path": "albumentations.VerticalFlip"}])
-    for more, kind in ([], A.HorizontalFlip), (["--data.augment", argument], A.VerticalFlip):
-        monkeypatch.setattr(sys, "argv", ["", "fit", *files, *more])
-        cli = ParsedCLI()
-        [transform] = cli._parser("fit").instantiate_classes(cli.config.fit).data.augment
+def test_a_configuration_names_transforms_by_their_class(model_folder: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PerturbedQueryDataModule, "data")
+    flip = json.dumps([{"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.25}}])
+    other = json.dumps([{"class_path": "albumentations.VerticalFlip"}])
+    for more, kind in ([], A.HorizontalFlip), (["--data.augment", other], A.VerticalFlip):
+        parsed = parser.parse_args(["--data.processor", model_folder, "--data.augment", flip, *more])
+        [transform] = parser.instantiate_classes(parsed).data.augment
         assert type(transform) is kind
         assert transform.p == 0.25

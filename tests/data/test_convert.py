@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from vlm_calibration.data.convert.vqav2 import vqav2
 from vlm_calibration.data.convert.writing import QueryWriter
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.records import DataError, Query
+
+from .conftest import png
 
 Record = dict[str, Any]
 Convert = Callable[..., list[Query]]
@@ -328,10 +329,8 @@ def test_scene_graphs_of_another_split_or_format(convert: Convert, questions: Pa
 # --- The library datasets, and RLAIF-V -------------------------------------------------------------------------------
 
 
-def png(shade: int) -> Record:
-    file = BytesIO()
-    Image.new("RGB", (6, 4), (shade, 0, 0)).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
+def embedded(shade: int) -> Record:
+    return {"bytes": png(Image.new("RGB", (6, 4), (shade, 0, 0))), "path": None}
 
 
 def parquet(path: Path, **columns: list[Any]) -> str:
@@ -340,7 +339,7 @@ def parquet(path: Path, **columns: list[Any]) -> str:
         "question": [f"What is {i}?" for i in range(n)],
         "answer": ["a dog", "Yes", "It is a very long answer."][:n],
     }
-    pq.write_table(pa.table({**plain, "image": [png(i) for i in range(n)], **columns}), path)
+    pq.write_table(pa.table({**plain, "image": [embedded(i) for i in range(n)], **columns}), path)
     return str(path)
 
 
@@ -356,7 +355,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 def test_embedded_images_are_written_once_beside_the_queries(
     convert: Convert, rows: Callable[..., str], tmp_path: Path
 ) -> None:
-    path = rows(image=[png(1), png(2), png(1)])
+    path = rows(image=[embedded(1), embedded(2), embedded(1)])
     queries = convert(hf(path))
     assert [q.id for q in queries] == ["row-0", "row-1", "row-2"]
     assert [q.answer_type for q in queries] == ["short", "yes_no", "open"]
@@ -432,8 +431,8 @@ BAD_ROWS: dict[str, Record] = {
     "'regions[0].box'": {
         "regions": [[{"label": "a", "box": [0, 0, 4, 4]}], [{"label": "a", "box": [0, 0, 1]}]]
     },
-    "no image that Pillow reads": {"image": [png(1), {"bytes": b"no", "path": None}]},
-    "'image'": {"image": [png(1), None]},
+    "no image that Pillow reads": {"image": [embedded(1), {"bytes": b"no", "path": None}]},
+    "'image'": {"image": [embedded(1), None]},
     "one image, found 2": {"image": [["a.png"], ["a.png", "b.png"]]},
 }
 

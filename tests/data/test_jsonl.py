@@ -7,7 +7,6 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from vlm_calibration.data.sources.jsonl import JsonlSource, MissingFileError
 from vlm_calibration.perturbation.masks import mask_to_rle
 from vlm_calibration.records import DataError
 
+from .conftest import png
+
 Write = Callable[..., Path]
-_PIXELS = np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8)
-_FILE = BytesIO()
-Image.fromarray(_PIXELS).save(_FILE, "PNG")
-PNG = _FILE.getvalue()
+PNG = png(Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8)))
 Record = Callable[..., dict[str, Any]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable
 from itertools import combinations
@@ -23,7 +22,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.errors import CommandError
 from vlm_calibration.records import DataError
 
-from .conftest import pattern
+from .conftest import pattern, png
 
 
 def _rows(names: Iterable[str]) -> list[dict[str, Any]]:
@@ -83,11 +82,8 @@ def test_splits_of_one_role_may_share(write: Callable[..., JsonlSource]) -> None
 
 def _parquet(path: Path, seeds: Iterable[int]) -> ParquetSource:
     """A file with embedded images."""
-    rows = []
-    for row, seed in zip(_rows(map(str, seeds)), seeds, strict=True):
-        out = io.BytesIO()
-        pattern(seed).save(out, "PNG")
-        rows.append(row | {"image": {"bytes": out.getvalue(), "path": None}})
+    images = [{"bytes": png(pattern(seed)), "path": None} for seed in seeds]
+    rows = [row | {"image": image} for row, image in zip(_rows(map(str, seeds)), images, strict=True)]
     pq.write_table(pa.Table.from_pylist(rows), path)
     return ParquetSource(str(path))
 

@@ -7,7 +7,6 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from vlm_calibration.data.sources.parquet import OPTIONAL, REQUIRED, ParquetSour
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.masks import mask_to_rle
 from vlm_calibration.records import DataError, query_from_dict
+
+from .conftest import png
 
 SCHEMA = pa.schema([*REQUIRED.items(), *OPTIONAL.items()])
 MASK = np.zeros((10, 20), dtype=bool)
@@ -136,9 +137,8 @@ def test_images_in_the_file(tmp_path: Path, record: Record) -> None:
     schema = pa.schema([(n, kind if n == "image" else t) for n, t in REQUIRED.items()])
     rows = []
     for i in range(11):
-        png = BytesIO()
-        Image.new("RGB", (4, 4), (i, 0, 0)).save(png, "PNG")
-        rows.append({**record(str(i)), "image": {"bytes": png.getvalue() if i != 5 else None, "path": None}})
+        content = png(Image.new("RGB", (4, 4), (i, 0, 0))) if i != 5 else None
+        rows.append({**record(str(i)), "image": {"bytes": content, "path": None}})
     path = tmp_path / "embedded.parquet"
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=3)
     source = ParquetSource(str(path))
