@@ -34,14 +34,14 @@ def _rows(names: Iterable[str]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., JsonlSource]:
-    """Write NAME.jsonl about images; those that do not exist are made, image N.png from seed N."""
+    """Write NAME.jsonl about images beside it; those that do not exist are made, image N.png from seed N."""
 
     def source(name: str, *images: str) -> JsonlSource:
-        for image in images:
-            if not (path := tmp_path / image).exists():
-                path.parent.mkdir(exist_ok=True)
-                pattern(int(path.stem)).save(path)
         path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        for image in images:
+            if not (path.parent / image).exists():
+                pattern(int(image.removesuffix(".png"))).save(path.parent / image)
         path.write_text("".join(json.dumps(row) + "\n" for row in _rows(images)))
         return JsonlSource(str(path))
 
@@ -97,14 +97,10 @@ def test_embedded_images_are_compared_by_content_not_by_row(tmp_path: Path) -> N
     assert (leak.kind, leak.images) == ("same file", 3)
 
 
-def test_one_name_in_two_folders_is_no_leak(tmp_path: Path) -> None:
-    sources = {}
-    for i, name in enumerate(("train", "test")):
-        (tmp_path / name).mkdir()
-        pattern(i).save(tmp_path / name / "a.png")
-        (tmp_path / name / "q.jsonl").write_text(json.dumps(_rows(["a.png"])[0]))
-        sources[name] = JsonlSource(str(tmp_path / name / "q.jsonl"))
-    assert _leaks(**sources).leaks == ()
+def test_one_name_in_two_folders_is_no_leak(write: Callable[..., JsonlSource], tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    pattern(5).save(tmp_path / "b/1.png")
+    assert _leaks(train=write("a/train", "1.png"), test=write("b/test", "1.png")).leaks == ()
 
 
 def test_regions_of_other_sources_and_drawn_images(write: Callable[..., JsonlSource], tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ class ParquetSource(JsonlSource):
     ) -> None:
         super().__init__(path, root, on_bad_record)
         self.images = images
-        self._cached: tuple[int, Any] | None = None
+        # The first row of a row group, and its embedded images.
+        self._row_group: tuple[int, Any] = (0, ())
 
     @cached_property
     def _is_embedded(self) -> bool:
@@ -122,21 +123,17 @@ class ParquetSource(JsonlSource):
             return self.images.image_content(query)
         return self._embedded(query) if self._is_embedded else super().image_content(query)
 
-    @cached_property
-    def _ends_of_groups(self) -> np.ndarray:
-        """The first row behind each row group."""
-        metadata = pq.read_metadata(self.path)
-        return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
-
     def _embedded(self, query: Query) -> bytes:
         """The encoded bytes of an embedded image; the last row group stays in memory."""
         row = int(query.image.removeprefix(ROW))
-        group = int(np.searchsorted(self._ends_of_groups, row, side="right"))
-        if self._cached is None or self._cached[0] != group:
-            column = pq.ParquetFile(self.path).read_row_group(group, columns=["image.bytes"]).column("image")
-            self._cached = group, column.combine_chunks().flatten()[0]
-        images = self._cached[1]
-        content = images[row - int(self._ends_of_groups[group]) + len(images)].as_py()
+        begin, images = self._row_group
+        if not begin <= row < begin + len(images):
+            file = pq.ParquetFile(self.path)
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            group = int(np.searchsorted(np.cumsum(sizes), row, side="right"))
+            column = file.read_row_group(group, columns=["image.bytes"]).column("image")
+            begin, images = self._row_group = sum(sizes[:group]), column.combine_chunks().flatten()[0]
+        content = images[row - begin].as_py()
         if not content:
             raise self.bad.error(f"{self.path}: record {query.id!r}: {query.image} holds no image bytes")
         return bytes(content)
