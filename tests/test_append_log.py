@@ -15,6 +15,11 @@ from vlm_calibration.records import DataError
 SETTINGS = {"rule": {"level": 0.5}, "model": "a", "below": None}
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "log.jsonl"
+
+
 def _log(path: Path, settings: Any = SETTINGS, pattern: str | None = None) -> AppendLog:
     return AppendLog(path, settings, "remove it", pattern)
 
@@ -31,10 +36,8 @@ def test_rows_of_all_processes_are_read_in_order_and_again(tmp_path: Path) -> No
     first.append({"n": 3}, sync=True)
     assert _numbers(first) == _numbers(second) == [1, 2, 3, 5]
     lines = [*first.lines()]
-    assert [line.where for line, _ in lines] == [
-        *(f"{tmp_path}/a/0.jsonl:{n}" for n in (1, 2, 3)),
-        f"{tmp_path}/a/1.jsonl:1",
-    ]
+    places = ["0.jsonl:1", "0.jsonl:2", "0.jsonl:3", "1.jsonl:1"]
+    assert [line.where for line, _ in lines] == [f"{tmp_path}/a/{place}" for place in places]
     assert [first.reread(line._replace(content=b"")) for line, _ in lines] == [row for _, row in lines]
     assert lines[0][1] == {"n": 1, "text": "Größe\u2028", **SETTINGS}
     assert "Größe" in (tmp_path / "a/0.jsonl").read_text(encoding="utf-8"), "UTF-8 as it is"
@@ -42,8 +45,7 @@ def test_rows_of_all_processes_are_read_in_order_and_again(tmp_path: Path) -> No
     assert not list((tmp_path / "a").iterdir())
 
 
-def test_a_line_that_is_cut_off_is_ignored_and_then_removed(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
+def test_a_line_that_is_cut_off_is_ignored_and_then_removed(path: Path) -> None:
     log = _log(path)
     log.append({"n": 1}, {"n": 2})
     log.close()
@@ -67,50 +69,45 @@ def test_a_line_that_is_cut_off_is_ignored_and_then_removed(tmp_path: Path) -> N
         ({**SETTINGS, "more": 1}, "more = None, found 1"),
     ],
 )
-def test_other_settings_are_refused(tmp_path: Path, settings: Any, says: str) -> None:
-    log = _log(tmp_path / "log.jsonl")
-    log.append({"n": 1})
-    log.close()
+def test_other_settings_are_refused(path: Path, settings: Any, says: str) -> None:
+    _log(path).append({"n": 1})
     with pytest.raises(SettingsChangedError) as caught:
-        _numbers(_log(tmp_path / "log.jsonl", settings))
-    assert str(caught.value).startswith(f"{tmp_path}/log.jsonl:1: ")
+        _numbers(_log(path, settings))
+    assert str(caught.value).startswith(f"{path}:1: ")
     assert says in str(caught.value)
     assert str(caught.value).endswith(": remove it")
 
 
 @pytest.mark.parametrize("line", [b"\0" * 30, b"[]", b"{", b"\xff"])
-def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
-    log = _log(tmp_path / "log.jsonl")
-    log.append({"n": 1})
-    with (tmp_path / "log.jsonl").open("ab") as file:
-        file.write(line + b"\n")
-    with pytest.raises(DataError) as caught:
-        _numbers(log)
-    assert str(caught.value).startswith(f"{tmp_path}/log.jsonl:2: damaged: ")
+def test_a_damaged_line_is_named(path: Path, line: bytes) -> None:
+    _log(path).append({"n": 1})
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(DataError, match=f"^{path}:2: damaged: "):
+        _numbers(_log(path))
 
 
-def test_two_processes_do_not_append_to_one_file(tmp_path: Path) -> None:
-    log, other = _log(tmp_path / "log.jsonl"), _log(tmp_path / "log.jsonl")
+def test_two_processes_do_not_append_to_one_file(path: Path) -> None:
+    log, other = _log(path), _log(path)
     log.append({"n": 1})
-    with pytest.raises(DataError, match=f"{tmp_path}/log.jsonl: another process is writing to it"):
+    with pytest.raises(DataError, match=f"{path}: another process is writing to it"):
         other.append({"n": 2})
     log.close()
     other.append({"n": 2})
     assert _numbers(log) == [1, 2]
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_warned_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    log = _log(tmp_path / "log.jsonl")
+    log = _log(path)
     with pytest.warns(UserWarning, match="cannot be locked: No locks available"):
         log.append({"n": 1})
     assert _numbers(log) == [1]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=f"cannot write {tmp_path}/file/log.jsonl: "):
-        _log(tmp_path / "file" / "log.jsonl").append({"n": 1})
+def test_a_folder_that_cannot_be_made_is_named(path: Path) -> None:
+    path.touch()
+    with pytest.raises(DataError, match=f"cannot write {path}/log.jsonl: "):
+        _log(path / "log.jsonl").append({"n": 1})

@@ -5,7 +5,6 @@ A limit on the size of files replaces the full disk, since it needs no privilege
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import resource
@@ -19,18 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks import logger as logging
 from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
-from vlm_calibration.commands.data_fetch import _download
-from vlm_calibration.commands.data_split import split
 from vlm_calibration.perturbation.level_table import write_likelihoods
 from vlm_calibration.perturbation.levels import AnchoredLevels
-from vlm_calibration.records import DataError, Prediction
-from vlm_calibration.stages.answer_log import AnswerLog
+from vlm_calibration.records import DataError
 
 from .command_line import LIMIT, Ended, Server, callback, inherited_environment
 from .level_tables import measured_likelihoods, noise_counts
@@ -90,15 +85,11 @@ def test_the_configuration(cramped: Run, start: Start, stopped: Path) -> None:
     assert _contents(stopped) == before
 
 
-def test_a_checkpoint(cramped: Run, start: Start, stopped: Path, tmp_path: Path) -> None:
-    ended = cramped(*start("new"))
-    last = tmp_path / "new/checkpoints/last.ckpt"
-    _assert_names(ended.error(), last)
-    assert list(last.parent.iterdir()) == []
-    before = (stopped / "checkpoints/last.ckpt").read_bytes()
-    ended = cramped(*start("run"), "--ckpt_path", "last")
-    _assert_names(ended.error(), stopped / "checkpoints/last.ckpt")
-    assert (stopped / "checkpoints/last.ckpt").read_bytes() == before
+def test_a_checkpoint(cramped: Run, start: Start, stopped: Path) -> None:
+    last = stopped / "checkpoints/last.ckpt"
+    before = last.read_bytes()
+    _assert_names(cramped(*start("run"), "--ckpt_path", "last").error(), last)
+    assert {last: before} == {path: path.read_bytes() for path in last.parent.iterdir()}
 
 
 def test_the_adapter(cramped: Run, start: Start, stopped: Path) -> None:
@@ -109,14 +100,6 @@ def test_the_adapter(cramped: Run, start: Start, stopped: Path) -> None:
     for name in ("config.yaml", "run.json"):
         assert after.pop(name) != before.pop(name), "KillAt is no longer in it"
     assert after == before
-
-
-def test_an_export(cramped: Run, new_adapter: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/mine").write_text("kept")
-    ended = cramped("export", new_adapter(1), "--out", "out", "--overwrite", "--merge")
-    _assert_names(ended.error(), "out")
-    assert _contents(tmp_path) == {"out/mine": b"kept"}
 
 
 def _levels(folder: Path) -> None:
@@ -136,47 +119,15 @@ def _regions(folder: Path) -> None:
     write_rows(folder / "queries.parquet", [[{**empty, "id": "one", "question": noise}]])
 
 
-def _answered(folder: Path) -> None:
-    said = Prediction("q", "?", "Yes", "Yes" * 10_000, "yes", 0.5, True, None, 0, "yes_no")
-    AnswerLog(folder, 0, {}).add("test", {"answers": {"base": [said]}, "passes": {}})  # type: ignore[list-item]
-
-
 def _asked(folder: Path) -> None:
     AppendLog(folder / "answers.jsonl", {}, "").append({"id": "q", "text": "Yes" * 10_000}, sync=True)
-
-
-def _limit_what_follows(largest: int = 3_000) -> None:
-    """A lower limit than that of the file that is copied."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-
-
-def _downloaded(folder: Path) -> None:
-    served = folder.with_name(f"{folder.name}-served")
-    served.write_bytes(os.urandom(LARGEST))
-    _limit_what_follows()
-    _download({folder / "pope.json": str(served)})
-
-
-def _divided(folder: Path) -> None:
-    data = folder.with_name(f"{folder.name}-data")
-    data.mkdir()
-    plain = {"question": "?" * 1_000, "answer": "Yes", "answer_type": "yes_no"}
-    rows = [{"id": str(i), "image": f"{i}.png", **plain} for i in range(10)]
-    (data / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for i in range(10):
-        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(data / f"{i}.png")
-    _limit_what_follows()
-    split(data / "all.jsonl", out=folder, root=data, near_identical=False, overwrite=True)
 
 
 WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
     "levels.json": (_levels, True),
     "likelihoods.parquet": (_likelihoods, True),
     "queries.parquet": (_regions, True),
-    ".answered.0.jsonl": (_answered, False),
     "answers.jsonl": (_asked, False),
-    "pope.json": (_downloaded, False),
-    "train.jsonl": (_divided, True),
 }
 """File -> the function that writes it, and whether that replaces an existing file."""
 

@@ -24,29 +24,27 @@ REGION = {"label": "dog", "box": [0, 0, 3, 3]}
 
 
 def test_minimal_and_full_record() -> None:
-    query = query_from_dict(MINIMAL)
-    assert query == Query("a", "a.png", "Dog?", "Yes", "yes_no")
+    """Null means left out."""
+    assert query_from_dict(MINIMAL) == Query("a", "a.png", "Dog?", "Yes", "yes_no")
+    optional = ("objects", "regions", "category", "synonyms", "absent", "wrong_answers")
+    assert query_from_dict({**MINIMAL, **dict.fromkeys(optional)}) == query_from_dict(MINIMAL)
     region = {**REGION, "mask": {"size": [2, 2], "counts": [0, 4]}, "score": 0.5}
+    empty = {**REGION, "mask": {"size": None, "counts": None}, "score": None}
     full = query_from_dict(
-        {**MINIMAL, "objects": ["dog"], "regions": [region], "category": "x/y", "synonyms": ["yep"]}
+        {**MINIMAL, "objects": ["dog"], "regions": [region, empty], "category": "x/y", "synonyms": ["yep"]}
     )
     assert full.regions[0].box == (0.0, 0.0, 3.0, 3.0)
-    assert full.regions[0].score == 0.5
+    assert (full.regions[0].score, full.regions[1].mask) == (0.5, None)
     assert (full.objects, full.category, full.synonyms) == (("dog",), "x/y", ("yep",))
 
 
-def test_null_means_left_out() -> None:
-    optional = ("objects", "regions", "category", "synonyms", "absent", "wrong_answers")
-    query = query_from_dict({**MINIMAL, **dict.fromkeys(optional)})
-    assert query == query_from_dict(MINIMAL) == Query("a", "a.png", "Dog?", "Yes", "yes_no")
-    region = {**REGION, "mask": {"size": None, "counts": None}, "score": None}
-    assert query_from_dict({**MINIMAL, "regions": [region]}).regions[0].mask is None
-
-
 @pytest.mark.parametrize("key", ["id", "image", "question", "answer", "answer_type"])
-def test_a_missing_key_is_named(key: str) -> None:
+def test_a_missing_key_is_named_and_so_is_a_blank_text(key: str) -> None:
     with pytest.raises(RecordError, match=rf"'{key}' is missing"):
         query_from_dict({k: v for k, v in MINIMAL.items() if k != key})
+    for blank in ("", " ", "\t\n", "\x1c", "\u00a0\x1f", "\u2003", "a\x00"):
+        with pytest.raises(RecordError, match=f"'{key}' must be"):
+            query_from_dict({**MINIMAL, key: blank})
 
 
 @pytest.mark.parametrize(
@@ -55,7 +53,6 @@ def test_a_missing_key_is_named(key: str) -> None:
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"id": 7.0}, "'id' must be a non-empty string of valid characters, found 7.0"),
         ({"id": True}, "'id' must be a non-empty string of valid characters, found True"),
-        ({"question": " \n"}, "'question' must be a non-empty string"),
         ({"answer": None}, "'answer' must be a non-empty string of valid characters, found None"),
         ({"answer_type": "boolean"}, "'answer_type' must be one of yes_no, short, open, found 'boolean'"),
         ({"answer_type": ["short"]}, "'answer_type' must be one of"),
@@ -64,6 +61,8 @@ def test_a_missing_key_is_named(key: str) -> None:
             {"objects": "dog"},
             "'objects' must be a list of non-empty strings of valid characters, found 'dog'",
         ),
+        ({"objects": "x" * 10_000}, "'objects' must be a list of non-empty strings"),
+        ({"category": " "}, "'category' must be a non-empty string"),
         ({"objects": ["dog", ""]}, "'objects' must be a list of non-empty strings"),
         ({"synonyms": {"a": 1}}, "'synonyms' must be a list of non-empty strings"),
         ({"regions": REGION}, "'regions' should be a valid list"),
@@ -84,13 +83,13 @@ def test_a_missing_key_is_named(key: str) -> None:
             r"'question' must be a non-empty string of valid characters, found '\ud800'",
         ),
         ({"objects": ["\udfff"]}, "'objects' must be a list of non-empty strings of valid characters"),
-        ({"image": "a\0.png"}, "'image' must be a non-empty string of valid characters"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], says: str) -> None:
     with pytest.raises(RecordError) as caught:
         query_from_dict({**MINIMAL, **change})
     assert says in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def test_a_whole_number_is_an_id_and_only_an_object_is_a_query() -> None:
@@ -99,12 +98,6 @@ def test_a_whole_number_is_an_id_and_only_an_object_is_a_query() -> None:
     for data in ([], "text", 3, None, True):
         with pytest.raises(RecordError, match="expected an object with the keys id, image"):
             query_from_dict(data)
-
-
-def test_long_values_are_cut_in_messages() -> None:
-    with pytest.raises(RecordError) as caught:
-        query_from_dict({**MINIMAL, "objects": "x" * 10_000})
-    assert len(str(caught.value)) < 200
 
 
 _JSON = st.recursive(
@@ -116,20 +109,13 @@ _JSON = st.recursive(
 
 @given(st.sampled_from(sorted(MINIMAL) + ["objects", "regions", "category", "synonyms"]), _JSON)
 def test_whatever_a_file_holds_is_a_query_or_a_record_error(key: str, value: Any) -> None:
-    try:
-        query = query_from_dict({**MINIMAL, key: value})
-    except RecordError:
-        return
-    assert query == query_from_dict(json.loads(json.dumps(asdict(query))))
-
-
-@given(_JSON)
-def test_whatever_a_region_holds_is_a_query_or_a_record_error(value: Any) -> None:
-    for region in (value, {**REGION, "box": value}, {**REGION, "mask": value}, {**REGION, "score": value}):
+    regions = ({**REGION, name: value} for name in ("box", "mask", "score"))
+    for change in ({key: value}, *({"regions": [region]} for region in (value, *regions))):
         try:
-            query_from_dict({**MINIMAL, "regions": [region]})
+            query = query_from_dict({**MINIMAL, **change})
         except RecordError:
             continue
+        assert query == query_from_dict(json.loads(json.dumps(asdict(query))))
 
 
 @pytest.mark.parametrize(
@@ -162,10 +148,3 @@ def test_predictions_have_the_keys_of_the_file_format() -> None:
     ]
     assert list(prediction.to_dict()) == [*keys, "answer_type", "perturbation", "strength"]
     assert ANSWER_TYPES == ("yes_no", "short", "open")
-
-
-@pytest.mark.parametrize("blank", ["", " ", "\t\n", "\x1c", "\u00a0\x1f", "\u2003", "a\x00"])
-def test_a_text_needs_a_visible_character_and_no_null_character(blank: str) -> None:
-    for key in ("id", "image", "question", "answer", "category"):
-        with pytest.raises(RecordError, match=f"'{key}' must be a non-empty string"):
-            query_from_dict({**MINIMAL, key: blank})

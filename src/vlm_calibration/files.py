@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -183,11 +184,13 @@ class JsonLine(NamedTuple):
 
 
 def json_lines(path: Path) -> Iterator[JsonLine]:
-    """The lines of a file that are not blank; raises a DataError if it cannot be read."""
+    """The lines of a file that are not blank, without its byte order mark; raises a DataError if it cannot be read."""
     offset = 0
     try:
         with path.open("rb") as file:
             for number, content in enumerate(file, start=1):
+                if number == 1 and content.startswith(BOM_UTF8):
+                    offset, content = len(BOM_UTF8), content.removeprefix(BOM_UTF8)
                 if content.strip():
                     yield JsonLine(path, number, offset, content)
                 offset += len(content)
@@ -195,7 +198,7 @@ def json_lines(path: Path) -> Iterator[JsonLine]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes | bytearray) -> Any:
     """Decode JSON in UTF-8, with or without a byte order mark; raises a RecordError if it is neither UTF-8 nor JSON."""
     try:
         return json.loads(content.decode("utf-8-sig"))

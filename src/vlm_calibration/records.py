@@ -186,8 +186,8 @@ def query_validator() -> SchemaValidator:
     number_as_string = converted(str, core_schema.int_schema(strict=True))
     text = expect("a non-empty string of valid characters", string)
     phrases = core_schema.tuple_variable_schema(core_schema.str_schema(strict=True, pattern=r"^[^\x00]+$"))
-    no_phrases = converted(lambda null: (), core_schema.none_schema())
-    phrases = expect("a list of non-empty strings of valid characters", either(phrases, no_phrases))
+    phrases = converted(lambda given: given or (), core_schema.nullable_schema(phrases))
+    phrases = expect("a list of non-empty strings of valid characters", phrases)
     box = core_schema.tuple_schema([core_schema.float_schema(strict=True, allow_inf_nan=False)] * 4)
     # A whole number stays one, since digests of queries depend on it.
     score = either(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,18 @@ class Listed(QuerySource):
         if query.id in self.damaged:
             raise DataError(f"record {query.id!r}: damaged")
         return with_regions(query, np.full((*self.size, 3), 128, dtype=np.uint8))
+
+
+def pattern(seed: int) -> Image.Image:
+    """An image of 64 x 48 pixels that no other seed's resembles."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((64, 48), Image.Resampling.BICUBIC)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from vlm_calibration.data.convert.sharegpt import sharegpt
 from vlm_calibration.data.convert.vqav2 import vqav2
 from vlm_calibration.data.convert.writing import QueryWriter
 from vlm_calibration.data.sources.jsonl import JsonlSource
-from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.records import DataError, Query
+
+from .conftest import png
 
 Record = dict[str, Any]
 Convert = Callable[..., list[Query]]
@@ -134,10 +134,8 @@ BAD_CONVERSATIONS: dict[str, Any] = {
 def test_conversations_that_cannot_be_asked(convert: Convert, tmp_path: Path, culprit: str) -> None:
     records = [llava("good", "b.png", "a", "b"), BAD_CONVERSATIONS[culprit]]
     file = save(tmp_path / "c.json", records)
-    queries = check_bad(convert, lambda: sharegpt(file), f"{file}: [1]", culprit)
-    assert [q.id for q in queries] == ["good:0"]
-    file.write_text("\n".join(map(json.dumps, records)))
-    check_bad(convert, lambda: sharegpt(file), f"{file}:2", culprit)
+    [query] = check_bad(convert, lambda: sharegpt(file), f"{file}: [1]", culprit)
+    assert query.id == "good:0"
 
 
 def test_files_that_are_not_json(convert: Convert, tmp_path: Path) -> None:
@@ -165,37 +163,33 @@ VQA = [
 ]
 
 
-def write_vqa(folder: Path) -> tuple[Path, Path]:
-    (folder / "coco").mkdir()
-    for _, image, *_ in VQA:
-        Image.new("RGB", (20, 10), "red").save(folder / f"coco/COCO_val2014_{image:012d}.jpg")
-    questions = [{"image_id": i, "question": text, "question_id": q} for q, i, text, *_ in VQA]
-    annotations = [
-        {
-            "question_type": text.lower().rsplit(" ", 2)[0],
-            "multiple_choice_answer": gold,
-            "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": 1} for a in answers],
-            "image_id": i,
-            "answer_type": kind,
-            "question_id": q,
-        }
-        for q, i, text, kind, gold, answers in VQA
-    ]
+@pytest.fixture
+def vqa(tmp_path: Path) -> tuple[Path, Path]:
+    """The files of questions and annotations, and the images in the folder `coco`."""
+    (tmp_path / "coco").mkdir()
+    questions, annotations = [], []
+    for number, image, text, kind, gold, answers in VQA:
+        Image.new("RGB", (20, 10), "red").save(tmp_path / f"coco/COCO_val2014_{image:012d}.jpg")
+        questions.append({"image_id": image, "question": text, "question_id": number})
+        given = [{"answer": answer, "answer_confidence": "yes"} for answer in answers]
+        form = text.lower().rsplit(" ", 2)[0]
+        label = {"question_type": form, "multiple_choice_answer": gold, "answers": given, "answer_type": kind}
+        annotations.append({"image_id": image, "question_id": number, **label})
     head = {"info": {"year": 2017}, "data_subtype": "val2014"}
     return (
-        save(folder / "questions.json", {**head, "questions": questions}),
-        save(folder / "annotations.json", {**head, "annotations": annotations}),
+        save(tmp_path / "questions.json", {**head, "questions": questions}),
+        save(tmp_path / "annotations.json", {**head, "annotations": annotations}),
     )
 
 
-def change(path: Path, key: str, index: int, **changes: Any) -> None:
+def change(path: Path, index: int, **changes: Any) -> None:
     content = json.loads(path.read_text())
-    content[key][index].update(changes)
+    content[path.stem][index].update(changes)
     save(path, content)
 
 
-def test_vqa(convert: Convert, tmp_path: Path) -> None:
-    other, yes_no, number, short = convert(vqav2(*write_vqa(tmp_path)), images=tmp_path / "coco")
+def test_vqa(convert: Convert, vqa: tuple[Path, Path], tmp_path: Path) -> None:
+    other, yes_no, number, short = convert(vqav2(*vqa), images=tmp_path / "coco")
     image = "coco/COCO_val2014_000000262148.jpg"
     assert other == Query(
         "262148000", image, "Where is he looking?", "down", "short",
@@ -206,11 +200,11 @@ def test_vqa(convert: Convert, tmp_path: Path) -> None:
     assert (short.answer, short.answer_type) == ("red", "short")
 
 
-def test_bad_questions_of_vqa(convert: Convert, tmp_path: Path) -> None:
-    questions, annotations = write_vqa(tmp_path)
+def test_bad_questions_of_vqa(convert: Convert, vqa: tuple[Path, Path], tmp_path: Path) -> None:
+    questions, annotations = vqa
     faults: list[Record] = [{"question_id": 99}, {"image_id": "x"}, {"image_id": 7}]
     for index, changes in enumerate(faults):
-        change(questions, "questions", index, **changes)
+        change(questions, index, **changes)
     images = tmp_path / "coco"
     with pytest.raises(
         DataError, match=rf"{questions}: questions\[0\]: question 99 has no annotation in {annotations}"
@@ -223,10 +217,10 @@ def test_bad_questions_of_vqa(convert: Convert, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--file-name {no}.jpg: no key 'no'"):
         convert(vqav2(questions, annotations, file_name="{no}.jpg"))
     for changes, culprit in (({"answer_type": "maybe"}, "'maybe'"), ({"answers": ["a"]}, "format")):
-        change(annotations, "annotations", 1, **changes)
+        change(annotations, 1, **changes)
         with pytest.raises(DataError, match=rf"{annotations}: annotations\[1\]: .*{culprit}"):
             convert(vqav2(questions, annotations), skip_bad=True)
-        change(annotations, "annotations", 1, answer_type="other")
+        change(annotations, 1, answer_type="other")
 
 
 # --- GQA -------------------------------------------------------------------------------------------------------------
@@ -311,11 +305,7 @@ def test_gqa_without_scene_graphs_and_in_several_files(
 
 @pytest.mark.parametrize(
     ("changes", "culprit"),
-    [
-        ({"answer": None}, "'answer'"),
-        ({"imageId": []}, "format"),
-        ({"imageId": "13"}, "13.jpg"),
-    ],
+    [({"answer": None}, "'answer'"), ({"imageId": []}, "format"), ({"imageId": "13"}, "13.jpg")],
 )
 def test_bad_questions_of_gqa(convert: Convert, questions: Path, changes: Record, culprit: str) -> None:
     save(questions, {**GQA, "2": {**GQA["2"], **changes}})
@@ -323,30 +313,24 @@ def test_bad_questions_of_gqa(convert: Convert, questions: Path, changes: Record
     assert [q.id for q in queries] == ["1", "3", "4", "5"]
 
 
-@pytest.mark.parametrize(
-    ("graphs", "culprit"),
-    [
-        ({"99": GRAPHS["10"]}, "none of the images"),
-        ({"10": []}, "'10'"),
-        ({"10": {"objects": {"101": {"name": "chair"}}}}, "'10': no key 'w'"),
-        ([], "an object"),
-    ],
-)
-def test_scene_graphs_of_another_split_or_format(
-    convert: Convert, questions: Path, tmp_path: Path, graphs: Any, culprit: str
-) -> None:
-    path = save(tmp_path / "graphs.json", graphs)
-    with pytest.raises(DataError, match=f"{path}: .*{culprit}"):
-        convert(gqa(questions, scene_graphs=path), skip_bad=True)
+def test_scene_graphs_of_another_split_or_format(convert: Convert, questions: Path, tmp_path: Path) -> None:
+    bad: dict[str, Any] = {
+        "none of the images": {"99": GRAPHS["10"]},
+        "'10'": {"10": []},
+        "'10': no key 'w'": {"10": {"objects": {"101": {"name": "chair"}}}},
+        "an object": [],
+    }
+    for culprit, graphs in bad.items():
+        path = save(tmp_path / "graphs.json", graphs)
+        with pytest.raises(DataError, match=f"{path}: .*{culprit}"):
+            convert(gqa(questions, scene_graphs=path), skip_bad=True)
 
 
 # --- The library datasets, and RLAIF-V -------------------------------------------------------------------------------
 
 
-def png(shade: int) -> Record:
-    file = BytesIO()
-    Image.new("RGB", (6, 4), (shade, 0, 0)).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
+def embedded(shade: int) -> Record:
+    return {"bytes": png(Image.new("RGB", (6, 4), (shade, 0, 0))), "path": None}
 
 
 def parquet(path: Path, **columns: list[Any]) -> str:
@@ -355,7 +339,7 @@ def parquet(path: Path, **columns: list[Any]) -> str:
         "question": [f"What is {i}?" for i in range(n)],
         "answer": ["a dog", "Yes", "It is a very long answer."][:n],
     }
-    pq.write_table(pa.table({**plain, "image": [png(i) for i in range(n)], **columns}), path)
+    pq.write_table(pa.table({**plain, "image": [embedded(i) for i in range(n)], **columns}), path)
     return str(path)
 
 
@@ -371,7 +355,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 def test_embedded_images_are_written_once_beside_the_queries(
     convert: Convert, rows: Callable[..., str], tmp_path: Path
 ) -> None:
-    path = rows(image=[png(1), png(2), png(1)])
+    path = rows(image=[embedded(1), embedded(2), embedded(1)])
     queries = convert(hf(path))
     assert [q.id for q in queries] == ["row-0", "row-1", "row-2"]
     assert [q.answer_type for q in queries] == ["short", "yes_no", "open"]
@@ -447,8 +431,8 @@ BAD_ROWS: dict[str, Record] = {
     "'regions[0].box'": {
         "regions": [[{"label": "a", "box": [0, 0, 4, 4]}], [{"label": "a", "box": [0, 0, 1]}]]
     },
-    "no image that Pillow reads": {"image": [png(1), {"bytes": b"no", "path": None}]},
-    "'image'": {"image": [png(1), None]},
+    "no image that Pillow reads": {"image": [embedded(1), {"bytes": b"no", "path": None}]},
+    "'image'": {"image": [embedded(1), None]},
     "one image, found 2": {"image": [["a.png"], ["a.png", "b.png"]]},
 }
 
@@ -496,18 +480,6 @@ def test_rlaif_v(convert: Convert, rows: Callable[..., str], tmp_path: Path) -> 
     assert [q.category for q in queries] == ["COCO", None, "COCO"]
     source = JsonlSource(str(tmp_path / "queries.jsonl"))
     assert [list(source.wrong_answers(q)) for q in queries] == [["A cat."], [], []]
-
-
-# --- What is written -------------------------------------------------------------------------------------------------
-
-
-def test_wrong_answers_in_parquet(tmp_path: Path) -> None:
-    """A list, an empty list and none are told apart, as in JSON lines."""
-    columns: Record = {"id": ["0", "1", "2"], "answer_type": ["short", "yes_no", "open"]}
-    columns["wrong_answers"] = [["a cat", "a cow"], [], None]
-    source = ParquetSource(parquet(tmp_path / "q.parquet", **columns))
-    assert [q.wrong_answers for q in source.queries()] == [("a cat", "a cow"), (), None]
-    assert [list(source.wrong_answers(q)) for q in source.queries()] == [["a cat", "a cow"], [], []]
 
 
 def test_the_command(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

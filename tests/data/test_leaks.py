@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from PIL import Image
 
 from vlm_calibration.commands.data import inspect
 from vlm_calibration.data.near_duplicates import Leak, LeakReport, find_leaks
@@ -25,10 +22,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.errors import CommandError
 from vlm_calibration.records import DataError
 
-
-def _pattern(seed: int) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((64, 48), Image.Resampling.BICUBIC)
+from .conftest import pattern, png
 
 
 def _rows(names: Iterable[str]) -> list[dict[str, Any]]:
@@ -40,14 +34,14 @@ def _rows(names: Iterable[str]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., JsonlSource]:
-    """Write NAME.jsonl about images; those that do not exist are made, image N.png from seed N."""
+    """Write NAME.jsonl about images beside it; those that do not exist are made, image N.png from seed N."""
 
     def source(name: str, *images: str) -> JsonlSource:
-        for image in images:
-            if not (path := tmp_path / image).exists():
-                path.parent.mkdir(exist_ok=True)
-                _pattern(int(path.stem)).save(path)
         path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        for image in images:
+            if not (path.parent / image).exists():
+                pattern(int(image.removesuffix(".png"))).save(path.parent / image)
         path.write_text("".join(json.dumps(row) + "\n" for row in _rows(images)))
         return JsonlSource(str(path))
 
@@ -61,7 +55,7 @@ def _leaks(**sources: QuerySource) -> LeakReport:
 def test_each_image_counts_for_its_closest_kind(write: Callable[..., JsonlSource], tmp_path: Path) -> None:
     train = write("train", *(f"{i}.png" for i in range(10)))
     (tmp_path / "copy.png").write_bytes((tmp_path / "1.png").read_bytes())
-    _pattern(2).resize((96, 72)).save(tmp_path / "again.jpg", quality=80)
+    pattern(2).resize((96, 72)).save(tmp_path / "again.jpg", quality=80)
     test = write("test", "20.png", "0.png", "copy.png", "again.jpg", "21.png", "1.png")
     report = _leaks(train=train, test__clean=test)
     assert report.images == {"train": 10, "test": 6}
@@ -86,23 +80,10 @@ def test_splits_of_one_role_may_share(write: Callable[..., JsonlSource]) -> None
     assert [(leak.first, leak.second) for leak in report.leaks] == list(combinations(roles, 2))
 
 
-def test_one_name_in_two_folders_is_no_leak(tmp_path: Path) -> None:
-    sources = {}
-    for i, name in enumerate(("train", "test")):
-        (tmp_path / name).mkdir()
-        _pattern(i).save(tmp_path / name / "a.png")
-        (tmp_path / name / "q.jsonl").write_text(json.dumps(_rows(["a.png"])[0]))
-        sources[name] = JsonlSource(str(tmp_path / name / "q.jsonl"))
-    assert _leaks(**sources).leaks == ()
-
-
 def _parquet(path: Path, seeds: Iterable[int]) -> ParquetSource:
     """A file with embedded images."""
-    rows = []
-    for row, seed in zip(_rows(map(str, seeds)), seeds, strict=True):
-        out = io.BytesIO()
-        _pattern(seed).save(out, "PNG")
-        rows.append(row | {"image": {"bytes": out.getvalue(), "path": None}})
+    images = [{"bytes": png(pattern(seed)), "path": None} for seed in seeds]
+    rows = [row | {"image": image} for row, image in zip(_rows(map(str, seeds)), images, strict=True)]
     pq.write_table(pa.Table.from_pylist(rows), path)
     return ParquetSource(str(path))
 
@@ -114,6 +95,12 @@ def test_embedded_images_are_compared_by_content_not_by_row(tmp_path: Path) -> N
     )
     [leak] = _leaks(train=train, validation=ParquetSource(str(tmp_path / "train.parquet"))).leaks
     assert (leak.kind, leak.images) == ("same file", 3)
+
+
+def test_one_name_in_two_folders_is_no_leak(write: Callable[..., JsonlSource], tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    pattern(5).save(tmp_path / "b/1.png")
+    assert _leaks(train=write("a/train", "1.png"), test=write("b/test", "1.png")).leaks == ()
 
 
 def test_regions_of_other_sources_and_drawn_images(write: Callable[..., JsonlSource], tmp_path: Path) -> None:
@@ -138,42 +125,39 @@ def test_an_image_that_cannot_be_read_is_named(write: Callable[..., JsonlSource]
 
 
 @pytest.fixture
-def config(tmp_path: Path, write: Callable[..., JsonlSource]) -> Path:
+def config(tmp_path: Path, write: Callable[..., JsonlSource]) -> str:
     """train and test share image 1."""
     write("train", "1.png", "2.png")
     write("test", "1.png", "3.png")
-
     jsonl = "vlm_calibration.data.sources.jsonl.JsonlSource"
     train, test = (
         {"class_path": jsonl, "init_args": {"path": str(tmp_path / f"{name}.jsonl")}}
         for name in ("train", "test")
     )
-    path = tmp_path / "config.yaml"
     data = {"train": train, "validation": test, "test": {"x": {"source": test}}}
-    path.write_text(yaml.safe_dump({"data": data}))
-    return path
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    return str(tmp_path / "config.yaml")
 
 
 def test_the_command_reports_and_fails_only_if_strict(
-    config: Path, capsys: pytest.CaptureFixture[str]
+    config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inspect("--config", str(config))
+    inspect("--config", config)
     assert "1 of 2" in capsys.readouterr().out
     with pytest.raises(CommandError) as caught:
-        inspect("--config", str(config), strict=True)
+        inspect("--config", config, strict=True)
     assert caught.value.status == 1
     capsys.readouterr()
-    inspect("--config", str(config), strict=True, leaks=False)
+    inspect("--config", config, strict=True, leaks=False)
     assert "share" not in capsys.readouterr().out
 
 
 def test_missing_files_are_named_after_the_others_are_shown(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "test.jsonl").unlink()
-    pq.write_table(pa.Table.from_pylist(_rows(["1.png"])), tmp_path / "test.parquet")
+    (tmp_path / "test.jsonl").rename(tmp_path / "test.parquet")
     with pytest.raises(DataError) as caught:
-        inspect("--config", str(config))
+        inspect("--config", config)
     assert str(caught.value).count(f"{tmp_path}/test.jsonl") == 2
     out = capsys.readouterr().out
     assert "data.train" in out

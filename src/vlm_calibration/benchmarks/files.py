@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -48,7 +47,7 @@ def read_records(path: str | Path) -> list[Record]:
     """The records of a JSON array, or of JSON lines that are not blank; a DataError if there is none or one is no object."""
     path = Path(path)
     lines = list(json_lines(path))
-    if lines and lines[0].content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    if lines and lines[0].content.lstrip().startswith(b"["):
         records = [Record(f"{path}: record {i}", value) for i, value in enumerate(read_json(path), start=1)]
     else:
         records = [Record(line.where, line.read(lambda value: value)) for line in lines]

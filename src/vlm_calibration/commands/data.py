@@ -51,7 +51,7 @@ def inspect(
     from rich.table import Table
 
     from vlm_calibration.data.near_duplicates import find_leaks
-    from vlm_calibration.data.sources.query_file import MissingFileError
+    from vlm_calibration.data.sources.jsonl import MissingFileError
     from vlm_calibration.files import MAX_NAMED
     from vlm_calibration.reporting.inspection import inspect_source
 

@@ -38,7 +38,7 @@ def split(
     # The help needs none of these.
     from rich.console import Console
 
-    from vlm_calibration.data.sources.query_file import SPLITS
+    from vlm_calibration.data.sources.jsonl import SPLITS
     from vlm_calibration.data.split import open_source, output_paths, split_queries
     from vlm_calibration.files import name_some
     from vlm_calibration.reporting.tables import text_table

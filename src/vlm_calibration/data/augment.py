@@ -33,17 +33,11 @@ class Augmentation:
         targets = {"masks": [mask.astype(np.uint8) for mask in regions]} if regions else {}
         result = self._compose(image=loaded.image, **targets)
         image, masks = result["image"], [np.asarray(m, dtype=bool) for m in result.get("masks", ())]
-        if (
-            not isinstance(image, np.ndarray)
-            or image.dtype != np.uint8
-            or image.ndim != 3
-            or image.shape[2] != 3
-        ):
-            found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)):
             names = ", ".join(type(transform).__name__ for transform in self.transforms)
             raise DataError(
-                f"data.augment: {names} must leave uint8 images of shape (height, width, 3), found {found}: leave out conversions, the "
-                "model's processor makes them"
+                f"data.augment: {names} must leave uint8 images of shape (height, width, 3), found {image.dtype} {image.shape}: leave "
+                "out conversions, the model's processor makes them"
             )
         evidence = tuple(masks[: len(loaded.evidence)])
         if not all(mask.any() for mask in evidence):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,14 +19,11 @@ from sklearn.model_selection import GroupShuffleSplit
 
 from vlm_calibration.data.near_duplicates import group_images, hash_images
 from vlm_calibration.data.sources.base import BadRecords, OnBadRecord
-from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.data.sources.jsonl import PRESETS, SPLITS, JsonlSource
 from vlm_calibration.data.sources.parquet import ParquetSource
-from vlm_calibration.data.sources.query_file import PRESETS, SPLITS
-from vlm_calibration.files import replacing
+from vlm_calibration.files import json_lines, replacing
 from vlm_calibration.records import DataError
 from vlm_calibration.text.grading import parse_answer
-
-Source: TypeAlias = JsonlSource | ParquetSource
 
 
 class SplitResult(NamedTuple):
@@ -43,7 +40,7 @@ class SplitResult(NamedTuple):
     largest: list[str]
 
 
-def open_source(path: Path, root: Path, on_bad_record: OnBadRecord) -> Source:
+def open_source(path: Path, root: Path, on_bad_record: OnBadRecord) -> JsonlSource:
     """The source of a .jsonl or .parquet file; any other is a DataError."""
     if path.is_dir() or path.suffix not in PRESETS:
         raise DataError(f"{path}: expected a file of queries that ends in {' or '.join(PRESETS)}")
@@ -90,7 +87,7 @@ def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np
 
 
 def split_queries(
-    source: Source, paths: Mapping[str, Path], shares: Sequence[float], seed: int, near: bool
+    source: JsonlSource, paths: Mapping[str, Path], shares: Sequence[float], seed: int, near: bool
 ) -> SplitResult:
     """Assign the groups of images to `paths` (name of a split -> file) and write all files, or none; records are copied as they are.
 
@@ -114,10 +111,8 @@ def split_queries(
     splits = assign_queries(groups[image_of_query], shares, seed)
     with ExitStack() as stack:
         temporary = [stack.enter_context(replacing(path)) for path in paths.values()]
-        if isinstance(source, JsonlSource):
-            _write_lines(source, splits, temporary)
-        else:
-            _write_rows(source, splits, temporary)
+        write = _write_rows if isinstance(source, ParquetSource) else _write_lines
+        write(source, splits, temporary)
         for written in temporary:  # a full disk is noticed before any old file goes
             with written.open("rb") as file:
                 os.fsync(file.fileno())
@@ -140,19 +135,19 @@ def split_queries(
 
 def _write_lines(source: JsonlSource, splits: np.ndarray, paths: Sequence[Path]) -> None:
     """Copy lines unchanged, but for a byte order mark and a missing end of the last line."""
+    split_of_line = dict(zip(source.numbers, splits.tolist(), strict=True))
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("wb")) for path in paths]
-        for split, content in zip(splits.tolist(), source.lines(source.positions.tolist()), strict=True):
-            if split >= 0:
-                line = content.removeprefix(b"\xef\xbb\xbf")
-                files[split].write(line if line.endswith(b"\n") else line + b"\n")
+        for line in json_lines(source.path):
+            if (split := split_of_line.get(line.number, -1)) >= 0:
+                files[split].write(line.content if line.content.endswith(b"\n") else line.content + b"\n")
 
 
-def _write_rows(source: ParquetSource, splits: np.ndarray, paths: Sequence[Path]) -> None:
+def _write_rows(source: JsonlSource, splits: np.ndarray, paths: Sequence[Path]) -> None:
     """Copy rows with the schema and metadata of the file, one row group of it in memory at a time."""
     file = pq.ParquetFile(source.path)
     split_of_row = np.full(file.metadata.num_rows, -1)
-    split_of_row[source.positions] = splits
+    split_of_row[source.numbers] = splits
     with ExitStack() as stack:
         writers = [stack.enter_context(pq.ParquetWriter(path, file.schema_arrow)) for path in paths]
         begin = 0

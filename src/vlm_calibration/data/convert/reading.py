@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import ijson
 
-from vlm_calibration.files import json_lines, parse_json
+from vlm_calibration.files import json_lines
 from vlm_calibration.records import DataError, RecordError
 
 Queries: TypeAlias = Callable[[], list[dict[str, Any]]]
@@ -73,20 +72,13 @@ def json_members(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: expected an object of records")
 
 
-def json_records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The place of each record of a JSON array or of JSON lines, and a function that decodes it."""
-    with _opened(path) as file:
-        start = next((line for line in file if line.strip()), b"").lstrip()
-    if start.startswith(b"["):
-        for where, value in json_values(path, "item"):
-            yield where, partial(_same, value)
+def json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The place and value of each record of a JSON array, or the place and undecoded bytes of each of JSON lines."""
+    first = next(json_lines(path), None)
+    if first is not None and first.content.lstrip().startswith(b"["):
+        yield from json_values(path, "item")
     else:
-        for line in json_lines(path):
-            yield line.where, partial(parse_json, line.content)
-
-
-def _same(value: Any) -> Any:
-    return value
+        yield from ((line.where, line.content) for line in json_lines(path))
 
 
 @contextmanager

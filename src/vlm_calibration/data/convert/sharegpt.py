@@ -7,12 +7,13 @@ removed. Every question is asked alone, without the turns before it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from vlm_calibration.data.convert.reading import Source, json_records
+from vlm_calibration.files import parse_json
 from vlm_calibration.records import RecordError, id_text, short_repr
 from vlm_calibration.text.conventions import AnswerTypeChoice, infer_answer_type, strip_format_request
 
@@ -40,14 +41,14 @@ def sharegpt(
         answer_type: of all answers; "infer" tells it from the form of each
     """
     seen: set[str] = set()
-    for position, (where, read) in enumerate(json_records(file)):
-        yield where, partial(_queries, read, position, seen, turns == "all", answer_type)
+    for position, (where, content) in enumerate(json_records(file)):
+        yield where, partial(_queries, content, position, seen, turns == "all", answer_type)
 
 
 def _queries(
-    read: Callable[[], Any], position: int, seen: set[str], all_turns: bool, answer_type: AnswerTypeChoice
+    content: Any, position: int, seen: set[str], all_turns: bool, answer_type: AnswerTypeChoice
 ) -> list[dict[str, Any]]:
-    record = read()
+    record = parse_json(content) if isinstance(content, bytes) else content
     if not isinstance(record, Mapping):
         raise RecordError(f"expected an object with a conversation, found {short_repr(record)}")
     image, pairs = _conversation(record)

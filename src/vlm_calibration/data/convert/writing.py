@@ -6,23 +6,20 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from PIL import Image
 
 from vlm_calibration.data.convert.reading import Output, Queries, explained
 from vlm_calibration.data.sources.images import ImageFolder
-from vlm_calibration.data.sources.query_file import RecordChecks
+from vlm_calibration.data.sources.jsonl import RecordChecks
 from vlm_calibration.files import replacing
 from vlm_calibration.records import DataError, RecordError, query_from_dict
-
-T = TypeVar("T")
 
 _DETAILS = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+")
 """What differs between messages about the same mistake."""
@@ -63,29 +60,33 @@ class QueryWriter:
             file = stack.enter_context(temporary.open("w", encoding="utf-8", newline="\n"))
             folder = None
             for where, queries in source:
-                for record in self._attempt(where, queries) or ():
+                records: list[dict[str, Any]] = []
+                with self._bad_left_out(where):
+                    records = queries()
+                for record in records:
                     if isinstance(record["image"], bytes) and folder is None:
                         self._refuse(self._folder)
                         # Leaving the stack renames the folder before the file that names its images.
                         folder = stack.enter_context(replacing(self._folder, sync=False))
                         folder.mkdir()
-                    self._attempt(where, partial(self._add, record, file, folder))
+                    with self._bad_left_out(where):
+                        self._add(record, file, folder)
             if not self.queries:
                 first = next(iter(self.skipped.values()), (0, "the files have no record"))[1]
                 raise DataError(f"no usable query: {first}")
 
-    def _attempt(self, where: str, action: Callable[[], T]) -> T | None:
-        """Do something with a record; if it is bad, count it and return None, or stop."""
+    @contextmanager
+    def _bad_left_out(self, where: str) -> Iterator[None]:
+        """Count what is wrong with the record at this place, or stop at it."""
         try:
             with explained(where):
-                return action()
+                yield
         except DataError as error:
             if not self.output.skip_bad:
                 raise DataError(f"{error}; --skip-bad leaves such records out") from error
             kind = _DETAILS.sub("_", str(error).removeprefix(where))
             count, first = self.skipped.get(kind, (0, str(error)))
             self.skipped[kind] = count + 1, first
-            return None
 
     def _add(self, record: dict[str, Any], file: TextIO, folder: Path | None) -> None:
         """Write one query, and its image to the folder if it is embedded."""

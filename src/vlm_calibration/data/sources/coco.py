@@ -186,20 +186,22 @@ class CocoSource(QuerySource):
         self._files = ImageFolder(self.root)
 
     @cached_property
-    def _annotated(self) -> list[AnnotatedImage]:
+    def _annotated(self) -> dict[str, AnnotatedImage]:
+        """The images by their file names."""
         is_excluded = excluded_images(self.exclude)
         images = [image for image in read_instances(self.annotations) if not is_excluded(image.file)]
         if self.first and self.first >= len(images):
             raise DataError(f"{self.annotations}: first: {self.first} of {len(images)} annotated images")
         count = len(images) if self.images is None else self.images
         chosen = np.random.default_rng(self.seed).permutation(len(images))[self.first : self.first + count]
-        return [images[i] for i in sorted(chosen)]
+        return {images[i].file: images[i] for i in sorted(chosen)}
 
     @cached_property
     def _queries(self) -> list[Query]:
-        absent = AbsentObjects(list(image.objects) for image in self._annotated)
+        annotated = self._annotated.values()
+        absent = AbsentObjects(list(image.objects) for image in annotated)
         queries: list[Query] = []
-        images = track(self._annotated, f"checking {self.annotations}", len(self._annotated), "images")
+        images = track(annotated, f"checking {self.annotations}", len(annotated), "images")
         for i, image in enumerate(images):
             try:
                 self._files.check(image.file)
@@ -208,9 +210,9 @@ class CocoSource(QuerySource):
             rng = np.random.default_rng([self.seed, i])
             if "existence" in self.kinds:
                 queries += self._existence(i, image, absent, rng)
-            for kind in ("counting", "spatial"):
+            for kind, questions in (("counting", _counting(image)), ("spatial", _spatial(image, rng))):
                 if kind in self.kinds:
-                    possible = list(_counting(image) if kind == "counting" else _spatial(image, rng))
+                    possible = list(questions)
                     queries += [possible[j] for j in sorted(rng.permutation(len(possible))[: self.per_image])]
         if not queries:
             raise DataError(f"{self.annotations}: no question of these kinds can be asked about these images")
@@ -237,21 +239,17 @@ class CocoSource(QuerySource):
     def queries(self) -> Sequence[Query]:
         return self._queries
 
-    @cached_property
-    def _by_file(self) -> dict[str, AnnotatedImage]:
-        return {image.file: image for image in self._annotated}
-
     def image_file(self, query: Query) -> Path:
         return self._files.path(query.image)
 
     def load(self, query: Query) -> LoadedImage:
-        annotated = self._by_file[query.image]
+        annotated = self._annotated[query.image]
         try:
             image = self._files.load(annotated.file)
-            expected, (height, width) = (annotated.height, annotated.width), image.shape[:2]
-            if (height, width) != expected:
-                size = f"{height} x {width} pixels, annotated for {expected[0]} x {expected[1]}"
-                raise RecordError(f"{annotated.file} has {size}")
+            height, width = image.shape[:2]
+            if (height, width) != (annotated.height, annotated.width):
+                expected = f"annotated for {annotated.height} x {annotated.width}"
+                raise RecordError(f"{annotated.file} has {height} x {width} pixels, {expected}")
             masks = [(name, object_mask(annotated, name)) for name in annotated.objects]
         except (RecordError, ImageError) as error:
             raise DataError(f"{self.annotations}: record {query.id!r}: {error}") from error
@@ -262,7 +260,7 @@ class CocoSource(QuerySource):
         )
 
     def labels(self, query: Query) -> Sequence[str]:
-        return list(self._by_file[query.image].objects)
+        return list(self._annotated[query.image].objects)
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         if query.answer_type == "yes_no":

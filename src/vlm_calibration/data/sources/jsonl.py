@@ -1,64 +1,187 @@
-"""Source for one's own data: queries in a JSONL file, images in a folder."""
+"""Source for one's own data: queries in a JSONL file, images in a folder.
+
+Every record is checked once and kept as JSON, so that a million take little memory.
+"""
 
 from __future__ import annotations
 
+from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
-from vlm_calibration.data.sources.base import OnBadRecord
-from vlm_calibration.data.sources.query_file import QueryFile
-from vlm_calibration.files import json_lines, parse_json
-from vlm_calibration.progress import track
-from vlm_calibration.records import DataError, Query, RecordError, query_from_dict, query_validator
+import numpy as np
 
+from vlm_calibration.data.sources.base import (
+    BadRecords,
+    LazyQueries,
+    OnBadRecord,
+    QuerySource,
+    with_regions,
+)
+from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.files import json_lines, name_some, parse_json
+from vlm_calibration.perturbation.images import ImageError, load_image
+from vlm_calibration.progress import track
+from vlm_calibration.records import (
+    DataError,
+    LoadedImage,
+    Query,
+    RecordError,
+    query_from_dict,
+    query_validator,
+)
+from vlm_calibration.text.labels import check_answer
+
+SPLITS = ("train", "validation", "calibration", "test")
+"""Names of the files of a data root, without their suffix; the images that they name are beside them."""
+PRESETS = {".jsonl": "data/jsonl", ".parquet": "data/parquet"}
+"""Suffix of the files -> the preset that reads them."""
 PARQUET = b"PAR1"
 """The first bytes of a Parquet file."""
 MB = 1e6
+MAX_KNOWN = 100_000
+"""Number of image names and of answers that are remembered as good."""
 
 
-class JsonlSource(QueryFile):
+class MissingFileError(DataError):
+    """A file of queries does not exist. The message says what the folder has instead and how to make the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        folder = path.parent
+        parts = [f"{path}: no such file"]
+        if not folder.is_dir():
+            parts.append(f"there is no folder {folder} either: give the folder of your data with --data-root")
+        else:
+            suffixes = (*PRESETS, ".json")
+            files = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
+            parts.append(f"{folder} has {name_some(files, len(files)) or 'no file of queries'}")
+            other = next((p for p in map(path.with_suffix, PRESETS) if p.name in files), None)
+            if other is not None:
+                parts.append(f"read {other.name} with `--config {PRESETS[other.suffix]}`")
+            elif path.stem in SPLITS:
+                parts.append(f"`vlm-calibration data split FILE` makes {', '.join(SPLITS)} from one file")
+        super().__init__("; ".join(parts))
+
+
+class RecordChecks:
+    """Checks of a file's records beyond their own fields: the answer can be graded, the image exists, no id occurs twice.
+
+    `place` is where a record is, followed by its number: "on line", "in row".
+    """
+
+    def __init__(self, images: ImageFolder, place: str) -> None:
+        self._check_image = lru_cache(MAX_KNOWN)(images.check)
+        self._place = place
+        self._first: dict[str, int] = {}
+        self._answers: set[tuple[str, str]] = set()
+
+    def check(self, query: Query, number: int, has_file: bool = True) -> None:
+        """Raise a RecordError if the record with this number, whose image may be a file, fails a check."""
+        answer = query.answer, query.answer_type
+        if answer not in self._answers:
+            check_answer(query)
+            if len(self._answers) < MAX_KNOWN:
+                self._answers.add(answer)
+        if has_file:
+            try:
+                self._check_image(query.image)
+            except RecordError as error:
+                raise RecordError(f"record {query.id!r}: {error}") from error
+        if query.id in self._first:
+            raise RecordError(f"duplicate id {query.id!r}, first seen {self._place} {self._first[query.id]}")
+        self._first[query.id] = number
+
+
+class JsonlSource(QuerySource):
     """One query a line, a JSON object; blank lines are skipped.
 
     Args:
         path: the JSONL file.
         root: folder that image paths are relative to; by default the folder of `path`. No image may lie outside it.
         on_bad_record: "raise" stops at the first invalid record; "skip" leaves such records out, with a warning.
+
+    Attributes:
+        bad: the records that were left out.
+        place: where a record is, followed by its number.
+        where: the same for the beginning of a message, with `path` and `number`.
+        numbers: the numbers of the usable records, empty until all have been read.
+        has_image_files: whether images are files below `root`.
     """
 
     place, where = "on line", "{path}:{number}"
+    has_image_files = True
 
     def __init__(self, path: str, root: str | None = None, on_bad_record: OnBadRecord = "raise") -> None:
-        super().__init__(path, None if root is None else Path(root), on_bad_record)
+        self.path = Path(path)
+        self.root = self.path.parent if root is None else Path(root)
+        self.on_bad_record = on_bad_record
+        self.images_below = ImageFolder(self.root)
+        self.bad = BadRecords(on_bad_record)
+        self.numbers = array("q")
+        # The JSON of all usable records, and the end of each.
+        self._content, self._ends = bytearray(), array("q")
 
-    def records(self) -> Iterator[tuple[int, int, bytes]]:
-        size = self.path.stat().st_size / MB if self.path.is_file() else 0.0
-        lines = json_lines(self.path)
+    def records(self) -> Iterator[tuple[int, bytes]]:
+        """The number and the JSON of each record of the file."""
+        lines, size = json_lines(self.path), self.path.stat().st_size / MB
         for line in track(lines, f"checking {self.path}", size, "MB", lambda line: len(line.content) / MB):
             if line.number == 1 and line.content.startswith(PARQUET):
                 source = "vlm_calibration.data.sources.parquet.ParquetSource"
                 raise DataError(f"{self.path}: a Parquet file, expected JSON lines: class_path: {source}")
-            yield line.offset, line.number, line.content
+            yield line.number, line.content
 
-    def decode(self, content: bytes) -> Query:
-        try:
-            return query_validator().validate_json(content)
-        except ValueError:
-            # Explains what is wrong, and accepts a byte order mark.
-            return query_from_dict(parse_json(content))
+    def scan(self, name: str) -> Iterator[Query]:
+        return super().scan(name) if self.numbers else self._check()
 
-    def lines(self, positions: Iterable[int]) -> Iterator[bytes]:
-        """The lines that begin at these bytes of the file."""
-        with self.path.open("rb") as file:
-            for position in positions:
-                file.seek(position)
-                yield file.readline()
-
-    def read(self, positions: Sequence[int]) -> Iterator[Query]:
-        lines = self.lines(positions)
-        for position in positions:
+    def _check(self) -> Iterator[Query]:
+        """The usable queries, which are kept once all records have been read."""
+        if not self.path.exists():
+            raise MissingFileError(self.path)
+        self.bad = BadRecords(self.on_bad_record)
+        checks = RecordChecks(self.images_below, self.place)
+        numbers, content, ends = array("q"), bytearray(), array("q")
+        for number, record in self.records():
             try:
-                query = self.decode(next(lines))
-            except (OSError, RecordError) as error:
-                where = f"{self.path}: changed while in use, at byte {position}"
-                raise DataError(f"{where}: {error}") from error
-            yield query
+                query = _query_from_json(record)
+                checks.check(query, number, self.has_image_files)
+            except RecordError as error:
+                self.bad.add(f"{self.where.format(path=self.path, number=number)}: {error}", error)
+            else:
+                numbers.append(number)
+                content += record
+                ends.append(len(content))
+                yield query
+        self.bad.report(len(numbers))
+        if not numbers:
+            raise DataError(f"{self.path}: no usable query in this file")
+        self.numbers, self._content, self._ends = numbers, content, ends
+
+    def queries(self) -> Sequence[Query]:
+        if not self.numbers:
+            deque(self._check(), maxlen=0)
+        return LazyQueries(len(self.numbers), self._read)
+
+    def _read(self, indices: Iterable[int]) -> Iterator[Query]:
+        for i in indices:
+            yield _query_from_json(self._content[self._ends[i - 1] if i else 0 : self._ends[i]])
+
+    def image_file(self, query: Query) -> Path | None:
+        return self.images_below.path(query.image)
+
+    def load(self, query: Query) -> LoadedImage:
+        try:
+            content = self.image_content(query)
+            pixels = content if isinstance(content, np.ndarray) else load_image(content)
+            return with_regions(query, pixels)
+        except (RecordError, ImageError) as error:
+            raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
+
+
+def _query_from_json(content: bytes | bytearray) -> Query:
+    try:
+        return query_validator().validate_json(content)
+    except ValueError:
+        return query_from_dict(parse_json(content))  # says what is wrong

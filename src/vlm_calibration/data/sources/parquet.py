@@ -1,10 +1,11 @@
 """Source for Parquet files: the output of `vlm-calibration predict`, and large data of one's own.
 
-Texts stay in memory as Arrow arrays, about one byte a character. Embedded images do not: a row group of them is read at a time.
+Embedded images do not stay in memory: a row group of them is read at a time.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm_calibration.data.sources.base import OnBadRecord, QuerySource
-from vlm_calibration.data.sources.query_file import QueryFile
+from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.files import first_line
 from vlm_calibration.progress import track
-from vlm_calibration.records import DataError, Query, query_from_dict
+from vlm_calibration.records import DataError, Query
 
 _TEXT = pa.string()
 REGION = pa.struct(
@@ -43,14 +44,14 @@ OPTIONAL = {
 }
 NOTES = ("outcome", "rejected", "note")
 """Columns with the outcome of `predict`; not part of a query."""
-ROW = "row-"
-"""Prefix of the name of an embedded image: "row-17"."""
 BATCH = 1000
 """Rows that are decoded at once."""
+ROW = "row-"
+"""Prefix of the name of an embedded image: "row-17"."""
 
 
-class ParquetSource(QueryFile):
-    """One query a row, whose columns are the keys of a query.
+class ParquetSource(JsonlSource):
+    """One query a row, whose columns are the keys of a query; read as if the rows were lines of JSON.
 
     Args:
         path: the Parquet file.
@@ -69,18 +70,17 @@ class ParquetSource(QueryFile):
         images: QuerySource | None = None,
         on_bad_record: OnBadRecord = "raise",
     ) -> None:
-        super().__init__(path, None if root is None else Path(root), on_bad_record)
+        super().__init__(path, root, on_bad_record)
         self.images = images
-        self._cached: tuple[int, Any] | None = None
+        # The first row of a row group, and its embedded images.
+        self._row_group: tuple[int, Any] = (0, ())
 
     @cached_property
     def _is_embedded(self) -> bool:
         image = schema_of(self.path).field("image").type
         return bool(pa.types.is_struct(image) and image.get_field_index("bytes") >= 0)
 
-    @cached_property
-    def _table(self) -> pa.Table:
-        """All columns but embedded images."""
+    def records(self) -> Iterator[tuple[int, bytes]]:
         names = schema_of(self.path).names
         known = {**REQUIRED, **OPTIONAL}
         if unknown := [name for name in names if name not in known and name not in NOTES]:
@@ -89,31 +89,15 @@ class ParquetSource(QueryFile):
             raise DataError(f"{self.path}: no column {missing[0]!r}")
         columns = [n for n in names if n in known and not (n == "image" and self._is_embedded)]
         try:
-            return pq.read_table(self.path, columns=columns)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise DataError(f"{self.path}: cannot be read: {first_line(error)}") from error
-
-    def records(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        total = self._table.num_rows
-        rows = self._rows(range(total))
-        for row, record in enumerate(track(rows, f"checking {self.path}", total, "records")):
-            yield row, row, record
-
-    def decode(self, content: dict[str, Any]) -> Query:
-        return query_from_dict(content)
-
-    def read(self, positions: Sequence[int]) -> Iterator[Query]:
-        return map(self.decode, self._rows(positions))
-
-    def _rows(self, positions: Sequence[int]) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(positions), BATCH):
-            batch = positions[start : start + BATCH]
-            first = min(batch)
-            records = self._table.slice(first, max(batch) + 1 - first).to_pylist()
-            for row in batch:
+            file = pq.ParquetFile(self.path)
+            rows = (row for batch in file.iter_batches(BATCH, columns=columns) for row in batch.to_pylist())
+            total = file.metadata.num_rows
+            for number, row in enumerate(track(rows, f"checking {self.path}", total, "records")):
                 if self._is_embedded:
-                    records[row - first]["image"] = f"{ROW}{row}"
-                yield records[row - first]
+                    row["image"] = f"{ROW}{number}"
+                yield number, json.dumps(row, default=_as_text).encode()
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.path}: cannot be read: {first_line(error)}") from error
 
     def wrong_answers(self, query: Query) -> Sequence[str]:
         if self.images is not None and query.answer_type == "open":
@@ -121,7 +105,7 @@ class ParquetSource(QueryFile):
         return super().wrong_answers(query)
 
     @property
-    def has_image_files(self) -> bool:
+    def has_image_files(self) -> bool:  # type: ignore[override]
         return self.images is None and not self._is_embedded
 
     def image_file(self, query: Query) -> Path | None:
@@ -139,24 +123,25 @@ class ParquetSource(QueryFile):
             return self.images.image_content(query)
         return self._embedded(query) if self._is_embedded else super().image_content(query)
 
-    @cached_property
-    def _ends_of_groups(self) -> np.ndarray:
-        """The first row behind each row group."""
-        metadata = pq.read_metadata(self.path)
-        return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
-
     def _embedded(self, query: Query) -> bytes:
         """The encoded bytes of an embedded image; the last row group stays in memory."""
         row = int(query.image.removeprefix(ROW))
-        group = int(np.searchsorted(self._ends_of_groups, row, side="right"))
-        if self._cached is None or self._cached[0] != group:
-            column = pq.ParquetFile(self.path).read_row_group(group, columns=["image.bytes"]).column("image")
-            self._cached = group, column.combine_chunks().flatten()[0]
-        images = self._cached[1]
-        content = images[row - int(self._ends_of_groups[group]) + len(images)].as_py()
+        begin, images = self._row_group
+        if not begin <= row < begin + len(images):
+            file = pq.ParquetFile(self.path)
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            group = int(np.searchsorted(np.cumsum(sizes), row, side="right"))
+            column = file.read_row_group(group, columns=["image.bytes"]).column("image")
+            begin, images = self._row_group = sum(sizes[:group]), column.combine_chunks().flatten()[0]
+        content = images[row - begin].as_py()
         if not content:
             raise self.bad.error(f"{self.path}: record {query.id!r}: {query.image} holds no image bytes")
         return bytes(content)
+
+
+def _as_text(value: Any) -> str:
+    """What JSON lacks as text: the counts of a mask may be bytes."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else repr(value)
 
 
 def schema_of(file: Path) -> pa.Schema:
