@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -24,6 +25,14 @@ def plain_trainer(folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Tr
         "log_every_n_steps": 1,
     }
     return L.Trainer(callbacks=list(callbacks), **{**plain, **settings})
+
+
+def fake_trainer(folder: Path, **settings: Any) -> Any:
+    """What callbacks ask a Trainer of one process about, for hooks that are called without a run."""
+    plain = {"is_global_zero": True, "interrupted": False, "sanity_checking": False, "global_step": 3}
+    strategy = SimpleNamespace(barrier=lambda name: None)
+    plain |= {"default_root_dir": str(folder), "strategy": strategy, "callbacks": [], "loggers": []}
+    return SimpleNamespace(**{**plain, **settings})
 
 
 class Line(L.LightningModule):

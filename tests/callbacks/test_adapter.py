@@ -37,7 +37,7 @@ from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.grading import Grading
 
 from ..level_tables import measured, noise_counts
-from ..trainers import plain_trainer
+from ..trainers import fake_trainer, plain_trainer
 from ..wandb_log import OfflineRun
 
 LIMIT = 300
@@ -165,14 +165,6 @@ def test_the_card_of_stage_2(offline_runs: dict[str, OfflineRun]) -> None:
 # --- Whole or not at all ----------------------------------------------------------------------------------------
 
 
-def _trainer(folder: Path, data: Any, **settings: Any) -> Any:
-    plain = {"is_global_zero": True, "interrupted": False, "callbacks": [], "global_step": 3}
-    strategy = SimpleNamespace(barrier=lambda name: None)
-    return SimpleNamespace(
-        default_root_dir=str(folder), datamodule=data, strategy=strategy, **{**plain, **settings}
-    )
-
-
 @pytest.fixture
 def data(model_folder: str) -> PerturbedQueryDataModule:
     return _data(model_folder, noise=NoisePolicy())
@@ -193,13 +185,13 @@ def test_the_adapter_appears_whole_where_training_has_ended(
     tmp_path: Path, data: PerturbedQueryDataModule, module: Any
 ) -> None:
     for settings in ({"interrupted": True}, {"is_global_zero": False}):
-        AdapterWriter().on_fit_end(_trainer(tmp_path, data, **settings), module)
+        AdapterWriter().on_fit_end(fake_trainer(tmp_path, datamodule=data, **settings), module)
         assert list(tmp_path.iterdir()) == []
     folder = tmp_path / "adapter"
     for value in (1.0, 2.0):
         for parameter in module.model.parameters():
             parameter.data.fill_(value)
-        AdapterWriter().on_fit_end(_trainer(tmp_path, data), module)
+        AdapterWriter().on_fit_end(fake_trainer(tmp_path, datamodule=data), module)
         assert all((w == value).all() for w in load_file(folder / "adapter_model.safetensors").values())
         assert json.loads((folder / "adapter_config.json").read_text())["revision"] == "0123abcd"
         assert (folder / "tokenizer.json").is_file()
@@ -213,9 +205,8 @@ def test_the_adapter_appears_whole_where_training_has_ended(
 
 def test_the_card_says_that_levels_are_by_ranking(model_folder: str, tmp_path: Path, module: Any) -> None:
     levels = measured(model_folder, {"open": COUNTS["short"]}, grading=Grading(rank_levels=True))
-    card = AdapterWriter().card(
-        _trainer(tmp_path, _data(model_folder, noise=NoisePolicy(levels=levels))), module
-    )
+    data = _data(model_folder, noise=NoisePolicy(levels=levels))
+    card = AdapterWriter().card(fake_trainer(tmp_path, datamodule=data), module)
     assert card.training["levels"] == "open answers by ranking"
     assert card.levels == {"open": [("", 0, 0.8), ("noise", 1, 0.0)]}
 
@@ -223,7 +214,7 @@ def test_the_card_says_that_levels_are_by_ranking(model_folder: str, tmp_path: P
 def test_only_the_validations_of_this_training_count(
     tmp_path: Path, data: PerturbedQueryDataModule, module: Any
 ) -> None:
-    writer, trainer = AdapterWriter(), _trainer(tmp_path, data)
+    writer, trainer = AdapterWriter(), fake_trainer(tmp_path, datamodule=data)
     writer.validations["after"] = {"ece": 0.25}
     assert writer.card(trainer, module).results == {"after": {"ece": 0.25}}
     writer.setup(trainer, module, "fit")
@@ -240,7 +231,7 @@ def test_what_cannot_be_written_up_stops_the_run_before_training(
 
     monkeypatch.setattr(data.chat, "render", refuse)
     with pytest.raises(DataError, match="a template that refuses"):
-        AdapterWriter().on_fit_start(_trainer(tmp_path, data), module)
+        AdapterWriter().on_fit_start(fake_trainer(tmp_path, datamodule=data), module)
 
 
 def test_paths_below_the_working_directory_are_relative(

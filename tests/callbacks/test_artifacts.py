@@ -24,6 +24,8 @@ from vlm_calibration.callbacks.artifacts import (
 )
 from vlm_calibration.callbacks.logger import RunLogger
 
+from ..trainers import fake_trainer
+
 
 @pytest.fixture(autouse=True)
 def staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,16 +59,8 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleN
     logger = RunLogger(save_dir=str(tmp_path / "runs" / "mine"))
     logger._experiment = Run()  # type: ignore[assignment]
     writer = Writer()
-    trainer = SimpleNamespace(
-        loggers=[logger],
-        callbacks=[writer],
-        is_global_zero=True,
-        sanity_checking=False,
-        interrupted=False,
-        state=SimpleNamespace(fn=TrainerFn.FITTING),
-        default_root_dir=str(tmp_path / "runs" / "mine"),
-        global_step=10,
-    )
+    fits = {"state": SimpleNamespace(fn=TrainerFn.FITTING), "global_step": 10}
+    trainer = fake_trainer(tmp_path / "runs" / "mine", loggers=[logger], callbacks=[writer], **fits)
     yield SimpleNamespace(trainer=trainer, writer=writer, run=logger._experiment)
     logger._experiment = None
 

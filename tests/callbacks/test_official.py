@@ -26,6 +26,7 @@ from vlm_calibration.files import write_rows
 
 from ..benchmarks import official_rules
 from ..command_line import Ended
+from ..trainers import fake_trainer
 
 SPLITS = ("random", "popular", "adversarial")
 SOURCES = "vlm_calibration.data.sources.benchmark"
@@ -231,13 +232,7 @@ def test_answers_that_are_missing_are_counted(files: Path, tmp_path: Path) -> No
     answered = [graded_prediction(query, "Yes", None, None).to_dict() for query in queries[:6]]
     write_rows(tmp_path / "base/predictions.jsonl", answered, lines=True)
     (tmp_path / "base/metrics.json").write_text('{"n": 6}')
-    trainer: Any = SimpleNamespace(
-        datamodule=SimpleNamespace(test=test),
-        default_root_dir=str(tmp_path),
-        is_global_zero=True,
-        loggers=[],
-        strategy=SimpleNamespace(barrier=lambda name: None),
-    )
+    trainer = fake_trainer(tmp_path, datamodule=SimpleNamespace(test=test))
     module: Any = SimpleNamespace(results={"base": {}})
     says = "no official scores of data.test.popular: no answer to 4 of 5: 'popular:2', 'popular:3'"
     with pytest.warns(UserWarning, match=says):

@@ -13,6 +13,8 @@ import pytest
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.records import Prediction
 
+from ..trainers import fake_trainer
+
 
 def _prediction(number: int) -> Prediction:
     return Prediction(f"q{number}", "Größe?", "Yes", "Yes\n", "yes", 0.5, True, None, 0, "yes_no")
@@ -25,16 +27,10 @@ class Processes:
         self.folder = folder
         queries = [SimpleNamespace(id=f"q{i}") for i in range(20)]
         self.writers = [PredictionWriter() for _ in range(count)]
-        self.trainers: list[Any] = [
-            SimpleNamespace(
-                default_root_dir=str(folder),
-                global_rank=rank,
-                world_size=count,
-                is_global_zero=rank == 0,
-                sanity_checking=sanity_checking,
-                strategy=SimpleNamespace(barrier=lambda name: None),
-                datamodule=SimpleNamespace(sets={"validation": SimpleNamespace(queries=queries)}),
-            )
+        data = SimpleNamespace(sets={"validation": SimpleNamespace(queries=queries)})
+        shared = {"datamodule": data, "world_size": count, "sanity_checking": sanity_checking}
+        self.trainers = [
+            fake_trainer(folder, global_rank=rank, is_global_zero=rank == 0, **shared)
             for rank in range(count)
         ]
         for writer, trainer in reversed(list(zip(self.writers, self.trainers, strict=True))):
