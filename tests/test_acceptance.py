@@ -64,21 +64,15 @@ class Stranger(NamedTuple):
     folder: Path
     environment: dict[str, str]
 
-    def run(self, script: str, interpreter: str = "bash") -> str:
-        """The output of a script, which must succeed."""
-        words = (
-            ["bash", "-euo", "pipefail", "-c", script]
-            if interpreter == "bash"
-            else [interpreter, "-c", script]
-        )
+    def run(self, script: str, *interpreter: str) -> str:
+        """The output of a script, by default one for bash, which must succeed."""
         ran = subprocess.run(
-            words,
+            [*(interpreter or ("bash", "-euo", "pipefail")), "-c", script],
             cwd=self.folder,
             env=self.environment,
             capture_output=True,
             text=True,
             timeout=1500,
-            check=False,
         )
         assert ran.returncode == 0, f"{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}"
         return ran.stdout + ran.stderr
@@ -129,31 +123,23 @@ def write_data(folder: Path) -> None:
     with (folder / "queries.jsonl").open("w", encoding="utf-8") as lines:
         for index, queries in enumerate(by_image.values()):
             width, height = SIZES[index % len(SIZES)]
-            name = _save(
-                folder, index, Image.fromarray(source.load(queries[0]).image).resize((width, height))
-            )
             scene = render_scene(scene_seed(source.split, scene_index(queries[0])))
+            name = _save(folder, index, Image.fromarray(scene.image).resize((width, height)))
             scale = np.array([width, height] * 2) / scene.image.shape[0]
-            regions = [
-                {"label": item.name, "box": [float(v) for v in _corners(item.mask) * scale]}
-                for item in scene.objects
-            ]
+            regions = []
+            for item in scene.objects:
+                top, bottom, left, right = bounding_box(item.mask)
+                corners = np.array([left, top, right, bottom]) * scale
+                regions.append({"label": item.name, "box": corners.tolist()})
             for query in queries:
-                record = {
-                    name: getattr(query, name)
-                    for name in ("id", "question", "answer", "answer_type", "category")
-                }
+                fields = ("id", "question", "answer", "answer_type", "category")
+                record = {field: getattr(query, field) for field in fields}
                 record |= {"image": name, "objects": list(query.objects), "regions": regions}
                 if query is queries[0] and index == 7:
                     record["answer"] = "banana"
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
     truncated = folder / "photos/11.jpg"
     truncated.write_bytes(truncated.read_bytes()[:900])
-
-
-def _corners(mask: np.ndarray) -> np.ndarray:
-    box = bounding_box(mask)
-    return np.array([box.left, box.top, box.right, box.bottom])
 
 
 def _save(folder: Path, index: int, image: Image.Image) -> str:

@@ -141,34 +141,35 @@ def written(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("lines", [True, False], ids=["COCO", "A-OKVQA and GQA"])
 def test_official_questions(written: Callable[..., Path], lines: bool) -> None:
-    read = pope.read_questions(written("labels.json", POPE, lines))
-    assert [(q.id, q.image, q.answer) for q in read.queries] == [("1", "a.jpg", "Yes"), ("2", "a.jpg", "No")]
-    assert [q.objects for q in read.queries] == [("dog",), ("apple",)]
+    queries, numbered = pope.read_questions(written("labels.json", POPE, lines))
+    assert numbered
+    assert [(q.id, q.image, q.answer) for q in queries] == [("1", "a.jpg", "Yes"), ("2", "a.jpg", "No")]
+    assert [q.objects for q in queries] == [("dog",), ("apple",)]
 
 
 def test_annotations_of_popev2(written: Callable[..., Path]) -> None:
-    read = pope.read_questions(written("annotations.json", POPE_V2, False))
-    assert not read.numbered
-    assert [(q.id, q.image) for q in read.queries] == [("1", "images/7.jpg"), ("2", "coco/train2017/7.jpg")]
-    labels = [row["label"] for row in pope.official_labels(read.queries)]
+    queries, numbered = pope.read_questions(written("annotations.json", POPE_V2, False))
+    assert not numbered
+    assert [(q.id, q.image) for q in queries] == [("1", "images/7.jpg"), ("2", "coco/train2017/7.jpg")]
+    labels = [row["label"] for row in pope.official_labels(queries)]
     assert labels == ["no", "yes"], "as the script spells it"
 
 
 @pytest.mark.parametrize("numbered", [True, False])
 def test_answers_are_matched_by_id_or_in_order(written: Callable[..., Path], numbered: bool) -> None:
-    labels = pope.read_questions(written("labels.json", POPE))
+    labels = written("labels.json", POPE)
     rows = [{"question": x["text"].lower() + " Yes or no?", "answer": x["label"]} for x in POPE]
     if numbered:
         rows = [{"question_id": x["question_id"], **row} for x, row in zip(POPE, rows, strict=True)][::-1]
-    read = pope.read_answers(written("answers.jsonl", rows), labels)
-    assert [given.text for given in read] == ["yes", "no"]
+    _, replies = pope.read_answers(written("answers.jsonl", rows), labels)
+    assert [given.text for given in replies] == ["yes", "no"]
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_answers_to_questions_without_ids_keep_their_order(written: Callable[..., Path], first: int) -> None:
-    labels = pope.read_questions(written("annotations.json", POPE_V2, False))
+    labels = written("annotations.json", POPE_V2, False)
     rows = [{"question_id": first + i, "answer": x} for i, x in enumerate(("no", "yes"))]
-    assert [a.text for a in pope.read_answers(written("a.jsonl", rows), labels)] == ["no", "yes"]
+    assert [a.text for a in pope.read_answers(written("a.jsonl", rows), labels)[1]] == ["no", "yes"]
     with pytest.raises(DataError, match=r"r.jsonl:[12]: .*annotations.json has no ids.*expected"):
         pope.read_answers(written("r.jsonl", rows[::-1]), labels)
 
@@ -186,8 +187,9 @@ def test_answers_to_questions_without_ids_keep_their_order(written: Callable[...
 def test_a_confidence_of_its_own_comes_first(
     written: Callable[..., Path], record: dict[str, Any], confidence: float | None
 ) -> None:
-    labels = pope.read_questions(written("labels.json", POPE[:1]))
-    assert pope.read_answers(written("a.jsonl", [record]), labels)[0].confidence == confidence
+    labels = written("labels.json", POPE[:1])
+    _, [answer] = pope.read_answers(written("a.jsonl", [record]), labels)
+    assert answer.confidence == confidence
 
 
 ANSWERS = [{"question_id": i, "answer": "yes"} for i in (1, 2)]
@@ -222,6 +224,6 @@ ANSWERS = [{"question_id": i, "answer": "yes"} for i in (1, 2)]
 def test_a_mistake_is_named(written: Callable[..., Path], labels: Any, answers: Any, says: str) -> None:
     paths = {"labels": written("l.json", labels), "answers": written("a.jsonl", answers)}
     with pytest.raises(DataError) as caught:
-        pope.read_answers(paths["answers"], pope.read_questions(paths["labels"]))
+        pope.read_answers(paths["answers"], paths["labels"])
     assert str(caught.value).startswith(f"{paths['labels'].parent}/{says.format(**paths)}")
     assert "\n" not in str(caught.value)

@@ -212,7 +212,8 @@ class QuestionPacker:
         else:
             present = bool(rng.integers(2))
             negative = NEGATIVES[int(rng.integers(len(NEGATIVES)))]
-            name = target.name if present else absent_class(rng, scene.names, negative)
+            shown = tuple(o.name for o in scene.objects)
+            name = target.name if present else absent_class(rng, shown, negative)
             text = question_about(EXISTENCE_FORMS[form], name)
             answer, decisive = "Yes" if present else "No", name
         confidence = float(rng.choice(CONFIDENCES, p=CONFIDENCE_SHARES[form]))

@@ -75,10 +75,10 @@ def test_scenes_are_as_described_and_masks_exact(
     scenes = [render_scene((3, index), kind, hand) for index in FEW]
     for index, scene in zip(FEW, scenes, strict=True):
         layout = scene_layout((3, index), kind)
-        assert layout.labels == scene.names
+        assert layout.labels == tuple(o.name for o in scene.objects)
         assert layout.corners == tuple(o.corner for o in scene.objects)
         assert set(layout.names) <= set(CLASSES)
-        assert len(set(scene.names)) == len(set(layout.corners)) == len(scene.objects)
+        assert len(set(layout.labels)) == len(set(layout.corners)) == len(scene.objects)
         for item in scene.objects:
             rows, columns = np.nonzero(item.mask)
             assert len(rows) > 10, "every object can be seen"

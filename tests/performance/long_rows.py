@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 from tests.performance.machine import peak_bytes, processor, reset_peak, setting
+from tests.performance.preference import PATCH, VOCABULARY, llava
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+from transformers import LlavaForConditionalGeneration
 
 from vlm_calibration.models.base import FLEX
 from vlm_calibration.models.loading import use_in_language_model
 from vlm_calibration.models.shared_prefix import Prompts, score_responses
 
-SIDE, PATCH, IMAGE, VOCABULARY = 1024, 16, 1, 49152
+SIDE, IMAGE = 1024, 1
 IMAGE_TOKENS, PROMPT, RESPONSES, RESPONSE_TOKENS = (SIDE // PATCH) ** 2, 200, 10, 16
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 16}
@@ -36,27 +37,8 @@ SIDES = {"sdpa, dense mask": "sdpa", "FlexAttention, block mask": FLEX}
 
 def build_model(device: torch.device) -> Any:
     """A random LLaVA with 4,096 tokens an image, whose tower has one layer."""
-    vision = SiglipVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-        vision_use_head=False,
-    )
     sizes = LARGE if device.type == "cuda" else SMALL
-    text = LlamaConfig(
-        **sizes, num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=8192, pad_token_id=0
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=IMAGE_TOKENS,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-    )
+    config = llava(SIDE, 1, IMAGE, {**sizes, "max_position_embeddings": 8192, "pad_token_id": 0})
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return LlavaForConditionalGeneration(config).to(device, dtype).eval()

@@ -102,6 +102,28 @@ TASKS = {
 }
 
 
+def llava(side: int, tower_layers: int, image: int, text: dict[str, Any], **settings: Any) -> LlavaConfig:
+    """A LLaVA with a small SigLIP tower, for images of so many pixels a side, whose placeholder is the token `image`."""
+    vision = SiglipVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=tower_layers,
+        num_attention_heads=4,
+        image_size=side,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(num_key_value_heads=2, vocab_size=VOCABULARY, **text, **settings),
+        image_token_index=image,
+        image_seq_length=(side // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        **settings,
+    )
+
+
 def write_model(folder: Path) -> None:
     """Write a random model, its processor and, in `adapter/`, a random LoRA adapter without zero weights."""
     tokenizer = build_processor().tokenizer
@@ -115,35 +137,13 @@ def write_model(folder: Path) -> None:
         num_additional_image_tokens=0,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
-    vision = SiglipVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-        vision_use_head=False,
-    )
-    text = LlamaConfig(
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=(SIDE // PATCH) ** 2,
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
+    text = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6}
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = llava(
+        SIDE,
+        6,
+        tokenizer.convert_tokens_to_ids(IMAGE),
+        {**text, **tokens, "max_position_embeddings": 2048, "bos_token_id": None},
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from itertools import count, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlm_calibration.benchmarks.files import (
     Record,
@@ -28,18 +28,13 @@ from vlm_calibration.records import DataError, Query
 _OBJECT = re.compile(r"is there an? (.+?) in the image", re.IGNORECASE)
 
 
-class PopeQuestions(NamedTuple):
-    """The questions of one file, in its order; `numbered`: their ids are in the file, and not their positions from 1."""
-
-    path: Path
-    queries: list[Query]
-    numbered: bool
-
-
-def read_questions(path: str | Path) -> PopeQuestions:
+def read_questions(path: str | Path) -> tuple[list[Query], bool]:
     """Read questions and labels: POPE's JSON lines, the arrays for A-OKVQA and GQA, or POPEv2's annotations.
 
     Image and question are "" if the file has none.
+
+    Returns:
+        The queries in the order of the file, and whether their ids are in the file; otherwise they are positions from 1.
 
     Raises:
         DataError: the file cannot be read, a label is neither yes nor no, or an id is repeated or missing in some records.
@@ -60,33 +55,33 @@ def read_questions(path: str | Path) -> PopeQuestions:
         objects = tuple(_OBJECT.findall(question)[:1])
         answer = label.strip().capitalize()
         queries[name] = Query(name, image.lstrip("/"), question, answer, "yes_no", objects)
-    return PopeQuestions(Path(path), list(queries.values()), ids is not None)
+    return list(queries.values()), ids is not None
 
 
-def read_answers(path: str | Path, questions: PopeQuestions) -> list[Reply]:
-    """Read the answers to all questions, in their order, from JSON lines with `question_id`, `question` and `answer`.
+def read_answers(path: str | Path, labels: str | Path) -> tuple[list[Query], list[Reply]]:
+    """Read the questions of a file, and the answers to all of them: JSON lines with `question_id`, `question` and `answer`.
 
     If a file has no ids, answers and questions are matched by position, as `evaluate.py` does.
 
     Raises:
-        DataError: the file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
+        DataError: a file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
     """
+    queries, numbered = read_questions(labels)
     records = read_records(path)
     ids = _identifiers(records)
     replies = [reply(r, i, r.text("answer")) for i, r in zip(ids or repeat(None), records, strict=False)]
-    if ids and questions.numbered:
-        return in_order_of(replies, [query.id for query in questions.queries], path, questions.path)
-    expected = len(questions.queries)
-    if len(replies) != expected:
-        raise DataError(f"{path}: {len(replies)} answers to the {expected} questions in {questions.path}")
-    rows = zip(records, replies, questions.queries, strict=True)
+    if ids and numbered:
+        return queries, in_order_of(replies, [query.id for query in queries], path, labels)
+    if len(replies) != len(queries):
+        raise DataError(f"{path}: {len(replies)} answers to the {len(queries)} questions in {labels}")
+    rows = zip(records, replies, queries, strict=True)
     for position, (record, answer, asked) in enumerate(rows, start=1 if replies[0].id == "1" else 0):
         if ids and answer.id != str(position):
-            raise record.error(f"{questions.path} has no ids: expected answer {position}, found {answer.id}")
+            raise record.error(f"{labels} has no ids: expected answer {position}, found {answer.id}")
         prompt = record.data.get("question")
         if isinstance(prompt, str) and prompt and _folded(asked.question) not in _folded(prompt):
             raise record.error(f"answers are matched in order, and the question here is {asked.question!r}")
-    return replies
+    return queries, replies
 
 
 class PopeCounts(OfficialCounts):

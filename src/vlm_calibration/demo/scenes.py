@@ -90,10 +90,6 @@ class Scene(NamedTuple):
     image: np.ndarray
     objects: tuple[SceneObject, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(o.name for o in self.objects)
-
 
 def _background(rng: np.random.Generator) -> Image.Image:
     """A gradient between two pale colours in one of four directions, with noise."""

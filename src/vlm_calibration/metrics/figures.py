@@ -52,8 +52,8 @@ def reliability_diagram(
 
     Bins with fewer than `FEW` answers are faint, and neither the line nor the band leads to them. `title` replaces the default one.
     """
-    default = f"Reliability: ECE {_text(table, 'ece', '.1%')}{_answers(table)}"
-    figure, ax = _axes(table, title or default, "Stated confidence (%)", "Accuracy (%)", ax)
+    title = title or _title(table, "Reliability: ECE", "ece", ".1%")
+    figure, ax = _axes(table, title, "Stated confidence (%)", "Accuracy (%)", ax)
     ax.set(ylim=(-3, 103), yticks=range(0, 101, 10))
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1.2, label="Perfectly calibrated")
     if not table.parsed:
@@ -95,7 +95,7 @@ def confidence_histogram(table: ConfidenceTable, *, ax: "Axes | None" = None) ->
     """Histogram of the stated confidences: correct answers upwards, wrong ones downwards; a bar a level if there are at most 20."""
     from matplotlib.ticker import MaxNLocator
 
-    title = f"Stated confidence: AUROC {_text(table, 'auroc')}{_answers(table)}"
+    title = _title(table, "Stated confidence: AUROC", "auroc")
     figure, ax = _axes(table, title, "Stated confidence (%)", "Answers (wrong below, right above)", ax)
     if not table.parsed:
         return figure
@@ -114,8 +114,9 @@ def confidence_histogram(table: ConfidenceTable, *, ax: "Axes | None" = None) ->
         ("mean_confidence", "Mean confidence", "black", "-", 1.6),
         ("parsed_accuracy", "Accuracy", GREEN, "--", 1.8),
     ):
-        x, label = 100 * float(METRICS[name](table)), f"{heading} {_text(table, name, '.1%')}"
-        ax.axvline(x, color=color, linestyle=style, linewidth=line_width, label=label)
+        share = float(METRICS[name](table))
+        label = f"{heading} {share:.1%}"
+        ax.axvline(100 * share, color=color, linestyle=style, linewidth=line_width, label=label)
     top, bottom = float(correct.max()), float(wrong.max())
     margin = 0.08 * (top + bottom)
     ax.set_ylim(-bottom - margin, top + margin)
@@ -131,9 +132,11 @@ def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
     Points are the thresholds that can be set; between them equally confident answers come in random order. The best
     possible ranking of the same answers and a random ranking are drawn for comparison.
     """
-    title = f"Risk and coverage: AURC {_text(table, 'aurc')}{_answers(table)}"
-    coverage_label = "Coverage: most confident answers given (%)"
-    figure, ax = _axes(table, title, coverage_label, "Risk: error rate of the answers given (%)")
+    title, x_label = (
+        _title(table, "Risk and coverage: AURC", "aurc"),
+        "Coverage: most confident answers given (%)",
+    )
+    figure, ax = _axes(table, title, x_label, "Risk: error rate of the answers given (%)")
     if not table.parsed:
         return figure
     answers, wrong = table.answers.flip(-1), table.wrong.flip(-1)
@@ -199,14 +202,12 @@ def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) ->
     return figure
 
 
-def _text(table: ConfidenceTable, name: str, format: str = ".3f") -> str:
+def _title(table: ConfidenceTable, heading: str, name: str, format: str = ".3f") -> str:
+    """A heading with a metric and the number of answers."""
     value = float(METRICS[name](table))
-    return "undefined" if math.isnan(value) else f"{value:{format}}"
-
-
-def _answers(table: ConfidenceTable) -> str:
+    shown = "undefined" if math.isnan(value) else f"{value:{format}}"
     unparsed = f" ({table.unparsed:,} unparsed)" if table.unparsed else ""
-    return f", {table.n:,} answer{'' if table.n == 1 else 's'}{unparsed}"
+    return f"{heading} {shown}, {table.n:,} answer{'' if table.n == 1 else 's'}{unparsed}"
 
 
 def _axes(

@@ -79,7 +79,7 @@ def to_device_of(value: Tensor, like: Tensor) -> Tensor:
 def of_values(formula: Callable[[ConfidenceTable], Any], undefined: str = UNPARSED) -> Callable[..., Any]:
     """Turn a formula of a `ConfidenceTable` into a function of raw values."""
 
-    @wraps(formula)
+    @wraps(formula, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
     def function(confidence: Tensor, correct: Tensor) -> Any:
         table = ConfidenceTable.from_predictions(confidence, correct, None)
         if table.unparsed:
