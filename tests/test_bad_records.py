@@ -127,17 +127,20 @@ def _sampler(rank: int, epoch: int) -> EpochSampler:
     return sampler
 
 
-def test_an_error_in_one_of_two_processes_is_one_line(
-    start: Start, records: Callable[..., Any], root: Path, tmp_path: Path
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_an_error_in_one_or_both_of_two_processes_is_one_line(
+    start: Start, records: Callable[..., Any], root: Path, tmp_path: Path, both: bool
 ) -> None:
     """The process that loads the record reports it; the other process, which fails as a consequence, is silent."""
     name = str(_sampler(1, 0).indices()[2])
     source = records("raise", [name])
+    says = f"q.jsonl: record '{name}': {tmp_path}/data/bad.jpg: damaged or"
+    if both:
+        (tmp_path / "data/q.jsonl").unlink()
+        says = "q.jsonl: no such file"
     ended = run_plainly([*start("run", workers=1), *TWO, *_on(source, "train")], root, tmp_path)
-    assert ended.error().startswith(
-        f"{tmp_path}/data/q.jsonl: record '{name}': {tmp_path}/data/bad.jpg: damaged or"
-    )
-    assert ended.error().endswith("; `on_bad_record: skip` leaves such records out")
+    assert ended.error().startswith(f"{tmp_path}/data/{says}")
+    assert both or ended.error().endswith("; `on_bad_record: skip` leaves such records out")
     assert ended.status == 1
 
 

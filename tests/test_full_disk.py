@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import warnings
@@ -46,60 +45,31 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where these tests keep a run that was killed at the end of training."""
-    return tmp_path_factory.mktemp("trained") / "run"
+def test_a_training(run: Run, server: Server, start: Start, tmp_path: Path) -> None:
+    """A run that was killed at the end of training: its configuration, its adapter and its next checkpoint."""
 
+    def error(*arguments: str) -> str:
+        return server.wait(server.start(list(arguments), tmp_path, largest=LARGEST)).error()
 
-@pytest.fixture
-def stopped(run: Run, start: Start, trained: Path, tmp_path: Path) -> Path:
-    """A copy of a run directory that was killed at the end of training, before it wrote its adapter."""
-    if not trained.exists():
-        kill = callback("disasters.KillAt", epoch=0, batch=0, when="ending")
-        ended = run(*start("run", kill, max_epochs=1))
-        assert ended.status == -9, ended.err
-        (tmp_path / "run").rename(trained)
-    shutil.copytree(trained, tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def cramped(server: Server, tmp_path: Path) -> Run:
-    """Function that runs the command line in `tmp_path`, with files of at most `LARGEST` bytes."""
-
-    def ended(*arguments: str) -> Ended:
-        return server.wait(server.start(list(arguments), tmp_path, largest=LARGEST))
-
-    return ended
-
-
-def test_the_configuration(cramped: Run, start: Start, stopped: Path) -> None:
-    before = _contents(stopped)
+    kill = callback("disasters.KillAt", epoch=0, batch=0, when="ending")
+    ended = run(*start("run", kill, max_epochs=1))
+    assert ended.status == -9, ended.err
+    folder = tmp_path / "run"
+    before = _contents(folder)
     tags = {
         "class_path": "vlm_calibration.callbacks.logger.RunLogger",
         "init_args": {"tags": ["x" * 60] * 400},
     }
-    ended = cramped(*start("run", logger=tags), "--overwrite")
-    _assert_names(ended.error(), stopped / "config.yaml")
-    assert _contents(stopped) == before
-
-
-def test_a_checkpoint(cramped: Run, start: Start, stopped: Path) -> None:
-    last = stopped / "checkpoints/last.ckpt"
-    before = last.read_bytes()
-    _assert_names(cramped(*start("run"), "--ckpt_path", "last").error(), last)
-    assert {last: before} == {path: path.read_bytes() for path in last.parent.iterdir()}
-
-
-def test_the_adapter(cramped: Run, start: Start, stopped: Path) -> None:
-    before = _contents(stopped)
-    ended = cramped(*start("run", max_epochs=1), "--ckpt_path", "last")
-    _assert_names(ended.error(), stopped / "adapter")
-    after = _contents(stopped)
+    _assert_names(error(*start("run", logger=tags), "--overwrite"), folder / "config.yaml")
+    assert _contents(folder) == before
+    _assert_names(error(*start("run", max_epochs=1), "--ckpt_path", "last"), folder / "adapter")
+    after = _contents(folder)
     for name in ("config.yaml", "run.json"):
         assert after.pop(name) != before.pop(name), "KillAt is no longer in it"
     assert after == before
+    _assert_names(error(*start("run"), "--ckpt_path", "last"), folder / "checkpoints/last.ckpt")
+    checkpoints = {name: content for name, content in before.items() if name.startswith("checkpoints")}
+    assert _contents(folder).items() >= checkpoints.items()
 
 
 def _levels(folder: Path) -> None:
@@ -182,7 +152,6 @@ def test_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAILED = """
-import shutil
 from types import SimpleNamespace
 from vlm_calibration.callbacks.logger import RunLogger
 logger = RunLogger(save_dir="run")

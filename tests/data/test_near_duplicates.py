@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -116,18 +117,16 @@ def _by_all_pairs(bits: np.ndarray, copies: np.ndarray) -> set[frozenset[int]]:
     """Groups of more than one, by comparing every pair."""
     groups = {i: {i} for i in range(len(bits))}
     flat = copies.reshape(len(copies), -1).astype(float)
-    for i in range(len(bits)):
-        for j in range(i):
-            difference = np.abs(flat[i] - flat[j])
-            x, y = flat[i] - flat[i].mean(), flat[j] - flat[j].mean()
-            if (
-                bin(int(bits[i] ^ bits[j])).count("1") <= near_duplicates.MAX_BITS
-                and difference.mean() <= near_duplicates.MAX_MEAN
-                and difference.max() <= near_duplicates.MAX_PIXEL
-                and x @ y >= near_duplicates.MIN_CORRELATION * np.sqrt((x @ x) * (y @ y))
-            ):
-                merged = groups[i] | groups[j]
-                groups |= dict.fromkeys(merged, merged)
+    for i, j in combinations(range(len(bits)), 2):
+        difference = np.abs(flat[i] - flat[j])
+        if (
+            bin(int(bits[i] ^ bits[j])).count("1") <= near_duplicates.MAX_BITS
+            and difference.mean() <= near_duplicates.MAX_MEAN
+            and difference.max() <= near_duplicates.MAX_PIXEL
+            and np.corrcoef(flat[i], flat[j])[0, 1] >= near_duplicates.MIN_CORRELATION
+        ):
+            merged = groups[i] | groups[j]
+            groups |= dict.fromkeys(merged, merged)
     return {frozenset(group) for group in groups.values() if len(group) > 1}
 
 

@@ -6,6 +6,7 @@ nearly the same only if small copies agree as well.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from multiprocessing.pool import ThreadPool
@@ -79,7 +80,7 @@ def hash_images(images: Sequence[tuple[QuerySource, Query]]) -> list[ImageHash |
         except (DataError, ImageError) as error:
             return str(error)
 
-    with ThreadPool() as pool:
+    with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
         return list(track(pool.imap(hashed, images), "comparing images", len(images), "images"))
 
 
