@@ -7,6 +7,7 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,8 +162,14 @@ def test_low_precision_and_8_bit_states_resumed(
     whole, cut = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
     states = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]
-    kinds = {t.dtype for state in states["state"].values() for t in state.values() if torch.is_tensor(t)}
+    kinds = {t.dtype for t in _tensors(states["state"])}
     assert torch.uint8 in kinds, "8-bit states"
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for v in value.values() for t in _tensors(v)] if isinstance(value, dict) else []
 
 
 def test_the_strategy_of_the_shipped_configuration_can_be_made(root: Path) -> None:

@@ -28,8 +28,6 @@ from ..trainers import plain_trainer
 from .own import MAPS, MakeStep, OwnStep
 from .preference import GOLD, NOISE, Data, Evaluate, MakeModule, MakeTrainer, NewAdapter
 
-STAGE_1_LR, STAGE_1_STEPS = 5e-3, 25
-
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> MakeTrainer:
@@ -104,13 +102,13 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, demo_folder: str) -> str:
     sft = SFTModule(
         BaseModel(demo_folder, dtype="float32"),
         LoraSettings(r=4, alpha=8, dropout=0.0),
-        OptimizerSettings(lr=STAGE_1_LR),
+        OptimizerSettings(lr=5e-3),
     )
     queries = PerturbedQueryDataModule(
         demo_folder, train=DemoSource("train", scenes=100), noise=NOISE, batch_size=12, workers=0
     )
     folder = tmp_path_factory.mktemp("stage-1")
-    plain_trainer(folder, max_steps=STAGE_1_STEPS, limit_val_batches=0).fit(sft, datamodule=queries)
+    plain_trainer(folder, max_steps=25, limit_val_batches=0).fit(sft, datamodule=queries)
     sft.model.save_pretrained(folder)
     return str(folder)
 

@@ -80,6 +80,7 @@ def test_without_answers_there_is_nothing_to_tell(tmp_path: Path) -> None:
     _log(tmp_path).add("test", BatchAnswers(answers={"base": [], "one": []}, passes={}))
     assert not list(tmp_path.iterdir())
     _begun(tmp_path, [(0, 1)])
+    assert _log(tmp_path, run=None).find() == ResumeState(), "without a record, nobody knows whose these are"
     path = tmp_path / ".answered.0.jsonl"
     path.write_bytes(path.read_bytes()[:20])  # a first line that was cut off
     assert _log(tmp_path).find() == ResumeState()
@@ -89,18 +90,14 @@ def test_without_answers_there_is_nothing_to_tell(tmp_path: Path) -> None:
     ("run", "complete", "reason"),
     [
         ("another digest", True, "it had other settings or inputs"),
-        (None, True, None),
         (RUN, False, "trainer.limit_test_batches is set"),
     ],
 )
-def test_others_start_over(tmp_path: Path, run: str | None, complete: bool, reason: str | None) -> None:
-    """Without a record, nobody knows whose answers these are."""
+def test_others_start_over(tmp_path: Path, run: str, complete: bool, reason: str) -> None:
     _begun(tmp_path, [(0, 1)], [(2, 3)])
     log = _log(tmp_path, run=run)
-    answered, message = log.find(complete=complete)
-    assert answered is None
     over = f"{tmp_path}: starting over instead of resuming the interrupted run: {reason}"
-    assert message == (over if reason else "")
+    assert log.find(complete=complete) == (None, over)
     log.clear()
     assert not list(tmp_path.iterdir())
 
