@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlm_calibration.callbacks.figures import media_of, sample_table
+from vlm_calibration.callbacks.figures import CalibrationFigures, media_of, sample_table
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import graded_prediction
-from vlm_calibration.records import Prediction
+from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.text.grading import Grading
+
+from ..trainers import fake_trainer
 
 ANSWER = Prediction("q", "A dog?", "Yes", "Yes. Confidence: 80%", "yes", 0.8, True, None, None, "yes_no")
 
@@ -52,6 +55,12 @@ def test_the_response_has_a_row_for_each_kind_and_strength_with_confidences() ->
     assert media["confidence_table"].data[-1][1:] == [1, 1]
     unperturbed = media_of(ANSWERS[4:], Dataset())  # type: ignore[arg-type]
     assert set(unperturbed) == {"reliability", "risk_coverage", "confidence_table"}
+
+
+def test_figures_need_written_predictions(tmp_path: Path) -> None:
+    callback = CalibrationFigures()
+    with pytest.raises(DataError, match="CalibrationFigures needs a PredictionWriter before it"):
+        callback.setup(fake_trainer(tmp_path, callbacks=[callback]), None, "fit")  # type: ignore[arg-type]
 
 
 def test_samples_are_evenly_spaced_queries_with_the_answers_of_each_system(processor: Any) -> None:

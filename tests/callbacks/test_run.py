@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -96,20 +97,33 @@ print("offline:", logger.experiment.offline)
 """
 
 
-@pytest.mark.slow
+def test_a_run_that_the_server_refuses_goes_on_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+
+    def init(**settings: Any) -> Any:
+        begun.append(settings.get("mode"))
+        if begun != [begun[0], "offline"]:
+            raise wandb.errors.CommError("permission denied")
+        return SimpleNamespace(url=None)
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "init", init)
+    logger = RunLogger(save_dir=str(tmp_path / "run"))
+    with pytest.warns(UserWarning, match="permission denied.*this run is logged offline"):
+        assert logger.experiment.url is None
+    assert len(begun) == 2
+
+
+@pytest.mark.nightly
 def test_a_run_goes_on_offline_where_nobody_listens(tmp_path: Path) -> None:
     server = GraphQLServer()
     server.close()
-    environment = {**inherited_environment(), **server.environment, "HOME": str(tmp_path)}
+    place: dict[str, Any] = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, "timeout": LIMIT}
+    place["env"] = {**inherited_environment(), **server.environment, "HOME": str(tmp_path)}
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=tmp_path,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, **place
     )
     assert ran.returncode == 0, ran.stderr
     assert "offline: True" in ran.stdout

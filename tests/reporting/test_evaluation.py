@@ -76,7 +76,7 @@ def test_the_rows_are_the_base_model_and_the_adapters_of_one_evaluation_as_in_th
     del reported["oracle"]
     assert {s: {k: str(v) for k, v in row.items()} for s, row in found.results.items()} == reported
     assert found.results["base"]["auroc"] == 0.5
-    for system in ("base", "sft", "dpo"):
+    for system in ("base", "sft", "dpo", "oracle"):
         write(folder / system, [replace(answers(0)[0], correct=True)])
     assert read_evaluation(folder, DPO).results["dpo"]["auroc"] is None, "undefined"
 

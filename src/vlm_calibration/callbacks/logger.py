@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import WandbLogger
@@ -62,6 +61,8 @@ class RunLogger(WandbLogger):
         tags: list[str] | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
+        import wandb
+
         mode = os.environ.get("WANDB_MODE")
         # "dryrun" is an older name, which Lightning still sets.
         offline = mode in ("offline", "dryrun") if mode else not logged_in()
@@ -87,6 +88,8 @@ class RunLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The `wandb.Run`, offline if the server cannot be reached or refuses."""
+        from wandb.errors import CommError
+
         if self._experiment is not None:
             return super().experiment
         with writing(self._folder):
@@ -97,7 +100,7 @@ class RunLogger(WandbLogger):
         os.environ.setdefault("WANDB_SHOW_INFO", "false")
         try:
             run = super().experiment
-        except wandb.errors.CommError as error:
+        except CommError as error:
             rank_zero_warn(
                 f"W&B cannot be used ({first_line(error)}): this run is logged offline, and `wandb sync` uploads it"
             )

@@ -158,7 +158,9 @@ def origin_of(path: Path, folder: Path, config: Mapping[str, Any]) -> tuple[str,
     """
     adapters: Mapping[str, str] = model_settings(config, "adapters")
     base = model_settings(config, "base").get("name_or_path")
-    label, facts, rule = "", {}, None
+    label = ""
+    facts: dict[str, str] = {}
+    rule: DecisionRule | None = None
     if (is_run := path == folder) or path.name in adapters:
         adapter = folder / ADAPTER if is_run else _adapter_folder(adapters[path.name])
         card = load_card(adapter)
@@ -168,11 +170,9 @@ def origin_of(path: Path, folder: Path, config: Mapping[str, Any]) -> tuple[str,
         rule = rule_of_adapter(adapter) or (None if is_run else _rule_in(path))
         label = _training_label(training)
         base = base or (card.base if card else None) or model_settings(training, "base").get("name_or_path")
-        facts = {name: recorded.get(name, "") for name in ("adapter", "stage", "steps")}
-        facts["adapter settings"] = recorded.get("adapter", "")
-        facts["adapter"] = str(adapter) if (adapter / WEIGHTS).is_file() else ""
-        if not is_run:
-            facts["adapter"] = str(adapters[path.name])
+        own = str(adapter) if (adapter / WEIGHTS).is_file() else ""
+        facts = {"adapter": own if is_run else str(adapters[path.name]), "stage": recorded.get("stage", "")}
+        facts |= {"steps": recorded.get("steps", ""), "adapter settings": recorded.get("adapter", "")}
         if "name" in optimizer and "lr" in optimizer:
             facts["optimizer"] = f"{optimizer['name']}, learning rate {optimizer['lr']}"
     elif path.name in LABELS:
