@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -76,7 +77,7 @@ def test_they_are_left_out_and_counted_also_in_a_run_that_was_killed(
     run: Callable[..., Ended], start: Start, records: Callable[..., Any], tmp_path: Path
 ) -> None:
     more = _on(records(), "train", "validation")
-    ended = run(*start("whole", workers=2), *more)
+    ended = run(*start("whole"), *more)
     _check_reported(ended)
     assert ended.err.count("data.train: left out: ") == ended.err.count("data.validation: left out: ") == 3
     assert _ids(tmp_path / "whole") == ASKED
@@ -151,22 +152,17 @@ def test_an_evaluation_counts_no_answer_that_there_is_not(
     source = records()
 
     def arguments(name: str, *disaster: dict[str, Any]) -> list[str]:
-        settings = {
-            "trainer.accelerator": "cpu",
-            "trainer.logger": False,
-            "trainer.enable_progress_bar": False,
-            "trainer.default_root_dir": str(tmp_path / name),
-            "trainer.callbacks": [*disaster, callback("predictions.PredictionWriter")],
-            "model.init_args.base.name_or_path": model_folder,
-            "model.init_args.max_new_tokens": 3,
-            "model.init_args.adapters": {},
-            **{f"model.init_args.{key}": None for key in ("oracle_levels", "estimators", "probes")},
-            "data.test": {"clean": {"source": source}, "noised": {"source": source, "noise": "drawn"}},
-            "data.eval_batch_size": 2,
-            "data.workers": 0,
-        }
-        given = (word for key, value in settings.items() for word in (f"--{key}", json.dumps(value)))
-        return ["test", "--config", str(root / "configs/eval/demo.yaml"), *given]
+        trainer = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+        trainer |= {"default_root_dir": str(tmp_path / name)}
+        trainer |= {"callbacks": [*disaster, callback("predictions.PredictionWriter")]}
+        model = {"base": {"name_or_path": model_folder}, "adapters": {}, "max_new_tokens": 3}
+        model |= dict.fromkeys(("oracle_levels", "estimators", "probes"))
+        test = {"clean": {"source": source}, "noised": {"source": source, "noise": "drawn"}}
+        data = {"test": test, "eval_batch_size": 2, "workers": 0}
+        path = tmp_path / f"{name}.yaml"
+        overlay = {"trainer": trainer, "model": {"init_args": model}, "data": data}
+        path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+        return ["test", "--config", str(root / "configs/eval/demo.yaml"), "--config", str(path)]
 
     complete = run(*arguments("whole"))
     assert complete.status == 0, complete.err

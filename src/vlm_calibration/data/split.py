@@ -44,9 +44,8 @@ def open_source(path: Path, root: Path, on_bad_record: OnBadRecord) -> JsonlSour
     """The source of a .jsonl or .parquet file; any other is a DataError."""
     if path.is_dir() or path.suffix not in PRESETS:
         raise DataError(f"{path}: expected a file of queries that ends in {' or '.join(PRESETS)}")
-    if path.suffix == ".jsonl":
-        return JsonlSource(str(path), str(root), on_bad_record)
-    return ParquetSource(str(path), str(root), on_bad_record=on_bad_record)
+    kind = ParquetSource if path.suffix == ".parquet" else JsonlSource
+    return kind(str(path), str(root), on_bad_record=on_bad_record)
 
 
 def output_paths(path: Path, out: Path, overwrite: bool) -> dict[str, Path]:
