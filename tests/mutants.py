@@ -43,7 +43,7 @@ MUTANTS: dict[tuple[str, str, str], dict[str, str]] = {
     ("packing", "models/shared_prefix.py", "models/test_shared_prefix.py"): {
         "same_path = ((key == 0) | (key == query)) & (key >= 0)": "same_path = key >= 0",
         "positions - shift": "positions",
-        "positions = [length + shared - 1,": "positions = [length + shared - 2,",
+        "range(length - 1, end)": "range(length - 2, end - 1)",
     },
     ("losses", "losses/sequence.py", "losses/test_sequence.py"): {
         "(sums / lengths).mean()": "sums.sum() / lengths.sum()",

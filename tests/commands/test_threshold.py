@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from vlm_calibration.estimators.decision import DecisionRule, read_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
 from vlm_calibration.metrics.risk_control import Limits
-from vlm_calibration.models.base import adapter_files, adapter_weights_digest
+from vlm_calibration.models.base import adapter_digest, adapter_weights_digest
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report.data import read_systems
@@ -29,7 +29,7 @@ from vlm_calibration.reporting.report.thresholds import (
     promises_of,
 )
 from vlm_calibration.reporting.runs import RunRecord
-from vlm_calibration.settings import digest, file_digest
+from vlm_calibration.settings import file_digest
 from vlm_calibration.text.known_questions import KnownQuestions
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
 
@@ -71,7 +71,7 @@ def evaluation(tmp_path: Path) -> Path:
     model = {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule", "init_args": settings}
     data = {"prompt": {"template": DEFAULT_TEMPLATE}}
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}, sort_keys=False))
-    recorded = digest([json.dumps(adapter_files(tmp_path / "runs/dpo/adapter"))])
+    recorded = adapter_digest(tmp_path / "runs/dpo/adapter")
     inputs = {"model.init_args.adapters.dpo": recorded}
     RunRecord("test", "EvaluationModule", True, inputs=inputs).write(folder)
     return folder

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.dataset import EvalSplit
-from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.module import PerturbedQueryDataModule, load_processor
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.inference.model import DEMO_MODEL
-from vlm_calibration.models.base import BaseModel
+from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.stages.evaluation import EvaluationModule
 
+from ..trainers import plain_trainer
 from .demo_server import MODEL, DemoServer, serving
 
 
@@ -31,9 +31,6 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def demo() -> Any:
     """The demo's base model, its processor, and what it has completed."""
-    from vlm_calibration.data.module import load_processor
-    from vlm_calibration.models.loading import load_base
-
     return load_base(BaseModel(str(DEMO_MODEL), dtype="float32")).eval(), load_processor(str(DEMO_MODEL)), {}
 
 
@@ -57,29 +54,19 @@ def evaluate(tmp_path: Path) -> Callable[..., EvaluationModule]:
         url: str,
         estimators: Any = (),
         *,
-        settings: Any = None,
         start_over: bool = False,
         data: Any = None,
         **module: Any,
     ) -> EvaluationModule:
-        endpoint = Endpoint(url, **{"model": MODEL, **(settings or {})})
-        settings = {"base": BaseModel(str(DEMO_MODEL), dtype="float32"), "with_base": False, **module}
+        endpoint = Endpoint(url, MODEL, retries=module.pop("retries", 8))
+        base = BaseModel(str(DEMO_MODEL), dtype="float32")
+        settings = {"base": base, "with_base": False, "max_new_tokens": 16, **module}
         evaluated = EvaluationModule(
-            max_new_tokens=16, estimators=list(estimators), endpoints={"endpoint": endpoint}, **settings
+            estimators=list(estimators), endpoints={"endpoint": endpoint}, **settings
         )
         writer = PredictionWriter()
         writer.start_over = start_over
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            use_distributed_sampler=False,
-            default_root_dir=tmp_path / folder,
-            callbacks=[writer],
-        )
+        trainer = plain_trainer(tmp_path / folder, writer)
         trainer.test(evaluated, datamodule=data or queries(), verbose=False)
         return evaluated
 

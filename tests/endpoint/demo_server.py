@@ -84,11 +84,8 @@ class DemoServer:
         self.answered[key] += 1
         return Response(text, media_type="application/json")
 
+    @torch.no_grad()
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        with self._lock, torch.no_grad():
-            return self._complete(body)
-
-    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
         user, *rest = body["messages"]
         images = [part["image_url"]["url"] for part in user["content"] if part["type"] == "image_url"]
@@ -107,14 +104,15 @@ class DemoServer:
             return_tensors="pt",
             add_special_tokens=False,
         )
-        output = self.model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=body["max_tokens"],
-            pad_token_id=tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        with self._lock:
+            output = self.model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=body["max_tokens"],
+                pad_token_id=tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
         prompt = inputs["input_ids"].shape[1]
         ids = output.sequences[0, prompt:].tolist()
         log_p = [torch.log_softmax(logits[0].double(), -1) for logits in output.logits]

@@ -110,11 +110,6 @@ def test_a_rate_limit_and_a_timeout_are_waited_for() -> None:
         assert ask(url, timeout=0.3, retries=2) == "Yes."
         assert time.monotonic() - began >= 0.6
         assert len(script.bodies) == 3
-
-
-def test_a_server_that_is_not_there() -> None:
-    with scripted(lambda n: answer()) as (url, _):
-        pass
     with pytest.raises(DataError, match=rf"served \('m' at {url}\): cannot be reached"):
         ask(url)
 

@@ -22,8 +22,7 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..level_tables import noise_counts
 from ..models.families import FOUR
-from ..models.processors import cached_family
-from ..models.runs import SIZES
+from ..models.processors import SIZES, cached_family
 
 Answering = Callable[..., AnsweredBatch]
 ASKED = (

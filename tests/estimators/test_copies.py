@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -117,8 +116,14 @@ def _pixels(batches: Sequence[PromptBatch]) -> dict[str, list[bytes]]:
 @pytest.mark.slow
 def test_copies_depend_on_seed_and_query_alone(model_folder: str) -> None:
     estimator = Stability(STRENGTHS)
-    expected = _pixels(_batches(model_folder, estimator))
+    batches = _batches(model_folder, estimator)
+    expected = _pixels(batches)
     assert len(expected) == 6
+    for batch, plain in zip(batches, _batches(model_folder, None), strict=True):
+        assert all(torch.equal(batch.inputs[name], values) for name, values in plain.inputs.items())
+        assert all(
+            torch.equal(c.inputs["input_ids"], plain.inputs["input_ids"]) for c in batch.copies.values()
+        )
     assert all(len(set(copies)) == 3 for copies in expected.values())
     assert _pixels(_batches(model_folder, estimator, eval_batch_size=5, workers=2)) == expected
     assert _pixels(_batches(model_folder, Stability(STRENGTHS, seed=1))) != expected
@@ -128,59 +133,25 @@ def test_copies_depend_on_seed_and_query_alone(model_folder: str) -> None:
     assert rest == {query: expected[query] for query in rest}
 
 
-def test_batches_are_the_same_beside_their_copies(model_folder: str) -> None:
-    with_copies, without = _batches(model_folder, Stability(STRENGTHS)), _batches(model_folder, None)
-    for a, b in zip(with_copies, without, strict=True):
-        assert not b.copies
-        assert a._replace(inputs={}, copies={}) == b._replace(inputs={}, copies={})
-        assert all(torch.equal(a.inputs[name], b.inputs[name]) for name in a.inputs)
-        for copied in a.copies.values():
-            assert torch.equal(copied.inputs["input_ids"], a.inputs["input_ids"])
-
-
 @torch.no_grad()
 def test_a_query_without_a_region_has_no_confidence(
     demo: tuple[Any, ChatFormat], answering: Answering
 ) -> None:
     (model, chat), estimator = demo, Stability(region="object")
-
-    def regions_of(row: int, image: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        return [np.eye(*image.shape[:2], dtype=bool)] * row, []
-
-    samples = with_copies(samples_of(scenes(2), ASKED[:1] * 2), estimator.copies, chat, regions_of)
-    estimate = estimator.estimate(answering(model, chat, samples, ["No", "Yes"]))
-    assert estimate.confidence[0] is None
-    assert estimate.confidence[1] is not None
-    assert estimate.passes == [0, 4]
-    assert estimator.estimate(answering(model, chat, samples[:1], ["No"])) == ([None], [0])
-
-
-def test_copies_are_made_of_the_perturbed_image() -> None:
-    sample = samples_of(scenes(1), ASKED[:1])[0]
-    blurred = ImageCopy(Perturbation("blur", 0.05))
-    black = sample._replace(image=np.zeros_like(sample.image))
-    native = replace(POLICY, resolution="native")
-    copy = perturbed_copies(black, LoadedImage(sample.image, (), ()), [blurred], native, None)[blurred]
-    assert copy is not None
-    assert not copy.any()
-
-
-# --- Refusals -----------------------------------------------------------------------------------------------------
+    samples = with_copies(samples_of(scenes(3), ASKED[:1] * 3), estimator.copies, chat, regions_of)
+    estimate = estimator.estimate(answering(model, chat, samples, ["No", "Yes", "Yes"]))
+    assert [c is None for c in estimate.confidence] == [False, False, True]
+    assert estimate.passes == [4, 4, 0]
+    assert estimator.estimate(answering(model, chat, samples[2:], ["No"])) == ([None], [0])
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"strengths": {"rain": [0.1]}}, "'rain'"),
-        ({"strengths": {}}, "one or more copies"),
-        ({"strengths": {"blur": [0.0]}}, r"in \(0, 1\]"),
-        ({"strengths": {"blur": [float("nan")]}}, r"in \(0, 1\]"),
-        ({"strengths": {"blur": [1.1]}}, r"in \(0, 1\]"),
-    ],
+    ("strengths", "message"),
+    [({"rain": [0.1]}, "'rain'"), ({}, "one or more copies"), ({"blur": [float("nan")]}, r"in \(0, 1\]")],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_make_no_sense_are_refused(strengths: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Stability(**settings)
+        Stability(strengths)
 
 
 # --- Probes ---
@@ -331,6 +302,21 @@ def test_a_distractor_is_one_object_that_does_not_touch_the_key_object() -> None
     assert None not in [c if c is None else 1 for c in changes(_Boxes(("cat",)), "distractor")]
 
 
+def test_copies_are_made_of_the_perturbed_image() -> None:
+    sample = samples_of(scenes(1), ASKED[:1])[0]
+    blurred, native = ImageCopy(Perturbation("blur", 0.05)), NoisePolicy(resolution="native")
+    black = sample._replace(image=np.zeros_like(sample.image))
+    copy = perturbed_copies(black, LoadedImage(sample.image, (), ()), [blurred], native, None)[blurred]
+    assert copy is not None
+    assert not copy.any()
+
+
+def test_the_demo_knows_its_distractors() -> None:
+    for source in (DemoSource("test", 3), DemoSource("test", 6, hard=1.0)):
+        for query in source.queries():
+            assert source.has_distractor(query) == bool(source.load(query).distractors)
+
+
 # --- Refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -355,9 +341,3 @@ def test_probes_that_make_no_sense_are_refused(probes: list[Any], message: str) 
     with pytest.raises(DataError, match=f"model.probes: .*{message}"):
         EvaluationModule(BaseModel("nowhere"), probes=probes)
     assert check_probes(["answer", "image"]) == ("image", "answer")
-
-
-def test_the_demo_knows_its_distractors() -> None:
-    for source in (DemoSource("test", 3), DemoSource("test", 6, hard=1.0)):
-        for query in source.queries():
-            assert source.has_distractor(query) == bool(source.load(query).distractors)

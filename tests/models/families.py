@@ -1,8 +1,8 @@
-"""Tiny vision-language models of nine families with random weights, and prompts for them, without a network."""
+"""Tiny vision-language models of nine families with random weights, without a network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,9 @@ from typing import Any
 import torch
 import transformers as tf
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ..demo.architecture import publish_tower_names
 
-VOCABULARY = 200
-WORDS = (3, 140)
-"""Range of token ids of plain text."""
-IMAGE, VIDEO, BEGIN_OF_IMAGE, END_OF_IMAGE, PAD = 150, 151, 152, 153, 0
 WIDE = 4096
 """A sliding window longer than every row of the tests."""
 PINPOINTS = [[16, 16], [16, 32], [32, 16]]
@@ -26,27 +21,15 @@ PINPOINTS = [[16, 16], [16, 32], [32, 16]]
 
 @dataclass(frozen=True)
 class Spec:
-    """Sizes and token ids of a model; its language model has four heads.
-
-    Attributes:
-        width: hidden size of the language model.
-        vocabulary: number of token ids.
-        image: id of an image token.
-        video: id of a video token.
-        begin_of_image: id in front of image tokens.
-        end_of_image: id behind image tokens.
-        pad: id of padding.
-        begin: id at the begin of a sequence, None without one.
-        end: id at the end of a turn.
-    """
+    """Width, vocabulary and token ids of a language model with four heads; `begin` is None without a begin of sequences."""
 
     width: int = 32
-    vocabulary: int = VOCABULARY
-    image: int = IMAGE
-    video: int = VIDEO
-    begin_of_image: int = BEGIN_OF_IMAGE
-    end_of_image: int = END_OF_IMAGE
-    pad: int = PAD
+    vocabulary: int = 200
+    image: int = 150
+    video: int = 151
+    begin_of_image: int = 152
+    end_of_image: int = 153
+    pad: int = 0
     begin: int | None = 1
     end: int = 2
 
@@ -233,15 +216,7 @@ def build(
     window: int | None = None,
     spec: Spec = Spec(),
 ) -> Any:
-    """Build a model in eval mode.
-
-    Args:
-        family: key of `FAMILIES`.
-        attention: as `attn_implementation`.
-        dtype: of the weights.
-        window: of sliding attention; None: `WIDE`.
-        spec: sizes and token ids.
-    """
+    """Build a model of one of `FAMILIES` in eval mode; `window` is that of sliding attention, by default `WIDE`."""
     kind, config = FAMILIES[family](spec)
     if window is not None:
         assert config.text_config.sliding_window == WIDE
@@ -284,91 +259,3 @@ def randomize_adapters(model: Any, seed: int = 3) -> Any:
         if "lora_" in name:
             parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter.dtype)
     return model
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt with one image, for the families with prompts in these tests: `FOUR` and the other LLaVAs.
-
-    Attributes:
-        family: key of `FAMILIES`.
-        ids: token ids with image tokens.
-        image: image arguments of the model's forward.
-    """
-
-    family: str
-    ids: list[int]
-    image: dict[str, Tensor]
-
-    def text_inputs(self, response: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Unpadded inputs of one row, with token types as from the family's processor."""
-        ids = torch.tensor([[*self.ids, *response]])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if self.family == "gemma3":
-            inputs["token_type_ids"] = (ids == IMAGE).long()
-        elif self.family.startswith("qwen"):
-            inputs["mm_token_type_ids"] = (ids == IMAGE).int()
-        return inputs
-
-
-def _image(family: str, number: int) -> dict[str, Tensor]:
-    """A random image; its size depends on the number if the family supports images of different sizes."""
-    generator = torch.Generator().manual_seed(100 + number)
-
-    def pixels(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    if family.startswith("qwen"):
-        grid = [(1, 4, 4), (1, 4, 6), (1, 8, 4)][number % 3]
-        return {
-            "pixel_values": pixels(grid[1] * grid[2], 3 * 2 * 4 * 4),
-            "image_grid_thw": torch.tensor([grid]),
-        }
-    if family == "llava_onevision":
-        size, tiles = [((16, 16), 2), ((16, 32), 3), ((32, 16), 3)][number % 3]
-        values = torch.zeros(1, 3, 3, 16, 16)
-        values[:, :tiles] = pixels(1, tiles, 3, 16, 16)
-        return {"pixel_values": values, "image_sizes": torch.tensor([size])}
-    return {"pixel_values": pixels(1, 3, 16, 16)}
-
-
-def _n_image_tokens(family: str, number: int) -> int:
-    if family.startswith("qwen"):
-        return [4, 6, 8][number % 3]
-    if family == "gemma3":
-        return 4
-    if family == "llava_onevision":  # the full image, its tiles, and a token behind each row of tiles
-        return 16 + [4 * 5, 4 * 9, 8 * 5][number % 3]
-    return 16
-
-
-def words(generator: torch.Generator, n: int) -> list[int]:
-    """Random tokens of plain text."""
-    return torch.randint(*WORDS, (n,), generator=generator).tolist()
-
-
-def new_prompts(family: str, n: int = 3, seed: int = 7) -> list[Prompt]:
-    """Prompts of different lengths, each with one image."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = []
-    for number in range(n):
-        before, behind = words(generator, 1 + number), words(generator, 4 + 3 * number)
-        image = [IMAGE] * _n_image_tokens(family, number)
-        ids = [*before, BEGIN_OF_IMAGE, *image, END_OF_IMAGE, *behind]
-        prompts.append(Prompt(family, ids, _image(family, number)))
-    return prompts
-
-
-def collated(prompts: Sequence[Prompt], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Inputs of all prompts in one batch, padded on the right."""
-    rows = [prompt.text_inputs() for prompt in prompts]
-    widest = max(row["input_ids"].shape[1] for row in rows)
-    batch = {
-        name: torch.cat(
-            [torch.nn.functional.pad(row[name], (0, widest - row[name].shape[1])) for row in rows]
-        )
-        for name in rows[0]
-    }
-    batch |= {name: torch.cat([p.image[name] for p in prompts]) for name in prompts[0].image}
-    batch["pixel_values"] = batch["pixel_values"].to(dtype)
-    return batch

@@ -15,10 +15,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 
+from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.text.confidence import render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
 
 from . import families
 from .families import PINPOINTS, Spec
@@ -121,11 +126,9 @@ def _tokenizer(
     """Train a tokenizer that splits numbers into digits.
 
     Args:
-        special: all special tokens.
-        named: standard name, e.g. "pad_token" -> special token.
+        special: all special tokens; `named` are those of a standard name, such as "pad_token", `own` those of a name of the family.
         words: "byte-level" as in Qwen; "llama" marks each word and the begin of a text, "gemma" each space.
         adds_begin: whether texts get a begin-of-sequence token.
-        own: name of the family -> special token.
     """
     texts = [render_response(a, p / 100) for p in range(101) for a in ("Yes", "No", "dog")]
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -381,3 +384,28 @@ def published_family(name: str) -> Family:
 def cached_family(name: str) -> Family:
     """A family by name, built once."""
     return FAMILIES[name]()
+
+
+SIZES = ((20, 20), (33, 16), (48, 20), (14, 70))
+"""(height, width) of the images in a batch."""
+
+
+def prompts_of(name: str, n: int = 3) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Inputs of prompts of different lengths about random images: of all of them, padded on the right, and of each alone."""
+    rng, chat = np.random.default_rng(7), ChatFormat(cached_family(name).processor, ElicitationPrompt())
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES[:n]]
+    texts = [chat.render(f"Is it {'very ' * i}late?") for i in range(n)]
+    alone = [chat.inputs([text], [image], "right") for text, image in zip(texts, images, strict=True)]
+    return chat.inputs(texts, images, "right"), alone
+
+
+def with_response(inputs: dict[str, Tensor], response: Sequence[int]) -> dict[str, Tensor]:
+    """Inputs of one prompt with tokens of text behind it."""
+    ids = torch.tensor([response])
+    behind = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {
+        name: torch.cat([values, behind.get(name, torch.zeros_like(ids)).to(values.dtype)], 1)
+        if values.shape == inputs["input_ids"].shape
+        else values
+        for name, values in inputs.items()
+    }

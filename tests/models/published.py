@@ -11,13 +11,7 @@ import transformers as tf
 
 @dataclass(frozen=True)
 class Published:
-    """A published model.
-
-    Attributes:
-        repository: name on the Hub.
-        parameters: published number of parameters.
-        config: builds the configuration.
-    """
+    """A published model: its name on the Hub, number of parameters and configuration."""
 
     repository: str
     parameters: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import PromptCollator, SFTCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import NoisePolicy, Sample
+from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.base import BaseModel, Quantization
@@ -26,10 +26,9 @@ from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.stages.training import OptimizerSettings
 
 from ..level_tables import OnlyAt
-from .processors import Family
+from ..trainers import plain_trainer
+from .processors import SIZES, Family
 
-SIZES = ((20, 20), (33, 16), (48, 20), (14, 70))
-"""(height, width) of the images in a batch."""
 NOISE = NoisePolicy(levels=OnlyAt(n_levels=3, drawn=(0.5,)), distractor_probability=0.0)
 """Every sample has half of the noise, so every response states 50%."""
 LORA = LoraSettings(r=4, alpha=16, dropout=0.0)
@@ -90,18 +89,7 @@ def fit(
 ) -> Watch:
     """Train for a number of steps."""
     watch = Watch()
-    L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[watch],
-        max_steps=steps,
-        precision=precision,  # type: ignore[arg-type]
-    ).fit(module, datamodule=data)
+    plain_trainer(Path(), watch, max_steps=steps, precision=precision).fit(module, datamodule=data)
     return watch
 
 
@@ -112,22 +100,21 @@ class Run:
     Attributes:
         family: the model family.
         base: the base model.
+        records: path of the records.
         data: the data of stage 2.
-        sft: the module of stage 1, after training.
-        dpo: the module of stage 2, after training.
+        sft, dpo: the modules of the stages, after training.
         watched: stage -> its recorded training.
         adapters: stage -> folder of its adapter.
-        batches: kind -> collated batch, a cache of `batch`.
     """
 
     family: Family
     base: BaseModel
+    records: str
     data: PerturbedQueryDataModule
     sft: SFTModule
     dpo: DPOModule
     watched: dict[str, Watch]
     adapters: dict[str, str]
-    batches: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tolerance(self) -> float:
@@ -137,21 +124,15 @@ class Run:
         """
         return 0.05 if self.base.quantization == "int8" else 1e-4
 
-    @property
-    def samples(self) -> list[Sample]:
-        dataset = self.data.train_dataloader().dataset
-        return [dataset[0, i] for i in range(len(SIZES))]
-
     def batch(self, kind: Literal["sft", "candidates", "prompts"]) -> Any:
         """The records, collated for SFT, preference optimisation or generation."""
-        if kind not in self.batches:
-            collators = {
-                "sft": SFTCollator(self.data.chat, self.data.max_length),
-                "candidates": self.data.candidate_collator,
-                "prompts": PromptCollator(self.data.chat),
-            }
-            self.batches[kind] = collators[kind](self.samples)  # type: ignore[operator]
-        return self.batches[kind]
+        collators = {
+            "sft": SFTCollator(self.data.chat, self.data.max_length),
+            "candidates": self.data.candidate_collator,
+            "prompts": PromptCollator(self.data.chat),
+        }
+        dataset = self.data.train_dataloader().dataset
+        return collators[kind]([dataset[0, i] for i in range(len(SIZES))])  # type: ignore[operator]
 
 
 def run_through(family: Family, quantization: Quantization, records: str, folder: Path) -> Run:
@@ -172,4 +153,4 @@ def run_through(family: Family, quantization: Quantization, records: str, folder
     watched["dpo"] = fit(dpo, data, 2)
     dpo.model.save_pretrained(adapters["dpo"], selected_adapters=["default"])
     dpo.model.eval()
-    return Run(family, base, data, sft, dpo, watched, adapters)
+    return Run(family, base, records, data, sft, dpo, watched, adapters)

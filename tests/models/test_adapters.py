@@ -69,7 +69,12 @@ def test_every_linear_layer_is_in_one_part(load_model: Callable[..., Any]) -> No
 
 @pytest.mark.parametrize("parts", [["language"], ["projector", "tower"]])
 def test_adapters_go_where_they_are_asked_to(load_model: Callable[..., Any], parts: list[Any]) -> None:
-    model = attach_lora(load_model(), LoraSettings(parts=parts))
+    settings = LoraSettings(r=3, alpha=12, dropout=0.25, parts=parts, use_rslora=True, use_dora=True)
+    model = attach_lora(load_model(), settings)
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (3, 12, 0.25, True)
+    scaling = next(m for m in model.modules() if hasattr(m, "lora_A")).scaling["default"]
+    assert scaling == pytest.approx(12 / 3**0.5)
     assert _adapted(model) == set().union(*(_expected(p) for p in parts))
     assert adapted_parts(model) == parts
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -77,50 +82,22 @@ def test_adapters_go_where_they_are_asked_to(load_model: Callable[..., Any], par
     assert all("lora_" in name for name in trained)
 
 
-def test_settings_reach_peft(load_model: Callable[..., Any]) -> None:
-    settings = LoraSettings(r=3, alpha=12, dropout=0.25, use_rslora=True, use_dora=True)
-    model = attach_lora(load_model(), settings, "mine")
-    config = model.peft_config["mine"]
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (3, 12, 0.25, True)
-    scaling = next(m for m in model.modules() if hasattr(m, "lora_A")).scaling["mine"]
-    assert scaling == pytest.approx(12 / 3**0.5)
-
-
-def test_a_part_without_layers_is_named(load_model: Callable[..., Any]) -> None:
+def test_a_part_without_layers_is_named(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = new_adapter(1, parts=["language"])
+    with pytest.raises(DataError, match=f"the adapter at {folder} has no layer in tower, projector"):
+        continue_adapter(load_model(), folder, ["tower", "projector"])
+    with pytest.raises(DataError, match="no adapter at .*: train one first"):
+        continue_adapter(load_model(), str(tmp_path))
     model = load_model()
     model.model.multi_modal_projector = torch.nn.Identity()
     with pytest.raises(DataError, match="LlavaForConditionalGeneration has no linear layer in its projector"):
         attach_lora(model, LoraSettings(parts=["language", "projector"]))
-
-
-@pytest.mark.slow
-def test_each_of_two_adapters_answers_as_alone(
-    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch
-) -> None:
-    folders = {"one": new_adapter(1), "two": new_adapter(2, parts=["language", "tower", "projector"], r=2)}
-    model = load_model()
-    base = _logits(model, prompts)
-    both = load_adapters(model, folders)
-    assert list(both.peft_config) == ["one", "two"]
-
-    by_adapter = {}
-    for name in (None, "one", "two", None, "one"):
-        with using_adapter(both, name):
-            logits = _logits(both, prompts)
-        assert torch.equal(logits, by_adapter.setdefault(name, logits)), "equal each time"
-    assert torch.equal(by_adapter[None], base)
-    assert not torch.allclose(by_adapter["one"], base, atol=0.1)
-    assert not torch.allclose(by_adapter["one"], by_adapter["two"], atol=0.1)
-    for name, folder in folders.items():
-        alone = PeftModel.from_pretrained(load_model(), folder)
-        assert torch.allclose(_logits(alone, prompts), by_adapter[name], atol=1e-5)
-
-
-def test_no_adapters_is_the_model_itself(load_model: Callable[..., Any], prompts: PromptBatch) -> None:
-    model = load_model()
+    # No adapters at all: the model itself.
     assert load_adapters(model, {}) is model
     with using_adapter(model, None):
-        _logits(model, prompts)
+        pass
     with pytest.raises(ValueError, match="the model has no adapter 'sft'"), using_adapter(model, "sft"):
         pass
 
@@ -135,17 +112,21 @@ def of_all_parts(new_adapter: Callable[..., str]) -> str:
     return new_adapter(1, parts=ALL_PARTS)
 
 
-@pytest.fixture
-def policy(load_model: Callable[..., Any], of_all_parts: str) -> PeftModel:
-    return continue_adapter(load_model(), of_all_parts).eval()
-
-
 def _state(model: PeftModel) -> tuple[str, list[str], set[bool], set[str]]:
     """Active adapters of peft's wrapper and layers, disabled flags, and trained parameters."""
     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
     active = sorted({name for layer in layers for name in layer.active_adapters})
     disabled = {layer.disable_adapters for layer in layers}
     return model.active_adapter, active, disabled, {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _logits_of_each(model: PeftModel, prompts: PromptBatch) -> dict[str | None, torch.Tensor]:
+    """Adapter, None for the base model -> logits."""
+    logits: dict[str | None, torch.Tensor] = {}
+    for name in ("default", REFERENCE, None):
+        with using_adapter(model, name):
+            logits[name] = _logits(model, prompts)
+    return logits
 
 
 def _train(model: PeftModel, prompts: PromptBatch, steps: int = 3) -> None:
@@ -162,19 +143,29 @@ def _train(model: PeftModel, prompts: PromptBatch, steps: int = 3) -> None:
         optimizer.step()
 
 
-def test_a_policy_starts_as_its_reference(
-    load_model: Callable[..., Any], policy: PeftModel, of_all_parts: str, prompts: PromptBatch
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_a_policy_starts_as_its_reference_without_dropout(
+    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch, settings: Any
 ) -> None:
-    assert sorted(policy.peft_config) == ["default", REFERENCE]
-    logits = _logits(policy, prompts)
+    folder, base = new_adapter(1, parts=ALL_PARTS, dropout=0.5, **settings), load_model()
+    plain, pointers = _logits(base, prompts), {p.data_ptr() for p in base.parameters()}
+    policy = continue_adapter(base, folder).eval()
+    parameters = list(policy.named_parameters(remove_duplicate=False))
+    assert {p.data_ptr() for name, p in parameters if "lora_" not in name} == pointers, "one copy of the base"
+    adapters = [p.data_ptr() for name, p in parameters if "lora_" in name]
+    assert len(set(adapters)) == len(adapters)
     # Not bit-identical: the order of a sum may depend on a weight's address.
-    alone = PeftModel.from_pretrained(load_model(), of_all_parts).eval()
-    assert torch.allclose(logits, _logits(alone, prompts), atol=1e-5)
-    with using_adapter(policy, REFERENCE):
-        assert torch.allclose(_logits(policy, prompts), logits, atol=1e-5)
+    expected = _logits(PeftModel.from_pretrained(load_model(), folder).eval(), prompts)
+    assert torch.allclose(_logits(policy, prompts), expected, atol=1e-5)
+    policy.train()
+    assert sorted(policy.peft_config) == ["default", REFERENCE]
+    for name in policy.peft_config:
+        with using_adapter(policy, name):
+            assert torch.allclose(_logits(policy, prompts), expected, atol=1e-5)
+        assert policy.peft_config[name].lora_dropout == 0
     with using_adapter(policy, None):
-        assert torch.allclose(_logits(policy, prompts), _logits(load_model(), prompts), atol=1e-5)
-    assert list(continue_adapter(load_model(), of_all_parts, reference=False).peft_config) == ["default"]
+        assert torch.allclose(_logits(policy.eval(), prompts), plain, atol=1e-5)
+    assert list(continue_adapter(load_model(), folder, reference=False).peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("parts", [None, ["language"], ["tower", "projector"]])
@@ -185,96 +176,35 @@ def test_only_the_given_parts_of_the_policy_are_trained(
     layers = set().union(*(_expected(part) for part in parts or NAMES))
     trained = {f"base_model.model.{layer}.lora_{side}.default.weight" for layer in layers for side in "AB"}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
-
-    def logits() -> list[torch.Tensor]:
-        results = []
-        for name in ("default", REFERENCE, None):
-            with using_adapter(model, name):
-                results.append(_logits(model, prompts))
-        return results
-
-    weights, before = {n: p.clone() for n, p in model.named_parameters()}, logits()
+    weights, before = {n: p.clone() for n, p in model.named_parameters()}, _logits_of_each(model, prompts)
     _train(model, prompts)
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, weights[n])}
-    assert moved == trained
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, weights[n])} == trained
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
-    policy, *others = logits()
-    assert not torch.allclose(policy, before[0], atol=0.01)
-    assert all(map(torch.equal, others, before[1:]))
-
-
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
-def test_an_adapter_that_is_continued_and_its_reference_have_no_dropout(
-    load_model: Callable[..., Any], new_adapter: Callable[..., str], prompts: PromptBatch, settings: Any
-) -> None:
-    model = continue_adapter(load_model(), new_adapter(1, dropout=0.5, **settings)).eval()
-    expected = _logits(model, prompts)
-    model.train()
-    for name in ("default", REFERENCE):
-        with using_adapter(model, name):
-            assert torch.equal(_logits(model, prompts), expected)
-        assert model.peft_config[name].lora_dropout == 0
+    after = _logits_of_each(model, prompts)
+    assert not torch.allclose(after["default"], before["default"], atol=0.01)
+    assert all(torch.equal(after[name], before[name]) for name in (REFERENCE, None))
 
 
 @pytest.mark.parametrize("parts", [None, ["language"]], ids=["all", "language"])
-def test_what_is_active_and_trained_is_as_before(
-    load_model: Callable[..., Any], of_all_parts: str, parts: list[Any] | None
+def test_adapters_may_be_nested_and_what_is_active_and_trained_is_restored(
+    load_model: Callable[..., Any], of_all_parts: str, prompts: PromptBatch, parts: list[Any] | None
 ) -> None:
-    model = continue_adapter(load_model(), of_all_parts, parts)
-    before = _state(model)
+    model = continue_adapter(load_model(), of_all_parts, parts).eval()
+    _train(model, prompts, 1)
+    expected, before = _logits_of_each(model, prompts), _state(model)
     assert before[:3] == ("default", ["default"], {False})
-    for name in (None, REFERENCE, "default"):
-        with using_adapter(model, name):
-            if name is not None:
-                assert _state(model)[:3] == (name, [name], {False})
-            trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    for outer, inner in product(expected, repeat=2):
+        with using_adapter(model, outer):
+            trained = [n for n, p in model.named_parameters() if p.requires_grad]
             assert not [n for n in trained if REFERENCE in n], "the reference is never trained"
-        assert _state(model) == before
-        with pytest.raises(RuntimeError, match="stop"), using_adapter(model, name):
-            raise RuntimeError("stop")
+            with pytest.raises(RuntimeError, match="stop"), using_adapter(model, inner):
+                assert torch.equal(_logits(model, prompts), expected[inner]), (outer, inner)
+                raise RuntimeError("stop")
+            assert torch.equal(_logits(model, prompts), expected[outer]), (outer, inner)
         assert _state(model) == before
     with pytest.raises(ValueError, match="none_such"), using_adapter(model, "none_such"):
         pass
     assert _state(model) == before
-
-
-def test_adapters_may_be_nested(policy: PeftModel, prompts: PromptBatch) -> None:
-    _train(policy, prompts, 1)
-    expected = {}
-    for name in (None, REFERENCE, "default"):
-        with using_adapter(policy, name):
-            expected[name] = _logits(policy, prompts)
-    before = _state(policy)
-    for outer, inner in product(expected, repeat=2):
-        with using_adapter(policy, outer):
-            with using_adapter(policy, inner):
-                assert torch.equal(_logits(policy, prompts), expected[inner]), (outer, inner)
-            assert torch.equal(_logits(policy, prompts), expected[outer]), (outer, inner)
-        assert _state(policy) == before
-
-
-def test_an_adapter_without_the_given_parts_is_named(
-    load_model: Callable[..., Any], new_adapter: Callable[..., str], tmp_path: Path
-) -> None:
-    folder = new_adapter(1, parts=["language"])
-    with pytest.raises(DataError, match=f"the adapter at {folder} has no layer in tower, projector"):
-        continue_adapter(load_model(), folder, ["tower", "projector"])
-    with pytest.raises(DataError, match="no adapter at .*: train one first"):
-        continue_adapter(load_model(), str(tmp_path))
-
-
-def test_policy_and_reference_share_one_copy_of_the_base(
-    load_model: Callable[..., Any], of_all_parts: str
-) -> None:
-    model = load_model()
-    before = {p.data_ptr() for p in model.parameters()}
-    policy = continue_adapter(model, of_all_parts)
-    parameters = list(policy.named_parameters(remove_duplicate=False))
-    assert {p.data_ptr() for name, p in parameters if "lora_" not in name} == before, "no copies"
-    adapters = [p.data_ptr() for name, p in parameters if "lora_" in name]
-    assert len(set(adapters)) == len(adapters) == 2 * 2 * len(layer_parts(load_model())), (
-        "A and B of two adapters"
-    )
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------

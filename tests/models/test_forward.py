@@ -21,7 +21,8 @@ from vlm_calibration.models.forward import (
     unwrap_peft,
 )
 
-from .families import FOUR, Spec, build, collated, new_prompts, randomize_adapters
+from .families import FOUR, Spec, build, randomize_adapters
+from .processors import cached_family, prompts_of
 from .steps import allocated
 
 
@@ -59,6 +60,10 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         results.append((labelled, loss.detach(), gradients))
+    labels = batch.labels.clone()
+    labels[1, 0] = 5
+    with pytest.raises(ValueError, match="the first token of a sequence has a label"):
+        labelled_logits(model, batch.inputs, labels)
     (plain, plain_loss, plain_gradients), (selected, selected_loss, selected_gradients) = results
     assert torch.equal(selected.targets, plain.targets)
     assert torch.equal(selected.rows, plain.rows)
@@ -69,29 +74,6 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
         assert gradient.abs().max() > 0, name
         scale = float(gradient.abs().max())
         assert torch.allclose(selected_gradients[name], gradient, atol=1e-6 * max(1.0, scale), rtol=0), name
-
-
-def test_a_label_on_the_first_token_is_refused(load_model: Callable[..., Any], batch: SFTBatch) -> None:
-    labels = batch.labels.clone()
-    labels[1, 0] = 5
-    with pytest.raises(ValueError, match="the first token of a sequence has a label"):
-        labelled_logits(load_model(), batch.inputs, labels)
-
-
-def test_the_hook_is_gone_afterwards_even_after_an_error(
-    load_model: Callable[..., Any], batch: SFTBatch
-) -> None:
-    model = _with_lora(load_model(), checkpointing=False)
-    head = model.get_base_model().get_output_embeddings()
-    assert head.out_features == model.get_base_model().config.text_config.vocab_size
-    with torch.no_grad():
-        labelled_logits(model, batch.inputs, batch.labels)
-        assert not head._forward_pre_hooks
-        with pytest.raises(RuntimeError):
-            labelled_logits(model, {**batch.inputs, "pixel_values": torch.zeros(1, 3, 7, 7)}, batch.labels)
-        assert not head._forward_pre_hooks
-        logits = model(**batch.inputs).logits
-    assert logits.shape[:2] == batch.inputs["input_ids"].shape
 
 
 def test_peak_memory_falls() -> None:
@@ -125,7 +107,9 @@ VISION_PARTS = [("language", "projector"), ("language", "tower"), ("projector",)
 
 def adapted(family: str, *parts: str) -> Any:
     """A model with a random adapter on these parts and all else frozen."""
-    model = attach_lora(build(family), LoraSettings(r=4, alpha=8, dropout=0.0, parts=list(parts)))  # type: ignore[arg-type]
+    model = attach_lora(
+        cached_family(family).model(), LoraSettings(r=4, alpha=8, dropout=0.0, parts=list(parts))
+    )  # type: ignore[arg-type]
     return randomize_adapters(model).eval()
 
 
@@ -153,15 +137,6 @@ def logits_of(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     return logits
 
 
-@pytest.fixture(scope="module")
-def inputs() -> Callable[..., dict[str, Tensor]]:
-    """Builds a batch of prompts for a family."""
-    return lambda family, n=3: collated(new_prompts(family, n))
-
-
-# --- Which modules --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FOUR)
 def test_tower_and_projector_are_frozen_unless_adapted_or_trained(family: str) -> None:
     tower, *projector = VISION[family]
@@ -176,14 +151,9 @@ def test_tower_and_projector_are_frozen_unless_adapted_or_trained(family: str) -
     assert not frozen_vision(build(family)), "all weights are trained"
 
 
-# --- Results --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FOUR)
-def test_the_tower_runs_once_and_results_are_the_same(
-    family: str, inputs: Callable[..., dict[str, Tensor]]
-) -> None:
-    model, batch = adapted(family, "language"), inputs(family)
+def test_the_tower_runs_once_and_results_are_the_same(family: str) -> None:
+    model, batch = adapted(family, "language"), prompts_of(family)[0]
     runs = [count_runs(unwrap_peft(model).get_submodule(name)) for name in VISION[family]]
     expected = logits_of(model, batch)
     assert [len(r) for r in runs] == [3] * len(runs), "check of the count"
@@ -202,11 +172,9 @@ def test_the_tower_runs_once_and_results_are_the_same(
 
 @pytest.mark.parametrize("parts", VISION_PARTS, ids="+".join)
 @pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl"])
-def test_adapters_in_the_vision_keep_their_logits_and_gradients(
-    family: str, parts: tuple[str, ...], inputs: Callable[..., dict[str, Tensor]]
-) -> None:
+def test_adapters_in_the_vision_keep_their_logits_and_gradients(family: str, parts: tuple[str, ...]) -> None:
     """Gradients of a policy after a pass of the reference, as in preference optimisation."""
-    model, batch = adapted(family, *parts), inputs(family)
+    model, batch = adapted(family, *parts), prompts_of(family)[0]
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad(set_to_none=True)
@@ -228,29 +196,14 @@ def test_adapters_in_the_vision_keep_their_logits_and_gradients(
         assert torch.equal(actual_gradients[name], expected_gradients[name]), name
 
 
-# --- Restored forwards ----------------------------------------------------------------------------------------------
-
-
 def forwards_of(model: Any) -> dict[str, Any]:
     """Forwards that are attributes of an instance instead of its class."""
     return {n: m.__dict__["forward"] for n, m in model.named_modules() if "forward" in m.__dict__}
 
 
-def test_forwards_are_restored(inputs: Callable[..., dict[str, Tensor]]) -> None:
-    model, batch = adapted("llava_clip", "language"), inputs("llava_clip")
-    assert not forwards_of(model)
-    with shared_vision(model):
-        assert {n.removeprefix("base_model.model.") for n in forwards_of(model)} == set(TOWER_AND_PROJECTOR)
-        model(**batch)
-    assert not forwards_of(model)
-    with pytest.raises(RuntimeError, match="stop"), shared_vision(model):
-        raise RuntimeError("stop")
-    assert not forwards_of(model)
-
-
-def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[str, Tensor]]) -> None:
+def test_a_forward_of_its_own_is_used_and_comes_back() -> None:
     """Such as the forwards that accelerate and bitsandbytes set."""
-    model, batch = adapted("llava_clip", "language"), inputs("llava_clip")
+    model, batch = adapted("llava_clip", "language"), prompts_of("llava_clip")[0]
     projector = unwrap_peft(model).model.multi_modal_projector
     usual, runs = projector.forward, []
 
@@ -259,6 +212,10 @@ def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[
         return 2 * usual(features)
 
     plain = logits_of(model, batch)
+    assert not forwards_of(model)
+    with shared_vision(model):
+        assert {n.removeprefix("base_model.model.") for n in forwards_of(model)} == set(TOWER_AND_PROJECTOR)
+    assert not forwards_of(model)
     projector.forward = doubled
     expected = logits_of(model, batch)
     assert not torch.allclose(plain[0], expected[0], atol=0.01)
@@ -277,11 +234,11 @@ def test_a_forward_of_its_own_is_used_and_comes_back(inputs: Callable[..., dict[
 
 @pytest.mark.parametrize("family", ["llava_clip", "qwen2_5_vl"])
 @pytest.mark.parametrize("other", ["fewer", "of the same shape"])
-def test_other_images_are_not_mistaken_for_the_first(
-    family: str, other: str, inputs: Callable[..., dict[str, Tensor]]
-) -> None:
-    model, batch = adapted(family, "language"), inputs(family)
-    changed = {**batch, "pixel_values": -batch["pixel_values"]} if other != "fewer" else inputs(family, 2)
+def test_other_images_are_not_mistaken_for_the_first(family: str, other: str) -> None:
+    model, batch = adapted(family, "language"), prompts_of(family)[0]
+    changed = (
+        {**batch, "pixel_values": -batch["pixel_values"]} if other != "fewer" else prompts_of(family, 2)[0]
+    )
     batches = (batch, changed, batch, changed)
     with torch.no_grad():
         expected = [model(**b, use_cache=False).logits for b in batches]

@@ -16,30 +16,6 @@ from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.text.confidence import end_of_confidence
 
-
-def _script(model: Any, tokens: list[int]) -> list[int]:
-    """Make the model generate these tokens, then the last one forever; returns a list that grows with each step."""
-    steps: list[int] = []
-
-    def script(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        token = tokens[min(len(steps), len(tokens) - 1)]
-        steps.append(token)
-        return torch.full_like(output, -100.0).index_fill(-1, torch.tensor([token]), 100.0)
-
-    model.get_output_embeddings().register_forward_hook(script)
-    return steps
-
-
-def test_generation_stops_at_the_end_of_the_turn(
-    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
-) -> None:
-    model, tokenizer = load_model(), processor.tokenizer
-    yes = tokenizer("Yes", add_special_tokens=False)["input_ids"]
-    steps = _script(model, [*yes, tokenizer.eos_token_id])
-    assert generate(model, prompts.inputs, tokenizer, 20).texts == ["Yes"] * 3
-    assert len(steps) == 2
-
-
 SETTINGS = {
     "do_sample": True,
     "temperature": 5.0,
@@ -86,13 +62,8 @@ def _likeliest(model: Any, prompts: PromptBatch, tokenizer: Any, n: int) -> list
     ]
 
 
-def test_right_padding_is_refused(load_model: Callable[..., Any], processor: Any, batch: SFTBatch) -> None:
-    with pytest.raises(ValueError, match="padded on the left"):
-        generate(load_model(), batch.inputs, processor.tokenizer, 3)
-
-
 def test_an_answer_ends_where_it_is_complete(
-    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch
+    load_model: Callable[..., Any], processor: Any, prompts: PromptBatch, batch: SFTBatch
 ) -> None:
     """The model never ends a turn; one of three rows is never complete and takes all tokens."""
     model, tokenizer = load_model(), processor.tokenizer
@@ -117,3 +88,5 @@ def test_an_answer_ends_where_it_is_complete(
     complete = {name: values[:2] for name, values in prompts.inputs.items()}
     assert generate(model, complete, tokenizer, 16, end_of_confidence).texts == [answer, answer]
     assert len(steps) == len(ids), "no pass after all answers are complete"
+    with pytest.raises(ValueError, match="padded on the left"):
+        generate(model, batch.inputs, tokenizer, 3)

@@ -19,7 +19,8 @@ from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.sharding import full_state_dict, shard
 from vlm_calibration.models.shared_prefix import Prompts, score_responses
 
-from .families import Prompt, Spec, build, new_prompts, randomize_adapters
+from .families import randomize_adapters
+from .processors import cached_family, prompts_of, with_response
 
 pytestmark = pytest.mark.slow
 
@@ -33,15 +34,14 @@ def _load(base: BaseModel) -> Any:
     return randomize_adapters(model).train()
 
 
-def _loss(model: Any, prompt: Prompt) -> Tensor:
-    inputs = prompt.text_inputs([5, 6, 7, 8])
-    return model(**inputs, **prompt.image, labels=inputs["input_ids"]).loss  # type: ignore[no-any-return]
+def _loss(model: Any, prompt: dict[str, Tensor]) -> Tensor:
+    inputs = with_response(prompt, [25, 26, 27, 28])
+    return model(**inputs, labels=inputs["input_ids"]).loss  # type: ignore[no-any-return]
 
 
-def _scores(model: Any, prompt: Prompt) -> list[Tensor]:
+def _scores(model: Any, prompt: dict[str, Tensor]) -> list[Tensor]:
     """Scores of two responses under the reference and the policy, as in a step of stage 2; each float32 [1, 2]."""
-    prompts = Prompts({**prompt.text_inputs(), **prompt.image}, torch.tensor([len(prompt.ids)]))
-    responses = [[[5, 6], [5, 7, 8]]]
+    prompts, responses = Prompts(prompt, prompt["attention_mask"].sum(1)), [[[25, 26], [25, 27, 28]]]
     with shared_vision(model):
         with torch.no_grad(), using_adapter(model, None):
             reference = score_responses(model, prompts, responses, "shared")
@@ -53,7 +53,7 @@ def _compare(rank: int, port: int, bases: list[BaseModel]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    prompts = new_prompts(FAMILY, 2)
+    _, prompts = prompts_of(FAMILY, 2)
     for base in bases:
         whole, sharded = _load(base), _load(base)
         shard(sharded, mesh)
@@ -90,7 +90,7 @@ def _compare(rank: int, port: int, bases: list[BaseModel]) -> None:
 
 def test_sharded_models_of_several_dtypes_train_as_whole_ones(tmp_path: Path) -> None:
     """A bfloat16 model and an nf4 one, with float32 adapters."""
-    build(FAMILY, dtype=torch.bfloat16, spec=Spec(width=64)).save_pretrained(tmp_path)
+    cached_family(FAMILY).model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     bases = [BaseModel(str(tmp_path), "bfloat16", quantization) for quantization in ("none", "nf4")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,10 +1,16 @@
-"""Log-likelihoods and gradients of packed rows against one unpadded forward per response; models whose prefix cannot be shared."""
+"""Log-likelihoods and gradients of packed rows against one unpadded forward per response; models whose prefix cannot be shared.
+
+FlexAttention runs without compilation here, which evaluates the mask for all pairs of tokens. So the tables of blocks, which only
+compiled kernels read, are compared on their own. It has no backward pass on the CPU: gradients are compared on a GPU.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,25 +18,122 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vlm_calibration.models import shared_prefix
+from vlm_calibration.models import loading, shared_prefix
+from vlm_calibration.models.adapters import LoraSettings, attach_lora
+from vlm_calibration.models.base import FLEX
 from vlm_calibration.models.forward import unwrap_peft
-from vlm_calibration.models.shared_prefix import Packed, Prompts, pack, score_responses, why_not_shared
-
-from .families import FOUR, build, collated, new_prompts
-from .prefix_cases import (
-    Case,
-    Responses,
-    assert_equal,
-    gradients_of,
-    likelihood_alone,
-    new_case,
-    new_responses,
-    unpadded,
+from vlm_calibration.models.loading import BaseModel, load_base, load_for_training, use_in_language_model
+from vlm_calibration.models.shared_prefix import (
+    Packed,
+    Prompts,
+    ResponseScores,
+    pack,
+    score_responses,
+    why_not_shared,
 )
+from vlm_calibration.records import DataError
+
+from .families import FOUR, build, randomize_adapters
+from .processors import cached_family, prompts_of, with_response
+
+Responses = list[list[list[int]]]
+
+
+def new_responses(seed: int = 11) -> Responses:
+    """Responses to three queries: ten that differ late, one, and four that differ in the first token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(n: int) -> list[int]:
+        return torch.randint(20, 90, (n,), generator=generator).tolist()
+
+    common = words(3)
+    late = [[*common, 20 + k, *words(k % 4)] for k in range(8)]
+    # One ends where the others differ, and one shares a longer prefix with another.
+    late += [common, [*late[3][:-1], 19]]
+    at_once = [[50 + k, *words(k)] for k in (3, 0, 5, 1)]
+    return [late, [words(6)], at_once]
+
+
+@dataclass
+class Case:
+    """A model with the results of one forward per response.
+
+    Attributes:
+        model: an adapted model in eval mode.
+        batch: three prompts.
+        responses: the responses to each.
+        expected: log-likelihoods of each response's tokens, float32 [T].
+        gradients: of `preference_loss`, by parameter.
+    """
+
+    model: Any
+    batch: Prompts
+    responses: Responses
+    expected: list[list[Tensor]]
+    gradients: dict[str, Tensor]
+
+
+def likelihood_alone(model: Any, prompt: dict[str, Tensor], response: Sequence[int]) -> Tensor:
+    """Log-likelihood of each token of a response, float32 [T], from one unpadded forward over the sequence."""
+    logits = model(**with_response(prompt, response), use_cache=False).logits[0]
+    likelihood, first = torch.log_softmax(logits, dim=-1), prompt["input_ids"].shape[1]
+    return torch.stack([likelihood[first + t - 1, token] for t, token in enumerate(response)])
+
+
+def preference_loss(likelihood: Sequence[Sequence[Tensor]]) -> Tensor:
+    """DPO with a likelihood term in which tokens shared by all responses do not cancel."""
+    loss = torch.zeros(())
+    for chosen, *rejected in likelihood:
+        loss = loss - chosen.mean()
+        for tokens in rejected:
+            loss = loss - torch.nn.functional.logsigmoid(0.5 * (chosen.sum() - tokens.sum()))
+    return loss
+
+
+def gradients_of(model: Any, likelihood: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    preference_loss(likelihood).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def unpadded(scores: ResponseScores, responses: Responses) -> list[list[Tensor]]:
+    return [
+        [scores.log_likelihood[b, k, : len(response)] for k, response in enumerate(row)]
+        for b, row in enumerate(responses)
+    ]
+
+
+def new_case(family: str, attention: str | None = None, **settings: Any) -> Case:
+    like = "llava_clip" if family == "llava_mistral" else family
+    model = build(family, attention, spec=cached_family(like).spec, **settings)
+    model = randomize_adapters(attach_lora(model, LoraSettings(r=4, alpha=8, dropout=0.0))).eval()
+    (inputs, prompts), responses = prompts_of(like), new_responses()
+    batch = Prompts(inputs, inputs["attention_mask"].sum(1))
+    expected = [
+        [likelihood_alone(model, prompt, response) for response in row]
+        for prompt, row in zip(prompts, responses, strict=True)
+    ]
+    gradients = gradients_of(model, expected)
+    return Case(model, batch, responses, [[e.detach() for e in row] for row in expected], gradients)
+
+
+def assert_equal(scores: ResponseScores, case: Case) -> None:
+    """Check scores against the case within 1e-5 (measured: 1e-6), and their shapes and masks."""
+    lengths = [[len(r) for r in row] for row in case.responses]
+    widest, longest = max(map(len, lengths)), max(map(max, lengths))
+    assert scores.log_likelihood.shape == scores.tokens.shape == (3, widest, longest)
+    assert scores.lengths.tolist() == [row + [0] * (widest - len(row)) for row in lengths]
+    assert not scores.log_likelihood[~scores.tokens].any()
+    for row, expected_row in zip(unpadded(scores, case.responses), case.expected, strict=True):
+        for likelihood, expected in zip(row, expected_row, strict=True):
+            assert torch.allclose(likelihood, expected, atol=1e-5, rtol=0)
+    assert torch.equal(scores.total, scores.log_likelihood.sum(-1))
+
 
 CASES = [*((family, "sdpa") for family in FOUR), ("llava_clip", "eager"), ("gemma3", "eager")]
 
@@ -63,6 +166,7 @@ def test_likelihoods_and_gradients_are_those_of_each_response_alone(
     case: Case, scoring: Any, checkpointing: bool
 ) -> None:
     passes: list[int] = []
+    before = {name: values.clone() for name, values in case.batch.inputs.items()}
     inner = unwrap_peft(case.model).get_decoder().layers[0].self_attn
     handle = inner.register_forward_pre_hook(lambda *_: passes.append(1))
     scores = score_responses(case.model, case.batch, case.responses, scoring)
@@ -71,6 +175,8 @@ def test_likelihoods_and_gradients_are_those_of_each_response_alone(
     assert len(passes) == (10 if scoring == "plain" else 2 if checkpointing else 1)
 
     assert_equal(scores, case)
+    assert all(torch.equal(values, before[name]) for name, values in case.batch.inputs.items())
+    assert not [m for m in unwrap_peft(case.model).modules() if m._forward_pre_hooks]
     assert len(gradients) == 2 * 2 * 7, "A and B in seven linear layers of each of two layers"
     largest = max(float(g.abs().max()) for g in case.gradients.values())
     for name, expected in case.gradients.items():
@@ -94,45 +200,6 @@ def test_what_stands_behind_a_prompt_is_not_looked_at(case: Case) -> None:
             assert torch.equal(scores.log_likelihood, expected.log_likelihood)
 
 
-def _joined(likelihood: Sequence[Sequence[Tensor]]) -> Tensor:
-    return torch.cat([tokens.detach() for row in likelihood for tokens in row])
-
-
-def _flat(gradients: dict[str, Tensor]) -> Tensor:
-    return torch.cat([gradient.float().flatten() for gradient in gradients.values()])
-
-
-@pytest.mark.parametrize(
-    ("family", "attention"), [("llava_clip", "eager"), ("qwen2_5_vl", "sdpa"), ("gemma3", "sdpa")]
-)
-def test_in_bfloat16_packed_is_as_near_to_float32_as_plain_is(family: str, attention: str) -> None:
-    """Log-likelihoods and gradients under gradient checkpointing, as in training.
-
-    Measured maxima. Log-likelihoods: packed against plain 0.004 (eager) and 0.017 (sdpa), both against float32 0.058 with a
-    root mean square of 0.014. Gradients, relative to their norm: packed against plain 0.011, both against float32 0.036.
-    """
-    case, exact = new_case(family, attention, dtype=torch.bfloat16), new_case(family, attention)
-    exact.model.load_state_dict(case.model.state_dict())
-    expected = [
-        [likelihood_alone(exact.model, prompt, response) for response in row]
-        for prompt, row in zip(case.prompts, case.responses, strict=True)
-    ]
-    exact_gradients = _flat(gradients_of(exact.model, expected))
-
-    case.model.gradient_checkpointing_enable({"use_reentrant": False})
-    case.model.train()
-    scores = unpadded(score_responses(case.model, case.batch, case.responses, "shared"), case.responses)
-    gradients, plain_gradients = _flat(gradients_of(case.model, scores)), _flat(case.gradients)
-    packed, plain, truth = (_joined(rows) for rows in (scores, case.expected, expected))
-
-    assert packed.dtype == torch.float32
-    assert torch.allclose(packed, plain, atol=0.03 if attention == "sdpa" else 0.01, rtol=0)
-    assert (packed - truth).abs().max() < 0.1
-    assert (packed - truth).square().mean() < 1.5 * (plain - truth).square().mean()
-    assert (gradients - plain_gradients).norm() < 0.02 * exact_gradients.norm()
-    assert (gradients - exact_gradients).norm() < 1.2 * (plain_gradients - exact_gradients).norm()
-
-
 @pytest.mark.parametrize(
     "responses",
     [
@@ -147,24 +214,6 @@ def test_empty_responses_are_refused(responses: Responses, scoring: Any) -> None
     batch = Prompts({"input_ids": torch.ones(3, 4).long()}, torch.tensor([4, 3, 2]))
     with pytest.raises(ValueError, match="at least one"):
         score_responses(None, batch, responses, scoring)
-
-
-def test_hooks_are_gone_and_inputs_untouched_even_after_an_error() -> None:
-    case = new_case("gemma3", "sdpa")
-    base, batch = unwrap_peft(case.model), case.batch
-    before = {name: values.clone() for name, values in batch.inputs.items()}
-    with torch.no_grad():
-        plain = base(**before, use_cache=False).logits
-        score_responses(case.model, batch, case.responses, "shared")
-        with pytest.raises((RuntimeError, ValueError)):
-            broken = {**batch.inputs, "pixel_values": torch.zeros(1, 3, 7, 7)}
-            score_responses(case.model, batch._replace(inputs=broken), case.responses, "shared")
-        for module in base.modules():
-            assert not module._forward_pre_hooks
-        assert torch.equal(base(**before, use_cache=False).logits, plain)
-    assert before.keys() == batch.inputs.keys()
-    for name, values in batch.inputs.items():
-        assert torch.equal(values, before[name])
 
 
 # --- Models whose prefix cannot be shared ----------------------------------------------------------------------------
@@ -221,26 +270,118 @@ def test_a_prefix_that_cannot_be_shared_is_scored_plainly_and_logged_once_or_ref
         score_responses(case.model, case.batch, case.responses, "shared")
 
 
-def test_each_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    shared_prefix._warn_once.cache_clear()
-    for make, _ in (REFUSED["layers"], REFUSED["mistral"], REFUSED["attention"], REFUSED["mistral"]):
-        case = make()
-        with torch.no_grad():
-            score_responses(case.model, case.batch, case.responses)
-    messages = [r.getMessage() for r in caplog.records if r.name == shared_prefix.__name__]
-    assert len(messages) == 3
-
-
 @pytest.mark.parametrize("family", ["gemma3", "llava_mistral"])
 def test_a_window_as_long_as_the_row_is_long_enough(family: str) -> None:
-    prompts = new_prompts(family)
-    lengths = torch.tensor([len(p.ids) for p in prompts])
-    row = pack(Prompts(collated(prompts), lengths), new_responses()).inputs["input_ids"].shape[1]
+    row = pack(new_case(family).batch, new_responses()).inputs["input_ids"].shape[1]
     case = new_case(family, "eager", window=row)
     assert why_not_shared(case.model, row) is None
     assert "rows are longer" in str(why_not_shared(case.model, row + 1))
     with torch.no_grad():
         assert_equal(score_responses(case.model, case.batch, case.responses, "shared"), case)
+
+
+# --- FlexAttention ---
+
+
+def masks_of(case: Case, attention: str) -> list[Any]:
+    """The mask that each layer of the language model gets in a packed row."""
+    decoder = unwrap_peft(case.model).get_decoder()
+    masks: list[Any] = []
+
+    def record(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs["attention_mask"])
+
+    handles = [
+        layer.self_attn.register_forward_pre_hook(record, with_kwargs=True) for layer in decoder.layers
+    ]
+    before = decoder.config._attn_implementation
+    use_in_language_model(unwrap_peft(case.model), attention)
+    try:
+        assert why_not_shared(case.model, 100) is None
+        with torch.no_grad():
+            assert_equal(score_responses(case.model, case.batch, case.responses, "shared"), case)
+    finally:
+        use_in_language_model(unwrap_peft(case.model), before)
+        for handle in handles:
+            handle.remove()
+    return masks
+
+
+def expanded(mask: BlockMask) -> Tensor:
+    """The mask that compiled kernels compute, bool [B, 1, L, L]: all of a full block, the mask function within a partial one."""
+    batch, _, n_queries, _ = mask.kv_indices.shape
+    size, (length, _) = mask.BLOCK_SIZE[0], mask.seq_lengths
+    exact = create_mask(mask.mask_mod, batch, 1, length, length, "cpu")
+    result = torch.zeros_like(exact)
+    for b in range(batch):
+        for q in range(n_queries):
+            rows = slice(q * size, (q + 1) * size)
+            for k in mask.kv_indices[b, 0, q, : mask.kv_num_blocks[b, 0, q]].tolist():
+                columns = slice(k * size, (k + 1) * size)
+                result[b, 0, rows, columns] = exact[b, 0, rows, columns]
+            assert mask.full_kv_indices is not None
+            assert mask.full_kv_num_blocks is not None
+            for k in mask.full_kv_indices[b, 0, q, : mask.full_kv_num_blocks[b, 0, q]].tolist():
+                result[b, 0, rows, k * size : (k + 1) * size] = True
+    return result
+
+
+def test_block_masks_are_the_dense_masks_and_score_alike(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prefix, "BLOCK", 4)  # so that rows have several blocks
+    with torch.compiler.set_stance("force_eager"):
+        blocks, dense = masks_of(case, FLEX), masks_of(case, "eager")
+    assert len(blocks) == len(dense) == 2, "layers"
+    for mask, expected in zip(blocks, dense, strict=True):
+        assert isinstance(mask, BlockMask)
+        assert mask.BLOCK_SIZE == (4, 4)
+        assert mask.kv_indices.shape[-1] > 4
+        assert torch.equal(expanded(mask), expected == 0)
+        skipped = mask.kv_num_blocks + mask.full_kv_num_blocks < mask.kv_indices.shape[-1]
+        assert skipped.any(), "blocks that no query attends to"
+
+
+def test_it_is_refused_without_a_gpu(model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = BaseModel(model_folder, attn_implementation=FLEX)
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", None)
+    for load in (load_base, load_for_training):
+        with pytest.raises(DataError, match="attn_implementation: flex_attention needs a GPU"):
+            load(base, "cpu")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_the_language_model_uses_it_and_the_tower_keeps_its_own(family: str, tmp_path: Path) -> None:
+    """transformers itself refuses Qwen's models."""
+    build(family).save_pretrained(tmp_path)
+    model = load_base(
+        BaseModel(str(tmp_path), attn_implementation=FLEX), "cuda"
+    )  # moved there by the Trainer
+    decoder = model.get_decoder()
+    assert {layer.self_attn.config._attn_implementation for layer in decoder.layers} == {FLEX}
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FOUR)
+def test_gradients_are_those_of_dense_masks(family: str, checkpointing: bool, cuda: torch.device) -> None:
+    case = new_case(family)
+    base = unwrap_peft(case.model.to(cuda))
+    lengths = case.batch.lengths.to(cuda)
+    batch = Prompts({name: v.to(cuda) for name, v in case.batch.inputs.items()}, lengths)
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        case.model.train()
+    results = []
+    for attention in (base.get_decoder().config._attn_implementation, FLEX):
+        use_in_language_model(base, attention)
+        scores = score_responses(case.model, batch, case.responses, "shared")
+        moved = scores._replace(log_likelihood=scores.log_likelihood.cpu())
+        results.append((moved.log_likelihood, gradients_of(case.model, unpadded(moved, case.responses))))
+    (dense, dense_gradients), (flex, gradients) = results
+    assert torch.allclose(flex, dense, atol=1e-4, rtol=0)
+    largest = max(float(g.abs().max()) for g in dense_gradients.values())
+    for name, expected in dense_gradients.items():
+        assert torch.allclose(gradients[name], expected, atol=1e-4 * largest, rtol=0), name
 
 
 # --- Packed rows -----------------------------------------------------------------------------------------------------
@@ -307,11 +448,3 @@ def test_packed_rows_hold_every_candidate_and_no_prediction_twice(queries: Queri
             assert ids[b, columns].tolist() == [prompt[-1], *response[:-1]]
     widest = max(len(prompt) for prompt, _ in queries) + 1
     assert packed.inputs["pixel_values"].shape == (len(queries), widest), "unchanged"
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "paged|sdpa"])
-def test_attention_without_a_mask_of_its_own_is_refused(attention: str) -> None:
-    model = build("qwen2_5_vl", "sdpa")
-    assert why_not_shared(model, 10_000) is None
-    model.config.get_text_config()._attn_implementation = attention
-    assert f"attention {attention!r} takes no custom mask" in str(why_not_shared(model, 5))

@@ -1,7 +1,7 @@
-"""Every family end to end: collate, SFT, DPO from the SFT adapter, answer, save, and load without this package.
+"""Every family end to end: SFT, DPO from the SFT adapter, answer, save, and load without this package; and stage 2 on own answers.
 
 Each family has a real processor and a tiny random model, in full precision; one also with a quantised language model
-(`test_shipped_training.py` trains four quantised ones).
+(`test_shipped_training.py` trains others).
 """
 
 from __future__ import annotations
@@ -12,32 +12,36 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from vlm_calibration.data.collate import IGNORE, SFTBatch
+from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.losses.distribution import RLCR, SoftLabel
+from vlm_calibration.losses.preference import DPO
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.adapters import using_adapter
 from vlm_calibration.models.forward import labelled_logits, unwrap_peft
-from vlm_calibration.models.generation import generate
 from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
-from vlm_calibration.stages.sft import SFTModule
-from vlm_calibration.text.confidence import render_response
+from vlm_calibration.stages.dpo import DPOModule
+from vlm_calibration.stages.preference_targets import PairPolicy
+from vlm_calibration.text.confidence import render_answer
 
-from .families import FOUR, randomize_adapters
+from ..stages.own import OwnStep, loss_by_hand
+from .families import FOUR
 from .processors import FAMILIES, cached_family
-from .runs import LORA, Run, run_through, write_records
+from .runs import Run, data_of, run_through, write_records
 
 pytestmark = pytest.mark.slow
 
-EVERY_TIME = [*((name, "none") for name in (*FOUR, "paligemma2")), ("qwen2_5_vl", "nf4")]
+EVERY_TIME = [(name, "none") for name in (*FOUR, "paligemma2")]
 CASES = [
     *EVERY_TIME,
     *((name, "none") for name in FAMILIES if name not in dict(EVERY_TIME)),
-    ("qwen2_5_vl", "int8"),
+    *(("qwen2_5_vl", quantization) for quantization in ("nf4", "int8")),
 ]
 """The others are nightly: each differs little from one that is run every time."""
 
@@ -61,18 +65,6 @@ def run(request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.T
 
 def _lora(parameters: Iterable[str], adapter: str = "default") -> set[str]:
     return {n for n in parameters if ".lora_" in n and f".{adapter}." in n}
-
-
-# --- Inputs of a step -----------------------------------------------------------------------------------------------
-
-
-def test_labels_are_the_response_and_its_end(run: Run) -> None:
-    batch: SFTBatch = run.batch("sft")
-    tokenizer = run.data.processor.tokenizer
-    for query, labels, mask in zip(batch.queries, batch.labels, batch.confidence_mask, strict=True):
-        response = render_response(query.answer, 0.5) + run.family.end
-        assert tokenizer.decode(labels[labels != IGNORE]).lstrip() == response
-        assert tokenizer.decode(labels[mask]).lstrip() == response[response.rindex("Confidence") :]
 
 
 # --- Both stages ----------------------------------------------------------------------------------------------------
@@ -157,6 +149,35 @@ def test_generation_finds_tokens_as_likely_as_training(run: Run) -> None:
     assert torch.allclose(scores.log_likelihood[:, 0], generated, atol=run.tolerance)
 
 
+def test_a_step_on_own_answers_equals_that_of_each_query_and_each_response_alone(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (run.family.name, run.base.quantization) not in [(name, "none") for name in FOUR]:
+        pytest.skip("by hand for the four families that differ most")
+    module = DPOModule(run.base, run.adapters["sft"], pairs=PairPolicy(target="expected"), max_new_tokens=24)
+    wrong_answer = run.family.name != "llava_clip"
+    candidates = CandidateSettings(answers="own", wrong_answer=wrong_answer)
+    step = OwnStep(module, data_of(run.base.name_or_path, run.records, candidates), monkeypatch, n=4)
+    step.write({1: "Confidence: 50%"})  # an answer that does not count, in the midst of the packed images
+
+    _, comparison = step.compare()
+    rows = (0, 2, 3)
+    for row in rows:
+        first = comparison.candidates[row][0]
+        text = run.data.processor.tokenizer.decode(first.tokens[: first.answer_length])
+        assert text.strip() == render_answer(step.answer(row))
+    policy, reference = ([step.stated(row, of, wrong_answer) for row in rows] for of in (False, True))
+    targets = [
+        step.ask(row, lambda alone, row=row: alone.expected(step.answer(row), step.levels)) for row in rows
+    ]
+    assert np.array(comparison.targets)[list(rows)] == pytest.approx(targets, abs=1e-3)
+    for loss in (SoftLabel(width=0.2, opposite_weight=0.5), RLCR(), DPO(beta=0.4)):
+        module.loss = loss
+        alone = zip(policy, reference, targets, strict=True)
+        expected = np.mean([loss_by_hand(loss, *of_row) for of_row in alone])
+        assert float(step.step()) == pytest.approx(expected, abs=2e-3), loss
+
+
 # --- Without this package -------------------------------------------------------------------------------------------
 
 FRESH = """
@@ -232,36 +253,3 @@ def test_a_fresh_process_with_transformers_and_peft_gives_the_same_logits(
         assert torch.allclose(logits, here[name], atol=1e-4)
         assert not torch.allclose(logits, here["base"], atol=0.5)
     assert not torch.allclose(here["sft"], here["dpo"], atol=1e-2)
-
-
-# --- Gradients ------------------------------------------------------------------------------------------------------
-
-
-def _adapted(run: Run) -> SFTModule:
-    """The base model with a random adapter in train mode."""
-    module = SFTModule(run.base, LORA)
-    module.configure_model()
-    randomize_adapters(module.model)
-    return module
-
-
-def _gradients(module: SFTModule, batch: SFTBatch) -> dict[str, Tensor]:
-    module.zero_grad(set_to_none=True)
-    labelled = labelled_logits(module.model, batch.inputs, batch.labels)
-    (-token_log_likelihood(labelled.logits, labelled.targets).mean()).backward()
-    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-    assert len(gradients) == 2 * 2 * 7
-    assert all(g.abs().max() > 0 for g in gradients.values())
-    return gradients
-
-
-def test_gradients_are_as_before_after_a_pass_in_eval_mode(run: Run) -> None:
-    """As in validation between steps; on some CPUs bitsandbytes would repack weights in eval mode."""
-    module, batch = _adapted(run), run.batch("sft")
-    before = _gradients(module, batch)
-    module.model.eval()
-    generate(module.model, run.batch("prompts").inputs, run.data.processor.tokenizer, 2)
-    module.model.train()
-    after = _gradients(module, batch)
-    for name, gradient in before.items():
-        assert torch.allclose(after[name], gradient, atol=1e-5 * float(gradient.abs().max()), rtol=0), name

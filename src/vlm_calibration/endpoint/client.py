@@ -64,13 +64,6 @@ class Endpoint:
                 f"into the environment variable {self.key_variable}"
             )
 
-    def key(self) -> str:
-        """The key, from the environment; DataError if another variable than the default one is named and not set."""
-        key = os.environ.get(self.key_variable, "").strip()
-        if not key and self.key_variable != DEFAULT_KEY:
-            raise DataError(f"endpoint.key_variable: the environment variable {self.key_variable} is not set")
-        return key or UNKEYED
-
 
 class Token(NamedTuple):
     """A generated token, as bytes since it may be a part of a character, with its log-probability.
@@ -98,11 +91,8 @@ class RefusedError(DataError):
 class Client:
     """Asks one endpoint; thread-safe. The `openai` client repeats failed requests.
 
-    Args:
-        endpoint: the endpoint.
-        name: of the system, for messages.
-
     Attributes:
+        name: of the system, for messages.
         used: number of tokens of prompts and responses that the server has counted.
 
     Raises:
@@ -118,7 +108,12 @@ class Client:
         self.name = name
         self.used = 0
         self._lock = threading.Lock()
-        self._key = endpoint.key()
+        key = os.environ.get(endpoint.key_variable, "").strip()
+        if not key and endpoint.key_variable != DEFAULT_KEY:
+            raise DataError(
+                f"endpoint.key_variable: the environment variable {endpoint.key_variable} is not set"
+            )
+        self._key = key or UNKEYED
         self._api = OpenAI(
             base_url=endpoint.url, api_key=self._key, timeout=endpoint.timeout, max_retries=endpoint.retries
         )
@@ -153,9 +148,16 @@ class Client:
             raise DataError(self._about(f"answers with something other than JSON ({error})")) from error
         try:
             choice, usage = answer.choices[0], answer.usage
-            listed = (choice.logprobs and choice.logprobs.content) or ()
+            tokens = tuple(
+                Token(
+                    _bytes(t),
+                    t.logprob,
+                    {_bytes(other): float(other.logprob) for other in (t, *(t.top_logprobs or ()))},
+                )
+                for t in (choice.logprobs and choice.logprobs.content) or ()
+            )
             generated = usage.completion_tokens or 0 if usage else 0
-            response = Response(choice.message.content or "", tuple(map(_token, listed)), generated)
+            response = Response(choice.message.content or "", tokens, generated)
         except (AttributeError, TypeError, IndexError) as error:
             raise DataError(
                 self._about(f"answers with something other than a chat completion: {answer}")
@@ -174,11 +176,6 @@ class Client:
         if self._key != UNKEYED:
             line = line.replace(self._key, "***")
         return f"{self.name} ({self.endpoint.model!r} at {self.endpoint.url}): {line[:SHOWN]}"
-
-
-def _token(entry: Any) -> Token:
-    alternatives = {_bytes(other): float(other.logprob) for other in entry.top_logprobs or ()}
-    return Token(_bytes(entry), entry.logprob, {_bytes(entry): entry.logprob, **alternatives})
 
 
 def _bytes(entry: Any) -> bytes:

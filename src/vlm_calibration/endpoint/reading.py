@@ -82,9 +82,7 @@ def percent_distribution(
     beginning that is likelier than `FOLLOWED` is continued by the response itself if it was generated, else by another request.
     The probabilities are normalised to 1.
 
-    Args:
-        tokens: of the response.
-        ask_after: takes the beginning of the response and gives the listed next tokens -> log-probability; None if the server cannot.
+    `ask_after` takes the beginning of the response and gives the listed next tokens -> log-probability; None if the server cannot.
 
     Returns:
         Confidence -> probability, in falling order; empty if the response states no labelled percentage, has no tokens, or a

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vlm_calibration.data.collate import PromptBatch
@@ -20,13 +19,7 @@ from vlm_calibration.endpoint.reading import (
     p_yes,
     percent_distribution,
 )
-from vlm_calibration.estimators.base import (
-    Estimate,
-    Estimator,
-    System,
-    SystemAnswers,
-    grade_answers,
-)
+from vlm_calibration.estimators.base import Estimate, Estimator, System, SystemAnswers, grade_answers
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.probes import Probe
@@ -47,12 +40,6 @@ class EndpointSystem(System):
 
     The stated confidence is read from the text; the expected confidence and the likelihood of the answer from the tokens that the
     server lists. Other estimators, and all probes, need the scores of texts that we choose, which no server gives.
-
-    Args:
-        name: of the system, for messages.
-        endpoint: the endpoint.
-        estimators: that rate its answers.
-        max_new_tokens: length limit of an answer.
 
     Attributes:
         prompt: how a question is put.
@@ -82,58 +69,52 @@ class EndpointSystem(System):
         if not all(response.tokens for response in responses):
             self.notes |= dict.fromkeys(self.of_tokens, NO_TOKENS)
         answers = grade_answers(batch, [complete_statement(response.text) for response in responses])
-        rows = zip(answers, responses, strict=True)
-        likelihoods = [rounded(_likelihood(answer, response.tokens)) for answer, response in rows]
+        likelihoods = [_likelihood(a, r.tokens) for a, r in zip(answers, responses, strict=True)]
+        means = [sum(level * p for level, p in d.items()) if d else None for d in distributions]
         known = {
             VERBALIZED: Estimate([a.confidence for a in answers], [r.generated for r in responses]),
-            EXPECTED: Estimate([rounded(_mean(d)) for d in distributions], continued),
-            LIKELIHOOD: Estimate(likelihoods, [0] * n),
+            # Rounding can move a mean just above 1.
+            EXPECTED: Estimate([rounded(None if m is None else min(m, 1.0)) for m in means], continued),
+            LIKELIHOOD: Estimate([rounded(likelihood) for likelihood in likelihoods], [0] * n),
         }
         estimates = {name: known.get(name, Estimate([None] * n, [0] * n)) for name in self.estimators}
         return SystemAnswers.of(answers, estimates, distributions)
 
     def _ask(self, batch: PromptBatch, row: int) -> tuple[Response, dict[float, float], int]:
         """The response to one query, its `percent_distribution` if that is asked for, and how many tokens were generated for it."""
+        file = io.BytesIO()
+        Image.fromarray(batch.images[row]).save(file, "PNG", compress_level=1)
+        image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         content = [
-            {"type": "image_url", "image_url": {"url": data_uri(batch.images[row])}},
+            {"type": "image_url", "image_url": {"url": image}},
             {"type": "text", "text": self.prompt.render(batch.queries[row].question)},
         ]
-        messages = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         response = self.client.ask(messages, self.max_new_tokens, **(LISTED if self.of_tokens else {}))
         if EXPECTED not in self.estimators:
             return response, {}, 0
-        continued: list[bool] = []
+        continued = 0
 
         def after(beginning: str) -> Mapping[bytes, float] | None:
-            listed = self._continue(messages, beginning)
-            continued.append(listed is not None)
-            return listed
+            """The listed tokens after the beginning of an answer, as vLLM and SGLang give them; None: the server cannot."""
+            nonlocal continued
+            if self.notes.get(EXPECTED) == NO_CONTINUATION:
+                return None
+            begun = [*messages, {"role": "assistant", "content": beginning.lstrip()}]
+            continuing = {"continue_final_message": True, "add_generation_prompt": False}
+            try:
+                tokens = self.client.ask(begun, 1, **LISTED, **continuing).tokens
+            except RefusedError:
+                self.notes[EXPECTED] = NO_CONTINUATION
+                return None
+            continued += 1
+            return tokens[0].alternatives if tokens else {}
 
-        return response, percent_distribution(response.tokens, after), continued.count(True)
-
-    def _continue(
-        self, messages: Sequence[Mapping[str, Any]], beginning: str
-    ) -> Mapping[bytes, float] | None:
-        """The listed tokens after the beginning of an answer, as vLLM and SGLang give them; None: the server cannot."""
-        if self.notes.get(EXPECTED) == NO_CONTINUATION:
-            return None
-        messages = [*messages, {"role": "assistant", "content": beginning.lstrip()}]
-        continuing = {"continue_final_message": True, "add_generation_prompt": False}
-        try:
-            response = self.client.ask(messages, 1, **LISTED, **continuing)
-        except RefusedError:
-            self.notes[EXPECTED] = NO_CONTINUATION
-            return None
-        return response.tokens[0].alternatives if response.tokens else {}
+        distribution = percent_distribution(response.tokens, after)
+        return response, distribution, continued
 
     def close(self) -> None:
         self.client.close()
-
-
-def _mean(distribution: Mapping[float, float]) -> float | None:
-    """The mean of a distribution over confidences; None for an empty one."""
-    mean = sum(level * p for level, p in distribution.items())
-    return min(max(mean, 0.0), 1.0) if distribution else None
 
 
 def _likelihood(answer: EstimatedPrediction, tokens: Sequence[Token]) -> float | None:
@@ -144,10 +125,3 @@ def _likelihood(answer: EstimatedPrediction, tokens: Sequence[Token]) -> float |
     if p is None or answer.predicted not in ("yes", "no"):
         return None
     return p if answer.predicted == "yes" else 1 - p
-
-
-def data_uri(image: np.ndarray) -> str:
-    """Encode an image, uint8 [H, W, 3], as a PNG in a data URI; the same image always gives the same text."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

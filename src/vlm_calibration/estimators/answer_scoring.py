@@ -153,11 +153,8 @@ def score_counted(
         if cached is not None:
             return cached, [1] * len(responses)
     runs: list[int] = []
-    handle = unwrap_peft(model).get_decoder().register_forward_pre_hook(lambda *_: runs.append(1))
-    try:
+    with unwrap_peft(model).get_decoder().register_forward_pre_hook(lambda *_: runs.append(1)):
         scores = score_responses(model, prompts, responses)
-    finally:
-        handle.remove()
     return scores, [1 if len(runs) == 1 else len(r) for r in responses]
 
 
@@ -173,10 +170,7 @@ def score_answers(
 class AnswerTokenizer:
     """Tokenizes answers with every confidence that can be stated after them; keeps what several systems ask for.
 
-    Args:
-        chat: renders and tokenizes conversations.
-        levels, grid: as for `ResponseTokenizer`.
-        opposite: also score the opposite answer to a yes/no question with every confidence.
+    `levels` and `grid` are as for `ResponseTokenizer`. `opposite`: also the opposite answer to a yes/no question, with every confidence.
     """
 
     def __init__(
@@ -194,13 +188,8 @@ class AnswerTokenizer:
     def tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
         """The answer with every level; for a yes/no question also the words yes and no."""
         key = (query.question, query.answer_type, answer)
-        if key not in self._cache:
-            if len(self._cache) >= CACHED:
-                self._cache.clear()
-            self._cache[key] = self._tokenize(query, answer)
-        return self._cache[key]
-
-    def _tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
+        if key in self._cache:
+            return self._cache[key]
         answers = [answer]
         if self.opposite and query.answer_type == "yes_no":
             predicted = parse_answer(answer, "yes_no", query.question)
@@ -218,4 +207,7 @@ class AnswerTokenizer:
         before_stated = prompt[len(prompt) - cut : len(prompt) - stated_cut]
         before_words = prompt[len(prompt) - cut : len(prompt) - words_cut]
         tokens = [[*before_stated, *c.tokens] for c in candidates] + [[*before_words, *w] for w in words]
-        return TokenizedAnswer(cut, tokens, candidates, len(before_stated))
+        if len(self._cache) >= CACHED:
+            self._cache.clear()
+        self._cache[key] = TokenizedAnswer(cut, tokens, candidates, len(before_stated))
+        return self._cache[key]

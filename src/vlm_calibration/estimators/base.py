@@ -136,11 +136,11 @@ class LocalSystem(System):
             scored = answered.scored if EXPECTED in estimates else [None] * len(batch.queries)
             distributions = [scores.distribution if scores else {} for scores in scored]
             answers = SystemAnswers.of(answered.predictions, estimates, distributions)
-            if not probes:
-                return answers
-            probed, passes = answered.read_probes(probes)
-        predictions = [replace(p, probes=own) for p, own in zip(answers.predictions, probed, strict=True)]
-        return answers._replace(predictions=predictions, passes={**answers.passes, PROBES: passes})
+            if probes:
+                probed, answers.passes[PROBES] = answered.read_probes(probes)
+                rows = zip(answers.predictions, probed, strict=True)
+                answers = answers._replace(predictions=[replace(p, probes=own) for p, own in rows])
+            return answers
 
 
 def grade_answers(batch: PromptBatch, texts: Sequence[str]) -> list[EstimatedPrediction]:
@@ -187,13 +187,9 @@ class AnsweredBatch:
         """
         if not batch.queries:
             return AnsweredBatch(model, batch, [], [], tokenizer, max_new_tokens)
+        of_model = tokenizer.chat.processor.tokenizer
         texts, passes, complete, cache = generate(
-            model,
-            batch.inputs,
-            tokenizer.chat.processor.tokenizer,
-            max_new_tokens,
-            end_of_confidence,
-            keep_cache=keep_cache,
+            model, batch.inputs, of_model, max_new_tokens, end_of_confidence, keep_cache=keep_cache
         )
         answers = grade_answers(batch, texts)
         return AnsweredBatch(model, batch, answers, passes, tokenizer, max_new_tokens, cache, complete)
@@ -234,12 +230,11 @@ class AnsweredBatch:
     def score_copy(self, copy: ImageCopy, *, with_levels: bool) -> dict[int, ResponsePass]:
         """Score each answer with a perturbed copy of its image, in one pass.
 
-        Args:
-            copy: the copy.
-            with_levels: with every level after the answer, or with one, for scores that do not depend on them.
+        With every level after the answer, or with one, for scores that do not depend on them. Queries without an answer are scored with
+        the gold answer.
 
         Returns:
-            Row -> scores, for the queries whose image has the copy; those without an answer are scored with the gold answer.
+            Row -> scores, for the queries whose image has the copy.
 
         Raises:
             ValueError: the copies were not made, which `PerturbedQueryDataModule` does for an `EvaluationModule`.
@@ -267,10 +262,8 @@ class AnsweredBatch:
         if not opposite:
             return {}
         # The other queries keep their rows, which the cache has as well; their scores are dropped.
-        tokenized = [
-            self.tokenizer.tokenize(query, opposite.get(row, query.answer))
-            for row, query in enumerate(self.batch.queries)
-        ]
+        queries = enumerate(self.batch.queries)
+        tokenized = [self.tokenizer.tokenize(q, opposite.get(row, q.answer)) for row, q in queries]
         by_answer = score_answers(self.model, tokenized, self.prompts, self.cache).by_answer()
         return {row: by_answer[row] for row in opposite}
 
@@ -285,10 +278,8 @@ class AnsweredBatch:
             ValueError: the copies of the images were not made, see `score_copy`.
         """
         passes = [scores.passes if scores else 1 for scores in self.scored]
-        probed: list[dict[str, float | None]] = [
-            {ORIGINAL: scores.likeliest_level if scores else None, **dict.fromkeys(probes)}
-            for scores in self.scored
-        ]
+        original = [scores.likeliest_level if scores else None for scores in self.scored]
+        probed: list[dict[str, float | None]] = [{ORIGINAL: p, **dict.fromkeys(probes)} for p in original]
         for probe in probes:
             copy = COPIES.get(probe)
             changed = self.score_opposite() if copy is None else self.score_copy(copy, with_levels=True)

@@ -108,7 +108,6 @@ def score_cached(
         by_kind = dict.fromkeys(original, mask) if isinstance(original, dict) else mask
         return args, {**kwargs, "attention_mask": by_kind, "position_ids": positions}
 
-    handle = unwrap_peft(model).get_decoder().register_forward_pre_hook(replace_mask, with_kwargs=True)
     inputs = {
         "input_ids": tree.ids,
         "attention_mask": cache.mask.new_ones(batch, cached + width),
@@ -116,11 +115,11 @@ def score_cached(
         # Without them, Qwen's models compute positions from those of the last prompts that they saw, of any number of rows.
         "position_ids": positions,
     }
-    try:
-        logits = logits_at(model, inputs, tree.rows, tree.columns)
-    finally:
-        handle.remove()
-        cache.key_values.crop(cached - cache.key_values.get_seq_length())
+    with unwrap_peft(model).get_decoder().register_forward_pre_hook(replace_mask, with_kwargs=True):
+        try:
+            logits = logits_at(model, inputs, tree.rows, tree.columns)
+        finally:
+            cache.key_values.crop(cached - cache.key_values.get_seq_length())
     return scores_at(logits.float().log_softmax(-1)[tree.predictor, tree.targets], tree.predictions)
 
 
@@ -133,8 +132,8 @@ def _build_tree(prompts: Prompts, responses: Responses, shared: Tensor) -> _Tree
     indices: list[list[list[int]]] = []  # as `_Tree.predictions`
     bounds = zip(prompts.inputs["input_ids"].tolist(), shared.tolist(), prompts.lengths.tolist(), strict=True)
     for row, ((prompt, start, end), candidates) in enumerate(zip(bounds, responses, strict=True)):
-        tokens = prompt[start:end]
-        parent, last = list(range(-1, len(tokens) - 1)), len(tokens) - 1
+        tokens, last = prompt[start:end], end - start - 1
+        parent = list(range(-1, last))
         children: dict[tuple[int, int], int] = {}  # (column, next token) -> its column
         of_query = []
         for candidate in candidates:
@@ -156,6 +155,5 @@ def _build_tree(prompts: Prompts, responses: Responses, shared: Tensor) -> _Tree
     device = prompts.lengths.device
     rows, columns = torch.tensor(list(predictors), device=device).unbind(-1)
     predictor, targets = torch.tensor(list(predictions), device=device).unbind(-1)
-    token_ids, parent_columns = padded(ids, 0, device), padded(parents, -1, device)
-    table = padded_table(indices, device)
-    return _Tree(token_ids, parent_columns, rows, columns, predictor, targets, table)
+    tokens, parent, table = padded(ids, 0, device), padded(parents, -1, device), padded_table(indices, device)
+    return _Tree(tokens, parent, rows, columns, predictor, targets, table)

@@ -133,19 +133,15 @@ def prediction_from_dict(data: Any) -> EstimatedPrediction:
     if missing := [key for key in REQUIRED if key not in data]:
         raise RecordError(f"no key {missing[0]!r}; a prediction has {', '.join(REQUIRED)}")
     probes = data.get("probes", {})
-    for key, value in data.items():
-        if key == "probes":
-            continue
+    if not isinstance(probes, Mapping) or (probes and ORIGINAL not in probes):
+        raise RecordError(f"'probes' must be an object with the key {ORIGINAL!r}, found {probes!r}")
+    plain = {key: value for key, value in data.items() if key != "probes"}
+    for key, value in {**plain, **{f"probes.{name}": p for name, p in probes.items()}}.items():
         expected, is_valid = CHECKS.get(TYPES.get(key), CHECKS[SHARE])
         if not is_valid(value):
             raise RecordError(f"'{key}' must be {expected}, found {value!r}")
-    if not isinstance(probes, Mapping) or (probes and ORIGINAL not in probes):
-        raise RecordError(f"'probes' must be an object with the key {ORIGINAL!r}, found {probes!r}")
-    for name, value in probes.items():
-        if not CHECKS[SHARE][1](value):
-            raise RecordError(f"'probes' must have numbers in [0, 1] or null, found {value!r} as {name!r}")
-    own = {key: data[key] for key in KEYS if key in data}
-    return EstimatedPrediction(**own, estimates={key: data[key] for key in data if key not in KEYS})
+    own = {key: value for key, value in data.items() if key in KEYS}
+    return EstimatedPrediction(**own, estimates={k: v for k, v in plain.items() if k not in KEYS})
 
 
 def estimators_of(predictions: Sequence[EstimatedPrediction]) -> tuple[str, ...]:

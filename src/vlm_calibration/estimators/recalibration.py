@@ -107,7 +107,12 @@ def recalibrated(
     Raises:
         DataError: an image is in both sets or unknown, or no calibration answer of a type has a confidence.
     """
-    if shared := sorted(_images_of(calibration) & _images_of(predictions)):
+    for p in (*calibration, *predictions):
+        if p.image is None:
+            raise DataError(
+                f"prediction {p.id!r} has no 'image', so answers cannot be split by image: evaluate again"
+            )
+    if shared := sorted({p.image or "" for p in calibration} & {p.image or "" for p in predictions}):
         raise DataError(
             f"{len(shared)} images are in the calibration split and in the test split, {shared[0]!r} among them: a map must "
             "be fitted on other images than it is applied to"
@@ -142,12 +147,3 @@ def _rated(predictions: Sequence[EstimatedPrediction], estimator: str) -> dict[s
         if prediction.confidence_of(estimator) is not None:
             rows.setdefault(prediction.answer_type, []).append(row)
     return rows
-
-
-def _images_of(predictions: Sequence[EstimatedPrediction]) -> set[str]:
-    for prediction in predictions:
-        if prediction.image is None:
-            raise DataError(
-                f"prediction {prediction.id!r} has no 'image', so answers cannot be split by image: evaluate again"
-            )
-    return {p.image for p in predictions if p.image is not None}

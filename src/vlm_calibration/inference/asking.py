@@ -141,34 +141,30 @@ class CalibratedModel:
             batch = self.collate(samples)
             for name in systems or self.systems:
                 predictions, _, distributions = self.systems[name].answer(batch)
-                rule = self.rule if name == self.main else None
                 answers[name] = [
-                    self._answer(prediction, distribution, rule)
-                    for prediction, distribution in zip(predictions, distributions, strict=True)
+                    Answer(
+                        text=p.text,
+                        answer=strip_confidence(p.text),
+                        confidence=p.confidence,
+                        expected=p.estimates[EXPECTED],
+                        distribution=distribution,
+                        answer_type=p.answer_type,
+                        rule=self._applied_rule(p) if name == self.main else None,
+                        warning=self.unknown_part(p.question),
+                    )
+                    for p, distribution in zip(predictions, distributions, strict=True)
                 ]
         return answers
 
-    def _answer(
-        self, prediction: EstimatedPrediction, distribution: Mapping[float, float], rule: DecisionRule | None
-    ) -> Answer:
-        unknown = self.unknown_part(prediction.question)
-        applied = None
-        if rule is not None:
-            confidence = prediction.confidence_of(rule.estimator)
-            if confidence is not None and rule.estimator != VERBALIZED:
-                confidence = rounded(confidence)  # as an evaluation measures it
-            unfamiliar = unknown or rule.questions.unfamiliar(prediction.question)
-            applied = rule.applied(confidence, prediction.category, unfamiliar)
-        return Answer(
-            text=prediction.text,
-            answer=strip_confidence(prediction.text),
-            confidence=prediction.confidence,
-            expected=prediction.estimates[EXPECTED],
-            distribution=distribution,
-            answer_type=prediction.answer_type,
-            rule=applied,
-            warning=unknown,
-        )
+    def _applied_rule(self, prediction: EstimatedPrediction) -> AppliedRule | None:
+        if self.rule is None:
+            return None
+        confidence = prediction.confidence_of(self.rule.estimator)
+        if self.rule.estimator != VERBALIZED:
+            confidence = rounded(confidence)  # as an evaluation measures it
+        question = prediction.question
+        unfamiliar = self.unknown_part(question) or self.rule.questions.unfamiliar(question)
+        return self.rule.applied(confidence, prediction.category, unfamiliar)
 
     @property
     def main(self) -> str:
@@ -203,7 +199,6 @@ class CalibratedModel:
 
         Args:
             image: a path, the bytes of a file, a Pillow image, or uint8 [H, W, 3].
-            question: the question about the image.
             answer_type: "yes_no", "short" or "open"; None: recognised from the question.
             category: of the question, for thresholds by category; without it they decide nothing.
             as_base: answer without the adapter.
@@ -241,10 +236,7 @@ class CalibratedModel:
     ) -> Sample:
         """Prepare a question about an image for the model; arguments and errors as for `ask`.
 
-        Args:
-            name: name of the question in messages, and seed of the perturbation.
-            mask: region to perturb, bool [H, W]; None: the whole image stays untouched.
-            perturbation: what happens to the region.
+        The perturbation of the region `mask`, bool [H, W], is seeded by the question's `name` in messages; None: the image stays untouched.
         """
         if not question.strip():
             raise DataError(f"{name}: the question is empty")
@@ -286,10 +278,7 @@ def answer_type_of(question: str) -> AnswerType:
 def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None) -> ImageArray:
     """Convert an image to uint8 [H, W, 3], by the rules of `load_image`.
 
-    Args:
-        image: the image.
-        max_pixels: larger files and Pillow images are refused.
-        name: name of the image in messages.
+    Files and Pillow images of more than `max_pixels` are refused; `name` is that of the image in messages.
 
     Raises:
         DataError: the image cannot be used.
@@ -298,23 +287,20 @@ def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str 
     if isinstance(image, np.ndarray):
         check_image(image)
         return image
+    if isinstance(image, Image.Image):
+        if image.width * image.height > max_pixels:
+            raise DataError(
+                f"image: {image.width} x {image.height} pixels, more than the {max_pixels} allowed"
+            )
+        if image.mode in ("F", "LAB"):
+            raise DataError(
+                f"image: {image.mode} pixels have no unique conversion to 8-bit RGB; convert it to RGB"
+            )
+        # Encoded as a file, it is read like any other, whatever its mode and transparency.
+        upright, file = ImageOps.exif_transpose(image), io.BytesIO()
+        (upright if upright.mode in _AS_PNG else upright.convert("RGB")).save(file, "PNG", compress_level=1)
+        image, name = file.getvalue(), name or "image"
     try:
-        if isinstance(image, Image.Image):
-            # Encoded as a file, it is read like any other, whatever its mode and transparency.
-            return load_image(_png(image, max_pixels), max_pixels=max_pixels, name=name or "image")
         return load_image(image, max_pixels=max_pixels, name=name)
     except (ImageError, OSError) as error:
         raise DataError(str(error)) from error
-
-
-def _png(image: Image.Image, max_pixels: int) -> bytes:
-    if image.width * image.height > max_pixels:
-        raise ImageError(f"image: {image.width} x {image.height} pixels, more than the {max_pixels} allowed")
-    if image.mode in ("F", "LAB"):
-        raise ImageError(
-            f"image: {image.mode} pixels have no unique conversion to 8-bit RGB; convert it to RGB"
-        )
-    upright = ImageOps.exif_transpose(image)
-    file = io.BytesIO()
-    (upright if upright.mode in _AS_PNG else upright.convert("RGB")).save(file, "PNG", compress_level=1)
-    return file.getvalue()

@@ -101,12 +101,20 @@ def load_calibrated(
     tokenizer, limit = AnswerTokenizer(data.chat), max_new_tokens or card.max_new_tokens
     adapters: dict[str, str | None] = {BASE: None} if folder is None else {BASE: None, CALIBRATED: CALIBRATED}
     collate, noise = PromptCollator(data.chat, grading=None), NoisePolicy()
+    # For messages; retraining changes it.
+    name = f"{model.name_or_path} at {model.revision}" if model.revision else model.name_or_path
+    if model.quantization != "none":
+        name += f" in {model.quantization}"
+    if folder is not None:
+        weights = folder / WEIGHTS
+        content = file_digest(weights) if weights.is_file() else digest([])
+        name += f" with {folder} ({content[:8]})"
     try:
         check_resolution(data.processor)
     except DataError:
         noise = NoisePolicy(resolution="native")  # the size at which the model sees an image is not known
     return CalibratedModel(
-        _name(model, folder),
+        name,
         {name: LocalSystem(loaded, a, tokenizer, limit, estimators) for name, a in adapters.items()},
         lambda samples: collate(samples).to(loaded.device),
         noise,
@@ -146,18 +154,6 @@ def _check_rule(
             f"{path}: the thresholds were chosen with quantization {rule.quantization!r}, and the model is loaded with "
             f"{model.quantization!r}: their guarantee may not hold"
         )
-
-
-def _name(base: BaseModel, adapter: Path | None) -> str:
-    """A name for messages that also identifies the adapter's weights: retraining changes it."""
-    parts = [base.name_or_path, base.revision and f"at {base.revision}"]
-    if base.quantization != "none":
-        parts.append(f"in {base.quantization}")
-    if adapter is not None:
-        weights = adapter / WEIGHTS
-        content = file_digest(weights) if weights.is_file() else digest([])
-        parts.append(f"with {adapter} ({content[:8]})")
-    return " ".join(part for part in parts if part)
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -65,7 +64,7 @@ def layer_parts(model: PreTrainedModel) -> dict[str, ModelPart]:
     return parts
 
 
-def attach_lora(model: PreTrainedModel, settings: LoraSettings, adapter_name: str = "default") -> PeftModel:
+def attach_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """Freeze the model and add a LoRA adapter to the linear layers of `settings.parts`.
 
     Raises:
@@ -84,7 +83,7 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, adapter_name: st
         use_dora=settings.use_dora,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config, adapter_name=adapter_name)
+    return get_peft_model(model, config)
 
 
 def adapted_parts(model: PeftModel) -> list[ModelPart]:
@@ -99,43 +98,38 @@ def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTraine
     Raises:
         DataError: an adapter does not exist or does not fit the model.
     """
-    wrapped: PeftModel | None = None
+    wrapped, base = model, model.name_or_path
     for name, adapter in adapters.items():
         folder = find_adapter(adapter)
-        with _report_misfit(folder, model.name_or_path):
-            if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-            else:
-                wrapped.load_adapter(str(folder), adapter_name=name)
-            _check_all_loaded(wrapped, name, folder)
-    return model if wrapped is None else wrapped
-
-
-@contextmanager
-def _report_misfit(folder: Path, base: str) -> Iterator[None]:
-    """Raise errors of the block as a DataError: the adapter does not fit the base model."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(?s).*Found missing adapter keys")
-            yield
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        trained = read_object(folder / CONFIG).get("base_model_name_or_path")
-        advice = f"its base model is {trained}: use that one, or an adapter of {base}"
-        if trained and BaseModel(trained).name_or_path == base:
-            advice = "its base model has this name, so one of the two has changed: use the former base model, or train again"
-        raise DataError(
-            f"the adapter at {folder} does not fit the base model {base}: {shorten_message(error)}; {advice}"
-        ) from error
-
-
-def _check_all_loaded(model: PeftModel, name: str, folder: Path) -> None:
-    """Check that model and file have the same LoRA layers: peft leaves out others, with a warning at most."""
-    saved = {unwrapped_name(k) for k in load_peft_weights(str(folder), device="cpu") if ".lora_A." in k}
-    loaded = {unwrapped_name(n) for n, _ in model.named_parameters() if f".lora_A.{name}." in n}
-    if missing := sorted(loaded - saved):
-        raise ValueError(f"its file lacks {len(missing)} layers of the model, the first is {missing[0]}")
-    if left_out := sorted(saved - loaded):
-        raise ValueError(f"the model lacks {len(left_out)} layers of its file, the first is {left_out[0]}")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="(?s).*Found missing adapter keys")
+                if isinstance(wrapped, PeftModel):
+                    wrapped.load_adapter(str(folder), adapter_name=name)
+                else:
+                    wrapped = PeftModel.from_pretrained(wrapped, str(folder), adapter_name=name)
+            # peft leaves out layers that only the model or only the file has.
+            saved = {
+                unwrapped_name(k) for k in load_peft_weights(str(folder), device="cpu") if ".lora_A." in k
+            }
+            loaded = {unwrapped_name(n) for n, _ in wrapped.named_parameters() if f".lora_A.{name}." in n}
+            if missing := loaded - saved:
+                raise ValueError(
+                    f"its file lacks {len(missing)} layers of the model, the first is {min(missing)}"
+                )
+            if left_out := saved - loaded:
+                raise ValueError(
+                    f"the model lacks {len(left_out)} layers of its file, the first is {min(left_out)}"
+                )
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            trained = read_object(folder / CONFIG).get("base_model_name_or_path")
+            advice = f"its base model is {trained}: use that one, or an adapter of {base}"
+            if trained and BaseModel(trained).name_or_path == base:
+                advice = "its base model has this name, so one of the two has changed: use the former base model, or train again"
+            raise DataError(
+                f"the adapter at {folder} does not fit the base model {base}: {shorten_message(error)}; {advice}"
+            ) from error
+    return wrapped
 
 
 @contextmanager
@@ -151,7 +145,7 @@ def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Itera
         return
     trained = [(p, p.requires_grad) for p in model.parameters()]
     before = model.active_adapter
-    disabled = any(layer.disable_adapters for layer in _tuner_layers(model))
+    disabled = any(m.disable_adapters for m in model.modules() if isinstance(m, BaseTunerLayer))
     try:
         if name is None:
             with model.disable_adapter():
@@ -168,31 +162,24 @@ def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Itera
             parameter.requires_grad_(flag)
 
 
-def _tuner_layers(model: PeftModel) -> Iterator[BaseTunerLayer]:
-    return (m for m in model.modules() if isinstance(m, BaseTunerLayer))
-
-
 def continue_adapter(
     model: PreTrainedModel, folder: str, parts: Sequence[ModelPart] | None = None, reference: bool = True
 ) -> PeftModel:
     """Load a saved adapter for further training without dropout, with a frozen copy of it as the adapter `REFERENCE`.
 
-    Args:
-        folder: the saved adapter, as for `find_adapter`.
-        parts: train only its layers in these parts of the model; None: all of them.
-        reference: whether to load the copy.
+    Only its layers in `parts` of the model are trained, by default all of them. Without `reference` there is no copy. `folder` is as for
+    `find_adapter`.
 
     Raises:
         DataError: the adapter does not exist, does not fit the model, or has no layer in `parts`.
     """
-    layers = layer_parts(model)
-    wrapped = load_adapters(
-        model, dict.fromkeys(["default", REFERENCE] if reference else ["default"], folder)
-    )
+    layers, names = layer_parts(model), ["default", REFERENCE] if reference else ["default"]
+    wrapped = load_adapters(model, dict.fromkeys(names, folder))
     assert isinstance(wrapped, PeftModel)
     # A difference between the two is one of their weights.
-    for layer in _tuner_layers(wrapped):
-        layer.lora_dropout = nn.ModuleDict({name: nn.Identity() for name in layer.lora_dropout})
+    for layer in wrapped.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.lora_dropout = nn.ModuleDict({name: nn.Identity() for name in layer.lora_dropout})
     for config in wrapped.peft_config.values():
         config.lora_dropout = 0.0
     wrapped.set_adapter("default")

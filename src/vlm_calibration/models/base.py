@@ -98,19 +98,17 @@ def find_adapter(run: str | Path) -> Path:
     return folder
 
 
-def adapter_files(folder: Path) -> dict[str, str]:
-    """File name -> digest, of every file that peft reads from an adapter's folder."""
-    return {path.name: file_digest(path) for path in sorted(folder.glob("adapter_*")) if path.is_file()}
-
-
-def adapter_digest(folder: Path) -> str:
-    """The digest of all files that peft reads from an adapter's folder."""
-    return digest([json.dumps(adapter_files(folder))])
+def adapter_digest(folder: Path, *left_out: str) -> str:
+    """The digest of the files that peft reads from an adapter's folder, without those that are `left_out`."""
+    files = [
+        path for path in sorted(folder.glob("adapter_*")) if path.is_file() and path.name not in left_out
+    ]
+    return digest([json.dumps({path.name: file_digest(path) for path in files})])
 
 
 def adapter_weights_digest(folder: Path) -> str:
     """The digest of an adapter's weights, whatever base model its configuration names."""
-    return digest([json.dumps({name: d for name, d in adapter_files(folder).items() if name != CONFIG})])
+    return adapter_digest(folder, CONFIG)
 
 
 def base_of_adapter(adapter: str | Path) -> BaseModel:
@@ -151,11 +149,8 @@ def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
     first = next((name for name, base in bases.items() if base.dtype != "auto"), next(iter(bases)))
     one = bases[first]
     for name, base in bases.items():
-        if (
-            os.path.realpath(one.name_or_path) != os.path.realpath(base.name_or_path)
-            or (one.revision, one.quantization) != (base.revision, base.quantization)
-            or base.dtype not in (one.dtype, "auto")
-        ):
+        one_key, key = ((os.path.realpath(b.name_or_path), b.revision, b.quantization) for b in (one, base))
+        if key != one_key or base.dtype not in (one.dtype, "auto"):
             raise DataError(
                 f"the adapters {first!r} and {name!r} have different base models: {describe(one)} and {describe(base)}; "
                 "evaluate them separately, or set model.init_args.base.name_or_path for both"

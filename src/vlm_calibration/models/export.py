@@ -62,7 +62,13 @@ def merge_adapter(
         if lora.bias != "none" or lora.lora_bias:
             raise ValueError("it has trained biases, and only weights are merged: train it with `bias: none`")
         layers = {unwrapped_name(n): m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
-        _check_tied_weights(wrapped, layers)
+        # An adapter changes one of two modules with tied weights, merging changes both.
+        by_weight = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
+        adapted = {id(module) for layer in layers.values() for module in (layer, layer.get_base_layer())}
+        for name, module in wrapped.named_modules():
+            tied = by_weight.get(id(getattr(module, "weight", None)))
+            if tied is not None and id(module) not in adapted:
+                raise ValueError(f"it adapts {tied}, which shares its weights with {unwrapped_name(name)}")
         _merge_layers(layers, target)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="All adapters are already merged")
@@ -72,16 +78,6 @@ def merge_adapter(
             f"the adapter at {folder} cannot be merged into {base.name_or_path}: {shorten_message(error)}"
         ) from error
     return merged.to(target), tuple(layers)
-
-
-def _check_tied_weights(model: PeftModel, layers: dict[str, LoraLayer]) -> None:
-    """Refuse layers with tied weights: an adapter changes one of the two modules, merging changes both."""
-    by_weight = {id(layer.get_base_layer().weight): name for name, layer in layers.items()}
-    adapted = {id(module) for layer in layers.values() for module in (layer, layer.get_base_layer())}
-    for name, module in model.named_modules():
-        tied = by_weight.get(id(getattr(module, "weight", None)))
-        if tied is not None and id(module) not in adapted:
-            raise ValueError(f"it adapts {tied}, which shares its weights with {unwrapped_name(name)}")
 
 
 @torch.no_grad()

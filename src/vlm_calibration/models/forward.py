@@ -36,10 +36,7 @@ class LabelledLogits(NamedTuple):
 def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> LabelledLogits:
     """Logits that predict the labelled tokens.
 
-    Args:
-        model: a transformers or peft model.
-        inputs: arguments of the forward pass.
-        labels: int64 [B, L], IGNORE where there is no label; label t is predicted at position t - 1.
+    `labels` are int64 [B, L], IGNORE where there is no label; label t is predicted at position t - 1.
 
     Raises:
         ValueError: the first token of a sequence has a label, which no position predicts.
@@ -57,11 +54,8 @@ def logits_at(model: Any, inputs: Mapping[str, Tensor], rows: Tensor, positions:
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][rows, positions][None], *args[1:])
 
-    handle = unwrap_peft(model).get_output_embeddings().register_forward_pre_hook(select)
-    try:
+    with unwrap_peft(model).get_output_embeddings().register_forward_pre_hook(select):
         return model(**inputs, use_cache=False).logits[0]
-    finally:
-        handle.remove()
 
 
 def unwrap_peft(model: Any) -> Any:
@@ -72,21 +66,17 @@ def unwrap_peft(model: Any) -> Any:
 def frozen_vision(model: Any) -> list[nn.Module]:
     """The outermost modules outside the language model without an adapter or trained parameters: tower, projector, ..."""
     base = unwrap_peft(model)
-    language = {id(base.get_decoder()), id(base.get_output_embeddings())}
-    frozen: list[nn.Module] = []
-    pending = list(base.children())
-    while pending:
-        module = pending.pop(0)
-        inside = list(module.modules())
-        if id(module) in language:
-            continue
-        if any(id(m) in language for m in inside):
-            pending += module.children()
-        elif not any(isinstance(m, BaseTunerLayer) for m in inside) and not any(
-            p.requires_grad for p in module.parameters()
-        ):
-            frozen.append(module)
-    return frozen
+    language = {base.get_decoder(), base.get_output_embeddings()}
+
+    def frozen_within(module: nn.Module) -> list[nn.Module]:
+        inside = set(module.modules())
+        if inside & language:
+            children = [] if module in language else module.children()
+            return [frozen for child in children for frozen in frozen_within(child)]
+        is_adapted = any(isinstance(m, BaseTunerLayer) for m in inside)
+        return [] if is_adapted or any(p.requires_grad for p in module.parameters()) else [module]
+
+    return frozen_within(base)
 
 
 @contextmanager
@@ -95,37 +85,33 @@ def shared_vision(model: Any) -> Iterator[None]:
 
     A module whose inputs differ from the first call, such as a frozen projector behind an adapted tower, runs as usual.
     """
-    modules = frozen_vision(model)
-    originals = [m.__dict__.get("forward") for m in modules]
-    for module in modules:
-        module.forward = _CachedForward(module.forward)
+    originals = {module: module.__dict__.get("forward") for module in frozen_vision(model)}
+    for module in originals:
+        module.forward = _run_once(module.forward)
     try:
         yield
     finally:
-        for module, original in zip(modules, originals, strict=True):
+        for module, original in originals.items():
             if original is None:
                 del module.__dict__["forward"]
             else:  # accelerate and bitsandbytes replace `forward` on the instance
                 module.forward = original
 
 
-class _CachedForward:
-    """A forward that runs on its first call, and returns that result again for equal inputs."""
+def _run_once(forward: Any) -> Any:
+    """A forward that returns the result of its first call again for equal inputs."""
+    cached: list[Any] = []  # the inputs and the result of the first call
 
-    def __init__(self, forward: Any) -> None:
-        self.forward = forward
-        self.inputs: list[Tensor] | None = None
-        self.result: Any = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         inputs = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         if any(v.requires_grad for v in inputs):
-            return self.forward(*args, **kwargs)
-        if self.inputs is None:
+            return forward(*args, **kwargs)
+        if not cached:
             with torch.no_grad():
-                self.result = self.forward(*args, **kwargs)
-            self.inputs = inputs
-        elif len(inputs) != len(self.inputs) or not all(map(torch.equal, inputs, self.inputs)):
-            return self.forward(*args, **kwargs)
+                cached[:] = inputs, forward(*args, **kwargs)
+        elif len(inputs) != len(cached[0]) or not all(map(torch.equal, inputs, cached[0])):
+            return forward(*args, **kwargs)
         # Some families replace fields of the tower's output in place.
-        return copy(self.result)
+        return copy(cached[1])
+
+    return run

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
 from vlm_calibration.models.forward import unwrap_peft
+
+Sampler = Callable[[Tensor, Tensor], Tensor]
+"""Replaces the scores of the next token, after given token ids: a logits processor of transformers."""
 
 
 class PromptCache(NamedTuple):
@@ -51,48 +51,6 @@ class Generated(NamedTuple):
     cache: PromptCache | None
 
 
-class CompleteAnswerCriteria(StoppingCriteria):
-    """Stops the generation of an answer when its text is complete.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        prompts: int64 [B, L]; answers begin behind them.
-        end_of: returns the position at which a complete text ends, None for an incomplete one. Called only for texts with
-            a percent sign.
-
-    Attributes:
-        texts: row -> text of each complete answer, up to its end.
-        lengths: int64 [B], tokens of each answer when it became complete, else 0.
-    """
-
-    def __init__(self, tokenizer: Any, prompts: Tensor, end_of: Callable[[str], int | None]) -> None:
-        self.tokenizer = tokenizer
-        self.start = prompts.shape[1]
-        self.end_of = end_of
-        self.percent = prompts.new_tensor(_percent_tokens(tokenizer))
-        self.has_percent = torch.zeros_like(prompts[:, 0], dtype=torch.bool)
-        self.texts: dict[int, str] = {}
-        self.lengths = prompts.new_zeros(len(prompts))
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Whether each sequence is complete, bool [B]."""
-        answers = input_ids[:, self.start :]
-        self.has_percent |= torch.isin(answers[:, -1], self.percent)
-        for row in (self.has_percent & (self.lengths == 0)).nonzero()[:, 0].tolist():
-            text = self.tokenizer.decode(answers[row], skip_special_tokens=True)
-            end = self.end_of(text)
-            if end is not None:
-                self.texts[row] = text[:end]
-                self.lengths[row] = answers.shape[1]
-        return self.lengths > 0
-
-
-@lru_cache(maxsize=4)
-def _percent_tokens(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that contain a percent sign."""
-    return [i for token, i in tokenizer.get_vocab().items() if "%" in token]
-
-
 @torch.no_grad()
 def generate(
     model: Any,
@@ -100,7 +58,7 @@ def generate(
     tokenizer: Any,
     max_new_tokens: int,
     end_of: Callable[[str], int | None] | None = None,
-    sampler: LogitsProcessor | None = None,
+    sampler: Sampler | None = None,
     keep_cache: bool = False,
 ) -> Generated:
     """Generate an answer to each prompt.
@@ -108,9 +66,9 @@ def generate(
     Args:
         model: a transformers or peft model from `load_base`, which decodes greedily.
         inputs: left-padded prompts, input_ids int64 [B, L].
-        tokenizer: the model's tokenizer.
         max_new_tokens: length limit of an answer.
-        end_of: as for `CompleteAnswerCriteria`: generation stops there, and text behind it is dropped.
+        end_of: returns the position at which a text with a percent sign is complete, or None. Generation stops there, and text behind it
+            is dropped.
         sampler: samples the tokens; None: greedy decoding.
         keep_cache: keep the prompts' keys and values.
 
@@ -120,37 +78,41 @@ def generate(
     mask, prompts = inputs["attention_mask"], inputs["input_ids"]
     if bool((mask[:, -1] == 0).any()):
         raise ValueError("generation needs prompts that are padded on the left")
-    criterion = CompleteAnswerCriteria(tokenizer, prompts, end_of) if end_of is not None else None
+    start = prompts.shape[1]
+    # Row -> a complete text, up to its end, and its number of tokens.
+    complete_texts: dict[int, tuple[str, int]] = {}
+
+    def is_complete(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        for row, answer in enumerate(input_ids[:, start:]):
+            if end_of is not None and row not in complete_texts:
+                text = tokenizer.decode(answer, skip_special_tokens=True)
+                if "%" in text and (end := end_of(text)) is not None:
+                    complete_texts[row] = text[:end], len(answer)
+        return torch.tensor([row in complete_texts for row in range(len(input_ids))], device=input_ids.device)
+
     # The position ids of each pass of the language model; None for a pass in which it counts them itself.
     positions: list[Tensor | None] = []
-    handle = (
-        unwrap_peft(model)
-        .get_decoder()
-        .register_forward_pre_hook(
-            lambda module, args, kwargs: positions.append(kwargs.get("position_ids")), with_kwargs=True
-        )
-    )
-    try:
+
+    def record(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        positions.append(kwargs.get("position_ids"))
+
+    with unwrap_peft(model).get_decoder().register_forward_pre_hook(record, with_kwargs=True):
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([criterion] if criterion is not None else []),
-            logits_processor=LogitsProcessorList([sampler] if sampler is not None else []),
+            stopping_criteria=StoppingCriteriaList([is_complete]),
+            logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
             return_dict_in_generate=True,
         )
-    finally:
-        handle.remove()
-    answers = output.sequences[:, prompts.shape[1] :]
+    answers = output.sequences[:, start:]
     ends = model.generation_config.eos_token_id
     ends = torch.as_tensor([] if ends is None else ends, device=answers.device).reshape(-1)
     ended = torch.isin(answers, ends).cumsum(1) > 0
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     passes, complete = ((~ended).sum(1) + ended.any(1)).tolist(), ended.any(1).tolist()
-    if criterion is not None:
-        lengths = criterion.lengths.tolist()
-        for row, text in criterion.texts.items():
-            texts[row], passes[row], complete[row] = text, lengths[row], True
+    for row, (text, length) in complete_texts.items():
+        texts[row], passes[row], complete[row] = text, length, True
     cache = _prompt_cache(output, mask, positions[0]) if keep_cache else None
     return Generated([text.strip() for text in texts], passes, complete, cache)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +31,6 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
     """Load the model in eval mode. It generates greedily, whatever its `generation_config.json` says.
 
     Args:
-        base: the model.
         device: that the model runs on. A quantised model is loaded there and must not be moved later, others onto the CPU.
 
     Raises:
@@ -52,10 +50,7 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
         if base.quantization != "none":
             settings |= {"quantization_config": _quantization(base), "device_map": {"": device}}
         model = AutoModelForImageTextToText.from_pretrained(
-            base.name_or_path,
-            revision=base.revision,
-            trust_remote_code=base.trust_remote_code,
-            **settings,
+            base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code, **settings
         )
     # `generate` takes every setting that it is not given from here; the checkpoint's, such as `repetition_penalty`, would change
     # what is generated, but not the scores of the same tokens.
@@ -124,22 +119,19 @@ def weights_digest(base: BaseModel) -> str | None:
     weights = weight_files(folder) if folder is not None else None
     if folder is None or weights is None or not (folder / "config.json").is_file():
         return None
-    return digest(_identifying_parts(folder, weights))
-
-
-def _identifying_parts(folder: Path, weights: list[Path]) -> Iterator[str | bytes]:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    yield json.dumps({k: v for k, v in settings.items() if k not in UNSTABLE}, sort_keys=True)
+    parts: list[str | bytes] = [
+        json.dumps({k: v for k, v in settings.items() if k not in UNSTABLE}, sort_keys=True)
+    ]
     for path in weights:
         size = path.stat().st_size
-        yield f"{size}\n"
+        is_small = size <= SPANS * SPAN
+        parts.append(f"{size}\n")
         with path.open("rb") as file:
-            if size <= SPANS * SPAN:
-                yield file.read()
-                continue
-            for i in range(SPANS):
+            for i in range(1 if is_small else SPANS):
                 file.seek(i * (size - SPAN) // (SPANS - 1))
-                yield file.read(SPAN)
+                parts.append(file.read(None if is_small else SPAN))
+    return digest(parts)
 
 
 def model_identity(name_or_path: str, revision: str | None = None) -> str | None:

@@ -57,7 +57,6 @@ def model_memory(
     """The weights of a model, and the gradients and number of its trained parameters.
 
     Args:
-        base: the base model.
         lora: the adapters, which are assumed to be alike.
         adapters: how many are loaded; a reference is one.
         trained: parts of the model whose adapter is trained; None: all that have one.
@@ -81,9 +80,7 @@ def model_memory(
     with torch.device("meta"):
         adapted = attach_lora(model.to(dtype), lora)
     n_trained = gradients = 0
-    for name, parameter in adapted.named_parameters():
-        if "lora_" not in name:
-            continue
+    for name, parameter in ((n, p) for n, p in adapted.named_parameters() if "lora_" in n):
         # peft gives adapters of half-precision models float32, before the Trainer converts anything.
         n_bytes = parameter.numel() * (cast or parameter.dtype).itemsize
         size += adapters * n_bytes

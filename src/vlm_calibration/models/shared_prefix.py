@@ -13,7 +13,7 @@ tokens and a table of the blocks of tokens in which any attend: its kernels skip
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
@@ -79,12 +79,8 @@ def score_responses(
 ) -> ResponseScores:
     """Log-likelihoods of every candidate's tokens.
 
-    Args:
-        model: a transformers or peft model.
-        prompts: the prompts.
-        responses: the candidates of each query.
-        scoring: "shared" packs candidates into rows, "plain" runs one forward per candidate, "auto" packs if that is
-            exact, else it logs the reason once.
+    The scoring "shared" packs candidates into rows, "plain" runs one forward per candidate, and "auto" packs if that is exact, else it
+    logs the reason once.
 
     Raises:
         ValueError: a query without candidates, a candidate without tokens, or "shared" where the prefix cannot be shared.
@@ -96,7 +92,9 @@ def score_responses(
     packed = pack(prompts, responses)
     reason = why_not_shared(model, packed.inputs["input_ids"].shape[1])
     if reason is None:
-        return _score_packed(model, packed)
+        hook = partial(isolate_suffixes, segment=packed.segment, shift=packed.shift)
+        with unwrap_peft(model).get_decoder().register_forward_pre_hook(hook, with_kwargs=True):
+            return _score_rows(model, packed)
     if scoring == "shared":
         raise ValueError(f"the prefix cannot be shared: {reason}; use `scoring: plain`")
     _warn_once(f"scoring each response separately, which is slower: {reason}")
@@ -153,58 +151,35 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
     ids: list[list[int]] = []  # behind the prompt
     segments: list[list[int]] = []
     shifts: list[list[int]] = []
-    numbers: dict[tuple[int, int, int], int] = {}  # (row, position, target) -> number of the prediction
-
-    def number(row: int, positions: Iterable[int], targets: Sequence[int]) -> list[int]:
-        # Suffixes with the same first token share its prediction.
-        return [
-            numbers.setdefault((row, position, token), len(numbers))
-            for position, token in zip(positions, targets, strict=False)
-        ]
-
     index: list[list[list[int]]] = []
-    lengths = prompts.lengths.tolist()
-    for row, (length, candidates) in enumerate(zip(lengths, responses, strict=True)):
+    # (row, position, target) -> number of the prediction. Suffixes with the same first token share its prediction.
+    numbers: dict[tuple[int, int, int], int] = {}
+    for row, (length, candidates) in enumerate(zip(prompts.lengths.tolist(), responses, strict=True)):
         alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*candidates, strict=False))
-        shared = len(list(alike))
-        common = list(candidates[0][:shared])
-        first = number(row, range(length - 1, length - 1 + shared), common)
-        behind, segment, shift, of_row = common, [0] * shared, [0] * shared, []
+        behind = [tokens[0] for tokens in alike]
+        shared, end = len(behind), length + len(behind)
+        segment, shift, of_row = [0] * end, [0] * end, []
         for k, candidate in enumerate(candidates, start=1):
-            suffix = list(candidate[shared:])
-            start = length + len(behind)
             # The prefix's last token predicts a suffix's first; the last token of a response predicts nothing.
-            positions = [length + shared - 1, *range(start, start + len(suffix) - 1)]
-            of_row.append([*first, *number(row, positions, suffix)])
-            behind = behind + suffix[:-1]
-            segment += [k] * (len(suffix) - 1)
-            shift += [start - length - shared] * (len(suffix) - 1)
+            start, own = length + len(behind), len(candidate) - shared - 1
+            positions = [*range(length - 1, end), *range(start, start + own)]
+            predicted = zip(positions, candidate, strict=False)
+            of_row.append([numbers.setdefault((row, *place), len(numbers)) for place in predicted])
+            behind += candidate[shared:-1]
+            segment += [k] * own
+            shift += [start - end] * own
         ids.append(behind)
-        segments.append([0] * length + segment)
-        shifts.append([0] * length + shift)
+        segments.append(segment)
+        shifts.append(shift)
         index.append(of_row)
     device = prompts.lengths.device
     rows, at, targets = torch.tensor(list(numbers), device=device).unbind(-1)
-    return Packed(
+    inputs, segment, shift = (
         append_tokens(prompts, ids),
         padded(segments, -1, device),
         padded(shifts, 0, device),
-        rows,
-        at,
-        targets,
-        prompts.lengths,
-        padded_table(index, device),
     )
-
-
-def _score_packed(model: Any, packed: Packed) -> ResponseScores:
-    """Score all candidates with one forward over packed rows."""
-    hook = partial(isolate_suffixes, segment=packed.segment, shift=packed.shift)
-    handle = unwrap_peft(model).get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        return _score_rows(model, packed)
-    finally:
-        handle.remove()
+    return Packed(inputs, segment, shift, rows, at, targets, prompts.lengths, padded_table(index, device))
 
 
 def isolate_suffixes(
@@ -214,24 +189,19 @@ def isolate_suffixes(
 
     `segment` and `shift`, int64 [B, L], are as in `Packed`.
     """
-    blockwise = module.config._attn_implementation == FLEX
-    dtype = kwargs["inputs_embeds"].dtype
 
-    def restrict(mask: Any) -> Tensor | BlockMask:
-        if blockwise:
+    def restrict(mask: Any) -> Any:
+        if isinstance(mask, dict):
+            return {kind: restrict(of_kind) for kind, of_kind in mask.items()}
+        if module.config._attn_implementation == FLEX:
             return _block_mask(segment, mask if isinstance(mask, BlockMask) else None)
-        return additive_mask(segment, mask, dtype)
+        return additive_mask(segment, mask, kwargs["inputs_embeds"].dtype)
 
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(segment.shape[1], device=segment.device)[None]
-    return args, {
-        **kwargs,
-        "attention_mask": {k: restrict(m) for k, m in mask.items()}
-        if isinstance(mask, dict)
-        else restrict(mask),
-        "position_ids": positions - shift,
-    }
+    mask = restrict(kwargs.get("attention_mask"))
+    return args, {**kwargs, "attention_mask": mask, "position_ids": positions - shift}
 
 
 def additive_mask(segment: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
-"""vLLM serves what is exported: the merged demo, and adapters as they are. Needs `tests/serving/setup`."""
+"""Servers answer an evaluation as the model itself does. vLLM needs `tests/serving/setup`, and also serves adapters as they are."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +10,28 @@ import pytest
 
 from vlm_calibration import load_calibrated
 
-from ..endpoint.test_evaluation import lines
-from .served import VLLM, ask_served, questions, save_qwen, serving, vllm_serve
+from ..endpoint.test_evaluation import lines, metrics
+from .served import VLLM, ask_served, questions, save_qwen, serving, transformers_serve, vllm_serve
 
-pytestmark = [
-    pytest.mark.serving,
-    pytest.mark.nightly,
-    pytest.mark.skipif(not VLLM.exists(), reason="vLLM is not installed: run tests/serving/setup"),
-]
 NAME = "calibrated"
+
+
+def with_vllm(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that starts vLLM."""
+    skip = pytest.mark.skipif(not VLLM.exists(), reason="vLLM is not installed: run tests/serving/setup")
+    return pytest.mark.serving(pytest.mark.nightly(skip(test)))
+
+
+def test_transformers_serves_the_merged_demo(
+    merged: str, evaluate_served: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    with serving(transformers_serve(merged), tmp_path / "log") as url:
+        _, served = evaluate_served(merged, url, merged)
+    assert json.loads((served / "notes.json").read_text()) == dict.fromkeys(
+        ("expected", "likelihood"), "the server gives no log-probabilities (logprobs)"
+    )
+    assert {(line["expected"], line["likelihood"]) for line in lines(served)} == {(None, None)}
+    assert metrics(served)["ece@expected"] is None
 
 
 def test_vllm_serves_the_merged_demo(
@@ -37,12 +51,14 @@ def test_vllm_serves_the_merged_demo(
             assert its["expected"] is None
 
 
+@with_vllm
 def test_vllm_serves_a_random_qwen(evaluate_served: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     folder = save_qwen(tmp_path / "qwen")
     with serving(vllm_serve(folder, "--served-model-name", NAME), tmp_path / "log") as url:
         evaluate_served(folder, url, NAME)
 
 
+@with_vllm
 def test_vllm_serves_an_adapter_of_the_language_model_as_it_is(
     demo_adapter: Callable[..., str], demo_model: str, tmp_path: Path
 ) -> None:
