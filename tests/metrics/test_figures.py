@@ -177,7 +177,8 @@ def test_given_axes_and_titles_are_used():
 
 
 def test_figures_are_drawn_in_threads_without_pyplot():
+    before = pyplot.get_fignums()
     with ThreadPoolExecutor(3) as pool:
         sizes = list(pool.map(lambda draw: size(draw(make())), DRAWN))
     assert sizes == [(800, 600)] * 3
-    assert not pyplot.get_fignums()
+    assert pyplot.get_fignums() == before

@@ -118,7 +118,7 @@ def scene_layout(seed: Seed, kind: str = "") -> Layout:
 
 def _draw_layout(seed: Seed, kind: str) -> tuple[Layout, np.random.Generator]:
     """The objects of a scene, and the generator to draw it with; scenes of different kinds share nothing but their seed."""
-    entropy = (*np.atleast_1d(seed), _KIND_SALT + HARD_KINDS.index(kind)) if kind else seed
+    entropy: Seed = (*np.atleast_1d(seed), _KIND_SALT + HARD_KINDS.index(kind)) if kind else seed
     rng = np.random.default_rng(entropy)
     names = _draw_names(rng, kind)
     corners = tuple(int(c) for c in rng.permutation(4)[: len(names) + (kind == "look_alike")])
