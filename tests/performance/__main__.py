@@ -16,6 +16,7 @@ from vlm_calibration.files import write_text
 BENCHMARKS = {
     "perturbation": "Perturbation of a region, by kind",
     "data_path": "A query on its way to the model",
+    "startup": "Start-up time of help pages and of mistakes",
     "streaming": "A million records in the data module",
     "phrases": "Key-object phrases",
     "serving": "Answers a second, in process and from servers (vLLM needs tests/serving/setup)",
