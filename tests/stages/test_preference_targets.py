@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -428,13 +429,11 @@ def test_it_is_fitted_on_what_the_reference_answers(
         return original(target, answered)
 
     monkeypatch.setattr(TargetChooser, "features", recorded)
-    fitted: list[list[TaughtAnswer]] = []
-    gather = preference_targets.gather
-    monkeypatch.setattr(preference_targets, "gather", lambda rows: fitted.append(rows) or gather(rows))
+    gather = Mock(side_effect=preference_targets.gather)
+    monkeypatch.setattr(preference_targets, "gather", gather)
     queries = candidates(OWN, validation=DemoSource("calibration", scenes=4))
     settings: dict[str, Any] = {"max_steps": 1, "limit_train_batches": 1, "limit_val_batches": 0}
     trainer(**settings, precision="bf16-mixed").fit(make_module(pairs=FITTED), datamodule=queries)
-    fitted.clear()
     assert modes == [(False, True)] * 4, (
         "three batches of validation and a step, in the precision of training"
     )
@@ -454,7 +453,7 @@ def test_it_is_fitted_on_what_the_reference_answers(
         [text] = generate(model, inputs, chat.processor.tokenizer, 8, end_of_confidence).texts
         correct = grade(text, query.answer, query.answer_type).correct
         expected.append((correct, query.answer_type, query.image))
-    [rows] = fitted
+    rows = gather.call_args.args[0]
     assert [row[1:] for row in rows] == expected
     assert {row.correct for row in rows} == {True, False}
     assert module.target.fitted == FittedTeacher.fit(TWO, rows)
