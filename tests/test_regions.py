@@ -52,12 +52,7 @@ def predict(
 ) -> Callable[..., list[str]]:
     """Arguments of an extraction with tiny models, shards of four queries and batches of three."""
 
-    def arguments(
-        name: str,
-        *more: dict[str, Any],
-        segmenter: str = "sam",
-        **model: Any,
-    ) -> list[str]:
+    def arguments(name: str, *more: dict[str, Any], **model: Any) -> list[str]:
         trainer = {
             "accelerator": "cpu",
             "default_root_dir": str(tmp_path / name),
@@ -71,7 +66,7 @@ def predict(
         detector = {"name_or_path": tiny("grounding_dino"), "threshold": 0.0, "max_boxes": 2}
         models = {
             "detector": instance("regions.detector.ZeroShotDetector", **detector),
-            "segmenter": instance("regions.segmenter.PromptedSegmenter", name_or_path=tiny(segmenter)),
+            "segmenter": instance("regions.segmenter.PromptedSegmenter", name_or_path=tiny("sam2")),
             "gates": {"min_score": 0.02, "min_area": 0.0},
             **model,
         }
@@ -121,41 +116,6 @@ def _content(folder: Path) -> dict[Any, Any]:
         **{p.name: json.loads(p.read_text()) for p in folder.rglob("*.json")},
         **_shards(folder),
     }
-
-
-def test_from_queries_to_regions(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path, queries: Path
-) -> None:
-    ended = run(*predict("run", segmenter="sam2"))
-    assert ended.status == 0, ended.err
-    folder = tmp_path / "run"
-    rows = pq.read_table(folder / "queries.parquet").to_pylist()
-    lines = [json.loads(line) for line in queries.read_text().splitlines()]
-    assert [r["id"] for r in rows] == [line["id"] for line in lines if line["id"] != "damaged"]
-    for row in rows:
-        labels = {r["label"] for r in row["regions"]} | {r["label"] for r in row["rejected"]}
-        assert labels <= set(row["objects"])
-        assert row["outcome"] in OUTCOMES
-        assert (row["outcome"] == "found") == bool(row["regions"])
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["queries"] == 17
-    assert summary["outcomes"]["absent"] == SCENES
-    assert summary["outcomes"]["unreadable"] == summary["outcomes"]["no phrase"] == 1
-    assert summary["outcomes"]["found"] >= 4
-    assert 0 < summary["share_of_image"]["median"] < 1
-    assert "damaged.png: not an image" in summary["unreadable"][0]
-    for text in ("Regions of 17 queries", "found", "unreadable", str(folder / "queries.parquet")):
-        assert text in ended.out
-    with Image.open(folder / "contact_sheet.png") as sheet:
-        assert min(sheet.size) > 300
-    assert {p.name for p in folder.iterdir()} == {
-        *("shards", "queries.parquet", "summary.json", "contact_sheet.png", "config.yaml", "run.json")
-    }
-    source = ParquetSource(str(folder / "queries.parquet"), root=str(queries.parent))
-    for query in source.queries():
-        loaded = source.load(query)
-        assert len(loaded.evidence) == len(query.regions)
-        assert all(m.shape == (96, 96) for m in loaded.evidence)
 
 
 def test_all_sources_are_extracted_in_one_run_and_trained_on(
@@ -231,7 +191,7 @@ def test_without_the_font_of_the_demo_no_model_is_loaded(
     assert ended.error().endswith("pip install 'vlm-calibration[demo]'")
 
 
-def test_the_same_extraction_resumes_and_is_then_done(
+def test_from_queries_to_regions_interrupted_and_resumed_until_nothing_is_to_do(
     run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -245,6 +205,32 @@ def test_the_same_extraction_resumes_and_is_then_done(
     assert ended.status == 0, ended.err
     before = _content(folder)
     assert finished < {name for name in before if isinstance(name, int)}
+    rows = before["queries.parquet"]
+    lines = [json.loads(line) for line in queries.read_text().splitlines()]
+    assert [r["id"] for r in rows] == [line["id"] for line in lines if line["id"] != "damaged"]
+    for row in rows:
+        labels = {r["label"] for r in row["regions"]} | {r["label"] for r in row["rejected"]}
+        assert labels <= set(row["objects"])
+        assert row["outcome"] in OUTCOMES
+        assert (row["outcome"] == "found") == bool(row["regions"])
+    summary = before["summary.json"]
+    assert summary["queries"] == 17
+    assert summary["outcomes"]["absent"] == SCENES
+    assert summary["outcomes"]["unreadable"] == summary["outcomes"]["no phrase"] == 1
+    assert summary["outcomes"]["found"] >= 4
+    assert 0 < summary["share_of_image"]["median"] < 1
+    assert "damaged.png: not an image" in summary["unreadable"][0]
+    for text in ("Regions of 17 queries", "found", "unreadable", str(folder / "queries.parquet")):
+        assert text in ended.out
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 300
+    files = {"shards", "queries.parquet", "summary.json", "contact_sheet.png", "config.yaml", "run.json"}
+    assert {p.name for p in folder.iterdir()} == files
+    source = ParquetSource(str(folder / "queries.parquet"), root=str(queries.parent))
+    for query in source.queries():
+        loaded = source.load(query)
+        assert len(loaded.evidence) == len(query.regions)
+        assert all(m.shape == (96, 96) for m in loaded.evidence)
     again = run(*predict("run"), "--resume", "--data.parts", "2", "--data.workers", "0")
     assert again.status == 0, again.err
     assert again.out == f"{folder}: finished with these settings: nothing to do\n"

@@ -57,7 +57,7 @@ def test_training_of_other_settings_or_inputs_is_refused(
     measured(
         model_folder,
         {
-            answer_type: noise_counts(*((r.strength, r.n, r.n_correct - 1) for r in counts.bins[0]["noise"]))
+            answer_type: noise_counts(*((s, n, right - 1) for s, (n,), (right,) in counts.kinds["noise"]))
             for answer_type, counts in FALLING.items()
         },
     ).save(table)

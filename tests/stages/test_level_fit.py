@@ -77,8 +77,8 @@ def test_queries_that_no_perturbation_touches_are_asked_and_counted_once(
     asked = Counter((p.answer, p.strength) for p in answers if p.answer_type == "yes_no")
     assert asked == {("Yes", 0): 4, ("Yes", 0.5): 4, ("Yes", 1): 4, ("No", 0): 4}
     counts = AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"]
-    assert [row.n for row in counts.pooled["noise"]] == [4, 4, 4]
-    assert [row.n for row in counts.merged.never_perturbed] == [4]
+    assert [sum(row.n) for row in counts.kinds["noise"]] == [4, 4, 4]
+    assert sum(counts.never_perturbed.n) == 4
     assert [path.name for path in tmp_path.rglob("*.*")] == ["l.json"], "likelihoods are not asked for"
 
 
@@ -111,9 +111,9 @@ def test_queries_without_a_region_count_once_and_those_without_a_readable_image_
     noise = NoisePolicy(levels=LinearLevels(n_levels=3))
     trainer().test(module, datamodule=data(**sources, noise=noise), verbose=False)
     table = AnchoredLevels(out).table
-    assert [row.n for row in table.counts["yes_no"].pooled["noise"]] == [5] * 3
-    assert [row.n for row in table.counts["short"].pooled["noise"]] == [2] * 3
-    assert [[row.n for row in c.merged.never_perturbed] for c in table.counts.values()] == [[1], [1]]
+    assert [sum(row.n) for row in table.counts["yes_no"].kinds["noise"]] == [5] * 3
+    assert [sum(row.n) for row in table.counts["short"].kinds["noise"]] == [2] * 3
+    assert [c.never_perturbed.n for c in table.counts.values()] == [(1,), (1,)]
     readable = [q.id for q in sources["train"].queries() if not q.image.endswith("000000")]
     assert list(read_likelihoods(likelihoods, table.provenance, "")) == readable
 

@@ -81,7 +81,7 @@ def answers_of(likelihoods: Sequence[float], answer_type: str = "short", seed: i
 
 def sizes(counts: AnswerTypeCounts) -> list[int]:
     """The number of queries of each bin."""
-    return [by_kind["noise"][0].n for by_kind in counts.bins]
+    return list(counts.kinds["noise"][0].n)
 
 
 @given(
@@ -94,11 +94,11 @@ def test_every_answer_is_counted_in_the_bin_of_its_likelihood(likelihoods: list[
     bin_of = np.searchsorted(counts.edges, likelihoods, side="right")
     expected = Counter((bin_of[a.query], a.perturbation, a.strength) for a in answers)
     correct = Counter((bin_of[a.query], a.perturbation, a.strength) for a in answers if a.correct)
-    for number, by_kind in enumerate(counts.bins):
-        for kind, rows in by_kind.items():
-            for strength, n, n_correct in rows:
-                key = number, kind if strength else "", strength
-                assert (n, n_correct) == (expected[key], correct[key])
+    for kind, rows in counts.kinds.items():
+        for strength, n, n_correct in rows:
+            keys = [(number, kind if strength else "", strength) for number in range(len(n))]
+            assert list(n) == [expected[key] for key in keys]
+            assert list(n_correct) == [correct[key] for key in keys]
     assert sum(sizes(counts)) == len(likelihoods)
 
 
@@ -106,7 +106,7 @@ def test_every_answer_is_counted_in_the_bin_of_its_likelihood(likelihoods: list[
 def test_bins_hold_alike_many_queries_and_at_least_fifty(n: int, bins: int) -> None:
     likelihoods = np.random.default_rng(0).permutation(n) / n
     counts = count_levels(answers_of(likelihoods.tolist()), LEVELS)["short"]
-    assert len(counts.bins) == bins
+    assert len(sizes(counts)) == bins
     assert max(sizes(counts)) - min(sizes(counts)) <= 1
 
 
@@ -134,13 +134,12 @@ def test_queries_that_are_never_perturbed_are_counted_apart_and_leave_fewer_bins
     """As with `absent: clean`, where sure answers of "no" have no perturbed image."""
     answers = [a for a in answers_of(np.linspace(0, 1, 200).tolist()) if a.query < 110 or not a.strength]
     counts = count_levels(answers, LEVELS)["short"]
-    assert 1 <= len(counts.bins) < 4
-    assert [row.n for row in counts.pooled["blur"]] == [110, 110]
+    assert 1 <= len(sizes(counts)) < 4
+    assert [sum(row.n) for row in counts.kinds["blur"]] == [110, 110]
     untouched = [a for a in answers if not a.strength]
-    (row,) = counts.merged.untouched
-    assert (row.n, row.n_correct) == (200, sum(a.correct for a in untouched))
+    assert counts.untouched.sum(axis=1).tolist() == [200, sum(a.correct for a in untouched)]
     alone = [a.correct for a in untouched if a.query >= 110]
-    assert counts.merged.never_perturbed == (LevelCount(0, 90, sum(alone)),)
+    assert counts.never_perturbed.pooled == LevelCount(0, (90,), (sum(alone),))
 
 
 def test_a_level_without_an_answer_is_named() -> None:
@@ -219,11 +218,11 @@ def test_counts_add_up_and_the_table_loads(measurement: Measurement, model_folde
     assert levels.table.kinds == ("noise", "blur")
     assert levels.answer_types == ("yes_no", "short")
     for answer_type, counts in levels.table.counts.items():
-        for kind, rows in counts.pooled.items():
+        for kind, rows in counts.kinds.items():
             assert [row.strength for row in rows] == [0, 0.5, 1]
             for strength, n, n_correct in rows:
                 key = (answer_type, kind if strength else "", strength)
-                assert (n, n_correct) == (total[key], correct[key])
+                assert (sum(n), sum(n_correct)) == (total[key], correct[key])
     provenance = levels.table.provenance
     assert provenance["model"] == model_folder
     assert provenance["seed"] == 3
@@ -425,7 +424,7 @@ def test_levels_fit_writes_both_files(run: Callable[..., Ended], root: Path, tmp
     files = [tmp_path / "one" / name for name in ("levels.json", "likelihoods.parquet")]
     assert ended.out.splitlines()[-2:] == [f"wrote {file}" for file in files]
     table = AnchoredLevels(files[0], likelihoods=files[1]).table
-    counts = {t: {row.n for rows in c.pooled.values() for row in rows} for t, c in table.counts.items()}
+    counts = {t: {sum(row.n) for rows in c.kinds.values() for row in rows} for t, c in table.counts.items()}
     assert counts == {"yes_no": {40}, "short": {20}}
 
 
@@ -438,7 +437,7 @@ def test_two_processes_measure_as_one(
         ended = start(*_command(root, tmp_path / name, devices))
         assert ended.status == 0, ended.err
     one, two = (AnchoredLevels(tmp_path / name / "levels.json").table for name in ("one", "two"))
-    assert {t: c.bins for t, c in one.counts.items()} == {t: c.bins for t, c in two.counts.items()}
+    assert {t: c.kinds for t, c in one.counts.items()} == {t: c.kinds for t, c in two.counts.items()}
     for answer_type, counts in one.counts.items():
         assert two.counts[answer_type].edges == pytest.approx(counts.edges, abs=1e-6)
     read = [

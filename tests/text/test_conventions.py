@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vlm_calibration.records import RecordError
-from vlm_calibration.text.conventions import (
-    combine_answers,
-    infer_answer_type,
-    strip_format_request,
-)
+from vlm_calibration.text.conventions import combine_answers, infer_answer_type, strip_format_request
 
 
 @pytest.mark.parametrize(
