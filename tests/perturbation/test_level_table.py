@@ -26,7 +26,7 @@ STRENGTHS = [i / 10 for i in range(11)]
 def saved(folder, right, n=100, kind="open", **provenance):
     """Write a table with these numbers of correct answers of `n` at each strength."""
     counts = noise_counts(*((strength, n, k) for strength, k in zip(STRENGTHS, right, strict=True)))
-    AnchoredLevels.fit({kind: counts}, provenance=provenance).save(folder / "levels.json")
+    LevelTable({kind: counts}, provenance).save(folder / "levels.json")
     return folder / "levels.json"
 
 

@@ -52,7 +52,7 @@ def test_anchored_levels_state_the_measured_accuracy_per_answer_type(levels):
     [(974, 5, 0.95), (975, 5, 1.0), (523, 5, 0.5), (525, 1, 0.53), (549, 10, 0.5), (30, 100, 0)],
 )
 def test_confidences_are_rounded_to_the_grid_with_ties_up(right, grid, stated):
-    levels = AnchoredLevels.fit({"open": noise_counts((0, 1000, right))}, grid=grid)
+    levels = AnchoredLevels(table=LevelTable({"open": noise_counts((0, 1000, right))}), grid=grid)
     assert levels.confidence(CLEAN, "open") == stated
     assert levels.accuracy(CLEAN, "open") == right / 1000
 
@@ -70,7 +70,7 @@ def test_what_was_not_measured_is_answered_with_what_was(levels):
 def test_each_kind_has_its_own_accuracies_and_all_share_the_untouched_image():
     noisy = [(0, 100, 90), (0.5, 100, 60), (1, 100, 20)]
     counts = AnswerTypeCounts({"noise": noisy, "blur": [(0, 100, 90), (0.8, 100, 70)]})
-    levels = AnchoredLevels.fit({"open": counts}, grid=1)
+    levels = AnchoredLevels(table=LevelTable({"open": counts}), grid=1)
     assert levels.confidence(noise(0.5), "open") == 0.6
     assert levels.confidence(Perturbation("blur", 0.8), "open") == 0.7
     assert levels.confidence(Perturbation("blur", 0), "open") == levels.confidence(CLEAN, "open") == 0.9
@@ -99,7 +99,7 @@ def test_an_untouched_image_has_the_accuracy_of_all_queries_and_a_perturbed_one_
     """40 queries that are perturbed, correct on 26 untouched images, and as many that never are, all correct."""
     rows = [(0, 40, 26), (0.5, 40, 20), (1, 40, 12)]
     alone, both = (
-        AnchoredLevels.fit({"short": AnswerTypeCounts({"noise": rows}, (), others)}, grid=1)
+        AnchoredLevels(table=LevelTable({"short": AnswerTypeCounts({"noise": rows}, (), others)}), grid=1)
         for others in (None, (0, 40, 40))
     )
     assert alone.accuracy(CLEAN, "short") == pytest.approx(26 / 40)
@@ -114,7 +114,7 @@ def test_queries_that_are_never_perturbed_do_not_make_a_perturbation_lower_the_a
     """A model that says no too often, whatever happened to the image: each no is correct, and few yes are."""
     counts = AnswerTypeCounts({"noise": [(0, 100, 40), (1, 100, 40)]}, (), (0, 100, 100))
     with pytest.raises(ValueError, match="noise does not significantly lower"):
-        AnchoredLevels.fit({"yes_no": counts}).table.check_usable()
+        LevelTable({"yes_no": counts}).check_usable()
 
 
 def test_accuracies_on_untouched_images_rise_with_the_likelihood_whoever_is_perturbed(tmp_path):

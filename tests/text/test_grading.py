@@ -231,9 +231,8 @@ def test_an_answer_may_contain_the_gold_one(answer_type):
         assert grade(text, gold, answer_type, grading=CONTAINS).correct is correct, text
 
 
-@pytest.mark.parametrize(
-    ("text", "gold", "f1"),
-    [
+def test_token_f1_is_that_of_squad():
+    for text, gold, f1 in (
         ("The dog is on the sofa.", "A dog on a sofa", 6 / 7),
         ("dog dog", "dog", 2 / 3),
         ("cat", "dog", 0),
@@ -241,12 +240,10 @@ def test_an_answer_may_contain_the_gold_one(answer_type):
         ("the", "a", 1),
         ("", "dog", 0),
         ("A dog on a sofa. Confidence: 90%", "A dog on a sofa", 1),
-    ],
-)
-def test_token_f1_is_that_of_squad(text, gold, f1):
-    for threshold in (0.01, 0.5, 0.67, 0.86, 1.0):
-        graded = grade(text, gold, "open", grading=Grading(open="token_f1", min_f1=threshold))
-        assert graded.correct is (f1 >= threshold)
+    ):
+        for threshold in (0.01, 0.5, 0.67, 0.86, 1.0):
+            graded = grade(text, gold, "open", grading=Grading(open="token_f1", min_f1=threshold))
+            assert graded.correct is (f1 >= threshold), text
 
 
 def test_a_rule_is_for_its_type_of_answer_alone():

@@ -65,12 +65,12 @@ def test_only_a_no_to_a_yes_no_question_says_that_something_is_absent() -> None:
         assert not answer_is_no(_query(answer, "yes_no"))
 
 
-@pytest.mark.parametrize(("answer", "kind"), [("banana", "yes_no"), ("?!", "short"), ("...", "open")])
-def test_an_answer_that_nothing_can_be_graded_by_is_refused(answer: str, kind: str) -> None:
-    with pytest.raises(RecordError, match=rf"record 'q': .*: {re.escape(repr(answer))}|got 'banana'"):
-        check_answer(_query(answer, kind))
-    for good, its_kind in (("yes!", "yes_no"), ("3", "short"), ("♥", "short"), ("狗", "open")):
-        check_answer(_query(good, its_kind))
+def test_an_answer_that_nothing_can_be_graded_by_is_refused() -> None:
+    for answer, kind in (("banana", "yes_no"), ("?!", "short"), ("...", "open")):
+        with pytest.raises(RecordError, match=rf"record 'q': .*(?:: |got ){re.escape(repr(answer))}"):
+            check_answer(_query(answer, kind))
+    for good, kind in (("yes!", "yes_no"), ("3", "short"), ("♥", "short"), ("狗", "open")):
+        check_answer(_query(good, kind))
 
 
 @pytest.mark.parametrize(

@@ -178,14 +178,10 @@ class AnchoredLevels(ConfidenceLevels):
 
     @classmethod
     def fit(
-        cls,
-        counts: Mapping[str, AnswerTypeCounts],
-        *,
-        provenance: Mapping[str, Any] | None = None,
-        grid: int = 5,
+        cls, counts: Mapping[str, AnswerTypeCounts], provenance: Mapping[str, Any] | None = None
     ) -> "AnchoredLevels":
         """Create levels from measurements by answer type, see `LevelTable`."""
-        return cls(table=LevelTable(dict(counts), dict(provenance or {})), grid=grid)
+        return cls(table=LevelTable(counts, provenance or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically; see `LevelTable.save`."""

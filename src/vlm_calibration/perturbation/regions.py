@@ -103,8 +103,13 @@ def _region_off(
     box = bounding_box(target)
     height, width = box.height, box.width
     shape = target[box.slices] if silhouette else np.ones((height, width), dtype=np.bool_)
+    sums = cv2.integral(target.view(np.uint8))
     while True:
-        corners = _free_corners(target, height, width)
+        # The pixels of the target in each box of this size, by its top-left corner.
+        covered = (
+            sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+        )
+        corners = np.flatnonzero(covered == 0)
         if corners.size:
             top, left = divmod(int(rng.choice(corners)), target.shape[1] - width + 1)
             region = np.zeros_like(target)
@@ -112,13 +117,6 @@ def _region_off(
             return region
         # At least one pixel is free, so a box of one pixel always fits.
         height, width = max(1, int(height * 0.8)), max(1, int(width * 0.8))
-
-
-def _free_corners(target: BoolMask, height: int, width: int) -> np.ndarray:
-    """Flat indices, in [H - height + 1, W - width + 1], of the top-left corners of boxes that do not touch the target."""
-    sums = cv2.integral(target.view(np.uint8))
-    inside = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-    return np.flatnonzero(inside == 0)
 
 
 def _plausible_box(image_shape: tuple[int, ...], rng: np.random.Generator) -> BoolMask:

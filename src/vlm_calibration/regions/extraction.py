@@ -164,7 +164,10 @@ class Pipeline:
         """The union of these instances of a phrase, and the reason if it is rejected."""
         best = max((boxes[i] for i in own), key=lambda d: d.score)
         score = min(1.0, best.score)
-        touching = [masks[i] for i in own if _touches(masks[i], boxes[i])]
+        touching = []  # the masks with a pixel in their box
+        for mask, (x0, y0, x1, y1) in ((masks[i], boxes[i].box) for i in own):
+            if mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].any():
+                touching.append(mask)
         if not touching:
             return Region(best.label, best.box, None, score), "empty"
         mask = np.logical_or.reduce(touching)
@@ -172,9 +175,3 @@ class Pipeline:
         corners = (float(box.left), float(box.top), float(box.right), float(box.bottom))
         region = Region(best.label, corners, mask_to_rle(mask), score)
         return region, self.gates.reason(score, float(mask.mean()))
-
-
-def _touches(mask: np.ndarray, detection: Detection) -> bool:
-    """Whether the mask has a pixel that overlaps the box."""
-    x0, y0, x1, y1 = detection.box
-    return bool(mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].any())
