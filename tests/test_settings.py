@@ -44,7 +44,7 @@ def test_our_objects_keep_what_they_are_made_from() -> None:
         names = inspect.signature(kind).parameters
         instance = kind(**{n: v for n, v in needed.items() if n in names})
         assert set(init_args(instance)) == set(names), kind
-    counts = AnswerTypeCounts.of_kinds({"noise": [(0, 10, 9), (1, 10, 5)]})
+    counts = AnswerTypeCounts({"noise": [(0, 10, 9), (1, 10, 5)]})
     names = set(init_args(AnchoredLevels.fit({"yes_no": counts})))
     assert names == {"table", "grid", "groups", "likelihoods"}, "the content of the file at `path`"
 

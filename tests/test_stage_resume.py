@@ -174,7 +174,7 @@ def test_two_processes_measure_as_one(
         ended = start(*levels_fit(name), *more)
         assert ended.status == 0, ended.err
     one, two = (AnchoredLevels(tmp_path / f"{name}.json").table for name in ("one", "two"))
-    assert {t: c.bins for t, c in one.counts.items()} == {t: c.bins for t, c in two.counts.items()}
+    assert {t: c.kinds for t, c in one.counts.items()} == {t: c.kinds for t, c in two.counts.items()}
     for answer_type, counts in one.counts.items():
         assert two.counts[answer_type].edges == pytest.approx(counts.edges, abs=1e-6)
     first, second = (

@@ -209,8 +209,8 @@ def test_kinds_without_levels_are_refused_at_once() -> None:
 def test_levels_of_a_query_are_stated_for_it(tmp_path: Path) -> None:
     """Untouched, perturbed, and with a perturbed distractor."""
     provenance = {"weights": "w", "prompt": "p", "max_pixels": None}
-    bins = ({"noise": [(0, 100, 60), (1, 100, 20)]}, {"noise": [(0, 100, 100), (1, 100, 30)]})
-    table = LevelTable({"yes_no": AnswerTypeCounts(bins, (0.5,))}, provenance)
+    kinds = {"noise": [(0, (100, 100), (60, 100)), (1, (100, 100), (20, 30))]}
+    table = LevelTable({"yes_no": AnswerTypeCounts(kinds, (0.5,))}, provenance)
     write_likelihoods(tmp_path / "l.parquet", measured_likelihoods({"hard": 0.1, "easy": 0.9}), provenance)
     levels = AnchoredLevels(table=table, grid=1, likelihoods=tmp_path / "l.parquet")
     for query, untouched, perturbed in (("hard", 0.6, 0.2), ("easy", 1.0, 0.3)):

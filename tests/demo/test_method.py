@@ -164,10 +164,10 @@ def test_the_base_model_errs_as_the_shipped_levels_say(call: Caller, root: Path)
     measured = read_table(call.folder / "levels.json").counts
     assert measured.keys() == shipped.keys()
     for answer_type, counts in shipped.items():
-        for kind, rows in counts.pooled.items():
-            for old, new in zip(rows, measured[answer_type].pooled[kind], strict=True):
+        for kind, rows in counts.kinds.items():
+            for old, new in zip(rows, measured[answer_type].kinds[kind], strict=True):
                 assert old.strength == new.strength
-                table = [[row.n_correct, row.n - row.n_correct] for row in (old, new)]
+                table = [[sum(row.n_correct), sum(row.n) - sum(row.n_correct)] for row in (old, new)]
                 assert fisher_exact(table).pvalue > 1e-3, (answer_type, kind, old, new)
 
 

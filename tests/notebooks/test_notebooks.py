@@ -184,7 +184,7 @@ def test_own_data(execute: Execute, root: Path) -> None:
     assert all(f"│ {row}" in text for row in ("before", "after", "base", "sft", "dpo"))
     _same_regions(JsonlSource(str(runs / "data/train.jsonl")), DemoSource("train", SCENES))
     table = AnchoredLevels(runs / "levels.json").table
-    untouched = {kind: counts.pooled[table.kinds[0]][0].n for kind, counts in table.counts.items()}
+    untouched = {kind: sum(counts.kinds[table.kinds[0]][0].n) for kind, counts in table.counts.items()}
     assert untouched == {"yes_no": 12, "short": 6}
     assert len(read_predictions(runs / "eval/dpo/predictions.jsonl")) == 18
     sft, dpo, exported = (

@@ -21,7 +21,8 @@ from vlm_calibration.perturbation.levels import (
     spread_strengths,
 )
 
-from .conftest import instance_counts, instance_table, noise_counts
+from ..level_tables import noise_counts
+from .conftest import instance_counts
 
 CELL = st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(float(n)), st.integers(0, n)))
 
@@ -61,33 +62,28 @@ def test_the_fit_of_several_kinds_is_that_of_a_general_solver(untouched, kinds):
         np.testing.assert_allclose(values, expected[kind], atol=1e-9)
 
 
-ROWS = st.lists(st.integers(0, 40), min_size=6, max_size=6)
-
-
-@given(st.lists(ROWS, min_size=1, max_size=4))
-def test_with_equal_counts_accuracies_rise_with_the_likelihood_and_fall_with_the_strength(rows):
-    bins = tuple(
-        {
-            "noise": [(0, 40, a), (0.5, 40, b), (1, 40, c)],
-            "blur": [(0, 40, a), (0.2, 40, d), (0.6, 40, e), (0.9, 40, f)],
-        }
-        for a, b, c, d, e, f in rows
-    )
-    fits = fit_bins(AnswerTypeCounts(bins, tuple((i + 1) / 10 for i in range(len(rows) - 1))))
-    assert len(fits) == len(rows)
-    for kind in ("noise", "blur"):
+@given(st.lists(st.lists(st.integers(0, 40), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_with_equal_counts_accuracies_rise_with_the_likelihood_and_fall_with_the_strength(bins):
+    n = (40,) * len(bins)
+    a, b, c, d, e, f = zip(*bins, strict=True)
+    kinds = {
+        "noise": [(0, n, a), (0.5, n, b), (1, n, c)],
+        "blur": [(0, n, a), (0.2, n, d), (0.6, n, e), (0.9, n, f)],
+    }
+    fits = fit_bins(AnswerTypeCounts(kinds, tuple((i + 1) / 10 for i in range(len(bins) - 1))))
+    assert len(fits) == len(bins)
+    for kind in kinds:
         table = np.stack([fit[kind] for fit in fits])
         assert (np.diff(table, axis=0) >= -1e-9).all()
         assert (np.diff(table, axis=1) <= 1e-9).all()
-    for fit in fits:
-        assert fit["noise"][0] == fit["blur"][0]
+    assert all(fit["noise"][0] == fit["blur"][0] for fit in fits)
 
 
 def test_measurements_in_order_are_their_own_fit():
     counts = instance_counts()
-    for fit, bin_ in zip(fit_bins(counts), counts.bins, strict=True):
-        for kind, rows in bin_.items():
-            assert fit[kind] == pytest.approx([row.n_correct / row.n for row in rows])
+    for number, fit in enumerate(fit_bins(counts)):
+        for kind, rows in counts.kinds.items():
+            assert fit[kind] == pytest.approx([row.n_correct[number] / row.n[number] for row in rows])
 
 
 # --- strengths
@@ -133,14 +129,6 @@ def test_chosen_strengths_by_hand(measured, accuracies, chosen):
     assert spread_strengths(measured, list(map(np.array, accuracies))) == chosen
 
 
-def test_the_strengths_of_levels_are_spread_by_all_answer_types():
-    table = instance_table()
-    levels = AnchoredLevels(table=table)
-    fits = [fit_bins(counts.merged)[0] for counts in table.counts.values()]
-    for kind, measured in table.strengths.items():
-        assert levels.strengths(kind) == spread_strengths(measured, [fit[kind] for fit in fits])
-
-
 # --- groups
 
 
@@ -168,15 +156,14 @@ def test_groups_are_the_best_of_all_partitions(values, groups):
 
 
 def test_groups_of_numbers_that_differ_by_rounding_errors_have_boundaries():
-    values = [0.5 + 1e-10, 0.5, 0.5, 0.5 - 1e-10, 0.1 + 0.2, 0.3]
-    boundaries = [lower for lower, _ in group_means(values, 4)]
+    boundaries = [lower for lower, _ in group_means([0.5 + 1e-10, 0.5, 0.5 - 1e-10, 0.1 + 0.2, 0.3], 4)]
     assert boundaries == sorted(set(boundaries), reverse=True)
     assert boundaries[-1] == 0
 
 
 def grouped(rights, groups, n=100, grid=1, **more):
-    rows = [(i / 10, n, right) for i, right in enumerate(rights)]
-    return AnchoredLevels(table=LevelTable({"open": noise_counts(rows), **more}), grid=grid, groups=groups)
+    counts = noise_counts(*((i / 10, n, right) for i, right in enumerate(rights)))
+    return AnchoredLevels(table=LevelTable({"open": counts, **more}), grid=grid, groups=groups)
 
 
 def stated(levels, answer_type="open"):
@@ -185,21 +172,18 @@ def stated(levels, answer_type="open"):
     return [levels.confidence(Perturbation("noise", strength), answer_type) for strength in strengths]
 
 
-def test_neighbours_are_merged_to_their_mean():
+def test_neighbours_are_merged_to_their_mean_in_each_answer_type():
     levels = grouped([90, 70, 50, 30, 10], 5)
     assert stated(levels) == [0.9, 0.7, 0.5, 0.3, 0.1]
     assert levels.strengths("noise") == (0, 0.1, 0.2, 0.3, 0.4)
     assert levels.confidences("open") == (0.9, 0.7, 0.5, 0.3, 0.1)
     # At evenly spread accuracies 0.9, 0.7, ..., 0.1; the untouched image counts as often as the four others.
     assert stated(grouped([90, 70, 50, 30, 10], 1)) == [0.65] * 5
-    assert stated(grouped([98, 96, 94, 92], 2)) == [0.98, 0.98, 0.93, 0.93]
-
-
-def test_groups_are_of_the_fit_and_of_each_answer_type():
-    rows = [(i / 10, 100, right) for i, right in enumerate([50, 44, 36, 40])]
-    levels = grouped([98, 96, 94, 92], 2, short=noise_counts(rows))
-    assert len(levels.confidences("open")) == len(levels.confidences("short")) == 2
-    assert max(levels.confidences("short")) <= 0.5 < min(levels.confidences("open"))
+    short = noise_counts(*((i / 10, 100, right) for i, right in enumerate([50, 44, 36, 40])))
+    levels = grouped([98, 96, 94, 92], 2, short=short)
+    assert stated(levels) == [0.98, 0.98, 0.93, 0.93]
+    assert len(levels.confidences("short")) == 2
+    assert max(levels.confidences("short")) <= 0.5
     accuracies = [levels.accuracy(Perturbation("noise", i / 10), "open") for i in range(4)]
     assert accuracies == [0.98, 0.96, 0.94, 0.92], "not merged"
 
@@ -226,19 +210,17 @@ def test_the_means_of_groups_are_rounded_to_the_grid(rights, groups, grid):
 
 def levels_of(percent, groups, grid=1):
     """Levels whose own strengths have these accuracies, since every kind has two strengths."""
-    kinds = ("blur", "fade", "darkness")
     top, *rest = percent
-    counts = {kind: [(0, 100, top), (1, 100, value)] for kind, value in zip(kinds, rest, strict=False)}
-    table = LevelTable({"open": AnswerTypeCounts.of_kinds(counts)})
-    return AnchoredLevels(table=table, grid=grid, groups=groups)
+    kinds = zip(("blur", "fade"), rest, strict=True)
+    counts = AnswerTypeCounts({kind: [(0, 100, top), (1, 100, value)] for kind, value in kinds})
+    return AnchoredLevels(table=LevelTable({"open": counts}), grid=grid, groups=groups)
 
 
 def test_a_tie_of_a_group_goes_up_and_between_groups_the_nearest_accuracy_counts():
     assert levels_of([90, 85, 0], 2).confidence(CLEAN, "open") == 0.88
     assert levels_of([90, 85, 0], 2, grid=25).confidence(CLEAN, "open") == 1.0
-    levels = levels_of([98, 60, 10], 3)
-    for strength in np.linspace(0, 1, 41):
-        accuracy = levels.accuracy(Perturbation("fade", strength), "open")
-        distances = [abs(accuracy - c) for c in (0.98, 0.6, 0.1)]
-        could_be = {c for c, d in zip((0.98, 0.6, 0.1), distances, strict=True) if d <= min(distances) + 1e-9}
-        assert levels.confidence(Perturbation("fade", strength), "open") in could_be
+    levels, means = levels_of([98, 60, 10], 3), (0.98, 0.6, 0.1)
+    for fade in (Perturbation("fade", s) for s in np.linspace(0, 1, 41)):
+        distances = {abs(levels.accuracy(fade, "open") - mean): mean for mean in means}
+        near = {mean for distance, mean in distances.items() if distance <= min(distances) + 1e-9}
+        assert levels.confidence(fade, "open") in near

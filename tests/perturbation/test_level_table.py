@@ -17,25 +17,21 @@ from vlm_calibration.perturbation.level_table import (
 )
 from vlm_calibration.perturbation.levels import AnchoredLevels
 
-from .conftest import COUNTS, PROVENANCE, noise_counts
+from ..level_tables import noise_counts
+from .conftest import COUNTS, PROVENANCE
 
 STRENGTHS = [i / 10 for i in range(11)]
 
 
 def saved(folder, right, n=100, kind="open", **provenance):
     """Write a table with these numbers of correct answers of `n` at each strength."""
-    rows = [(strength, n, k) for strength, k in zip(STRENGTHS, right, strict=True)]
-    path = folder / "levels.json"
-    AnchoredLevels.fit({kind: noise_counts(rows)}, provenance=provenance).save(path)
-    return path
+    counts = noise_counts(*((strength, n, k) for strength, k in zip(STRENGTHS, right, strict=True)))
+    LevelTable({kind: counts}, provenance).save(folder / "levels.json")
+    return folder / "levels.json"
 
 
 FALLING = [80, 79, 75, 70, 60, 50, 40, 30, 20, 10, 0]
-
-
 RANKING = {"grading": {"open": "ranking"}}
-STEEP = [(0, 50, 48), (1, 50, 2)]
-FLAT = noise_counts([(0, 50, 40), (1, 50, 40)])
 
 
 def test_a_saved_table_loads_equal(levels, tmp_path):
@@ -66,20 +62,23 @@ def falling_tables(draw):
     """Usable tables: accuracies fall from all correct to none, in any bins, kinds and strengths."""
     edges = tuple(sorted(draw(st.sets(SHARES, max_size=3))))
     kinds = draw(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3, unique=True))
-    inner = {kind: draw(st.sets(st.floats(0.01, 0.99), max_size=3)) for kind in kinds}
     n = draw(st.integers(20, 10**6))
-    middle = draw(st.integers(0, n))
+    bins = range(len(edges) + 1)
 
-    def rows(kind):
-        return [(0, n, n), *((s, n, middle) for s in sorted(inner[kind])), (1, n, 0)]
+    def row(strength, correct):
+        return strength, (n,) * len(bins), (correct,) * len(bins)
 
-    others = [
-        (0, m, draw(st.integers(0, m))) for m in draw(st.lists(st.integers(0, 9), min_size=4, max_size=4))
-    ]
     counts = AnswerTypeCounts(
-        tuple({kind: rows(kind) for kind in kinds} for _ in range(len(edges) + 1)),
+        {
+            kind: [
+                row(0, n),
+                *(row(s, n // 3) for s in draw(st.sets(st.floats(0.01, 0.99), max_size=3))),
+                row(1, 0),
+            ]
+            for kind in kinds
+        },
         edges,
-        tuple(others[: len(edges) + 1]),
+        (0, (9,) * len(bins), [draw(st.integers(0, 9)) for _ in bins]),
     )
     types = draw(st.sampled_from([["yes_no"], ["short", "open"], ["yes_no", "short", "open"]]))
     return LevelTable(dict.fromkeys(types, counts), {"prompt": draw(st.text(max_size=20))})
@@ -90,8 +89,7 @@ def falling_tables(draw):
 def test_any_table_loads_as_it_was_saved(tmp_path, table):
     table.save(tmp_path / "levels.json")
     loaded = AnchoredLevels(tmp_path / "levels.json").table
-    assert loaded == table
-    assert loaded.kinds == table.kinds
+    assert (loaded, loaded.kinds) == (table, table.kinds)
 
 
 def content(answer_types):
@@ -99,13 +97,13 @@ def content(answer_types):
 
 
 ROW = {"strength": 0, "n": [10], "n_correct": [9]}
-NONE = {"n": [0], "n_correct": [0]}
 
 
-def one(*rows, others=NONE):
+def one(*rows, others=(0, 0)):
     """The content of a table of open answers with these rows."""
+    never = dict(zip(("n", "n_correct"), others, strict=True))
     kinds = {"noise": list(rows)} if rows else {}
-    return content({"open": {"likelihood_edges": [], "kinds": kinds, "never_perturbed": others}})
+    return content({"open": {"likelihood_edges": [], "kinds": kinds, "never_perturbed": never}})
 
 
 @pytest.mark.parametrize(
@@ -121,11 +119,11 @@ def one(*rows, others=NONE):
         (content({"open": {"likelihood_edges": []}}), "missing key 'kinds'"),
         (one(), "no counts"),
         (one(ROW).replace('"provenance": {}', '"provenance": {"grading": 1}'), "'grading' must be an object"),
-        (one(ROW, others={"n": [3, 4], "n_correct": [1, 2]}), "must have 1 bins"),
-        (one(ROW, others={"n": [3], "n_correct": [4]}), "impossible count of 'no kind'"),
-        (one({"n": [10], "n_correct": [9]}), "missing key 'strength'"),
+        (one(ROW, others=([3, 4], [1, 2])), "must have 1 bins"),
+        (one(ROW, others=([3], [4])), "impossible count of 'no kind'"),
+        (one({"n": [10], "n_correct": [9]}), "'strength'"),
         (one({**ROW, "n": []}), "must have 1 bins"),
-        (one({**ROW, "n": [10.5]}), "9 correct of 10.5"),
+        (one({**ROW, "n": [10.5]}), "correct of [10.5]"),
         (one(ROW, {**ROW, "strength": float("nan")}), "nan"),
         (one(ROW, {**ROW, "strength": "strong"}), "strong"),
     ],
@@ -138,9 +136,6 @@ def test_a_file_that_is_no_level_table_is_named(text, message, tmp_path):
     assert str(path) in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no level table at .*missing\.json"):
         AnchoredLevels(tmp_path / "missing.json")
 
@@ -181,20 +176,27 @@ def test_a_table_that_teaches_nothing_is_refused(right, options, message, tmp_pa
 def test_a_table_that_teaches_something_is_read(right, options, tmp_path):
     levels = AnchoredLevels(saved(tmp_path, right, **options))
     (counts,) = levels.table.counts.values()
-    assert [row.n_correct for row in counts.bins[0]["noise"]] == right
+    assert [row.n_correct for row in counts.kinds["noise"]] == [(n,) for n in right]
+
+
+STEEP, FLAT = [(0, 50, 48), (1, 50, 2)], [(0, 50, 40), (1, 50, 40)]
 
 
 @pytest.mark.parametrize(
     ("counts", "messages"),
     [
-        ({"yes_no": noise_counts([(0, 50, 48), (1, 50, 25)]), "short": FLAT}, ["40/50 at 0, 40/50 at 1"]),
+        ({"yes_no": noise_counts(*STEEP), "short": noise_counts(*FLAT)}, ["40/50 at 0, 40/50 at 1"]),
         (
-            {"short": AnswerTypeCounts.of_kinds({"noise": STEEP, "jpeg": [(0, 50, 48), (1, 50, 48)]})},
+            {"short": AnswerTypeCounts({"noise": STEEP, "jpeg": [(0, 50, 48), (1, 50, 48)]})},
             ["jpeg does not significantly lower", "data.noise.kinds", "48/50 at 0, 48/50 at 1"],
         ),
         # The easy bin alone would, the pooled counts do not.
         (
-            {"short": AnswerTypeCounts(({"noise": [(0, 900, 20), (1, 900, 60)]}, {"noise": STEEP}), (0.5,))},
+            {
+                "short": AnswerTypeCounts(
+                    {"noise": [(0, (900, 50), (20, 48)), (1, (900, 50), (60, 2))]}, (0.5,)
+                )
+            },
             ["68/950 at 0, 62/950 at 1"],
         ),
     ],
@@ -214,11 +216,13 @@ def test_the_queries_that_levels_need_as_the_page_of_data_says(highest, lowest, 
     accepted = []
     for _ in range(100):
         clean = (0, n, rng.binomial(n, highest))
-        perturbed = {
-            kind: [(s, n, rng.binomial(n, highest - (highest - lowest) * s)) for s in STRENGTHS[1:]]
-            for kind in ("noise", "blur", "occlusion")
-        }
-        counts = AnswerTypeCounts.of_kinds({kind: [clean, *rows] for kind, rows in perturbed.items()})
+        rates = [(s, highest - (highest - lowest) * s) for s in STRENGTHS[1:]]
+        counts = AnswerTypeCounts(
+            {
+                kind: [clean, *((s, n, rng.binomial(n, rate)) for s, rate in rates)]
+                for kind in ("noise", "blur", "occlusion")
+            }
+        )
         try:
             LevelTable({"yes_no": counts}).check_usable()
             accepted.append(True)
@@ -229,66 +233,64 @@ def test_the_queries_that_levels_need_as_the_page_of_data_says(highest, lowest, 
 
 def test_the_trend_is_that_of_a_contingency_table():
     """The square of the statistic is N times the squared correlation of strength and being correct."""
-    rows = [LevelCount(0, 30, 25), LevelCount(0.2, 20, 14), LevelCount(0.7, 40, 22)]
-    strengths = np.repeat([r.strength for r in rows], [r.n for r in rows])
-    right = np.concatenate([np.arange(r.n) < r.n_correct for r in rows])
+    rows = [LevelCount(0, (30,), (25,)), LevelCount(0.2, (9, 11), (8, 6)), LevelCount(0.7, (40,), (22,))]
+    strengths = np.repeat([r.strength for r in rows], [sum(r.n) for r in rows])
+    right = np.concatenate([np.arange(sum(r.n)) < sum(r.n_correct) for r in rows])
     z = np.sqrt(len(right)) * np.corrcoef(strengths, right)[0, 1]
     assert trend_p_value(rows) == pytest.approx(norm.cdf(z))
     rng, p_values = np.random.default_rng(0), []
     for _ in range(2000):
-        p_values.append(trend_p_value([LevelCount(s, 50, rng.binomial(50, 0.6)) for s in STRENGTHS]))
+        p_values.append(trend_p_value([LevelCount(s, (50,), (rng.binomial(50, 0.6),)) for s in STRENGTHS]))
     assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(0.05, abs=0.015), (
         "refuses what noise does not change"
     )
 
 
-NOISE_ROWS = {"noise": [(0, 10, 5), (1, 10, 1)]}
+CLEAN = (0, 10, 5)
+BINNED = (0, (10, 10), (5, 6))
 
 
 @pytest.mark.parametrize(
-    ("bins", "edges", "message"),
+    ("kinds", "edges", "message"),
     [
-        ((), (), "no counts"),
-        (({},), (), "no counts"),
-        (({"noise": []},), (), "'noise' must begin at strength 0"),
-        (({"noise": [(0, 10, 5), (1.1, 10, 5)]},), (), "1.1"),
-        (({"noise": [(0, 10, 5), (-0.1, 10, 5)]},), (), "-0.1"),
-        (({"noise": [(0, 10, 5), (0, 10, 6)]},), (), "repeat none"),
-        (({"noise": [(0, 0, 0)]},), (), "impossible count"),
-        (({"noise": [(0, 10, 11)]},), (), "impossible count"),
-        (({"noise": [(0, 10, 0.5)]},), (), "impossible count"),
-        (({"noise": [(0, 10, 5)], "blur": [(0, 10, 6)]},), (), "different counts of untouched images"),
-        ((NOISE_ROWS,) * 2, (), "2 bins need as many edges less one"),
-        ((NOISE_ROWS,), (0.5,), "1 bins need as many edges less one"),
-        ((NOISE_ROWS,) * 3, (0.5, 0.5), "rising"),
-        ((NOISE_ROWS,) * 2, (1.5,), "1.5"),
-        ((NOISE_ROWS,) * 2, (float("nan"),), "nan"),
-        ((NOISE_ROWS, {"blur": NOISE_ROWS["noise"]}), (0.5,), "different kinds or strengths"),
-        ((NOISE_ROWS, {"noise": [(0, 10, 5), (0.9, 10, 1)]}), (0.5,), "different kinds or strengths"),
+        ({}, (), "no counts"),
+        ({"noise": []}, (), "'noise' must begin at strength 0"),
+        ({"noise": [CLEAN, (1.1, 10, 5)]}, (), "1.1"),
+        ({"noise": [CLEAN, (-0.1, 10, 5)]}, (), "-0.1"),
+        ({"noise": [CLEAN, (0, 10, 6)]}, (), "repeat none"),
+        ({"noise": [(0, 0, 0)]}, (), "impossible count"),
+        ({"noise": [(0, 10, 11)]}, (), "impossible count"),
+        ({"noise": [(0, 10, 0.5)]}, (), "impossible count"),
+        ({"noise": [CLEAN], "blur": [(0, 10, 6)]}, (), "different counts of untouched images"),
+        ({"noise": [BINNED]}, (), "must have 1 bins"),
+        ({"noise": [BINNED, (1, 10, 5)]}, (0.5,), "must have 2 bins"),
+        ({"noise": [(0, (9,) * 3, (5,) * 3)]}, (0.5, 0.5), "rise"),
+        ({"noise": [BINNED]}, (1.5,), "1.5"),
+        ({"noise": [BINNED]}, (float("nan"),), "nan"),
     ],
 )
-def test_impossible_counts_and_bins_are_refused(bins, edges, message):
+def test_impossible_counts_and_bins_are_refused(kinds, edges, message):
     with pytest.raises(ValueError, match=message):
-        AnswerTypeCounts(bins, edges)
+        AnswerTypeCounts(kinds, edges)
 
 
-@pytest.mark.parametrize("other", [{"blur": [(0, 10, 5)]}, {"noise": [(0, 10, 5), (0.9, 10, 5)]}])
+@pytest.mark.parametrize("other", [{"blur": [CLEAN]}, {"noise": [CLEAN, (0.9, 10, 5)]}])
 def test_answer_types_of_a_table_share_kinds_and_strengths(other):
-    counts = {"open": noise_counts([(0, 10, 5)]), "short": AnswerTypeCounts.of_kinds(other)}
     with pytest.raises(
         ValueError, match="'open' and 'short' were measured with different kinds or strengths"
     ):
-        LevelTable(counts)
+        LevelTable({"open": noise_counts(CLEAN), "short": AnswerTypeCounts(other)})
 
 
-def test_counts_are_sorted_and_pooled():
-    bins = (
-        {"noise": [(1, 10, 1), (0, 20, 15)], "blur": [(0, 20, 15), (0.5, 7, 3)]},
-        {"noise": [(0, 30, 29), (1, 5, 2)], "blur": [(0, 30, 29), (0.5, 3, 3)]},
+def test_counts_are_sorted_and_merged():
+    clean = (0, (20, 30), (15, 29))
+    counts = AnswerTypeCounts(
+        {"noise": [(1, (10, 5), (1, 2)), clean], "blur": [clean, (0.5, (7, 3), (3, 3))]},
+        (0.5,),
+        (0, (1, 2), (0, 2)),
     )
-    counts = AnswerTypeCounts(bins, (0.5,))
-    assert counts.bins[0]["noise"] == (LevelCount(0, 20, 15), LevelCount(1, 10, 1))
-    assert counts.pooled == {
-        "noise": (LevelCount(0, 50, 44), LevelCount(1, 15, 3)),
-        "blur": (LevelCount(0, 50, 44), LevelCount(0.5, 10, 6)),
-    }
+    assert counts.kinds["noise"] == (LevelCount(*clean), LevelCount(1, (10, 5), (1, 2)))
+    assert counts.untouched.tolist() == [[21, 32], [15, 31]]
+    assert counts.merged == AnswerTypeCounts(
+        {"noise": [(0, 50, 44), (1, 15, 3)], "blur": [(0, 50, 44), (0.5, 10, 6)]}, (), (0, 3, 2)
+    )

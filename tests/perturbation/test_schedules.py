@@ -39,23 +39,17 @@ def test_alpha_bar_is_the_published_formula(name):
     )
 
 
-@pytest.mark.parametrize("steps", [10, 100, 1000, 4000])
+@pytest.mark.parametrize("steps", [25, 100, 1000, 4000])
 @pytest.mark.parametrize("name", NAMES)
-def test_it_falls_strictly_from_exactly_one_for_any_number_of_steps(name, steps):
-    if name == "linear" and steps == 10:
-        steps = 25
-    schedule = schedule_by_name(name, steps)
+def test_it_falls_strictly_from_exactly_one_and_the_steps_do_not_change_what_half_way_means(name, steps):
+    schedule, published = schedule_by_name(name, steps), schedule_by_name(name)
     values = np.array([schedule.alpha_bar(step) for step in range(steps + 1)])
     assert values[0] == 1.0
     assert np.all(np.diff(values) < 0)
     assert values[-1] > 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_number_of_steps_does_not_change_what_half_way_and_the_end_mean(name):
-    coarse, fine = schedule_by_name(name, 100), schedule_by_name(name, 1000)
-    assert coarse.alpha_bar(50) == pytest.approx(fine.alpha_bar(500), abs=0.01)
-    assert coarse.alpha_bar(100) == pytest.approx(fine.alpha_bar(1000), abs=0.01)
+    if steps >= 100:
+        assert schedule.alpha_bar(steps // 2) == pytest.approx(published.alpha_bar(500), abs=0.01)
+        assert schedule.alpha_bar(steps) == pytest.approx(published.alpha_bar(1000), abs=0.01)
 
 
 @pytest.mark.parametrize("step", [-1, 1001, np.int64(1001), 0.5, 300.0, True, "300", np.array([0])])
@@ -73,7 +67,6 @@ def test_a_step_is_an_integer_of_the_schedule(step):
         lambda: SigmoidSchedule(steps=2.5),
         lambda: LinearSchedule(steps=10),
         lambda: LinearSchedule(beta_start=0.0),
-        lambda: LinearSchedule(beta_start=0.03),
         lambda: LinearSchedule(beta_end=float("nan")),
         lambda: CosineSchedule(offset=-0.1),
         lambda: CosineSchedule(offset=float("nan")),
@@ -82,5 +75,5 @@ def test_a_step_is_an_integer_of_the_schedule(step):
     ],
 )
 def test_impossible_parameters_are_refused(make):
-    with pytest.raises(ValueError, match=r"steps|beta|offset|'quadratic'; known: linear, cosine, sigmoid"):
+    with pytest.raises(ValueError, match=r"steps|Schedule\(.*: betas must|'quadratic'; known: linear"):
         make()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,7 @@ from .tiny import build
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """Returns the folder of a tiny model by name."""
-    folders: dict[str, str] = {}
-
-    def folder(name: str) -> str:
-        if name not in folders:
-            folders[name] = build(name, tmp_path_factory.mktemp(name))
-        return folders[name]
-
-    return folder
+    return lru_cache(lambda name: build(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +33,10 @@ def scene_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         lines = []
         for query in source.queries():
             name = f"{query.image}.png"
-            if not (folder / name).exists():
-                Image.fromarray(source.load(query).image).save(folder / name)
-            row = {**asdict(query), "image": name, "objects": [], "regions": []}
-            lines.append(row)
-        with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
-            for row in [*lines, *(extra or [])]:
-                file.write(json.dumps(row) + "\n")
-        return folder / "queries.jsonl"
+            Image.fromarray(source.load(query).image).save(folder / name)
+            lines.append({**asdict(query), "image": name, "objects": [], "regions": []})
+        path = folder / "queries.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in (*lines, *(extra or []))), encoding="utf-8")
+        return path
 
     return write

@@ -41,10 +41,9 @@ def box_of(mask: np.ndarray) -> Box:
 class ExactDetector(Detector):
     """Returns the box of the object whose name ends the phrase, or with `halves` two boxes of its halves."""
 
-    def __init__(self, truth: Truth, halves: bool = False, score: float = 0.9) -> None:
+    def __init__(self, truth: Truth, halves: bool = False) -> None:
         self.truth = truth
         self.halves = halves
-        self.score = score
         self.asked: list[tuple[str, ...]] = []
 
     def load(self, device: torch.device) -> None:
@@ -52,21 +51,19 @@ class ExactDetector(Detector):
 
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
         self.asked += [tuple(row) for row in phrases]
-        detections: list[list[Detection]] = []
-        for image, row in zip(images, phrases, strict=True):
-            masks = self.truth.masks(image)
-            detections.append([])
-            for phrase in row:
-                mask = masks.get(phrase.split()[-1])
-                if mask is not None:
-                    detections[-1] += [
-                        Detection(phrase, box_of(part), self.score) for part in self._parts(mask)
-                    ]
-        return detections
+        masks = map(self.truth.masks, images)
+        return [
+            [
+                Detection(phrase, box_of(part), 0.9)
+                for phrase in row
+                for part in self._parts(objects.get(phrase.split()[-1]))
+            ]
+            for objects, row in zip(masks, phrases, strict=True)
+        ]
 
-    def _parts(self, mask: np.ndarray) -> list[np.ndarray]:
-        if not self.halves:
-            return [mask]
+    def _parts(self, mask: np.ndarray | None) -> list[np.ndarray]:
+        if mask is None or not self.halves:
+            return [] if mask is None else [mask]
         x0, _, x1, _ = (int(v) for v in box_of(mask))
         left, right = mask.copy(), mask.copy()
         left[:, (x0 + x1) // 2 :] = False

@@ -86,8 +86,8 @@ def test_queries_that_no_perturbation_touches_are_asked_and_counted_once(
     asked = Counter((p.answer, p.strength) for p in answers if p.answer_type == "yes_no")
     assert asked == {("Yes", 0): 4, ("Yes", 0.5): 4, ("Yes", 1): 4, ("No", 0): 4}
     counts = AnchoredLevels(tmp_path / "l.json").table.counts["yes_no"]
-    assert [row.n for row in counts.pooled["noise"]] == [4, 4, 4]
-    assert [row.n for row in counts.merged.never_perturbed] == [4]
+    assert [sum(row.n) for row in counts.kinds["noise"]] == [4, 4, 4]
+    assert sum(counts.never_perturbed.n) == 4
     assert [path.name for path in tmp_path.rglob("*.*")] == ["l.json"], "likelihoods are not asked for"
 
 
@@ -116,9 +116,9 @@ def test_queries_without_a_region_count_once_and_those_without_a_readable_image_
     noise = NoisePolicy(levels=LinearLevels(n_levels=3))
     trainer().test(module, datamodule=data(**sources, noise=noise), verbose=False)
     table = AnchoredLevels(out).table
-    assert [row.n for row in table.counts["yes_no"].pooled["noise"]] == [5] * 3
-    assert [row.n for row in table.counts["short"].pooled["noise"]] == [2] * 3
-    assert [[row.n for row in c.merged.never_perturbed] for c in table.counts.values()] == [[1], [1]]
+    assert [sum(row.n) for row in table.counts["yes_no"].kinds["noise"]] == [5] * 3
+    assert [sum(row.n) for row in table.counts["short"].kinds["noise"]] == [2] * 3
+    assert [c.never_perturbed.n for c in table.counts.values()] == [(1,), (1,)]
     readable = [q.id for q in sources["train"].queries() if not q.image.endswith("000000")]
     assert list(read_likelihoods(likelihoods, table.provenance, "")) == readable
 
@@ -252,7 +252,7 @@ def answers_of(likelihoods: Sequence[float], answer_type: str = "short", seed: i
 
 def sizes(counts: AnswerTypeCounts) -> list[int]:
     """The number of queries of each bin."""
-    return [by_kind["noise"][0].n for by_kind in counts.bins]
+    return list(counts.kinds["noise"][0].n)
 
 
 @given(
@@ -265,11 +265,11 @@ def test_every_answer_is_counted_in_the_bin_of_its_likelihood(likelihoods: list[
     bin_of = np.searchsorted(counts.edges, likelihoods, side="right")
     expected = Counter((bin_of[a.query], a.perturbation, a.strength) for a in answers)
     correct = Counter((bin_of[a.query], a.perturbation, a.strength) for a in answers if a.correct)
-    for number, by_kind in enumerate(counts.bins):
-        for kind, rows in by_kind.items():
-            for strength, n, n_correct in rows:
-                key = number, kind if strength else "", strength
-                assert (n, n_correct) == (expected[key], correct[key])
+    for kind, rows in counts.kinds.items():
+        for strength, n, n_correct in rows:
+            keys = [(number, kind if strength else "", strength) for number in range(len(n))]
+            assert list(n) == [expected[key] for key in keys]
+            assert list(n_correct) == [correct[key] for key in keys]
     assert sum(sizes(counts)) == len(likelihoods)
 
 
@@ -277,7 +277,7 @@ def test_bins_hold_alike_many_queries_and_at_least_fifty() -> None:
     for n, bins in ((1, 1), (99, 1), (100, 2), (149, 2), (150, 3), (400, 8), (1000, 8)):
         likelihoods = np.random.default_rng(0).permutation(n) / n
         counts = count_levels(answers_of(likelihoods.tolist()), LEVELS)["short"]
-        assert len(counts.bins) == bins
+        assert len(sizes(counts)) == bins
         assert max(sizes(counts)) - min(sizes(counts)) <= 1
 
 
@@ -302,13 +302,12 @@ def test_queries_that_are_never_perturbed_are_counted_apart_and_leave_fewer_bins
     """As with `absent: clean`, where sure answers of "no" have no perturbed image."""
     answers = [a for a in answers_of(np.linspace(0, 1, 200).tolist()) if a.query < 110 or not a.strength]
     counts = count_levels(answers, LEVELS)["short"]
-    assert 1 <= len(counts.bins) < 4
-    assert [row.n for row in counts.pooled["blur"]] == [110, 110]
+    assert 1 <= len(sizes(counts)) < 4
+    assert [sum(row.n) for row in counts.kinds["blur"]] == [110, 110]
     untouched = [a for a in answers if not a.strength]
-    (row,) = counts.merged.untouched
-    assert (row.n, row.n_correct) == (200, sum(a.correct for a in untouched))
+    assert counts.untouched.sum(axis=1).tolist() == [200, sum(a.correct for a in untouched)]
     alone = [a.correct for a in untouched if a.query >= 110]
-    assert counts.merged.never_perturbed == (LevelCount(0, 90, sum(alone)),)
+    assert counts.never_perturbed.pooled == LevelCount(0, (90,), (sum(alone),))
 
 
 def test_a_level_without_an_answer_is_named() -> None:
@@ -355,8 +354,8 @@ def test_the_table_has_each_query_at_each_level_and_its_provenance(
 ) -> None:
     table = AnchoredLevels(measured.out, likelihoods=measured.likelihoods).table
     assert table.kinds == ("noise", "blur")
-    rows = {t: [[row[:2] for row in rows] for rows in c.pooled.values()] for t, c in table.counts.items()}
-    assert rows == {t: [[(s, n) for s in (0, 0.5, 1)]] * 2 for t, n in (("yes_no", 8), ("short", 4))}
+    rows = {t: [[row.pooled[:2] for row in rows] for rows in c.kinds.values()] for t, c in table.counts.items()}
+    assert rows == {t: [[(s, (n,)) for s in (0, 0.5, 1)]] * 2 for t, n in (("yes_no", 8), ("short", 4))}
     provenance = table.provenance
     assert (provenance["model"], provenance["seed"], provenance["resolution"]) == (model_folder, 3, "model")
     assert "CosineSchedule" in provenance["schedule"]

@@ -5,34 +5,22 @@ from __future__ import annotations
 import pytest
 
 from vlm_calibration.records import RecordError
-from vlm_calibration.text.conventions import (
-    combine_answers,
-    infer_answer_type,
-    strip_format_request,
-)
+from vlm_calibration.text.conventions import combine_answers, infer_answer_type, strip_format_request
 
 
-@pytest.mark.parametrize(
-    ("question", "stripped"),
-    [
-        ("What is it?\nAnswer the question using a single word or phrase.", "What is it?"),
+def test_the_request_for_a_single_word_is_removed() -> None:
+    request = "Answer the question using a single word or phrase."
+    for question, stripped in (
+        (f"What is it?\n{request}", "What is it?"),
         ("What is it? Answer the question with a single word.", "What is it?"),
         ("What is it?Please answer using a single word or phrase.", "What is it?"),
-        ("Answer the question using a single word or phrase.\nWhat is it?", "What is it?"),
-        ("A\nB. Answer the question using a single word or phrase. ", "A\nB."),
-        ("Which answer uses a single word or phrase?", "Which answer uses a single word or phrase?"),
-        (
-            "Answer the question using a single word or phrase.",
-            "Answer the question using a single word or phrase.",
-        ),
-        (
-            "What?\nA. dog\nAnswer with the option's letter from the given choices directly.",
-            "What?\nA. dog\nAnswer with the option's letter from the given choices directly.",
-        ),
-    ],
-)
-def test_the_request_for_a_single_word_is_removed(question: str, stripped: str) -> None:
-    assert strip_format_request(question) == stripped
+        (f"{request}\nWhat is it?", "What is it?"),
+        (f"A\nB. {request} ", "A\nB."),
+    ):
+        assert strip_format_request(question) == stripped
+    choice = "What?\nA. dog\nAnswer with the option's letter from the given choices directly."
+    for question in ("Which answer uses a single word or phrase?", request, choice):
+        assert strip_format_request(question) == question
 
 
 def test_the_type_of_an_answer() -> None:

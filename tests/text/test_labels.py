@@ -57,31 +57,20 @@ def test_no_two_objects_of_the_demo_are_taken_for_one_another() -> None:
     assert [(a, b) for a in CLASSES for b in CLASSES if a != b and same_phrase(a, b)] == []
 
 
-@pytest.mark.parametrize(
-    ("answer", "kind", "denied"),
-    [
-        ("No", "yes_no", True),
-        ("no.", "yes_no", True),
-        ("No, there is none", "yes_no", True),
-        ("There is no dog", "yes_no", True),
-        ("Yes", "yes_no", False),
-        ("Yes, there is no doubt", "yes_no", False),
-        ("no", "short", False),
-        ("There is no dog.", "open", False),
-    ],
-)
-def test_only_a_no_to_a_yes_no_question_says_that_something_is_absent(
-    answer: str, kind: str, denied: bool
-) -> None:
-    assert answer_is_no(_query(answer, kind)) is denied
+def test_only_a_no_to_a_yes_no_question_says_that_something_is_absent() -> None:
+    for answer in ("No", "no.", "No, there is none", "There is no dog"):
+        assert answer_is_no(_query(answer, "yes_no"))
+        assert not answer_is_no(_query(answer, "short"))
+    for answer in ("Yes", "Yes, there is no doubt"):
+        assert not answer_is_no(_query(answer, "yes_no"))
 
 
-@pytest.mark.parametrize(("answer", "kind"), [("banana", "yes_no"), ("?!", "short"), ("...", "open")])
-def test_an_answer_that_nothing_can_be_graded_by_is_refused(answer: str, kind: str) -> None:
-    with pytest.raises(RecordError, match=rf"record 'q': .*: {re.escape(repr(answer))}|got 'banana'"):
-        check_answer(_query(answer, kind))
-    for good, its_kind in (("yes!", "yes_no"), ("3", "short"), ("♥", "short"), ("狗", "open")):
-        check_answer(_query(good, its_kind))
+def test_an_answer_that_nothing_can_be_graded_by_is_refused() -> None:
+    for answer, kind in (("banana", "yes_no"), ("?!", "short"), ("...", "open")):
+        with pytest.raises(RecordError, match=rf"record 'q': .*(?:: |got ){re.escape(repr(answer))}"):
+            check_answer(_query(answer, kind))
+    for good, kind in (("yes!", "yes_no"), ("3", "short"), ("♥", "short"), ("狗", "open")):
+        check_answer(_query(good, kind))
 
 
 @pytest.mark.parametrize(

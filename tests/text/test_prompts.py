@@ -1,5 +1,3 @@
-import pickle
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,8 +31,3 @@ def test_a_wrong_template_is_refused_by_name(template):
     with pytest.raises(ValueError, match="double literal braces") as error:
         ElicitationPrompt(template)
     assert repr(template) in str(error.value)
-
-
-def test_prompts_are_values():
-    assert ElicitationPrompt("a {question}") == ElicitationPrompt("a {question}") != ElicitationPrompt()
-    assert pickle.loads(pickle.dumps(ElicitationPrompt())) == ElicitationPrompt()

@@ -73,7 +73,7 @@ def perturb(
 def perturb_region(
     image: ImageArray, mask: NDArray[Any], perturbation: Perturbation, schedule: Schedule, seed: Seed
 ) -> ImageArray:
-    """The image with a perturbed region; see `RegionPerturbation`, which noise does without."""
+    """The image with a perturbed region, see `RegionPerturbation`; noise does not import albumentations."""
     kind, strength = perturbation
     if kind == NOISE:
         return add_region_noise(image, mask, round(strength * schedule.steps), schedule, seed)

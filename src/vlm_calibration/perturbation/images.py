@@ -76,28 +76,26 @@ def load_image(
             transposition = _transposition(image)
     except (ImageError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise ImageError(f"{name}: no such file; check the path and the data root") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: a decompression bomb by its size, {too_large}") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name}: not an image in a format that Pillow reads; convert or replace it"
-        ) from error
     # Pillow's decoders raise any exception on damaged bytes, AssertionError and RuntimeError included.
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise ImageError(f"{name}: cannot be opened: {error.strerror}") from error
-        raise ImageError(f"{name}: damaged or truncated ({error}); replace the file") from error
+        if isinstance(error, FileNotFoundError):
+            problem = "no such file; check the path and the data root"
+        elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            problem = f"a decompression bomb by its size, {too_large}"
+        elif isinstance(error, UnidentifiedImageError):
+            problem = "not an image in a format that Pillow reads; convert or replace it"
+        elif isinstance(error, OSError) and error.errno is not None:
+            problem = f"cannot be opened: {error.strerror}"
+        else:
+            problem = f"damaged or truncated ({error}); replace the file"
+        raise ImageError(f"{name}: {problem}") from error
     return np.array(rgb if transposition is None else rgb.transpose(transposition))
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
     """Resize an image, uint8 [H, W, 3], to `size = (height, width)`, bicubic with antialiasing; always a copy."""
     check_image(image)
-    _check_size(size)
-    height, width = size
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> BoolMask:
@@ -106,38 +104,28 @@ def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> BoolMask:
     If a non-empty mask covers half of no pixel, the pixels with the largest coverage are marked, so that no object vanishes.
     """
     mask = check_mask(mask, getattr(mask, "shape", ()), allow_empty=True)
-    _check_size(size)
-    height, width = size
-    if mask.shape == (height, width):
+    if mask.shape == size:
         return mask.copy()
-    resized = np.zeros((height, width), dtype=np.bool_)
+    resized = np.zeros(size, dtype=np.bool_)
     if not mask.any():
         return resized
-    box = bounding_box(mask)
-    rows, row_borders = _new_pixels(box.top, box.bottom, mask.shape[0], height)
-    columns, column_borders = _new_pixels(box.left, box.right, mask.shape[1], width)
-    sums: NDArray[Any] = cv2.integral(np.ascontiguousarray(mask[box.slices]).view(np.uint8))
-    for axis, borders in ((0, row_borders), (1, column_borders)):
-        sums = np.diff(_between(sums, borders, axis), axis=axis)
-    coverage = sums * (height * width / mask.size)
+    box = bounding_box(mask).slices
+    sums: NDArray[Any] = cv2.integral(np.ascontiguousarray(mask[box]).view(np.uint8))
+    touched = []
+    for axis, (old, length, n) in enumerate(zip(box, mask.shape, size, strict=True)):
+        new = slice(old.start * n // length, -(-old.stop * n // length))
+        borders = np.arange(new.start, new.stop + 1) * (length / n) - old.start
+        borders = borders.clip(0, old.stop - old.start)
+        # A pixel's value is the same everywhere within it, so cumulative sums at borders within pixels are interpolated exactly.
+        whole = np.minimum(borders.astype(np.int64), sums.shape[axis] - 2)
+        before, after = sums.take(whole, axis), sums.take(whole + 1, axis)
+        part = np.expand_dims(borders - whole, 1 - axis)
+        sums = np.diff(before + part * (after - before), axis=axis)
+        touched.append(new)
+    coverage = sums * (size[0] * size[1] / mask.size)
     # The factor allows for rounding errors where the coverage is exactly half, or tied.
-    resized[rows, columns] = coverage >= min(0.5, float(coverage.max())) * (1 - 1e-5)
+    resized[tuple(touched)] = coverage >= min(0.5, float(coverage.max())) * (1 - 1e-5)
     return resized
-
-
-def _new_pixels(begin: int, end: int, length: int, n: int) -> tuple[slice, NDArray[np.float64]]:
-    """Which of `n` new pixels along an axis of `length` old ones touch the old pixels `begin` to `end`; their borders after `begin`."""
-    new = slice(begin * n // length, -(-end * n // length))
-    borders = np.arange(new.start, new.stop + 1) * (length / n) - begin
-    return new, np.clip(borders, 0, end - begin)
-
-
-def _between(sums: NDArray[Any], borders: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """Cumulative sums at borders that lie within pixels: exact, because a pixel's value is the same everywhere within it."""
-    whole = np.minimum(borders.astype(np.int64), sums.shape[axis] - 2)
-    part = (borders - whole).reshape((-1, 1) if axis == 0 else (1, -1))
-    before, after = sums.take(whole, axis), sums.take(whole + 1, axis)
-    return before + part * (after - before)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -165,8 +153,3 @@ def _transposition(image: Image.Image) -> Image.Transpose | None:
         return _TRANSPOSITIONS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
     except (SyntaxError, OSError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error):
         return None
-
-
-def _check_size(size: tuple[int, int]) -> None:
-    if min(size) < 1:
-        raise ValueError(f"size must be a positive (height, width), got {size}")

@@ -24,7 +24,7 @@ from vlm_calibration.perturbation.noise import (
     check_share,
     seeded,
 )
-from vlm_calibration.perturbation.schedules import Schedule, schedule_by_name
+from vlm_calibration.perturbation.schedules import LinearSchedule, Schedule
 
 FADE_POWER = 8
 """A kind that fades is mixed with the surroundings by `strength ** FADE_POWER`: 0.4% at 0.5, 43% at 0.9, all at 1."""
@@ -65,11 +65,11 @@ class Crop(NamedTuple):
     size: float
 
 
-def blur(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
+def blur(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """Gaussian blur, as of an object out of focus; sigma is `0.35 * strength` times the region's size."""
     sigma = 0.35 * strength * crop.size
 
-    def blurred(image: ImageArray, scale: float) -> ImageArray:
+    def blurred(image: NDArray[Any], scale: float) -> NDArray[Any]:
         # Shrinking and enlarging blur as well: by a box of `scale` pixels and a triangle of twice that.
         rest = np.sqrt((sigma / scale) ** 2 - 0.25) if scale > 1 else sigma
         return pixels.separable_convolve(image, blurs.create_gaussian_kernel_1d(rest))
@@ -77,12 +77,12 @@ def blur(crop: Crop, strength: float, generator: np.random.Generator) -> ImageAr
     return _at_size(crop.image, 7 * sigma / _LONGEST_KERNEL, blurred)
 
 
-def motion_blur(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
+def motion_blur(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """The mean along lines of a random direction; their length is `1.8 * strength` times the region's size."""
     angle = float(generator.uniform(0, 180))
     length = 1.8 * strength * crop.size
 
-    def moved(image: ImageArray, scale: float) -> ImageArray:
+    def moved(image: NDArray[Any], scale: float) -> NDArray[Any]:
         # A line of constant weight is a box filter of the turned image, whose time does not depend on the length.
         height, width = image.shape[:2]
         side = int(np.ceil(np.hypot(height, width)))
@@ -92,19 +92,19 @@ def motion_blur(crop: Crop, strength: float, generator: np.random.Generator) -> 
         odd = 2 * round((length / scale - 1) / 2) + 1
         filtered = cv2.blur(turned, (max(1, odd), 1))
         back = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        return _uint8(cv2.warpAffine(filtered, turn, (width, height), flags=back))
+        return cv2.warpAffine(filtered, turn, (width, height), flags=back)
 
     return _at_size(crop.image, min(length / 12, crop.size / 100), moved)
 
 
-def pixelation(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
+def pixelation(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """Square blocks of one colour, as in a mosaic; their side is `0.8 * strength` times the region's size."""
     block = 0.8 * strength * crop.size
     scale = min(1.0, max(1 / block, 1 / min(crop.region.shape)))
     return pixels.downscale(crop.image, scale, cv2.INTER_AREA, cv2.INTER_NEAREST)
 
 
-def occlusion(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
+def occlusion(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """Opaque rectangles of random colours that cover the share `strength` of the region's pixels, to the pixel.
 
     With the same seed, a stronger occlusion contains the weaker ones.
@@ -137,12 +137,12 @@ def occlusion(crop: Crop, strength: float, generator: np.random.Generator) -> Im
     return result
 
 
-def fade(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
+def fade(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """Fade into the surroundings, as in haze or behind a dirty window: `(1 - strength) * image + strength * surroundings`."""
-    return mixed(crop.image, surroundings(crop.image, crop.region), strength)
+    return cv2.addWeighted(crop.image, 1 - strength, surroundings(crop.image, crop.region), strength, 0)
 
 
-def jpeg(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
+def jpeg(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """JPEG compression of a reduced image, as of pictures that are shared again and again.
 
     The image is reduced until the region's size is `10 / strength` pixels, since the blocks of JPEG have 8 pixels on any image.
@@ -152,7 +152,7 @@ def jpeg(crop: Crop, strength: float, generator: np.random.Generator) -> ImageAr
     return _at_size(crop.image, shrink, lambda image, _: pixels.image_compression(image, quality, ".jpg"))
 
 
-def darkness(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
+def darkness(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """Less light, as at dusk, and the noise of a sensor that makes up for most of it.
 
     A pixel of value `v` has collected `ELECTRONS * (v / 255) ** 2` electrons. Each is kept with the probability
@@ -173,7 +173,7 @@ def darkness(crop: Crop, strength: float, generator: np.random.Generator) -> Ima
     return table[crop.image.astype(np.uint16) << 8 | noise]
 
 
-def overexposure(crop: Crop, strength: float, generator: np.random.Generator) -> ImageArray:
+def overexposure(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """Too much light, as against the sun: a gain and a veil, growing until every pixel is white."""
     light = (np.arange(256) / 255) ** 2 * (1 + 4 * strength**2.5) + strength**8
     table = np.rint(255 * np.sqrt(np.minimum(light, 1))).astype(np.uint8)
@@ -184,13 +184,13 @@ class Kind(NamedTuple):
     """A kind of perturbation, scaled so that the evidence is lost over the whole range of strengths and not by 0.2.
 
     Attributes:
-        perturb: function of a crop, a strength in (0, 1] and the only source of randomness that returns uint8 [h, w, 3], C-contiguous;
-            what it returns outside the region is not used.
+        perturb: function of a crop, a strength in (0, 1] and the only source of randomness that returns uint8 [h, w, 3]; what it
+            returns outside the region is not used.
         context: width of the context around the region's bounding box, as a multiple of `Crop.size`.
         fades: whether the result fades into the surroundings, because the kind alone leaves a trace of the object at strength 1.
     """
 
-    perturb: Callable[[Crop, float, np.random.Generator], ImageArray]
+    perturb: Callable[[Crop, float, np.random.Generator], NDArray[Any]]
     context: float = 0.0
     fades: bool = False
 
@@ -221,17 +221,17 @@ class RegionPerturbation(A.ImageOnlyTransform):
 
     Args:
         kind: "noise" of step `round(strength * schedule.steps)`, see `add_region_noise`; or one of `KINDS`.
-        schedule: the schedule of noise, or its name: "linear", "cosine" or "sigmoid".
+        schedule: the schedule of noise.
         p: probability of applying the transform.
 
     Raises:
         TypeError, ValueError: an invalid image, mask, strength or seed; named.
     """
 
-    def __init__(self, kind: str = NOISE, schedule: Schedule | str = "linear", p: float = 1.0) -> None:
+    def __init__(self, kind: str = NOISE, schedule: Schedule = LinearSchedule(), p: float = 1.0) -> None:  # noqa: B008  (frozen)
         super().__init__(p=p)
         self.kind = kind
-        self.schedule = schedule_by_name(schedule) if isinstance(schedule, str) else schedule
+        self.schedule = schedule
 
     @property
     def targets_as_params(self) -> list[str]:
@@ -259,15 +259,17 @@ class RegionPerturbation(A.ImageOnlyTransform):
         perturbed = kind.perturb(crop, strength, generator)
         weight = strength**FADE_POWER
         if kind.fades and 255 * weight >= 0.5:  # less changes no value
-            perturbed = mixed(perturbed, surroundings(crop.image, crop.region), weight)
+            faded = surroundings(crop.image, crop.region)
+            perturbed = cv2.addWeighted(perturbed, 1 - weight, faded, weight, 0)
+        perturbed = np.ascontiguousarray(perturbed)
         # As one three-byte item per pixel, boolean indexing is several times faster than on rows of three.
         result.view("V3")[..., 0][box][crop.region] = perturbed.view("V3")[..., 0][crop.region]
         return result
 
 
 def _at_size(
-    image: ImageArray, shrink: float, function: Callable[[ImageArray, float], ImageArray]
-) -> ImageArray:
+    image: ImageArray, shrink: float, function: Callable[[NDArray[Any], float], NDArray[Any]]
+) -> NDArray[Any]:
     """Apply a function of an image and its scale to the image shrunk by the factor `shrink`, if above 1, and enlarge it again."""
     if shrink <= 1:
         return function(image, 1.0)
@@ -279,17 +281,12 @@ def _at_size(
     full = (width + right, height + bottom)
     small = cv2.resize(padded, (full[0] // whole, full[1] // whole), interpolation=cv2.INTER_AREA)
     size = (max(1, round(full[0] / shrink)), max(1, round(full[1] / shrink)))
-    small = _uint8(cv2.resize(small, size, interpolation=cv2.INTER_AREA))
+    small = cv2.resize(small, size, interpolation=cv2.INTER_AREA)
     enlarged = cv2.resize(function(small, shrink), full, interpolation=cv2.INTER_LINEAR)
-    return _uint8(enlarged[:height, :width])
+    return enlarged[:height, :width]
 
 
-def _uint8(image: NDArray[Any]) -> ImageArray:
-    """A C-contiguous image of the type that OpenCV's signatures leave open."""
-    return np.ascontiguousarray(image, dtype=np.uint8)
-
-
-def surroundings(image: ImageArray, region: BoolMask) -> ImageArray:
+def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:
     """Estimate the image, uint8 [H, W, 3], without the content of a region, bool [H, W].
 
     Pixels outside the region are averaged to ever coarser grids, and the region is filled from the finest grid that knows something about
@@ -311,20 +308,10 @@ def surroundings(image: ImageArray, region: BoolMask) -> ImageArray:
     # Whole cells: OpenCV averages them several times faster. The last ones of each row and column are the region's.
     bottom, right = -height % cell, -width % cell
     size = ((width + right) // cell, (height + bottom) // cell)
-    known, weight = (
-        _reduced(cv2.copyMakeBorder(a, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=0), size).astype(
-            np.float32
-        )
-        for a in (known, outside)
-    )
+    padded = (cv2.copyMakeBorder(a, 0, bottom, 0, right, cv2.BORDER_CONSTANT) for a in (known, outside))
+    known, weight = (cv2.resize(a, size, interpolation=cv2.INTER_AREA).astype(np.float32) for a in padded)
     fill = np.clip(np.rint(_push_pull(known, weight / 255)), 0, 255).astype(np.uint8)
-    enlarged = cv2.resize(fill, (width + right, height + bottom), interpolation=cv2.INTER_LINEAR)
-    return np.ascontiguousarray(enlarged[:height, :width])
-
-
-def mixed(image: ImageArray, background: ImageArray, weight: float) -> ImageArray:
-    """`(1 - weight) * image + weight * background`, rounded; exactly `background` at weight 1."""
-    return cv2.addWeighted(image, 1 - weight, background, weight, 0).astype(np.uint8, copy=False)
+    return cv2.resize(fill, (width + right, height + bottom), interpolation=cv2.INTER_LINEAR)[:height, :width]
 
 
 def _push_pull(known: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -333,12 +320,6 @@ def _push_pull(known: np.ndarray, weight: np.ndarray) -> np.ndarray:
     if height == width == 1:
         return known / weight[..., None]
     half = ((width + 1) // 2, (height + 1) // 2)
-    coarse = _push_pull(_reduced(known, half), _reduced(weight, half))
-    return known + (1 - weight)[..., None] * cv2.resize(
-        coarse, (width, height), interpolation=cv2.INTER_LINEAR
-    )
-
-
-def _reduced(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The means of the cells of a coarser grid of `size` (width, height)."""
-    return cv2.resize(values, size, interpolation=cv2.INTER_AREA)
+    coarse = _push_pull(*(cv2.resize(a, half, interpolation=cv2.INTER_AREA) for a in (known, weight)))
+    fill = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+    return known + (1 - weight)[..., None] * fill

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,111 +25,91 @@ MEASURE_AGAIN = "measure it again with `vlm-calibration levels fit`"
 
 
 class LevelCount(NamedTuple):
-    """Accuracy of the base model at one strength.
+    """Answers of the base model at one strength, in each bin of its likelihood of its own answer to the untouched image.
 
     Attributes:
         strength: of the perturbation, in [0, 1]; 0 is the untouched image.
-        n: number of held-out queries.
-        n_correct: number of correct answers.
+        n: number of held-out queries in each bin, in rising order of the likelihood.
+        n_correct: number of correct answers among them.
     """
 
     strength: float
-    n: int
-    n_correct: int
+    n: tuple[int, ...]
+    n_correct: tuple[int, ...]
 
-
-KindCounts = Mapping[str, tuple[LevelCount, ...]]
-"""Kind of perturbation -> counts by rising strength. The first is that of untouched images, the same for all kinds."""
+    @property
+    def pooled(self) -> "LevelCount":
+        """The counts of all bins as one."""
+        return LevelCount(self.strength, (sum(self.n),), (sum(self.n_correct),))
 
 
 @dataclass(frozen=True)
 class AnswerTypeCounts:
-    """The counts of one answer type, in bins of the base model's likelihood of its own answer to the untouched image.
-
-    A query is counted once at each strength, so the counts of `bins` are about the same queries at every strength.
+    """The counts of one answer type. A bin has the same queries at every strength.
 
     Args:
-        bins: the counts of each bin, in rising order of the likelihood; all have the same kinds and strengths.
+        kinds: kind of perturbation -> a `LevelCount` for each strength, of which the lowest is 0, the untouched image, and the same for all
+            kinds. A single bin may be given as numbers: (strength, n, n_correct).
         edges: likelihoods in [0, 1] between the bins; a likelihood equal to an edge belongs to the bin above it.
-        never_perturbed: for each bin (0, n, n_correct) of further queries, asked untouched alone, as are those about absent objects
-            under `absent: clean`; empty: there are none.
+        never_perturbed: further queries, asked untouched alone, as are those about absent objects under `absent: clean`; None: there
+            are none.
 
     Raises:
-        ValueError: no counts, impossible counts, kinds or strengths that differ between bins, strengths that do not begin at 0, are
-            repeated or above 1, or edges that do not rise within [0, 1].
+        ValueError: no counts, impossible counts, strengths that do not begin at 0, are repeated or above 1, or edges that do not rise
+            within [0, 1].
     """
 
-    bins: tuple[KindCounts, ...]
+    kinds: Mapping[str, tuple[LevelCount, ...]]
     edges: tuple[float, ...] = ()
-    never_perturbed: tuple[LevelCount, ...] = ()
+    never_perturbed: LevelCount = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        bins = tuple(
-            {kind: tuple(sorted(_count(kind, row) for row in rows)) for kind, rows in counts.items()}
-            for counts in self.bins
-        )
         edges = tuple(map(float, self.edges))
-        others = tuple(_count("no kind", (0, *row[1:]), least=0) for row in self.never_perturbed)
-        others = others or (LevelCount(0.0, 0, 0),) * len(bins)
-        for name, value in (("bins", bins), ("edges", edges), ("never_perturbed", others)):
+        none = (0,) * (len(edges) + 1)
+        others = _count("no kind", self.never_perturbed or (0, none, none), len(none), least=0)
+        kinds = {
+            kind: tuple(sorted(_count(kind, row, len(none)) for row in rows))
+            for kind, rows in self.kinds.items()
+        }
+        for name, value in (("kinds", kinds), ("edges", edges), ("never_perturbed", others)):
             object.__setattr__(self, name, value)
-        if not bins or not bins[0]:
+        if not kinds:
             raise ValueError("no counts")
-        rising = all(a < b for a, b in pairwise(edges)) and all(0 <= edge <= 1 for edge in edges)
-        if not len(edges) + 1 == len(bins) == len(others) or not rising:
-            raise ValueError(
-                f"{len(bins)} bins need as many edges less one, rising in [0, 1], found {list(edges)}"
-            )
-        for kind, strengths in _strengths(bins[0]).items():
+        if not all(a < b for a, b in pairwise(edges)) or not all(0 <= edge <= 1 for edge in edges):
+            raise ValueError(f"likelihood edges must rise within [0, 1], found {list(edges)}")
+        for kind, strengths in self.strengths.items():
             if strengths[:1] != [0] or not strengths[-1] <= 1 or len(set(strengths)) < len(strengths):
                 raise ValueError(
                     f"counts of {kind!r} must begin at strength 0, the untouched image, repeat none and end at 1 or below; got {strengths}"
                 )
-        for counts in bins:
-            if _strengths(counts) != _strengths(bins[0]):
-                raise ValueError("bins were measured at different kinds or strengths")
-            if len({rows[0] for rows in counts.values()}) > 1:
-                raise ValueError("kinds have different counts of untouched images")
-
-    @classmethod
-    def of_kinds(cls, counts: Mapping[str, Sequence[Sequence[float]]]) -> "AnswerTypeCounts":
-        """Counts in a single bin: kind -> rows (strength, n, n_correct)."""
-        return cls((counts,))  # type: ignore[arg-type]
+        if len({rows[0] for rows in kinds.values()}) > 1:
+            raise ValueError("kinds have different counts of untouched images")
 
     @property
-    def pooled(self) -> KindCounts:
-        """The counts of all bins together."""
-        return {
-            kind: tuple(_sum(rows) for rows in zip(*(counts[kind] for counts in self.bins), strict=True))
-            for kind in self.bins[0]
-        }
+    def strengths(self) -> dict[str, list[float]]:
+        """Kind of perturbation -> the strengths at which it was measured."""
+        return {kind: [row.strength for row in rows] for kind, rows in self.kinds.items()}
 
     @property
     def merged(self) -> "AnswerTypeCounts":
         """The counts of all bins as one."""
-        return AnswerTypeCounts((self.pooled,), (), (_sum(self.never_perturbed),))
+        kinds = {kind: tuple(row.pooled for row in rows) for kind, rows in self.kinds.items()}
+        return AnswerTypeCounts(kinds, (), self.never_perturbed.pooled)
 
     @property
-    def untouched(self) -> tuple[LevelCount, ...]:
-        """For each bin the counts of all its queries on untouched images."""
-        perturbed = (next(iter(counts.values()))[0] for counts in self.bins)
-        return tuple(map(_sum, zip(perturbed, self.never_perturbed, strict=True)))
+    def untouched(self) -> np.ndarray:
+        """The counts of all queries on untouched images, n and n_correct: int64 [2, bins]."""
+        return np.add(next(iter(self.kinds.values()))[0][1:], self.never_perturbed[1:])
 
 
-def _count(kind: str, row: Sequence[float], least: int = 1) -> LevelCount:
-    strength, n, n_correct = row
-    if not (float(n).is_integer() and float(n_correct).is_integer() and least <= n >= n_correct >= 0):
-        raise ValueError(f"impossible count of {kind!r}: {n_correct} correct of {n}")
-    return LevelCount(float(strength), int(n), int(n_correct))
-
-
-def _sum(rows: Sequence[LevelCount]) -> LevelCount:
-    """The counts of several sets of queries at one strength."""
-    return LevelCount(rows[0].strength, sum(row.n for row in rows), sum(row.n_correct for row in rows))
-
-
-def _strengths(counts: KindCounts) -> dict[str, list[float]]:
-    return {kind: [row.strength for row in rows] for kind, rows in counts.items()}
+def _count(kind: str, row: Sequence[Any], n_bins: int, least: int = 1) -> LevelCount:
+    n, n_correct = map(np.atleast_1d, row[1:])
+    if not n.shape == n_correct.shape == (n_bins,):
+        raise ValueError(f"every count must have {n_bins} bins, one more than there are likelihood edges")
+    whole = (n % 1 == 0) & (n_correct % 1 == 0)
+    if not (whole & (least <= n) & (n_correct <= n) & (n_correct >= 0)).all():
+        raise ValueError(f"impossible count of {kind!r}: {n_correct.tolist()} correct of {n.tolist()}")
+    return LevelCount(float(row[0]), tuple(map(int, n)), tuple(map(int, n_correct)))
 
 
 @dataclass(frozen=True)
@@ -145,15 +124,15 @@ class LevelTable:
             raise ValueError("a level table needs counts for at least one answer type")
         first = next(iter(self.counts))
         for other, counts in self.counts.items():
-            if _strengths(counts.bins[0]) != self.strengths:
+            if counts.strengths != self.strengths:
                 raise ValueError(
                     f"answer types {first!r} and {other!r} were measured with different kinds or strengths of perturbation"
                 )
 
-    @cached_property
+    @property
     def strengths(self) -> dict[str, list[float]]:
         """Kind of perturbation -> the strengths at which it was measured."""
-        return _strengths(next(iter(self.counts.values())).bins[0])
+        return next(iter(self.counts.values())).strengths
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -176,21 +155,21 @@ class LevelTable:
         for answer_type, counts in self.counts.items():
             has_two_answers = answer_type == "yes_no" or (self.ranked and answer_type == "open")
             guess = 0.5 if has_two_answers else FREE_GUESS
-            (clean,) = counts.merged.untouched
-            for kind, rows in counts.pooled.items():
-                if guess**clean.n > SIGNIFICANCE:
+            n, n_correct = map(int, counts.untouched.sum(axis=1))
+            for kind, rows in counts.kinds.items():
+                if guess**n > SIGNIFICANCE:
                     needed = math.ceil(math.log(SIGNIFICANCE) / math.log(guess))
-                    reason = f"{clean.n} clean queries are too few, at least {needed} are needed"
-                elif binomtest(clean.n_correct, clean.n, guess, "greater").pvalue > SIGNIFICANCE:
+                    reason = f"{n} clean queries are too few, at least {needed} are needed"
+                elif binomtest(n_correct, n, guess, "greater").pvalue > SIGNIFICANCE:
                     reason = (
-                        f"the base model is correct on {clean.n_correct} of {clean.n} clean images, not significantly more than "
+                        f"the base model is correct on {n_correct} of {n} clean images, not significantly more than "
                         f"the {guess:.0%} of a blind guess"
                     )
                 elif trend_p_value(rows) > SIGNIFICANCE:
                     reason = f"{kind} does not significantly lower the base model's accuracy: leave it out of data.noise.kinds"
                 else:
                     continue
-                shown = ", ".join(f"{row.n_correct}/{row.n} at {row.strength:g}" for row in rows)
+                shown = ", ".join(f"{sum(row.n_correct)}/{sum(row.n)} at {row.strength:g}" for row in rows)
                 advice = "measure more or other queries, ask with another prompt (data.prompt)"
                 if not has_two_answers:
                     advice += (
@@ -203,28 +182,22 @@ class LevelTable:
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, atomically; a DataError if the file cannot be written."""
-        answer_types = {}
-        for answer_type, counts in self.counts.items():
-            by_kind = {kind: zip(*(bin_[kind] for bin_ in counts.bins), strict=True) for kind in self.kinds}
-            answer_types[answer_type] = {
-                "likelihood_edges": list(counts.edges),
-                "kinds": {
-                    kind: [{"strength": rows[0].strength, **_by_bin(rows)} for rows in strengths]
-                    for kind, strengths in by_kind.items()
-                },
-                "never_perturbed": _by_bin(counts.never_perturbed),
+        answer_types = {
+            answer_type: {
+                "likelihood_edges": counts.edges,
+                "kinds": {kind: [row._asdict() for row in rows] for kind, rows in counts.kinds.items()},
+                "never_perturbed": dict(zip(("n", "n_correct"), counts.never_perturbed[1:], strict=True)),
             }
+            for answer_type, counts in self.counts.items()
+        }
         content = {"format": FORMAT, "provenance": dict(self.provenance), "answer_types": answer_types}
         write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _by_bin(rows: Sequence[LevelCount]) -> dict[str, list[int]]:
-    return {"n": [row.n for row in rows], "n_correct": [row.n_correct for row in rows]}
-
-
 def trend_p_value(rows: Sequence[LevelCount]) -> float:
     """One-sided p-value of the Cochran-Armitage test that accuracy falls with the strength (Armitage, 1955)."""
-    strengths, n, correct = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    pooled = [(row.strength, sum(row.n), sum(row.n_correct)) for row in rows]
+    strengths, n, correct = np.array(pooled, dtype=np.float64).T
     mean = correct.sum() / n.sum()
     centred = strengths - np.average(strengths, weights=n)
     variance = mean * (1 - mean) * (n * centred**2).sum()
@@ -244,7 +217,14 @@ def read_table(path: Path) -> LevelTable:
             raise ValueError(
                 f"expected a JSON object with format {FORMAT!r}, found {found!r}: {MEASURE_AGAIN}"
             )
-        counts = {kind: _read_counts(value) for kind, value in content["answer_types"].items()}
+        counts = {
+            answer_type: AnswerTypeCounts(
+                {kind: tuple(LevelCount(**row) for row in rows) for kind, rows in value["kinds"].items()},
+                value["likelihood_edges"],
+                LevelCount(0.0, **value["never_perturbed"]),
+            )
+            for answer_type, value in content["answer_types"].items()
+        }
         table = LevelTable(counts, content["provenance"])
         if not isinstance(table.provenance.get("grading", {}), dict):
             raise ValueError("'grading' must be an object of rules by answer type")
@@ -256,29 +236,6 @@ def read_table(path: Path) -> LevelTable:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return table
-
-
-def _read_counts(content: Mapping[str, Any]) -> AnswerTypeCounts:
-    edges = content["likelihood_edges"]
-    kinds = {
-        kind: [(row["strength"], row["n"], row["n_correct"]) for row in rows]
-        for kind, rows in content["kinds"].items()
-    }
-    others = content["never_perturbed"]
-    lists = [
-        others["n"],
-        others["n_correct"],
-        *(ns for rows in kinds.values() for _, *both in rows for ns in both),
-    ]
-    n_bins = len(edges) + 1
-    if any(len(ns) != n_bins for ns in lists):
-        raise ValueError(f"every count must have {n_bins} bins, one more than there are likelihood_edges")
-    bins = tuple(
-        {kind: [(s, n[i], n_correct[i]) for s, n, n_correct in rows] for kind, rows in kinds.items()}
-        for i in range(n_bins)
-    )
-    never = [(0, *pair) for pair in zip(others["n"], others["n_correct"], strict=True)]
-    return AnswerTypeCounts(bins, tuple(edges), tuple(never))  # type: ignore[arg-type]
 
 
 class Measured(NamedTuple):

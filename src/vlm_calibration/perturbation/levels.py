@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -24,6 +24,8 @@ from vlm_calibration.perturbation.level_table import (
     read_table,
 )
 from vlm_calibration.perturbation.noise import check_share
+
+T = TypeVar("T")
 
 NOISE = "noise"
 """The paper's kind of perturbation: diffusion noise, whose strength is its step as a share of the schedule."""
@@ -176,14 +178,10 @@ class AnchoredLevels(ConfidenceLevels):
 
     @classmethod
     def fit(
-        cls,
-        counts: Mapping[str, AnswerTypeCounts],
-        *,
-        provenance: Mapping[str, Any] | None = None,
-        grid: int = 5,
+        cls, counts: Mapping[str, AnswerTypeCounts], provenance: Mapping[str, Any] | None = None
     ) -> "AnchoredLevels":
         """Create levels from measurements by answer type, see `LevelTable`."""
-        return cls(table=LevelTable(dict(counts), dict(provenance or {})), grid=grid)
+        return cls(table=LevelTable(counts, provenance or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically; see `LevelTable.save`."""
@@ -202,14 +200,11 @@ class AnchoredLevels(ConfidenceLevels):
         return averaged
 
     def strengths(self, kind: str) -> tuple[float, ...]:
-        if kind not in self._strengths:
-            raise self._not_measured(repr(kind), self.table.kinds)
-        return self._strengths[kind]
+        return self._measured(self._strengths, kind, repr(kind))
 
     def accuracy(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
         """The fitted accuracy in [0, 1], unrounded, interpolated linearly; a ValueError for what was not measured."""
-        self._check_measured(answer_type)
-        curves = self._pooled[answer_type]
+        curves = self._measured(self._pooled, answer_type, f"answer type {answer_type!r}")
         if query_id is not None and self._likelihoods is not None:
             if query_id not in self._likelihoods:
                 raise ValueError(
@@ -220,8 +215,7 @@ class AnchoredLevels(ConfidenceLevels):
         kind, strength = perturbation
         if strength == 0:
             return curves.untouched
-        self.strengths(kind)  # raises for a kind that was not measured
-        measured = self.table.strengths[kind]
+        measured = self._measured(self.table.strengths, kind, repr(kind))
         check_share("strength", strength, measured[-1])
         return float(np.interp(strength, measured, curves.perturbed[kind]))
 
@@ -237,7 +231,6 @@ class AnchoredLevels(ConfidenceLevels):
         return self._stated(self.accuracy(perturbation, answer_type, query_id), answer_type)
 
     def confidences(self, answer_type: str) -> tuple[float, ...]:
-        self._check_measured(answer_type)
         stated = {self._stated(value, answer_type) for value in self._values(answer_type)}
         return tuple(sorted(stated, reverse=True))
 
@@ -254,22 +247,22 @@ class AnchoredLevels(ConfidenceLevels):
         as often as perturbed ones, as in our presets.
         """
         values = []
+        pooled = self._measured(self._pooled, answer_type, f"answer type {answer_type!r}")
         bins = [] if self._likelihoods is None else self._bins[answer_type]
         for kind, strengths in self._strengths.items():
-            for curves in (self._pooled[answer_type], *bins):
+            for curves in (pooled, *bins):
                 perturbed = np.interp(strengths[1:], self.table.strengths[kind], curves.perturbed[kind])
                 curve = [round(float(v), 9) for v in (curves.untouched, *perturbed)]
                 values += curve + curve[:1] * (len(curve) - 2 if balanced else 0)
         return values
 
-    def _check_measured(self, answer_type: str) -> None:
-        if answer_type not in self.table.counts:
-            raise self._not_measured(f"answer type {answer_type!r}", self.answer_types)
-
-    def _not_measured(self, name: str, measured: tuple[str, ...]) -> ValueError:
-        return ValueError(
-            f"{self.source} has no levels for {name}; measured: {', '.join(measured)}: measure it with `vlm-calibration levels fit`"
-        )
+    def _measured(self, values: Mapping[str, T], key: str, name: str) -> T:
+        """The value of a kind or answer type, which messages call `name`; a ValueError if it was not measured."""
+        if key not in values:
+            raise ValueError(
+                f"{self.source} has no levels for {name}; measured: {', '.join(values)}: measure it with `vlm-calibration levels fit`"
+            )
+        return values[key]
 
 
 Accuracies = Mapping[str, np.ndarray]
@@ -322,16 +315,14 @@ def fit_bins(counts: AnswerTypeCounts) -> list[dict[str, np.ndarray]]:
     """`fit_kinds` in each bin of the likelihood, after accuracies were made to rise with the likelihood at every strength."""
     accuracy: dict[str, np.ndarray] = {}
     n: dict[str, np.ndarray] = {}
-    for kind in counts.bins[0]:
-        rows = np.array([bin_[kind] for bin_ in counts.bins], dtype=np.float64)  # [bins, strengths, 3]
-        n[kind] = rows[..., 1]
-        accuracy[kind] = rows[..., 2] / rows[..., 1]
-        for column in range(rows.shape[1]):
-            fit = isotonic_regression(accuracy[kind][:, column], weights=n[kind][:, column])
-            accuracy[kind][:, column] = fit.x
+    for kind, rows in counts.kinds.items():
+        n[kind] = np.array([row.n for row in rows], dtype=np.float64)  # [strengths, bins]
+        measured = np.array([row.n_correct for row in rows]) / n[kind]
+        fits = (isotonic_regression(a, weights=w).x for a, w in zip(measured, n[kind], strict=True))
+        accuracy[kind] = np.stack(list(fits))
     return [
-        fit_kinds({kind: a[i] for kind, a in accuracy.items()}, {kind: w[i] for kind, w in n.items()})
-        for i in range(len(counts.bins))
+        fit_kinds({kind: a[:, i] for kind, a in accuracy.items()}, {kind: w[:, i] for kind, w in n.items()})
+        for i in range(len(counts.edges) + 1)
     ]
 
 
@@ -339,10 +330,10 @@ def fit_curves(counts: AnswerTypeCounts) -> list[AccuracyCurves]:
     """The fits of all bins with the accuracy on untouched images, to which queries that are never perturbed contribute as measured."""
     fits = fit_bins(counts)
     untouched = np.array([next(iter(fit.values()))[0] for fit in fits])
-    others = np.array([row.n for row in counts.never_perturbed])
-    if others.any():
-        n = np.array([row.n for row in counts.untouched], dtype=np.float64)
-        correct = untouched * (n - others) + [row.n_correct for row in counts.never_perturbed]
+    _, others, others_correct = counts.never_perturbed
+    if any(others):
+        n = counts.untouched[0].astype(np.float64)
+        correct = untouched * (n - others) + others_correct
         untouched = np.asarray(isotonic_regression(correct / n, weights=n).x)
     return list(map(AccuracyCurves, untouched.tolist(), fits))
 
@@ -383,26 +374,20 @@ def group_means(values: Sequence[float], groups: int) -> list[tuple[float, float
         nearest members; the last one is 0.
     """
     distinct, repeats = (part[::-1] for part in np.unique(values, return_counts=True))
-    weight, first, second = (
-        np.concatenate([[0.0], np.cumsum(repeats * distinct**power)]) for power in range(3)
-    )
     n = len(distinct)
-    groups = min(groups, n)
-    best = np.full((groups + 1, n + 1), math.inf)
-    best[0, 0] = 0.0
-    starts = np.zeros((groups + 1, n + 1), dtype=np.int64)
-    for group in range(1, groups + 1):
-        for end in range(group, n + 1):
-            begin = np.arange(end)
-            sums = first[end] - first[begin]
-            errors = second[end] - second[begin] - sums**2 / (weight[end] - weight[begin])
-            cost = best[group - 1, :end] + errors  # the last group is [begin, end)
-            starts[group, end] = int(cost.argmin())
-            best[group, end] = cost.min()
+    sums = (np.concatenate([[0.0], np.cumsum(repeats * distinct**power)]) for power in range(3))
+    weight, first, second = (total - total[:, None] for total in sums)  # [begin, end] of a group
+    with np.errstate(divide="ignore", invalid="ignore"):
+        errors = np.where(weight > 0, second - first**2 / weight, math.inf)
+    best = np.array([0.0] + [math.inf] * n)  # of the numbers before each end
+    starts = []
+    for _ in range(min(groups, n)):
+        cost = best[:, None] + errors
+        starts.append(cost.argmin(axis=0))
+        best = cost.min(axis=0)
     means: list[tuple[float, float]] = []
     end = n
-    for group in range(groups, 0, -1):
-        start = int(starts[group, end])
+    for start in (int(of_group[end]) for of_group in reversed(starts)):
         mean = np.average(distinct[start:end], weights=repeats[start:end])
         lower = float(distinct[end - 1] + distinct[end]) / 2 if end < n else 0.0
         means.append((lower, float(mean)))

@@ -42,32 +42,26 @@ class MaskBox(NamedTuple):
         )
 
 
-def check_mask(
-    mask: NDArray[Any], image_shape: tuple[int, ...], *, name: str = "mask", allow_empty: bool = False
-) -> BoolMask:
+def check_mask(mask: NDArray[Any], image_shape: tuple[int, ...], *, allow_empty: bool = False) -> BoolMask:
     """A mask as bool [H, W], not a copy; a TypeError or ValueError unless it is one of an image of `image_shape`, [H, W, ...].
 
-    Args:
-        mask: bool [H, W], or uint8 [H, W] with values 0 and 1 as pycocotools decodes. Masks with values 0 and 255 are
-            refused: the meaning of grey values is ambiguous, so the caller must apply a threshold.
-        image_shape: of the image.
-        name: name of the mask in messages.
-        allow_empty: accept a mask without a marked pixel.
+    It may be bool, or uint8 with values 0 and 1 as pycocotools decodes. Values 0 and 255 are refused: the meaning of grey values is
+    ambiguous, so the caller must apply a threshold.
     """
     if not isinstance(mask, np.ndarray) or mask.dtype not in (np.bool_, np.uint8):
         found = f"dtype {mask.dtype}" if isinstance(mask, np.ndarray) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool array, or uint8 with values 0 and 1, got {found}")
+        raise TypeError(f"mask must be a bool array, or uint8 with values 0 and 1, got {found}")
     if mask.shape != tuple(image_shape[:2]):
         expected = tuple(image_shape[:2])
-        raise ValueError(f"{name} has shape {mask.shape}, but the image has {expected} (height, width)")
+        raise ValueError(f"mask has shape {mask.shape}, but the image has {expected} (height, width)")
     if mask.dtype == np.uint8:
         if mask.size and mask.max() > 1:
             raise ValueError(
-                f"{name} is uint8 with values up to {mask.max()}; expected 0 and 1 (or a bool array: use mask > 127)"
+                f"mask is uint8 with values up to {mask.max()}; expected 0 and 1 (or a bool array: use mask > 127)"
             )
         mask = mask.view(np.bool_)
     if not allow_empty and not mask.any():
-        raise ValueError(f"{name} is empty: no pixel is marked, so there is nothing to perturb")
+        raise ValueError("mask is empty: no pixel is marked, so there is nothing to perturb")
     return mask
 
 

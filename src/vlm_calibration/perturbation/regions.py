@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import cv2
 import numpy as np
-from scipy.ndimage import maximum_filter1d
+from scipy.ndimage import maximum_filter
 
 from vlm_calibration.perturbation.images import resize_mask
 from vlm_calibration.perturbation.masks import BoolMask, bounding_box, check_mask
@@ -32,7 +33,7 @@ def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilat
         raise ValueError(f"region shape must be 'mask' or 'box', got {shape!r}")
     if not 0 <= dilate < float("inf"):
         raise ValueError(f"dilate must be a finite fraction >= 0, got {dilate!r}")
-    mask = check_mask(mask, mask.shape, name="region mask")
+    mask = check_mask(mask, mask.shape)
     box = bounding_box(mask)
     radius = max(1, round(dilate * max(box.height, box.width))) if dilate else 0
     grown = box.grown(radius, mask.shape).slices
@@ -40,12 +41,9 @@ def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilat
     if shape == "box":
         region[grown] = True
         return region
-    part = mask[grown].view(np.uint8)
-    if radius:
-        for axis, length in enumerate(part.shape):
-            # A window longer than the array has the same result, but costs more in scipy.
-            part = maximum_filter1d(part, 2 * min(radius, length) + 1, axis=axis, mode="constant")
-    region[grown] = part.astype(np.bool_)
+    # A window longer than the array has the same result, but costs more in scipy.
+    window = [2 * min(radius, length) + 1 for length in mask[grown].shape]
+    region[grown] = maximum_filter(mask[grown].view(np.uint8), window, mode="constant")
     return region
 
 
@@ -105,8 +103,13 @@ def _region_off(
     box = bounding_box(target)
     height, width = box.height, box.width
     shape = target[box.slices] if silhouette else np.ones((height, width), dtype=np.bool_)
+    sums = cv2.integral(target.view(np.uint8))
     while True:
-        corners = _free_corners(target, height, width)
+        # The pixels of the target in each box of this size, by its top-left corner.
+        covered = (
+            sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+        )
+        corners = np.flatnonzero(covered == 0)
         if corners.size:
             top, left = divmod(int(rng.choice(corners)), target.shape[1] - width + 1)
             region = np.zeros_like(target)
@@ -114,14 +117,6 @@ def _region_off(
             return region
         # At least one pixel is free, so a box of one pixel always fits.
         height, width = max(1, int(height * 0.8)), max(1, int(width * 0.8))
-
-
-def _free_corners(target: BoolMask, height: int, width: int) -> np.ndarray:
-    """Flat indices, in [H - height + 1, W - width + 1], of the top-left corners of boxes that do not touch the target."""
-    sums = np.zeros((target.shape[0] + 1, target.shape[1] + 1), dtype=np.int32)
-    np.cumsum(np.cumsum(target, axis=0, dtype=np.int32), axis=1, out=sums[1:, 1:])
-    inside = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-    return np.flatnonzero(inside == 0)
 
 
 def _plausible_box(image_shape: tuple[int, ...], rng: np.random.Generator) -> BoolMask:

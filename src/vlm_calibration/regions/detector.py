@@ -23,7 +23,7 @@ from vlm_calibration.records import DataError
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels, inside the image."""
 
-GROUNDING_DINO, OWL = ("grounding-dino", "mm-grounding-dino"), ("owlv2", "owlvit")
+GROUNDING_DINO = ("grounding-dino", "mm-grounding-dino")
 SEPARATOR = ". "
 
 
@@ -56,7 +56,7 @@ class ZeroShotDetector(Detector):
         threshold: minimum score of a box for a phrase, exclusive, in [0, 1). OWLv2's scores are lower; use about 0.1.
         max_boxes: maximum number of boxes per phrase and image, the ones with the highest scores.
         dtype: of weights and arithmetic.
-        revision, trust_remote_code: as in `from_pretrained`.
+        revision: as in `from_pretrained`.
     """
 
     name_or_path: str = "IDEA-Research/grounding-dino-base"
@@ -64,7 +64,6 @@ class ZeroShotDetector(Detector):
     max_boxes: int = 16
     dtype: Dtype = "float32"
     revision: str | None = None
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1 or self.max_boxes < 1:
@@ -75,15 +74,18 @@ class ZeroShotDetector(Detector):
         self.processor: Any = None
 
     def load(self, device: torch.device) -> None:
-        kind, known = AutoModelForZeroShotObjectDetection, (*GROUNDING_DINO, *OWL)
-        self.model, self.processor = load_pair(kind, known, self, device)
+        known = (*GROUNDING_DINO, "owlv2", "owlvit")
+        self.model, self.processor = load_pair(AutoModelForZeroShotObjectDetection, known, self, device)
         self._is_grounding_dino = self.model.config.model_type in GROUNDING_DINO
 
     @torch.inference_mode()
     def detect(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[list[Detection]]:
         if not images:
             return []
-        prompts = [[_to_prompt(p) for p in row] for row in phrases]
+        # As in the detectors' training: lower case, without the dot that separates phrases.
+        prompts = [
+            [" ".join(p.lower().replace(".", " ").split()) or "object" for p in row] for row in phrases
+        ]
         if self._is_grounding_dino:
             texts: dict[str, Any] = {"text": [_join_prompts(row) for row in prompts], "padding": True}
         else:
@@ -110,14 +112,15 @@ class ZeroShotDetector(Detector):
             return probabilities[:, : len(prompts)]  # further columns pad the batch
         encoded = self.processor.tokenizer(_join_prompts(prompts), return_offsets_mapping=True)
         offsets = encoded["offset_mapping"][: probabilities.shape[1]]
-        columns, begin = [], 0
-        for prompt in prompts:
+        scores = torch.zeros(len(probabilities), len(prompts))
+        begin = 0
+        for column, prompt in enumerate(prompts):
             end = begin + len(prompt)
             tokens = [t for t, (a, b) in enumerate(offsets) if begin <= a < b <= end]
-            none = torch.zeros(len(probabilities))
-            columns.append(probabilities[:, tokens].amax(dim=1) if tokens else none)
+            if tokens:
+                scores[:, column] = probabilities[:, tokens].amax(dim=1)
             begin = end + len(SEPARATOR)
-        return torch.stack(columns, dim=1)
+        return scores
 
     def _select_boxes(self, phrases: Sequence[str], scores: Tensor, boxes: Tensor) -> list[Detection]:
         """Non-empty boxes above the threshold, highest score first, at most `max_boxes` per phrase."""
@@ -139,23 +142,16 @@ def _join_prompts(prompts: Sequence[str]) -> str:
     return SEPARATOR.join(prompts) + "."
 
 
-def _to_prompt(phrase: str) -> str:
-    """A phrase in the format of the detectors' training: lower case, without the dot that separates phrases."""
-    return " ".join(phrase.lower().replace(".", " ").split()) or "object"
-
-
 def load_pair(kind: Any, known: Sequence[str], settings: Any, device: torch.device) -> tuple[Any, Any]:
     """Load the model of a detector or segmenter, of the AutoModel class `kind`, in eval mode on the device, and its processor.
 
     Raises:
         DataError: the model does not exist, or is not of this class and one of the `known` types.
     """
-    name = settings.name_or_path
-    origin = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    name, revision = settings.name_or_path, settings.revision
     with loading(kind.__name__, name):
-        model = kind.from_pretrained(name, dtype=dtype, **origin)
-        processor = AutoProcessor.from_pretrained(name, **origin)
+        model = kind.from_pretrained(name, dtype=settings.dtype, revision=revision)
+        processor = AutoProcessor.from_pretrained(name, revision=revision)
     if model.config.model_type not in known:
         raise DataError(f"{name!r} is a {model.config.model_type}, expected one of {', '.join(known)}")
     return model.eval().to(device), processor

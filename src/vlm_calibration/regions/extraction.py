@@ -12,7 +12,7 @@ from vlm_calibration.data.regions import RawQuery
 from vlm_calibration.perturbation.masks import bounding_box, mask_to_rle
 from vlm_calibration.records import DataError, Query, Region
 from vlm_calibration.regions.describer import Describer, Description
-from vlm_calibration.regions.detector import Detection, Detector
+from vlm_calibration.regions.detector import Box, Detection, Detector
 from vlm_calibration.regions.segmenter import Segmenter
 from vlm_calibration.text.labels import is_evidence, unlocated_objects
 from vlm_calibration.text.matching import same_phrase
@@ -87,10 +87,11 @@ class Pipeline:
         """Extract regions for each query of a batch, in order."""
         ready = [self._without_models(raw) for raw in batch]
         rows = [raw for raw, result in zip(batch, ready, strict=True) if result is None]
-        described = self._describe(rows)
-        detected = self._detect(rows, described)
-        segmented = self._segment(rows, detected)
         queries = [raw.query for raw in rows]
+        images = [raw.image for raw in rows if raw.image is not None]  # of each row
+        described = self._describe(queries, images)
+        detected = self._detect(images, described)
+        segmented = self._segment(queries, images, detected)
         extracted = map(self._result, queries, described, detected, segmented)
         return [result or next(extracted) for result in ready]
 
@@ -103,84 +104,74 @@ class Pipeline:
         is_known = self.keep_known and has_evidence and not unlocated_objects(query, labels)
         return Extracted(query, "known") if is_known else None
 
-    def _describe(self, batch: Sequence[RawQuery]) -> list[Description]:
+    def _describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
         """The phrases of each query. A query's own `objects` and `absent` replace the describer's."""
-        described = self.describer.describe([r.query for r in batch], [_pixels(r) for r in batch])
         merged = []
-        for raw, description in zip(batch, described, strict=True):
-            query, absent = raw.query, raw.query.absent or description.absent
+        for query, description in zip(queries, self.describer.describe(queries, images), strict=True):
+            absent = query.absent or description.absent
             if own := (*query.objects, *(o for o in query.absent if o not in query.objects)):
                 missing = tuple(o for o in own if any(same_phrase(o, a) for a in absent))
                 description = Description(tuple(o for o in own if o not in missing), missing)
             merged.append(description)
         return merged
 
-    def _detect(self, batch: Sequence[RawQuery], described: Sequence[Description]) -> list[list[Detection]]:
-        rows = [i for i, description in enumerate(described) if description.objects]
-        images, phrases = [_pixels(batch[i]) for i in rows], [described[i].objects for i in rows]
-        by_row = dict(zip(rows, self.detector.detect(images, phrases), strict=True))
-        return [by_row.get(i, []) for i in range(len(batch))]
+    def _detect(
+        self, images: Sequence[np.ndarray], described: Sequence[Description]
+    ) -> list[list[Detection]]:
+        named = [(image, d.objects) for image, d in zip(images, described, strict=True) if d.objects]
+        detections = iter(self.detector.detect([image for image, _ in named], [names for _, names in named]))
+        return [next(detections) if d.objects else [] for d in described]
 
     def _segment(
-        self, batch: Sequence[RawQuery], detected: Sequence[Sequence[Detection]]
+        self, queries: Sequence[Query], images: Sequence[np.ndarray], detected: Sequence[Sequence[Detection]]
     ) -> list[np.ndarray]:
         """The masks of all boxes, bool [boxes, H, W] per query. An image shared by several queries is encoded once."""
-        by_image: dict[str, list[int]] = {}
-        for i, boxes in enumerate(detected):
+        images_of: dict[str, np.ndarray] = {}
+        boxes_of: dict[str, list[Box]] = {}
+        for query, image, boxes in zip(queries, images, detected, strict=True):
             if boxes:
-                by_image.setdefault(batch[i].query.image, []).append(i)
-        images = [_pixels(batch[rows[0]]) for rows in by_image.values()]
-        boxes_of = [[d.box for i in rows for d in detected[i]] for rows in by_image.values()]
-        masks = [np.zeros((0, 0, 0), dtype=bool) for _ in batch]
-        for rows, segmented in zip(by_image.values(), self.segmenter.segment(images, boxes_of), strict=True):
-            ends = np.cumsum([len(detected[i]) for i in rows])
-            for i, own in zip(rows, np.split(segmented, ends[:-1]), strict=True):
-                masks[i] = own
-        return masks
+                images_of[query.image] = image
+                boxes_of.setdefault(query.image, []).extend(d.box for d in boxes)
+        segmented = self.segmenter.segment(list(images_of.values()), list(boxes_of.values()))
+        masks = dict(zip(boxes_of, map(iter, segmented), strict=True))
+        return [
+            np.array([next(masks[query.image]) for _ in boxes])
+            for query, boxes in zip(queries, detected, strict=True)
+        ]
 
     def _result(
         self, query: Query, description: Description, boxes: Sequence[Detection], masks: np.ndarray
     ) -> Extracted:
-        objects = (*description.objects, *description.absent)
+        """Unite the instances of each phrase, and check the regions."""
         known = query.regions if self.keep_known else ()
-        regions: list[Region] = []
-        rejected: list[Rejected] = []
-        for phrase in description.objects:
-            own = [i for i, d in enumerate(boxes) if d.label == phrase]
-            if own:
-                region, reason = self._unite(phrase, [boxes[i] for i in own], masks[own])
-                if reason is None:
-                    regions.append(region)
-                else:
-                    rejected.append(Rejected(region, reason))
+        united = [
+            self._unite([i for i, box in enumerate(boxes) if box.label == phrase], boxes, masks)
+            for phrase in description.objects
+            if any(box.label == phrase for box in boxes)
+        ]
+        regions = tuple(region for region, reason in united if reason is None)
+        rejected = tuple(Rejected(region, reason) for region, reason in united if reason is not None)
         outcome: Outcome = "found" if regions else "rejected" if rejected else "not detected"
         if not description.objects:
             outcome = "absent" if description.absent else "no phrase"
-        named = replace(query, objects=objects, absent=description.absent, regions=(*regions, *known))
-        return Extracted(named, outcome, tuple(rejected))
+        objects, absent = (*description.objects, *description.absent), description.absent
+        named = replace(query, objects=objects, absent=absent, regions=(*regions, *known))
+        return Extracted(named, outcome, rejected)
 
     def _unite(
-        self, phrase: str, boxes: Sequence[Detection], masks: np.ndarray
+        self, own: Sequence[int], boxes: Sequence[Detection], masks: np.ndarray
     ) -> tuple[Region, Reason | None]:
-        """The union of all instances of a phrase, and the reason if it is rejected."""
-        score = min(1.0, max(d.score for d in boxes))
-        touching = [m for d, m in zip(boxes, masks, strict=True) if _touches(m, d)]
+        """The union of these instances of a phrase, and the reason if it is rejected."""
+        best = max((boxes[i] for i in own), key=lambda d: d.score)
+        score = min(1.0, best.score)
+        touching = []  # the masks with a pixel in their box
+        for mask, (x0, y0, x1, y1) in ((masks[i], boxes[i].box) for i in own):
+            if mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].any():
+                touching.append(mask)
         if not touching:
-            best = max(boxes, key=lambda d: d.score)
-            return Region(phrase, best.box, None, score), "empty"
+            return Region(best.label, best.box, None, score), "empty"
         mask = np.logical_or.reduce(touching)
         box = bounding_box(mask)
         corners = (float(box.left), float(box.top), float(box.right), float(box.bottom))
-        region = Region(phrase, corners, mask_to_rle(mask), score)
+        region = Region(best.label, corners, mask_to_rle(mask), score)
         return region, self.gates.reason(score, float(mask.mean()))
-
-
-def _pixels(raw: RawQuery) -> np.ndarray:
-    assert raw.image is not None
-    return raw.image
-
-
-def _touches(mask: np.ndarray, detection: Detection) -> bool:
-    """Whether the mask has a pixel that overlaps the box."""
-    x0, y0, x1, y1 = detection.box
-    return bool(mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].any())

@@ -84,7 +84,10 @@ class RuleDescriber(Describer):
             if (verdict[1].lower() in ("no", "false")) != reverses:
                 absent.append(_text(subject))
                 in_question = [p for p in in_question if p.first != subject.first]
-        names = bool(verdict) or _names_objects(question, words, statement)
+        kind = _asked_kind(words)
+        asks_value = _ASKS_VALUE.search(question) or (kind is not None and kind.head in ATTRIBUTES)
+        # Nouns of an answer may be a value: text, a number, a material, an attribute or an activity. A longer answer is more.
+        names = verdict or not asks_value or len(statement.split()) > 4
         answer_words, answer_known = tag(statement) if names else ((), True)
         if not (known and answer_known) or _CHOICE.search(question):
             return None
@@ -93,7 +96,10 @@ class RuleDescriber(Describer):
         absent += [_text(p) for p in negated]
         in_answer = [p for p in in_answer if p not in negated]
         if in_answer:
-            in_question = _drop_answered(words, in_question, bool(verdict))
+            # The answer names what is asked for: "animal" in "What animal ...", and one of the alternatives.
+            is_choice = not verdict and not any(w.tag == "AJC" for w in words)
+            answered = {kind, *(_alternatives(words, in_question) if is_choice else ())}
+            in_question = [p for p in in_question if p not in answered]
         return self.build_description([_text(p) for p in (*in_question, *in_answer)], absent)
 
 
@@ -118,14 +124,6 @@ def _existence_subject(
     return None if first.head in NO_OBJECT and not _of(words, first, phrases[0]) else phrases[0]
 
 
-def _names_objects(question: str, words: Sequence[Word], answer: str) -> bool:
-    """Whether nouns of an answer are objects in the image rather than text, a number, a material, an attribute or an activity."""
-    kind = _asked_kind(words)
-    asks_value = _ASKS_VALUE.search(question) or (kind is not None and kind.head in ATTRIBUTES)
-    # A longer answer is more than a value.
-    return not asks_value or len(answer.split()) > 4
-
-
 def _asked_kind(words: Sequence[Word]) -> NounPhrase | None:
     """The noun that "what" or "which" asks for: "animal" in "What kind of animal ...", "colour" in "What is the colour ..."."""
     wh = next((i for i, w in enumerate(words) if w.text in ("what", "which")), len(words))
@@ -139,15 +137,14 @@ def _asked_kind(words: Sequence[Word]) -> NounPhrase | None:
     return phrases[1] if is_generic else first
 
 
-def _drop_answered(words: Sequence[Word], phrases: list[NounPhrase], yes_no: bool) -> list[NounPhrase]:
-    """The question's phrases without those that the answer names: "animal" in "What animal ...", and alternatives."""
-    kind = _asked_kind(words)
-    dropped = set() if kind is None else {kind.first}
-    if not yes_no and not any(w.tag == "AJC" for w in words):
-        for first, second in pairwise(phrases):
-            if "or" in [w.text for w in words[first.last : second.first]]:
-                dropped |= {first.first, second.first}
-    return [p for p in phrases if p.first not in dropped]
+def _alternatives(words: Sequence[Word], phrases: list[NounPhrase]) -> set[NounPhrase]:
+    """The phrases that "or" joins: "a cat or a dog"."""
+    return {
+        phrase
+        for pair in pairwise(phrases)
+        if "or" in [w.text for w in words[pair[0].last : pair[1].first]]
+        for phrase in pair
+    }
 
 
 def _is_negated(words: Sequence[Word], phrase: NounPhrase) -> bool:

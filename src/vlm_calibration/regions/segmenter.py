@@ -29,20 +29,17 @@ class Segmenter(ABC):
 
 @dataclass(eq=False)
 class PromptedSegmenter(Segmenter):
-    """A promptable segmenter from the Hub. Each image is encoded once for all its boxes.
+    """A promptable segmenter from the Hub. Each image is encoded once for all its boxes. A pixel of a mask has a probability above 1/2.
 
     Args:
         name_or_path: SAM (arXiv 2304.02643) or SAM 2 (arXiv 2408.00714): a name on the Hub or a folder.
-        mask_threshold: minimum logit of a pixel of the mask, exclusive; 0 is a probability of one half.
         dtype: of weights and arithmetic.
-        revision, trust_remote_code: as in `from_pretrained`.
+        revision: as in `from_pretrained`.
     """
 
     name_or_path: str = "facebook/sam2.1-hiera-large"
-    mask_threshold: float = 0.0
     dtype: Dtype = "float32"
     revision: str | None = None
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         self.model: Any = None
@@ -68,10 +65,7 @@ class PromptedSegmenter(Segmenter):
             # One image at a time: at full resolution the logits of all boxes may take a gigabyte.
             more = {} if reshaped is None else {"reshaped_input_sizes": reshaped[i : i + 1].tolist()}
             [image_masks] = self.processor.image_processor.post_process_masks(
-                [logits[i, : len(row)].float()],
-                original_sizes=sizes[i : i + 1],
-                mask_threshold=self.mask_threshold,
-                **more,
+                [logits[i, : len(row)].float()], original_sizes=sizes[i : i + 1], **more
             )
             masks.append(image_masks[:, 0].cpu().numpy())
         return masks

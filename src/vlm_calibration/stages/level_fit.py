@@ -266,20 +266,17 @@ def _count(answer_type: str, rows: pd.DataFrame, perturbations: Sequence[Perturb
         counts = np.zeros((len(edges) + 1, len(perturbations) + 1, 2), dtype=np.int64)  # n and n_correct
         np.add.at(counts, (bins, level), np.stack([np.ones(len(rows), dtype=np.int64), rows["correct"]], -1))
         if counts[:, :-1, 0].all():
-            by_bin = [_by_kind(of_bin, perturbations) for of_bin in counts[:, :-1].tolist()]
-            never_perturbed = [LevelCount(0.0, *of_bin) for of_bin in counts[:, -1].tolist()]
-            return AnswerTypeCounts(tuple(by_bin), tuple(edges.tolist()), tuple(never_perturbed))
+            strengths = [*(strength for _, strength in perturbations), 0.0]
+            by_level = [
+                LevelCount(strength, *map(tuple, of_level.T.tolist()))
+                for strength, of_level in zip(strengths, counts.swapaxes(0, 1), strict=True)
+            ]
+            untouched, *perturbed, never_perturbed = by_level
+            by_kind: dict[str, tuple[LevelCount, ...]] = {}
+            for (kind, _), count in zip(perturbations[1:], perturbed, strict=True):
+                by_kind[kind] = (*by_kind.get(kind, (untouched,)), count)
+            return AnswerTypeCounts(by_kind, tuple(edges.tolist()), never_perturbed)
     kind, strength = perturbations[1 + int(np.argmin(counts[0, 1:-1, 0]))]
     raise DataError(
         f"no {answer_type} query with {kind} of strength {strength:g}: `data.noise.absent: clean` leaves all of data.levels untouched"
     )
-
-
-def _by_kind(
-    counts: Sequence[Sequence[int]], perturbations: Sequence[Perturbation]
-) -> dict[str, tuple[LevelCount, ...]]:
-    """Kind -> counts by rising strength, of which the first is that of untouched images."""
-    rows = [(kind, LevelCount(s, *count)) for (kind, s), count in zip(perturbations, counts, strict=True)]
-    (_, untouched), *perturbed = rows
-    kinds = dict.fromkeys(kind for kind, _ in perturbed)
-    return {kind: (untouched, *(count for k, count in perturbed if k == kind)) for kind in kinds}
