@@ -61,7 +61,10 @@ WHOLE = "expected a whole number"
         ("--trainer.max_step 3", "unknown setting --trainer.max_step (did you mean --trainer.max_steps?)"),
         ("--model.lora.rank 3", "unknown setting model.init_args.lora.rank (did you mean lora.r?)"),
         ("--data.train.scene 3", "unknown setting data.train.init_args.scene (did you mean scenes?)"),
-        ("--config {data:{bach_size:3}}", "unknown setting data.bach_size (did you mean data.batch_size?)"),
+        (
+            '--config {"data":{"bach_size":3}}',
+            "unknown setting data.bach_size (did you mean data.batch_size?)",
+        ),
         ("--data.noise.levels AnchoredLevel", "there is no 'AnchoredLevel' (did you mean AnchoredLevels?)"),
         ("--model.optimizer.lr fast", "model.init_args.optimizer.lr: expected a number, found 'fast'"),
         (

@@ -115,8 +115,11 @@ class _Stack(L.LightningModule):
 
 def test_the_peak_is_that_of_the_allocator(tmp_path: Path) -> None:
     measured = PeakMemory()
-    batches = [torch.ones(512, 256) for _ in range(3)]
-    loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(
+        range(3 * 512),  # type: ignore[arg-type]
+        batch_size=512,
+        collate_fn=lambda rows: torch.ones(len(rows), 256),
+    )
     plain_trainer(tmp_path, measured, max_steps=3).fit(_Stack(), loader)
     module, batch = _Stack(), torch.randn(512, 256)
     optimizer = torch.optim.AdamW(module.parameters())

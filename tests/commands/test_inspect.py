@@ -127,8 +127,8 @@ def test_a_broken_image_is_named_once(
     copies = [json.dumps({**row, "id": f"{copy}-{row['id']}"}) for copy in range(3) for row in rows]
     for name in ("train", "validation", "calibration", "test"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(copies))
-    ended = call("data", "inspect", "--config", "data/jsonl", "--data-root", ".", "--samples", str(samples))
-    assert ended.out.count("cut.jpg") == 1
+    arguments = ("--config", "data/jsonl", "--data-root", str(tmp_path), "--samples", str(samples))
+    assert call("data", "inspect", *arguments).out.count(str(tmp_path / "cut.jpg")) == 1
 
 
 def test_shipped_overlays_are_understood(call: Callable[..., Ended]) -> None:

@@ -43,7 +43,7 @@ GresTypes=gpu
 # Seconds between SIGTERM and SIGKILL.
 KillWait=10
 MailProg=/bin/true
-NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]},{ports[2]}] CPUs=4 RealMemory=1000 Gres=gpu:4
+NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=4 RealMemory=1000 Gres=gpu:4
 PartitionName=tests Nodes={nodes} Default=YES
 """
 
@@ -165,11 +165,17 @@ class Cluster:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for sock in sockets:
-        sock.bind(("127.0.0.1", 0))
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
+    """Consecutive ports that nobody listens on."""
+    for first in range(26817, 36817, count):
+        ports = [*range(first, first + count)]
+        sockets = [socket.socket() for _ in ports]
+        try:
+            for sock, port in zip(sockets, ports, strict=True):
+                sock.bind(("127.0.0.1", port))
+            return ports
+        except OSError:
+            continue
+        finally:
+            for sock in sockets:
+                sock.close()
+    raise AssertionError("no free ports")
