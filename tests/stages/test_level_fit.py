@@ -354,7 +354,9 @@ def test_the_table_has_each_query_at_each_level_and_its_provenance(
 ) -> None:
     table = AnchoredLevels(measured.out, likelihoods=measured.likelihoods).table
     assert table.kinds == ("noise", "blur")
-    rows = {t: [[row.pooled[:2] for row in rows] for rows in c.kinds.values()] for t, c in table.counts.items()}
+    rows = {
+        t: [[row.pooled[:2] for row in rows] for rows in c.kinds.values()] for t, c in table.counts.items()
+    }
     assert rows == {t: [[(s, (n,)) for s in (0, 0.5, 1)]] * 2 for t, n in (("yes_no", 8), ("short", 4))}
     provenance = table.provenance
     assert (provenance["model"], provenance["seed"], provenance["resolution"]) == (model_folder, 3, "model")

@@ -155,5 +155,5 @@ def _build_tree(prompts: Prompts, responses: Responses, shared: Tensor) -> _Tree
     device = prompts.lengths.device
     rows, columns = torch.tensor(list(predictors), device=device).unbind(-1)
     predictor, targets = torch.tensor(list(predictions), device=device).unbind(-1)
-    tokens, parent, table = padded(ids, 0, device), padded(parents, -1, device), padded_table(indices, device)
-    return _Tree(tokens, parent, rows, columns, predictor, targets, table)
+    padded_tree = padded(ids, 0, device), padded(parents, -1, device)
+    return _Tree(*padded_tree, rows, columns, predictor, targets, padded_table(indices, device))

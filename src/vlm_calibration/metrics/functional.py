@@ -94,7 +94,7 @@ def of_values(formula: Callable[[ConfidenceTable], Any], undefined: str = UNPARS
         return type(value)(*moved) if isinstance(value, tuple) else moved[0]
 
     # The signature is that of this function, and not that of the formula.
-    del function.__wrapped__  # type: ignore[attr-defined]
+    del function.__wrapped__
     return function
 
 

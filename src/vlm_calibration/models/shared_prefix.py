@@ -174,12 +174,14 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
         index.append(of_row)
     device = prompts.lengths.device
     rows, at, targets = torch.tensor(list(numbers), device=device).unbind(-1)
-    inputs, segment, shift = (
+    return Packed(
         append_tokens(prompts, ids),
         padded(segments, -1, device),
         padded(shifts, 0, device),
+        *(rows, at, targets),
+        prompts.lengths,
+        padded_table(index, device),
     )
-    return Packed(inputs, segment, shift, rows, at, targets, prompts.lengths, padded_table(index, device))
 
 
 def isolate_suffixes(
