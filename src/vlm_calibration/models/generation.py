@@ -81,13 +81,16 @@ def generate(
     start = prompts.shape[1]
     # Row -> a complete text, up to its end, and its number of tokens.
     complete_texts: dict[int, tuple[str, int]] = {}
+    with_percent: set[int] = set()
 
     def is_complete(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        for row, answer in enumerate(input_ids[:, start:]):
-            if end_of is not None and row not in complete_texts:
-                text = tokenizer.decode(answer, skip_special_tokens=True)
-                if "%" in text and (end := end_of(text)) is not None:
-                    complete_texts[row] = text[:end], len(answer)
+        tokens = tokenizer.convert_ids_to_tokens(input_ids[:, -1].tolist())
+        with_percent.update(row for row, token in enumerate(tokens) if "%" in (token or ""))
+        for row in with_percent - complete_texts.keys():
+            answer = input_ids[row, start:]
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            if end_of is not None and (end := end_of(text)) is not None:
+                complete_texts[row] = text[:end], len(answer)
         return torch.tensor([row in complete_texts for row in range(len(input_ids))], device=input_ids.device)
 
     # The position ids of each pass of the language model; None for a pass in which it counts them itself.
