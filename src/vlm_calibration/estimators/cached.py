@@ -155,5 +155,6 @@ def _build_tree(prompts: Prompts, responses: Responses, shared: Tensor) -> _Tree
     device = prompts.lengths.device
     rows, columns = torch.tensor(list(predictors), device=device).unbind(-1)
     predictor, targets = torch.tensor(list(predictions), device=device).unbind(-1)
-    tokens, parent, table = padded(ids, 0, device), padded(parents, -1, device), padded_table(indices, device)
-    return _Tree(tokens, parent, rows, columns, predictor, targets, table)
+    token_ids, parent_columns = padded(ids, 0, device), padded(parents, -1, device)
+    table = padded_table(indices, device)
+    return _Tree(token_ids, parent_columns, rows, columns, predictor, targets, table)

@@ -83,7 +83,7 @@ def generate(
     complete_texts: dict[int, tuple[str, int]] = {}
 
     def is_complete(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        for row, answer in enumerate(input_ids[:, start:]):
+        for row, answer in enumerate(input_ids[:, start:].tolist()):
             if end_of is not None and row not in complete_texts:
                 text = tokenizer.decode(answer, skip_special_tokens=True)
                 if "%" in text and (end := end_of(text)) is not None:
