@@ -287,20 +287,22 @@ def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str 
     if isinstance(image, np.ndarray):
         check_image(image)
         return image
-    if isinstance(image, Image.Image):
-        if image.width * image.height > max_pixels:
-            raise DataError(
-                f"image: {image.width} x {image.height} pixels, more than the {max_pixels} allowed"
-            )
-        if image.mode in ("F", "LAB"):
-            raise DataError(
-                f"image: {image.mode} pixels have no unique conversion to 8-bit RGB; convert it to RGB"
-            )
-        # Encoded as a file, it is read like any other, whatever its mode and transparency.
-        upright, file = ImageOps.exif_transpose(image), io.BytesIO()
-        (upright if upright.mode in _AS_PNG else upright.convert("RGB")).save(file, "PNG", compress_level=1)
-        image, name = file.getvalue(), name or "image"
     try:
+        if isinstance(image, Image.Image):
+            if image.width * image.height > max_pixels:
+                raise ImageError(
+                    f"image: {image.width} x {image.height} pixels, more than the {max_pixels} allowed"
+                )
+            if image.mode in ("F", "LAB"):
+                raise ImageError(
+                    f"image: {image.mode} pixels have no unique conversion to 8-bit RGB; convert it to RGB"
+                )
+            # Encoded as a file, it is read like any other, whatever its mode and transparency.
+            upright, file = ImageOps.exif_transpose(image), io.BytesIO()
+            (upright if upright.mode in _AS_PNG else upright.convert("RGB")).save(
+                file, "PNG", compress_level=1
+            )
+            image, name = file.getvalue(), name or "image"
         return load_image(image, max_pixels=max_pixels, name=name)
     except (ImageError, OSError) as error:
         raise DataError(str(error)) from error
