@@ -154,7 +154,7 @@ def _check_reported_together(ended: Ended) -> None:
 
 
 def _sampler(rank: int, epoch: int) -> EpochSampler:
-    sampler = EpochSampler(14, rank=rank, num_replicas=2, shuffle=True, even=True)
+    sampler = EpochSampler(14, rank=rank, num_replicas=2, training=True)
     sampler.set_epoch(epoch)
     return sampler
 

@@ -340,7 +340,7 @@ def test_a_wrong_answer_is_not_taught_but_its_confidence_is(
     by_hand = _by_hand(batch, observed.log_likelihood, [1.0, 0.0, 1.0], 1.0)
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
     assert observed.labelled is not None
-    gold_answer = ~batch.label_confidence_mask & (observed.labelled.rows != 1)
+    gold_answer = ~batch.confidence_mask[batch.labels != IGNORE] & (observed.labelled.rows != 1)
     likelihood = torch.tensor(observed.log_likelihood)
     assert observed.logged["train/nll_answer"] == pytest.approx(
         -float(likelihood[gold_answer].mean()), rel=1e-4
@@ -348,7 +348,7 @@ def test_a_wrong_answer_is_not_taught_but_its_confidence_is(
     observed.loss(batch._replace(is_correct=torch.tensor([False] * 3))).backward()
     gradient = observed.labelled.logits.grad
     assert gradient is not None
-    assert torch.equal(gradient.abs().amax(dim=-1) > 0, batch.label_confidence_mask)
+    assert torch.equal(gradient.abs().amax(dim=-1) > 0, batch.confidence_mask[batch.labels != IGNORE])
     assert observed.logged["train/nll_answer"] == pytest.approx(
         -float(likelihood[gold_answer].mean()), rel=1e-4
     ), "nothing new to log"

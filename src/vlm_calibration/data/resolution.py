@@ -5,143 +5,101 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_right
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 
 from vlm_calibration.perturbation.images import resize_image
 from vlm_calibration.perturbation.noise import ImageArray, check_image
 from vlm_calibration.records import DataError
 
-PROBES = ((60, 84), (700, 400))
-"""(height, width) of the images that `check_resolution` processes."""
 MAX_PROBE_DIFFERENCE = 0.1
 """Largest mean absolute difference of the pixels, relative to the mean absolute contrast of the probe. The overview image beside
 the tiles is resized twice; another crop or order of the pixels differs by more than 1."""
-LARGEST_SIDE, PANORAMA = 4096, (16, 1024)
-"""Images that `limit_pixels` asks about: the longest side of squares, which no published processor exceeds, and another shape."""
 
 
-class Seen(NamedTuple):
-    """What a model sees of an image: (height, width) after each successive resize, and the number of pixels after any crop.
-
-    Tiles count together, without the overview image beside them.
-    """
-
-    sizes: list[tuple[int, int]]
-    pixels: int
-
-
-def model_resolution(image_processor: Any, height: int, width: int) -> tuple[int, int]:
-    """The size (height, width) in pixels of an image after the image processor's resize, before any crop; of all tiles together.
+def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
+    """Resize an image, uint8 [H, W, 3], as the image processor does before any crop; of tiles, all together.
 
     Noise on a 12-megapixel photo is averaged away when the processor shrinks it, so images are resized before they are noised.
 
     Raises:
         DataError: the processor refuses the image, or resizes in a way that cannot be followed (use `resolution: native`).
     """
-    return _ask(image_processor, height, width).sizes[-1]
+    return _process(image_processor, image)[0]
 
 
-def resize_to_model(image_processor: Any, image: ImageArray) -> ImageArray:
-    """Resize an image, uint8 [H, W, 3], to its `model_resolution` with the image processor's own resize."""
-    from transformers.image_utils import SizeDict  # deferred: slow to import, and loaded with any processor
+def _process(image_processor: Any, image: ImageArray) -> tuple[ImageArray, int, bool]:
+    """Let the processor process an image, and watch its resizes; tiles count together, without the overview image beside them.
 
+    Returns:
+        The image after the resizes, its number of pixels after any crop, and whether a resize made it smaller than it was given.
+    """
     check_image(image)
-    # Take the method of the base class: those of Qwen and Pixtral choose the size, which is known.
-    resize = next(vars(c)["resize"] for c in reversed(type(image_processor).__mro__) if "resize" in vars(c))
-    pixels: Any = image.transpose(2, 0, 1)
-    if image_processor.backend != "pil":
-        # Left channels-last, which torchvision resizes several times faster than a copy by channels, to the same pixels.
-        pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
-    for height, width in _ask(image_processor, *image.shape[:2]).sizes:
-        if pixels.shape[1:] != (height, width):
-            size = SizeDict(height=height, width=width)
-            pixels = resize(image_processor, pixels, size=size, resample=image_processor.resample)
-    return np.array(np.asarray(pixels).transpose(1, 2, 0), order="C")
-
-
-@lru_cache(maxsize=10_000)
-def _ask(image_processor: Any, height: int, width: int) -> Seen:
-    """Let the image processor process a black image, and watch its resizes."""
     if not getattr(image_processor, "do_resize", True):
-        return Seen([(height, width)], height * width)
-    results: list[tuple[int, int]] = []
-    steps: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        return image, image.size // 3, False
+    results: list[ImageArray] = []
 
     def resize(*args: Any, **settings: Any) -> Any:
-        [before] = [v for v in (*args, *settings.values()) if isinstance(v, np.ndarray | torch.Tensor)]
         resized = image_processor.resize(*args, **settings)
-        after = resized.shape[-2], resized.shape[-1]
-        steps[after] = [*steps.get((before.shape[-2], before.shape[-1]), []), after]
-        results.append(after)
+        first, *_ = np.asarray(resized.reshape(-1, *resized.shape[-3:]))
+        results.append(first.transpose(1, 2, 0))
         return resized
 
     watched = copy.copy(image_processor)
     watched.resize = resize
     try:
-        seen = watched(images=[np.zeros((height, width, 3), np.uint8)], return_tensors="pt")["pixel_values"]
+        seen = watched(images=[image], return_tensors="pt")["pixel_values"]
     except ValueError as error:
-        raise DataError(f"an image of {width} x {height} pixels: {error}") from error
+        raise DataError(f"an image of {image.shape[1]} x {image.shape[0]} pixels: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise _unknown(image_processor) from error
-    if not results:
+    if not results or results[0].dtype != np.uint8:
         raise _unknown(image_processor)
     tile = tuple(seen.shape[-2:])
     has_tiles = seen.ndim > 3 and seen.numel() > 3 * math.prod(tile)
-    # Neither an image that is shrunk further, nor an overview beside the tiles; a crop leaves only images that are larger.
-    targets = [
-        size for size in results if 3 * math.prod(size) <= seen.numel() and not (has_tiles and size == tile)
-    ]
-    sizes = steps[max(reversed(targets or results), key=math.prod)]
-    return Seen(sizes, min(math.prod(sizes[-1]), seen.numel() // 3))
+    views = [r for r in results if not (has_tiles and r.shape[:2] == tile)] or results
+    # Not an image that is shrunk further; a crop leaves only images that are larger.
+    shown = [i for i, view in enumerate(views) if view.size <= seen.numel()] or range(len(views))
+    last = max(reversed(shown), key=lambda i: views[i].size)
+    shrinks = any(np.less(view.shape, image.shape).any() for view in views[: last + 1])
+    return np.array(views[last], order="C"), min(views[last].size, seen.numel()) // 3, shrinks
 
 
 def check_resolution(processor: Any) -> None:
     """Process textured images with and without `resize_to_model`; a DataError if the results differ (use `resolution: native`)."""
     image_processor = _configured(processor)
-    for probe in PROBES:
-        image = _textured(*probe)
+    rng = np.random.default_rng(0)
+    for height, width in ((60, 84), (700, 400)):
+        image = resize_image(rng.integers(0, 256, (16, 16, 3), np.uint8), (height, width))
         resized = resize_to_model(image_processor, image)
-        again = _ask(image_processor, *resized.shape[:2]).sizes
+        again, _, shrinks = _process(image_processor, resized)
         before, after = (
             image_processor(images=[pixels], return_tensors="pt")["pixel_values"]
             for pixels in (image, resized)
         )
         if (
             before.shape != after.shape
-            or again[-1] != resized.shape[:2]
-            or (np.array(again) < resized.shape[:2]).any()
+            or again.shape != resized.shape
+            or shrinks
             or (before - after).abs().mean() > MAX_PROBE_DIFFERENCE * (before - before.mean()).abs().mean()
         ):
             raise _unknown(image_processor)
     if before.ndim > 3:
         # Where many tiles are allowed, a square of 2.5 x 2.5 tiles would be resized to 3 x 3, and these again to 4 x 4.
-        size = model_resolution(image_processor, *[5 * before.shape[-1] // 2] * 2)
-        if model_resolution(image_processor, *size) != size:
+        side = 5 * before.shape[-1] // 2
+        resized = resize_to_model(image_processor, np.zeros((side, side, 3), np.uint8))
+        if resize_to_model(image_processor, resized).shape != resized.shape:
             raise _unknown(image_processor)
 
 
 def _configured(processor: Any) -> Any:
     """The image processor with the settings that the processor passes to it on each call (InternVL's tiling)."""
     image_processor = processor.image_processor
-    _ask.cache_clear()
     for name, value in (getattr(processor, "images_kwargs", None) or {}).items():
         if hasattr(image_processor, name):
             setattr(image_processor, name, value)
     return image_processor
-
-
-def _textured(height: int, width: int) -> ImageArray:
-    """A random texture of two scales, uint8 [H, W, 3], in which no two parts or channels are alike."""
-    rng = np.random.default_rng(0)
-    layers = [
-        resize_image(rng.integers(0, 256, (rows, rows * width // height, 3), np.uint8), (height, width))
-        for rows in (4, 16)
-    ]
-    return np.mean(layers, axis=0).astype(np.uint8)
 
 
 def _unknown(image_processor: Any) -> DataError:
@@ -162,35 +120,30 @@ def limit_pixels(processor: Any, max_pixels: int) -> None:
     Raises:
         DataError: the smallest image is larger, or no setting bounds the size of images.
     """
-    if max_pixels < 1:
-        raise DataError(f"data.max_pixels must be at least 1, found {max_pixels}")
     image_processor = _configured(processor)
     size = {k: v for k, v in dict(getattr(image_processor, "size", None) or {}).items() if v is not None}
     tiles = getattr(image_processor, "max_patches", None)
-    lowest = getattr(image_processor, "min_patches", 1)
-    highest = tiles or size.get("longest_edge")
-    side = min(math.isqrt(max_pixels) + 1, LARGEST_SIDE)
-    # A square uses up a side or an area, a panorama a number of tiles.
-    shapes = [(side, side)] if highest and not tiles else [(side, side), PANORAMA]
+    lowest, highest = getattr(image_processor, "min_patches", 1), tiles or size.get("longest_edge")
+    # A square uses up a side, which no published processor allows above 4096, or an area; a panorama uses up a number of tiles.
+    side = min(math.isqrt(max_pixels) + 1, 4096)
+    shapes = [(side, side)] if highest and not tiles else [(side, side), (16, 1024)]
 
     def limited(bound: int) -> dict[str, Any]:
+        if not highest:
+            return {}
         return {"max_patches": bound} if tiles else {"size": {key: min(v, bound) for key, v in size.items()}}
 
     def pixels(bound: int) -> list[int]:
         asked = copy.copy(image_processor)
-        if highest:
-            vars(asked).update(limited(bound))
-        return [_ask(asked, *shape).pixels for shape in shapes]
+        vars(asked).update(limited(bound))
+        return [_process(asked, np.zeros((*shape, 3), np.uint8))[1] for shape in shapes]
 
     problem = f"data.max_pixels: {type(image_processor).__name__} cannot be limited to {max_pixels} pixels"
-    # The limit itself may be the bound, of an area; else the bound is searched for.
-    bounds = range(lowest, max(lowest, min(highest or lowest, max_pixels)) + 1)
     try:
-        smallest, largest = pixels(lowest), max(pixels(bounds[-1]))
-        is_bounded = highest or len(set(smallest)) == 1
+        smallest = pixels(lowest)
     except DataError:
-        is_bounded = False
-    if not is_bounded:
+        smallest = []
+    if not smallest or (not highest and len(set(smallest)) > 1):
         raise DataError(
             f"{problem}, no setting bounds its images: leave the setting out, or take another model"
         )
@@ -199,9 +152,9 @@ def limit_pixels(processor: Any, max_pixels: int) -> None:
             f"{problem}, its smallest image has {max(smallest)} pixels: give at least {max(smallest)}, leave the setting out, or "
             "take another model"
         )
-    if highest:
-        best = bounds[-1]
-        if largest > max_pixels:
-            best = lowest - 1 + bisect_right(bounds, max_pixels, key=lambda bound: max(pixels(bound)))
-        vars(image_processor).update(limited(best))
-    _ask.cache_clear()
+    # The limit itself may be the bound, of an area; else the bound is searched for.
+    best = max(lowest, min(highest or lowest, max_pixels))
+    if max(pixels(best)) > max_pixels:
+        bounds = range(lowest, best + 1)
+        best = lowest - 1 + bisect_right(bounds, max_pixels, key=lambda bound: max(pixels(bound)))
+    vars(image_processor).update(limited(best))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlm_calibration.data.candidates import Candidate, ResponseTokenizer
+from vlm_calibration.data.candidates import Candidate, tokenize_responses
 from vlm_calibration.data.collate import ChatFormat, common_prefix
 from vlm_calibration.estimators.cached import score_cached
 from vlm_calibration.models.forward import unwrap_peft
@@ -175,7 +175,7 @@ class AnswerTokenizer:
 
     Args:
         chat: renders and tokenizes conversations.
-        levels, grid: as for `ResponseTokenizer`.
+        levels, grid: as for `stated_levels`.
         opposite: also score the opposite answer to a yes/no question with every confidence.
     """
 
@@ -188,7 +188,7 @@ class AnswerTokenizer:
     ) -> None:
         self.chat = chat
         self.opposite = opposite
-        self._responses = ResponseTokenizer(chat, levels, grid)
+        self._levels, self._grid = levels, grid
         self._cache: dict[tuple[str, str, str], TokenizedAnswer] = {}
 
     def tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
@@ -205,7 +205,7 @@ class AnswerTokenizer:
         if self.opposite and query.answer_type == "yes_no":
             predicted = parse_answer(answer, "yes_no", query.question)
             answers += {"yes": ["No"], "no": ["Yes"]}.get(predicted or "", [])
-        stated_cut, candidates = self._responses.tokenize(query, answers)
+        stated_cut, candidates = tokenize_responses(self.chat, query, answers, self._levels, self._grid)
         prompt_text = self.chat.render(query.question)
         words_cut, words = 0, []
         if query.answer_type == "yes_no":

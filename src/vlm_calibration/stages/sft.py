@@ -12,6 +12,7 @@ from torch import Tensor
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.losses.sequence import (
+    IGNORE,
     AnswerWeight,
     response_nll,
     token_log_likelihood,
@@ -79,7 +80,7 @@ class SFTModule(TrainingStage):
         # logits [N, V] at the N label tokens
         labelled = labelled_logits(self.model, batch.inputs, batch.labels)
         log_likelihood = token_log_likelihood(labelled.logits, labelled.targets)  # [N]
-        confidence_mask = batch.label_confidence_mask  # [N]
+        confidence_mask = batch.confidence_mask[batch.labels != IGNORE]  # [N]
         is_correct = batch.is_correct[labelled.rows]  # [N]
         weights = token_weights(
             confidence_mask,
