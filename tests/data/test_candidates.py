@@ -183,15 +183,6 @@ def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Samp
     assert nothing.skipped == ("q0", "q1", "q2", "q3")
 
 
-@pytest.mark.parametrize("change", [{"wrong_answer": "<image>"}, {"wrong": ("<image>",)}])
-def test_a_wrong_answer_with_the_image_token_is_refused(
-    processor: Any, samples: Sequence[Sample], change: dict[str, Any]
-) -> None:
-    chat = ChatFormat(processor, ElicitationPrompt())
-    with pytest.raises(DataError, match="record 'q1'.*<image>"):
-        _collate(chat, [samples[1]._replace(**change)], wrong_answers=True)
-
-
 def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(
     processor: Any, samples: Sequence[Sample]
 ) -> None:

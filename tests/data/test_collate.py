@@ -110,16 +110,6 @@ def test_the_answer_can_contain_numbers_and_markup(chat: ChatFormat, samples: Se
     assert _decode(chat, ended.labels[0][ended.confidence_mask[0]]) == "Confidence: 100%<|end|>"
 
 
-@pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
-@pytest.mark.parametrize("collator", [lambda chat: SFTCollator(chat, 400), PromptCollator])
-def test_text_with_the_image_token_is_refused(
-    processor: Any, samples: Sequence[Sample], change: dict[str, Any], collator: Any
-) -> None:
-    query = replace(samples[1].query, **change)
-    with pytest.raises(DataError, match=f"record 'q1': '{next(iter(change))}' holds '<image>'"):
-        collator(ChatFormat(processor, ElicitationPrompt()))([samples[0], samples[1]._replace(query=query)])
-
-
 def test_too_long_is_an_error_that_names_the_record_or_skipped_and_listed(
     chat: ChatFormat, samples: Sequence[Sample]
 ) -> None:

@@ -241,10 +241,10 @@ def test_clean_images_need_no_regions_and_the_demo_loses_no_question(
 
 
 def test_what_cannot_be_asked_is_told_before_anything_is_loaded() -> None:
-    """An answer type without levels, and what the model cannot read."""
+    """An answer type without levels, and what the model cannot read; wrong answers are checked when a sample draws them."""
 
     def check(query: Query, wrong: Sequence[str]) -> None:
-        if query.answer_type == "open":
+        if query.answer_type == "open" or "No" in wrong:
             raise DataError(f"record {query.id!r}: '<image>'")
 
     queries = [SQUARE[0], _query("open", "Dogs.", "open", regions=DOG)]
@@ -256,6 +256,8 @@ def test_what_cannot_be_asked_is_told_before_anything_is_loaded() -> None:
         with pytest.warns(UserWarning, match="left out 1 of 2 records: data.train: record 'open'"):
             assert len(_train(queries, **settings, on_bad_record="skip")) == 1
     assert len(_train(queries, **without_levels, noise="none")) == 2, "clean images need no levels"
+    with pytest.raises(DataError, match="^record 'dog': '<image>'$"):
+        _train(SQUARE[:1], check=check)[0, 0]
 
 
 @pytest.mark.parametrize("noise", ["drawn", "none"])

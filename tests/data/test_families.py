@@ -184,6 +184,9 @@ def test_the_image_tokens_of_each_family_are_refused_in_text(
     family: Family, chat: ChatFormat, unlike: Sequence[Sample]
 ) -> None:
     for token in {family.processor.image_token, family.image_token}:
-        query = replace(unlike[1].query, question=f"What is {token}?")
-        with pytest.raises(DataError, match=f"record 'q1': 'question' holds '{re.escape(token)}'"):
-            SFTCollator(chat, 1000)([unlike[0], unlike[1]._replace(query=query)])
+        for name in ("question", "answer"):
+            query = replace(unlike[1].query, **{name: f"What is {token}?"})  # type: ignore[arg-type]
+            with pytest.raises(DataError, match=f"record 'q1': '{name}' holds '{re.escape(token)}'"):
+                PromptCollator(chat)([unlike[0], unlike[1]._replace(query=query)])
+        with pytest.raises(DataError, match=f"record 'q1': 'wrong answer' holds '{re.escape(token)}'"):
+            chat.check(unlike[1].query, ["Yes", f"a {token}"])

@@ -237,7 +237,10 @@ def test_an_error_in_a_worker_names_the_record(model_folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(model_folder: str) -> None:
+def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(
+    model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     # The Trainer sets handlers, which forked workers would inherit.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:

@@ -250,18 +250,6 @@ def test_noise_means_the_same_on_a_large_photograph(processor: Any) -> None:
     assert seen == pytest.approx(expected, rel=0.05)
     assert native.image.std() / 127.5 == pytest.approx(expected, rel=0.05)
     assert seen_of_native < 0.15 * expected
-
-
-def test_masks_follow_the_image_to_the_models_resolution(processor: Any) -> None:
-    photo = np.full((480, 640, 3), 128, dtype=np.uint8)
-    mask = np.zeros((480, 640), dtype=bool)
-    mask[120:240, 320:480] = True
-    sample = _perturbed(LoadedImage(photo, (mask,), ()), strength=1, processor=processor.image_processor)
-    expected = np.zeros((96, 96), dtype=bool)
-    expected[24:48, 48:72] = True
-    changed = (sample.image != 128).any(axis=-1)
-    assert not changed[~expected].any()
-    assert changed[expected].mean() > 0.9
     assert (photo == 128).all(), "the image given is left alone"
 
 
@@ -275,29 +263,17 @@ PATTERNED = LoadedImage(PATTERN, (ROUND,), (CORNER,))
 NATIVE = {"resolution": "native", "distractor_probability": 0.0}
 
 CASES: dict[str, tuple[LoadedImage, dict[str, Any], str]] = {
-    "the paper's preset": (PATTERNED, NATIVE, "e6563cbd1b52d010c4faba4773b504d3"),
-    "noise named as the only kind": (
-        PATTERNED,
-        {**NATIVE, "kinds": {"noise": 7.0, "blur": 0.0}},
-        "e6563cbd1b52d010c4faba4773b504d3",
-    ),
-    "the model's resolution": (PATTERNED, {}, "608825d40983e3c1546330ff1497f54c"),
-    "distractors": (
-        PATTERNED,
-        {"resolution": "native", "distractor_probability": 0.5},
-        "3fe6d096e88946997c5f605b49a99ff7",
-    ),
-    "clean images": (PATTERNED, {"clean_fraction": 0.4, "seed": 3}, "8b500c4ac6f43fe555036c16cd9b916e"),
-    "wrong answers": (PATTERNED, {"wrong_answer_rate": 1.0}, "addb1542c107b0ea118eca12006c7c3b"),
-    "an absent object": (LoadedImage(PATTERN, (), (CORNER,)), {}, "0af19cb7914a4096b584377267e30a1a"),
-    "no regions": (LoadedImage(PATTERN, (), ()), {}, "230add7a224f7685b50ffc4210c30396"),
-    "boxes, linear schedule": (
-        PATTERNED,
-        {"shape": "box", "dilate": 0.1, "schedule": LinearSchedule()},
-        "c2d13cdf71cf1f2d7b228d1eefcdb996",
-    ),
-    "sigmoid schedule": (PATTERNED, {"schedule": SigmoidSchedule()}, "d808361ab5746981d38ddfce27034495"),
-    "six levels": (PATTERNED, {"levels": LinearLevels(6)}, "bebf8943949129904fa1f9add76d9766"),
+    "the paper's preset": (PATTERNED, NATIVE, "e6563cbd1b52d010"),
+    "noise named": (PATTERNED, {**NATIVE, "kinds": {"noise": 7.0, "blur": 0.0}}, "e6563cbd1b52d010"),
+    "the model's resolution": (PATTERNED, {}, "608825d40983e3c1"),
+    "distractors": (PATTERNED, {**NATIVE, "distractor_probability": 0.5}, "3fe6d096e8894699"),
+    "clean images": (PATTERNED, {"clean_fraction": 0.4, "seed": 3}, "8b500c4ac6f43fe5"),
+    "wrong answers": (PATTERNED, {"wrong_answer_rate": 1.0}, "addb1542c107b0ea"),
+    "an absent object": (LoadedImage(PATTERN, (), (CORNER,)), {}, "0af19cb7914a4096"),
+    "no regions": (LoadedImage(PATTERN, (), ()), {}, "230add7a224f7685"),
+    "boxes": (PATTERNED, {"shape": "box", "dilate": 0.1, "schedule": LinearSchedule()}, "c2d13cdf71cf1f2d"),
+    "sigmoid schedule": (PATTERNED, {"schedule": SigmoidSchedule()}, "d808361ab5746981"),
+    "six levels": (PATTERNED, {"levels": LinearLevels(6)}, "bebf894394912990"),
 }
 
 
@@ -313,4 +289,4 @@ def test_samples_are_what_they_were(processor: Any, case: str) -> None:
         result.update(sample.image.tobytes())
         facts = (sample.image.shape, sample.confidence, sample.noise_step, sample.wrong_answer)
         result.update(repr(facts).encode())
-    assert result.hexdigest()[:32] == expected
+    assert result.hexdigest()[:16] == expected

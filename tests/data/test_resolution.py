@@ -101,12 +101,11 @@ def test_center_crop_comes_after() -> None:
         ("SmolVLM", {**SMOLVLM, "size": {"longest_edge": 150}}),
         ("GotOcr2", {**INTERNVL, "size": {"height": 40, "width": 48}}),
         ("GotOcr2", {**INTERNVL, "max_patches": 16}),
-        ("Mllama", {}),
-        ("Lfm2Vl", {}),
+        *((name, {}) for name in ("Mllama", "Lfm2Vl", "DeepseekVLHybrid")),
     ],
 )
 def test_processors_that_cannot_be_followed_are_refused(name: str, settings: dict[str, Any]) -> None:
-    """The tiles of the first three would not keep their number."""
+    """The tiles of the first three would not keep their number; the last one shows an image at two resolutions."""
     processor = SimpleNamespace(image_processor=_built(name, **settings))
     with pytest.raises(DataError, match=f"behind {name}ImageProcessor: set data.noise.resolution to native"):
         check_resolution(processor)
@@ -118,14 +117,6 @@ def test_settings_of_the_processor_around_count() -> None:
     tiles = {"crop_to_patches": True, "max_patches": 4}
     check_resolution(SimpleNamespace(image_processor=image_processor, images_kwargs=tiles))
     assert _size(image_processor, 100, 300) == (48, 3 * 48)
-
-
-def test_an_image_that_qwen_refuses_is_refused() -> None:
-    for height, width in ((10, 2001), (2001, 10)):
-        says = f"an image of {width} x {height} pixels: .*must be smaller than 200"
-        with pytest.raises(DataError, match=says):
-            _size(KNOWN["QWEN2"], height, width)
-    assert _size(KNOWN["QWEN2"], 10, 2000) == (8, 1128)
 
 
 WHOLE = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 28}, "do_image_splitting": False}

@@ -192,7 +192,6 @@ class CandidateCollator:
 
     def _tokenize(self, sample: Sample) -> tuple[int, tuple[Candidate, ...]]:
         wrong = [w for w in sample.wrong if w != sample.query.answer] if self.settings.wrong_answer else []
-        self.chat.check(sample.query, [sample.answer, *wrong])
         answers = [sample.answer]
         # A response that is wrong itself is not preferred over another wrong one.
         if wrong and sample.wrong_answer is None:

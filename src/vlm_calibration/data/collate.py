@@ -254,7 +254,6 @@ class ChatFormat:
     def response_spans(self, sample: Sample) -> tuple[str, list[int], int]:
         """The conversation as text, the token ids after its prompt, and how many of these are the answer."""
         question = sample.query.question
-        self.check(sample.query, [sample.answer])
         responses = render_response(sample.answer, sample.confidence), render_answer(sample.answer)
         texts = [self.render(question, response) for response in responses]
         _, (response, answer) = self.after_prompt(self.render(question), texts)
@@ -417,7 +416,6 @@ class PromptCollator:
 def _ranked(chat: ChatFormat, sample: Sample) -> RankedAnswers:
     query = sample.query
     wrong = sample.wrong if query.answer_type == "open" else ()
-    chat.check(query, wrong)
     texts = chat.conversations(query.question, [render_answer(a) for a in (query.answer, *wrong)])
     cut, answers = chat.after_prompt(chat.render(query.question), texts)
     tokens = []

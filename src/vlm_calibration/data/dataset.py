@@ -407,9 +407,9 @@ class PerturbedQueries(Dataset[Sample]):
                 raise NoEvidenceError(f"record {query.id!r}: no pixel of its image shows what it asks about")
             perturbation = CLEAN
         silhouettes = None if part.source.annotates_all else partial(part.silhouettes, query.id, epoch)
+        wrong = part.wrong_answers(query, epoch)
+        self._check(query, wrong)
         try:
-            wrong = part.wrong_answers(query, epoch)
-            self._check(query, wrong)
             sample = perturb_query(
                 query, loaded, part.policy, self.image_processor, epoch, perturbation, wrong, silhouettes
             )

@@ -302,13 +302,13 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         collate: Callable[..., Any] = SFTCollator(self.chat, *limits)
         if self.candidates is not None:
             collate = self.candidate_collator or PromptCollator(self.chat, self.grading, *limits)
-        return self._loader("train", self.batch_size, collate, training=True)
+        return self._loader("train", collate)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if self.validation is None:
             return []
         collate = ValidationCollator(PromptCollator(self.chat, self.grading), self.candidate_collator)
-        return self._loader("validation", self.eval_batch_size, collate, training=False)
+        return self._loader("validation", collate)
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         """Batches of the queries that are not answered yet; a process without any gets an empty batch.
@@ -323,7 +323,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 keep_images=self._needs.images,
                 ranks=name == LEVELS and self.grading.rank_levels,
             )
-            loaders.append(self._loader(name, self.eval_batch_size, collate, training=False))
+            loaders.append(self._loader(name, collate))
         return loaders if len(loaders) > 1 else loaders[0]
 
     @property
@@ -391,10 +391,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         sampler.set_epoch(position["epoch"])
         sampler.begin = (position["epoch"], position["batch"] * self.batch_size)
 
-    def _loader(
-        self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool
-    ) -> DataLoader:
-        dataset = self.sets[name]
+    def _loader(self, name: str, collate: Callable[..., Any]) -> DataLoader:
+        dataset, training = self.sets[name], name == "train"
+        batch_size = self.batch_size if training else self.eval_batch_size
         rank, processes = self._process
         sampler = EpochSampler(
             len(dataset),

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from typing import Any
 
 import numpy as np
+import torch
 
 from vlm_calibration.perturbation.images import resize_image
 from vlm_calibration.perturbation.noise import ImageArray, check_image
@@ -38,27 +39,32 @@ def _process(image_processor: Any, image: ImageArray) -> tuple[ImageArray, int, 
     check_image(image)
     if not getattr(image_processor, "do_resize", True):
         return image, image.size // 3, False
-    results: list[ImageArray] = []
+    results = [image]
 
     def resize(*args: Any, **settings: Any) -> Any:
         resized = image_processor.resize(*args, **settings)
-        first, *_ = np.asarray(resized.reshape(-1, *resized.shape[-3:]))
-        results.append(first.transpose(1, 2, 0))
+        [given] = [v for v in (*args, *settings.values()) if isinstance(v, np.ndarray | torch.Tensor)]
+        # Of the whole image, not of a part.
+        if any(given.shape[-2:] == whole.shape[:2] for whole in results):
+            first, *_ = np.asarray(resized.reshape(-1, *resized.shape[-3:]))
+            results.append(first.transpose(1, 2, 0))
         return resized
 
     watched = copy.copy(image_processor)
     watched.resize = resize
     try:
-        seen = watched(images=[image], return_tensors="pt")["pixel_values"]
+        outputs = watched(images=[image], return_tensors="pt")
+        seen = outputs["pixel_values"]
     except ValueError as error:
         raise DataError(f"an image of {image.shape[1]} x {image.shape[0]} pixels: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise _unknown(image_processor) from error
-    if not results or results[0].dtype != np.uint8:
+    others = [name for name in outputs if name.endswith("_pixel_values")]  # of another resolution
+    if others or len(results) == 1 or results[1].dtype != np.uint8:
         raise _unknown(image_processor)
     tile = tuple(seen.shape[-2:])
     has_tiles = seen.ndim > 3 and seen.numel() > 3 * math.prod(tile)
-    views = [r for r in results if not (has_tiles and r.shape[:2] == tile)] or results
+    views = [r for r in results[1:] if not (has_tiles and r.shape[:2] == tile)] or results[1:]
     # Not an image that is shrunk further; a crop leaves only images that are larger.
     shown = [i for i, view in enumerate(views) if view.size <= seen.numel()] or range(len(views))
     last = max(reversed(shown), key=lambda i: views[i].size)
