@@ -123,7 +123,7 @@ def test_two_processes_keep_in_step(
 
 
 def _sampler(rank: int, epoch: int) -> EpochSampler:
-    sampler = EpochSampler(14, rank=rank, num_replicas=2, shuffle=True, even=True)
+    sampler = EpochSampler(14, rank=rank, num_replicas=2, training=True)
     sampler.set_epoch(epoch)
     return sampler
 

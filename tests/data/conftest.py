@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 from tokenizers import pre_tokenizers
 
+from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.data.sources.base import QuerySource, with_regions
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.text.prompts import ElicitationPrompt
 
 
 class Listed(QuerySource):
@@ -86,21 +88,16 @@ def record() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def samples() -> Sequence[Sample]:
     """Four samples of different length, kind and confidence; the last image is not square."""
-    rows = (
+    rows: tuple[tuple[str, str, Any, float], ...] = (
         ("Is there a dog in the image?", "Yes", "yes_no", 1.0),
         ("What is at the top left?", "umbrella", "short", 0.3),
         ("Do you see an elephant?", "No", "yes_no", 0.0),
-        (
-            "Describe, in a few words of your own, what you see in this picture.",
-            "A cat, (or two!)",
-            "open",
-            0.85,
-        ),
+        ("Describe, in a few words of your own, what you see.", "A cat, (or two!)", "open", 0.85),
     )
     rng = np.random.default_rng(0)
     sizes = [(96, 96), (96, 96), (96, 96), (60, 132)]
     return [
-        Sample(Query(f"q{i}", "x", q, a, kind), rng.integers(0, 256, (*size, 3), dtype=np.uint8), c, CLEAN, 0)  # type: ignore[arg-type]
+        Sample(Query(f"q{i}", "x", q, a, kind), rng.integers(0, 256, (*size, 3), dtype=np.uint8), c, CLEAN, 0)
         for i, ((q, a, kind, c), size) in enumerate(zip(rows, sizes, strict=True))
     ]
 
@@ -115,3 +112,10 @@ def digit_processor() -> Any:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     return processor
+
+
+@pytest.fixture(scope="session", params=["one token a percentage", "digit by digit"])
+def chat(request: pytest.FixtureRequest, processor: Any, digit_processor: Any) -> ChatFormat:
+    """Conversations with two kinds of tokenizer: the demo's, and one with which responses differ in length."""
+    plain = request.param == "one token a percentage"
+    return ChatFormat(processor if plain else digit_processor, ElicitationPrompt())

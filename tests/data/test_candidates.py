@@ -1,8 +1,4 @@
-"""Candidates of preference optimisation: the stated levels, and that prompt and candidate are whole conversations.
-
-As in `test_collate.py` two kinds of tokenizer matter: the demo's, in which a percentage is one token, and one that splits
-numbers into digits, so that responses differ in length.
-"""
+"""Candidates of preference optimisation: the stated levels, and that prompt and candidate are whole conversations."""
 
 from __future__ import annotations
 
@@ -28,22 +24,14 @@ from vlm_calibration.data.collate import ChatFormat, PromptCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.perturbation.level_table import LevelTable
 from vlm_calibration.perturbation.levels import NOISE, AnchoredLevels, LinearLevels, Perturbation
-from vlm_calibration.records import DataError, Query
+from vlm_calibration.records import DataError
 from vlm_calibration.text.confidence import parse_confidence, render_answer, render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 from ..level_tables import noise_counts
 
-QUERY = Query("q", "x.png", "A dog?", "Yes", "yes_no")
 TENTHS = tuple(i / 10 for i in range(10, -1, -1))
-
-
-def test_levels_with_the_same_percentage_are_stated_once() -> None:
-    levels = stated_levels(LinearLevels(n_levels=201), "yes_no")
-    assert [render_response("Yes", c) for c in levels] == [
-        f"Yes. Confidence: {p}%" for p in range(100, -1, -1)
-    ]
 
 
 def test_stated_levels_of_anchored_levels_are_those_of_the_answer_type() -> None:
@@ -60,23 +48,17 @@ def test_stated_levels_of_anchored_levels_are_those_of_the_answer_type() -> None
             assert len(stated) <= most
 
 
-def test_a_grid_adds_its_percentages_to_the_levels() -> None:
+def test_a_grid_adds_its_percentages_to_the_levels_and_a_percentage_is_stated_once() -> None:
     coarse = AnchoredLevels(table=LevelTable({"yes_no": noise_counts((0, 100, 96), (0.5, 100, 50))}), grid=1)
     assert stated_levels(coarse, "yes_no", 25) == (1.0, 0.96, 0.75, 0.5, 0.25, 0.0)
     assert stated_levels(coarse, "yes_no", 100) == (1.0, 0.96, 0.5, 0.0)
-    for grid in (1, 2, 4, 5, 10, 20):
-        percents = [round(100 * c) for c in stated_levels(coarse, "yes_no", grid)]
-        assert percents == sorted({96, 50, *range(0, 101, grid)}, reverse=True)
-    assert stated_levels(LinearLevels(), "yes_no", 10) == TENTHS, "a percentage is stated once"
+    assert stated_levels(LinearLevels(), "yes_no", 10) == TENTHS
     thirds = set(stated_levels(LinearLevels(4), "yes_no", 1))
     assert {1 / 3, 0.67} <= thirds, "the higher one of two that are stated as 33% or 67%"
-    assert len(thirds) == 101
-
-
-@pytest.fixture(scope="module", params=["one token a percentage", "digit by digit"])
-def chat(request: pytest.FixtureRequest, processor: Any, digit_processor: Any) -> ChatFormat:
-    plain = request.param == "one token a percentage"
-    return ChatFormat(processor if plain else digit_processor, ElicitationPrompt())
+    assert len(thirds) == len(stated_levels(LinearLevels(n_levels=201), "yes_no")) == 101
+    for grid in (0, 30):
+        with pytest.raises(DataError, match=f"data.candidates.grid must be a divisor of 100.* found {grid}"):
+            CandidateSettings(grid=grid)
 
 
 def _collate(
@@ -84,20 +66,10 @@ def _collate(
     samples: Sequence[Sample],
     wrong_answers: bool = False,
     length: int = 400,
-    seed: int = 0,
     **settings: Any,
 ) -> CandidateBatch:
-    candidates = CandidateSettings(wrong_answer=wrong_answers, seed=seed)
+    candidates = CandidateSettings(wrong_answer=wrong_answers)
     return CandidateCollator(chat, LinearLevels(), candidates, length, **settings)(samples)
-
-
-def _prompt(chat: ChatFormat, batch: CandidateBatch, row: int) -> list[int]:
-    """Token ids before the responses, with the image tokens merged into one."""
-    ids = batch.inputs["input_ids"][row][: batch.lengths[row]].tolist()
-    image = chat.processor.tokenizer.convert_tokens_to_ids("<image>")
-    assert ids.count(image) == IMAGE_TOKENS
-    first = ids.index(image)
-    return ids[: first + 1] + ids[first + IMAGE_TOKENS :]
 
 
 def _unspaced(text: str) -> str:
@@ -105,76 +77,58 @@ def _unspaced(text: str) -> str:
     return re.sub(r"(<\|user\|>|<\|assistant\|>|<image>) ", r"\1", text)
 
 
-def _check_candidates(
-    chat: ChatFormat,
-    batch: CandidateBatch,
-    row: int,
-    answers: Sequence[str],
-    levels: Sequence[float] = TENTHS,
-) -> None:
+def _check_candidates(chat: ChatFormat, batch: CandidateBatch, row: int, *answers: str) -> None:
     """Check that there is one candidate per answer and level, and that prompt and candidate are the whole conversation."""
-    stated = [(a, c) for a in answers for c in levels]
-    assert [(c.confidence, c.wrong) for c in batch.candidates[row]] == [
-        (c, a != answers[0]) for a, c in stated
-    ]
-    prompt, question = _prompt(chat, batch, row), batch.queries[row].question
-    for (answer, confidence), candidate in zip(stated, batch.candidates[row], strict=True):
+    stated = [(a, c) for a in answers for c in TENTHS]
+    candidates = batch.candidates[row]
+    assert [(c.confidence, c.wrong) for c in candidates] == [(c, a != answers[0]) for a, c in stated]
+    tokenizer, question = chat.processor.tokenizer, batch.queries[row].question
+    prompt = batch.inputs["input_ids"][row][: batch.lengths[row]].tolist()
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert prompt.count(image) == IMAGE_TOKENS
+    first = prompt.index(image)
+    prompt = prompt[: first + 1] + prompt[first + IMAGE_TOKENS :]
+    for (answer, confidence), candidate in zip(stated, candidates, strict=True):
         text = chat.render(question, render_response(answer, confidence))
-        decoded = chat.processor.tokenizer.decode([*prompt, *candidate.tokens])
-        assert _unspaced(decoded) == _unspaced(text)
-        assert [*prompt, *candidate.tokens] == chat.processor.tokenizer(text)["input_ids"]
-        decoded_answer = chat.processor.tokenizer.decode(candidate.tokens[: candidate.answer_length])
+        assert _unspaced(tokenizer.decode([*prompt, *candidate.tokens])) == _unspaced(text)
+        assert [*prompt, *candidate.tokens] == tokenizer(text)["input_ids"]
+        decoded_answer = tokenizer.decode(candidate.tokens[: candidate.answer_length])
         assert decoded_answer.strip() == render_answer(answer)
-        rest = chat.processor.tokenizer.decode(candidate.tokens[candidate.answer_length :])
+        rest = tokenizer.decode(candidate.tokens[candidate.answer_length :])
         assert re.fullmatch(r"\s*Confidence: \d+%<\|end\|>", rest)
         assert parse_confidence(rest) == confidence
         ending = candidate.tokens[len(candidate.tokens) - candidate.ending_length :]
-        assert chat.processor.tokenizer.decode(ending) == "%<|end|>"
+        assert tokenizer.decode(ending) == "%<|end|>"
 
 
-def test_prompt_and_candidate_are_the_whole_conversation(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    batch = _collate(chat, samples)
+def test_the_batch_carries_conversations_levels_epochs_and_queries(
+    chat: ChatFormat, samples: Sequence[Sample]
+) -> None:
+    batch = _collate(chat, [s._replace(epoch=i) for i, s in enumerate(samples)])
     for row, sample in enumerate(samples):
-        _check_candidates(chat, batch, row, [sample.query.answer])
+        _check_candidates(chat, batch, row, sample.query.answer)
     lengths = {len(c.tokens) for c in batch.candidates[0]}
     one_token = "85" in chat.processor.tokenizer.tokenize("85")[0]
     assert len(lengths) == (1 if one_token else 3), "1, 2 or 3 digits"
+    assert (batch.levels, batch.is_correct) == ((1.0, 0.3, 0.0, 0.85), (True,) * 4)
+    assert (batch.epochs, batch.queries) == ((0, 1, 2, 3), tuple(s.query for s in samples))
+    assert (batch.skipped, batch.lengths.dtype) == ((), torch.int64)
+    moved = batch.to("meta")
+    assert {t.device.type for t in (*moved.inputs.values(), moved.lengths)} == {"meta"}
+    assert moved.candidates == batch.candidates
 
 
 def test_a_wrong_answer_beside_each_level(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     wrong = [("No",), ("a pizza", "umbrella"), (), ("A cat, (or two!)", "Two cats. Maybe.")]
     with_wrong = [s._replace(wrong=w) for s, w in zip(samples, wrong, strict=True)]
     batch = _collate(chat, with_wrong, wrong_answers=True)
-    _check_candidates(chat, batch, 0, ["Yes", "No"])
-    _check_candidates(chat, batch, 1, ["umbrella", "a pizza"])
-    _check_candidates(chat, batch, 2, ["No"])
-    _check_candidates(chat, batch, 3, ["A cat, (or two!)", "Two cats. Maybe."])
+    _check_candidates(chat, batch, 0, "Yes", "No")
+    _check_candidates(chat, batch, 1, "umbrella", "a pizza")
+    _check_candidates(chat, batch, 2, "No")
+    _check_candidates(chat, batch, 3, "A cat, (or two!)", "Two cats. Maybe.")
     assert batch.is_correct == (True,) * 4
     for row, without in enumerate(_collate(chat, with_wrong).candidates):
         assert batch.candidates[row][: len(without)] == without, "the other responses do not change"
-
-
-def test_which_wrong_answer_changes_from_epoch_to_epoch(processor: Any, samples: Sequence[Sample]) -> None:
-    chat = ChatFormat(processor, ElicitationPrompt())
-    names = ("dog", "cat", "umbrella", "car")
-
-    def wrong_answer(epoch: int, name: str = "q", seed: int = 0) -> str:
-        settings = CandidateSettings(wrong_answer=True, seed=seed)
-        collator = CandidateCollator(chat, LinearLevels(n_levels=2), settings, 400)
-        query = replace(samples[1].query, id=name)
-        _, [gold, _, wrong, _] = collator._tokenize(
-            samples[1]._replace(query=query, epoch=epoch, wrong=names)
-        )
-        assert (gold.wrong, wrong.wrong) == (False, True)
-        return processor.tokenizer.decode(wrong.tokens[: wrong.answer_length]).strip(" .")
-
-    drawn = [wrong_answer(epoch) for epoch in range(150)]
-    assert drawn == [wrong_answer(epoch) for epoch in range(150)]
-    assert drawn != [wrong_answer(epoch, "r") for epoch in range(150)]
-    assert drawn != [wrong_answer(epoch, seed=1) for epoch in range(150)]
-    counts = Counter(drawn)
-    assert set(counts) == {"dog", "cat", "car"}, "never the gold answer"
-    assert chisquare(list(counts.values())).pvalue > 1e-3
 
 
 def test_a_wrong_answer_can_replace_the_gold_one_in_the_responses(
@@ -182,24 +136,33 @@ def test_a_wrong_answer_can_replace_the_gold_one_in_the_responses(
 ) -> None:
     replaced = [samples[0]._replace(wrong_answer="No", wrong=("No",)), samples[1]._replace(wrong=("dog",))]
     batch = _collate(chat, replaced, wrong_answers=True)
-    _check_candidates(chat, batch, 0, ["No"])
-    _check_candidates(chat, batch, 1, ["umbrella", "dog"])
+    _check_candidates(chat, batch, 0, "No")
+    _check_candidates(chat, batch, 1, "umbrella", "dog")
     assert batch.is_correct == (False, True)
     assert batch.queries[0].answer == "Yes"
 
 
-def test_the_batch_carries_levels_epochs_and_queries(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    in_epochs = [s._replace(epoch=i) for i, s in enumerate(samples)]
-    batch = _collate(chat, in_epochs)
-    assert batch.levels == (1.0, 0.3, 0.0, 0.85)
-    assert batch.is_correct == (True,) * 4
-    assert batch.epochs == (0, 1, 2, 3)
-    assert batch.queries == tuple(s.query for s in samples)
-    assert batch.skipped == ()
-    assert batch.lengths.dtype == torch.int64
-    moved = batch.to("meta")
-    assert {t.device.type for t in (*moved.inputs.values(), moved.lengths)} == {"meta"}
-    assert moved.candidates == batch.candidates
+def test_which_wrong_answer_changes_from_epoch_to_epoch(processor: Any, samples: Sequence[Sample]) -> None:
+    settings = CandidateSettings(wrong_answer=True)
+    collate = CandidateCollator(
+        ChatFormat(processor, ElicitationPrompt()), LinearLevels(n_levels=2), settings, 400
+    )
+
+    def drawn(name: str = "q") -> list[str]:
+        query = replace(samples[1].query, id=name)
+        sample = samples[1]._replace(query=query, wrong=("dog", "cat", "umbrella", "car"))
+        answers = []
+        for epoch in range(90):
+            _, [gold, _, wrong, _] = collate._tokenize(sample._replace(epoch=epoch))
+            assert (gold.wrong, wrong.wrong) == (False, True)
+            answers.append(processor.tokenizer.decode(wrong.tokens[: wrong.answer_length]).strip(" ."))
+        return answers
+
+    answers = drawn()
+    assert answers == drawn() != drawn("r")
+    counts = Counter(answers)
+    assert set(counts) == {"dog", "cat", "car"}, "never the gold answer"
+    assert chisquare(list(counts.values())).pvalue > 1e-3
 
 
 def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Sample]) -> None:
@@ -213,28 +176,11 @@ def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Samp
     batch = _collate(chat, long_answer, wrong_answers=True, length=longest, on_too_long="skip")
     expected = _collate(chat, samples[1:], wrong_answers=True)
     assert batch.skipped == ("q0",)
-    assert (batch.queries, batch.candidates, batch.levels) == (
-        expected.queries,
-        expected.candidates,
-        expected.levels,
-    )
+    assert batch._replace(inputs={}, lengths=None, skipped=()) == expected._replace(inputs={}, lengths=None)  # type: ignore[arg-type]
     assert all(torch.equal(batch.inputs[k], expected.inputs[k]) for k in expected.inputs)
     nothing = _collate(chat, samples, length=IMAGE_TOKENS, on_too_long="skip").to("cpu")
-    assert nothing.inputs == {}
-    assert (
-        nothing.candidates == nothing.queries == nothing.levels == nothing.is_correct == nothing.epochs == ()
-    )
+    assert (nothing.inputs, nothing.candidates, nothing.queries, nothing.levels) == ({}, (), (), ())
     assert nothing.skipped == ("q0", "q1", "q2", "q3")
-
-
-@pytest.mark.parametrize("change", [{"wrong_answer": "<image>"}, {"wrong": ("<image>",)}])
-def test_a_wrong_answer_with_the_image_token_is_refused(
-    processor: Any, samples: Sequence[Sample], change: dict[str, Any]
-) -> None:
-    with pytest.raises(DataError, match="record 'q1'.*<image>"):
-        _collate(
-            ChatFormat(processor, ElicitationPrompt()), [samples[1]._replace(**change)], wrong_answers=True
-        )
 
 
 def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(
@@ -251,15 +197,16 @@ def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(
     batch = _collate(chat, with_wrong, wrong_answers=True)
     # " A" is two tokens, so the last one's responses replace nothing; the first one has an answer of either kind.
     assert (batch.inputs["attention_mask"].sum(dim=1) - batch.lengths).tolist() == [1, 1, 1, 0]
-    _check_candidates(chat, batch, 0, ["Yes", "A cat"])
+    _check_candidates(chat, batch, 0, "Yes", "A cat")
     for row in (1, 2, 3):
-        _check_candidates(chat, batch, row, [samples[row].query.answer])
+        _check_candidates(chat, batch, row, samples[row].query.answer)
 
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_validation_is_prompts_and_candidates_of_the_same_samples(
-    chat: ChatFormat, samples: Sequence[Sample], paired: bool
+    processor: Any, samples: Sequence[Sample], paired: bool
 ) -> None:
+    chat = ChatFormat(processor, ElicitationPrompt())
     collator = CandidateCollator(chat, LinearLevels(), CandidateSettings(), 400) if paired else None
     batch = ValidationCollator(PromptCollator(chat), collator)(samples)
     assert batch.prompts.queries == tuple(s.query for s in samples)
@@ -267,17 +214,3 @@ def test_validation_is_prompts_and_candidates_of_the_same_samples(
     moved = batch.to("meta")
     assert moved.prompts.inputs["input_ids"].device.type == "meta"
     assert moved.candidates is None or moved.candidates.lengths.device.type == "meta"
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"seed": -1}, "data.candidates.seed must be at least 0, found -1"),
-        ({"grid": 0}, "data.candidates.grid must be a divisor of 100 (percent), found 0"),
-        ({"grid": 30}, "data.candidates.grid must be a divisor of 100 (percent), found 30"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError) as caught:
-        CandidateSettings(**settings)
-    assert message in str(caught.value)

@@ -1,7 +1,6 @@
 """From samples to tensors: positions of the labels, side of the padding, and samples that are too long.
 
-The response's tokens are checked by decoding them. Two kinds of tokenizer matter: the demo's, in which a percentage is one
-token, and one that splits numbers into digits.
+The response's tokens are checked by decoding them.
 """
 
 from __future__ import annotations
@@ -26,12 +25,6 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 from ..demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 
 
-@pytest.fixture(scope="module", params=["one token a percentage", "digit by digit"])
-def chat(request: pytest.FixtureRequest, processor: Any, digit_processor: Any) -> ChatFormat:
-    plain = request.param == "one token a percentage"
-    return ChatFormat(processor if plain else digit_processor, ElicitationPrompt())
-
-
 @pytest.fixture
 def own_processor(digit_processor: Any) -> Any:
     """A processor that a test may change."""
@@ -43,7 +36,7 @@ def _collate(chat: ChatFormat, samples: Sequence[Sample], max_length: int = 400,
 
 
 def _decode(chat: ChatFormat, ids: torch.Tensor) -> str:
-    return chat.processor.tokenizer.decode(ids)
+    return chat.processor.tokenizer.decode(ids).strip()
 
 
 def test_labels_are_the_answer_then_the_masked_confidence_and_the_end(
@@ -55,100 +48,76 @@ def test_labels_are_the_answer_then_the_masked_confidence_and_the_end(
         labels, mask = batch.labels[row], batch.confidence_mask[row]
         learned = labels != IGNORE
         assert torch.equal(labels[learned], batch.inputs["input_ids"][row][learned])
-        response = render_response(sample.query.answer, sample.confidence) + "<|end|>"
-        assert _decode(chat, labels[learned]).lstrip() == response
-        assert _decode(chat, labels[learned & ~mask]).strip() == render_answer(sample.query.answer)
+        assert _decode(chat, labels[learned]) == render_response(sample.answer, sample.confidence) + "<|end|>"
+        assert _decode(chat, labels[learned & ~mask]) == render_answer(sample.answer)
         stated = _decode(chat, labels[mask])
-        assert re.fullmatch(r"\s*Confidence: \d+%<\|end\|>", stated)
+        assert re.fullmatch(r"Confidence: \d+%<\|end\|>", stated)
         assert parse_confidence(stated) == sample.confidence
         positions = learned.nonzero()[:, 0]
         assert positions.diff().eq(1).all(), "in one piece"
         assert positions[-1] == batch.inputs["attention_mask"][row].sum() - 1, "at the end"
 
 
-def test_training_is_padded_on_the_right_and_generation_on_the_left(
+def test_training_and_generation_have_the_same_prompt_padded_on_the_right_and_on_the_left(
     chat: ChatFormat, samples: Sequence[Sample]
 ) -> None:
-    training = _collate(chat, samples).inputs
-    prompts = PromptCollator(chat)(samples).inputs
-    for inputs, on_the_right in ((training, True), (prompts, False)):
-        lengths = inputs["attention_mask"].sum(dim=1)
-        assert len(set(lengths.tolist())) > 1
-        for row, length in enumerate(lengths):
-            mask = inputs["attention_mask"][row]
-            tokens = mask[:length] if on_the_right else mask[len(mask) - length :]
-            assert tokens.all()
-            assert (inputs["input_ids"][row][mask == 0] == chat.processor.tokenizer.pad_token_id).all()
-    assert (training["input_ids"] == chat.processor.tokenizer.convert_tokens_to_ids("<image>")).sum(
-        1
-    ).tolist() == [IMAGE_TOKENS] * len(samples)
-
-
-def test_training_and_generation_have_the_same_prompt(chat: ChatFormat, samples: Sequence[Sample]) -> None:
-    training = _collate(chat, samples)
-    prompts = PromptCollator(chat)(samples)
+    training, prompts = _collate(chat, samples), PromptCollator(chat)(samples).inputs
+    image = chat.processor.tokenizer.convert_tokens_to_ids("<image>")
     for row in range(len(samples)):
-        prompt = prompts.inputs["input_ids"][row][prompts.inputs["attention_mask"][row].bool()]
-        assert torch.equal(training.inputs["input_ids"][row][: len(prompt)], prompt)
-        first = (training.labels[row] != IGNORE).nonzero()[0, 0]
-        assert first == len(prompt)
-        assert torch.equal(training.inputs["pixel_values"][row], prompts.inputs["pixel_values"][row])
+        ids, masks = (
+            [inputs[name][row] for inputs in (training.inputs, prompts)]
+            for name in ("input_ids", "attention_mask")
+        )
+        assert masks[0].diff().le(0).all()
+        assert masks[1].diff().ge(0).all()
+        for own_ids, mask in zip(ids, masks, strict=True):
+            assert (own_ids[mask == 0] == chat.processor.tokenizer.pad_token_id).all()
+        prompt = ids[1][masks[1].bool()]
+        assert (prompt == image).sum() == IMAGE_TOKENS
+        assert torch.equal(ids[0][: len(prompt)], prompt)
+        assert (training.labels[row] != IGNORE).nonzero()[0, 0] == len(prompt)
+        assert torch.equal(training.inputs["pixel_values"][row], prompts["pixel_values"][row])
+    assert (prompts["attention_mask"][:, 0] == 0).any()
 
 
 def test_the_batch_carries_queries_confidences_and_perturbations(
-    chat: ChatFormat, samples: Sequence[Sample]
+    processor: Any, samples: Sequence[Sample]
 ) -> None:
+    chat = ChatFormat(processor, ElicitationPrompt())
     batch = _collate(chat, samples)
-    assert batch.queries == tuple(s.query for s in samples)
-    assert batch.skipped == ()
-    assert batch.confidence.dtype == torch.float32
-    assert batch.confidence.tolist() == pytest.approx([1.0, 0.3, 0.0, 0.85])
+    assert (batch.queries, batch.skipped) == (tuple(s.query for s in samples), ())
+    assert torch.equal(batch.confidence, torch.tensor([1.0, 0.3, 0.0, 0.85]))
     perturbations = (CLEAN, Perturbation("noise", 0.3), Perturbation("blur", 0.5), Perturbation("noise", 1.0))
     steps = (0, 300, None, 1000)
     changed = zip(samples, perturbations, steps, strict=True)
     prompts = PromptCollator(chat)([s._replace(perturbation=p, noise_step=step) for s, p, step in changed])
-    assert prompts.perturbations == perturbations
-    assert (prompts.noise_steps, prompts.levels) == (steps, (1.0, 0.3, 0.0, 0.85))
-    assert prompts.queries == batch.queries
+    assert (prompts.perturbations, prompts.noise_steps) == (perturbations, steps)
+    assert (prompts.queries, prompts.levels) == (batch.queries, (1.0, 0.3, 0.0, 0.85))
     moved = batch.to("meta")
-    assert {
-        t.device.type for t in [*moved.inputs.values(), moved.labels, moved.confidence_mask, moved.confidence]
-    } == {"meta"}
-    assert {t.device.type for t in prompts.to("meta").inputs.values()} == {"meta"}
+    tensors = [moved.labels, moved.confidence_mask, moved.confidence, moved.is_correct]
+    tensors += [*moved.inputs.values(), *prompts.to("meta").inputs.values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_the_answer_can_contain_numbers_and_markup(chat: ChatFormat, samples: Sequence[Sample]) -> None:
     for answer in ("80%", "Confidence: 10%", "7", "two\nlines", "<b>dog</b>", "é日本", "Yes!", "a. b. c"):
         query = replace(samples[0].query, answer=answer, answer_type="open")
-        batch = _collate(chat, [Sample(query, samples[0].image, 0.8, CLEAN, 0)])
-        response = _decode(chat, batch.labels[0][batch.labels[0] != IGNORE]).strip()
+        batch = _collate(chat, [samples[0]._replace(query=query, confidence=0.8)])
+        response = _decode(chat, batch.labels[0][batch.labels[0] != IGNORE])
         assert response == render_response(answer, 0.8) + "<|end|>"
-        assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]).lstrip() == "Confidence: 80%<|end|>"
+        assert _decode(chat, batch.labels[0][batch.confidence_mask[0]]) == "Confidence: 80%<|end|>"
     ended = _collate(chat, [samples[0]._replace(query=replace(samples[0].query, answer="Yes <|end|> no"))])
-    assert _decode(chat, ended.labels[0][ended.confidence_mask[0]]).lstrip() == "Confidence: 100%<|end|>"
-
-
-@pytest.mark.parametrize("change", [{"question": "<image>\nA dog?"}, {"answer": "<image>"}])
-@pytest.mark.parametrize("collator", [lambda chat: SFTCollator(chat, 400), PromptCollator])
-def test_text_with_the_image_token_is_refused(
-    chat: ChatFormat, samples: Sequence[Sample], change: dict[str, str], collator: Any
-) -> None:
-    query = replace(samples[1].query, **change)  # type: ignore[arg-type]
-    [name] = change
-    with pytest.raises(DataError, match=f"record 'q1': '{name}' holds '<image>'"):
-        collator(chat)([samples[0], samples[1]._replace(query=query)])
+    assert _decode(chat, ended.labels[0][ended.confidence_mask[0]]) == "Confidence: 100%<|end|>"
 
 
 def test_too_long_is_an_error_that_names_the_record_or_skipped_and_listed(
     chat: ChatFormat, samples: Sequence[Sample]
 ) -> None:
-    lengths = [int(_collate(chat, [s]).inputs["attention_mask"].sum()) for s in samples]
-    assert max(lengths) == lengths[3]
-    assert _collate(chat, samples, lengths[3]).skipped == ()
-    says = f"record 'q3': {lengths[3]} tokens, more than max_length {lengths[3] - 1}"
-    with pytest.raises(DataError, match=says):
-        _collate(chat, samples, lengths[3] - 1)
-    batch = _collate(chat, samples, lengths[3] - 1, on_too_long="skip")
+    longest = int(_collate(chat, samples).inputs["attention_mask"][3].sum())
+    assert _collate(chat, samples, longest).skipped == ()
+    with pytest.raises(DataError, match=f"record 'q3': {longest} tokens, more than max_length {longest - 1}"):
+        _collate(chat, samples, longest - 1)
+    batch = _collate(chat, samples, longest - 1, on_too_long="skip")
     expected = _collate(chat, samples[:3])
     assert (batch.skipped, batch.queries) == (("q3",), expected.queries)
     assert torch.equal(batch.labels, expected.labels)
@@ -167,12 +136,6 @@ def test_nothing_is_truncated_even_if_the_tokenizer_would(
     assert (batch.inputs["input_ids"] == image).sum(dim=1).tolist() == [IMAGE_TOKENS] * 4
 
 
-def test_a_processor_without_a_template_is_refused(own_processor: Any) -> None:
-    own_processor.chat_template = None
-    with pytest.raises(DataError, match="LlavaProcessor has no chat template"):
-        ChatFormat(own_processor, ElicitationPrompt())
-
-
 @pytest.mark.parametrize("eos", ["<|end|>", "</s>"])
 def test_text_after_the_end_of_turn_is_not_learnt(
     own_processor: Any, samples: Sequence[Sample], eos: str
@@ -185,7 +148,7 @@ def test_text_after_the_end_of_turn_is_not_learnt(
         assert tokenizer.decode(labels[labels != IGNORE]).endswith("%<|end|>")
 
 
-def test_a_processor_that_changes_the_response_is_refused(
+def test_a_processor_without_a_template_or_that_changes_the_response_is_refused(
     own_processor: Any, samples: Sequence[Sample]
 ) -> None:
     class Shouting(LlavaProcessor):
@@ -195,3 +158,6 @@ def test_a_processor_that_changes_the_response_is_refused(
     own_processor.__class__ = Shouting
     with pytest.raises(DataError, match="record 'q0': Shouting changes the text"):
         _collate(ChatFormat(own_processor, ElicitationPrompt()), samples)
+    own_processor.chat_template = None
+    with pytest.raises(DataError, match="Shouting has no chat template"):
+        ChatFormat(own_processor, ElicitationPrompt())

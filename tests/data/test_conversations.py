@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_calibration.data.candidates import ResponseTokenizer
+from vlm_calibration.data.candidates import tokenize_responses
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.perturbation.levels import LinearLevels
@@ -20,7 +20,6 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..demo.architecture import CHAT_TEMPLATE
 
-TENTHS = tuple(i / 10 for i in range(10, -1, -1))
 PART = "part['text']"
 TEMPLATES = {
     "unchanged": CHAT_TEMPLATE,
@@ -33,18 +32,15 @@ TEMPLATES = {
 }
 
 
+def _chat(processor: Any, template: str) -> ChatFormat:
+    own = copy(processor)
+    own.chat_template = template
+    return ChatFormat(own, ElicitationPrompt("{question}"))
+
+
 @pytest.fixture(scope="module")
 def chats(processor: Any) -> dict[str, ChatFormat]:
-    chats = {}
-    for name, template in TEMPLATES.items():
-        with_template = copy(processor)
-        with_template.chat_template = template
-        chats[name] = ChatFormat(with_template, ElicitationPrompt())
-    return chats
-
-
-def _one_by_one(chat: ChatFormat, question: str, responses: Sequence[str]) -> list[str]:
-    return [chat.render(question, r) for r in responses]
+    return {name: _chat(processor, template) for name, template in TEMPLATES.items()}
 
 
 @given(
@@ -58,10 +54,9 @@ def test_conversations_are_those_rendered_one_by_one(
 ) -> None:
     falling = sorted(percents, reverse=True)
     responses = [render_response(a, p / 100) for a in answers for p in falling]
-    stated = chats[name].conversations(question, responses)
-    assert stated == _one_by_one(chats[name], question, responses)
-    bare = [render_answer(a) for a in answers]
-    assert chats[name].conversations(question, bare) == _one_by_one(chats[name], question, bare)
+    for texts in (responses, [render_answer(a) for a in answers]):
+        one_by_one = [chats[name].render(question, text) for text in texts]
+        assert chats[name].conversations(question, texts) == one_by_one
 
 
 def test_a_template_that_inserts_text_unchanged_runs_twice(
@@ -75,25 +70,25 @@ def test_a_template_that_inserts_text_unchanged_runs_twice(
         return render(question, response)
 
     monkeypatch.setattr(chats["unchanged"], "render", counted)
-    chats["unchanged"].conversations("A dog?", [render_response("Yes", c) for c in TENTHS])
+    chats["unchanged"].conversations("A dog?", [render_response("Yes", c / 10) for c in range(11)])
     assert len(rendered) == 2
 
 
 def test_a_template_that_changes_text_changes_the_candidates_with_it(
     chats: dict[str, ChatFormat], samples: Sequence[Sample]
 ) -> None:
-    chat = chats["upper case"]
-    _, candidates = ResponseTokenizer(chat, LinearLevels()).tokenize(samples[0].query, [samples[0].answer])
+    chat, decode = chats["upper case"], chats["upper case"].processor.tokenizer.decode
+    _, candidates = tokenize_responses(chat, samples[0].query, ["Yes"], LinearLevels())
     for candidate in candidates:
         percent = round(candidate.confidence * 100)
-        response = chat.processor.tokenizer.decode(candidate.tokens).strip()
-        assert response == f"YES. CONFIDENCE: {percent}%<|end|>"
-        assert chat.processor.tokenizer.decode(candidate.tokens[: candidate.answer_length]).strip() == "YES."
+        assert decode(candidate.tokens).strip() == f"YES. CONFIDENCE: {percent}%<|end|>"
+        assert decode(candidate.tokens[: candidate.answer_length]).strip() == "YES."
 
 
 # --- Where a response begins and ends --------------------------------------------------------------------------------
 
 
+ENDS = ("<|end|>", "<|end|>\n", "</turn>\n", " over")
 PROMPT = "<|user|><image>A dog?<|end|><|assistant|>"
 TEMPLATE = (
     "{% for message in messages %}"
@@ -101,12 +96,6 @@ TEMPLATE = (
     "{% else %}CONVERSATION{{ message['content'][0]['text'] }}TAIL{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}GENERATION{% endif %}"
 )
-
-
-def _chat(processor: Any, template: str) -> ChatFormat:
-    own = copy(processor)
-    own.chat_template = template
-    return ChatFormat(own, ElicitationPrompt("{question}"))
 
 
 def _render(processor: Any, prompt_end: str, conversation: str, tail: str) -> tuple[str, str]:
@@ -118,18 +107,17 @@ def _render(processor: Any, prompt_end: str, conversation: str, tail: str) -> tu
     return chat.render("A dog?"), chat.render("A dog?", "Yes.")
 
 
-@pytest.mark.parametrize("tail", ["", " ", "\n", " \n\n"])
-def test_a_turn_that_is_left_open_is_ended(processor: Any, tail: str) -> None:
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [*((tail, "<|end|>") for tail in ("", " ", "\n", " \n\n")), *((t, t) for t in ENDS)],
+)
+def test_a_turn_that_is_left_open_is_ended_and_the_templates_own_end_is_kept(
+    processor: Any, tail: str, expected: str
+) -> None:
+    """Whether or not it is a special token."""
     prompt, answered = _render(processor, "<|assistant|>", "<|assistant|>", tail)
     assert prompt == PROMPT
-    assert answered == PROMPT + "Yes.<|end|>"
-
-
-@pytest.mark.parametrize("tail", ["<|end|>", "<|end|>\n", "</turn>\n", " over"])
-def test_the_templates_own_end_of_turn_is_kept(processor: Any, tail: str) -> None:
-    """Whether or not it is a special token."""
-    _, answered = _render(processor, "<|assistant|>", "<|assistant|>", tail)
-    assert answered == PROMPT + "Yes." + tail
+    assert answered == PROMPT + "Yes." + expected
 
 
 @pytest.mark.parametrize(
@@ -174,8 +162,6 @@ def test_a_template_that_writes_the_question_in_two_ways_is_refused(processor: A
 
 
 def test_a_template_that_omits_responses_is_left_unchanged(processor: Any) -> None:
-    _, answered = _render(processor, "<|assistant|>", "<|assistant|>", "<|end|>")
     template = TEMPLATE.replace("{{ message['content'][0]['text'] }}", "").replace("TAIL", " ")
     chat = _chat(processor, template)
     assert chat.render("A dog?", "Yes.") == "<|user|><image>A dog?<|end|>CONVERSATION "
-    assert answered == PROMPT + "Yes.<|end|>"

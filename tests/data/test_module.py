@@ -77,7 +77,7 @@ def test_all_queries_are_drawn_and_epochs_differ(expected_epochs: list[Drawn]) -
     assert len({level for _, level in expected_epochs[0].values()}) > 4
 
 
-@pytest.mark.parametrize("settings", [{"workers": 1}, {"workers": 3}, {"batch_size": 1}, {"batch_size": 3}])
+@pytest.mark.parametrize("settings", [{"workers": 3}, {"batch_size": 1}, {"batch_size": 3, "workers": 1}])
 def test_workers_and_batch_size_make_no_difference(
     model_folder: str, expected_epochs: list[Drawn], settings: dict[str, int]
 ) -> None:
@@ -111,32 +111,32 @@ def test_the_last_training_batch_is_whole_or_the_only_one(model_folder: str) -> 
     assert len(_epoch(module, 0)) == 10
     assert module.val_dataloader() == [], "without validation"
     assert len(_epoch(_module(model_folder, batch_size=50), 0)) == 12
+    _as_process(module, 0, 13)
+    with pytest.raises(DataError, match="12 training queries are too few for 13 processes"):
+        module.train_dataloader()
 
 
-@pytest.mark.parametrize("processes", [1, 2, 5])
-def test_evaluation_draws_every_query_once_in_order(model_folder: str, processes: int) -> None:
+def test_evaluation_draws_every_query_once_in_order(model_folder: str) -> None:
+    """With the same noise whoever answers."""
     parts = {
         "clean": EvalSplit(DemoSource("test", scenes=3)),
         "noised": EvalSplit(DemoSource("test", scenes=3), "drawn"),
         "sweep": EvalSplit(DemoSource("calibration", scenes=1), "every_level"),
     }
-    ids: list[list[str]] = []
-    drawn: Drawn = {}
-    for rank in range(processes):
-        module = _module(model_folder, test=parts)
-        _as_process(module, rank, processes)
-        module.setup("test")
-        batches = list(module.test_dataloader())
-        ids.append([q.id for batch in batches for q in batch.queries])
-        drawn |= _drawn(batches)
-    total = 9 + 9 + 3 * len(LinearLevels().strengths())
-    assert sum(map(len, ids)) == len(drawn) == total
-    woven = [shard[i] for i in range(len(ids[0])) for shard in ids if i < len(shard)]
-    module = _module(model_folder, test=parts)
-    module.setup("test")
-    assert woven == [q.id for q in module.test_dataloader().dataset.queries]  # type: ignore[attr-defined]
-    again = _drawn(module.test_dataloader())
-    assert again == drawn, "the same noise whoever answers, and each time"
+    results: list[Drawn] = []
+    for processes in (1, 2, 5):
+        shards = []
+        for rank in range(processes):
+            module = _module(model_folder, test=parts)
+            _as_process(module, rank, processes)
+            module.setup("test")
+            shards.append(_drawn(module.test_dataloader()))
+        ids = [list(shard) for shard in shards]
+        woven = [shard[i] for i in range(len(ids[0])) for shard in ids if i < len(shard)]
+        assert woven == [q.id for q in module.sets["test"].queries]
+        assert len(woven) == 9 + 9 + 3 * len(LinearLevels().strengths())
+        results.append({key: sample for shard in shards for key, sample in shard.items()})
+    assert results[0] == results[1] == results[2]
 
 
 def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(model_folder: str) -> None:
@@ -145,20 +145,16 @@ def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(
         "sweep": EvalSplit(DemoSource("calibration", scenes=1)),
     }
     splits = {"held": EvalSplit(DemoSource("calibration", scenes=2, first=1), "drawn")}
-    module = _module(model_folder, test=test, calibration=splits, eval_batch_size=5)
+    module = _module(model_folder, test=test, calibration=splits)
     module.setup("test")
-    module.leave_out_answered({"test": [0, 11], "calibration": [0, 5]})
+    module.answered = {"test": [0, 11], "calibration": [0, 5]}
     asked = [[[q.id for q in batch.queries] for batch in loader] for loader in module.test_dataloader()]
     test_ids, held_ids = ([q.id for q in queries] for queries in module.tested_queries.values())
     assert asked == [[test_ids[1:6], test_ids[6:11]], [held_ids[1:5]]]
 
-    module = _module(
-        model_folder, test=test, calibration={"held": EvalSplit(DemoSource("calibration", scenes=2))}
-    )
-    with pytest.raises(
-        DataError, match="data.calibration and data.test share 1 images, 'calibration-000000' among"
-    ):
-        module.setup("test")
+    shared = {"held": EvalSplit(DemoSource("calibration", scenes=2))}
+    with pytest.raises(DataError, match="share 1 images, 'calibration-000000' among"):
+        _module(model_folder, test=test, calibration=shared).setup("test")
 
 
 def test_images_of_one_name_in_two_folders_are_not_shared(model_folder: str, tmp_path: Path) -> None:
@@ -196,25 +192,14 @@ def test_validation_is_noised_the_same_each_epoch(model_folder: str) -> None:
         ({}, "test", "data.test is not set"),
         ({"test": {}}, "test", "data.test is not set"),
         ({"processor": None}, "fit", "data.processor is not set"),
+        ({"processor": "nowhere"}, "fit", "cannot load a processor from 'nowhere'"),
+        ({"train": None}, "predict", r"data\.predict is not set, nor any of data\.train"),
     ],
 )
 def test_what_is_missing_is_named(model_folder: str, settings: dict[str, Any], stage: str, says: str) -> None:
     module = PerturbedQueryDataModule(**{"processor": model_folder, "train": TRAIN, **settings})
     with pytest.raises(DataError, match=says):
         module.setup(stage)
-
-
-def test_a_missing_processor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"cannot load a processor from '{tmp_path}'"):
-        _module(str(tmp_path)).setup("fit")
-
-
-def test_fewer_queries_than_processes(model_folder: str) -> None:
-    module = _module(model_folder)
-    _as_process(module, 0, 13)
-    module.setup("fit")
-    with pytest.raises(DataError, match="12 training queries are too few for 13 processes"):
-        module.train_dataloader()
 
 
 @pytest.mark.parametrize("answers", [None, "gold", "own"])
@@ -243,19 +228,19 @@ def test_a_processor_of_unknown_resolution_is_refused_before_anything_is_read(
 
 
 def test_an_error_in_a_worker_names_the_record(model_folder: str) -> None:
-    queries = (
-        Query(f"q{i}", "x", "A dog?", "Yes", "yes_no", regions=(Region("dog", (0, 0, 8, 8)),))
-        for i in range(3)
-    )
-    train = Listed(*queries, damaged=["q1"])
-    module = _module(model_folder, train=train, workers=1, batch_size=1)
+    regions = (Region("dog", (0, 0, 8, 8)),)
+    queries = (Query(f"q{i}", "x", "A dog?", "Yes", "yes_no", regions=regions) for i in range(3))
+    module = _module(model_folder, train=Listed(*queries, damaged=["q1"]), workers=1, batch_size=1)
     module.setup("fit")
     with pytest.raises(DataError, match="record 'q1': damaged"):
         list(module.train_dataloader())
 
 
 @pytest.mark.slow
-def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(model_folder: str) -> None:
+def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(
+    model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     # The Trainer sets handlers, which forked workers would inherit.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
@@ -276,25 +261,28 @@ def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(model
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("position", [(0, 0), (0, 2), (1, 1), (3, 0)])
+@pytest.mark.parametrize(
+    ("epoch", "batch", "workers"), [(0, 0, 0), (0, 2, 2), (1, 1, 2), (1, 2, 0), (3, 0, 2)]
+)
 def test_what_is_left_of_the_data_behind_a_place(
-    model_folder: str, expected_epochs: list[Drawn], position: tuple[int, int], workers: int
+    model_folder: str, epoch: int, batch: int, workers: int
 ) -> None:
     """The position is that of a checkpoint; the number of batches is that of a complete epoch."""
-    epoch, batch = position
 
-    def order(module: Any, epoch: int) -> list[tuple[str, ...]]:
+    def orders(batch: int, workers: int) -> list[list[list[str]]]:
+        module = _module(model_folder, workers=workers)
+        module.load_state_dict({"epoch": epoch, "batch": batch, "queries": 12, "batch_size": 4})
         module.setup("fit")
         loader = module.train_dataloader()
-        batches = iter(loader)  # before anyone tells the sampler the epoch
-        loader.sampler.set_epoch(epoch)
-        assert len(loader) == 3
-        return [tuple(q.id for q in b.queries) for b in batches]
+        orders = []
+        for own_epoch in (epoch, epoch + 1):
+            batches = iter(loader)  # before anyone tells the sampler the first epoch
+            loader.sampler.set_epoch(own_epoch)  # type: ignore[attr-defined]
+            assert len(loader) == 3
+            orders.append([[q.id for q in b.queries] for b in batches])
+            loader.sampler.set_epoch(own_epoch + 1)  # type: ignore[attr-defined]
+        return orders
 
-    complete = _module(model_folder)
-    complete.load_state_dict({"epoch": epoch, "batch": 0, "queries": 12, "batch_size": 4})
-    resumed = _module(model_folder, workers=workers)
-    resumed.load_state_dict({"epoch": epoch, "batch": batch, "queries": 12, "batch_size": 4})
-    assert order(resumed, epoch) == order(complete, epoch)[batch:]
-    assert len(order(resumed, epoch + 1)) == 3, "later ones are whole"
+    [complete, following], [rest, after] = orders(0, 0), orders(batch, workers)
+    assert rest == complete[batch:]
+    assert after == following, "later ones are complete"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -57,11 +58,7 @@ def test_a_response_is_as_often_wrong_as_its_confidence_says(wrong_answer_rate: 
         of_level = [s for s in samples if s.confidence == confidence]
         assert len(of_level) > 50
         wrong = sum(s.wrong_answer is not None for s in of_level)
-        assert _fits(wrong, len(of_level), wrong_answer_rate * (1 - confidence)), (
-            confidence,
-            wrong,
-            len(of_level),
-        )
+        assert _fits(wrong, len(of_level), wrong_answer_rate * (1 - confidence)), confidence
     assert {s.confidence for s in samples} == {i / 10 for i in range(11)}
 
 
@@ -74,38 +71,34 @@ def test_the_confidence_counts_and_not_the_noise() -> None:
     levels = AnchoredLevels.fit(counts)
     for kind, share in (("yes_no", 0.5), ("short", 1.0)):
         for strength, wrong in ((0, 0.0), (1, share)):
-            answers = [
-                _sample(i, strength=strength, levels=levels, kind=kind).wrong_answer for i in range(150)
-            ]
-            assert _fits(sum(m is not None for m in answers), 150, wrong)
+            samples = [_sample(i, strength=strength, levels=levels, kind=kind) for i in range(150)]
+            assert _fits(sum(s.wrong_answer is not None for s in samples), 150, wrong)
 
 
 def test_without_mistakes_or_without_a_wrong_answer_none_is_given() -> None:
     for i in range(20):
         for sample in (_sample(i, 0.0, strength=1), _sample(i, 1.0, strength=1, wrong=())):
-            assert sample.wrong_answer is None
-            assert sample.answer == "Yes"
-            assert sample.confidence == 0.0
+            assert (sample.wrong_answer, sample.answer, sample.confidence) == (None, "Yes", 0.0)
 
 
-def test_wrong_answers_are_drawn_alike_often() -> None:
+def test_wrong_answers_are_drawn_alike_often_as_a_pure_function_of_seed_epoch_and_id() -> None:
     wrong = ("cat", "car", "tree")
-    samples = [_sample(i, strength=1, wrong=wrong) for i in range(300)]
-    counts = Counter(s.answer for s in samples)
+
+    def drawn(**settings: Any) -> list[str]:
+        samples = [_sample(i, strength=1, wrong=wrong, **settings) for i in range(300)]
+        assert {(s.query.answer, s.wrong, s.epoch) for s in samples} == {
+            ("Yes", wrong, settings.get("epoch", 0))
+        }
+        assert all(s.answer == s.wrong_answer for s in samples)
+        return [s.answer for s in samples]
+
+    answers = drawn()
+    counts = Counter(answers)
     assert set(counts) == set(wrong)
     assert chisquare(list(counts.values())).pvalue > 1e-3
-    assert all(s.answer == s.wrong_answer and s.query.answer == "Yes" and s.wrong == wrong for s in samples)
-
-
-def test_a_mistake_is_a_pure_function_of_seed_epoch_and_id() -> None:
-    def drawn(**settings: Any) -> list[str]:
-        return [_sample(i, strength=0.5, wrong=("a", "b"), **settings).answer for i in range(60)]
-
-    expected = drawn()
     np.random.seed(3)  # noqa: NPY002  (the legacy stream must not matter)
-    assert drawn() == expected
-    assert expected != drawn(epoch=1) != drawn(seed=1) != expected
-    assert _sample(0, epoch=7).epoch == 7
+    assert drawn() == answers
+    assert answers != drawn(epoch=1) != drawn(seed=1) != answers
 
 
 def test_mistakes_change_neither_level_nor_noise() -> None:
@@ -116,12 +109,8 @@ def test_mistakes_change_neither_level_nor_noise() -> None:
             for wrong_answer_rate in (0.0, 1.0)
         )
         assert np.array_equal(plain.image, mistaken.image)
-        assert (plain.confidence, plain.perturbation, plain.wrong) == (
-            mistaken.confidence,
-            mistaken.perturbation,
-            mistaken.wrong,
-        )
         changed += mistaken.wrong_answer is not None
+        assert plain._replace(image=IMAGE) == mistaken._replace(image=IMAGE, wrong_answer=None)
     assert 20 < changed < 60
 
 
@@ -156,23 +145,13 @@ def test_the_opposite_of_yes_or_no(gold: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("labels", "objects", "expected"),
     [
-        (("dog", "cat", "car"), ("dog",), ["cat", "car"]),
         (("cat", "dog", "cat", "car", "cat"), ("dog",), ["cat", "car"]),
         (("dog", "puppy", "Dogs", "a dog", "cat"), ("dog",), ["cat"]),
         (("dog", "cat"), ("dog", "cat"), []),
         (("cat", "car"), (), []),
-        ((), ("dog",), []),
         (("dog", "", " ", "cat"), ("dog",), ["cat"]),
     ],
-    ids=[
-        "others",
-        "each once",
-        "not what is right too",
-        "all is evidence",
-        "no object",
-        "unlabelled",
-        "no word",
-    ],
+    ids=["each once", "not what is right too", "all is evidence", "no object", "no word"],
 )
 def test_a_short_answer_may_be_taken_for_what_else_is_there(
     labels: tuple[str, ...], objects: tuple[str, ...], expected: list[str]
@@ -185,12 +164,13 @@ def test_a_short_answer_may_be_taken_for_what_else_is_there(
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-def test_the_demo_knows_what_else_is_in_the_scene(shifted: bool) -> None:
+def test_the_dataset_asks_the_demo_which_knows_what_else_is_in_the_scene(shifted: bool) -> None:
     source = DemoSource("train", scenes=60, shifted=shifted)
+    policy = NoisePolicy(wrong_answer_rate=1.0, resolution="native")
+    dataset = PerturbedQueries({"": EvalSplit(source, "drawn")}, policy, None)
     alone = 0
-    for query in source.queries():
+    for index, query in enumerate(source.queries()):
         wrong = list(source.wrong_answers(query))
-        assert wrong
         assert not any(grade(w, query.answer, query.answer_type, query.synonyms).correct for w in wrong)
         names = set(scene_layout(scene_seed("train", scene_index(query)))[0])
         if query.answer_type == "yes_no":
@@ -200,16 +180,8 @@ def test_the_demo_knows_what_else_is_in_the_scene(shifted: bool) -> None:
             assert set(wrong) == set(CLASSES) - names
         else:
             assert set(wrong) == names - {query.answer}
+        assert list(dataset[3, index].wrong) == wrong
     assert alone, "scenes of a single object are among them"
-
-
-def test_the_dataset_asks_the_source() -> None:
-    source = DemoSource("train", scenes=4)
-    policy = NoisePolicy(wrong_answer_rate=1.0, resolution="native")
-    dataset = PerturbedQueries({"named": EvalSplit(source, "every_level")}, policy, None)
-    samples = [dataset[3, i] for i in range(len(dataset))]
-    assert all(s.wrong == tuple(source.wrong_answers(s.query)) for s in samples)
-    assert {s.wrong_answer is None for s in samples} == {True, False}
 
 
 FORMS = {
@@ -244,10 +216,8 @@ def test_a_wrong_answer_that_the_source_lacks_is_right_to_a_question_of_the_same
                 assert not grade(sample.answer, query.answer, "short").correct
                 given.setdefault(query.id.partition("|")[0], set()).add(sample.answer)
     assert given == {form: set(golds) for form, golds in FORMS.items() if "{}" in form}
-
-
-def test_without_wrong_answers_to_give_none_are_reported(recwarn: pytest.WarningsRecorder) -> None:
-    policy = NoisePolicy(levels=OnlyAt(), resolution="native")
-    dataset = PerturbedQueries({"": EvalSplit(SHORT, "drawn")}, policy, None)
-    assert {dataset[0, i].wrong for i in range(12)} == {()}
-    assert not recwarn.list
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy = replace(policy, wrong_answer_rate=0.0)
+        plain = PerturbedQueries({"": EvalSplit(SHORT, "drawn")}, policy, None)
+    assert {plain[0, i].wrong for i in range(12)} == {()}

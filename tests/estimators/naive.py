@@ -12,6 +12,7 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.text.confidence import render_answer, render_response
+from vlm_calibration.text.prompts import ElicitationPrompt
 
 
 @dataclass
@@ -28,12 +29,13 @@ class Alone:
 
     def response(self, prompt: str, response: str) -> tuple[list[int], list[float]]:
         """Token ids of a response to a rendered prompt, through the end of its turn, and log p of each."""
-        before = self.read(self.chat.layout.render(prompt, None))["input_ids"][0].tolist()
-        inputs = self.read(self.chat.layout.render(prompt, response))
+        plain = ChatFormat(self.chat.processor, ElicitationPrompt("{question}"))
+        before = self.read(plain.render(prompt))["input_ids"][0].tolist()
+        inputs = self.read(plain.render(prompt, response))
         ids = inputs["input_ids"][0].tolist()
         start = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
-        if self.chat.layout.response_type is not None:
-            inputs["token_type_ids"][0, start:] = self.chat.layout.response_type
+        if self.chat.is_paligemma:
+            inputs["token_type_ids"][0, start:] = 1
         with torch.no_grad():
             log_p = torch.log_softmax(self.model(**inputs, use_cache=False).logits[0].double(), -1)
         end = next(i for i in range(start, len(ids)) if ids[i] in self.chat.special_ids)

@@ -99,7 +99,7 @@ def _batches(
     module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(data_needs=needs))  # type: ignore[assignment]
     module.setup("test")
     module.trainer = None
-    module.leave_out_answered(answered or {})
+    module.answered = answered or {}
     return list(module.test_dataloader())  # type: ignore[arg-type]
 
 

@@ -152,22 +152,15 @@ def test_a_question_about_the_answer_that_makes_no_sense_is_refused(
 
 
 def test_a_template_with_the_question_before_the_image_is_named(
-    demo: tuple[Any, ChatFormat], answering: Answering
+    demo: tuple[Any, ChatFormat], answering: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, chat = demo
     batch = answering(model, chat, samples_of(scenes(4)), TEXTS)
 
-    class Backwards:
-        def render(self, prompt: str, response: str | None) -> str:
-            return f"<|user|>{prompt}<image><|end|><|assistant|>" + (
-                "" if response is None else f"{response}<|end|>"
-            )
+    def backwards(chat: ChatFormat, question: str, response: str | None = None) -> str:
+        prompt = f"<|user|>{chat.prompt.render(question)}<image><|end|><|assistant|>"
+        return prompt if response is None else f"{prompt}{response}<|end|>"
 
-        def adds_special(self, text: str) -> bool:
-            return False
-
-    chat.layout = Backwards()  # type: ignore[assignment]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("vlm_calibration.data.collate.layout_of", lambda processor: Backwards())
-        with pytest.raises(DataError, match="q0.*puts the question before it"):
-            PTrue().estimate(batch)
+    monkeypatch.setattr(ChatFormat, "render", backwards)
+    with pytest.raises(DataError, match="q0.*puts the question before it"):
+        PTrue().estimate(batch)

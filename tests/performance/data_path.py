@@ -29,7 +29,7 @@ from tests.performance.machine import processor as cpu
 from tests.performance.machine import setting
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings
+from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, tokenize_responses
 from vlm_calibration.data.collate import ChatFormat, SFTCollator
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import Sample
@@ -106,7 +106,7 @@ def parts_of(chat: ChatFormat, file: Path) -> dict[str, Callable[[], object]]:
         "collate stage 1, untouched image": lambda: sft([untouched]),
         "collate stage 1": lambda: sft([sample]),
         "collate stage 2, 11 candidates": lambda: gold([sample]),
-        "tokenize 11 candidates alone": lambda: gold.responses.tokenize(sample.query, [ANSWER]),
+        "tokenize 11 candidates alone": lambda: tokenize_responses(chat, sample.query, [ANSWER], LEVELS),
         # What a worker does with each tensor of a batch; the other process maps the same pages.
         "copy to shared memory": lambda: torch.UntypedStorage._new_shared(stored.nbytes()).copy_(stored),
     }

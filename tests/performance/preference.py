@@ -49,7 +49,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ResponseTokenizer
+from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, tokenize_responses
 from vlm_calibration.data.collate import ChatFormat, SFTCollator
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.scenes import CLASSES
@@ -259,11 +259,10 @@ def rows_of(task: Task, folder: Path, samples: Sequence[Sample]) -> list[dict[st
     from tests.performance.trl_peer import as_row
 
     chat = ChatFormat(AutoProcessor.from_pretrained(folder), ElicitationPrompt())
-    responses = ResponseTokenizer(chat, LEVELS)
     rows = []
     for sample in samples:
         query = sample.query
-        candidates = responses.tokenize(query, [sample.answer])[1]
+        _, candidates = tokenize_responses(chat, query, [sample.answer], LEVELS)
         target = nearest([c.confidence for c in candidates], sample.confidence)
         picks = (
             choose(policy_of(task), candidates, target, query, sample.epoch) if task.rejected else [target]

@@ -61,7 +61,7 @@ class PredictionWriter(L.Callback):
         if not self.start_over:
             complete = asks_all(trainer)
             self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
-        data.leave_out_answered(self._state.answered or {})
+        data.answered = self._state.answered or {}
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Begin or resume, now that the model is loaded."""

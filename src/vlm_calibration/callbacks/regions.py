@@ -135,7 +135,7 @@ class RegionWriter(L.Callback):
 
         for index, extraction in enumerate(plan.extractions):
             summary = files[extraction.file] = RegionSummary()
-            own = [lines[number] for number, shard in enumerate(plan.shards) if shard.extraction == index]
+            own = [lines[number] for number, (of, _) in enumerate(plan.shards) if of == index]
             tracked = track(own, f"writing {folder / extraction.file}", len(own), "shards")
             write_rows(folder / extraction.file, (usable(line, summary) for line in tracked), extraction.note)
         content = total.to_dict()

@@ -36,19 +36,15 @@ class CandidateSettings:
         wrong_answer: add the same responses with a wrong answer, if the source has one; the one that states the target is
             rejected. Among own answers to yes/no questions these are the opposite answer, right or wrong; a right one is not
             rejected.
-        seed: seed of the draw among several wrong answers.
     """
 
     answers: Literal["gold", "own"] = "gold"
     grid: int | None = None
     wrong_answer: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.grid is not None and (self.grid < 1 or 100 % self.grid):
             raise DataError(f"data.candidates.grid must be a divisor of 100 (percent), found {self.grid}")
-        if self.seed < 0:
-            raise DataError(f"data.candidates.seed must be at least 0, found {self.seed}")
 
 
 class Candidate(NamedTuple):
@@ -102,9 +98,6 @@ class CandidateBatch(NamedTuple):
         return self._replace(inputs=move(self.inputs, device), lengths=self.lengths.to(device))
 
 
-_EMPTY = CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), (), ())
-
-
 def stated_levels(levels: ConfidenceLevels, answer_type: str, grid: int | None = None) -> tuple[float, ...]:
     """The confidences that can be stated for an answer type, in falling order.
 
@@ -116,54 +109,40 @@ def stated_levels(levels: ConfidenceLevels, answer_type: str, grid: int | None =
     return tuple(sorted(by_text.values(), reverse=True))
 
 
-@dataclass
-class ResponseTokenizer:
-    """Tokenizes an answer to a query with every confidence that can be stated after it.
+def tokenize_responses(
+    chat: ChatFormat,
+    query: Query,
+    answers: Sequence[str],
+    levels: ConfidenceLevels,
+    grid: int | None = None,
+) -> tuple[int, tuple[Candidate, ...]]:
+    """One response per answer and `stated_levels`, and how many tokens at the end of the prompt they replace (mostly 0).
 
-    Args:
-        chat: renders and tokenizes conversations.
-        levels: the confidences that can be stated.
-        grid: percent, as in `CandidateSettings`.
+    Answers after the first are wrong.
     """
+    stated = [(answer, c) for answer in answers for c in stated_levels(levels, query.answer_type, grid)]
+    # 11% and 22% have no digit in common: the ending they share follows every confidence.
+    probes = [(answers[0], c) for c in (0.11, 0.22)]
+    texts = chat.conversations(query.question, [render_response(a, c) for a, c in stated + probes])
+    bare_texts = chat.conversations(query.question, [render_answer(a) for a in answers])
+    cut, ids = chat.after_prompt(chat.render(query.question), [*texts, *bare_texts])
+    bare = dict(zip(answers, ids[len(texts) :], strict=True))
 
-    chat: ChatFormat
-    levels: ConfidenceLevels
-    grid: int | None = None
-
-    def tokenize(self, query: Query, answers: Sequence[str]) -> tuple[int, tuple[Candidate, ...]]:
-        """One response per answer and confidence, and how many tokens at the end of the prompt they replace (mostly 0).
-
-        Answers after the first are wrong.
-        """
-        levels = stated_levels(self.levels, query.answer_type, self.grid)
-        stated = [(answer, c) for answer in answers for c in levels]
-        # 11% and 22% have no digit in common: the ending they share follows every confidence.
-        probes = [(answers[0], c) for c in (0.11, 0.22)]
-        texts = self.chat.conversations(query.question, [render_response(a, c) for a, c in stated + probes])
-        bare_texts = self.chat.conversations(query.question, [render_answer(a) for a in answers])
-        prompt, *ids = self.chat.token_ids([self.chat.render(query.question), *texts, *bare_texts])
-        conversations, bare = ids[: len(texts)], dict(zip(answers, ids[len(texts) :], strict=True))
-        start = min(common_prefix(prompt, conversation) for conversation in conversations)
-
-        responses = []
-        for (answer, _), conversation in zip(stated + probes, conversations, strict=True):
-            answer_length = common_prefix(bare[answer], conversation) - start
-            end = start + self.chat.turn_length(conversation[start:], answer_length)
-            responses.append((tuple(conversation[start:end]), answer_length))
-        (first, _), (second, _) = responses[len(stated) :]
-        ending = first[len(first) - common_prefix(first[::-1], second[::-1]) :]
-        return len(prompt) - start, tuple(
-            Candidate(
-                tokens,
-                answer_length,
-                common_prefix(tokens[::-1], ending[::-1]),
-                confidence,
-                wrong=answer != answers[0],
-            )
-            for (answer, confidence), (tokens, answer_length) in zip(stated, responses, strict=False)
+    responses = []
+    for (answer, _), tokens in zip(stated + probes, ids, strict=False):
+        answer_length = common_prefix(bare[answer], tokens)
+        responses.append((tuple(tokens[: chat.turn_length(tokens, answer_length)]), answer_length))
+    (first, _), (second, _) = responses[len(stated) :]
+    ending = first[len(first) - common_prefix(first[::-1], second[::-1]) :]
+    return cut, tuple(
+        Candidate(
+            tokens, answer_length, common_prefix(tokens[::-1], ending[::-1]), c, wrong=answer != answers[0]
         )
+        for (answer, c), (tokens, answer_length) in zip(stated, responses, strict=False)
+    )
 
 
+@dataclass
 class CandidateCollator:
     """Collates samples into a `CandidateBatch`.
 
@@ -180,23 +159,15 @@ class CandidateCollator:
     `levels` is the scale of the noise, `max_length` limits a prompt with one response; the rest is as in `SFTCollator`.
     """
 
-    def __init__(
-        self,
-        chat: ChatFormat,
-        levels: ConfidenceLevels,
-        settings: CandidateSettings,
-        max_length: int,
-        on_too_long: TooLong = "raise",
-    ) -> None:
-        self.chat = chat
-        self.responses = ResponseTokenizer(chat, levels, settings.grid)
-        self.settings = settings
-        self.max_length = max_length
-        self.on_too_long = on_too_long
+    chat: ChatFormat
+    levels: ConfidenceLevels
+    settings: CandidateSettings
+    max_length: int
+    on_too_long: TooLong = "raise"
 
     def __call__(self, samples: Sequence[Sample]) -> CandidateBatch:
         if not samples:
-            return _EMPTY
+            return CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), (), ())
         cuts, candidates = zip(*(self._tokenize(s) for s in samples), strict=True)
         prompts = [self.chat.render(s.query.question) for s in samples]
         inputs = self.chat.inputs_of(samples, prompts, "right")
@@ -221,13 +192,12 @@ class CandidateCollator:
 
     def _tokenize(self, sample: Sample) -> tuple[int, tuple[Candidate, ...]]:
         wrong = [w for w in sample.wrong if w != sample.query.answer] if self.settings.wrong_answer else []
-        self.chat.check(sample.query, [sample.answer, *wrong])
         answers = [sample.answer]
         # A response that is wrong itself is not preferred over another wrong one.
         if wrong and sample.wrong_answer is None:
-            rng = query_rng(self.settings.seed, sample.epoch, sample.query.id, "wrong")
+            rng = query_rng(0, sample.epoch, sample.query.id, "wrong")
             answers.append(wrong[int(rng.integers(len(wrong)))])
-        return self.responses.tokenize(sample.query, answers)
+        return tokenize_responses(self.chat, sample.query, answers, self.levels, self.settings.grid)
 
 
 class ValidationBatch(NamedTuple):

@@ -21,8 +21,6 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 
 TooLong = Literal["raise", "skip"]
 Side = Literal["left", "right"]
-QUESTION, RESPONSE = "QUESTION1", "RESPONSE2"
-"""Probe texts that templates leave unchanged."""
 
 
 class SFTBatch(NamedTuple):
@@ -46,11 +44,6 @@ class SFTBatch(NamedTuple):
     is_correct: torch.Tensor
     queries: tuple[Query, ...]
     skipped: tuple[str, ...]
-
-    @property
-    def label_confidence_mask(self) -> torch.Tensor:
-        """bool [N], `confidence_mask` at the N label tokens, in their order."""
-        return self.confidence_mask[self.labels != IGNORE]
 
     def to(self, device: torch.device | str) -> SFTBatch:
         names = ("labels", "confidence_mask", "confidence", "is_correct")
@@ -118,144 +111,19 @@ def move(inputs: Mapping[str, torch.Tensor], device: torch.device | str) -> dict
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the longest common prefix."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
-class TemplateOffsets(NamedTuple):
-    """Differences between a template's generation prompt and its full conversation, in characters.
-
-    The conversation omits `prompt_only` at the end of the prompt and has `conversation_only` in their place. `open_tail` is the white
-    space after a response whose turn the template leaves open; None if it ends the turn.
-    """
-
-    prompt_only: int
-    conversation_only: int
-    open_tail: int | None
-
-
-class TemplateLayout:
-    """Conversations in the format of the processor's chat template.
-
-    The text before a response is exactly the generation prompt, which the model reads before it answers, even if the template writes a
-    given response differently; and every response ends its turn, so that the model learns to stop.
-    """
-
-    response_type: int | None = None
-    """Token type of a response's tokens; None if token types do not mark the response."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def render(self, prompt: str, response: str | None) -> str:
-        """Text with one image token: up to where the model's answer begins, or with a response and the end of its turn."""
-        if response is None:
-            return self._apply(prompt, None)
-        text, offsets = self._apply(prompt, response), self._offsets
-        if offsets.prompt_only or offsets.conversation_only:
-            before = self._apply(prompt, None)
-            text = before + text[len(before) - offsets.prompt_only + offsets.conversation_only :]
-        if offsets.open_tail is not None:
-            text = text[: len(text) - offsets.open_tail] + (self.processor.tokenizer.eos_token or "")
-        return text
-
-    def _apply(self, prompt: str, response: str | None) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if response is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=response is None
-        )
-
-    @cached_property
-    def _offsets(self) -> TemplateOffsets:
-        prompt, conversation = self._apply(QUESTION, None), self._apply(QUESTION, RESPONSE)
-        shared = common_prefix(prompt, conversation)
-        start = conversation.rfind(RESPONSE)
-        if start < 0:  # the template rewrites responses, so they cannot be located
-            return TemplateOffsets(0, 0, None)
-        if QUESTION in conversation[shared:]:
-            raise DataError(
-                f"the chat template of {type(self.processor).__name__} writes a question differently in a prompt and in a "
-                "conversation with its answer: use another template as `chat_template.jinja`"
-            )
-        # A conversation that continues the prompt replaces nothing of it.
-        conversation_only = start - shared if shared < len(prompt) else 0
-        tail = conversation[start + len(RESPONSE) :]
-        return TemplateOffsets(len(prompt) - shared, conversation_only, None if tail.strip() else len(tail))
-
-    def adds_special(self, text: str) -> bool:
-        """Whether the tokenizer must add special tokens to a rendered text."""
-        # Many templates write the begin-of-sequence token themselves, and it must not appear twice.
-        bos = self.processor.tokenizer.bos_token
-        return not (bos and text.startswith(bos))
-
-    def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
-        """Padded model inputs of rendered texts with one image each."""
-        batch = self.processor(
-            text=texts,
-            images=[[image] for image in images],
-            padding=True,
-            padding_side=side,
-            truncation=False,
-            add_special_tokens=self.adds_special(texts[0]),
-            return_tensors="pt",
-        )
-        return dict(batch)
-
-
-class PaliGemmaLayout:
-    """PaliGemma's format (arXiv 2407.07726): image, begin of sequence, prompt, line break, response, end of sequence.
-
-    Attention is bidirectional over image and prompt and causal over the response, which has its own token type. The
-    processor takes a response only as its `suffix`, so its tokenizer and image processor are called directly.
-    """
-
-    response_type: int | None = 1
-
-    def __init__(self, processor: PaliGemmaProcessor) -> None:
-        self.processor = processor
-
-    def render(self, prompt: str, response: str | None) -> str:
-        tokenizer = self.processor.tokenizer
-        text = f"{self.processor.image_token}{tokenizer.bos_token}{prompt}\n"
-        return text if response is None else f"{text}{response}{tokenizer.eos_token}"
-
-    def adds_special(self, text: str) -> bool:
-        return False
-
-    def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
-        image_token = self.processor.image_token
-        expanded = [t.replace(image_token, image_token * self.processor.image_seq_length, 1) for t in texts]
-        batch = self.processor.tokenizer(
-            expanded,
-            padding=True,
-            padding_side=side,
-            truncation=False,
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
-        pixels = self.processor.image_processor(images=images, return_tensors="pt")
-        return {**batch, **pixels, "token_type_ids": torch.zeros_like(batch["input_ids"])}
-
-
-Layout = TemplateLayout | PaliGemmaLayout
-
-
-def layout_of(processor: Any) -> Layout:
-    """The text format of a processor's conversations; raises a DataError if it needs a chat template and has none."""
-    if isinstance(processor, PaliGemmaProcessor):
-        return PaliGemmaLayout(processor)
-    if getattr(processor, "chat_template", None) is None:
-        raise DataError(f"{type(processor).__name__} has no chat template: add one as `chat_template.jinja`")
-    return TemplateLayout(processor)
+    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differing, min(len(a), len(b)))
 
 
 class ChatFormat:
-    """Renders conversations in a model's format and tokenizes them.
+    """Renders conversations in a model's format, mostly that of its processor's chat template, and tokenizes them.
+
+    The text before a response is exactly the generation prompt, which the model reads before it answers, even if the template writes a
+    given response differently; and every response ends its turn, so that the model learns to stop.
+
+    PaliGemma's format (arXiv 2407.07726) is image, begin of sequence, prompt, line break, response, end of sequence. Attention is
+    bidirectional over image and prompt and causal over the response, which has its own token type. The processor takes a response
+    only as its `suffix`, so its tokenizer and image processor are called directly.
 
     Args:
         processor: a transformers processor with a chat template, or PaliGemma's; otherwise a DataError is raised.
@@ -265,11 +133,62 @@ class ChatFormat:
     def __init__(self, processor: Any, prompt: ElicitationPrompt) -> None:
         self.processor = processor
         self.prompt = prompt
-        self.layout = layout_of(processor)
+        self.is_paligemma = isinstance(processor, PaliGemmaProcessor)
+        if not self.is_paligemma and getattr(processor, "chat_template", None) is None:
+            raise DataError(
+                f"{type(processor).__name__} has no chat template: add one as `chat_template.jinja`"
+            )
 
     def render(self, question: str, response: str | None = None) -> str:
-        """The conversation as text: up to where the model's answer begins, or with a response."""
-        return self.layout.render(self.prompt.render(question), response)
+        """Text with one image token: up to where the model's answer begins, or with a response and the end of its turn."""
+        prompt = self.prompt.render(question)
+        text = self._apply(prompt, response)
+        if response is None:
+            return text
+        prompt_only, conversation_only, open_tail = self._offsets
+        if prompt_only or conversation_only:
+            before = self._apply(prompt, None)
+            text = before + text[len(before) - prompt_only + conversation_only :]
+        if open_tail is not None:
+            text = text[: len(text) - open_tail] + (self.processor.tokenizer.eos_token or "")
+        return text
+
+    def _apply(self, prompt: str, response: str | None) -> str:
+        tokenizer = self.processor.tokenizer
+        if self.is_paligemma:
+            text = f"{self.processor.image_token}{tokenizer.bos_token}{prompt}\n"
+            return text if response is None else f"{text}{response}{tokenizer.eos_token}"
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if response is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=response is None
+        )
+
+    @cached_property
+    def _offsets(self) -> tuple[int, int, int | None]:
+        """Differences between a template's generation prompt and its full conversation, in characters.
+
+        Returns:
+            How many the conversation omits at the end of the prompt, how many it has in their place, and the length of the white
+            space after a response whose turn the template leaves open; None if it ends the turn.
+        """
+        question, response = "QUESTION1", "RESPONSE2"  # which templates leave unchanged
+        prompt, conversation = self._apply(question, None), self._apply(question, response)
+        shared = common_prefix(prompt, conversation)
+        start = conversation.rfind(response)
+        if start < 0:  # the template rewrites responses, so they cannot be located
+            return 0, 0, None
+        if question in conversation[shared:]:
+            raise DataError(
+                f"the chat template of {type(self.processor).__name__} writes a question differently in a prompt and in a "
+                "conversation with its answer: use another template as `chat_template.jinja`"
+            )
+        # A conversation that continues the prompt replaces nothing of it.
+        conversation_only = start - shared if shared < len(prompt) else 0
+        tail = conversation[start + len(response) :]
+        return len(prompt) - shared, conversation_only, None if tail.strip() else len(tail)
 
     def conversations(self, question: str, responses: Sequence[str]) -> list[str]:
         """`render` with each response; a template that inserts text unchanged runs only for the first and the last one."""
@@ -280,10 +199,16 @@ class ChatFormat:
                 return [before + r + after for r in responses]
         return [self.render(question, r) for r in responses]
 
+    def _adds_special(self, text: str) -> bool:
+        """Whether the tokenizer must add special tokens to a rendered text."""
+        # Many templates write the begin-of-sequence token themselves, and it must not appear twice.
+        bos = self.processor.tokenizer.bos_token
+        return not (self.is_paligemma or (bos and text.startswith(bos)))
+
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered conversations, with image tokens not expanded."""
-        tokenizer = self.processor.tokenizer
-        return tokenizer(texts, add_special_tokens=self.layout.adds_special(texts[0]))["input_ids"]
+        add_special = self._adds_special(texts[0])
+        return self.processor.tokenizer(texts, add_special_tokens=add_special)["input_ids"]
 
     # Prompt and full conversation are both tokenized, and the response is what follows their longest common prefix. Processors expand the
     # image token before the response, so positions are counted from the end.
@@ -299,7 +224,20 @@ class ChatFormat:
 
     def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
         """Padded model inputs of rendered texts with one image each; nothing is truncated."""
-        return self.layout.inputs(texts, images, side)
+        settings = {
+            "padding": True,
+            "padding_side": side,
+            "truncation": False,
+            "add_special_tokens": self._adds_special(texts[0]),
+            "return_tensors": "pt",
+        }
+        if not self.is_paligemma:
+            return dict(self.processor(text=texts, images=[[image] for image in images], **settings))
+        image_token = self.processor.image_token
+        expanded = [t.replace(image_token, image_token * self.processor.image_seq_length, 1) for t in texts]
+        batch = self.processor.tokenizer(expanded, **settings)
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")
+        return {**batch, **pixels, "token_type_ids": torch.zeros_like(batch["input_ids"])}
 
     def inputs_of(self, samples: Sequence[Sample], texts: list[str], side: Side) -> dict[str, torch.Tensor]:
         """`inputs` of samples and their rendered texts; a sample that the processor rejects is named by a DataError."""
@@ -315,13 +253,11 @@ class ChatFormat:
 
     def response_spans(self, sample: Sample) -> tuple[str, list[int], int]:
         """The conversation as text, the token ids after its prompt, and how many of these are the answer."""
-        query = sample.query
-        self.check(query, [sample.answer])
-        text = self.render(query.question, render_response(sample.answer, sample.confidence))
-        answer = self.render(query.question, render_answer(sample.answer))
-        prompt, full, answered = self.token_ids([self.render(query.question), text, answer])
-        start = common_prefix(prompt, full)
-        return text, full[start:], common_prefix(answered, full) - start
+        question = sample.query.question
+        responses = render_response(sample.answer, sample.confidence), render_answer(sample.answer)
+        texts = [self.render(question, response) for response in responses]
+        _, (response, answer) = self.after_prompt(self.render(question), texts)
+        return texts[0], response, common_prefix(answer, response)
 
     def turn_length(self, response: Sequence[int], answer_length: int) -> int:
         """Number of tokens through the end of the turn, the first special token after the answer.
@@ -341,19 +277,15 @@ class ChatFormat:
 
     def check(self, query: Query, answers: Sequence[str] = ()) -> None:
         """Reject a query if its question, its answer or one of `answers` contains a token that stands for the image or a part of it."""
+        # The placeholder of the image in a text and, where it differs (Gemma 3), the token it is expanded to.
+        tokens = [getattr(owner, "image_token", None) for owner in (self.processor, self.processor.tokenizer)]
         texts = [("question", query.question), ("answer", query.answer)]
         for name, text in [*texts, *(("wrong answer", a) for a in answers)]:
-            for token in self.image_tokens:
-                if token in text:
+            for token in dict.fromkeys(tokens):
+                if token and token in text:
                     raise DataError(
                         f"record {query.id!r}: '{name}' holds {token!r}, which stands for the image: take it out"
                     )
-
-    @cached_property
-    def image_tokens(self) -> list[str]:
-        """The placeholder of the image in a text and, where it differs (Gemma 3), the token it is expanded to."""
-        tokens = [getattr(owner, "image_token", None) for owner in (self.processor, self.processor.tokenizer)]
-        return [token for token in dict.fromkeys(tokens) if token]
 
 
 @dataclass
@@ -396,8 +328,8 @@ class SFTCollator:
                     f"record {samples[row].query.id!r}: {type(self.chat.processor).__name__} changes the text after "
                     "the image, so the response's tokens cannot be located"
                 )
-            if self.chat.layout.response_type is not None:
-                inputs["token_type_ids"][row, start:length] = self.chat.layout.response_type
+            if self.chat.is_paligemma:
+                inputs["token_type_ids"][row, start:length] = 1
             learned = self.chat.turn_length(response, answer_length)
             labels[row, start : start + learned] = ids[:learned]
             confidence_mask[row, start + answer_length : start + learned] = True
@@ -484,7 +416,6 @@ class PromptCollator:
 def _ranked(chat: ChatFormat, sample: Sample) -> RankedAnswers:
     query = sample.query
     wrong = sample.wrong if query.answer_type == "open" else ()
-    chat.check(query, wrong)
     texts = chat.conversations(query.question, [render_answer(a) for a in (query.answer, *wrong)])
     cut, answers = chat.after_prompt(chat.render(query.question), texts)
     tokens = []

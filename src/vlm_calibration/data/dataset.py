@@ -24,9 +24,8 @@ from vlm_calibration.data.noise import (
 )
 from vlm_calibration.data.sources.base import BadRecords, LazyQueries, Presence, QuerySource
 from vlm_calibration.files import name_some
-from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels, Perturbation
-from vlm_calibration.records import ANSWER_TYPES, DataError, LoadedImage, Query
+from vlm_calibration.records import ANSWER_TYPES, AnswerType, DataError, LoadedImage, Query
 from vlm_calibration.text.grading import grade
 from vlm_calibration.text.labels import answer_is_no, asked_existence, question_form
 
@@ -59,9 +58,7 @@ class EvalSplit:
 
     def __post_init__(self) -> None:
         if self.kinds is not None and self.noise == "none":
-            raise DataError(
-                f"kinds of a part need `noise: drawn` or `noise: every_level`, found none and {self.kinds}"
-            )
+            raise DataError(f"kinds need `noise: drawn` or `noise: every_level`, found none and {self.kinds}")
 
     def policy(self, policy: NoisePolicy) -> NoisePolicy:
         """The noise policy of this part, given that of the data; a DataError if the levels are not known for a kind."""
@@ -105,20 +102,19 @@ class _Part:
         taught: bool,
     ) -> None:
         self.name, self.where, self.source = name, where, split.source
+        self.augmentation = augmentation
         self.is_perturbed = split.noise != "none"
-        self.names_levels = split.noise == "every_level"
         try:
             self.policy = split.policy(policy)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-        self.augmentation = augmentation
         # Form of a question -> the gold answers to it, as an ordered set.
         self._golds: dict[str, dict[str, None]] = {}
         asked = self._select(check)
         if self.is_perturbed:
             self._check_regions(asked, taught)
-            if self.policy.absent == "skip":
-                asked = {index: presence for index, presence in asked.items() if presence != "absent"}
+        if self.policy.absent == "skip":
+            asked = {index: presence for index, presence in asked.items() if presence != "absent"}
         self.indices = np.array(list(asked), dtype=np.int64)
         """Of the N queries that are asked, int64 [N], ascending."""
         self.presence = list(asked.values())
@@ -126,6 +122,7 @@ class _Part:
         self.perturbed = np.flatnonzero([presence in kinds for presence in self.presence])
         """Positions in `indices` of the queries that can be perturbed, int64."""
         self.perturbations: Sequence[Perturbation | None] = [None if self.is_perturbed else CLEAN]
+        self.names_levels = split.noise == "every_level"
         if self.names_levels:
             self.perturbations = self.policy.perturbations
 
@@ -159,7 +156,7 @@ class _Part:
         indices = [] if self.source.annotates_all else shown[True] or shown[False]
         self.shown = np.array(indices, dtype=np.int64)
         """Indices of queries whose regions give those of absent objects their shapes."""
-        if count := sum(not self._other_gold(self.queries[index]) for index in wrongless):
+        if count := sum(not self.wrong_answers(self.queries[index], 0) for index in wrongless):
             rank_zero_warn(
                 f"{self.where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
                 "(`wrong_answer_rate`): their source has none, and questions of their form have no other answer"
@@ -168,24 +165,26 @@ class _Part:
 
     def _check_regions(self, asked: Mapping[int, Presence], taught: bool) -> None:
         """Report queries without a region, with the first ids; a DataError if they stop the run, or others cannot stand for them."""
-        by_presence: dict[Presence, list[int]] = {"present": [], "absent": [], "unlocated": []}
-        for index, presence in asked.items():
-            by_presence[presence].append(index)
-        absent, unlocated = by_presence["absent"], by_presence["unlocated"]
+        absent, unlocated = (
+            [index for index, presence in asked.items() if presence == kind]
+            for kind in ("absent", "unlocated")
+        )
         if unlocated and taught:
-            self._check_taught(unlocated, [*by_presence["present"], *absent])
+            self._check_taught(asked)
 
         def named(indices: Sequence[int]) -> str:
             return name_some((self.queries[index].id for index in indices), len(indices))
 
+        total, rule = len(self.queries), f"(`absent: {self.policy.absent}`)"
         if unlocated:
             kinds: Counter[str] = Counter()
-            for query in (self.queries[index] for index in unlocated):
-                yes_or_no = "no" if answer_is_no(query) else "yes"
-                kinds[yes_or_no if query.answer_type == "yes_no" else query.answer_type] += 1
+            for index in unlocated:
+                answer_type, answer = self._answer(index)
+                kinds[answer.lower() if answer_type == "yes_no" else answer_type] += 1
+            counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
             missing = (
-                f"{len(unlocated)} of {len(self.queries)} queries ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}) need "
-                f"a region of what they ask about and have none: {named(unlocated)}"
+                f"{len(unlocated)} of {total} queries ({counts}) need a region of what they ask about and have none: "
+                f"{named(unlocated)}"
             )
             if self.policy.no_region == "raise":
                 raise DataError(
@@ -193,37 +192,34 @@ class _Part:
                     "`data.noise.no_region: clean`"
                 )
             if absent:
-                missing += f"; {len(absent)} ask about an object that is absent (`absent: {self.policy.absent}`): {named(absent)}"
+                missing += f"; {len(absent)} ask about an object that is absent {rule}: {named(absent)}"
             rank_zero_warn(f"{self.where}: images stay untouched: {missing}")
         elif absent:
-            counts = f"{len(absent)} of {len(self.queries)} queries"
-            rank_zero_info(f"{self.where}: absent object in {counts} (`absent: {self.policy.absent}`)")
-        if (
-            absent
-            and self.policy.absent == "distractor"
-            and not (len(self.shown) or self.source.annotates_all)
-        ):
+            rank_zero_info(f"{self.where}: absent object in {len(absent)} of {total} queries {rule}")
+        shapeless = not len(self.shown) and not self.source.annotates_all
+        if absent and shapeless and self.policy.absent == "distractor":
             rank_zero_warn(
                 f"{self.where}: no query has a region whose shape those of {len(absent)} absent objects could have: they are random boxes"
             )
 
-    def _check_taught(self, unlocated: Sequence[int], located: Sequence[int]) -> None:
+    def _answer(self, index: int) -> tuple[AnswerType, str]:
+        """The type of a query and its gold answer; "Yes" or "No" however it is written."""
+        query = self.queries[index]
+        if query.answer_type == "yes_no":
+            return "yes_no", "No" if answer_is_no(query) else "Yes"
+        return query.answer_type, query.answer
+
+    def _check_taught(self, asked: Mapping[int, Presence]) -> None:
         """Raise a DataError if most queries are unlocated, or if all others of an answer type have one answer, which then goes with noise."""
-
-        def answers(indices: Sequence[int]) -> dict[str, set[str]]:
-            of_type: dict[str, set[str]] = {answer_type: set() for answer_type in ANSWER_TYPES}
-            for query in (self.queries[index] for index in indices):
-                answer = (
-                    "No" if answer_is_no(query) else "Yes" if query.answer_type == "yes_no" else query.answer
-                )
-                of_type[query.answer_type].add(answer)
-            return of_type
-
-        lost, kept = answers(unlocated), answers(located)
+        lost: dict[str, set[str]] = {answer_type: set() for answer_type in ANSWER_TYPES}
+        kept: dict[str, set[str]] = {answer_type: set() for answer_type in ANSWER_TYPES}
+        for index, presence in asked.items():
+            answer_type, answer = self._answer(index)
+            (lost if presence == "unlocated" else kept)[answer_type].add(answer)
         only = [repr(*kept[t]) for t in ANSWER_TYPES if len(kept[t]) == 1 and lost[t] - kept[t]]
-        total = len(unlocated) + len(located)
-        if only or 2 * len(unlocated) > total:
-            counts = f"{len(unlocated)} of {total} queries have no region of what they ask about"
+        unlocated = list(asked.values()).count("unlocated")
+        if only or 2 * unlocated > len(asked):
+            counts = f"{unlocated} of {len(asked)} queries have no region of what they ask about"
             alone = f", and all others of their type have the answer {' or '.join(only)}" if only else ""
             raise DataError(
                 f"{self.where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out of the data"
@@ -274,18 +270,14 @@ class _Part:
         return ()
 
     def wrong_answers(self, query: Query, epoch: int) -> Sequence[str]:
-        """The source's wrong answers to a query; if it has none to a short one, the gold answer to another question of its form."""
-        return self.source.wrong_answers(query) or self._other_gold(query, epoch)
-
-    def _other_gold(self, query: Query, epoch: int | None = None) -> tuple[str, ...]:
-        """The first gold answer to another question of the same form that is wrong here, in a random order of the epoch."""
-        if query.answer_type != "short":
-            return ()
+        """The source's wrong answers; if it has none to a short question, a random gold answer to one of its form that is wrong here."""
+        wrong = self.source.wrong_answers(query)
+        if wrong or query.answer_type != "short":
+            return wrong
         golds = list(self._golds.get(question_form(query), ()))
-        if epoch is not None:
-            order = query_rng(self.policy.seed, epoch, query.id, "form").permutation(len(golds))
-            golds = [golds[i] for i in order]
-        return next(((g,) for g in golds if not grade(g, query.answer, "short", query.synonyms).correct), ())
+        rng = query_rng(self.policy.seed, epoch, query.id, "form")
+        others = (golds[i] for i in rng.permutation(len(golds)))
+        return next(((g,) for g in others if not grade(g, query.answer, "short", query.synonyms).correct), ())
 
 
 class PerturbedQueries(Dataset[Sample]):
@@ -319,33 +311,21 @@ class PerturbedQueries(Dataset[Sample]):
         augmentation: Augmentation | None = None,
         taught: bool = False,
     ) -> None:
-        self.splits = dict(splits)
         self.policy = policy
         self.image_processor = image_processor
         self.where = where
         self._check = check
         self._copies: Sequence[ImageCopy] = ()
-        self._parts = [
-            _Part(
-                name,
-                split,
-                f"{where}.{name}" if name and named else where,
-                policy,
-                check,
-                augmentation,
-                taught,
-            )
-            for name, split in splits.items()
-        ]
+        self._parts = []
+        for name, split in splits.items():
+            setting = f"{where}.{name}" if name and named else where
+            self._parts.append(_Part(name, split, setting, policy, check, augmentation, taught))
         self._ends = list(accumulate(map(len, self._parts)))
         if not len(self):
             raise DataError(f"{where}: no query is left")
         for part in self._parts:
-            if part.is_perturbed:
-                if not len(part.perturbed):
-                    raise part.nothing_perturbed("query")
-                for kind in part.policy.used_kinds:
-                    region_perturbation(kind, policy.schedule)  # imported once here, not in every worker
+            if part.is_perturbed and not len(part.perturbed):
+                raise part.nothing_perturbed("query")
 
     def check_answer_types(self) -> None:
         """Raise a DataError if the queries of an answer type cannot be perturbed, so that its levels cannot be measured."""
@@ -359,20 +339,18 @@ class PerturbedQueries(Dataset[Sample]):
 
     def make_copies(self, copies: Sequence[ImageCopy]) -> None:
         """Give each sample these perturbed copies of its image from now on; a split without such a region is a DataError."""
+        regions = {copy.region for copy in copies}
         for part in self._parts:
             for region, what, has_region in (
                 ("object", "its key object", part.source.has_evidence),
                 ("distractor", "an object that it does not ask about", part.source.has_distractor),
             ):
-                if all(copy.region != region for copy in copies):
-                    continue
-                if not any(has_region(part.queries[int(index)]) for index in part.indices):
+                queries = (part.queries[int(index)] for index in part.indices)
+                if region in regions and not any(map(has_region, queries)):
                     raise DataError(
                         f"{part.where}: no query has a region of {what}, which model.probes or an estimator is to "
                         f"perturb: take {region!r} out of model.probes (`region: image` for Stability), or give records with such regions"
                     )
-        for copy in copies:
-            region_perturbation(copy.perturbation.kind, self.policy.schedule)  # imported once here
         self._copies = tuple(copies)
 
     def is_noised(self, query_id: str) -> bool:
@@ -384,19 +362,16 @@ class PerturbedQueries(Dataset[Sample]):
 
     @property
     def queries(self) -> Sequence[Query]:
-        def query(index: int) -> Query:
-            part, own_index = self._part_of(index)
-            return part.item(own_index)[0]
-
-        return LazyQueries(len(self), partial(map, query))
+        return LazyQueries(len(self), partial(map, lambda index: self._item(index)[1]))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def _part_of(self, index: int) -> tuple[_Part, int]:
-        """The part that holds an item, and the item's index in it."""
+    def _item(self, index: int) -> tuple[_Part, Query, Presence, Perturbation | None]:
+        """The part that holds an item, and the item as `_Part.item` returns it."""
         number = bisect_right(self._ends, index)
-        return self._parts[number], index - (self._ends[number - 1] if number else 0)
+        part = self._parts[number]
+        return part, *part.item(index - (self._ends[number - 1] if number else 0))
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample at (epoch, index); a DataError if the record cannot be loaded."""
@@ -409,21 +384,22 @@ class PerturbedQueries(Dataset[Sample]):
             try:
                 sample, clipped, is_empty = self._load(epoch, index)
             except DataError as error:
-                source = self._part_of(index)[0].source
+                source = self._item(index)[0].source
                 policy = self.policy.no_region if isinstance(error, NoEvidenceError) else source.on_bad_record
                 if policy == "raise":
                     raise
                 batch.left_out[index] = str(error)
-            else:
-                batch.samples.append(sample)
-                batch.clipped.extend([index] if clipped else [])
-                batch.empty.extend([index] if is_empty else [])
+                continue
+            batch.samples.append(sample)
+            if clipped:
+                batch.clipped.append(index)
+            if is_empty:
+                batch.empty.append(index)
         return batch
 
     def _load(self, epoch: int, index: int) -> tuple[Sample, bool, bool]:
         """A sample, whether one of its regions is partly outside the image, and whether those of its key objects have no pixel."""
-        part, own_index = self._part_of(index)
-        query, presence, perturbation = part.item(own_index)
+        part, query, presence, perturbation = self._item(index)
         loaded = part.augmented(query, epoch)
         is_empty = part.is_perturbed and presence == "present" and not loaded.evidence
         if is_empty:
@@ -431,9 +407,9 @@ class PerturbedQueries(Dataset[Sample]):
                 raise NoEvidenceError(f"record {query.id!r}: no pixel of its image shows what it asks about")
             perturbation = CLEAN
         silhouettes = None if part.source.annotates_all else partial(part.silhouettes, query.id, epoch)
+        wrong = part.wrong_answers(query, epoch)
+        self._check(query, wrong)
         try:
-            wrong = part.wrong_answers(query, epoch)
-            self._check(query, wrong)
             sample = perturb_query(
                 query, loaded, part.policy, self.image_processor, epoch, perturbation, wrong, silhouettes
             )

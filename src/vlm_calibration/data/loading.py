@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -25,15 +25,6 @@ PROBLEMS = (
 )
 
 
-class DataPosition(NamedTuple):
-    """A position in the training data: after `batch` batches of `epoch`, for so many queries an epoch and in a batch of all processes."""
-
-    epoch: int = 0
-    batch: int = 0
-    queries: int = 0
-    batch_size: int = 0
-
-
 class EpochSampler(DistributedSampler):
     """Distributes `length` samples over processes and yields (epoch, index).
 
@@ -43,11 +34,10 @@ class EpochSampler(DistributedSampler):
         length: number of samples.
         rank: of this process.
         num_replicas: number of processes.
-        shuffle: a new order each epoch; otherwise in order.
-        even: give every process the same number of samples (training, where a process with fewer would block the others), and leave out
-            the rest. Otherwise (evaluation) each sample goes to exactly one process.
+        training: a new order each epoch, and the same number of samples for every process, since one with fewer would block the
+            others; the rest is left out. Otherwise each sample goes to exactly one process, in order and as of epoch 0.
         seed: of the order.
-        done: indices of samples to skip if not `even`; the distribution of the other samples stays the same.
+        done: indices of samples to skip; the distribution of the other samples stays the same.
     """
 
     def __init__(
@@ -56,43 +46,32 @@ class EpochSampler(DistributedSampler):
         *,
         rank: int,
         num_replicas: int,
-        shuffle: bool,
-        even: bool,
+        training: bool,
         seed: int = 0,
         done: Collection[int] = (),
     ) -> None:
         # The base class uses the dataset only for its length.
-        super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self.length = length
-        self.even = even
+        super().__init__(range(length), num_replicas, rank, training, seed)  # type: ignore[arg-type]
+        self.length, self.training, self.done = length, training, list(done)
         self.begin = (0, 0)
-        self._pending = np.ones(length, dtype=bool)
-        self._pending[list(done)] = False
-
-    def begin_at(self, epoch: int, batch: int, batch_size: int) -> None:
-        """Begin in an epoch after `batch` batches of `batch_size` samples of this process; later epochs are complete."""
-        self.set_epoch(epoch)
-        self.begin = (epoch, batch * batch_size)
+        """An epoch, and how many of its samples of this process to skip; other epochs are complete."""
 
     def indices(self) -> np.ndarray:
         """Indices of this process's samples in the current epoch, in order."""
         order = np.arange(self.length)
-        if self.shuffle:
+        if self.training:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        if self.even:
-            order = order[: len(self) * self.num_replicas]
+            order = order[: self.length // self.num_replicas * self.num_replicas]
         own = order[self.rank :: self.num_replicas]
-        return own if self.even else own[self._pending[own]]
+        return own[~np.isin(own, self.done)]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch if self.shuffle else 0
-        first_epoch, done = self.begin
-        return iter([(epoch, int(i)) for i in self.indices()[done if epoch == first_epoch else 0 :]])
+        epoch = self.epoch if self.training else 0
+        skipped = self.begin[1] if epoch == self.begin[0] else 0
+        return iter([(epoch, int(i)) for i in self.indices()[skipped:]])
 
     def __len__(self) -> int:
         """Number of samples of a complete epoch."""
-        if self.even:
-            return self.length // self.num_replicas
         return len(self.indices())
 
 

@@ -19,7 +19,7 @@ from vlm_calibration.data.augment import Augmentation, BasicTransform
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ValidationCollator
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries, accept
-from vlm_calibration.data.loading import DataPosition, EpochSampler, LoadingLog, QueryLoader
+from vlm_calibration.data.loading import EpochSampler, LoadingLog, QueryLoader
 from vlm_calibration.data.noise import ImageCopy, NoisePolicy
 from vlm_calibration.data.regions import RegionPlan, read_with_regions
 from vlm_calibration.data.resolution import check_resolution, limit_pixels
@@ -31,10 +31,8 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 
 TESTED = ("test", "calibration")
 """The data sets of an evaluation, in order."""
-LEVELS = "levels"
-"""The data set that `levels fit` asks."""
-INSTANCES = "instances"
-"""The queries of `train`, untouched, which `levels fit` asks as well if it writes their likelihoods."""
+LEVELS, INSTANCES = "levels", "instances"
+"""The data sets that `levels fit` asks; the second, the queries of `train`, untouched, only if it writes their likelihoods."""
 LEVELS_SPLIT = "calibration"
 """Begins the ids of the queries of `levels`, on which the perturbations depend."""
 
@@ -143,15 +141,15 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.on_too_long = on_too_long
         self.revision = revision
         self.trust_remote_code = trust_remote_code
-        self._with_regions: dict[str, dict[str, EvalSplit]] = {}
         self.sets: dict[str, PerturbedQueries] = {}
         """Data set -> its queries as `setup` has read them, also those that an earlier run answered."""
+        self.answered: Mapping[str, Collection[int]] = {}
+        """Indices in each of `tested_queries` that an earlier `test` answered and this one leaves out; equal in all processes."""
+        self._with_regions: dict[str, dict[str, EvalSplit]] = {}
         self._logs: dict[str, LoadingLog] = {}
-        self._position: DataPosition | None = None
+        self._position: dict[str, int] = {}
         self._needs = DataNeeds()
         self._tested: tuple[str, ...] = ()
-        self._answered: Mapping[str, Collection[int]] = {}
-        self._plans: dict[bool, RegionPlan] = {}
 
     @cached_property
     def processor(self) -> Any:
@@ -170,18 +168,16 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     @property
     def splits(self) -> dict[str, dict[str, EvalSplit]]:
         """Each data set that is set -> its splits by name, as configured; `predict` is none."""
-        splits: dict[str, dict[str, EvalSplit]] = {}
-        if self.train is not None:
-            splits["train"] = {"": EvalSplit(self.train, noise="drawn")}
-        if self.validation is not None:
-            splits["validation"] = {"": EvalSplit(self.validation, noise="drawn")}
-        if self.levels is not None:
-            splits[LEVELS] = {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_level")}
-        if self.test:
-            splits["test"] = self.test
-        if self.calibration:
-            splits["calibration"] = self.calibration
-        return splits
+        splits = {
+            "train": {} if self.train is None else {"": EvalSplit(self.train, noise="drawn")},
+            "validation": {} if self.validation is None else {"": EvalSplit(self.validation, noise="drawn")},
+            LEVELS: {}
+            if self.levels is None
+            else {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_level")},
+            "test": self.test,
+            "calibration": self.calibration,
+        }
+        return {name: of_name for name, of_name in splits.items() if of_name}
 
     @property
     def settings(self) -> dict[str, EvalSplit]:
@@ -198,17 +194,17 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if stage == "predict":
             self.plan_extraction(self._needs.keep_known)
             return
-        of_stage: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-            "fit": (("train",), ("validation",)),
-            "validate": (("validation",), ()),
+        of_stage = {
+            "fit": DataNeeds(("train",), ("validation",)),
+            "validate": DataNeeds(("validation",), ()),
         }
-        asked, if_set = of_stage.get(stage, (self._needs.asked, self._needs.if_set))
-        for name in map(setting_of, asked):
+        needs = of_stage.get(stage, self._needs)
+        for name in map(setting_of, needs.asked):
             if name not in self.splits:
                 raise DataError(f"data.{name} is not set: this command needs it")
-        names = [*asked, *(name for name in if_set if name in self.splits)]
+        names = [*needs.asked, *(name for name in needs.if_set if name in self.splits)]
         if stage == "test":
-            self._tested, self._answered = tuple(names), {}
+            self._tested, self.answered = tuple(names), {}
         noise = self._checked_noise(names)
         for name in names:
             if name not in self.sets:
@@ -217,11 +213,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             if name == LEVELS:
                 self.sets[name].check_answer_types()
                 if self.grading.rank_levels:
-                    _check_ranking(self.sets[name].splits)
+                    _check_ranking(self.read_splits(name))
             if stage == "test":
                 self.sets[name].make_copies(self._needs.copies.get(name, ()))
         if "calibration" in names:
-            _check_no_shared_images(self.sets["calibration"].splits, self.sets["test"].splits)
+            _check_no_shared_images(self.read_splits("calibration"), self.read_splits("test"))
 
     @property
     def _uses_processor(self) -> bool:
@@ -264,29 +260,27 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if self.regions is None:
             return splits
         if name not in self._with_regions:
-            self._with_regions[name] = splits | {
-                split: replace(
-                    settings,
-                    source=read_with_regions(Path(self.regions), setting_of(name, split), settings.source),
-                )
-                for split, settings in splits.items()
-                if settings.noise != "none"
-            }
+            folder, read = Path(self.regions), dict(splits)
+            for split, of_split in splits.items():
+                if of_split.noise != "none":
+                    source = read_with_regions(folder, setting_of(name, split), of_split.source)
+                    read[split] = replace(of_split, source=source)
+            self._with_regions[name] = read
         return self._with_regions[name]
 
     def plan_extraction(self, keep_known: bool = True) -> RegionPlan:
         """What `predict` extracts; the queries are read at the first call. A DataError if no source is set, or one cannot be read."""
-        if keep_known not in self._plans:
-            splits, leave_out_complete = self.settings, keep_known
+        if not hasattr(self, "region_plan"):
+            splits = self.settings
             if self.predict is not None:
                 # The file, queries.parquet, has the queries whatever is known of them.
-                splits, leave_out_complete = {"queries": EvalSplit(self.predict, "drawn")}, False
+                splits, keep_known = {"queries": EvalSplit(self.predict, "drawn")}, False
             elif not splits:
                 raise DataError(
                     "data.predict is not set, nor any of data.train, validation, levels, test and calibration"
                 )
-            self._plans[keep_known] = RegionPlan(splits, self.eval_batch_size, leave_out_complete)
-        return self._plans[keep_known]
+            self.region_plan = RegionPlan(splits, self.eval_batch_size, keep_known)
+        return self.region_plan
 
     def teardown(self, stage: str) -> None:
         """Report the records that could not be loaded."""
@@ -305,16 +299,16 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         limits = self.max_length, self.on_too_long
-        collate: Callable[..., Any] = self.candidate_collator or SFTCollator(self.chat, *limits)
-        if self.candidates is not None and self.candidates.answers == "own":
-            collate = PromptCollator(self.chat, self.grading, *limits)
-        return self._loader("train", self.batch_size, collate, training=True)
+        collate: Callable[..., Any] = SFTCollator(self.chat, *limits)
+        if self.candidates is not None:
+            collate = self.candidate_collator or PromptCollator(self.chat, self.grading, *limits)
+        return self._loader("train", collate)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if self.validation is None:
             return []
         collate = ValidationCollator(PromptCollator(self.chat, self.grading), self.candidate_collator)
-        return self._loader("validation", self.eval_batch_size, collate, training=False)
+        return self._loader("validation", collate)
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         """Batches of the queries that are not answered yet; a process without any gets an empty batch.
@@ -329,7 +323,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 keep_images=self._needs.images,
                 ranks=name == LEVELS and self.grading.rank_levels,
             )
-            loaders.append(self._loader(name, self.eval_batch_size, collate, training=False))
+            loaders.append(self._loader(name, collate))
         return loaders if len(loaders) > 1 else loaders[0]
 
     @property
@@ -337,20 +331,12 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         """Name of each data set that `test` answers -> its queries, answered before or not."""
         return {name: self.sets[name].queries for name in self._tested}
 
-    def leave_out_answered(self, answered: Mapping[str, Collection[int]]) -> None:
-        """Leave out queries that an earlier `test` answered: indices in each of `tested_queries`, equal in all processes."""
-        self._answered = answered
-
-    @property
-    def region_plan(self) -> RegionPlan:
-        """What this run of `predict` extracts."""
-        return self.plan_extraction(self._needs.keep_known)
-
     @property
     def pending_shards(self) -> list[int]:
         """The numbers of the shards of `predict` that are left to this part, and in it to this process."""
         rank, processes = self._process
-        return self.region_plan.pending(self.part, self.parts)[rank::processes]
+        shards = range(self.part, len(self.region_plan), self.parts)
+        return [number for number in shards if number not in self.region_plan.finished][rank::processes]
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of queries with unperturbed images; each part, and in it each process, has its own shards.
@@ -372,51 +358,50 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def state_dict(self) -> dict[str, int]:
-        """The `DataPosition` after the batches that were trained on."""
+        """The position after the batches that were trained on: batch of an epoch, and the sizes that it depends on (`_shape`)."""
         if self.trainer is None or "train" not in self.sets:
             return {}
         trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         epoch, batch = divmod(trained, max(1, int(self.trainer.num_training_batches)))
-        return DataPosition(epoch, batch, *self._shape())._asdict()
+        return {"epoch": epoch, "batch": batch, **self._shape()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._position = DataPosition(**state_dict)
+        self._position = state_dict
 
-    def _shape(self) -> tuple[int, int]:
+    def _shape(self) -> dict[str, int]:
         """Number of queries of an epoch, and of a batch over all processes."""
-        return len(self.sets["train"]), self.batch_size * self._process[1]
+        return {"queries": len(self.sets["train"]), "batch_size": self.batch_size * self._process[1]}
 
     def _resume(self, sampler: EpochSampler) -> None:
         """Begin at the position of a checkpoint, once.
 
         Lightning sets the epoch of a sampler only after workers have begun to load.
         """
-        position, self._position = self._position, None
-        if position is None:
+        position, self._position = self._position, {}
+        if not position:
             sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
             return
-        queries, batch_size = self._shape()
-        if position.batch and (queries, batch_size) != (position.queries, position.batch_size):
+        shape = self._shape()
+        if position["batch"] and not shape.items() <= position.items():
             raise DataError(
-                f"the checkpoint was written within an epoch of {position.queries} queries in batches of "
-                f"{position.batch_size}, found {queries} and {batch_size}: keep the data and data.batch_size x processes, or "
-                "resume from the end of an epoch"
+                f"the checkpoint was written within an epoch of {position['queries']} queries in batches of "
+                f"{position['batch_size']}, found {shape['queries']} and {shape['batch_size']}: keep the data and data.batch_size x "
+                "processes, or resume from the end of an epoch"
             )
-        sampler.begin_at(position.epoch, position.batch, self.batch_size)
+        sampler.set_epoch(position["epoch"])
+        sampler.begin = (position["epoch"], position["batch"] * self.batch_size)
 
-    def _loader(
-        self, name: str, batch_size: int, collate: Callable[..., Any], *, training: bool
-    ) -> DataLoader:
-        dataset = self.sets[name]
+    def _loader(self, name: str, collate: Callable[..., Any]) -> DataLoader:
+        dataset, training = self.sets[name], name == "train"
+        batch_size = self.batch_size if training else self.eval_batch_size
         rank, processes = self._process
         sampler = EpochSampler(
             len(dataset),
             rank=rank,
             num_replicas=processes,
-            shuffle=training,
-            even=training,
+            training=training,
             seed=self.noise.seed,
-            done=self._answered.get(name, ()),
+            done=self.answered.get(name, ()),
         )
         loader = partial(QueryLoader, self._logs[name], collate)
         if training:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vlm_calibration.data.resolution import model_resolution, resize_to_model
+from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.perturbation.by_kind import KIND_NAMES, perturb_region
 from vlm_calibration.perturbation.images import resize_mask
 from vlm_calibration.perturbation.levels import CLEAN, NOISE, ConfidenceLevels, LinearLevels, Perturbation
@@ -114,8 +114,6 @@ class NoisePolicy:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise DataError(f"noise.{name} must be in [0, 1], found {value}")
-        if self.absent not in ("distractor", "clean", "skip"):
-            raise DataError(f"noise.absent must be distractor, clean or skip, found {self.absent!r}")
         if unknown := sorted(set(self.kinds) - set(KIND_NAMES)):
             raise DataError(f"noise.kinds: there is no kind {unknown[0]!r}: expected {', '.join(KIND_NAMES)}")
         if not all(0 <= w < math.inf for w in self.kinds.values()) or not sum(self.kinds.values()):
@@ -147,11 +145,10 @@ class NoisePolicy:
         """Draw the perturbation of one sample; `rng` is its generator."""
         if rng.random() < self.clean_fraction:
             return CLEAN
-        kind = self.used_kinds[0]
-        if len(self.used_kinds) > 1:
-            weights = np.array([self.kinds[k] for k in self.used_kinds], dtype=np.float64)
-            kind_rng = query_rng(self.seed, epoch, query_id, "kind")
-            kind = self.used_kinds[int(kind_rng.choice(len(weights), p=weights / weights.sum()))]
+        # The kind has a generator of its own, so that strengths do not depend on the number of kinds.
+        weights = np.array([self.kinds[k] for k in self.used_kinds], dtype=np.float64)
+        kind_rng = query_rng(self.seed, epoch, query_id, "kind")
+        kind = self.used_kinds[int(kind_rng.choice(len(weights), p=weights / weights.sum()))]
         strengths = self.levels.strengths(kind)
         strength = strengths[int(rng.choice(len(strengths), p=np.full(len(strengths), 1 / len(strengths))))]
         return Perturbation(kind, strength) if strength else CLEAN
@@ -159,12 +156,6 @@ class NoisePolicy:
     def grown(self, masks: Sequence[BoolMask], size: tuple[int, int]) -> list[BoolMask]:
         """The regions of masks at another size (height, width), with the shape and growth of this policy."""
         return [region_mask(resize_mask(m, size), shape=self.shape, dilate=self.dilate) for m in masks]
-
-    def noise_step(self, perturbation: Perturbation) -> int | None:
-        """The diffusion step of noise, 0 for an untouched image; None for other kinds."""
-        if perturbation.kind in ("", NOISE):
-            return round(perturbation.strength * self.schedule.steps)
-        return None
 
 
 def query_rng(seed: int, epoch: int, query_id: str, purpose: str = "") -> np.random.Generator:
@@ -201,12 +192,11 @@ def perturb_query(
     distractor_probability = policy.distractor_probability if perturbation is None else 0.0
     perturbation = drawn if perturbation is None else perturbation
     image, lost = loaded.image, perturbation
-    size = image.shape[:2]
-    if policy.resolution == "model":
-        # For an untouched image too, so that one that the processor refuses is named in every epoch.
-        size = model_resolution(image_processor, *size)
-    # An untouched image keeps the size of the file, so that the processor resizes it as in use.
+    # Untouched images are resized too, so that one that the processor refuses is named in every epoch. The sample keeps the size of
+    # the file, so that the processor resizes it as in use.
+    seen = resize_to_model(image_processor, image) if policy.resolution == "model" else image
     if perturbation.strength > 0:
+        size = seen.shape[:2]
         # Regions are dilated before one is chosen, so that a distractor's perturbation cannot touch the evidence.
         distractors = policy.grown(loaded.distractors, size)
         if silhouettes is not None:
@@ -223,18 +213,17 @@ def perturb_query(
             silhouette=silhouettes is not None,
         )
         if region is not None:
-            if policy.resolution == "model":
-                image = resize_to_model(image_processor, image)
-            image = perturb_region(image, region, perturbation, policy.schedule, int(rng.integers(2**63)))
+            image = perturb_region(seen, region, perturbation, policy.schedule, int(rng.integers(2**63)))
         if not takes_evidence:
             lost = CLEAN
     confidence = policy.levels.confidence(lost, query.answer_type, query.id)
+    noise_step = round(lost.strength * policy.schedule.steps) if lost.kind in ("", NOISE) else None
     wrong_answer = None
     if wrong:
         wrong_rng = query_rng(policy.seed, epoch, query.id, "mistake")
         if wrong_rng.random() < policy.wrong_answer_rate * (1.0 - confidence):
             wrong_answer = wrong[int(wrong_rng.integers(len(wrong)))]
-    return Sample(query, image, confidence, lost, policy.noise_step(lost), epoch, wrong_answer, tuple(wrong))
+    return Sample(query, image, confidence, lost, noise_step, epoch, wrong_answer, tuple(wrong))
 
 
 def perturbed_copies(
@@ -252,23 +241,24 @@ def perturbed_copies(
     """
     image = resize_to_model(image_processor, sample.image) if policy.resolution == "model" else sample.image
     size = image.shape[:2]
-    regions = {copy.region for copy in copies}
-    evidence = policy.grown([m for m in loaded.evidence if m.any()], size) if regions - {"image"} else []
+    evidence, distractors = (
+        policy.grown([mask for mask in masks if mask.any()], size)
+        for masks in (loaded.evidence, loaded.distractors)
+    )
     target = np.logical_or.reduce(evidence) if evidence else None
-    apart: list[BoolMask] = []
-    if "distractor" in regions:
-        distractors = policy.grown([m for m in loaded.distractors if m.any()], size)
-        apart = [mask for mask in distractors if target is None or not np.any(mask & target)]
+    apart = [mask for mask in distractors if target is None or not np.any(mask & target)]
     made: dict[ImageCopy, np.ndarray | None] = {}
     for copy in copies:
         rng = query_rng(copy.seed, copy.number, sample.query.id, "copy")
         seed = int(rng.integers(2**63))
-        region: BoolMask | None = np.ones(size, dtype=np.bool_)
-        if copy.region == "object":
-            region = target
+        region: BoolMask | None = target
+        if copy.region == "image":
+            region = np.ones(size, dtype=np.bool_)
         elif copy.region == "distractor":
             region = apart[int(rng.integers(len(apart)))] if apart else None
-        made[copy] = None
-        if region is not None:
-            made[copy] = perturb_region(image, region, copy.perturbation, policy.schedule, seed)
+        made[copy] = (
+            region
+            if region is None
+            else perturb_region(image, region, copy.perturbation, policy.schedule, seed)
+        )
     return made

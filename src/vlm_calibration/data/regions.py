@@ -24,34 +24,33 @@ NOTE = b"vlm_calibration.extracted_from"
 """Key of the metadata of a file of regions."""
 
 
-class Contents(NamedTuple):
-    """The number of queries of a source, and the digest of all their fields."""
+class Extraction(NamedTuple):
+    """A source whose regions are extracted into one file.
 
+    Attributes:
+        file: the file's name.
+        source: the source.
+        settings: the settings below `data` that hold it, e.g. ("levels", "calibration.own").
+        queries: the number of its queries.
+        content: the digest of all their fields.
+    """
+
+    file: str
+    source: QuerySource
+    settings: tuple[str, ...]
     queries: int
     content: str
 
-
-def contents_of(source: QuerySource) -> Contents:
-    return Contents(len(source.queries()), queries_digest(source))
+    @property
+    def note(self) -> dict[bytes, bytes]:
+        """The metadata of the file, by which `read_with_regions` finds it."""
+        note = {"settings": self.settings, "queries": self.queries, "content": self.content}
+        return {NOTE: json.dumps(note).encode()}
 
 
 def unlocated(source: QuerySource) -> list[str]:
     """The ids of the queries that need a region and have none."""
     return [query.id for query in source.queries() if source.presence(query) == "unlocated"]
-
-
-class Extraction(NamedTuple):
-    """A source whose regions are extracted into one file, and the settings below `data` that hold it, e.g. ("levels", "calibration.own")."""
-
-    file: str
-    source: QuerySource
-    settings: tuple[str, ...]
-    contents: Contents
-
-    @property
-    def note(self) -> dict[bytes, bytes]:
-        """The metadata of the file, by which `read_with_regions` finds it."""
-        return {NOTE: json.dumps({"settings": self.settings, **self.contents._asdict()}).encode()}
 
 
 class RawQuery(NamedTuple):
@@ -74,14 +73,6 @@ class RawBatch:
         return self
 
 
-class Shard(NamedTuple):
-    """Queries `begin` to `end` of the extraction with this index: a batch, whose content no other shard changes."""
-
-    extraction: int
-    begin: int
-    end: int
-
-
 class RegionPlan(Dataset[RawBatch]):
     """What `predict` extracts: each source once, in shards that parts and processes share; an item is the batch of a shard.
 
@@ -95,37 +86,33 @@ class RegionPlan(Dataset[RawBatch]):
     Attributes:
         extractions: the sources.
         complete: the settings of those that are left out.
-        shards: all shards; their index is their number.
+        shards: the extraction's index and the queries of each shard, whose index is its number.
         finished: numbers of the shards that an earlier run finished.
     """
 
     def __init__(self, splits: Mapping[str, EvalSplit], shard_size: int, keep_known: bool) -> None:
-        groups: dict[tuple[str, Contents], list[str]] = {}
-        for setting, split in splits.items():
-            if split.noise != "none":
-                groups.setdefault((settings_digest(split.source), contents_of(split.source)), []).append(
-                    setting
-                )
         self.extractions: list[Extraction] = []
         self.complete: list[str] = []
         self.finished: Collection[int] = ()
-        for (_, contents), settings in groups.items():
+        groups: dict[tuple[str, str], list[str]] = {}
+        for setting, split in splits.items():
+            if split.noise != "none":
+                key = settings_digest(split.source), queries_digest(split.source)
+                groups.setdefault(key, []).append(setting)
+        for (_, content), settings in groups.items():
             source = splits[settings[0]].source
             if keep_known and not unlocated(source):
                 self.complete += settings
             else:
                 file = f"{quote(settings[0], safe='')}.parquet"
-                self.extractions.append(Extraction(file, source, tuple(settings), contents))
+                n_queries = len(source.queries())
+                self.extractions.append(Extraction(file, source, tuple(settings), n_queries, content))
         self.shards = [
-            Shard(index, begin, min(begin + shard_size, extraction.contents.queries))
+            (index, range(begin, min(begin + shard_size, extraction.queries)))
             for index, extraction in enumerate(self.extractions)
-            for begin in range(0, extraction.contents.queries, shard_size)
+            for begin in range(0, extraction.queries, shard_size)
         ]
         self._queries = [extraction.source.queries() for extraction in self.extractions]
-
-    def pending(self, part: int, parts: int) -> list[int]:
-        """The numbers of the shards that are left to a part."""
-        return [number for number in range(part, len(self.shards), parts) if number not in self.finished]
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -134,11 +121,11 @@ class RegionPlan(Dataset[RawBatch]):
         """The queries of a shard with their unperturbed images; an empty batch for None."""
         if number is None:
             return RawBatch([], -1)
-        index, begin, end = self.shards[number]
+        index, shard = self.shards[number]
         source = self.extractions[index].source
         images: dict[str, np.ndarray] = {}
         rows = []
-        for query in self._queries[index][begin:end]:
+        for query in self._queries[index][shard.start : shard.stop]:
             try:
                 if query.image not in images:  # which several queries may share
                     images[query.image] = source.load(query).image
@@ -159,7 +146,7 @@ def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QueryS
     Raises:
         DataError: the file was extracted from other queries, or there is none and queries need regions.
     """
-    contents = contents_of(source)
+    n_queries, content = len(source.queries()), queries_digest(source)
     notes: dict[Path, dict[str, Any]] = {
         path: json.loads((schema_of(path).metadata or {}).get(NOTE, b"{}"))
         for path in sorted(folder.glob("*.parquet"))
@@ -167,19 +154,19 @@ def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QueryS
     # Of several files from equal queries, the one that was extracted for this setting comes first.
     for_setting = sorted(notes, key=lambda path: setting not in notes[path].get("settings", ()))
     for path in for_setting:
-        if (notes[path].get("queries"), notes[path].get("content")) == contents:
+        if notes[path].get("content") == content:
             return ParquetSource(str(path), images=source, on_bad_record=source.on_bad_record)
     again = "extract regions with `vlm-calibration predict --config regions` and the same data settings"
     if for_setting and setting in notes[for_setting[0]].get("settings", ()):
         path = for_setting[0]
         raise DataError(
             f"{path}: extracted from {notes[path]['queries']} queries that data.{setting} no longer holds (it has "
-            f"{contents.queries}, content {contents.content[:8]}): remove the folder and {again}"
+            f"{n_queries}, content {content[:8]}): remove the folder and {again}"
         )
     if missing := unlocated(source):
         held = f"it holds {name_some((path.name for path in notes), len(notes))}" if notes else "no file"
         raise DataError(
-            f"{folder}: no regions for data.{setting}, where {len(missing)} of {contents.queries} queries need one: "
+            f"{folder}: no regions for data.{setting}, where {len(missing)} of {n_queries} queries need one: "
             f"{name_some(missing, len(missing))}; found: {held}: {again}, or set data.regions to null and ask "
             "such queries with untouched images (`data.noise.no_region: clean`)"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlm_calibration.data.candidates import Candidate, ResponseTokenizer
+from vlm_calibration.data.candidates import Candidate, tokenize_responses
 from vlm_calibration.data.collate import ChatFormat, common_prefix
 from vlm_calibration.estimators.cached import score_cached
 from vlm_calibration.models.forward import unwrap_peft
@@ -170,7 +170,7 @@ def score_answers(
 class AnswerTokenizer:
     """Tokenizes answers with every confidence that can be stated after them; keeps what several systems ask for.
 
-    `levels` and `grid` are as for `ResponseTokenizer`. `opposite`: also the opposite answer to a yes/no question, with every confidence.
+    `levels` and `grid` are as for `stated_levels`. `opposite`: also the opposite answer to a yes/no question, with every confidence.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class AnswerTokenizer:
     ) -> None:
         self.chat = chat
         self.opposite = opposite
-        self._responses = ResponseTokenizer(chat, levels, grid)
+        self._levels, self._grid = levels, grid
         self._cache: dict[tuple[str, str, str], TokenizedAnswer] = {}
 
     def tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
@@ -194,7 +194,7 @@ class AnswerTokenizer:
         if self.opposite and query.answer_type == "yes_no":
             predicted = parse_answer(answer, "yes_no", query.question)
             answers += {"yes": ["No"], "no": ["Yes"]}.get(predicted or "", [])
-        stated_cut, candidates = self._responses.tokenize(query, answers)
+        stated_cut, candidates = tokenize_responses(self.chat, query, answers, self._levels, self._grid)
         prompt_text = self.chat.render(query.question)
         words_cut, words = 0, []
         if query.answer_type == "yes_no":

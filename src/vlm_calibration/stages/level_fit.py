@@ -105,7 +105,7 @@ class LevelFitModule(L.LightningModule):
         folder = Path(self.trainer.default_root_dir)
         self.answers = AnswerLog(folder, self.global_rank, data.tested_queries, run)
         self._state = ResumeState() if self.start_over else self.answers.find(complete=asks_all(self.trainer))
-        data.leave_out_answered(self._state.answered or {})
+        data.answered = self._state.answered or {}
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):

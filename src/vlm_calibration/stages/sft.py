@@ -11,7 +11,13 @@ from torch import Tensor
 
 from vlm_calibration.data.collate import SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.losses.sequence import AnswerWeight, response_nll, token_log_likelihood, token_weights
+from vlm_calibration.losses.sequence import (
+    IGNORE,
+    AnswerWeight,
+    response_nll,
+    token_log_likelihood,
+    token_weights,
+)
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.forward import labelled_logits
 from vlm_calibration.models.loading import BaseModel, load_for_training
@@ -73,7 +79,7 @@ class SFTModule(TrainingStage):
         # logits [N, V] at the N label tokens
         labelled = labelled_logits(self.model, batch.inputs, batch.labels)
         log_likelihood = token_log_likelihood(labelled.logits, labelled.targets)  # [N]
-        confidence_mask = batch.label_confidence_mask  # [N]
+        confidence_mask = batch.confidence_mask[batch.labels != IGNORE]  # [N]
         is_correct = batch.is_correct[labelled.rows]  # [N]
         weights = token_weights(
             confidence_mask,
