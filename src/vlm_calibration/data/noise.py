@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vlm_calibration.data.resolution import resize_to_model
+from vlm_calibration.data.resolution import model_resolution, resize_to_model
 from vlm_calibration.perturbation.by_kind import KIND_NAMES, perturb_region
 from vlm_calibration.perturbation.images import resize_mask
 from vlm_calibration.perturbation.levels import CLEAN, NOISE, ConfidenceLevels, LinearLevels, Perturbation
@@ -192,11 +192,12 @@ def perturb_query(
     distractor_probability = policy.distractor_probability if perturbation is None else 0.0
     perturbation = drawn if perturbation is None else perturbation
     image, lost = loaded.image, perturbation
-    # Untouched images are resized too, so that one that the processor refuses is named in every epoch. The sample keeps the size of
-    # the file, so that the processor resizes it as in use.
-    seen = resize_to_model(image_processor, image) if policy.resolution == "model" else image
+    # Asked for untouched images too, so that one that the processor refuses is named in every epoch. The sample keeps the size of the
+    # file, so that the processor resizes it as in use.
+    size = image.shape[:2]
+    if policy.resolution == "model":
+        size = model_resolution(image_processor, *size)
     if perturbation.strength > 0:
-        size = seen.shape[:2]
         # Regions are dilated before one is chosen, so that a distractor's perturbation cannot touch the evidence.
         distractors = policy.grown(loaded.distractors, size)
         if silhouettes is not None:
@@ -213,7 +214,9 @@ def perturb_query(
             silhouette=silhouettes is not None,
         )
         if region is not None:
-            image = perturb_region(seen, region, perturbation, policy.schedule, int(rng.integers(2**63)))
+            if policy.resolution == "model":
+                image = resize_to_model(image_processor, image)
+            image = perturb_region(image, region, perturbation, policy.schedule, int(rng.integers(2**63)))
         if not takes_evidence:
             lost = CLEAN
     confidence = policy.levels.confidence(lost, query.answer_type, query.id)
