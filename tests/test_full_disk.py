@@ -152,6 +152,7 @@ def test_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAILED = """
+import shutil
 from types import SimpleNamespace
 from vlm_calibration.callbacks.logger import RunLogger
 logger = RunLogger(save_dir="run")
