@@ -34,6 +34,7 @@ def test_transformers_serves_the_merged_demo(
     assert metrics(served)["ece@expected"] is None
 
 
+@with_vllm
 def test_vllm_serves_the_merged_demo(
     merged: str, evaluate_served: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
