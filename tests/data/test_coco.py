@@ -48,7 +48,7 @@ def write(tmp_path: Path) -> Write:
         folder = tmp_path / "images"
         folder.mkdir(exist_ok=True)
         for i in range(images):
-            file = f"{i:04d}.jpg"
+            file = f"{i:012d}.jpg"
             Image.new("RGB", (WIDTH, HEIGHT), "grey").save(folder / file)
             content["images"].append({"id": 500 + i, "file_name": file, "height": HEIGHT, "width": WIDTH})
             for _ in range(int(rng.integers(1, 8))):

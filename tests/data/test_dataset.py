@@ -105,7 +105,7 @@ def test_an_error_names_the_record_and_nothing_left_is_one() -> None:
         def load(self, query: Query) -> LoadedImage:
             return super().load(query)._replace(evidence=(np.zeros((10, 10), dtype=bool),))
 
-    with pytest.raises(DataError, match=r"record 'bad:dog': region mask is empty"):
+    with pytest.raises(DataError, match=r"record 'bad:dog': mask is empty"):
         _dataset(bad=EvalSplit(Wrong(*SQUARE), "drawn"))[0, 0]
     with pytest.raises(DataError, match="no query is left"):
         _train(SQUARE[1:], replace(POLICY, absent="skip"))
