@@ -309,3 +309,10 @@ def test_a_loss_of_another_kind_inherits_no_settings(parse: Callable[[list[str]]
     loss = config.model.init_args.loss
     assert loss.class_path.rsplit(".", 1)[-1] == "SimPO"
     assert vars(SimPO()) == loss.init_args.as_dict()
+
+
+def test_a_noise_schedule_is_chosen_by_its_name(parse: Callable[[list[str]], Any]) -> None:
+    given = ("--data.noise.schedule", "SigmoidSchedule", "--data.noise.schedule.steps", "50")
+    schedule = parse(["fit", "--config", "sft", *given]).data.noise.schedule
+    assert schedule.class_path.endswith(".SigmoidSchedule")
+    assert schedule.init_args.steps == 50

@@ -141,7 +141,14 @@ def test_without_a_command_it_says_what_to_type_first(answered: dict[str, Any]) 
     assert "First: `vlm-calibration calibrate`" in answered[""][1]
 
 
-@pytest.mark.parametrize("command", ["fit", "test", "data inspect"])
+def test_the_settings_of_one_class(run: Callable[..., Ended]) -> None:
+    ended = run("test", "--model.help", "EvaluationModule")
+    assert (ended.status, ended.errors) == (0, []), ended.err
+    assert "vlm_calibration.stages.evaluation.EvaluationModule" in ended.out
+    assert "--model.max_new_tokens" in ended.out
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "levels fit", "data inspect"])
 def test_the_common_settings_are_among_all(
     run: Callable[..., Ended], answered: dict[str, Any], command: str
 ) -> None:

@@ -149,6 +149,7 @@ def test_all_sources_are_extracted_in_one_run_and_trained_on(
         ended = run(*of_all("parts"), "--data.parts", "2", "--data.part", part)
         assert ended.status == 0, ended.err
         assert (tmp_path / "parts" / "summary.json").exists() == done
+        assert (f"part {part} of 2 is done; " in ended.out) != done
     assert _content(tmp_path / "parts") == one
 
     regions = ["--config", str(tmp_path / "sources.yaml"), "--data.regions", str(tmp_path / "one")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_two_processes_train_as_one(
     assert min(norms) > 0
 
 
-def test_stopped_in_two_processes_and_resumed_in_one(
+def test_stopped_in_two_processes_and_resumed_in_one_or_two(
     run: Callable[..., Ended], run_two: Callable[..., Ended], start: Start, one: Path, tmp_path: Path
 ) -> None:
     """A signal to one process stops both at the same step."""
@@ -109,7 +110,13 @@ def test_stopped_in_two_processes_and_resumed_in_one(
     assert "SIGTERM" in ended.error()
     assert str(last) in ended.error()
     assert torch.load(last, weights_only=True)["global_step"] == 12
+    shutil.copytree(tmp_path / "run", tmp_path / "stopped")
     ended = run(*start("run"), *NO_DROPOUT, "--ckpt_path", "last")
+    assert ended.status == 0, ended.err
+    _assert_same_weights(tmp_path / "run", one)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "stopped").rename(tmp_path / "run")
+    ended = run_two(*start("run", strategy="ddp"), *ONE_EACH, *NO_DROPOUT, "--ckpt_path", "last")
     assert ended.status == 0, ended.err
     _assert_same_weights(tmp_path / "run", one)
 

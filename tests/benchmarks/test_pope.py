@@ -214,6 +214,7 @@ ANSWERS = [{"question_id": i, "answer": "yes"} for i in (1, 2)]
         (POPE, [{"question_id": 1, "text": "x"}], "a.jsonl:1: 'answer' must be a string, found no such key"),
         (POPE, [{"question_id": 1, "answer": None}], "a.jsonl:1: 'answer' must be a string, found None"),
         (POPE, [{**ANSWERS[0], "confidence": "80%"}], "a.jsonl:1: 'confidence' must be a number in [0, 1]"),
+        (POPE, [{**ANSWERS[0], "confidence": 80}], "a.jsonl:1: 'confidence' must be a number in [0, 1]"),
         (POPE, [{"answer": "yes"}], "a.jsonl: 1 answers to the 2 questions in {labels}"),
         (POPE, [{"answer": "", "question": "A cat?"}] * 2, "a.jsonl:1: answers are matched in order"),
         ([{**POPE[0], "label": "maybe"}], ANSWERS, "l.json:1: 'label' must be yes or no, found 'maybe'"),

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import wandb
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
-from vlm_calibration.callbacks.logger import RunLogger, staged
+from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
 from vlm_calibration.reporting.dashboard import logged_in
 
 from ..command_line import LIMIT, inherited_environment
 from ..graphql_server import GraphQLServer
+from ..trainers import fake_trainer
 from ..wandb_log import read_run
 
 LOGIN = "machine api.wandb.ai\n  login user\n  password 0123456789\n"
@@ -171,3 +173,13 @@ def test_checkpoints_go_to_the_run_directory(tmp_path: Path) -> None:
     assert callback.last == tmp_path / "checkpoints" / "last.ckpt"
     assert type(strategy.checkpoint_io) is AtomicCheckpointIO
     assert not list((tmp_path / "checkpoints").iterdir()), "what a killed run has left is cleared away"
+
+
+def test_only_the_first_process_has_a_run_to_log_to(tmp_path: Path) -> None:
+    logger, other = RunLogger(save_dir=str(tmp_path)), CSVLogger(str(tmp_path))
+    for loggers, first, expected in (
+        ([other, logger], True, logger),
+        ([logger], False, None),
+        ([other], True, None),
+    ):
+        assert wandb_logger(fake_trainer(tmp_path, loggers=loggers, is_global_zero=first)) is expected

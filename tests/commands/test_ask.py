@@ -187,9 +187,9 @@ def test_without_a_model_the_demo_s_is_asked(call_one: Call, adapter_run: Path, 
     (tmp_path / "runs").mkdir()
     for run in ("runs/sft", "runs/dpo"):
         (tmp_path / run).symlink_to(adapter_run)
-    ended = call_one("--json", "--max-new-tokens", "16")
-    assert "asking the demo's model and the adapter in runs/dpo" in ended.err
-    assert "with runs/dpo/adapter (" in json.loads(ended.out)["model"]
+        ended = call_one("--json", "--max-new-tokens", "16")
+        assert f"asking the demo's model and the adapter in {run}\n" in ended.err
+        assert f"with {run}/adapter (" in json.loads(ended.out)["model"]
 
 
 @pytest.mark.slow

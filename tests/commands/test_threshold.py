@@ -97,6 +97,8 @@ def test_the_last_system_on_its_calibration_split(call: Call, evaluation: Path, 
     answers = read_predictions(evaluation / "dpo" / "calibration.jsonl")
     choice = choose({"": answers}, "verbalized", Limits(0.05)).choices[""]
     assert choice.threshold is not None
+    assert choice.scores is not None
+    assert choice.scores.n == 2000, "one of the answers about each image counts"
     assert rule.groups[""]["threshold"] == choice.threshold
     weights = adapter_weights_digest(adapter)
     assert (rule.base, rule.weights, rule.prompt) == ("owner/base", weights, DEFAULT_TEMPLATE)

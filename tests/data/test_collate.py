@@ -125,6 +125,11 @@ def test_too_long_is_an_error_that_names_the_record_or_skipped_and_listed(
     nothing = _collate(chat, samples, IMAGE_TOKENS, on_too_long="skip").to("cpu")
     assert (nothing.inputs, nothing.queries, nothing.skipped) == ({}, (), ("q0", "q1", "q2", "q3"))
     assert nothing.labels.numel() == nothing.confidence_mask.numel() == nothing.confidence.numel() == 0
+    limit = int(PromptCollator(chat)(samples).inputs["attention_mask"].sum(1).max()) - 1
+    prompts = PromptCollator(chat, max_length=limit, on_too_long="skip")(samples)
+    assert (prompts.skipped, prompts.queries) == (("q3",), tuple(s.query for s in samples[:3]))
+    with pytest.raises(DataError, match=f"record 'q3': .*max_length {limit}"):
+        PromptCollator(chat, max_length=limit)(samples)
 
 
 def test_nothing_is_truncated_even_if_the_tokenizer_would(

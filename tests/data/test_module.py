@@ -191,6 +191,11 @@ def test_validation_is_noised_the_same_each_epoch(model_folder: str) -> None:
         ({}, "validate", "data.validation is not set"),
         ({}, "test", "data.test is not set"),
         ({"test": {}}, "test", "data.test is not set"),
+        (
+            {"train": Listed(Query("q1", "x", "What?", "a dog <image>", "open"))},
+            "fit",
+            "'q1': 'answer' holds '<image>'",
+        ),
         ({"processor": None}, "fit", "data.processor is not set"),
         ({"processor": "nowhere"}, "fit", "cannot load a processor from 'nowhere'"),
         ({"train": None}, "predict", r"data\.predict is not set, nor any of data\.train"),

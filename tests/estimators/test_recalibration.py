@@ -134,11 +134,12 @@ def test_each_answer_type_has_the_map_of_its_own_answers() -> None:
     rows = predictions(confidence.tolist(), correct.tolist(), [f"{i // 2}" for i in range(8000)])
     rows[1::2] = [replace(p, answer_type="short") for p in rows[1::2]]
     test, calibration = rows[:4000], rows[4000:]
-    for method in (platt, temperature, histogram, isotonic):
-        mapped = np.array(recalibrated(method.__name__, test, "other", calibration))
-        for start in (0, 1):
-            own = method(confidence[4000 + start :: 2], correct[4000 + start :: 2])
-            assert mapped[start::2].tolist() == own(confidence[start:4000:2]).tolist()
+    for estimator, epsilon in (("other", SMALLEST), (VERBALIZED, HALF_PERCENT)):
+        for method in (platt, temperature, histogram, isotonic):
+            mapped = np.array(recalibrated(method.__name__, test, estimator, calibration))
+            for start in (0, 1):
+                own = method(confidence[4000 + start :: 2], correct[4000 + start :: 2], epsilon)
+                assert mapped[start::2].tolist() == own(confidence[start:4000:2]).tolist()
     for start, share in ((0, 1.0), (1, 0.5)):
         assert np.abs(mapped[start::2] - share * confidence[start:4000:2]).mean() < 0.05, "isotonic"
     unrated = replace(test[0], estimates={"other": None})

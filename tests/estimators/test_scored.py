@@ -95,9 +95,11 @@ def test_the_prompt_is_not_computed_again(
 def test_what_is_scored_one_by_one_costs_more(
     demo: tuple[Any, ChatFormat], answering: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shared = ExpectedConfidence().estimate(answering(*demo, samples_of(scenes(4)), TEXTS))
     monkeypatch.setattr(shared_prefix, "why_not_shared", lambda model, length: "rows are read in order")
     one_by_one = ExpectedConfidence().estimate(answering(*demo, samples_of(scenes(4)), TEXTS))
     assert one_by_one.passes == [13, 11, 13, 13], "eleven levels, and yes and no"
+    assert one_by_one.confidence == pytest.approx(shared.confidence, abs=1e-5)
 
 
 # --- On the demo's architecture alone -----------------------------------------------------------------------------

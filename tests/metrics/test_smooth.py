@@ -26,6 +26,16 @@ def value(confidence, correct):
     return float(functional.smooth_calibration_error(torch.tensor(confidence), torch.tensor(correct)))
 
 
+def test_a_batch_has_the_values_of_its_rows(cases):
+    counts = torch.zeros(30, 101, 2, dtype=torch.int64)
+    for row, (percent, correct) in zip(counts, cases(30, "percents", seed=35, largest=200), strict=True):
+        np.add.at(row.numpy(), (percent, correct.astype(int)), 1)
+    levels, metric = torch.arange(101, dtype=torch.float64) / 100, METRICS["smooth_ece"]
+    batch = metric(ConfidenceTable(levels, counts, torch.zeros(30, dtype=torch.int64)))
+    single = torch.stack([metric(ConfidenceTable(levels, row, torch.tensor(0))) for row in counts])
+    assert torch.allclose(batch, single, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["tens", "percents", "continuous"])
 def test_the_value_is_the_error_at_its_own_bandwidth(cases, kind):
     """It lies between |overconfidence| and the ECE over distinct confidences."""

@@ -338,3 +338,17 @@ def test_a_base_that_is_stored_quantised(
     model.save_pretrained(tmp_path / "quantised")
     with pytest.raises(DataError, match="quantised' is stored quantised, and nothing can be merged into it"):
         merge_adapter(new_adapter(1), BaseModel(str(tmp_path / "quantised")))
+
+
+def test_whole_modules_may_be_in_an_adapter(prompts: PromptBatch, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["linear_1"])
+    model = randomize_adapters(get_peft_model(load_base(BaseModel(DEMO)), config))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data *= 1.1
+    model.save_pretrained(tmp_path)
+    merged, _ = merge_adapter(str(tmp_path), BaseModel(DEMO))
+    logits = [_logits(m, prompts.inputs) for m in (merged, _adapted(DEMO, str(tmp_path)))]
+    torch.testing.assert_close(*logits, **CLOSE)
+    name = "model.multi_modal_projector.linear_1.weight"
+    assert not torch.equal(merged.get_parameter(name), load_base(BaseModel(DEMO)).get_parameter(name))

@@ -143,6 +143,7 @@ COLUMNS = {"id": ["a"], "likelihood": [0.5], "content": [1]}
 @pytest.mark.parametrize(
     ("columns", "metadata", "message"),
     [
+        ({}, {}, "expected the format"),
         ({}, {"format": "other"}, "b'other'"),
         ({}, {"format": LIKELIHOODS_FORMAT}, "provenance"),
         ({}, {**METADATA, "provenance": "no json"}, "Expecting value"),

@@ -178,7 +178,7 @@ def test_a_weight_that_is_negative_or_not_finite_is_refused(make_module: MakeMod
 @pytest.mark.slow
 def test_loss_and_statistics_by_hand(make_step: MakeStep) -> None:
     """With the likelihood of the chosen responses and the drift of what the responses share."""
-    weights = {"nll_weight": 0.7, "drift_weight": 0.3}
+    weights = {"nll_weight": 0.7, "drift_weight": 0.3, "answer_weight": "constant", "confidence_weight": 2.5}
     loss, level = DPO(beta=0.4), PairPolicy(target="level")
     step = make_step(CandidateSettings(wrong_answer=True), 5, loss=loss, pairs=level, **weights)
     value = float(step.step())
@@ -192,7 +192,7 @@ def test_loss_and_statistics_by_hand(make_step: MakeStep) -> None:
         margin = rewards[0] - rewards[1:]
         chosen, is_correct = responses[0], step.samples[row].wrong_answer is None
         answer, before = (sum(scores[0][: chosen.answer_length]) for scores in (policy, reference))
-        nll = -(answer * chosen.confidence * is_correct + policy_p[0] - answer) / len(policy[0])
+        nll = -(answer * is_correct + 2.5 * (policy_p[0] - answer)) / len(policy[0])
         ends = [sum(p[len(p) - c.ending_length :]) for p, c in zip(policy, responses, strict=True)]
         drift = (answer - before) ** 2 - np.mean(ends)
         terms["loss"].append(np.log1p(np.exp(-margin)).mean() + 0.7 * nll + 0.3 * drift)
@@ -226,8 +226,11 @@ def test_only_the_chosen_parts_are_trained(make_module: MakeModule, demo_adapter
         make_module(None, reference="base", parts=["projector"])
 
 
-def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(make_step: MakeStep) -> None:
-    step = make_step(n=4, data={"max_length": 70, "on_too_long": "skip"})
+@pytest.mark.parametrize("answers", [GOLD, OWN], ids=repr)
+def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
+    make_step: MakeStep, answers: CandidateSettings
+) -> None:
+    step = make_step(answers, n=4, data={"max_length": 1, "on_too_long": "skip"})
     assert step.batch.inputs == {}
     loss = step.step()
     assert float(loss) == 0

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peft import PeftModel
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.dataset import EvalSplit
@@ -106,10 +107,12 @@ def test_systems_side_by_side(evaluated: Evaluated, load_model: LoadModel) -> No
     assert len({s.perturbation for s in samples}) > 2
 
     # Each system answers as it does alone.
-    model, alone = load_adapters(load_model(), module.adapters), {}
+    alone = {}
     for system in ("base", "one", "two"):
-        with using_adapter(model, None if system == "base" else system):
-            texts = [generate(model, b.inputs, queries.processor.tokenizer, 5).texts for b in loader]
+        model = load_model()
+        if system != "base":
+            model = PeftModel.from_pretrained(model, module.adapters[system]).eval()
+        texts = [generate(model, b.inputs, queries.processor.tokenizer, 5).texts for b in loader]
         alone[system] = [text for of_batch in texts for text in of_batch]
         assert [line["text"] for line in lines[system]] == alone[system]
     assert alone["base"] != alone["one"] != alone["two"] != alone["base"]
@@ -177,6 +180,7 @@ def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
     ("settings", "says"),
     [
         ({"adapters": {"oracle": "x"}}, "the name 'oracle' is taken"),
+        ({"adapters": {"base": "x"}}, "the name 'base' is taken"),
         ({"adapters": {"../x": "x"}}, "the name '../x' must be"),
         ({"with_base": False}, "nothing to evaluate"),
         ({"with_base": False, "oracle_levels": "x"}, "needs the base model's answers"),
@@ -271,6 +275,9 @@ def test_every_answer_of_a_model_has_its_probed_confidences(
                 part = predictions[4 * number : 4 * number + 4]
                 answered = AnsweredBatch(model, batch, part, [0] * len(part), tokenizer, 5)
                 assert answered.read_probes(PROBES)[0] == [p.probes for p in part]
+                for estimator in module.estimators[1:5]:
+                    estimates = [p.estimates[estimator.name] for p in part]
+                    assert estimator.estimate(answered).confidence == pytest.approx(estimates, abs=1e-5)
         assert not any(p.probes for p in read_predictions(folder / system / "calibration.jsonl"))
 
         metrics = _metrics(folder / system, further=True)

@@ -136,6 +136,8 @@ def test_without_queries_nothing_is_loaded(data: Data, trainer: MakeTrainer) -> 
     untouched = data(levels=Absent("calibration", scenes=1), noise=NoisePolicy(absent="clean"))
     with pytest.raises(DataError, match=r"^data\.levels: no query can be perturbed"):
         trainer().test(module, datamodule=untouched, verbose=False)
+    with pytest.raises(DataError, match=r"data\.levels is not set"):
+        trainer().test(module, datamodule=data(), verbose=False)
     with pytest.raises(DataError, match=r"data\.train is not set"):
         trainer().test(module, datamodule=data(levels=FOUR, train=None), verbose=False)
 

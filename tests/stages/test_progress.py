@@ -217,6 +217,13 @@ def test_errors_and_interrupts_keep_what_was_answered_and_a_calibration_set_move
     evaluate("cut")
     assert _files(tmp_path / "cut") == expected, "what an earlier evaluation was calibrated on is gone"
 
+    with pytest.raises(ZeroDivisionError):
+        evaluate("limited", Stop(1, ZeroDivisionError), limit=2)
+    evaluate("limited", limit=1)
+    assert "starting over instead of resuming" in caplog.text
+    for system in SYSTEMS:
+        assert len(read_predictions(tmp_path / "limited" / system / "predictions.jsonl")) == 4
+
 
 def test_where_nothing_is_asked_nothing_is_lost(evaluate: Callable[..., None], tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):

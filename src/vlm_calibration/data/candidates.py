@@ -36,13 +36,17 @@ class CandidateSettings:
         wrong_answer: add the same responses with a wrong answer, if the source has one; the one that states the target is
             rejected. Among own answers to yes/no questions these are the opposite answer, right or wrong; a right one is not
             rejected.
+        seed: seed of the draw among several wrong answers.
     """
 
     answers: Literal["gold", "own"] = "gold"
     grid: int | None = None
     wrong_answer: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise DataError(f"data.candidates.seed must be at least 0, found {self.seed}")
         if self.grid is not None and (self.grid < 1 or 100 % self.grid):
             raise DataError(f"data.candidates.grid must be a divisor of 100 (percent), found {self.grid}")
 
@@ -195,7 +199,7 @@ class CandidateCollator:
         answers = [sample.answer]
         # A response that is wrong itself is not preferred over another wrong one.
         if wrong and sample.wrong_answer is None:
-            rng = query_rng(0, sample.epoch, sample.query.id, "wrong")
+            rng = query_rng(self.settings.seed, sample.epoch, sample.query.id, "wrong")
             answers.append(wrong[int(rng.integers(len(wrong)))])
         return tokenize_responses(self.chat, sample.query, answers, self.levels, self.settings.grid)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -156,7 +156,7 @@ class _Part:
         indices = [] if self.source.annotates_all else shown[True] or shown[False]
         self.shown = np.array(indices, dtype=np.int64)
         """Indices of queries whose regions give those of absent objects their shapes."""
-        if count := sum(not self.wrong_answers(self.queries[index], 0) for index in wrongless):
+        if count := sum(not self.wrong_answers(self.queries[index], None) for index in wrongless):
             rank_zero_warn(
                 f"{self.where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
                 "(`wrong_answer_rate`): their source has none, and questions of their form have no other answer"
@@ -269,14 +269,19 @@ class _Part:
                 return loaded.evidence
         return ()
 
-    def wrong_answers(self, query: Query, epoch: int) -> Sequence[str]:
-        """The source's wrong answers; if it has none to a short question, a random gold answer to one of its form that is wrong here."""
+    def wrong_answers(self, query: Query, epoch: int | None) -> Sequence[str]:
+        """The source's wrong answers; if it has none to a short question, a random gold answer to one of its form that is wrong here.
+
+        Without an epoch, the first such answer.
+        """
         wrong = self.source.wrong_answers(query)
         if wrong or query.answer_type != "short":
             return wrong
-        golds = list(self._golds.get(question_form(query), ()))
-        rng = query_rng(self.policy.seed, epoch, query.id, "form")
-        others = (golds[i] for i in rng.permutation(len(golds)))
+        others: Iterable[str] = self._golds.get(question_form(query), ())
+        if epoch is not None:
+            golds = list(others)
+            rng = query_rng(self.policy.seed, epoch, query.id, "form")
+            others = (golds[i] for i in rng.permutation(len(golds)))
         return next(((g,) for g in others if not grade(g, query.answer, "short", query.synonyms).correct), ())
 
 

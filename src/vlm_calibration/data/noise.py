@@ -114,6 +114,8 @@ class NoisePolicy:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise DataError(f"noise.{name} must be in [0, 1], found {value}")
+        if self.absent not in ("distractor", "clean", "skip"):
+            raise DataError(f"noise.absent must be distractor, clean or skip, found {self.absent!r}")
         if unknown := sorted(set(self.kinds) - set(KIND_NAMES)):
             raise DataError(f"noise.kinds: there is no kind {unknown[0]!r}: expected {', '.join(KIND_NAMES)}")
         if not all(0 <= w < math.inf for w in self.kinds.values()) or not sum(self.kinds.values()):
@@ -244,9 +246,13 @@ def perturbed_copies(
     """
     image = resize_to_model(image_processor, sample.image) if policy.resolution == "model" else sample.image
     size = image.shape[:2]
+    regions = {copy.region for copy in copies}
     evidence, distractors = (
-        policy.grown([mask for mask in masks if mask.any()], size)
-        for masks in (loaded.evidence, loaded.distractors)
+        policy.grown([mask for mask in masks if mask.any()], size) if regions & needed else []
+        for masks, needed in (
+            (loaded.evidence, {"object", "distractor"}),
+            (loaded.distractors, {"distractor"}),
+        )
     )
     target = np.logical_or.reduce(evidence) if evidence else None
     apart = [mask for mask in distractors if target is None or not np.any(mask & target)]

@@ -104,7 +104,7 @@ def generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([is_complete]),
+            stopping_criteria=StoppingCriteriaList([] if end_of is None else [is_complete]),
             logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
             return_dict_in_generate=True,
         )

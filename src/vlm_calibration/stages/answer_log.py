@@ -131,7 +131,7 @@ class AnswerLog(AppendLog):
             try:
                 first, *others = _ids(row)
                 if row["split"] not in self.queries or not isinstance(row["passes"], dict):
-                    raise ValueError("not a batch of answers")
+                    raise ValueError(f"not a batch of answers to {', '.join(self.queries)}")
                 if any(ids != first for ids in others):
                     raise ValueError("the systems answered different queries")
             except (ValueError, TypeError, LookupError, AttributeError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -256,7 +256,9 @@ class DPOModule(TrainingStage):
         """The prompts with all their candidates, and what is compared of these. Call it within `shared_vision`."""
         answered: AnsweredBatch | None = None
         of_all: ResponseScores | None = None
-        with self.as_reference():
+        needs_reference = self.loss.needs_reference or bool(self.drift_weight)
+        is_used = needs_reference or isinstance(batch, PromptBatch) or self.pairs.target == "expected"
+        with self.as_reference() if is_used else nullcontext():
             if isinstance(batch, PromptBatch):
                 answered = self._answer(batch)
                 batch, of_all = own_candidates(answered), answered.scored_answers.candidates
@@ -266,7 +268,7 @@ class DPOModule(TrainingStage):
             everything = isinstance(self.loss, DistributionLoss)
             picks = choose_candidates(self.pairs, batch, targets, everything=everything)
             comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
-            if self.loss.needs_reference or self.drift_weight:
+            if needs_reference:
                 of_picked = (
                     self.score(batch, comparison.compared) if of_all is None else picked(of_all, picks)
                 )

@@ -198,7 +198,10 @@ class TargetChooser:
             targets = [expected_confidence(confidences, log_p.cpu()) for confidences, log_p in levels]
         else:
             assert answered is not None
-            rate = self.fitted or (lambda features, _: features[0])
+            assert self.is_ready
+            rate = (
+                self.fitted if self.fitted and self.target == "fitted" else (lambda features, _: features[0])
+            )
             rows = zip(self.features(answered), batch.queries, strict=True)
             targets = [math.nan if f is None else rate(f, query.answer_type) for f, query in rows]
         if answered is None:

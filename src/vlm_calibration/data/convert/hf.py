@@ -10,6 +10,7 @@ from typing import Any
 from vlm_calibration.data.convert.reading import Source
 from vlm_calibration.errors import did_you_mean
 from vlm_calibration.files import first_line
+from vlm_calibration.hub import is_hub_name
 from vlm_calibration.records import DataError, RecordError, id_text
 from vlm_calibration.text.conventions import (
     AnswerTypeChoice,
@@ -124,6 +125,8 @@ def _open(path: str, name: str | None, split: str | None, revision: str | None) 
     except ImportError as error:
         raise DataError(f"{path}: {error}: pip install 'vlm-calibration[datasets]'") from error
     local = Path(path)
+    if not local.exists() and not is_hub_name(path):
+        raise DataError(f"{path}: no such file or folder, and no name of a data set on the Hub (OWNER/NAME)")
     if local.exists() and (name or revision):
         raise DataError(f"{path}: --name and --revision are for a data set on the Hub")
     try:

@@ -1,6 +1,6 @@
 """Source for one's own data: queries in a JSONL file, images in a folder.
 
-Every record is checked once and kept as JSON, so that a million take little memory.
+Every record is checked once, and read again on access, so that a million take little memory.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -121,17 +122,21 @@ class JsonlSource(QuerySource):
         self.images_below = ImageFolder(self.root)
         self.bad = BadRecords(on_bad_record)
         self.numbers = array("q")
-        # The JSON of all usable records, and the end of each.
-        self._content, self._ends = bytearray(), array("q")
+        # Where the JSON of each usable record begins and ends.
+        self._begins, self._ends = array("q"), array("q")
 
-    def records(self) -> Iterator[tuple[int, bytes]]:
-        """The number and the JSON of each record of the file."""
+    def _open(self) -> BinaryIO:
+        """The file, or another, with the JSON of all records at the places that `records` gives."""
+        return self.path.open("rb")
+
+    def records(self) -> Iterator[tuple[int, int, bytes]]:
+        """The number, the place and the JSON of each record of the file."""
         lines, size = json_lines(self.path), self.path.stat().st_size / MB
         for line in track(lines, f"checking {self.path}", size, "MB", lambda line: len(line.content) / MB):
             if line.number == 1 and line.content.startswith(PARQUET):
                 source = "vlm_calibration.data.sources.parquet.ParquetSource"
                 raise DataError(f"{self.path}: a Parquet file, expected JSON lines: class_path: {source}")
-            yield line.number, line.content
+            yield line.number, line.offset, line.content
 
     def scan(self, name: str) -> Iterator[Query]:
         return super().scan(name) if self.numbers else self._check()
@@ -142,8 +147,8 @@ class JsonlSource(QuerySource):
             raise MissingFileError(self.path)
         self.bad = BadRecords(self.on_bad_record)
         checks = RecordChecks(self.images_below, self.place)
-        numbers, content, ends = array("q"), bytearray(), array("q")
-        for number, record in self.records():
+        numbers, begins, ends = array("q"), array("q"), array("q")
+        for number, begin, record in self.records():
             try:
                 query = _query_from_json(record)
                 checks.check(query, number, self.has_image_files)
@@ -151,13 +156,13 @@ class JsonlSource(QuerySource):
                 self.bad.add(f"{self.where.format(path=self.path, number=number)}: {error}", error)
             else:
                 numbers.append(number)
-                content += record
-                ends.append(len(content))
+                begins.append(begin)
+                ends.append(begin + len(record))
                 yield query
         self.bad.report(len(numbers))
         if not numbers:
             raise DataError(f"{self.path}: no usable query in this file")
-        self.numbers, self._content, self._ends = numbers, content, ends
+        self.numbers, self._begins, self._ends = numbers, begins, ends
 
     def queries(self) -> Sequence[Query]:
         if not self.numbers:
@@ -165,8 +170,15 @@ class JsonlSource(QuerySource):
         return LazyQueries(len(self.numbers), self._read)
 
     def _read(self, indices: Iterable[int]) -> Iterator[Query]:
-        for i in indices:
-            yield _query_from_json(self._content[self._ends[i - 1] if i else 0 : self._ends[i]])
+        with self._open() as file:
+            for i in indices:
+                file.seek(self._begins[i])
+                try:
+                    yield _query_from_json(file.read(self._ends[i] - self._begins[i]))
+                except RecordError as error:
+                    raise DataError(
+                        f"{self.path}: changed while in use, at byte {self._begins[i]}: {error}"
+                    ) from error
 
     def image_file(self, query: Query) -> Path | None:
         return self.images_below.path(query.image)

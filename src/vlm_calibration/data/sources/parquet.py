@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -72,6 +73,8 @@ class ParquetSource(JsonlSource):
     ) -> None:
         super().__init__(path, root, on_bad_record)
         self.images = images
+        # The JSON of all rows.
+        self._json = b""
         # The first row of a row group, and its embedded images.
         self._row_group: tuple[int, Any] = (0, ())
 
@@ -80,7 +83,10 @@ class ParquetSource(JsonlSource):
         image = schema_of(self.path).field("image").type
         return bool(pa.types.is_struct(image) and image.get_field_index("bytes") >= 0)
 
-    def records(self) -> Iterator[tuple[int, bytes]]:
+    def _open(self) -> BinaryIO:
+        return BytesIO(self._json)
+
+    def records(self) -> Iterator[tuple[int, int, bytes]]:
         names = schema_of(self.path).names
         known = {**REQUIRED, **OPTIONAL}
         if unknown := [name for name in names if name not in known and name not in NOTES]:
@@ -91,11 +97,14 @@ class ParquetSource(JsonlSource):
         try:
             file = pq.ParquetFile(self.path)
             rows = (row for batch in file.iter_batches(BATCH, columns=columns) for row in batch.to_pylist())
-            total = file.metadata.num_rows
+            total, content = file.metadata.num_rows, bytearray()
             for number, row in enumerate(track(rows, f"checking {self.path}", total, "records")):
                 if self._is_embedded:
                     row["image"] = f"{ROW}{number}"
-                yield number, json.dumps(row, default=_as_text).encode()
+                record = json.dumps(row, default=_as_text, ensure_ascii=False).encode(errors="surrogatepass")
+                yield number, len(content), record
+                content += record
+            self._json = bytes(content)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.path}: cannot be read: {first_line(error)}") from error
 
@@ -123,25 +132,34 @@ class ParquetSource(JsonlSource):
             return self.images.image_content(query)
         return self._embedded(query) if self._is_embedded else super().image_content(query)
 
+    @cached_property
+    def _ends_of_groups(self) -> np.ndarray:
+        """The first row behind each row group."""
+        metadata = pq.read_metadata(self.path)
+        return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+
     def _embedded(self, query: Query) -> bytes:
         """The encoded bytes of an embedded image; the last row group stays in memory."""
         row = int(query.image.removeprefix(ROW))
         begin, images = self._row_group
         if not begin <= row < begin + len(images):
-            file = pq.ParquetFile(self.path)
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            group = int(np.searchsorted(np.cumsum(sizes), row, side="right"))
-            column = file.read_row_group(group, columns=["image.bytes"]).column("image")
-            begin, images = self._row_group = sum(sizes[:group]), column.combine_chunks().flatten()[0]
+            group = int(np.searchsorted(self._ends_of_groups, row, side="right"))
+            column = pq.ParquetFile(self.path).read_row_group(group, columns=["image.bytes"]).column("image")
+            images = column.combine_chunks().flatten()[0]
+            begin = int(self._ends_of_groups[group]) - len(images)
+            self._row_group = begin, images
         content = images[row - begin].as_py()
         if not content:
             raise self.bad.error(f"{self.path}: record {query.id!r}: {query.image} holds no image bytes")
         return bytes(content)
 
 
-def _as_text(value: Any) -> str:
-    """What JSON lacks as text: the counts of a mask may be bytes."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else repr(value)
+def _as_text(value: Any) -> Any:
+    """Bytes as text, such as the counts of a mask; any other value that JSON lacks as an object, which no key of a query takes."""
+    try:
+        return value.decode()
+    except (AttributeError, UnicodeDecodeError):
+        return {"value": repr(value)}
 
 
 def schema_of(file: Path) -> pa.Schema:
