@@ -48,6 +48,12 @@ class CountingMetric(Metric):
         # With the cache, a process without new answers would return its last value and leave the others waiting for its counts.
         super().__init__(dist_sync_fn=sum_across_processes, compute_with_cache=False)
         self.categories = tuple(categories or ())
+        if (
+            isinstance(categories, str)
+            or "" in self.categories
+            or len({*self.categories}) < len(self.categories)
+        ):
+            raise ValueError(f"categories must be different names, not empty, got {categories!r}")
         rows = torch.zeros(1 + len(self.categories), *shape, dtype=torch.int64)
         self.add_state("counts", rows, dist_reduce_fx="sum")
 
@@ -100,17 +106,17 @@ class CalibrationCounts(CountingMetric):
         self.grid_steps = grid_steps
         self.names = tuple(metrics)
 
-    def update(self, confidence: Tensor, correct: Tensor, categories: Categories | None = None) -> None:
+    def update(self, confidence: Tensor, correct: Tensor, category: Categories | None = None) -> None:
         """Count N answers; ValueError on what is no confidence or correctness.
 
         Args:
             confidence: float [N] in [0, 1], NaN where it could not be parsed.
             correct: bool [N].
-            categories: those of each answer, if there are any.
+            category: those of each answer, if there are any.
         """
         check_predictions(confidence, correct)
         level = to_level(confidence.detach(), self.grid_steps)
-        self.count(level * 2 + correct.to(level.device), categories)
+        self.count(level * 2 + correct.to(level.device), category)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
         return table_values(ConfidenceTable.from_grid(counts), self.names, suffix)
@@ -137,6 +143,7 @@ class CalibrationMetrics(MetricCollection):
 
     def __init__(
         self,
+        *,
         categories: Iterable[str] | None = None,
         grid_steps: int = 100,
         metrics: Iterable[str] = REPORTED,
@@ -156,10 +163,10 @@ class TaskMetrics(CountingMetric):
         predicted: Sequence[str | None],
         answer: Sequence[str],
         correct: Tensor,
-        categories: Categories | None = None,
+        category: Categories | None = None,
     ) -> None:
-        """Count N answers, see `answer_cells`; `categories` as for `CalibrationCounts.update`."""
-        self.count(answer_cells(predicted, answer, correct), categories)
+        """Count N answers, see `answer_cells`; `category` as for `CalibrationCounts.update`."""
+        self.count(answer_cells(predicted, answer, correct), category)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
         return task_scores(counts, suffix)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +130,7 @@ class LevelTable:
                     f"answer types {first!r} and {other!r} were measured with different kinds or strengths of perturbation"
                 )
 
-    @property
+    @cached_property
     def strengths(self) -> dict[str, list[float]]:
         """Kind of perturbation -> the strengths at which it was measured."""
         return next(iter(self.counts.values())).strengths
@@ -219,9 +220,12 @@ def read_table(path: Path) -> LevelTable:
             )
         counts = {
             answer_type: AnswerTypeCounts(
-                {kind: tuple(LevelCount(**row) for row in rows) for kind, rows in value["kinds"].items()},
+                {
+                    kind: tuple(LevelCount(row["strength"], row["n"], row["n_correct"]) for row in rows)
+                    for kind, rows in value["kinds"].items()
+                },
                 value["likelihood_edges"],
-                LevelCount(0.0, **value["never_perturbed"]),
+                LevelCount(0.0, value["never_perturbed"]["n"], value["never_perturbed"]["n_correct"]),
             )
             for answer_type, value in content["answer_types"].items()
         }

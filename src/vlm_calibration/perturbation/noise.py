@@ -79,6 +79,11 @@ def check_share(name: str, value: float, most: float = 1.0) -> float:
 
 def seeded(seed: Seed) -> np.random.Generator:
     """The generator of a seed: PCG64, since `default_rng` may change its own between numpy versions."""
-    if seed is None or isinstance(seed, str | bytes):
-        raise TypeError(f"seed must be a non-negative integer or a sequence of them, got {seed!r}")
-    return np.random.Generator(np.random.PCG64(seed))
+    try:
+        if seed is None or isinstance(seed, str | bytes) or (isinstance(seed, Sequence) and not seed):
+            raise TypeError("no integer")
+        return np.random.Generator(np.random.PCG64(seed))
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"seed must be a non-negative integer or a sequence of them, got {seed!r}"
+        ) from error

@@ -74,6 +74,11 @@ class LinearSchedule(Schedule):
     beta_start: float = 1e-4
     beta_end: float = 0.02
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"betas must not fall, got {self.beta_start:g} to {self.beta_end:g}")
+
     def betas(self) -> NDArray[np.float64]:
         scale = REFERENCE_STEPS / self.steps
         return np.linspace(self.beta_start * scale, self.beta_end * scale, self.steps, dtype=np.float64)
@@ -92,6 +97,11 @@ class CosineSchedule(Schedule):
     """
 
     offset: float = 0.008
+
+    def __post_init__(self) -> None:
+        if not self.offset >= 0:
+            raise ValueError(f"offset must be at least 0, got {self.offset}")
+        super().__post_init__()
 
     def betas(self) -> NDArray[np.float64]:
         t = np.arange(self.steps + 1, dtype=np.float64) / self.steps

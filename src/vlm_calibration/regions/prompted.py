@@ -13,9 +13,9 @@ from vlm_calibration.data.collate import ChatFormat, move
 from vlm_calibration.data.module import load_processor
 from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.records import Query
+from vlm_calibration.records import DataError, Query
 from vlm_calibration.regions.describer import Describer, Description
-from vlm_calibration.text.prompts import ElicitationPrompt, check_template
+from vlm_calibration.text.prompts import ElicitationPrompt
 
 DEFAULT_TEMPLATE = """Question about the image: {question}
 Correct answer: {answer}
@@ -46,7 +46,12 @@ class PromptedDescriber(Describer):
         max_phrases: int = 8,
     ) -> None:
         super().__init__(max_phrases)
-        check_template(template, "describer.template", "question", "answer")
+        try:
+            template.format(question="", answer="")
+        except (LookupError, ValueError) as error:
+            raise DataError(
+                f"describer.template: the only placeholders are {{question}} and {{answer}}: {error!r}"
+            ) from error
         self.base = base
         self.template = template
         self.max_new_tokens = max_new_tokens
