@@ -79,16 +79,21 @@ def test_a_bad_record_is_named_or_counted(
     assert f"left out 1 of 3 records: {says}" in str(warned[0].message)
 
 
-def test_a_file_is_read_once_and_its_queries_in_any_order(write_jsonl: Write, record: Record) -> None:
+def test_a_file_is_read_in_any_order_and_named_if_it_changes(write_jsonl: Write, record: Record) -> None:
     path = write_jsonl(record("one"), "", record("two"), record("three"))
     source = JsonlSource(str(path))
     scanned = list(source.scan("first pass"))
-    path.unlink()
     queries = source.queries()
     assert list(source.scan("second pass")) == list(queries) == scanned
     assert [q.id for q in (*queries[::-1], queries[1], *queries[:0])] == ["three", "two", "one", "two"]
     with pytest.raises(IndexError):
         queries[3]
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(DataError, match=re.escape(f"{path}: changed while in use, at byte 0: not JSON")):
+        queries[0]
+    path.unlink()
+    with pytest.raises(DataError, match=re.escape(f"{path}: changed while in use")):
+        queries[0]
 
 
 def test_skipped_records_are_counted_once_and_a_few_named(write_jsonl: Write, record: Record) -> None:

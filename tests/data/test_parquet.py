@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ def test_types_that_other_writers_choose(write: Write, record: Record) -> None:
     path = write([record("1")])
     pq.write_table(table.set_column(3, "answer", table.column("answer").dictionary_encode()), path)
     assert ParquetSource(str(path)).queries()[0].answer == "Yes"
+    for answer in (Decimal("3.00"), b"Z\xfcrich"):
+        with pytest.raises(DataError, match="'answer' must be a non-empty string"):
+            ParquetSource(str(write([record("1", answer=answer)], None))).queries()
 
 
 def test_a_bad_row_is_named(write: Write, record: Record) -> None:

@@ -85,10 +85,11 @@ def test_perturb_goes_to_the_linear_level_of_the_confidence(image, mask):
         ({"confidence": 1.01}, ValueError, r"confidence must be in \[0, 1\], got 1.01"),
         ({"confidence": float("nan")}, ValueError, r"confidence must be in \[0, 1\], got nan"),
         ({"schedule": "exponential"}, ValueError, "unknown noise schedule 'exponential'"),
-        ({"seed": -1}, ValueError, "non-negative"),
-        ({"seed": (1, -1)}, ValueError, "non-negative"),
+        ({"seed": -1}, ValueError, "seed must be a non-negative integer or a sequence of them, got -1"),
+        ({"seed": ()}, TypeError, "seed must be"),
+        ({"seed": (1, -1)}, ValueError, "seed must be"),
         ({"seed": None}, TypeError, "seed must be a non-negative integer"),
-        ({"seed": 0.5}, TypeError, "int or sequence of ints"),
+        ({"seed": 0.5}, TypeError, "seed must be a non-negative integer"),
     ],
 )
 def test_wrong_arguments_are_refused_in_words(image, mask, kind, change, error, message):

@@ -67,13 +67,15 @@ def test_a_step_is_an_integer_of_the_schedule(step):
         lambda: SigmoidSchedule(steps=2.5),
         lambda: LinearSchedule(steps=10),
         lambda: LinearSchedule(beta_start=0.0),
+        lambda: LinearSchedule(beta_start=0.02, beta_end=1e-4),
         lambda: LinearSchedule(beta_end=float("nan")),
         lambda: CosineSchedule(offset=-0.1),
+        lambda: CosineSchedule(offset=-2.0),
         lambda: CosineSchedule(offset=float("nan")),
         lambda: SigmoidSchedule(steps=2),
         lambda: schedule_by_name("quadratic"),
     ],
 )
 def test_impossible_parameters_are_refused(make):
-    with pytest.raises(ValueError, match=r"steps|Schedule\(.*: betas must|'quadratic'; known: linear"):
+    with pytest.raises(ValueError, match=r"steps|betas must|offset must|'quadratic'; known: linear"):
         make()

@@ -170,15 +170,15 @@ class JsonlSource(QuerySource):
         return LazyQueries(len(self.numbers), self._read)
 
     def _read(self, indices: Iterable[int]) -> Iterator[Query]:
-        with self._open() as file:
-            for i in indices:
-                file.seek(self._begins[i])
-                try:
-                    yield _query_from_json(file.read(self._ends[i] - self._begins[i]))
-                except RecordError as error:
-                    raise DataError(
-                        f"{self.path}: changed while in use, at byte {self._begins[i]}: {error}"
-                    ) from error
+        begin = 0
+        try:
+            with self._open() as file:
+                for i in indices:
+                    begin = self._begins[i]
+                    file.seek(begin)
+                    yield _query_from_json(file.read(self._ends[i] - begin))
+        except (OSError, RecordError) as error:
+            raise DataError(f"{self.path}: changed while in use, at byte {begin}: {error}") from error
 
     def image_file(self, query: Query) -> Path | None:
         return self.images_below.path(query.image)
