@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -125,10 +124,6 @@ class JsonlSource(QuerySource):
         # Where the JSON of each usable record begins and ends.
         self._begins, self._ends = array("q"), array("q")
 
-    def _open(self) -> BinaryIO:
-        """The file, or another, with the JSON of all records at the places that `records` gives."""
-        return self.path.open("rb")
-
     def records(self) -> Iterator[tuple[int, int, bytes]]:
         """The number, the place and the JSON of each record of the file."""
         lines, size = json_lines(self.path), self.path.stat().st_size / MB
@@ -150,7 +145,7 @@ class JsonlSource(QuerySource):
         numbers, begins, ends = array("q"), array("q"), array("q")
         for number, begin, record in self.records():
             try:
-                query = _query_from_json(record)
+                query = query_from_json(record)
                 checks.check(query, number, self.has_image_files)
             except RecordError as error:
                 self.bad.add(f"{self.where.format(path=self.path, number=number)}: {error}", error)
@@ -172,11 +167,11 @@ class JsonlSource(QuerySource):
     def _read(self, indices: Iterable[int]) -> Iterator[Query]:
         begin = 0
         try:
-            with self._open() as file:
+            with self.path.open("rb") as file:
                 for i in indices:
                     begin = self._begins[i]
                     file.seek(begin)
-                    yield _query_from_json(file.read(self._ends[i] - begin))
+                    yield query_from_json(file.read(self._ends[i] - begin))
         except (OSError, RecordError) as error:
             raise DataError(f"{self.path}: changed while in use, at byte {begin}: {error}") from error
 
@@ -192,7 +187,8 @@ class JsonlSource(QuerySource):
             raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 
 
-def _query_from_json(content: bytes | bytearray) -> Query:
+def query_from_json(content: bytes | bytearray) -> Query:
+    """The query that a JSON object holds, or a RecordError."""
     try:
         return query_validator().validate_json(content)
     except ValueError:

@@ -6,18 +6,17 @@ Embedded images do not stay in memory: a row group of them is read at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlm_calibration.data.sources.base import OnBadRecord, QuerySource
-from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.data.sources.jsonl import JsonlSource, query_from_json
 from vlm_calibration.files import first_line
 from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query
@@ -74,7 +73,7 @@ class ParquetSource(JsonlSource):
         super().__init__(path, root, on_bad_record)
         self.images = images
         # The JSON of all rows.
-        self._json = b""
+        self._json = bytearray()
         # The first row of a row group, and its embedded images.
         self._row_group: tuple[int, Any] = (0, ())
 
@@ -83,8 +82,9 @@ class ParquetSource(JsonlSource):
         image = schema_of(self.path).field("image").type
         return bool(pa.types.is_struct(image) and image.get_field_index("bytes") >= 0)
 
-    def _open(self) -> BinaryIO:
-        return BytesIO(self._json)
+    def _read(self, indices: Iterable[int]) -> Iterator[Query]:
+        for i in indices:
+            yield query_from_json(self._json[self._begins[i] : self._ends[i]])
 
     def records(self) -> Iterator[tuple[int, int, bytes]]:
         names = schema_of(self.path).names
@@ -95,16 +95,18 @@ class ParquetSource(JsonlSource):
             raise DataError(f"{self.path}: no column {missing[0]!r}")
         columns = [n for n in names if n in known and not (n == "image" and self._is_embedded)]
         try:
-            file = pq.ParquetFile(self.path)
+            file = pq.ParquetFile(self.path, pre_buffer=False)
             rows = (row for batch in file.iter_batches(BATCH, columns=columns) for row in batch.to_pylist())
             total, content = file.metadata.num_rows, bytearray()
             for number, row in enumerate(track(rows, f"checking {self.path}", total, "records")):
                 if self._is_embedded:
                     row["image"] = f"{ROW}{number}"
-                record = json.dumps(row, default=_as_text, ensure_ascii=False).encode(errors="surrogatepass")
+                row = {name: value for name, value in row.items() if value is not None or name in REQUIRED}
+                text = json.dumps(row, default=_as_text, ensure_ascii=False, separators=(",", ":"))
+                record = text.encode(errors="surrogatepass")
                 yield number, len(content), record
                 content += record
-            self._json = bytes(content)
+            self._json = content
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.path}: cannot be read: {first_line(error)}") from error
 
