@@ -152,8 +152,6 @@ def test_generation_finds_tokens_as_likely_as_training(run: Run) -> None:
 def test_a_step_on_own_answers_equals_that_of_each_query_and_each_response_alone(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if (run.family.name, run.base.quantization) not in [(name, "none") for name in FOUR]:
-        pytest.skip("by hand for the four families that differ most")
     module = DPOModule(run.base, run.adapters["sft"], pairs=PairPolicy(target="expected"), max_new_tokens=24)
     wrong_answer = run.family.name != "llava_clip"
     candidates = CandidateSettings(answers="own", wrong_answer=wrong_answer)
@@ -175,7 +173,9 @@ def test_a_step_on_own_answers_equals_that_of_each_query_and_each_response_alone
         module.loss = loss
         alone = zip(policy, reference, targets, strict=True)
         expected = np.mean([loss_by_hand(loss, *of_row) for of_row in alone])
-        assert float(step.step()) == pytest.approx(expected, abs=2e-3), loss
+        # int8 looks for outliers among the activations of a whole batch.
+        tolerance = 0.1 if run.base.quantization == "int8" else 2e-3
+        assert float(step.step()) == pytest.approx(expected, abs=tolerance), loss
 
 
 # --- Without this package -------------------------------------------------------------------------------------------
