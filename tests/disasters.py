@@ -43,9 +43,7 @@ class KillAt(L.Callback):
             else:
                 os.kill(os.getpid(), self.number)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self.armed = (trainer.current_epoch, batch_idx) == self.position and trainer.global_rank == self.rank
         self._at("before")
 
@@ -63,20 +61,6 @@ class KillAt(L.Callback):
         self._at("ending")
 
 
-class KillPrediction(L.Callback):
-    """Sends SIGKILL to the process group after a batch (from 0) of `predict` in process `rank`."""
-
-    def __init__(self, batch: int, rank: int = 0) -> None:
-        self.batch = batch
-        self.rank = rank
-
-    def on_predict_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == self.batch and trainer.global_rank == self.rank:
-            os.killpg(0, 9)
-
-
 class Spoil(L.Callback):
     """Sets a trained weight to NaN before a batch in process `rank`, so that the loss is NaN."""
 
@@ -84,9 +68,7 @@ class Spoil(L.Callback):
         self.batch = batch
         self.rank = rank
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.batch and trainer.global_rank == self.rank:
             with torch.no_grad():
                 next(p for p in module.parameters() if p.requires_grad).fill_(torch.nan)
@@ -99,9 +81,7 @@ class SpoilGradient(L.Callback):
         self.batch = batch
         self.armed = False
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self.armed = batch_idx == self.batch
 
     def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -113,7 +93,7 @@ class WriteLosses(L.Callback):
     """Writes the loss of each batch, one per line, to `losses-RANK.txt` in the run directory."""
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         path = Path(trainer.default_root_dir) / f"losses-{trainer.global_rank}.txt"
         with path.open("a", encoding="utf-8") as file:
@@ -129,7 +109,7 @@ class WriteTeacher(L.Callback):
 
 
 class KillTest(L.Callback):
-    """Sends a signal to the process group during an evaluation, from process `rank`.
+    """Sends a signal to the process group during an evaluation, or a prediction ("answered"), from process `rank`.
 
     Args:
         batch: the batch, counted from 0.
@@ -148,7 +128,7 @@ class KillTest(L.Callback):
         return self.position == (when, batch) and trainer.global_rank == self.rank
 
     def on_test_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
+        self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if self._at(trainer, "asked", batch_idx):
             os.killpg(0, self.number)
@@ -160,10 +140,12 @@ class KillTest(L.Callback):
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if self._at(trainer, "answered", batch_idx):
             os.killpg(0, self.number)
+
+    on_predict_batch_end = on_test_batch_end
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._at(trainer, "ending", 0):
@@ -180,6 +162,6 @@ class WriteAsked(L.Callback):
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def on_test_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *_: Any) -> None:
+    def on_test_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, *_: Any) -> None:
         with Path(f"{self.path}{trainer.global_rank}").open("a", encoding="utf-8") as file:
             file.writelines(f"{query.id}\n" for query in batch.queries)

@@ -69,7 +69,7 @@ MUTANTS: dict[tuple[str, str, str], dict[str, str]] = {
     ("resume", "callbacks/run_record.py", "callbacks/test_resume.py"): {
         "same_content = None in contents or contents[0] == contents[1]": "same_content = True",
     },
-    ("resume", "append_log.py", "test_append_log.py"): {
+    ("resume", "append_log.py", "test_files.py"): {
         "if row.get(name) != value:": "if name not in row:",
     },
     ("threshold", "metrics/risk_control.py", "metrics/test_risk_control.py"): {
