@@ -126,12 +126,12 @@ def write_evaluation(
     path: Path,
     runs: str,
     scenes: int,
-    callbacks: Sequence[str] = ("predictions.PredictionWriter",),
+    callbacks: Sequence[str | dict[str, Any]] = ("predictions.PredictionWriter",),
     **model: Any,
 ) -> list[str]:
     """Write the settings of an evaluation on scenes of the demo; returns the arguments that run it.
 
-    `runs` is its run directory, `model` are arguments of `EvaluationModule`.
+    `runs` is its run directory, `callbacks` are names or configurations, `model` are arguments of `EvaluationModule`.
     """
     source = {"class_path": "vlm_calibration.demo.source.DemoSource"}
     config = {
@@ -142,7 +142,7 @@ def write_evaluation(
             "logger": False,
             "enable_checkpointing": False,
             "default_root_dir": runs,
-            "callbacks": [callback(name) for name in callbacks],
+            "callbacks": [callback(c) if isinstance(c, str) else c for c in callbacks],
         },
         "model": {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule", "init_args": model},
         "data": {

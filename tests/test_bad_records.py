@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from vlm_calibration.data.loading import EpochSampler
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.records import DataError
 
-from .command_line import Ended, callback, run_plainly
+from .command_line import Ended, callback, run_plainly, write_evaluation
+from .trainers import Line, plain_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -43,14 +46,9 @@ def records(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             for name in map(str, range(14)):
                 box = [-20, 10, 30, 40] if name == "8" else [10, 10, 40, 40]
                 image = "bad.jpg" if name in damaged else f"{name}.jpg"
-                query = {
-                    "id": name,
-                    "image": image,
-                    "question": "A dog?",
-                    "answer": "Yes",
-                    "answer_type": "yes_no",
-                }
-                file.write(json.dumps({**query, "regions": [{"label": "dog", "box": box}]}) + "\n")
+                query = {"id": name, "image": image, "question": "A dog?", "answer": "Yes"}
+                query |= {"answer_type": "yes_no", "regions": [{"label": "dog", "box": box}]}
+                file.write(json.dumps(query) + "\n")
         settings = {"path": str(folder / "q.jsonl"), "on_bad_record": policy}
         return {"class_path": "vlm_calibration.data.sources.jsonl.JsonlSource", "init_args": settings}
 
@@ -93,22 +91,22 @@ def test_they_are_left_out_and_counted_also_in_a_run_that_was_killed(
 
 
 def test_where_no_record_can_be_loaded_the_run_fails(
-    run: Callable[..., Ended], start: Start, records: Callable[..., Any]
+    records: Callable[..., Any], model_folder: str, tmp_path: Path
 ) -> None:
-    source = records(damaged=[str(i) for i in range(14)])
-    ended = run(*start("run"), *_on(source, "train"))
-    assert ended.error() == "data.train: none of its 14 records could be loaded; some of them are named above"
-    assert ended.status == 1
-    assert ended.err.count("data.train: left out: ") == 5
+    source = JsonlSource(**records(damaged=[str(i) for i in range(14)])["init_args"])
+    data = PerturbedQueryDataModule(model_folder, train=source, batch_size=2, workers=0)
+    message = "^data.train: none of its 14 records could be loaded; some of them are named above$"
+    with pytest.warns(UserWarning, match="left out") as warned, pytest.raises(DataError, match=message):
+        plain_trainer(tmp_path, max_epochs=1).fit(Line(), data)
+    assert [str(w.message).startswith("data.train: left out: ") for w in warned].count(True) == 5
 
 
 def test_two_processes_keep_in_step(
-    start: Start, records: Callable[..., Any], root: Path, tmp_path: Path
+    run_two: Callable[..., Ended], start: Start, records: Callable[..., Any], tmp_path: Path
 ) -> None:
     """With one query a batch, one process has no sample while the other has one."""
     watch = callback("disasters.WriteLosses")
-    command = [*start("two", watch, workers=1), *TWO, *_on(records(), "train", "validation")]
-    _check_reported(run_plainly(command, root, tmp_path))
+    _check_reported(run_two(*start("two", watch, workers=1), *TWO, *_on(records(), "train", "validation")))
     losses = [
         [float(x) for x in (tmp_path / f"two/losses-{rank}.txt").read_text().splitlines()] for rank in (0, 1)
     ]
@@ -146,23 +144,19 @@ def test_an_error_in_one_or_both_of_two_processes_is_one_line(
 
 
 def test_an_evaluation_counts_no_answer_that_there_is_not(
-    run: Callable[..., Ended], records: Callable[..., Any], model_folder: str, root: Path, tmp_path: Path
+    run: Callable[..., Ended], records: Callable[..., Any], model_folder: str, tmp_path: Path
 ) -> None:
     """Also for a killed and resumed run; both splits have 14 records, three of which cannot be loaded."""
     source = records()
 
+    test = json.dumps({"clean": {"source": source}, "noised": {"source": source, "noise": "drawn"}})
+
     def arguments(name: str, *disaster: dict[str, Any]) -> list[str]:
-        trainer = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-        trainer |= {"default_root_dir": str(tmp_path / name)}
-        trainer |= {"callbacks": [*disaster, callback("predictions.PredictionWriter")]}
-        model = {"base": {"name_or_path": model_folder}, "adapters": {}, "max_new_tokens": 3}
-        model |= dict.fromkeys(("oracle_levels", "estimators", "probes"))
-        test = {"clean": {"source": source}, "noised": {"source": source, "noise": "drawn"}}
-        data = {"test": test, "eval_batch_size": 2, "workers": 0}
-        path = tmp_path / f"{name}.yaml"
-        overlay = {"trainer": trainer, "model": {"init_args": model}, "data": data}
-        path.write_text(yaml.safe_dump(overlay), encoding="utf-8")
-        return ["test", "--config", str(root / "configs/eval/demo.yaml"), "--config", str(path)]
+        base = {"name_or_path": model_folder}
+        callbacks = [*disaster, "predictions.PredictionWriter"]
+        path, folder = tmp_path / f"{name}.yaml", str(tmp_path / name)
+        command = write_evaluation(path, folder, 1, callbacks, base=base, max_new_tokens=3)
+        return [*command, "--data.test", test, "--data.eval_batch_size", "2"]
 
     complete = run(*arguments("whole"))
     assert complete.status == 0, complete.err

@@ -58,9 +58,7 @@ WHOLE = "expected a whole number"
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--trainer.max_step 3", "unknown setting --trainer.max_step (did you mean --trainer.max_steps?)"),
         ("--model.lora.rank 3", "unknown setting model.init_args.lora.rank (did you mean lora.r?)"),
-        ("--data.train.scene 3", "unknown setting data.train.init_args.scene (did you mean scenes?)"),
         (
             '--config {"data":{"bach_size":3}}',
             "unknown setting data.bach_size (did you mean data.batch_size?)",
@@ -75,7 +73,6 @@ WHOLE = "expected a whole number"
         ("--trainer.precision bf17", "or one of 64, 32, 16, bf16, found 'bf17'"),
         ("--data.train.class_path no.Source", "data.train: there is no 'no"),
         ("--data.train JsonlSource", "data.train.init_args: needs path"),
-        ("--data.batch_size=0", f"data.batch_size: {WHOLE} of at least 1, found '0'"),
         ("--data.workers=-1", f"data.workers: {WHOLE} of at least 0, found '-1'"),
     ],
 )
@@ -87,28 +84,31 @@ def test_a_mistake_in_the_configuration(parse: Callable[[list[str]], Any], argum
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        ("fit --config trainer/ddp", 1, "trainer.accelerator: gpu, but this PyTorch"),
-        ("fit --model.init_args.confidence_weight=-1", 1, "model.confidence_weight must be a finite number"),
+        ("--config trainer/ddp", 1, "trainer.accelerator: gpu, but this PyTorch"),
         (
-            "fit --data.noise.levels AnchoredLevels --data.noise.levels.path=none.json",
+            "--data.noise.levels AnchoredLevels --data.noise.levels.path=none.json",
             1,
             "no level table at none.json; write one with `vlm-calibration levels fit`",
         ),
-        ("validate --ckpt_path none.ckpt", 1, "none.ckpt"),
+        ("--ckpt_path last", 1, "no checkpoint at {}/checkpoints/last.ckpt"),
         # Without a logger there is nothing to log learning rates to.
         (
-            "fit --trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",
+            "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",
             2,
             "LearningRateMonitor",
         ),
     ],
 )
 def test_settings_that_cannot_be_used(
-    run: Callable[..., Ended], fit: Callable[..., list[str]], arguments: str, status: int, says: str
+    run: Callable[..., Ended],
+    fit: Callable[..., list[str]],
+    tmp_path: Path,
+    arguments: str,
+    status: int,
+    says: str,
 ) -> None:
-    command, *settings = arguments.split()
-    ended = run(command, *fit()[1:], *settings)
-    assert says in ended.error()
+    ended = run(*fit(), *arguments.split())
+    assert says.format(tmp_path / "run") in ended.error()
     assert ended.status == status
 
 

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import get_loader
 
 from vlm_calibration.commands.lightning_cli import CalibrationCLI, ParsedCLI, shared_overlays
+from vlm_calibration.commands.settings_check import check_settings
 from vlm_calibration.errors import explained_errors
 from vlm_calibration.losses.preference import SimPO
 from vlm_calibration.presets import CONFIGS as SHIPPED
@@ -109,8 +110,9 @@ def test_the_processor_is_that_of_the_module_s_base_model(
         ("fit", "sft", named, "v2"),
         ("test", "eval/pope", adapters, None),
     ):
-        data = instantiate(command, "--config", config, *settings).datamodule
-        assert (data.processor_name, data.revision) == (model_folder, revision)
+        cli = instantiate(command, "--config", config, *settings)
+        assert (cli.datamodule.processor_name, cli.datamodule.revision) == (model_folder, revision)
+        assert cli.model.base.name_or_path == model_folder
 
 
 OWN = ("--config", "data/jsonl")
@@ -434,3 +436,13 @@ def test_overlays_keep_what_a_stage_has(stage: str) -> None:
     assert anchored["data"]["noise"]["resolution"] == "model"
     assert "levels" in paper["data"]["noise"], "linear levels have no table"
     assert last == misspelt, "the parser refuses it"
+
+
+def test_the_settings_of_one_class(
+    parse: Callable[[list[str]], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["test", "--model.help", "EvaluationModule"]
+    check_settings(arguments)
+    with pytest.raises(SystemExit, match="0"):
+        parse(arguments)
+    assert "--model.max_new_tokens" in capsys.readouterr().out

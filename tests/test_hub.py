@@ -1,4 +1,4 @@
-"""The Hub from the command line: unreachable, which is a one-line error at once, and reachable, with an exported adapter."""
+"""Adapters and their base models: on a Hub, unreachable or reachable, in folders, and those that do not fit."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from vlm_calibration import hub
+from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.base import CONFIG, FACTS, base_of_adapter, base_of_adapters, find_adapter
 from vlm_calibration.records import DataError
 
 from .command_line import ERROR, Ended
+from .demo.architecture import build_model
 
 pytestmark = pytest.mark.slow
 
@@ -233,6 +236,8 @@ def test_adapters_agree_on_one_base(new_adapter: Callable[..., str]) -> None:
     one, two, three = (Path(new_adapter(seed)) for seed in (1, 2, 3))
     (two / FACTS).write_text('{"dtype": "bfloat16"}')
     assert base_of_adapters({"one": str(one), "two": str(two)}).dtype == "bfloat16"
+    with pytest.raises(DataError, match=r"^no base model: give model.init_args.base.name_or_path"):
+        base_of_adapters({})
     for card, message in (
         ('{"dtype": "float32"}', r"'two' and 'three' .* \(bfloat16\) and .* \(float32\)"),
         ('{"dtype": "bfloat16", "quantization": "nf4"}', r"\(bfloat16\) and .* \(bfloat16, nf4\)"),
@@ -240,3 +245,21 @@ def test_adapters_agree_on_one_base(new_adapter: Callable[..., str]) -> None:
         (three / FACTS).write_text(card)
         with pytest.raises(DataError, match=message):
             base_of_adapters({"one": str(one), "two": str(two), "three": str(three)})
+    config = json.loads((three / CONFIG).read_text())
+    (three / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "another"}))
+    with pytest.raises(
+        DataError, match=r"^the adapters 'one' and 'three' .*: \S+/model0? \(auto\) and another"
+    ):
+        base_of_adapters({"one": str(one), "three": str(three)})
+
+
+def test_an_adapter_of_another_base_model(new_adapter: Callable[..., str], model_folder: str) -> None:
+    adapter, config = new_adapter(1), build_model().config
+    config.text_config.hidden_size *= 2
+    wider = AutoModelForImageTextToText.from_config(config)
+    wider.name_or_path = "wider"
+    message = (
+        f"the adapter at {adapter} does not fit the base model wider: .*; its base model is {model_folder}: "
+    )
+    with pytest.raises(DataError, match=f"^{message}"):
+        load_adapters(wider, {"one": adapter})

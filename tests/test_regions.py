@@ -1,4 +1,4 @@
-"""`vlm-calibration predict` for region extraction: one and two processes, interruption and restart, training on the result."""
+"""`vlm-calibration predict` for region extraction: one and two processes, parts, interruption and restart."""
 
 from __future__ import annotations
 
@@ -104,11 +104,10 @@ def _content(folder: Path) -> dict[Any, Any]:
     return tables | {p.name: json.loads(p.read_text()) for p in folder.rglob("*.json")} | _shards(folder)
 
 
-def test_all_sources_are_extracted_in_one_run_and_trained_on(
+def test_all_sources_are_extracted_in_one_run(
     run: Callable[..., Ended],
     run_two: Callable[..., Ended],
     of_all: Callable[..., list[str]],
-    fit: Callable[..., list[str]],
     queries: Path,
     tmp_path: Path,
 ) -> None:
@@ -147,19 +146,6 @@ def test_all_sources_are_extracted_in_one_run_and_trained_on(
         assert (tmp_path / "parts" / "summary.json").exists() == done
         assert (f"part {part} of 2 is done; " in ended.out) != done
     assert _content(tmp_path / "parts") == one
-
-    regions = ["--config", str(tmp_path / "sources.yaml"), "--data.regions", str(tmp_path / "one")]
-    ended = run(*fit(), *regions)
-    assert ended.status == 0, ended.err
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-
-    with queries.with_name("train.jsonl").open("a") as file:
-        file.write(json.dumps({**lines[0], "id": "new"}) + "\n")
-    ended = run(*fit(trainer={"default_root_dir": str(tmp_path / "other")}), *regions)
-    assert ended.error().startswith(f"{tmp_path}/one/train.parquet: extracted from 9 queries")
-    assert not (tmp_path / "other").exists()
-    ended = run(*of_all("one"))
-    assert "the content of data.train has changed" in ended.error()
 
 
 def test_without_the_font_of_the_demo_its_queries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

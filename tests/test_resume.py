@@ -19,7 +19,10 @@ import pytest
 import torch
 
 from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.files import clear_leftovers
+from vlm_calibration.records import DataError
 
 from .command_line import Ended, callback
 
@@ -123,16 +126,12 @@ def _comparison(ended: Ended) -> list[str]:
     return rows
 
 
-def test_what_cannot_be_resumed(run: Callable[..., Ended], start: Start, tmp_path: Path) -> None:
-    ended = run(*start("run"), "--ckpt_path", "last")
-    assert ended.status == 1
-    assert str(tmp_path / "run/checkpoints/last.ckpt") in ended.error()
-    kill = callback("disasters.KillAt", epoch=0, batch=3)
-    assert run(*start("run", kill)).status == -signal.SIGKILL
-    ended = run(*start("run"), "--ckpt_path", "last", "--data.batch_size", "3")
-    assert ended.status == 1
-    # Queries and batch size of the checkpoint, then those of this run.
-    assert re.findall(r"\b\d+\b", ended.error()) == ["15", "2", "15", "3"]
+def test_the_middle_of_an_epoch_needs_the_same_queries_and_batches(model_folder: str) -> None:
+    data = PerturbedQueryDataModule(model_folder, train=DemoSource(scenes=5), batch_size=3)
+    data.load_state_dict({"epoch": 0, "batch": 3, "queries": 15, "batch_size": 2})
+    data.setup("fit")
+    with pytest.raises(DataError, match="of 15 queries in batches of 2, found 15 and 3: "):
+        data.train_dataloader()
 
 
 def test_a_loss_that_is_no_number_in_one_process_stops_all(
