@@ -316,6 +316,11 @@ def test_a_loss_of_another_kind_inherits_no_settings(parse: Callable[[list[str]]
     assert vars(SimPO()) == loss.init_args.as_dict()
 
 
+def test_lightning_s_table_of_all_metrics_is_not_printed(parse: Callable[[list[str]], Any]) -> None:
+    for command, config in (("validate", "sft"), ("test", "eval/demo")):
+        assert parse([command, "--config", config]).verbose is False
+
+
 def test_a_noise_schedule_is_chosen_by_its_name(parse: Callable[[list[str]], Any]) -> None:
     given = ("--data.noise.schedule", "SigmoidSchedule", "--data.noise.schedule.steps", "50")
     schedule = parse(["fit", "--config", "sft", *given]).data.noise.schedule

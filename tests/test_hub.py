@@ -248,9 +248,7 @@ def test_adapters_agree_on_one_base(new_adapter: Callable[..., str]) -> None:
     (three / FACTS).unlink()
     config = json.loads((three / CONFIG).read_text())
     (three / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "another"}))
-    with pytest.raises(
-        DataError, match=r"^the adapters 'one' and 'three' .* \(auto\) and another \(auto\)"
-    ):
+    with pytest.raises(DataError, match=r"^the adapters 'one' and 'three' .* \(auto\) and another \(auto\)"):
         base_of_adapters({"one": str(one), "three": str(three)})
 
 

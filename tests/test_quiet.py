@@ -9,7 +9,6 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rich.cells import cell_len
 from vlm_calibration.quiet import quiet_libraries, quiet_lightning
 from vlm_calibration.reporting.tables import print_results
 
-from .command_line import Ended, callback
+from .command_line import Ended
 from .trainers import plain_trainer
 from .wandb_log import OfflineRun
 
@@ -146,10 +145,3 @@ def test_a_command_is_named_as_the_shell_finds_it(
         monkeypatch.setenv("PATH", search)
         print_results({}, commands=["vlm-calibration runs"])
         assert capsys.readouterr().out == f"what to try next:\n  {expected} runs\n"
-
-
-@pytest.mark.slow
-def test_a_validation_prints_its_result(run: Callable[..., Ended], fit: Callable[..., list[str]]) -> None:
-    settings = fit(trainer={"callbacks": [callback("results_table.ResultsTable")]})[1:]
-    lines = quiet(run("validate", *settings))
-    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["validation"]

@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from jsonargparse import ArgumentParser
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from safetensors.torch import load_file
 
 from .command_line import SHARDED, Ended, callback
@@ -177,11 +174,3 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for v in value.values() for t in _tensors(v)] if isinstance(value, dict) else []
-
-
-def test_the_strategy_of_the_shipped_configuration_can_be_made(root: Path) -> None:
-    written = yaml.safe_load((root / "configs/trainer/fsdp2.yaml").read_text(encoding="utf-8"))
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--strategy", type=Strategy)
-    config = parser.parse_object({"strategy": written["trainer"]["strategy"]})
-    assert type(parser.instantiate_classes(config).strategy) is ModelParallelStrategy

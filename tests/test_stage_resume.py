@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -46,18 +45,14 @@ def _assert_refused(ended: Ended, folder: Path, *texts: str) -> None:
     assert all(text in ended.error() for text in (str(folder), "--overwrite", "--runs", *texts)), ended.err
 
 
-def test_training_of_other_settings_or_inputs_is_refused(
-    run: Run, fit: Start, model_folder: str, tmp_path: Path
-) -> None:
+def test_training_on_other_inputs_is_refused(run: Run, fit: Start, model_folder: str, tmp_path: Path) -> None:
     table, folder = tmp_path / "levels.json", tmp_path / "run"
     measured(model_folder).save(table)
     levels = {"class_path": ANCHORED, "init_args": {"path": "levels.json", "likelihoods": None}}
     command = [*fit(data={"noise": {"levels": levels, "kinds": {"noise": 1}}}), "--resume"]
     assert run(*command).status == 0
     before = files_of(folder)
-    _assert_refused(run(*command, "--model.init_args.optimizer.lr", "0.5"), folder, "0.0015", "0.5", ".lr")
     assert "leave out --overwrite" in run(*command, "--overwrite").error()
-    assert "leave out --ckpt_path" in run(*command, "--ckpt_path", "last").error()
     counts = noise_counts((0, 100, 90), (1, 100, 50))
     measured(model_folder, {"yes_no": counts, "short": counts}).save(table)
     _assert_refused(run(*command), folder, "data.noise.levels.init_args.path", "levels.json")
@@ -66,8 +61,7 @@ def test_training_of_other_settings_or_inputs_is_refused(
     table.write_text(json.dumps(json.loads((tmp_path / "same.json").read_text())))
     # Another path of the same table and a default that is given explicitly are no other settings.
     same_settings = ["--data.noise.levels.init_args.path", str(table), "--data.noise.dilate", "0.0"]
-    _assert_done(run(*command, *same_settings), folder)
-    _assert_done(run(*command, *TWO, "--data.batch_size", "1", "--data.workers", "0"), folder)
+    _assert_done(run(*command, *same_settings, *TWO, "--data.batch_size", "1"), folder)
 
 
 def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_checkpoint_until_it_is_overwritten(
@@ -90,9 +84,7 @@ def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_chec
     _assert_done(run(*start("run"), "--resume", *more), tmp_path / "run")
 
 
-def test_an_evaluation_resumes_and_is_then_done(
-    run: Run, evaluation: Start, new_adapter: Callable[..., str], tmp_path: Path
-) -> None:
+def test_an_evaluation_resumes_and_is_then_done(run: Run, evaluation: Start, tmp_path: Path) -> None:
     asked, folder = tmp_path / "eval.asked.0", tmp_path / "eval"
     command = partial(evaluation, estimators=None)
     assert run(*command("eval", KILL, behind=True), "--resume").status == -signal.SIGKILL
@@ -105,8 +97,6 @@ def test_an_evaluation_resumes_and_is_then_done(
     # Nothing of training counts.
     training = ["--data.batch_size", "9", "--trainer.max_epochs", "7", "--data.train", DEMO]
     _assert_done(run(*resumed, *training), folder)
-    shutil.copy(Path(new_adapter(2)) / "adapter_model.safetensors", tmp_path / "adapter")
-    _assert_refused(run(*resumed), folder, "adapters.one", str(tmp_path / "adapter"))
     assert files_of(folder) == before
 
 
@@ -156,13 +146,11 @@ def test_a_measurement_of_levels_is_done_until_its_table_is_another(
     assert ended.out.splitlines()[-2:] == [f"wrote {file}" for file in (path, likelihoods_path)]
     table, likelihoods = path.read_bytes(), likelihoods_path.read_bytes()
     _assert_done(run(*command, "--data.eval_batch_size", "7"), folder)
-    _assert_refused(run(*command, "--data.noise.seed", "1"), folder, "noise.seed was 0 and is 1")
     measured(model_folder).save(path)
     likelihoods_path.write_bytes(likelihoods[:-1])
     ended = run(*command)
     assert ended.status == 0, ended.err
     assert (path.read_bytes(), likelihoods_path.read_bytes()) == (table, likelihoods)
-    _assert_done(run(*command), folder)
 
 
 @pytest.mark.nightly

@@ -152,12 +152,9 @@ def test_the_parser_takes_every_stage(commands: Commands, parse: Callable[[list[
     ("arguments", "culprit"),
     [
         (["stf"], "stf"),
-        (["--model", "nowhere"], "model/nowhere"),
         (["--model", "qwen2_5_vl_7b nowhere"], "model/nowhere"),
         (["--preset", "nowhere.yaml"], "nowhere.yaml"),
-        (["--data", "jsonl"], "without a model"),
         (["--data-root", "."], "data root . without data"),
-        ([*OWN, "--data-root", "nowhere"], "data root nowhere"),
         (["--model", "it's"], "it's"),
         (["sft", "--trainer.default_root_dir", "x"], "runs/sft"),
         (["sft", "dpo", "--config", "mine.yaml"], "--config"),
