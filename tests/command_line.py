@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,12 @@ class Ended:
         assert "Traceback" not in self.err + self.out, self.err
         assert len(self.errors) == 1, self.err
         return self.errors[0]
+
+
+Run = Callable[..., Ended]
+"""Runs the command line with these arguments, as the fixtures `run`, `run_two` and `call` do."""
+Arguments = Callable[..., list[str]]
+"""Returns arguments of the command line, as the fixtures `fit` and `start` do."""
 
 
 class Server:

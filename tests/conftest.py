@@ -22,7 +22,7 @@ import torch
 import yaml
 from hypothesis import settings
 
-from .command_line import Ended, Server, callback
+from .command_line import Arguments, Ended, Run, Server, callback
 
 if TYPE_CHECKING:
     from vlm_calibration.inference.model import CalibratedModel
@@ -191,7 +191,7 @@ def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 @pytest.fixture
-def run(server: Server, tmp_path: Path) -> Callable[..., Ended]:
+def run(server: Server, tmp_path: Path) -> Run:
     """Function that runs the command line in `tmp_path`."""
 
     def ended(*arguments: str) -> Ended:
@@ -222,7 +222,7 @@ def run_each(server: Server, tmp_path: Path) -> Callable[..., tuple[Ended, Ended
 
 
 @pytest.fixture
-def run_two(run_each: Callable[..., tuple[Ended, Ended]]) -> Callable[..., Ended]:
+def run_two(run_each: Callable[..., tuple[Ended, Ended]]) -> Run:
     """As `run_each`; the status is that of the first process, and the output that of both."""
 
     def ended(*arguments: str) -> Ended:
@@ -233,9 +233,7 @@ def run_two(run_each: Callable[..., tuple[Ended, Ended]]) -> Callable[..., Ended
 
 
 @pytest.fixture
-def call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ended]:
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Function that calls `main` in this process, in `tmp_path`: for mistakes, and for commands that train and evaluate nothing."""
     from vlm_calibration.cli import main
 
@@ -258,7 +256,7 @@ def offline_runs(root: Path, server: Server, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Callable[..., list[str]]:
+def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Arguments:
     """Function that returns the arguments of a short training: a file of `configs/` and an overlay."""
 
     def arguments(stage: str = "sft", **sections: dict[str, Any]) -> list[str]:
@@ -302,7 +300,7 @@ def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Cal
 
 
 @pytest.fixture
-def start(fit: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+def start(fit: Arguments, tmp_path: Path) -> Arguments:
     """Function that returns the arguments of a training in folder `name` that `disaster` ends: two epochs of seven batches.
 
     Stage "sft" trains with dropout. Stage "dpo" validates before training as well, and always warns about the accuracy.

@@ -18,12 +18,11 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.records import DataError
 
-from .command_line import Ended, callback, run_plainly, write_evaluation
+from .command_line import Arguments, Ended, Run, callback, run_plainly, write_evaluation
 from .trainers import Line, plain_trainer
 
 pytestmark = pytest.mark.slow
 
-Start = Callable[..., list[str]]
 FILES = ("adapter/adapter_model.safetensors", "metrics.json", "predictions.jsonl")
 DAMAGED = ("3", "6", "9")
 """Those of 14 records whose image is truncated; the box of another one is partly outside its image."""
@@ -72,7 +71,7 @@ def _check_reported(ended: Ended) -> None:
 
 
 def test_they_are_left_out_and_counted_also_in_a_run_that_was_killed(
-    run: Callable[..., Ended], start: Start, records: Callable[..., Any], tmp_path: Path
+    run: Run, start: Arguments, records: Callable[..., Any], tmp_path: Path
 ) -> None:
     more = _on(records(), "train", "validation")
     ended = run(*start("whole"), *more)
@@ -102,7 +101,7 @@ def test_where_no_record_can_be_loaded_the_run_fails(
 
 
 def test_two_processes_keep_in_step(
-    run_two: Callable[..., Ended], start: Start, records: Callable[..., Any], tmp_path: Path
+    run_two: Run, start: Arguments, records: Callable[..., Any], tmp_path: Path
 ) -> None:
     """With one query a batch, one process has no sample while the other has one."""
     watch = callback("disasters.WriteLosses")
@@ -128,7 +127,7 @@ def _sampler(rank: int, epoch: int) -> EpochSampler:
 
 @pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_an_error_in_one_or_both_of_two_processes_is_one_line(
-    start: Start, records: Callable[..., Any], root: Path, tmp_path: Path, both: bool
+    start: Arguments, records: Callable[..., Any], root: Path, tmp_path: Path, both: bool
 ) -> None:
     """The process that loads the record reports it; the other process, which fails as a consequence, is silent."""
     name = str(_sampler(1, 0).indices()[2])
@@ -144,7 +143,7 @@ def test_an_error_in_one_or_both_of_two_processes_is_one_line(
 
 
 def test_an_evaluation_counts_no_answer_that_there_is_not(
-    run: Callable[..., Ended], records: Callable[..., Any], model_folder: str, tmp_path: Path
+    run: Run, records: Callable[..., Any], model_folder: str, tmp_path: Path
 ) -> None:
     """Also for a killed and resumed run; both splits have 14 records, three of which cannot be loaded."""
     source = records()

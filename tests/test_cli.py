@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentError
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from peft import PeftModel
 
 from vlm_calibration.models.loading import BaseModel, load_base
 
-from .command_line import LIMIT, Ended, Server, callback
+from .command_line import LIMIT, Arguments, Ended, Run, Server, callback
+from .test_configs import Parse
 from .test_configs import parse as parse
 from .wandb_log import OfflineRun
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_written_configuration_alone_repeats_a_run(
-    run: Callable[..., Ended], offline_runs: dict[str, OfflineRun], tmp_path: Path
+    run: Run, offline_runs: dict[str, OfflineRun], tmp_path: Path
 ) -> None:
     folder = offline_runs["sft"].directory
     places = ("--trainer.default_root_dir=again", "--trainer.logger.init_args.save_dir=again")
@@ -41,7 +41,7 @@ def test_the_written_configuration_alone_repeats_a_run(
     assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
 
 
-def test_a_wrong_value_and_a_cold_start(fit: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_wrong_value_and_a_cold_start(fit: Arguments, tmp_path: Path) -> None:
     """In a fresh process a class is known by its name alone."""
     arguments = [*fit(data={"batch_size": "three"}), "--model", "SFTModule"]
     command = [sys.executable, "-m", "vlm_calibration.cli", *arguments]
@@ -76,7 +76,7 @@ WHOLE = "expected a whole number"
         ("--data.workers=-1", f"data.workers: {WHOLE} of at least 0, found '-1'"),
     ],
 )
-def test_a_mistake_in_the_configuration(parse: Callable[[list[str]], Any], arguments: str, says: str) -> None:
+def test_a_mistake_in_the_configuration(parse: Parse, arguments: str, says: str) -> None:
     with pytest.raises(ArgumentError, match=re.escape(says)):
         parse(["fit", "--config", "sft", *arguments.split()])
 
@@ -92,20 +92,11 @@ def test_a_mistake_in_the_configuration(parse: Callable[[list[str]], Any], argum
         ),
         ("--ckpt_path last", 1, "no checkpoint at {}/checkpoints/last.ckpt"),
         # Without a logger there is nothing to log learning rates to.
-        (
-            "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",
-            2,
-            "LearningRateMonitor",
-        ),
+        ("--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor", 2, "LearningRateMonitor"),
     ],
 )
 def test_settings_that_cannot_be_used(
-    run: Callable[..., Ended],
-    fit: Callable[..., list[str]],
-    tmp_path: Path,
-    arguments: str,
-    status: int,
-    says: str,
+    run: Run, fit: Arguments, tmp_path: Path, arguments: str, status: int, says: str
 ) -> None:
     ended = run(*fit(), *arguments.split())
     assert says.format(tmp_path / "run") in ended.error()
@@ -120,10 +111,7 @@ class Opens:
 
 
 def test_a_checkpoint_that_cannot_be_resumed(
-    run: Callable[..., Ended],
-    fit: Callable[..., list[str]],
-    offline_runs: dict[str, OfflineRun],
-    tmp_path: Path,
+    run: Run, fit: Arguments, offline_runs: dict[str, OfflineRun], tmp_path: Path
 ) -> None:
     last = offline_runs["sft"].directory / "checkpoints/last.ckpt"
     torch.save({**torch.load(last, weights_only=True), "more": Opens()}, tmp_path / "unsafe.ckpt")
@@ -164,7 +152,7 @@ def _children(pid: int) -> list[int]:
 
 
 def test_ctrl_c_saves_a_checkpoint_and_leaves_no_worker(
-    server: Server, fit: Callable[..., list[str]], tmp_path: Path
+    server: Server, fit: Arguments, tmp_path: Path
 ) -> None:
     often = callback("checkpoint.RunCheckpoint", every_n_train_steps=1)
     others = [callback("adapter.AdapterWriter"), callback("predictions.PredictionWriter")]

@@ -27,6 +27,7 @@ from vlm_calibration.settings import flat
 from .performance import demo_seeds
 from .performance.demo_seeds import ABLATIONS
 
+Parse = Callable[[list[str]], Any]
 CONFIGS = Path(__file__).parents[1] / "configs"
 SFT = CONFIGS / "sft.yaml"
 DPO = CONFIGS / "dpo.yaml"
@@ -59,8 +60,11 @@ class InstantiatingCLI(CalibrationCLI):
         pass
 
 
+Instantiate = Callable[..., InstantiatingCLI]
+
+
 @pytest.fixture
-def instantiate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., InstantiatingCLI]:
+def instantiate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Instantiate:
     """Function that instantiates what these arguments configure."""
 
     def instantiated(*arguments: str) -> InstantiatingCLI:
@@ -71,7 +75,7 @@ def instantiate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...
 
 
 @pytest.fixture(scope="module")
-def parse() -> Callable[[list[str]], Any]:
+def parse() -> Parse:
     """Function from arguments to the configuration of their subcommand. Building the parser takes seconds, so it is built once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["vlm-calibration", "fit", "--config", str(SFT)])
@@ -91,7 +95,7 @@ def parse() -> Callable[[list[str]], Any]:
     [arguments for path in sorted(CONFIGS.rglob("*.y*ml")) for arguments in calls(path)],
     ids=lambda arguments: "-".join(Path(word).stem for word in arguments[2::2]),
 )
-def test_parses(parse: Callable[[list[str]], Any], arguments: list[str]) -> None:
+def test_parses(parse: Parse, arguments: list[str]) -> None:
     config = parse(arguments)
     given = dict(flat(json.loads(json.dumps(config.as_dict(), default=str))))
     written = json.loads(resolve_configs(arguments[-2:])[1])
@@ -101,7 +105,7 @@ def test_parses(parse: Callable[[list[str]], Any], arguments: list[str]) -> None
 
 
 def test_the_processor_is_that_of_the_module_s_base_model(
-    model_folder: str, new_adapter: Callable[..., str], instantiate: Callable[..., InstantiatingCLI]
+    model_folder: str, new_adapter: Callable[..., str], instantiate: Instantiate
 ) -> None:
     """An evaluation takes it from the adapters."""
     named = ("--model.init_args.base.name_or_path", model_folder, "--model.init_args.base.revision", "v2")
@@ -128,14 +132,14 @@ VALIDATION = ("--data.validation", "JsonlSource", "--data.validation.path", "x")
     ],
 )
 def test_the_demos_model_learns_other_data_only_if_it_is_named(
-    instantiate: Callable[..., InstantiatingCLI], call: tuple[str, ...], culprit: str
+    instantiate: Instantiate, call: tuple[str, ...], culprit: str
 ) -> None:
     with pytest.raises(DataError, match=rf"^{culprit} is not the demo's.*--config model/"):
         instantiate(*call)
 
 
 def test_the_demos_model_by_name_and_its_adapters_take_other_data(
-    instantiate: Callable[..., InstantiatingCLI], adapter_run: Path, capsys: pytest.CaptureFixture[str]
+    instantiate: Instantiate, adapter_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = ("--model.init_args.base.name_or_path", f"{DEMO}/model")
     adapters = ("--model.init_args.adapters", json.dumps({"sft": str(adapter_run)}))
@@ -174,12 +178,12 @@ def _settings(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 @cache
-def _settings_of(parse: Callable[[list[str]], Any], base: Path, *arguments: str) -> dict[str, Any]:
+def _settings_of(parse: Parse, base: Path, *arguments: str) -> dict[str, Any]:
     return _settings(parse(["fit", "--config", str(base), *arguments]).as_dict())
 
 
 def _differences(
-    parse: Callable[[list[str]], Any], base: Path, *overlays: Path, arguments: Sequence[str] = ()
+    parse: Parse, base: Path, *overlays: Path, arguments: Sequence[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """Settings that the overlays and arguments change: name -> (value in `base`, value with them)."""
     files = [argument for path in overlays for argument in ("--config", str(path))]
@@ -189,9 +193,7 @@ def _differences(
 
 
 @pytest.mark.parametrize("stage", [SFT, DPO], ids=lambda path: path.stem)
-def test_presets_differ_in_these_settings_and_in_no_other(
-    parse: Callable[[list[str]], Any], stage: Path
-) -> None:
+def test_presets_differ_in_these_settings_and_in_no_other(parse: Parse, stage: Path) -> None:
     of_stage_2 = "_dpo" if stage == DPO else ""
     for preset, changed in (
         ("paper", PAPER[stage]),
@@ -201,9 +203,7 @@ def test_presets_differ_in_these_settings_and_in_no_other(
         assert set(_differences(parse, stage, *files)) == changed, preset
 
 
-def test_the_benchmark_has_an_ablation_for_each_difference_of_stage_1(
-    parse: Callable[[list[str]], Any],
-) -> None:
+def test_the_benchmark_has_an_ablation_for_each_difference_of_stage_1(parse: Parse) -> None:
     """Each takes over one setting of the paper's preset."""
     changed = [_differences(parse, SFT, arguments=settings) for settings in ABLATIONS.values()]
     assert [len(differences) for differences in changed] == [1] * len(PAPER[SFT])
@@ -307,7 +307,7 @@ def test_no_part_of_coco_asks_about_an_image_of_pope() -> None:
     assert [set(part["init_args"]["exclude"]) for part in parts] == [asked] * 4
 
 
-def test_a_loss_of_another_kind_inherits_no_settings(parse: Callable[[list[str]], Any]) -> None:
+def test_a_loss_of_another_kind_inherits_no_settings(parse: Parse) -> None:
     """LightningCLI keeps settings of the same name when the class changes, and DPO's beta is far too small for SimPO."""
     presets = [CONFIGS / "experiment" / f"{name}.yaml" for name in ("paper", "paper_dpo")]
     config = parse(["fit", *(a for path in (DPO, *presets) for a in ("--config", str(path)))])
@@ -316,12 +316,12 @@ def test_a_loss_of_another_kind_inherits_no_settings(parse: Callable[[list[str]]
     assert vars(SimPO()) == loss.init_args.as_dict()
 
 
-def test_lightning_s_table_of_all_metrics_is_not_printed(parse: Callable[[list[str]], Any]) -> None:
+def test_lightning_s_table_of_all_metrics_is_not_printed(parse: Parse) -> None:
     for command, config in (("validate", "sft"), ("test", "eval/demo")):
         assert parse([command, "--config", config]).verbose is False
 
 
-def test_a_noise_schedule_is_chosen_by_its_name(parse: Callable[[list[str]], Any]) -> None:
+def test_a_noise_schedule_is_chosen_by_its_name(parse: Parse) -> None:
     given = ("--data.noise.schedule", "SigmoidSchedule", "--data.noise.schedule.steps", "50")
     schedule = parse(["fit", "--config", "sft", *given]).data.noise.schedule
     assert schedule.class_path.endswith(".SigmoidSchedule")
@@ -443,9 +443,7 @@ def test_overlays_keep_what_a_stage_has(stage: str) -> None:
     assert last == misspelt, "the parser refuses it"
 
 
-def test_the_settings_of_one_class(
-    parse: Callable[[list[str]], Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_settings_of_one_class(parse: Parse, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["test", "--model.help", "EvaluationModule"]
     check_settings(arguments)
     with pytest.raises(SystemExit, match="0"):

@@ -25,11 +25,9 @@ from vlm_calibration.callbacks.regions import SCHEMA, write_rows
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError
 
-from .command_line import LIMIT, Ended, Server, callback, inherited_environment
+from .command_line import LIMIT, Arguments, Run, Server, callback, inherited_environment
 from .level_tables import noise_counts
 
-Run = Callable[..., Ended]
-Start = Callable[..., list[str]]
 LARGEST = 20_000
 """Limit of a file's size in bytes."""
 
@@ -43,7 +41,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_training(run: Run, server: Server, start: Start, tmp_path: Path) -> None:
+def test_a_training(run: Run, server: Server, start: Arguments, tmp_path: Path) -> None:
     """A run that was killed at the end of training: its configuration, its adapter and its next checkpoint."""
 
     def error(*arguments: str) -> str:
@@ -166,8 +164,5 @@ def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: P
 
 def test_copies_for_an_upload(tmp_path: Path) -> None:
     logger = RunLogger(save_dir=str(tmp_path / "run"))
-    with (
-        pytest.raises(DataError, match=r"/run/wandb: No space left on device"),
-        staged(logger),
-    ):
+    with pytest.raises(DataError, match=r"/run/wandb: No space left on device"), staged(logger):
         raise OSError(28, "No space left on device")

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 from vlm_calibration.arguments import Command, Lazy, Subcommands
 from vlm_calibration.cli import COMMANDS, main
 
-from .command_line import Ended
+from .command_line import Run
 
 pytestmark = pytest.mark.slow
 
@@ -142,9 +141,7 @@ def test_without_a_command_it_says_what_to_type_first(answered: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("command", ["fit", "test", "data inspect"])
-def test_the_common_settings_are_among_all(
-    run: Callable[..., Ended], answered: dict[str, Any], command: str
-) -> None:
+def test_the_common_settings_are_among_all(run: Run, answered: dict[str, Any], command: str) -> None:
     ended = run(*command.split(), "--help-all")
     assert (ended.status, ended.errors) == (0, [])
     known = set(re.findall(r"--[\w.-]+", ended.out))
@@ -185,7 +182,7 @@ done
 """Prints a line of completions for each line that it reads."""
 
 
-def test_bash_completes(run: Callable[..., Ended], tmp_path: Path) -> None:
+def test_bash_completes(run: Run, tmp_path: Path) -> None:
     ended = run("completion", "bash")
     assert ended.status == 0, ended.err
     script = tmp_path / "script"
@@ -201,5 +198,5 @@ def test_bash_completes(run: Callable[..., Ended], tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_zsh_gets_a_script_of_its_own(run: Callable[..., Ended]) -> None:
+def test_zsh_gets_a_script_of_its_own(run: Run) -> None:
     assert run("completion", "zsh").out.startswith("#compdef vlm-calibration")

@@ -23,7 +23,7 @@ from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.base import CONFIG, FACTS, base_of_adapter, base_of_adapters, find_adapter
 from vlm_calibration.records import DataError
 
-from .command_line import ERROR, Ended
+from .command_line import ERROR, Arguments, Run
 from .demo.architecture import build_model
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,6 @@ NOWHERE = "http://127.0.0.1:9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ADDRESS = rf"(?:/api/models)?/([\w-]+/[\w-]+)(?:/(revision|tree|resolve)/(?:main|v2|{COMMIT}))?(?:/(.+))?"
 """Of a repository on the Hub, of the list of its files, or of a file."""
-Call = Callable[..., Ended]
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def visit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
 
 
 def test_out_of_reach_is_one_line_at_once(
-    call: Call, visit: Callable[[str], None], fit: Callable[..., list[str]], tmp_path: Path
+    call: Run, visit: Callable[[str], None], fit: Arguments, tmp_path: Path
 ) -> None:
     visit(NOWHERE)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
@@ -147,7 +146,7 @@ def _digest(content: bytes) -> str:
 
 
 def test_an_adapter_by_its_name_on_the_hub(
-    call: Call,
+    call: Run,
     visit: Callable[[str], None],
     serve: Callable[[str, Path], str],
     new_adapter: Callable[..., str],

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import tomllib
-from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.records import Query
 
 from .performance.__main__ import BENCHMARKS
+from .test_configs import Parse
 from .test_configs import parse as parse
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +100,7 @@ CALLS = [c for c in COMMANDS if c.startswith("vlm-calibration ") and c not in EX
 
 @pytest.mark.parametrize("written", CALLS)
 def test_the_command_line_takes_it(
-    written: str, parse: Callable[[list[str]], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written: str, parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Options of a command that runs elsewhere, and its configuration."""
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.extraction import OUTCOMES
 
-from .command_line import Ended, callback
+from .command_line import Arguments, Run, callback
 from .regions.conftest import scene_files as scene_files
 from .regions.conftest import tiny as tiny
 
@@ -44,9 +44,7 @@ def queries(scene_files: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def predict(
-    root: Path, tiny: Callable[[str], str], queries: Path, tmp_path: Path
-) -> Callable[..., list[str]]:
+def predict(root: Path, tiny: Callable[[str], str], queries: Path, tmp_path: Path) -> Arguments:
     """Arguments of an extraction with tiny models, shards of four queries and batches of three."""
 
     def arguments(name: str, *more: dict[str, Any]) -> list[str]:
@@ -74,7 +72,7 @@ def predict(
 
 
 @pytest.fixture
-def of_all(predict: Callable[..., list[str]], queries: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def of_all(predict: Arguments, queries: Path, tmp_path: Path) -> Arguments:
     """Arguments of an extraction for all sources of a configuration instead of one file, and the overlay with these sources."""
     lines = queries.read_text().splitlines()
     sources: dict[str, Any] = {}
@@ -105,11 +103,7 @@ def _content(folder: Path) -> dict[Any, Any]:
 
 
 def test_all_sources_are_extracted_in_one_run(
-    run: Callable[..., Ended],
-    run_two: Callable[..., Ended],
-    of_all: Callable[..., list[str]],
-    queries: Path,
-    tmp_path: Path,
+    run: Run, run_two: Run, of_all: Arguments, queries: Path, tmp_path: Path
 ) -> None:
     """Two processes, a killed run that resumes, and two parts give the content of one run."""
     ended = run(*of_all("one"))
@@ -156,7 +150,7 @@ def test_without_the_font_of_the_demo_its_queries_are_refused(monkeypatch: pytes
 
 
 def test_from_queries_to_regions_interrupted_and_resumed_until_nothing_is_to_do(
-    run: Callable[..., Ended], predict: Callable[..., list[str]], queries: Path, tmp_path: Path
+    run: Run, predict: Arguments, queries: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     killed = run(*predict("run", callback("disasters.KillTest", batch=3, when="answered")), "--resume")

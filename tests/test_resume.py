@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,11 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.files import clear_leftovers
 from vlm_calibration.records import DataError
 
-from .command_line import Ended, callback
+from .command_line import Arguments, Ended, Run, callback
 
 pytestmark = pytest.mark.slow
 
 WEIGHTS = "adapter/adapter_model.safetensors"
-
-Start = Callable[..., list[str]]
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -48,7 +45,7 @@ def _same_directory(expected: dict[str, bytes], folder: Path) -> None:
 
 
 def test_a_training_that_is_stopped_and_killed_resumes_and_writes_the_files_of_one_that_is_not(
-    run: Callable[..., Ended], start: Start, tmp_path: Path
+    run: Run, start: Arguments, tmp_path: Path
 ) -> None:
     """Steps of two batches, and a checkpoint after every third one; a signal in the middle of a step takes effect after it."""
 
@@ -91,7 +88,7 @@ def test_a_training_that_is_stopped_and_killed_resumes_and_writes_the_files_of_o
 
 
 def test_stage_2_killed_in_training_and_at_its_end_ends_as_if_it_had_not_been(
-    run: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
+    run: Run, start: Arguments, root: Path, tmp_path: Path
 ) -> None:
     """The resumed run prints the comparison of before and after, and the warning, which the killed runs did not reach."""
     # The demo's model gives readable answers before training, and none after training at this learning rate.
@@ -134,9 +131,7 @@ def test_the_middle_of_an_epoch_needs_the_same_queries_and_batches(model_folder:
         data.train_dataloader()
 
 
-def test_a_loss_that_is_no_number_in_one_process_stops_all(
-    run_two: Callable[..., Ended], start: Start
-) -> None:
+def test_a_loss_that_is_no_number_in_one_process_stops_all(run_two: Run, start: Arguments) -> None:
     command = start("run", callback("disasters.Spoil", batch=3, rank=1), strategy="ddp")
     ended = run_two(*command, "--data.batch_size", "1")
     assert ended.status == 1, ended.err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +19,8 @@ from vlm_calibration.callbacks.run_directory import Prior, find_prior
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import RunRecord
 
-from .command_line import Ended, callback
+from .command_line import Arguments, Run, callback
 
-Fit = Callable[..., list[str]]
-Run = Callable[..., Ended]
 LOGGED = {"logger": {"class_path": "vlm_calibration.callbacks.logger.RunLogger"}}
 ADAPTER = "adapter/adapter_model.safetensors"
 REMEDIES = ("--resume", "--overwrite", "--trainer.default_root_dir")
@@ -43,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def finished(run: Run, fit: Fit, trained: Path, tmp_path: Path) -> Path:
+def finished(run: Run, fit: Arguments, trained: Path, tmp_path: Path) -> Path:
     """A copy of the run directory of a finished run."""
     if not trained.exists():
         ended = run(*fit(trainer=LOGGED))
@@ -55,7 +52,7 @@ def finished(run: Run, fit: Fit, trained: Path, tmp_path: Path) -> Path:
 
 
 def test_a_run_that_fails_leaves_the_directory_as_it_was(
-    run: Run, fit: Fit, finished: Path, tmp_path: Path
+    run: Run, fit: Arguments, finished: Path, tmp_path: Path
 ) -> None:
     before = files_of(finished)
     records = tmp_path / "queries.jsonl"
@@ -80,7 +77,7 @@ def test_a_run_that_fails_leaves_the_directory_as_it_was(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_finished_run_is_refused_and_left_as_it_was(run: Run, fit: Fit, finished: Path) -> None:
+def test_a_finished_run_is_refused_and_left_as_it_was(run: Run, fit: Arguments, finished: Path) -> None:
     before = files_of(finished)
     ended = run(*fit(trainer=LOGGED))
     assert ended.status == 1
@@ -89,7 +86,7 @@ def test_a_finished_run_is_refused_and_left_as_it_was(run: Run, fit: Fit, finish
 
 
 def test_a_run_that_is_overwritten_leaves_nothing_behind(
-    run: Run, fit: Fit, finished: Path, tmp_path: Path
+    run: Run, fit: Arguments, finished: Path, tmp_path: Path
 ) -> None:
     longer = ["--trainer.max_steps", "3"]
     assert run(*fit(trainer=LOGGED), *longer, "--overwrite").status == 0
@@ -104,7 +101,7 @@ def test_a_run_that_is_overwritten_leaves_nothing_behind(
 
 
 def test_an_overwritten_run_stands_until_the_new_one_trains(
-    run: Run, start: Callable[..., list[str]], finished: Path
+    run: Run, start: Arguments, finished: Path
 ) -> None:
     kill = callback("disasters.KillAt", epoch=0, batch=0)
     assert run(*start("run", kill), "--overwrite").status == -signal.SIGKILL

@@ -6,7 +6,6 @@ import csv
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .command_line import SHARDED, Ended, callback
+from .command_line import SHARDED, Arguments, Run, callback
 
-Start = Callable[..., list[str]]
 NO_DROPOUT = ["--model.init_args.lora.dropout", "0.0"]
 """Dropout differs between processes."""
 ONE_EACH = ["--data.batch_size", "1"]
@@ -42,9 +40,7 @@ def _files(folder: Path) -> set[str]:
 
 
 @pytest.fixture
-def one(
-    run: Callable[..., Ended], start: Start, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> Path:
+def one(run: Run, start: Arguments, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
     """The run directory of a training in one process, with its losses; the first test trains for all."""
     kept = tmp_path_factory.getbasetemp() / "trained-in-one"
     if not kept.exists():
@@ -60,9 +56,7 @@ def _assert_same_weights(folder: Path, one: Path) -> None:
         torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_two_processes_train_as_one(
-    run_two: Callable[..., Ended], start: Start, one: Path, tmp_path: Path
-) -> None:
+def test_two_processes_train_as_one(run_two: Run, start: Arguments, one: Path, tmp_path: Path) -> None:
     """The loss curves and weights agree to 1e-4, validation is identical, and each file is written once; float32, no dropout.
 
     FSDP2 does not validate.
@@ -97,7 +91,7 @@ def test_two_processes_train_as_one(
 
 
 def test_stopped_in_two_processes_and_resumed_in_one_or_two(
-    run: Callable[..., Ended], run_two: Callable[..., Ended], start: Start, one: Path, tmp_path: Path
+    run: Run, run_two: Run, start: Arguments, one: Path, tmp_path: Path
 ) -> None:
     """A signal to one process stops both at the same step."""
     stop = callback("disasters.KillAt", epoch=1, batch=4, number=int(signal.SIGTERM), group=False, rank=1)
@@ -119,7 +113,7 @@ def test_stopped_in_two_processes_and_resumed_in_one_or_two(
 
 
 def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
-    run: Callable[..., Ended], run_two: Callable[..., Ended], start: Start, root: Path, tmp_path: Path
+    run: Run, run_two: Run, start: Arguments, root: Path, tmp_path: Path
 ) -> None:
     """The demo's model answers some queries correctly; each process sees half of the answers, and trains on its own."""
     answering = [
@@ -153,9 +147,7 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
     assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)
 
 
-def test_low_precision_and_8_bit_states_resumed(
-    run: Callable[..., Ended], start: Start, tmp_path: Path
-) -> None:
+def test_low_precision_and_8_bit_states_resumed(run: Run, start: Arguments, tmp_path: Path) -> None:
     low = ["--trainer.precision", "bf16-mixed", "--model.init_args.optimizer.name", "paged_adamw_8bit"]
     short = {"max_epochs": 1, "limit_val_batches": 0}
     assert run(*start("whole", **short), *low).status == 0

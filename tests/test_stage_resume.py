@@ -14,15 +14,13 @@ import yaml
 from vlm_calibration.perturbation.level_table import read_likelihoods
 from vlm_calibration.perturbation.levels import AnchoredLevels
 
-from .command_line import Ended, callback
+from .command_line import Arguments, Ended, Run, callback
 from .level_tables import measured, noise_counts
 from .stages.test_progress import evaluation as evaluation
 from .test_run_directory import files_of
 
 pytestmark = pytest.mark.slow
 
-Run = Callable[..., Ended]
-Start = Callable[..., list[str]]
 DEMO = "vlm_calibration.demo.source.DemoSource"
 ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
 THREE = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels", "init_args": {"n_levels": 3}}
@@ -45,7 +43,9 @@ def _assert_refused(ended: Ended, folder: Path, *texts: str) -> None:
     assert all(text in ended.error() for text in (str(folder), "--overwrite", "--runs", *texts)), ended.err
 
 
-def test_training_on_other_inputs_is_refused(run: Run, fit: Start, model_folder: str, tmp_path: Path) -> None:
+def test_training_on_other_inputs_is_refused(
+    run: Run, fit: Arguments, model_folder: str, tmp_path: Path
+) -> None:
     table, folder = tmp_path / "levels.json", tmp_path / "run"
     measured(model_folder).save(table)
     levels = {"class_path": ANCHORED, "init_args": {"path": "levels.json", "likelihoods": None}}
@@ -65,7 +65,7 @@ def test_training_on_other_inputs_is_refused(run: Run, fit: Start, model_folder:
 
 
 def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_checkpoint_until_it_is_overwritten(
-    run: Run, start: Start, tmp_path: Path
+    run: Run, start: Arguments, tmp_path: Path
 ) -> None:
     early, late = (callback("disasters.KillAt", epoch=0, batch=batch) for batch in (0, 3))
     assert run(*start("run", early), "--resume").status == -signal.SIGKILL
@@ -84,7 +84,7 @@ def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_chec
     _assert_done(run(*start("run"), "--resume", *more), tmp_path / "run")
 
 
-def test_an_evaluation_resumes_and_is_then_done(run: Run, evaluation: Start, tmp_path: Path) -> None:
+def test_an_evaluation_resumes_and_is_then_done(run: Run, evaluation: Arguments, tmp_path: Path) -> None:
     asked, folder = tmp_path / "eval.asked.0", tmp_path / "eval"
     command = partial(evaluation, estimators=None)
     assert run(*command("eval", KILL, behind=True), "--resume").status == -signal.SIGKILL
@@ -101,7 +101,7 @@ def test_an_evaluation_resumes_and_is_then_done(run: Run, evaluation: Start, tmp
 
 
 def test_an_overwritten_evaluation_asks_all_queries_again(
-    run: Run, evaluation: Start, tmp_path: Path
+    run: Run, evaluation: Arguments, tmp_path: Path
 ) -> None:
     asked, folder = tmp_path / "eval.asked.0", tmp_path / "eval"
     command = partial(evaluation, estimators=None)

@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -19,6 +18,7 @@ from vlm_calibration.cli import main
 from vlm_calibration.records import DataError
 from vlm_calibration.steps import BASE, STAGES, train_sft
 
+from .test_configs import Parse
 from .test_configs import parse as parse
 
 OWN = ["--model", "qwen2_5_vl_7b", "--data", "jsonl"]
@@ -139,7 +139,7 @@ def test_stages_take_what_earlier_ones_left(commands: Commands, folder: Path) ->
     assert set(map(tuple, used.values())) == {("runs/regions",)}
 
 
-def test_the_parser_takes_every_stage(commands: Commands, parse: Callable[[list[str]], Any]) -> None:
+def test_the_parser_takes_every_stage(commands: Commands, parse: Parse) -> None:
     for stage, command in commands(*OWN).items():
         if stage != "report":
             subcommand = "test" if stage == "levels" else command[0]
