@@ -48,6 +48,11 @@ class Ended:
         """The error lines, without their prefix."""
         return [line.removeprefix(ERROR) for line in self.err.splitlines() if line.startswith(ERROR)]
 
+    def checked(self, status: int = 0) -> Ended:
+        """This run, which must have ended with this status."""
+        assert self.status == status, self.err
+        return self
+
     def error(self) -> str:
         """The only error line of a run that failed without a traceback."""
         assert self.status not in (0, None), self.err

@@ -81,10 +81,8 @@ def test_they_are_left_out_and_counted_also_in_a_run_that_was_killed(
     assert json.loads((tmp_path / "whole/metrics.json").read_text())["n"] == 11
     # Batches with some or all records left out come before and after this position.
     kill = callback("disasters.KillAt", epoch=1, batch=2, when="between")
-    ended = run(*start("cut", kill), *more)
-    assert ended.status == -signal.SIGKILL, ended.err
-    ended = run(*start("cut"), *more, "--ckpt_path", "last")
-    assert ended.status == 0, ended.err
+    run(*start("cut", kill), *more).checked(-signal.SIGKILL)
+    run(*start("cut"), *more, "--ckpt_path", "last").checked()
     for name in FILES:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
 
@@ -157,8 +155,7 @@ def test_an_evaluation_counts_no_answer_that_there_is_not(
         command = write_evaluation(path, folder, 1, callbacks, base=base, max_new_tokens=3)
         return [*command, "--data.test", test, "--data.eval_batch_size", "2"]
 
-    complete = run(*arguments("whole"))
-    assert complete.status == 0, complete.err
+    complete = run(*arguments("whole")).checked()
     total = "data.test: 6 of 28 queries could not be loaded and were left out: "
     assert (
         complete.err.count(total + "'clean:3', 'clean:6', 'clean:9', 'noised:3', 'noised:6' and 1 more") == 1
@@ -167,9 +164,8 @@ def test_an_evaluation_counts_no_answer_that_there_is_not(
     metrics = json.loads((tmp_path / "whole/base/metrics.json").read_text())
     assert (metrics["n"], metrics["n/clean"], metrics["n/noised"]) == (22, 11, 11)
     kill = callback("disasters.KillTest", batch=4, when="asked")
-    assert run(*arguments("cut", kill)).status == -signal.SIGKILL
-    cut = run(*arguments("cut"))
-    assert cut.status == 0, cut.err
+    run(*arguments("cut", kill)).checked(-signal.SIGKILL)
+    cut = run(*arguments("cut")).checked()
     assert "queries were answered before" in cut.err
     assert cut.err.count(total) == 1
     for name in ("predictions.jsonl", "metrics.json"):

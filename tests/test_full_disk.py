@@ -48,8 +48,7 @@ def test_a_training(run: Run, server: Server, start: Arguments, tmp_path: Path) 
         return server.wait(server.start(list(arguments), tmp_path, largest=LARGEST)).error()
 
     kill = callback("disasters.KillAt", epoch=0, batch=0, when="ending")
-    ended = run(*start("run", kill, max_epochs=1))
-    assert ended.status == -9, ended.err
+    run(*start("run", kill, max_epochs=1)).checked(-9)
     folder = tmp_path / "run"
     before = _contents(folder)
     tags = callback("logger.RunLogger", tags=["x" * 60] * 400)

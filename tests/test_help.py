@@ -183,8 +183,7 @@ done
 
 
 def test_bash_completes(run: Run, tmp_path: Path) -> None:
-    ended = run("completion", "bash")
-    assert ended.status == 0, ended.err
+    ended = run("completion", "bash").checked()
     script = tmp_path / "script"
     script.write_text(ended.out)
     (tmp_path / "config.yaml").touch()

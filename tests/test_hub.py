@@ -165,8 +165,7 @@ def test_an_adapter_by_its_name_on_the_hub(
         ("org/mine", NOWHERE),
     ):
         visit(endpoint)
-        ended = call(*command, name)
-        assert ended.status == 0, ended.err
+        ended = call(*command, name).checked()
         answers.append({**json.loads(ended.out), "model": None})
     assert answers == 4 * [answers[0]]
     visit(address)

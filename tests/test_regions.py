@@ -106,8 +106,7 @@ def test_all_sources_are_extracted_in_one_run(
     run: Run, run_two: Run, of_all: Arguments, queries: Path, tmp_path: Path
 ) -> None:
     """Two processes, a killed run that resumes, and two parts give the content of one run."""
-    ended = run(*of_all("one"))
-    assert ended.status == 0, ended.err
+    ended = run(*of_all("one")).checked()
     one = _content(tmp_path / "one")
     files = {"train.parquet", "validation.parquet", "levels.parquet"}
     assert set(one) == {*files, "summary.json", "run.json", *range(6)}
@@ -122,21 +121,19 @@ def test_all_sources_are_extracted_in_one_run(
         assert f"wrote {tmp_path}/one/{name}: " in ended.out
 
     kill = callback("disasters.KillTest", batch=5, when="answered")
-    assert run(*of_all("cut", kill)).status == -9
+    run(*of_all("cut", kill)).checked(-9)
     assert not files & {path.name for path in (tmp_path / "cut").iterdir()}
     log = tmp_path / "cut/shards/0.0.jsonl"
     done = log.read_text()
     with log.open("a") as file:
         file.write('{"shard": 4, "rows": [')
-    ended = run_two(*of_all("cut"), "--trainer.strategy", "ddp")
-    assert ended.status == 0, ended.err
+    ended = run_two(*of_all("cut"), "--trainer.strategy", "ddp").checked()
     assert ended.out.count("Regions of 17 queries") == 1, "one process reports"
     assert _content(tmp_path / "cut") == one
     assert log.read_text().startswith(done), "what was finished is not done again"
 
     for part, done in (("1", False), ("0", True)):
-        ended = run(*of_all("parts"), "--data.parts", "2", "--data.part", part)
-        assert ended.status == 0, ended.err
+        ended = run(*of_all("parts"), "--data.parts", "2", "--data.part", part).checked()
         assert (tmp_path / "parts" / "summary.json").exists() == done
         assert (f"part {part} of 2 is done; " in ended.out) != done
     assert _content(tmp_path / "parts") == one
@@ -153,14 +150,12 @@ def test_from_queries_to_regions_interrupted_and_resumed_until_nothing_is_to_do(
     run: Run, predict: Arguments, queries: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    killed = run(*predict("run", callback("disasters.KillTest", batch=3, when="answered")), "--resume")
-    assert killed.status == -9, killed.err
+    run(*predict("run", callback("disasters.KillTest", batch=3, when="answered")), "--resume").checked(-9)
     finished = set(_shards(folder))
     gates = ["--model.init_args.gates.max_area", "0.1"]
     refused = run(*predict("run"), "--resume", *gates).error()
     assert all(text in refused for text in (str(folder), "gates.max_area was 0.9 and is 0.1", "--overwrite"))
-    ended = run(*predict("run"), "--resume")
-    assert ended.status == 0, ended.err
+    ended = run(*predict("run"), "--resume").checked()
     before = _content(folder)
     assert finished < {name for name in before if isinstance(name, int)}
     rows = before["queries.parquet"]
@@ -189,8 +184,7 @@ def test_from_queries_to_regions_interrupted_and_resumed_until_nothing_is_to_do(
         loaded = source.load(query)
         assert len(loaded.evidence) == len(query.regions)
         assert all(m.shape == (96, 96) for m in loaded.evidence)
-    again = run(*predict("run"), "--resume", "--data.parts", "2", "--data.workers", "0")
-    assert again.status == 0, again.err
+    again = run(*predict("run"), "--resume", "--data.parts", "2", "--data.workers", "0").checked()
     assert again.out == f"{folder}: finished with these settings: nothing to do\n"
     refused = run(*predict("run"), *gates)
     assert "gates.max_area was 0.9 and is 0.1" in refused.error()

@@ -54,8 +54,7 @@ def test_a_training_that_is_stopped_and_killed_resumes_and_writes_the_files_of_o
         return start("run", *kills, workers=2, every=3, accumulate_grad_batches=2)
 
     folder, last = tmp_path / "run", tmp_path / "run/checkpoints/last.ckpt"
-    ended = run(*command())
-    assert ended.status == 0, ended.err
+    run(*command()).checked()
     expected = _contents(folder)
     shutil.rmtree(folder)
     between = {"epoch": 0, "batch": 2, "when": "between", "number": int(signal.SIGTERM), "group": False}
@@ -66,8 +65,7 @@ def test_a_training_that_is_stopped_and_killed_resumes_and_writes_the_files_of_o
         ([between, validating], ["--resume"], 138, 4),
         ([killed], ["--ckpt_path", "last"], -signal.SIGKILL, 6),
     ):
-        ended = run(*command(*disasters), *resume)
-        assert ended.status == status, ended.err
+        ended = run(*command(*disasters), *resume).checked(status)
         if status > 0:
             assert signal.Signals(status - 128).name in ended.error()
             assert str(last) in ended.error()
@@ -79,8 +77,7 @@ def test_a_training_that_is_stopped_and_killed_resumes_and_writes_the_files_of_o
         assert not record["finished"]
         assert record["versions"]["torch"] == version("torch")
     for _ in ("resumes", "has nothing to resume"):
-        ended = run(*command(), "--ckpt_path", "last")
-        assert ended.status == 0, ended.err
+        run(*command(), "--ckpt_path", "last").checked()
         _same_directory(expected, folder)
     # The weights and Adam's two moments take three times the adapter's size.
     for checkpoint in last.parent.iterdir():
@@ -98,19 +95,16 @@ def test_stage_2_killed_in_training_and_at_its_end_ends_as_if_it_had_not_been(
         *("--model.init_args.reference", "base", "--model.init_args.optimizer.lr", "0.1"),
         *("--model.init_args.max_new_tokens", "8"),
     ]
-    once = run(*start("run", stage="dpo"), *settings)
-    assert once.status == 0, once.err
+    once = run(*start("run", stage="dpo"), *settings).checked()
     expected = _contents(tmp_path / "run")
     results = json.loads(expected["adapter/calibration.json"])["results"]
     assert results["before"] != results["after"]
     shutil.rmtree(tmp_path / "run")
     for when, more in (("after", []), ("ending", ["--ckpt_path", "last"])):
         kill = callback("disasters.KillAt", epoch=0, batch=4, when=when)
-        ended = run(*start("run", kill, stage="dpo"), *settings, *more)
-        assert ended.status == -signal.SIGKILL, ended.err
+        run(*start("run", kill, stage="dpo"), *settings, *more).checked(-signal.SIGKILL)
         assert not (tmp_path / "run/adapter").exists()
-    ended = run(*start("run", stage="dpo"), *settings, "--ckpt_path", "last")
-    assert ended.status == 0, ended.err
+    ended = run(*start("run", stage="dpo"), *settings, "--ckpt_path", "last").checked()
     _same_directory(expected, tmp_path / "run")
     assert _comparison(ended) == _comparison(once)
     assert "accuracy on the validation queries fell by" in ended.err
@@ -133,8 +127,7 @@ def test_the_middle_of_an_epoch_needs_the_same_queries_and_batches(model_folder:
 
 def test_a_loss_that_is_no_number_in_one_process_stops_all(run_two: Run, start: Arguments) -> None:
     command = start("run", callback("disasters.Spoil", batch=3, rank=1), strategy="ddp")
-    ended = run_two(*command, "--data.batch_size", "1")
-    assert ended.status == 1, ended.err
+    ended = run_two(*command, "--data.batch_size", "1").checked(1)
     assert ended.errors
     for error in ended.errors:
         assert "loss is not finite at step 3" in error

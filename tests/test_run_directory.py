@@ -43,8 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(run: Run, fit: Arguments, trained: Path, tmp_path: Path) -> Path:
     """A copy of the run directory of a finished run."""
     if not trained.exists():
-        ended = run(*fit(trainer=LOGGED))
-        assert ended.status == 0, ended.err
+        run(*fit(trainer=LOGGED)).checked()
         assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
         (tmp_path / "run").rename(trained)
     shutil.copytree(trained, tmp_path / "run")
@@ -89,9 +88,9 @@ def test_a_run_that_is_overwritten_leaves_nothing_behind(
     run: Run, fit: Arguments, finished: Path, tmp_path: Path
 ) -> None:
     longer = ["--trainer.max_steps", "3"]
-    assert run(*fit(trainer=LOGGED), *longer, "--overwrite").status == 0
+    run(*fit(trainer=LOGGED), *longer, "--overwrite").checked()
     assert len(list((finished / "wandb").glob("offline-run-*"))) == 2, "logs stay"
-    assert run(*fit(trainer={"default_root_dir": str(tmp_path / "other")}), *longer).status == 0
+    run(*fit(trainer={"default_root_dir": str(tmp_path / "other")}), *longer).checked()
     old, new = ({n for n in files_of(tmp_path / f) if "wandb" not in n} for f in ("run", "other"))
     assert old == new
     assert (finished / ADAPTER).read_bytes() == (tmp_path / "other" / ADAPTER).read_bytes()
@@ -104,7 +103,7 @@ def test_an_overwritten_run_stands_until_the_new_one_trains(
     run: Run, start: Arguments, finished: Path
 ) -> None:
     kill = callback("disasters.KillAt", epoch=0, batch=0)
-    assert run(*start("run", kill), "--overwrite").status == -signal.SIGKILL
+    run(*start("run", kill), "--overwrite").checked(-signal.SIGKILL)
     assert {p.name for p in finished.iterdir()} == {"config.yaml", "run.json", "wandb"}
 
 

@@ -44,8 +44,7 @@ def one(run: Run, start: Arguments, tmp_path_factory: pytest.TempPathFactory, tm
     """The run directory of a training in one process, with its losses; the first test trains for all."""
     kept = tmp_path_factory.getbasetemp() / "trained-in-one"
     if not kept.exists():
-        ended = run(*start("one", callback("disasters.WriteLosses")), *NO_DROPOUT)
-        assert ended.status == 0, ended.err
+        run(*start("one", callback("disasters.WriteLosses")), *NO_DROPOUT).checked()
         (tmp_path / "one").rename(kept)
     return kept
 
@@ -62,8 +61,7 @@ def test_two_processes_train_as_one(run_two: Run, start: Arguments, one: Path, t
     FSDP2 does not validate.
     """
     watch = callback("disasters.WriteLosses")
-    ended = run_two(*start("ddp", watch, strategy="ddp"), *ONE_EACH, *NO_DROPOUT)
-    assert ended.status == 0, ended.err
+    ended = run_two(*start("ddp", watch, strategy="ddp"), *ONE_EACH, *NO_DROPOUT).checked()
     assert "sync_dist" not in ended.err, "Lightning's advice for metrics that are not reduced"
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -71,8 +69,7 @@ def test_two_processes_train_as_one(run_two: Run, start: Arguments, one: Path, t
     }
     settings = {"strategy": SHARDED, "limit_val_batches": 0, "logger": logger, "log_every_n_steps": 1}
     sharded = start("fsdp2", watch, callback("throughput.Throughput"), **settings)
-    ended = run_two(*sharded, *ONE_EACH, *NO_DROPOUT)
-    assert ended.status == 0, ended.err
+    ended = run_two(*sharded, *ONE_EACH, *NO_DROPOUT).checked()
     assert (ended.out + ended.err).count("FSDP2 does not validate") == 1
     losses = _losses(one)
     assert len(losses) == 14
@@ -102,13 +99,11 @@ def test_stopped_in_two_processes_and_resumed_in_one_or_two(
     assert str(last) in ended.error()
     assert torch.load(last, weights_only=True)["global_step"] == 12
     shutil.copytree(tmp_path / "run", tmp_path / "stopped")
-    ended = run(*start("run"), *NO_DROPOUT, "--ckpt_path", "last")
-    assert ended.status == 0, ended.err
+    run(*start("run"), *NO_DROPOUT, "--ckpt_path", "last").checked()
     _assert_same_weights(tmp_path / "run", one)
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "stopped").rename(tmp_path / "run")
-    ended = run_two(*start("run", strategy="ddp"), *ONE_EACH, *NO_DROPOUT, "--ckpt_path", "last")
-    assert ended.status == 0, ended.err
+    run_two(*start("run", strategy="ddp"), *ONE_EACH, *NO_DROPOUT, "--ckpt_path", "last").checked()
     _assert_same_weights(tmp_path / "run", one)
 
 
@@ -126,10 +121,8 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
         *("--trainer.max_steps", "2", "--trainer.val_check_interval", "2"),
     ]
     watch = [callback("disasters.WriteTeacher"), callback("disasters.WriteLosses")]
-    ended = run(*start("one", *watch, stage="dpo"), *answering)
-    assert ended.status == 0, ended.err
-    ended = run_two(*start("two", *watch, stage="dpo", strategy="ddp"), *answering, *ONE_EACH)
-    assert ended.status == 0, ended.err
+    run(*start("one", *watch, stage="dpo"), *answering).checked()
+    run_two(*start("two", *watch, stage="dpo", strategy="ddp"), *answering, *ONE_EACH).checked()
     one, *two = (json.loads(p.read_text()) for p in sorted(tmp_path.glob("*/teacher-*.json")))
     assert len(two) == 2
     assert one["scores"]["n"] == 21
@@ -150,11 +143,9 @@ def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
 def test_low_precision_and_8_bit_states_resumed(run: Run, start: Arguments, tmp_path: Path) -> None:
     low = ["--trainer.precision", "bf16-mixed", "--model.init_args.optimizer.name", "paged_adamw_8bit"]
     short = {"max_epochs": 1, "limit_val_batches": 0}
-    assert run(*start("whole", **short), *low).status == 0
-    ended = run(*start("cut", callback("disasters.KillAt", epoch=0, batch=5), **short), *low)
-    assert ended.status == -9, ended.err
-    ended = run(*start("cut", **short), *low, "--ckpt_path", "last")
-    assert ended.status == 0, ended.err
+    run(*start("whole", **short), *low).checked()
+    run(*start("cut", callback("disasters.KillAt", epoch=0, batch=5), **short), *low).checked(-9)
+    run(*start("cut", **short), *low, "--ckpt_path", "last").checked()
     whole, cut = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
     states = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]

@@ -50,7 +50,7 @@ def test_training_on_other_inputs_is_refused(
     measured(model_folder).save(table)
     levels = {"class_path": ANCHORED, "init_args": {"path": "levels.json", "likelihoods": None}}
     command = [*fit(data={"noise": {"levels": levels, "kinds": {"noise": 1}}}), "--resume"]
-    assert run(*command).status == 0
+    run(*command).checked()
     before = files_of(folder)
     assert "leave out --overwrite" in run(*command, "--overwrite").error()
     counts = noise_counts((0, 100, 90), (1, 100, 50))
@@ -68,9 +68,8 @@ def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_chec
     run: Run, start: Arguments, tmp_path: Path
 ) -> None:
     early, late = (callback("disasters.KillAt", epoch=0, batch=batch) for batch in (0, 3))
-    assert run(*start("run", early), "--resume").status == -signal.SIGKILL
-    killed = run(*start("run", late), "--resume", "--model.init_args.optimizer.lr", "0.5")
-    assert killed.status == -signal.SIGKILL, killed.err
+    run(*start("run", early), "--resume").checked(-signal.SIGKILL)
+    run(*start("run", late), "--resume", "--model.init_args.optimizer.lr", "0.5").checked(-signal.SIGKILL)
     written = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert written["model"]["init_args"]["optimizer"]["lr"] == 0.5
     more = ["--trainer.max_epochs", "1", "--model.init_args.optimizer.lr", "0.5"]
@@ -80,17 +79,17 @@ def test_an_interrupted_training_of_other_settings_is_refused_once_it_has_a_chec
         "max_epochs was 2 and is 1",
         "interrupted",
     )
-    assert run(*start("run"), "--overwrite", *more).status == 0
+    run(*start("run"), "--overwrite", *more).checked()
     _assert_done(run(*start("run"), "--resume", *more), tmp_path / "run")
 
 
 def test_an_evaluation_resumes_and_is_then_done(run: Run, evaluation: Arguments, tmp_path: Path) -> None:
     asked, folder = tmp_path / "eval.asked.0", tmp_path / "eval"
     command = partial(evaluation, estimators=None)
-    assert run(*command("eval", KILL, behind=True), "--resume").status == -signal.SIGKILL
+    run(*command("eval", KILL, behind=True), "--resume").checked(-signal.SIGKILL)
     resumed = [*command("eval"), "--resume"]
     _assert_refused(run(*resumed, "--model.init_args.max_new_tokens", "4"), folder, "was 3 and is 4")
-    assert run(*resumed, "--data.eval_batch_size", "2").status == 0
+    run(*resumed, "--data.eval_batch_size", "2").checked()
     queries = asked.read_text().splitlines()
     assert len(queries) == len(set(queries)) == 15, "each query is asked once"
     before = files_of(folder)
@@ -105,12 +104,12 @@ def test_an_overwritten_evaluation_asks_all_queries_again(
 ) -> None:
     asked, folder = tmp_path / "eval.asked.0", tmp_path / "eval"
     command = partial(evaluation, estimators=None)
-    assert run(*command("eval", KILL, behind=True)).status == -signal.SIGKILL
+    run(*command("eval", KILL, behind=True)).checked(-signal.SIGKILL)
     asked.unlink()
     for name in ("old/metrics.json", "old/official/answers.json", "report.html", "report.csv"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
-    assert run(*command("eval"), "--overwrite").status == 0
+    run(*command("eval"), "--overwrite").checked()
     assert not list(folder.glob("report.*")) + list(folder.glob("old/*"))
     assert len(asked.read_text().splitlines()) == 15
     assert {p.parent.name for p in folder.glob("*/metrics.json")} == {"base", "one", "oracle"}
@@ -141,15 +140,13 @@ def test_a_measurement_of_levels_is_done_until_its_table_is_another(
 ) -> None:
     command, folder = [*levels_fit("levels"), "--resume"], tmp_path / "levels"
     path, likelihoods_path = tmp_path / "levels.json", tmp_path / "levels.parquet"
-    ended = run(*command)
-    assert ended.status == 0, ended.err
+    ended = run(*command).checked()
     assert ended.out.splitlines()[-2:] == [f"wrote {file}" for file in (path, likelihoods_path)]
     table, likelihoods = path.read_bytes(), likelihoods_path.read_bytes()
     _assert_done(run(*command, "--data.eval_batch_size", "7"), folder)
     measured(model_folder).save(path)
     likelihoods_path.write_bytes(likelihoods[:-1])
-    ended = run(*command)
-    assert ended.status == 0, ended.err
+    run(*command).checked()
     assert (path.read_bytes(), likelihoods_path.read_bytes()) == (table, likelihoods)
 
 
@@ -159,8 +156,7 @@ def test_two_processes_measure_as_one(
 ) -> None:
     """The table is the same, and the likelihoods agree to float precision."""
     for name, start, more in (("one", run, ()), ("two", run_two, ("--trainer.strategy", "ddp"))):
-        ended = start(*levels_fit(name), *more)
-        assert ended.status == 0, ended.err
+        start(*levels_fit(name), *more).checked()
     one, two = (AnchoredLevels(tmp_path / f"{name}.json").table for name in ("one", "two"))
     assert {t: c.kinds for t, c in one.counts.items()} == {t: c.kinds for t, c in two.counts.items()}
     for answer_type, counts in one.counts.items():

@@ -175,7 +175,6 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
         settings |= {"trainer": {"max_epochs": 2}} if name == "sft" else {}
         config_path, overlay = root / "configs" / config, folder / f"{name}.yaml"
         arguments = short(command, config_path, overlay, folder / name, data=data, **settings)
-        ended = server.wait(server.start(arguments, root))
-        assert ended.status == 0, ended.err
+        ended = server.wait(server.start(arguments, root)).checked()
         runs[name] = replace(read_run(folder / name), ended=ended)
     return runs
