@@ -127,10 +127,15 @@ class Server:
         self.process.stdin.close()
 
 
+def instance(name: str, /, **settings: Any) -> dict[str, Any]:
+    """The configuration of an object: its class below the package, and its settings."""
+    return {"class_path": f"vlm_calibration.{name}", "init_args": settings}
+
+
 def callback(name: str, **settings: Any) -> dict[str, Any]:
     """The configuration of a callback of the package or of `disasters`."""
-    package = "" if name.startswith("disasters") else "vlm_calibration.callbacks."
-    return {"class_path": package + name, "init_args": settings}
+    named = instance(f"callbacks.{name}", **settings)
+    return {**named, "class_path": name} if name.startswith("disasters") else named
 
 
 def write_evaluation(
@@ -144,7 +149,7 @@ def write_evaluation(
 
     `runs` is its run directory, `callbacks` are names or configurations, `model` are arguments of `EvaluationModule`.
     """
-    source = {"class_path": "vlm_calibration.demo.source.DemoSource"}
+    source = instance("demo.source.DemoSource", split="test", scenes=scenes)
     config = {
         "seed_everything": 0,
         "trainer": {
@@ -155,12 +160,8 @@ def write_evaluation(
             "default_root_dir": runs,
             "callbacks": [callback(c) if isinstance(c, str) else c for c in callbacks],
         },
-        "model": {"class_path": "vlm_calibration.stages.evaluation.EvaluationModule", "init_args": model},
-        "data": {
-            "test": {"clean": {"source": {**source, "init_args": {"split": "test", "scenes": scenes}}}},
-            "eval_batch_size": 4,
-            "workers": 0,
-        },
+        "model": instance("stages.evaluation.EvaluationModule", **model),
+        "data": {"test": {"clean": {"source": source}}, "eval_batch_size": 4, "workers": 0},
     }
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return ["test", "--config", str(path)]

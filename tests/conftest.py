@@ -22,7 +22,7 @@ import torch
 import yaml
 from hypothesis import settings
 
-from .command_line import Arguments, Ended, Run, Server, callback
+from .command_line import Arguments, Ended, Run, Server, callback, instance
 
 if TYPE_CHECKING:
     from vlm_calibration.inference.model import CalibratedModel
@@ -260,35 +260,27 @@ def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Arg
     """Function that returns the arguments of a short training: a file of `configs/` and an overlay."""
 
     def arguments(stage: str = "sft", **sections: dict[str, Any]) -> list[str]:
-        callbacks = [
-            {"class_path": f"vlm_calibration.callbacks.{name}"}
-            for name in ("checkpoint.RunCheckpoint", "adapter.AdapterWriter", "predictions.PredictionWriter")
-        ]
-        demo = "vlm_calibration.demo.source.DemoSource"
+        names = ("checkpoint.RunCheckpoint", "adapter.AdapterWriter", "predictions.PredictionWriter")
+        base = {"name_or_path": ending_model if stage == "dpo" else model_folder}
         overlay = {
             "trainer": {
                 "accelerator": "cpu",
                 "logger": False,
-                "callbacks": callbacks,
+                "callbacks": [*map(callback, names)],
                 "enable_progress_bar": False,
                 "default_root_dir": str(tmp_path / "run"),
                 "max_steps": 2,
                 "max_epochs": None,
                 **sections.get("trainer", {}),
             },
-            "model": {
-                "init_args": {
-                    "base": {"name_or_path": ending_model if stage == "dpo" else model_folder},
-                    "max_new_tokens": 3,
-                }
-            },
+            "model": {"init_args": {"base": base, "max_new_tokens": 3}},
             "data": {
-                "noise": {"levels": {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"}},
+                "noise": {"levels": instance("perturbation.levels.LinearLevels")},
                 "batch_size": 2,
                 "workers": 1,
                 "max_length": 400,
-                "train": {"class_path": demo, "init_args": {"scenes": 100}},
-                "validation": {"class_path": demo, "init_args": {"scenes": 1}},
+                "train": instance("demo.source.DemoSource", scenes=100),
+                "validation": instance("demo.source.DemoSource", scenes=1),
                 **sections.get("data", {}),
             },
         }
@@ -325,10 +317,7 @@ def start(fit: Arguments, tmp_path: Path) -> Arguments:
         command = fit(
             stage,
             trainer={**settings, "default_root_dir": str(tmp_path / name), **trainer},
-            data={
-                "train": {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": {"scenes": 5}},
-                "workers": workers,
-            },
+            data={"train": instance("demo.source.DemoSource", scenes=5), "workers": workers},
         )
         return [*command, *(["--model.init_args.lora.dropout", "0.2"] if stage == "sft" else [])]
 

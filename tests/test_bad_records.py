@@ -18,7 +18,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.records import DataError
 
-from .command_line import Arguments, Ended, Run, callback, run_plainly, write_evaluation
+from .command_line import Arguments, Ended, Run, callback, instance, run_plainly, write_evaluation
 from .trainers import Line, plain_trainer
 
 pytestmark = pytest.mark.slow
@@ -48,8 +48,8 @@ def records(tmp_path: Path) -> Callable[..., dict[str, Any]]:
                 query = {"id": name, "image": image, "question": "A dog?", "answer": "Yes"}
                 query |= {"answer_type": "yes_no", "regions": [{"label": "dog", "box": box}]}
                 file.write(json.dumps(query) + "\n")
-        settings = {"path": str(folder / "q.jsonl"), "on_bad_record": policy}
-        return {"class_path": "vlm_calibration.data.sources.jsonl.JsonlSource", "init_args": settings}
+        path = str(folder / "q.jsonl")
+        return instance("data.sources.jsonl.JsonlSource", path=path, on_bad_record=policy)
 
     return write
 

@@ -18,18 +18,13 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.extraction import OUTCOMES
 
-from .command_line import Arguments, Run, callback
+from .command_line import Arguments, Run, callback, instance
 from .regions.conftest import scene_files as scene_files
 from .regions.conftest import tiny as tiny
 
 pytestmark = pytest.mark.slow
 
 SCENES = 5
-
-
-def instance(name: str, /, **settings: Any) -> dict[str, Any]:
-    """A part of a configuration: a class of the package with its settings."""
-    return {"class_path": f"vlm_calibration.{name}", "init_args": settings}
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from vlm_calibration.callbacks.run_directory import Prior, find_prior
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import RunRecord
 
-from .command_line import Arguments, Run, callback
+from .command_line import Arguments, Run, callback, instance
 
-LOGGED = {"logger": {"class_path": "vlm_calibration.callbacks.logger.RunLogger"}}
+LOGGED = {"logger": callback("logger.RunLogger")}
 ADAPTER = "adapter/adapter_model.safetensors"
 REMEDIES = ("--resume", "--overwrite", "--trainer.default_root_dir")
 """Settings that the refusal of a finished run suggests."""
@@ -57,15 +57,11 @@ def test_a_run_that_fails_leaves_the_directory_as_it_was(
     records = tmp_path / "queries.jsonl"
     query = {"id": "one", "image": "none.png", "question": "?", "answer": "Yes", "answer_type": "yes_no"}
     records.write_text(json.dumps(query))
-    source = "{class_path: vlm_calibration.data.sources.jsonl.JsonlSource, init_args: {path: %s}}"
     for setting, value in {
-        "data.train": source % records,  # an image is missing
-        "data.noise.levels": source.replace(
-            "data.sources.jsonl.JsonlSource", "perturbation.levels.AnchoredLevels"
-        )
-        % "none.json",
+        "data.train": instance("data.sources.jsonl.JsonlSource", path=str(records)),  # an image is missing
+        "data.noise.levels": instance("perturbation.levels.AnchoredLevels", path="none.json"),
     }.items():
-        command = [*fit(trainer=LOGGED), f"--{setting}", value]
+        command = [*fit(trainer=LOGGED), f"--{setting}", json.dumps(value)]
         assert run(*command, "--overwrite").error(), setting
         assert files_of(finished) == before, setting
     nowhere = ["--model.init_args.adapter", str(tmp_path / "nowhere")]

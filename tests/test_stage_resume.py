@@ -14,16 +14,15 @@ import yaml
 from vlm_calibration.perturbation.level_table import read_likelihoods
 from vlm_calibration.perturbation.levels import AnchoredLevels
 
-from .command_line import Arguments, Ended, Run, callback
+from .command_line import Arguments, Ended, Run, callback, instance
 from .level_tables import measured, noise_counts
 from .stages.test_progress import evaluation as evaluation
 from .test_run_directory import files_of
+from .wandb_log import demo
 
 pytestmark = pytest.mark.slow
 
-DEMO = "vlm_calibration.demo.source.DemoSource"
-ANCHORED = "vlm_calibration.perturbation.levels.AnchoredLevels"
-THREE = {"class_path": "vlm_calibration.perturbation.levels.LinearLevels", "init_args": {"n_levels": 3}}
+THREE = instance("perturbation.levels.LinearLevels", n_levels=3)
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 KILL = callback("disasters.KillTest", batch=1, when="answered")
 
@@ -48,7 +47,7 @@ def test_training_on_other_inputs_is_refused(
 ) -> None:
     table, folder = tmp_path / "levels.json", tmp_path / "run"
     measured(model_folder).save(table)
-    levels = {"class_path": ANCHORED, "init_args": {"path": "levels.json", "likelihoods": None}}
+    levels = instance("perturbation.levels.AnchoredLevels", path="levels.json", likelihoods=None)
     command = [*fit(data={"noise": {"levels": levels, "kinds": {"noise": 1}}}), "--resume"]
     run(*command).checked()
     before = files_of(folder)
@@ -94,7 +93,7 @@ def test_an_evaluation_resumes_and_is_then_done(run: Run, evaluation: Arguments,
     assert len(queries) == len(set(queries)) == 15, "each query is asked once"
     before = files_of(folder)
     # Nothing of training counts.
-    training = ["--data.batch_size", "9", "--trainer.max_epochs", "7", "--data.train", DEMO]
+    training = ["--data.batch_size", "9", "--trainer.max_epochs", "7", "--data.train", "DemoSource"]
     _assert_done(run(*resumed, *training), folder)
     assert files_of(folder) == before
 
@@ -120,7 +119,7 @@ def levels_fit(root: Path, tmp_path: Path) -> Callable[[str], list[str]]:
     """Function that returns the arguments of a measurement with the demo's model, which answers, in folder `name`."""
 
     def arguments(name: str) -> list[str]:
-        source = {"class_path": DEMO, "init_args": {"split": "calibration", "scenes": 8}}
+        source, train = demo("calibration", 8), demo("train", 2)
         return [
             *("levels", "fit", "--config", str(root / "configs/levels.yaml"), "--trainer.accelerator", "cpu"),
             *("--data.levels", json.dumps(source), "--data.workers", "0"),
@@ -128,7 +127,7 @@ def levels_fit(root: Path, tmp_path: Path) -> Callable[[str], list[str]]:
             *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
             *("--model.init_args.out", str(tmp_path / f"{name}.json")),
             *("--model.init_args.likelihoods", str(tmp_path / f"{name}.parquet")),
-            *("--data.train", json.dumps({**source, "init_args": {"split": "train", "scenes": 2}})),
+            *("--data.train", json.dumps(train)),
             *("--data.noise.kinds", '{"noise": 1}', "--data.noise.levels", json.dumps(THREE)),
         ]
 

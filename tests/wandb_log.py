@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
-from .command_line import Ended, Server
+from .command_line import Ended, Server, instance
 
 BLOCK = 32768
 HEADER = 7
@@ -149,8 +149,7 @@ def short(command: str, config: Path, overlay: Path, run_directory: Path, **sett
 
 def demo(split: str, scenes: int, **settings: Any) -> dict[str, Any]:
     """The configuration of a demo source."""
-    name = "vlm_calibration.demo.source.DemoSource"
-    return {"class_path": name, "init_args": {"split": split, "scenes": scenes, **settings}}
+    return instance("demo.source.DemoSource", split=split, scenes=scenes, **settings)
 
 
 def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun]:
