@@ -23,6 +23,15 @@ SHARDED = {
     "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False},
 }
 """The strategy of `configs/trainer/fsdp2.yaml` for two processes."""
+ANSWERING = [
+    *(
+        "--model.init_args.base.name_or_path",
+        str(Path(__file__).parents[1] / "src/vlm_calibration/demo/model"),
+    ),
+    *("--model.init_args.adapter", "null", "--model.init_args.parts", "null"),
+    *("--model.init_args.reference", "base", "--model.init_args.max_new_tokens", "8"),
+]
+"""Settings of stage 2 from the demo's model, which answers some queries correctly."""
 
 
 def restore_sigint() -> None:

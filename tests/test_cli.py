@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from argparse import ArgumentError
 from pathlib import Path
@@ -22,7 +20,7 @@ from peft import PeftModel
 
 from vlm_calibration.models.loading import BaseModel, load_base
 
-from .command_line import LIMIT, Arguments, Ended, Run, Server, callback
+from .command_line import LIMIT, Arguments, Run, Server, callback, run_plainly
 from .test_configs import Parse
 from .test_configs import parse as parse
 from .wandb_log import OfflineRun
@@ -41,12 +39,10 @@ def test_the_written_configuration_alone_repeats_a_run(
     assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
 
 
-def test_a_wrong_value_and_a_cold_start(fit: Arguments, tmp_path: Path) -> None:
+def test_a_wrong_value_and_a_cold_start(fit: Arguments, root: Path, tmp_path: Path) -> None:
     """In a fresh process a class is known by its name alone."""
     arguments = [*fit(data={"batch_size": "three"}), "--model", "SFTModule"]
-    command = [sys.executable, "-m", "vlm_calibration.cli", *arguments]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT, check=False)
-    ended = Ended(ran.returncode, ran.stdout, ran.stderr)
+    ended = run_plainly(arguments, root, tmp_path)
     assert ended.error() == "data.batch_size: expected a whole number of at least 1, found 'three'"
     assert ended.status == 2
     assert ended.err.count("\n") == 1, "nothing that the libraries say when they are imported"
@@ -140,17 +136,6 @@ def test_both_stages(offline_runs: dict[str, OfflineRun], root: Path) -> None:
     assert all("language_model" in n for n in moved), "the demo trains the language model's layers only"
 
 
-def _children(pid: int) -> list[int]:
-    children = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                children.append(int(entry.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return children
-
-
 def test_ctrl_c_saves_a_checkpoint_and_leaves_no_worker(
     server: Server, fit: Arguments, tmp_path: Path
 ) -> None:
@@ -161,7 +146,7 @@ def test_ctrl_c_saves_a_checkpoint_and_leaves_no_worker(
     end = time.monotonic() + LIMIT
     while not last.exists() and time.monotonic() < end and Path(f"/proc/{pid}").exists():
         time.sleep(0.1)
-    workers = _children(pid)
+    workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     os.killpg(pid, signal.SIGINT)
     ended = server.wait(pid)
     assert ended.error() == "interrupted; the same command with --resume resumes it"

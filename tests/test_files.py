@@ -17,7 +17,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from vlm_calibration.append_log import AppendLog, SettingsChangedError
-from vlm_calibration.files import first_line, json_lines, name_some, read_json, replacing, write_json
+from vlm_calibration.files import (
+    clear_leftovers,
+    first_line,
+    json_lines,
+    name_some,
+    read_json,
+    replacing,
+    write_json,
+)
 from vlm_calibration.records import DataError
 
 
@@ -72,7 +80,9 @@ def test_who_may_read_weights_is_up_to_the_umask(tmp_path: Path, name: str, umas
     assert stat.S_IMODE((path / name).stat().st_mode) == 0o666 & ~umask
 
 
-def test_a_folder_is_never_half_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_never_half_taken_apart_and_what_a_killed_process_leaves_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "thing"
     _make(path, True, "old")
 
@@ -80,10 +90,18 @@ def test_a_folder_is_never_half_taken_apart(tmp_path: Path, monkeypatch: pytest.
         (Path(target) / "a").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
-        _make(temporary, True, "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+            _make(temporary, True, "new")
     assert _content(path) == {"a": "new", "b": "new"}
+    assert len([*tmp_path.iterdir()]) == 2
+    clear_leftovers(tmp_path)
+    with replacing(path) as temporary:
+        _make(temporary, True, "a process that is killed here")
+        clear_leftovers(tmp_path)
+        assert [*tmp_path.iterdir()] == [path]
+        _make(temporary, True, "new")
 
 
 def test_json_is_readable_and_ends_in_a_line_break(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .command_line import SHARDED, Arguments, Run, callback
+from .command_line import ANSWERING, SHARDED, Arguments, Run, callback
 
 NO_DROPOUT = ["--model.init_args.lora.dropout", "0.0"]
 """Dropout differs between processes."""
@@ -108,14 +108,11 @@ def test_stopped_in_two_processes_and_resumed_in_one_or_two(
 
 
 def test_a_teacher_is_fitted_on_the_answers_of_all_processes(
-    run: Run, run_two: Run, start: Arguments, root: Path, tmp_path: Path
+    run: Run, run_two: Run, start: Arguments, tmp_path: Path
 ) -> None:
     """The demo's model answers some queries correctly; each process sees half of the answers, and trains on its own."""
     answering = [
-        *("--model.init_args.base.name_or_path", str(root / "src/vlm_calibration/demo/model")),
-        *("--model.init_args.adapter", "null", "--model.init_args.parts", "null"),
-        *("--model.init_args.reference", "base", "--model.init_args.max_new_tokens", "8"),
-        *("--model.init_args.pairs.target", "fitted", "--model.init_args.lora.dropout", "0.0"),
+        *(*ANSWERING, "--model.init_args.pairs.target", "fitted", "--model.init_args.lora.dropout", "0.0"),
         # Of 21 queries one process answers one more.
         *("--data.candidates.answers", "own", "--data.validation.init_args.scenes", "7"),
         *("--trainer.max_steps", "2", "--trainer.val_check_interval", "2"),
