@@ -136,7 +136,6 @@ def test_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
         (command, ["x", "--max_size", "3"], "unknown setting --max_size (did you mean --max-size?)"),
         (command, ["x", "--images"], "unknown setting --images (did you mean --no-images?)"),
         (command, ["x", "--out"], "argument --out: expected one argument"),
-        (command, ["x", "--quiet=3"], "argument --quiet: ignored explicit argument '3'"),
         (SUBCOMMANDS, [], "missing: one of ask, pass; see `prog --help`"),
         (SUBCOMMANDS, ["aks"], "no 'aks' (did you mean ask?): one of ask, pass; see `prog --help`"),
     ],

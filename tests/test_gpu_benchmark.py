@@ -64,13 +64,8 @@ def test_batches_of_real_sizes_fit_the_published_models(name: str) -> None:
 
 
 def _cell(side: str, **changes: Any) -> Cell:
-    values = {
-        "seconds": [2.0 if side == TRL else 1.0],
-        "collating": [0.1],
-        "losses": [0.7, 0.6, 0.5],
-        "peak": 2**31,
-    }
-    return Cell("m", "bf16", "SFT", side, **{**values, **changes})
+    values = {"seconds": [2.0 if side == TRL else 1.0], "collating": [0.1], "losses": [0.7, 0.6, 0.5]}
+    return Cell("m", "bf16", "SFT", side, **{**values, "peak": 2**31, **changes})
 
 
 def _page(*cells: Cell, failed: tuple[str, ...] = ()) -> tuple[str, bool]:

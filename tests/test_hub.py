@@ -20,7 +20,14 @@ from transformers import AutoModelForImageTextToText
 
 from vlm_calibration import hub
 from vlm_calibration.models.adapters import load_adapters
-from vlm_calibration.models.base import CONFIG, FACTS, base_of_adapter, base_of_adapters, find_adapter
+from vlm_calibration.models.base import (
+    CONFIG,
+    FACTS,
+    BaseModel,
+    base_of_adapter,
+    base_of_adapters,
+    find_adapter,
+)
 from vlm_calibration.records import DataError
 
 from .command_line import ERROR, Arguments, Run
@@ -33,10 +40,13 @@ NOWHERE = "http://127.0.0.1:9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ADDRESS = rf"(?:/api/models)?/([\w-]+/[\w-]+)(?:/(revision|tree|resolve)/(?:main|v2|{COMMIT}))?(?:/(.+))?"
 """Of a repository on the Hub, of the list of its files, or of a file."""
+Visit = Callable[[str], None]
+Serve = Callable[[str, Path], str]
+NewAdapter = Callable[..., str]
 
 
 @pytest.fixture
-def visit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+def visit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Visit]:
     """Function that makes an address the Hub of this process; the cache is empty at first."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache/hub"))
 
@@ -51,9 +61,7 @@ def visit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     hub._why_offline.cache_clear()
 
 
-def test_out_of_reach_is_one_line_at_once(
-    call: Run, visit: Callable[[str], None], fit: Arguments, tmp_path: Path
-) -> None:
+def test_out_of_reach_is_one_line_at_once(call: Run, visit: Visit, fit: Arguments, tmp_path: Path) -> None:
     visit(NOWHERE)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     began = time.monotonic()
@@ -78,9 +86,7 @@ def test_what_is_no_name_on_the_hub_is_a_folder_that_is_missing() -> None:
             raise OSError("not found")
 
 
-def test_a_proxy_is_left_to_reach_the_hub(
-    visit: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_is_left_to_reach_the_hub(visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
     visit(NOWHERE)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     assert hub._why_offline() is None
@@ -88,7 +94,7 @@ def test_a_proxy_is_left_to_reach_the_hub(
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[str, Path], str]]:
+def serve() -> Iterator[Serve]:
     """Serves folders as repositories of the Hub, each at one commit; returns the address."""
     repositories: dict[str, Path] = {}
 
@@ -109,9 +115,8 @@ def serve() -> Iterator[Callable[[str, Path], str]]:
                 files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
                 names = [{"rfilename": name} for name in files]
                 info = {"id": match[1], "modelId": match[1], "sha": COMMIT, "siblings": names}
-                tree = [
-                    {"type": "file", "path": n, "size": len(c), "oid": _digest(c)} for n, c in files.items()
-                ]
+                sizes = {name: {"size": len(c), "oid": _digest(c)} for name, c in files.items()}
+                tree = [{"type": "file", "path": name, **size} for name, size in sizes.items()]
                 self._answer(json.dumps(tree if match[2] == "tree" else info).encode(), body)
 
         def _answer(self, content: bytes, body: bool, error: str = "") -> None:
@@ -146,11 +151,7 @@ def _digest(content: bytes) -> str:
 
 
 def test_an_adapter_by_its_name_on_the_hub(
-    call: Run,
-    visit: Callable[[str], None],
-    serve: Callable[[str, Path], str],
-    new_adapter: Callable[..., str],
-    tmp_path: Path,
+    call: Run, visit: Visit, serve: Serve, new_adapter: NewAdapter, tmp_path: Path
 ) -> None:
     """Answers equal those of the adapter's folder, also with only the cache."""
     adapter = new_adapter(5)
@@ -158,12 +159,8 @@ def test_an_adapter_by_its_name_on_the_hub(
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     command = ("ask", "a.png", "A dog?", "--json", "--max-new-tokens", "5", "--adapter")
     answers = []
-    for name, endpoint in (
-        (adapter, NOWHERE),
-        ("org/mine", address),
-        ("org/mine@v2", address),
-        ("org/mine", NOWHERE),
-    ):
+    names = {adapter: NOWHERE, "org/mine": address, "org/mine@v2": address}
+    for name, endpoint in (*names.items(), ("org/mine", NOWHERE)):
         visit(endpoint)
         ended = call(*command, name).checked()
         answers.append({**json.loads(ended.out), "model": None})
@@ -172,9 +169,7 @@ def test_an_adapter_by_its_name_on_the_hub(
     assert call(*command, "org/none").error().startswith("no adapter at org/none ")
 
 
-def test_a_repository_without_an_adapter(
-    visit: Callable[[str], None], serve: Callable[[str, Path], str], tmp_path: Path
-) -> None:
+def test_a_repository_without_an_adapter(visit: Visit, serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     visit(serve("org/bare", tmp_path))
     with pytest.raises(
@@ -184,7 +179,7 @@ def test_a_repository_without_an_adapter(
 
 
 def test_a_folder_goes_before_the_hub(
-    new_adapter: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new_adapter: NewAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(new_adapter(1), "runs/sft/adapter")
@@ -195,20 +190,12 @@ def test_a_folder_goes_before_the_hub(
         find_adapter("runs/empty")
 
 
-def test_the_base_is_loaded_as_in_training(new_adapter: Callable[..., str], model_folder: str) -> None:
+def test_the_base_is_loaded_as_in_training(new_adapter: NewAdapter, model_folder: str) -> None:
     folder = Path(new_adapter(1))
-    cards: list[tuple[dict[str, str] | None, tuple[str, str]]] = [
-        (None, ("auto", "none")),
-        ({}, ("auto", "none")),
-        ({"quantization": "nf4"}, ("auto", "nf4")),
-        ({"dtype": "bfloat16", "quantization": "none"}, ("bfloat16", "none")),
-    ]
-    for card, expected in cards:
-        if card is not None:
-            (folder / FACTS).write_text(json.dumps(card))
-        base = base_of_adapter(folder)
-        assert (base.dtype, base.quantization) == expected
-        assert (base.name_or_path, base.trust_remote_code) == (model_folder, False)
+    assert base_of_adapter(folder) == BaseModel(model_folder)
+    for card in ({}, {"quantization": "nf4"}, {"dtype": "bfloat16", "quantization": "none"}):
+        (folder / FACTS).write_text(json.dumps(card))
+        assert base_of_adapter(folder) == BaseModel(model_folder, **card)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +208,7 @@ def test_the_base_is_loaded_as_in_training(new_adapter: Callable[..., str], mode
     ],
 )
 def test_an_invalid_file_of_an_adapter_is_named(
-    new_adapter: Callable[..., str], file: str, content: str, message: str
+    new_adapter: NewAdapter, file: str, content: str, message: str
 ) -> None:
     path = Path(new_adapter(1)) / file
     path.write_text(content)
@@ -229,7 +216,7 @@ def test_an_invalid_file_of_an_adapter_is_named(
         base_of_adapter(path.parent)
 
 
-def test_adapters_agree_on_one_base(new_adapter: Callable[..., str]) -> None:
+def test_adapters_agree_on_one_base(new_adapter: NewAdapter) -> None:
     """An adapter without a card matches any dtype; adapters with different cards do not match."""
     one, two, three = (Path(new_adapter(seed)) for seed in (1, 2, 3))
     (two / FACTS).write_text('{"dtype": "bfloat16"}')
@@ -250,7 +237,7 @@ def test_adapters_agree_on_one_base(new_adapter: Callable[..., str]) -> None:
         base_of_adapters({"one": str(one), "three": str(three)})
 
 
-def test_an_adapter_of_another_base_model(new_adapter: Callable[..., str], model_folder: str) -> None:
+def test_an_adapter_of_another_base_model(new_adapter: NewAdapter, model_folder: str) -> None:
     adapter, config = new_adapter(1), build_model().config
     config.text_config.hidden_size *= 2
     wider = AutoModelForImageTextToText.from_config(config)

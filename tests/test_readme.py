@@ -26,7 +26,6 @@ from .test_configs import Parse
 from .test_configs import parse as parse
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = ("vlm-calibration", "make", "python", "pip", "jupyter", "wandb", "conda", "coverage")
 PAGES = sorted(
     page for name in ("configs", "notebooks", "src", "tests") for page in (ROOT / name).rglob("README.md")
@@ -45,9 +44,7 @@ def commands(text: str) -> list[str]:
     lines: list[str] = []
     for language, block in BLOCK.findall(text):
         if language not in ("bash", "bibtex", "json", "python", "text"):
-            raise ValueError(
-                f"a block of {language or 'no language'}: expected bash, bibtex, json, python or text"
-            )
+            raise ValueError(f"a block of {language or 'no language'}")
         if language == "bash":
             lines += block.replace("\\\n", " ").splitlines()
     rest = BLOCK.sub("", text)
@@ -60,15 +57,8 @@ def commands(text: str) -> list[str]:
     return list(dict.fromkeys(line for line in stripped if line))
 
 
-COMMANDS = list(
-    dict.fromkeys(
-        command
-        for page in (ROOT / "README.md", *PAGES)
-        for command in commands(page.read_text(encoding="utf-8"))
-    )
-)
-
-
+README, *_ = TEXTS = [page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *PAGES)]
+COMMANDS = list(dict.fromkeys(command for text in TEXTS for command in commands(text)))
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -151,9 +141,7 @@ def test_the_page_of_a_folder_names_existing_files(page: Path) -> None:
     paths = _paths(page)
     assert paths
     names = {path for path in paths if (ROOT / "configs" / f"{path}.yaml").exists()}
-    assert [
-        p for p in sorted(paths - names) if not (page.parent / p).exists() and not (ROOT / p).exists()
-    ] == []
+    assert [p for p in paths - names if not (page.parent / p).exists() and not (ROOT / p).exists()] == []
 
 
 @pytest.mark.parametrize("folder", ["configs/slurm", "notebooks", "tests/performance"])
@@ -177,17 +165,19 @@ def test_the_query_of_the_readme_loads(tmp_path: Path) -> None:
     assert mask.sum() == 160 * 160
 
 
+def _table(page: str, head: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8").split(head, 1)[1].split("\n\n", 1)[0]
+
+
 def test_the_table_has_the_keys_of_a_query() -> None:
-    page = (ROOT / "configs/data/README.md").read_text(encoding="utf-8")
-    table = page.split("| key | meaning |", 1)[1].split("\n\n", 1)[0]
+    table = _table("configs/data/README.md", "| key | meaning |")
     first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     keys = [key for cell in first for key in re.findall(r"`(\w+)`", cell)]
     assert sorted(keys) == sorted(field.name for field in fields(Query))
 
 
 def test_the_table_has_every_extra_that_a_command_needs() -> None:
-    page = (ROOT / "configs/README.md").read_text(encoding="utf-8")
-    table = page.split("| extra | commands that need it |", 1)[1].split("\n\n", 1)[0]
+    table = _table("configs/README.md", "| extra | commands that need it |")
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == EXTRAS.keys() - {"bench", "dev"}
 
 

@@ -13,14 +13,22 @@ import pytest
 import yaml
 from PIL import Image
 
+from vlm_calibration.callbacks.regions import RegionWriter
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.records import DataError
-from vlm_calibration.regions.extraction import OUTCOMES
+from vlm_calibration.regions.detector import ZeroShotDetector
+from vlm_calibration.regions.extraction import OUTCOMES, RegionGates
+from vlm_calibration.regions.phrases import RuleDescriber
+from vlm_calibration.regions.segmenter import PromptedSegmenter
+from vlm_calibration.stages.regions import RegionExtractor
 
 from .command_line import Arguments, Run, callback, instance
 from .regions.conftest import scene_files as scene_files
 from .regions.conftest import tiny as tiny
+from .trainers import plain_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +108,7 @@ def _content(folder: Path) -> dict[Any, Any]:
 def test_all_sources_are_extracted_in_one_run(
     run: Run, run_two: Run, of_all: Arguments, queries: Path, tmp_path: Path
 ) -> None:
-    """Two processes, a killed run that resumes, and two parts give the content of one run."""
+    """Two processes give the content of one."""
     ended = run(*of_all("one")).checked()
     one = _content(tmp_path / "one")
     files = {"train.parquet", "validation.parquet", "levels.parquet"}
@@ -115,23 +123,29 @@ def test_all_sources_are_extracted_in_one_run(
     for name in files:
         assert f"wrote {tmp_path}/one/{name}: " in ended.out
 
-    kill = callback("disasters.KillTest", batch=5, when="answered")
-    run(*of_all("cut", kill)).checked(-9)
-    assert not files & {path.name for path in (tmp_path / "cut").iterdir()}
-    log = tmp_path / "cut/shards/0.0.jsonl"
-    done = log.read_text()
-    with log.open("a") as file:
-        file.write('{"shard": 4, "rows": [')
-    ended = run_two(*of_all("cut"), "--trainer.strategy", "ddp").checked()
+    ended = run_two(*of_all("two"), "--trainer.strategy", "ddp").checked()
     assert ended.out.count("Regions of 17 queries") == 1, "one process reports"
-    assert _content(tmp_path / "cut") == one
-    assert log.read_text().startswith(done), "what was finished is not done again"
+    assert _content(tmp_path / "two") == one
 
-    for part, done in (("1", False), ("0", True)):
-        ended = run(*of_all("parts"), "--data.parts", "2", "--data.part", part).checked()
-        assert (tmp_path / "parts" / "summary.json").exists() == done
-        assert (f"part {part} of 2 is done; " in ended.out) != done
-    assert _content(tmp_path / "parts") == one
+
+def test_two_parts_write_the_files_of_one_run(
+    tiny: Callable[[str], str], queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def extract(name: str, **part: int) -> str:
+        source = JsonlSource(str(queries))
+        data = PerturbedQueryDataModule(predict=source, eval_batch_size=4, workers=0, **part)  # type: ignore[arg-type]
+        detector = ZeroShotDetector(tiny("grounding_dino"), threshold=0.0, max_boxes=2)
+        segmenter, gates = PromptedSegmenter(tiny("sam2")), RegionGates(0.02, 0.0)
+        module = RegionExtractor(RuleDescriber(), detector, segmenter, gates, on_bad_image="skip")
+        module.run_digest = "of these settings"
+        plain_trainer(tmp_path / name, RegionWriter()).predict(module, data, return_predictions=False)
+        return capsys.readouterr().out
+
+    extract("one")
+    for part, done in ((1, False), (0, True)):
+        assert (f"part {part} of 2 is done; " in extract("two", parts=2, part=part)) != done
+        assert (tmp_path / "two/summary.json").exists() == done
+    assert _content(tmp_path / "two") == _content(tmp_path / "one")
 
 
 def test_without_the_font_of_the_demo_its_queries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,13 +160,14 @@ def test_from_queries_to_regions_interrupted_and_resumed_until_nothing_is_to_do(
 ) -> None:
     folder = tmp_path / "run"
     run(*predict("run", callback("disasters.KillTest", batch=3, when="answered")), "--resume").checked(-9)
-    finished = set(_shards(folder))
+    finished, done = set(_shards(folder)), (folder / "shards/0.0.jsonl").read_text()
     gates = ["--model.init_args.gates.max_area", "0.1"]
     refused = run(*predict("run"), "--resume", *gates).error()
     assert all(text in refused for text in (str(folder), "gates.max_area was 0.9 and is 0.1", "--overwrite"))
     ended = run(*predict("run"), "--resume").checked()
     before = _content(folder)
     assert finished < {name for name in before if isinstance(name, int)}
+    assert (folder / "shards/0.0.jsonl").read_text().startswith(done), "what was finished is not done again"
     rows = before["queries.parquet"]
     lines = [json.loads(line) for line in queries.read_text().splitlines()]
     assert [r["id"] for r in rows] == [line["id"] for line in lines if line["id"] != "damaged"]
