@@ -122,7 +122,6 @@ VALIDATION = ("--data.validation", "JsonlSource", "--data.validation.path", "x")
 @pytest.mark.parametrize(
     ("call", "culprit"),
     [
-        (("fit", "--config", "sft", *OWN), "data.train"),
         (("test", "--config", "levels", *OWN), "data.train"),
         (("fit", "--config", "sft", *VALIDATION), "data.validation"),
     ],

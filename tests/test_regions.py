@@ -46,6 +46,11 @@ def queries(scene_files: Callable[..., Path]) -> Path:
     return path
 
 
+def _readable_ids(queries: Path) -> list[str]:
+    ids = [json.loads(line)["id"] for line in queries.read_text().splitlines()]
+    return [query_id for query_id in ids if query_id != "damaged"]
+
+
 @pytest.fixture
 def predict(root: Path, tiny: Callable[[str], str], queries: Path, tmp_path: Path) -> Arguments:
     """Arguments of an extraction with tiny models, shards of four queries and batches of three."""
@@ -113,13 +118,9 @@ def test_all_sources_are_extracted_in_one_run(
     one = _content(tmp_path / "one")
     files = {"train.parquet", "validation.parquet", "levels.parquet"}
     assert set(one) == {*files, "summary.json", "run.json", *range(6)}
-    lines = [json.loads(line) for line in queries.read_text().splitlines()]
-    extracted = [
-        row["id"] for name in sorted(files, key=list(one["summary.json"]["files"]).index) for row in one[name]
-    ]
-    assert extracted == [line["id"] for line in lines if line["id"] != "damaged"]
-    assert one["summary.json"]["queries"] == 17
-    assert [f["queries"] for f in one["summary.json"]["files"].values()] == [9, 3, 5]
+    summary = one["summary.json"]
+    assert [row["id"] for name in summary["files"] for row in one[name]] == _readable_ids(queries)
+    assert (summary["queries"], [f["queries"] for f in summary["files"].values()]) == (17, [9, 3, 5])
     for name in files:
         assert f"wrote {tmp_path}/one/{name}: " in ended.out
 
@@ -169,8 +170,7 @@ def test_from_queries_to_regions_interrupted_and_resumed_until_nothing_is_to_do(
     assert finished < {name for name in before if isinstance(name, int)}
     assert (folder / "shards/0.0.jsonl").read_text().startswith(done), "what was finished is not done again"
     rows = before["queries.parquet"]
-    lines = [json.loads(line) for line in queries.read_text().splitlines()]
-    assert [r["id"] for r in rows] == [line["id"] for line in lines if line["id"] != "damaged"]
+    assert [r["id"] for r in rows] == _readable_ids(queries)
     for row in rows:
         labels = {r["label"] for r in row["regions"]} | {r["label"] for r in row["rejected"]}
         assert labels <= set(row["objects"])

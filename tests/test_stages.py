@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import vlm_calibration
 from vlm_calibration import Plan, steps
 from vlm_calibration.cli import main
 from vlm_calibration.records import DataError
@@ -213,8 +212,3 @@ def test_the_metrics_are_those_of_the_evaluated_systems(
         (folder / name / "metrics.json").write_text(f'{{"n": {len(name)}}}')
     monkeypatch.setattr(steps, "_run", lambda *_: folder)
     assert list(steps.evaluate(Plan()).items()) == [("base", {"n": 4}), ("sft", {"n": 3}), ("dpo", {"n": 3})]
-
-
-def test_the_package_offers_the_stages() -> None:
-    assert set(vlm_calibration.__all__) <= set(dir(vlm_calibration))
-    assert all(getattr(vlm_calibration, name).__doc__ for name in vlm_calibration.__all__)
