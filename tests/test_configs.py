@@ -212,13 +212,10 @@ def test_the_benchmark_refuses_to_choose_on_test_scenes(
     """Development scenes, as the preset has them, are all that it asks about without `--test`."""
     answered = []
 
-    class Stopped(Exception):
-        pass
-
     def start(*arguments: str, threads: int = 1) -> None:
         if arguments[0] == "test":
             answered.append(arguments)
-            raise Stopped
+            raise InterruptedError
 
     monkeypatch.setattr(demo_seeds, "start", start)
     monkeypatch.setattr(demo_seeds, "finish", lambda process: None)
@@ -226,17 +223,15 @@ def test_the_benchmark_refuses_to_choose_on_test_scenes(
         demo_seeds.main(["--test", "--systems", "rlcr"])
     assert "--systems rlcr" in capsys.readouterr().err
     for arguments in ([], ["--test"]):
-        with pytest.raises(Stopped):
+        with pytest.raises(InterruptedError):
             demo_seeds.main(arguments)
     systems = [json.loads(a[a.index("--model.init_args.adapters") + 1]) for a in answered]
     assert set(systems[1]) == {*demo_seeds.STATED}, "the first of two evaluations"
     assert set(ABLATIONS) < set(systems[0])
     own, [parts] = ([word for word in a if word.startswith("--data.test=")] for a in answered)
     assert own == []
-    development = yaml.safe_load(EVAL.read_text(encoding="utf-8"))["data"]["test"]
-    assert json.loads(parts.partition("=")[2]) == json.loads(
-        json.dumps(development).replace("development", "test")
-    )
+    development = json.dumps(yaml.safe_load(EVAL.read_text(encoding="utf-8"))["data"]["test"])
+    assert json.loads(parts.partition("=")[2]) == json.loads(development.replace("development", "test"))
 
 
 def test_nothing_else_asks_about_the_scenes_that_recalibration_is_fitted_on() -> None:
@@ -264,10 +259,8 @@ def test_the_preset_of_stage_2_is_chosen_by_its_rule() -> None:
     right = {f"accuracy{part}": 0.8 for part in demo_seeds.PARTS}
 
     def run(**brier: float) -> dict[str, dict[str, float]]:
-        systems = {
-            name: {**right, "brier": value, "parse_failure_rate": 0.0} for name, value in brier.items()
-        }
-        return {"base": right, **systems}
+        read = {**right, "parse_failure_rate": 0.0}
+        return {"base": right, **{name: {**read, "brier": value} for name, value in brier.items()}}
 
     runs = [run(a=0.13, b=0.14, c=0.1, d=0.11), run(a=0.15, b=0.12, c=0.1, d=0.11)]
     for seed in runs:

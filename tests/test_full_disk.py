@@ -5,7 +5,6 @@ A limit on the size of files replaces the full disk, since it needs no privilege
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import subprocess
@@ -87,31 +86,21 @@ WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
 """File -> the function that writes it, and whether that replaces an existing file."""
 
 
-def _cramped(write: Callable[[Path], None], folder: Path, answers: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, LARGEST))
-    try:
-        write(folder)
-        answers.put("written")
-    except DataError as error:
-        answers.put(str(error))
-
-
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_file(tmp_path: Path, name: str) -> None:
     write, replaces = WRITTEN[name]
     if replaces:
         (tmp_path / name).write_text("kept")
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    process = context.Process(target=_cramped, args=(write, tmp_path, answers))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    _assert_names(answers.get(timeout=10), tmp_path / name)
-    files = {p.name for p in tmp_path.iterdir() if p.is_file()}
-    assert files <= {name}, "no temporary files"
-    if replaces:
-        assert (tmp_path / name).read_text() == "kept"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, hard))
+    try:
+        with pytest.raises(DataError) as caught:
+            write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    _assert_names(str(caught.value), tmp_path / name)
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} <= {name}, "no temporary files"
+    assert not replaces or (tmp_path / name).read_text() == "kept"
 
 
 @pytest.mark.slow

@@ -87,17 +87,14 @@ def _distribution(requirement: str) -> str:
 
 def test_top_level_holds_nothing_else(root: Path) -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True)
-    names = {line.split("/")[0] for line in listed.stdout.splitlines()}
-    assert {"src", "Makefile"} <= names
-    assert names <= TOP_LEVEL
+    assert {"src"} < {line.split("/")[0] for line in listed.stdout.splitlines()} <= TOP_LEVEL
 
 
 def _ran_make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Without MAKELEVEL: under `make test` it would print the folders that it enters."""
     ours = ("PYTHON", "CONFIG", "ARGS", "MAKEFLAGS", "MAKELEVEL")
     clean = {k: v for k, v in os.environ.items() if k not in ours}
-    command = ["make", *arguments]
-    return subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, check=False)
+    return subprocess.run(["make", *arguments], cwd=folder, env=clean, capture_output=True, text=True)
 
 
 def _make(folder: Path, *arguments: str) -> str:
@@ -121,8 +118,8 @@ def test_help_lists_every_target(root: Path) -> None:
 @pytest.fixture
 def checkout(root: Path, tmp_path: Path) -> Path:
     """A folder with the files that make reads, and an interpreter that only logs its arguments."""
-    for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(root / name, tmp_path / name)
+    shutil.copy(root / "Makefile", tmp_path)
+    shutil.copy(root / "pyproject.toml", tmp_path)
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(FAKE_PYTHON)
@@ -132,9 +129,9 @@ def checkout(root: Path, tmp_path: Path) -> Path:
 
 def _calls(folder: Path) -> list[str]:
     """Arguments of the interpreter's calls since the last `_calls`."""
-    calls = folder / "calls"
-    lines = calls.read_text().splitlines() if calls.exists() else []
-    calls.unlink(missing_ok=True)
+    (folder / "calls").touch()
+    lines = (folder / "calls").read_text().splitlines()
+    (folder / "calls").unlink()
     return lines
 
 
@@ -155,11 +152,9 @@ def test_set_up_installs_what_each_stage_needs(project: dict, checkout: Path, ta
 
 def test_a_bare_checkout_is_set_up_first(checkout: Path) -> None:
     """With an interpreter that makes a virtual environment as `python3 -m venv` does, and nothing else."""
-    python = (checkout / ".venv/bin/python").read_text()
+    shutil.copy(checkout / ".venv/bin/python", checkout / "fake")
     builder = checkout / "builder"
-    builder.write_text(
-        f"#!/bin/bash\nmkdir -p $3/bin\ncat > $3/bin/python << 'END'\n{python}\nEND\nchmod +x $3/bin/python\n"
-    )
+    builder.write_text("#!/bin/bash\nmkdir -p $3/bin && cp fake $3/bin/python\n")
     builder.chmod(0o755)
     for target in ("demo", "calibrate", "train-sft", "test"):
         shutil.rmtree(checkout / ".venv")
@@ -239,8 +234,9 @@ def test_a_variable_that_a_target_does_not_use_is_refused(checkout: Path) -> Non
 
 def test_a_rebuilt_demo_model_gets_its_own_levels(checkout: Path) -> None:
     _make(checkout, "demo-model")
-    calls = [" ".join(c.split()[1:4]) for c in _calls(checkout)]
-    assert calls[-2:] == ["tests.demo.recipe", "vlm_calibration.cli levels fit"]
+    recipe, levels = _calls(checkout)[-2:]
+    assert "tests.demo.recipe" in recipe
+    assert "vlm_calibration.cli levels fit" in levels
 
 
 def test_tests_need_more_than_training(checkout: Path) -> None:
@@ -262,7 +258,5 @@ def test_own_configuration_and_own_interpreter(checkout: Path) -> None:
     shutil.rmtree(checkout / ".venv")
     _make(checkout, "train-sft", "PYTHON=./mine", "CONFIG=mine.yaml", "ARGS=--trainer.max_steps 3")
     [call] = _calls(checkout)
-    assert call == (
-        "-m vlm_calibration.cli calibrate sft --config mine.yaml --runs runs --trainer.max_steps 3"
-    )
+    assert call.endswith("cli calibrate sft --config mine.yaml --runs runs --trainer.max_steps 3")
     assert not (checkout / ".venv").exists()
