@@ -42,9 +42,8 @@ def test_the_written_configuration_alone_repeats_a_run(
 def test_a_wrong_value_and_a_cold_start(fit: Arguments, root: Path, tmp_path: Path) -> None:
     """In a fresh process a class is known by its name alone."""
     arguments = [*fit(data={"batch_size": "three"}), "--model", "SFTModule"]
-    ended = run_plainly(arguments, root, tmp_path)
+    ended = run_plainly(arguments, root, tmp_path).checked(2)
     assert ended.error() == "data.batch_size: expected a whole number of at least 1, found 'three'"
-    assert ended.status == 2
     assert ended.err.count("\n") == 1, "nothing that the libraries say when they are imported"
 
 
@@ -88,9 +87,8 @@ def test_a_mistake_in_the_configuration(parse: Parse, arguments: str, says: str)
 def test_settings_that_cannot_be_used(
     run: Run, fit: Arguments, tmp_path: Path, arguments: str, status: int, says: str
 ) -> None:
-    ended = run(*fit(), *arguments.split())
+    ended = run(*fit(), *arguments.split()).checked(status)
     assert says.format(tmp_path / "run") in ended.error()
-    assert ended.status == status
 
 
 class Opens:
@@ -110,9 +108,7 @@ def test_a_checkpoint_that_cannot_be_resumed(
         ("unsafe.ckpt", "--ckpt_path unsafe.ckpt: refused as unsafe: "),
     ):
         settings = ("--trainer.max_steps", "100", "--model.init_args.lora.r", "3")
-        ended = run(*fit(), *settings, "--ckpt_path", str(checkpoint))
-        assert says in ended.error()
-        assert ended.status == 1
+        assert says in run(*fit(), *settings, "--ckpt_path", str(checkpoint)).checked(1).error()
     assert not (tmp_path / "opened").exists()
 
 
@@ -141,9 +137,8 @@ def test_ctrl_c_saves_a_checkpoint_and_leaves_no_worker(
         time.sleep(0.1)
     workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     os.killpg(pid, signal.SIGINT)
-    ended = server.wait(pid)
+    ended = server.wait(pid).checked(130)
     assert ended.error() == "interrupted; the same command with --resume resumes it"
-    assert ended.status == 130
     assert len(workers) == 1
     assert [w for w in workers if Path(f"/proc/{w}").exists()] == []
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "config.yaml", "run.json"}

@@ -19,7 +19,6 @@ from vlm_calibration.commands.lightning_cli import CalibrationCLI, ParsedCLI, sh
 from vlm_calibration.commands.settings_check import check_settings
 from vlm_calibration.errors import explained_errors
 from vlm_calibration.losses.preference import SimPO
-from vlm_calibration.presets import CONFIGS as SHIPPED
 from vlm_calibration.presets import DEMO, find_preset, preset_names, resolve_configs
 from vlm_calibration.records import DataError
 from vlm_calibration.settings import flat
@@ -330,7 +329,6 @@ def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_yaml_file_is_a_preset(root: Path) -> None:
     files = {path.relative_to(root / "configs") for path in (root / "configs").rglob("*.yaml")}
     assert {f"{name}.yaml" for name in preset_names()} == set(map(str, files))
-    assert (SHIPPED / "sft.yaml").resolve() == root / "configs/sft.yaml"
 
 
 def test_a_name_gives_the_content_of_its_file(root: Path) -> None:

@@ -146,10 +146,8 @@ def test_a_command_is_named_as_the_shell_finds_it(
     program = tmp_path / ".venv/bin/vlm-calibration"
     program.parent.mkdir(parents=True)
     program.touch(mode=0o755)
-    for search, expected in (
-        ("/none", ".venv/bin/vlm-calibration"),
-        (str(program.parent), "vlm-calibration"),
-    ):
+    named = {"/none": ".venv/bin/vlm-calibration", str(program.parent): "vlm-calibration"}
+    for search, expected in named.items():
         monkeypatch.setenv("PATH", search)
         print_results({}, commands=["vlm-calibration runs"])
         assert capsys.readouterr().out == f"what to try next:\n  {expected} runs\n"

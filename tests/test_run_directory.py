@@ -21,8 +21,6 @@ from vlm_calibration.reporting.runs import RunRecord
 from .command_line import Arguments, Run, callback, instance
 
 LOGGED = {"logger": callback("logger.RunLogger")}
-REMEDIES = ("--resume", "--overwrite", "--trainer.default_root_dir")
-"""Settings that the refusal of a finished run suggests."""
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -31,15 +29,10 @@ def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where these tests keep a finished run."""
-    return tmp_path_factory.mktemp("trained") / "run"
-
-
 @pytest.fixture
-def finished(run: Run, fit: Arguments, trained: Path, tmp_path: Path) -> Path:
-    """A copy of the run directory of a finished run."""
+def finished(run: Run, fit: Arguments, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
+    """A copy of the run directory of a finished run; the first test trains for all."""
+    trained = tmp_path_factory.getbasetemp() / "finished"
     if not trained.exists():
         run(*fit(trainer=LOGGED)).checked()
         assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
@@ -72,9 +65,9 @@ def test_a_run_that_fails_leaves_the_directory_as_it_was(
 
 def test_a_finished_run_is_refused_and_left_as_it_was(run: Run, fit: Arguments, finished: Path) -> None:
     before = files_of(finished)
-    ended = run(*fit(trainer=LOGGED))
-    assert ended.status == 1
-    assert all(text in ended.error() for text in (str(finished), *REMEDIES))
+    refused = run(*fit(trainer=LOGGED)).checked(1).error()
+    remedies = ("--resume", "--overwrite", "--trainer.default_root_dir")
+    assert all(text in refused for text in (str(finished), *remedies))
     assert files_of(finished) == before
 
 

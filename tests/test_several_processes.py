@@ -23,10 +23,8 @@ ONE_EACH = ["--data.batch_size", "1"]
 
 def _losses(folder: Path) -> list[float]:
     """The loss of each step: the mean over processes, whose batches have equal sizes."""
-    columns = [
-        [float(line) for line in path.read_text().splitlines()]
-        for path in sorted(folder.glob("losses-*.txt"))
-    ]
+    paths = sorted(folder.glob("losses-*.txt"))
+    columns = [[float(line) for line in path.read_text().splitlines()] for path in paths]
     return [sum(row) / len(row) for row in zip(*columns, strict=True)]
 
 
@@ -63,10 +61,8 @@ def test_two_processes_train_as_one(run_two: Run, start: Arguments, one: Path, t
     watch = callback("disasters.WriteLosses")
     ended = run_two(*start("ddp", watch, strategy="ddp"), *ONE_EACH, *NO_DROPOUT).checked()
     assert "sync_dist" not in ended.err, "Lightning's advice for metrics that are not reduced"
-    logger = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": str(tmp_path), "name": "log", "version": ""},
-    }
+    logs = {"save_dir": str(tmp_path), "name": "log", "version": ""}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logs}
     settings = {"strategy": SHARDED, "limit_val_batches": 0, "logger": logger, "log_every_n_steps": 1}
     sharded = start("fsdp2", watch, callback("throughput.Throughput"), **settings)
     ended = run_two(*sharded, *ONE_EACH, *NO_DROPOUT).checked()

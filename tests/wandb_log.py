@@ -159,13 +159,10 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
     further = yaml.safe_load((root / "configs/eval/demo_estimators.yaml").read_text(encoding="utf-8"))
     estimating = {**further["model"]["init_args"], "adapters": adapters}
     splits = {"clean": {"source": test}, "perturbed": {"source": test, "noise": "drawn"}}
-    validation = demo("calibration", 8)
+    validation, later = demo("calibration", 8), {"train": demo("train", 4, first=50)}
     stages: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "sft": ("fit", "sft.yaml", {}, {"train": demo("train", 4), "validation": validation}),
-        "dpo": (
-            *("fit", "dpo.yaml", {"adapter": adapters["sft"]}),
-            {"train": demo("train", 4, first=50), "validation": validation},
-        ),
+        "dpo": ("fit", "dpo.yaml", {"adapter": adapters["sft"]}, {**later, "validation": validation}),
         "eval": ("test", "eval/demo.yaml", estimating, {"test": splits, "calibration": None}),
     }
     runs = {}
