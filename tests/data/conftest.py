@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,40 @@ class Listed(QuerySource):
         return with_regions(query, np.full((*self.size, 3), 128, dtype=np.uint8))
 
 
+def record(identifier: str = "one", **changes: Any) -> dict[str, Any]:
+    """A record about `a.png` with changed keys."""
+    plain = {"image": "a.png", "question": "A dog?", "answer": "Yes", "answer_type": "yes_no"}
+    return {"id": identifier, **plain, **changes}
+
+
+@contextmanager
+def refused(begin: str, *parts: str) -> Iterator[pytest.ExceptionInfo[DataError]]:
+    """Check that the block ends in a DataError of one line that begins with `begin` and holds each of `parts`."""
+    with pytest.raises(DataError) as caught:
+        yield caught
+    message = str(caught.value)
+    assert message.startswith(begin)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
 def pattern(seed: int) -> Image.Image:
     """An image of 64 x 48 pixels that no other seed's resembles."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((64, 48), Image.Resampling.BICUBIC)
 
 
-def png(image: Image.Image) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **settings: int) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, kind, **settings)
     return file.getvalue()
 
 
+Write = Callable[..., Path]
+
+
 @pytest.fixture
-def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
+def write_jsonl(tmp_path: Path) -> Write:
     """Write `data/queries.jsonl` and `data/a.png` (20 x 10 pixels); lines may be objects, text or bytes."""
     folder = tmp_path / "data"
     folder.mkdir()
@@ -66,23 +87,6 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture
-def record() -> Callable[..., dict[str, Any]]:
-    """A record about `a.png` with changed keys."""
-
-    def make(identifier: str = "one", **changes: Any) -> dict[str, Any]:
-        plain = {
-            "id": identifier,
-            "image": "a.png",
-            "question": "A dog?",
-            "answer": "Yes",
-            "answer_type": "yes_no",
-        }
-        return {**plain, **changes}
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def test_epoch_and_query_decide_what_training_sees(model_folder: str) -> None:
     plain = _samples(model_folder, 0, augment=None)
     assert len(first) == 9
     assert all(first[query] != second[query] and first[query] != plain[query] for query in first)
-    assert _samples(model_folder, 0, batch_size=1, workers=2) == first
+    assert _samples(model_folder, 0, batch_size=1) == first
     assert _samples(model_folder, 0, noise=NoisePolicy(seed=1)) != first
 
 
@@ -112,25 +112,24 @@ def test_perturbation_follows_the_augmentation() -> None:
 
 
 def test_only_training_is_augmented(model_folder: str) -> None:
-    for split, stage in (("validation", "fit"), ("test", "test")):
-        source: Any = DemoSource("test", scenes=1)
-        settings = {"train": SOURCE, split: source if stage == "fit" else {"": EvalSplit(source, "drawn")}}
-        modules = [
-            PerturbedQueryDataModule(model_folder, augment=a, **settings) for a in (list(RANDOM), None)
-        ]
-        for module in modules:
+    other = DemoSource("test", scenes=1)
+    for split, stage, source in (
+        ("validation", "fit", other),
+        ("test", "test", {"": EvalSplit(other, "drawn")}),
+    ):
+        settings: dict[str, Any] = {"train": SOURCE, split: source}
+        images = []
+        for augment in (list(RANDOM), None):
+            module = PerturbedQueryDataModule(model_folder, augment=augment, **settings)
             module.setup(stage)
-        for i in range(3):
-            assert np.array_equal(*(module.sets[split][0, i].image for module in modules))
+            images.append([module.sets[split][0, i].image for i in range(3)])
+        assert np.array_equal(*images)
 
 
 def test_a_configuration_names_transforms_by_their_class(model_folder: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PerturbedQueryDataModule, "data")
     flip = json.dumps([{"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.25}}])
-    other = json.dumps([{"class_path": "albumentations.VerticalFlip"}])
-    for more, kind in ([], A.HorizontalFlip), (["--data.augment", other], A.VerticalFlip):
-        parsed = parser.parse_args(["--data.processor", model_folder, "--data.augment", flip, *more])
-        [transform] = parser.instantiate_classes(parsed).data.augment
-        assert type(transform) is kind
-        assert transform.p == 0.25
+    parsed = parser.parse_args(["--data.processor", model_folder, "--data.augment", flip])
+    [transform] = parser.instantiate_classes(parsed).data.augment
+    assert (type(transform), transform.p) == (A.HorizontalFlip, 0.25)

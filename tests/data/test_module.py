@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +15,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_calibration.data.candidates import CandidateSettings, ValidationBatch
 from vlm_calibration.data.dataset import EvalSplit
+from vlm_calibration.data.loading import EpochSampler
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, Query, Region
 
-from .conftest import Listed
+from .conftest import Listed, record
 
 TRAIN = DemoSource("train", scenes=4)
 Drawn = dict[str, tuple[bytes, float]]
@@ -77,11 +81,8 @@ def test_all_queries_are_drawn_and_epochs_differ(expected_epochs: list[Drawn]) -
     assert len({level for _, level in expected_epochs[0].values()}) > 4
 
 
-@pytest.mark.parametrize("settings", [{"workers": 3}, {"batch_size": 1}, {"batch_size": 3, "workers": 1}])
-def test_workers_and_batch_size_make_no_difference(
-    model_folder: str, expected_epochs: list[Drawn], settings: dict[str, int]
-) -> None:
-    module = _module(model_folder, **settings)
+def test_workers_and_batch_size_make_no_difference(model_folder: str, expected_epochs: list[Drawn]) -> None:
+    module = _module(model_folder, workers=2, batch_size=3)
     module.setup("fit")
     loader = module.train_dataloader()
     for epoch in (0, 1):
@@ -90,20 +91,14 @@ def test_workers_and_batch_size_make_no_difference(
         assert _drawn(loader) == expected_epochs[epoch]
 
 
-@pytest.mark.parametrize("processes", [2, 5])
-def test_processes_make_no_difference(
-    model_folder: str, expected_epochs: list[Drawn], processes: int
-) -> None:
+def test_processes_make_no_difference(model_folder: str, expected_epochs: list[Drawn]) -> None:
     together: Drawn = {}
-    for rank in range(processes):
+    for rank in range(5):
         module = _module(model_folder, batch_size=1)
-        _as_process(module, rank, processes)
-        part = _epoch(module, 1)
-        assert len(part) == 12 // processes
-        assert not set(part) & set(together)
-        together |= part
+        _as_process(module, rank, 5)
+        together |= _epoch(module, 1)
     assert together == {q: expected_epochs[1][q] for q in together}
-    assert len(together) == 12 // processes * processes
+    assert len(together) == 10, "two each, and none twice"
 
 
 def test_the_last_training_batch_is_whole_or_the_only_one(model_folder: str) -> None:
@@ -124,19 +119,18 @@ def test_evaluation_draws_every_query_once_in_order(model_folder: str) -> None:
         "sweep": EvalSplit(DemoSource("calibration", scenes=1), "every_level"),
     }
     results: list[Drawn] = []
-    for processes in (1, 2, 5):
+    for processes in (1, 5):
         shards = []
         for rank in range(processes):
             module = _module(model_folder, test=parts)
             _as_process(module, rank, processes)
             module.setup("test")
             shards.append(_drawn(module.test_dataloader()))
-        ids = [list(shard) for shard in shards]
-        woven = [shard[i] for i in range(len(ids[0])) for shard in ids if i < len(shard)]
+        woven = _woven([list(shard) for shard in shards])
         assert woven == [q.id for q in module.sets["test"].queries]
         assert len(woven) == 9 + 9 + 3 * len(LinearLevels().strengths())
         results.append({key: sample for shard in shards for key, sample in shard.items()})
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1]
 
 
 def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(model_folder: str) -> None:
@@ -162,8 +156,7 @@ def test_images_of_one_name_in_two_folders_are_not_shared(model_folder: str, tmp
     for name in ("test", "calibration"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (20, 10)).save(tmp_path / name / "a.png")
-        row = {"id": "1", "image": "a.png", "question": "A dog?", "answer": "Yes", "answer_type": "yes_no"}
-        (tmp_path / name / "q.jsonl").write_text(json.dumps(row))
+        (tmp_path / name / "q.jsonl").write_text(json.dumps(record()))
         splits[name] = {"x": EvalSplit(JsonlSource(str(tmp_path / name / "q.jsonl")))}
     _module(model_folder, **splits).setup("test")
     splits["calibration"] = splits["test"]
@@ -266,9 +259,7 @@ def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize(
-    ("epoch", "batch", "workers"), [(0, 0, 0), (0, 2, 2), (1, 1, 2), (1, 2, 0), (3, 0, 2)]
-)
+@pytest.mark.parametrize(("epoch", "batch", "workers"), [(0, 2, 2), (1, 2, 0), (3, 0, 2)])
 def test_what_is_left_of_the_data_behind_a_place(
     model_folder: str, epoch: int, batch: int, workers: int
 ) -> None:
@@ -291,3 +282,68 @@ def test_what_is_left_of_the_data_behind_a_place(
     [complete, following], [rest, after] = orders(0, 0), orders(batch, workers)
     assert rest == complete[batch:]
     assert after == following, "later ones are complete"
+
+
+# --- The sampler -----------------------------------------------------------------------------------------------------
+
+
+def _shards(length: int, processes: int, training: bool, epoch: int = 0, seed: int = 0) -> list[list[int]]:
+    shards = []
+    for rank in range(processes):
+        sampler = EpochSampler(length, rank=rank, num_replicas=processes, training=training, seed=seed)
+        sampler.set_epoch(epoch)
+        drawn = list(sampler)
+        assert len(drawn) == len(sampler)
+        assert {e for e, _ in drawn} <= {epoch if training else 0}
+        shards.append([i for _, i in drawn])
+    return shards
+
+
+def _woven(shards: list[list[Any]]) -> list[Any]:
+    """Sample 0 of every process, then sample 1 of every process, and so on."""
+    return [shard[i] for i in range(max(map(len, shards))) for shard in shards if i < len(shard)]
+
+
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 3))
+def test_evaluation_draws_everything_exactly_once(length: int, processes: int, epoch: int) -> None:
+    assert _woven(_shards(length, processes, False, epoch)) == list(range(length))
+
+
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 3))
+def test_training_draws_equally_often_and_nothing_twice(length: int, processes: int, epoch: int) -> None:
+    shards = _shards(length, processes, True, epoch)
+    assert {len(shard) for shard in shards} == {length // processes}
+    drawn = list(chain(*shards))
+    assert len(set(drawn)) == len(drawn)
+    assert length - len(drawn) < processes
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    def order(epoch: int, seed: int, processes: int = 1) -> list[int]:
+        return _woven(_shards(40, processes, True, epoch, seed))
+
+    assert order(3, 1) == order(3, 1) == order(3, 1, processes=4)
+    assert order(3, 1) != order(4, 1)
+    assert order(3, 1) != order(3, 2)
+    assert order(3, 1) != list(range(40))
+
+
+def test_what_is_left_out_changes_from_epoch_to_epoch() -> None:
+    left_out = set()
+    for epoch in range(40):
+        drawn = set(chain(*_shards(7, 3, True, epoch)))
+        assert len(drawn) == 6
+        left_out |= set(range(7)) - drawn
+    assert left_out == set(range(7))
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.sets(st.integers(0, 59)))
+def test_what_is_done_is_left_out_and_moves_nothing_else(
+    length: int, processes: int, indices: set[int]
+) -> None:
+    done = {index for index in indices if index < length}
+    for rank, shard in enumerate(_shards(length, processes, False)):
+        sampler = EpochSampler(length, rank=rank, num_replicas=processes, training=False, done=done)
+        remaining = [index for index in shard if index not in done]
+        assert [index for _, index in sampler] == sampler.indices().tolist() == remaining
+        assert len(sampler) == len(remaining)

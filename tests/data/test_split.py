@@ -23,12 +23,11 @@ from vlm_calibration.data.split import assign_queries
 from vlm_calibration.records import DataError
 
 from ..command_line import Ended
-from .conftest import pattern
+from .conftest import pattern, record
 
 
 def _row(i: int, image: str, k: int = 0) -> dict[str, Any]:
-    answer = "Yes" if (i + k) % 2 else "No"
-    return {"id": f"{i}-{k}", "image": image, "question": "A dog?", "answer": answer, "answer_type": "yes_no"}
+    return record(f"{i}-{k}", image=image, answer="Yes" if (i + k) % 2 else "No")
 
 
 @pytest.fixture
@@ -47,9 +46,8 @@ def file(tmp_path: Path) -> Path:
     styles: tuple[dict[str, Any], ...] = ({}, {"separators": (",", ":")}, {"ensure_ascii": False})
     texts = [json.dumps(row, **styles[i % 3]) for i, row in enumerate(rows)]
     file = folder / "all.jsonl"
-    file.write_bytes(
-        "".join(text + ("\r\n" if i % 7 == 0 else " \n") for i, text in enumerate(texts)).encode()
-    )
+    ends = ("\r\n", *[" \n"] * 6)
+    file.write_bytes("".join(text + ends[i % 7] for i, text in enumerate(texts)).encode())
     return file
 
 
