@@ -1,4 +1,7 @@
-"""Scenes, questions, shifts and the source: deterministic in their seed, exact masks, true answers, disjoint splits."""
+"""Scenes, questions, shifts and the source: deterministic in their seed, exact masks, true answers, disjoint splits.
+
+Also what the demo model knows of a question.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,18 @@ from PIL import Image
 from scipy.ndimage import binary_dilation
 
 from vlm_calibration.demo.pictures import GLYPHS, HANDS, LOOK_ALIKES, UNUSUAL, Hand, picture
-from vlm_calibration.demo.questions import NEGATIVES, SPLITS, absent_class, scene_queries, scene_seed
+from vlm_calibration.demo.questions import (
+    FORMS,
+    NEGATIVES,
+    SPLITS,
+    absent_class,
+    known_question,
+    question_about,
+    right_answer,
+    scene_queries,
+    scene_seed,
+    unknown_part,
+)
 from vlm_calibration.demo.scenes import (
     CLASSES,
     CORNERS,
@@ -130,11 +144,9 @@ def test_frequencies_make_popular_absent_objects_popular() -> None:
     drawn = {kind: Counter(absent_class(rng, present, kind) for _ in range(3000)) for kind in NEGATIVES}
     for counts in drawn.values():
         assert not set(present) & set(counts)
-    frequent = set(CLASSES[:6])
-    related = {"pig", "dog", "tree", "house"}
     of_frequent, of_related = (
         {kind: sum(counts[name] for name in group) for kind, counts in drawn.items()}
-        for group in (frequent, related)
+        for group in (set(CLASSES[:6]), {"pig", "dog", "tree", "house"})
     )
     assert of_frequent["popular"] > 1.3 * of_frequent["random"]
     assert of_related["adversarial"] > 3 * of_related["popular"]
@@ -177,9 +189,7 @@ def test_splits_share_no_scene_and_no_id() -> None:
     sources = [DemoSource(split, scenes=25, first=first) for split in SPLITS for first in (0, 25)]
     ids = [query.id for source in sources for query in source.queries()]
     assert len(set(ids)) == len(ids)
-    with pytest.raises(
-        ValueError, match="unknown split 'dev': expected one of train, calibration, development, test"
-    ):
+    with pytest.raises(ValueError, match="unknown split 'dev': expected one of train, .*, test"):
         scene_seed("dev", 0)
 
 
@@ -276,3 +286,54 @@ def test_without_resvg_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(DataError, match=r"resvg.*vlm-calibration\[demo\]"):
         DemoSource("development", scenes=1, hand="line").queries()
     assert DemoSource("development", scenes=1).queries()
+
+
+# --- What the demo model knows of a question ----------------------------------------------------------------------------
+
+
+def test_every_question_of_the_demo_is_known_and_has_its_right_answer() -> None:
+    for split in SPLITS:
+        for index in range(40):
+            names, corners, *_ = scene_layout(scene_seed(split, index))
+            objects = dict(zip(names, (CORNERS[corner] for corner in corners), strict=True))
+            for query in scene_queries(split, index):
+                assert unknown_part(query.question) is None
+                known = known_question(query.question)
+                assert known is not None
+                assert question_about(*known) == query.question
+                assert right_answer(query.question, objects) == query.answer
+
+
+def test_capitals_spaces_and_the_question_mark_do_not_matter() -> None:
+    for form, words in FORMS.items():
+        question = question_about(form, words[-1])
+        for variant in (question.lower(), question[:-1], f"  {question} ", question.replace(" ", "  ")):
+            assert known_question(variant) == (form, words[-1])
+
+
+@pytest.mark.parametrize(
+    ("question", "unknown"),
+    [
+        ("Is there a zebra in the image?", "the word 'zebra'"),
+        ("Are there dogs or cats?", "the words 'are', 'dogs', 'or', 'cats'"),
+        ("What is in the middle?", "the word 'middle'"),
+        ("Ist da ein Hund?", "the words 'ist', 'da', 'ein', 'hund'"),
+    ],
+)
+def test_unknown_words_are_named_with_what_is_known(question: str, unknown: str) -> None:
+    message = unknown_part(question)
+    assert message is not None
+    assert f"the demo model does not know {unknown}; it knows" in message
+    for word in (*CLASSES, *CORNERS, "Which object is at the ... of the image?"):
+        assert word in message
+    assert known_question(question) is None
+    assert right_answer(question, {"dog": "top left"}) is None
+
+
+def test_an_unknown_form_is_answered_with_the_known_forms_of_its_object() -> None:
+    message = unknown_part("Is the cat at the top left?") or ""
+    assert "this form of question" in message
+    assert '"Do you see a cat?"' in message
+    assert "dog" not in message
+    assert '"What is at the ...?"' in (unknown_part("What is the image?") or "")
+    assert right_answer("What is at the top right?", {"dog": "top left"}) is None, "the corner is empty"

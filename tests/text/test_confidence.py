@@ -15,10 +15,7 @@ from vlm_calibration.text.confidence import (
     strip_confidence,
 )
 
-
-def rows(text):
-    return [line.split(" | ") for line in text.strip().splitlines()]
-
+from .test_grading import rows
 
 STATED_TEXTS = """
 1.0 | Confidence: 1
