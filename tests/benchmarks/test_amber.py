@@ -10,24 +10,29 @@ from typing import Any
 
 import pytest
 
-from vlm_calibration.benchmarks.amber import (
-    CATEGORIES,
-    DIMENSIONS,
-    AmberCounts,
-    official_answers,
-    read_answers,
-    read_queries,
-)
+from vlm_calibration.benchmarks import amber
+from vlm_calibration.benchmarks.amber import CATEGORIES, DIMENSIONS, AmberCounts, read_answers, read_queries
 from vlm_calibration.records import DataError, Query
 
+from ..data.conftest import refused
 from . import official_rules
 
 TYPES = tuple(CATEGORIES)
 ODD = (
-    *("Yes", "No", "yes", "no", "YES", "NO", "Yes.", "No.", " No", "No ", "No\n", "\nYes", ""),
-    "Yes, there is.",
-    *("There is no dog.", "Yes\nNo", "Yes Yes", "Ｎｏ", "null", "Maybe", "0", "No, no", "Y", "N"),
-    "<s>No</s>",
+    *("Yes", "No", "yes", "no", "YES", "NO", "Yes.", "No.", " No", "No ", "No\n", "\nYes", "", "Yes, it is."),
+    *(
+        "There is no dog.",
+        "Yes\nNo",
+        "Yes Yes",
+        "Ｎｏ",
+        "null",
+        "Maybe",
+        "0",
+        "No, no",
+        "Y",
+        "N",
+        "<s>No</s>",
+    ),
 )
 Rows = list[dict[str, Any]]
 
@@ -54,7 +59,7 @@ def _scores(annotations: Rows, answers: Rows) -> dict[str, float]:
 def test_scores_of_answer_files_are_those_of_the_script(tmp_path: Path) -> None:
     """Also on the file that is written for it, without stated confidences."""
     rng = random.Random(0)
-    for size in (*(rng.randint(1, 12) for _ in range(50)), 14_216):
+    for size in (*(rng.randint(1, 12) for _ in range(50)), 5_000):
         skill = rng.random()
         rows = []
         for _ in range(size):
@@ -69,7 +74,7 @@ def test_scores_of_answer_files_are_those_of_the_script(tmp_path: Path) -> None:
         parts = [AmberCounts.of(queries[p], [r.text for r in replies[p]]) for p in (slice(3), slice(3, None))]
         assert (parts[0] + parts[1]).scores() == counts.scores(), "counts add up"
         stated = [(f"{reply.text}. Confidence: 80%", 0.8) for reply in replies]
-        written = json.loads(json.dumps(official_answers(queries, stated)))
+        written = json.loads(json.dumps(amber.official_answers(queries, stated)))
         of_stated = AmberCounts.of(queries, [text for text, _ in stated])
         assert of_stated.scores(DIMENSIONS) == official_rules.amber(annotations, written)
 
@@ -133,8 +138,11 @@ ANNOTATIONS: Rows = [
 ANSWERS = [{"id": a["id"], "response": "No"} for a in ANNOTATIONS[1:]]
 
 
+Written = Callable[..., Path]
+
+
 @pytest.fixture
-def written(tmp_path: Path) -> Callable[..., Path]:
+def written(tmp_path: Path) -> Written:
     def write(name: str, value: Any) -> Path:
         path = tmp_path / name
         path.write_text(value if isinstance(value, str) else json.dumps(value, indent=1), encoding="utf-8")
@@ -143,7 +151,7 @@ def written(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_official_files(written: Callable[..., Path]) -> None:
+def test_official_files(written: Written) -> None:
     annotations = written("annotations.json", ANNOTATIONS)
     path = written("answers.json", [{"id": 1, "response": "A sky."}, *ANSWERS[::-1]])
     queries, replies, generative, others = read_answers(path, annotations)
@@ -168,7 +176,7 @@ def test_official_files(written: Callable[..., Path]) -> None:
         (
             ANNOTATIONS,
             ANSWERS[:-2],
-            "a.json: no answer to 2 of the 6 questions in {annotations}: '6', '7'; none is about relation: `--only` scores",
+            "a.json: no answer to 2 of the 6 questions in {annotations}: '6', '7'; none is",
         ),
         (ANNOTATIONS, [{"id": "2", "response": "No"}], "a.json: record 1: 'id' must be a whole number"),
         (ANNOTATIONS, [{"id": 2, "answer": "No"}], "a.json: record 1: 'response' must be a string"),
@@ -178,9 +186,7 @@ def test_official_files(written: Callable[..., Path]) -> None:
         ([GENERATIVE], ANSWERS, "t.json: no question about existence or attribute or relation"),
     ],
 )
-def test_a_mistake_is_named(written: Callable[..., Path], annotations: Any, answers: Any, says: str) -> None:
+def test_a_mistake_is_named(written: Written, annotations: Any, answers: Any, says: str) -> None:
     paths = {"annotations": written("t.json", annotations), "answers": written("a.json", answers)}
-    with pytest.raises(DataError) as caught:
+    with refused(f"{paths['answers'].parent}/{says.format(**paths)}"):
         read_answers(paths["answers"], paths["annotations"])
-    assert str(caught.value).startswith(f"{paths['answers'].parent}/{says.format(**paths)}")
-    assert "\n" not in str(caught.value)

@@ -63,11 +63,10 @@ def test_parts_get_names_and_noise_of_their_own() -> None:
     assert [(q.id, q.category) for q in _dataset().queries] == [("dog", "existence"), ("cat", None)]
 
 
-@pytest.mark.parametrize("kinds", [{"noise": 1.0}, {"noise": 1.0, "darkness": 0.0, "blur": 2.0}])
-def test_every_level_asks_each_query_at_each_level_of_each_kind(kinds: dict[str, float]) -> None:
-    policy = replace(POLICY, kinds=kinds, levels=LinearLevels(3))
+def test_every_level_asks_each_query_at_each_level_of_each_kind() -> None:
+    policy = replace(POLICY, kinds={"noise": 1.0, "darkness": 0.0, "blur": 2.0}, levels=LinearLevels(3))
     dataset = _dataset(policy, sweep=EvalSplit(Listed(*SQUARE), "every_level"))
-    levels = [(kind, s) for kind, weight in kinds.items() if weight for s in (0.5, 1.0)]
+    levels = [(kind, s) for kind in ("noise", "blur") for s in (0.5, 1.0)]
     samples = [dataset[0, i] for i in range(len(dataset))]
     assert [s.perturbation for s in samples] == [p for p in (CLEAN, *levels) for _ in ("dog", "cat")]
     assert [q.id for q in dataset.queries] == [
@@ -88,9 +87,8 @@ def test_a_part_may_have_kinds_of_its_own() -> None:
         "clean": EvalSplit(Listed(*SQUARE)),
     }
     dataset = _dataset(replace(POLICY, levels=LinearLevels(3)), **parts)
-    kinds = {
-        (query.id.split(":")[0], dataset[0, i].perturbation.kind) for i, query in enumerate(dataset.queries)
-    }
+    ids = [query.id.split(":")[0] for query in dataset.queries]
+    kinds = {(name, dataset[0, i].perturbation.kind) for i, name in enumerate(ids)}
     assert kinds == {("own", ""), ("own", "blur"), ("shared", ""), ("shared", "noise"), ("clean", "")}
     with pytest.raises(DataError, match=r"^data\.bad: noise.kinds: there is no kind 'rain': expected noise"):
         _dataset(bad=EvalSplit(Listed(*SQUARE), "drawn", {"rain": 1.0}))
@@ -330,9 +328,7 @@ def _region(label: str, height: int, width: int, *, outlined: bool) -> Region:
 def located(outlined: Sequence[bool], others: bool) -> list[Query]:
     """As many yes as no about existence; only what is there has a region of its own, triangles of five sizes.
 
-    Args:
-        outlined: for each size, whether its regions have masks.
-        others: whether every image has a box of another object as well.
+    For each size, `outlined` says whether its regions have masks; with `others`, every image has a box of another object.
     """
     cats = (_region("cat", 21, 3, outlined=False),) if others else ()
     queries = []
@@ -365,11 +361,12 @@ def _sky(i: int) -> Region:
     return _region("sky", 2, 30 + i, outlined=False)
 
 
-@pytest.mark.parametrize("noise", ["drawn", "every_level"])
 @pytest.mark.parametrize(
     "outlined", [[True] * 5, [False] * 5, [True, False] * 2 + [True]], ids=["masks", "boxes", "both"]
 )
-@pytest.mark.parametrize("others", [False, True], ids=["alone", "with other objects"])
+@pytest.mark.parametrize(
+    ("others", "noise"), [(False, "drawn"), (True, "every_level")], ids=["alone", "with other objects"]
+)
 def test_both_answers_get_regions_of_one_distribution(outlined: list[bool], others: bool, noise: Any) -> None:
     dataset = _shaped(located(outlined, others), noise, distractor_probability=0.4)
     shapes: dict[str, Counter[tuple[tuple[int, ...], bytes]]] = {"Yes": Counter(), "No": Counter()}

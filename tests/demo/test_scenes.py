@@ -1,11 +1,12 @@
 """Scenes, questions, shifts and the source: deterministic in their seed, exact masks, true answers, disjoint splits.
 
-Also what the demo model knows of a question.
+Also what the demo model knows of a question, and the model itself.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import sys
 from collections import Counter
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.ndimage import binary_dilation
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm_calibration.demo.pictures import GLYPHS, HANDS, LOOK_ALIKES, UNUSUAL, Hand, picture
 from vlm_calibration.demo.questions import (
@@ -43,10 +46,14 @@ from vlm_calibration.demo.scenes import (
 )
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.demo.source import DemoSource, scene_index
+from vlm_calibration.losses.sequence import IGNORE
+from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.records import DataError
+from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.grading import grade
 
-from .recipe import DEGRADATIONS, FIRST_SCENE
+from .architecture import IMAGE, IMAGE_TOKENS, PATCH, build_model
+from .recipe import DEGRADATIONS, FIRST_SCENE, scene_patches
 
 MANY, FEW = range(200), range(10)
 RECIPE = {
@@ -116,14 +123,13 @@ def test_the_objects_are_small() -> None:
 
 def test_a_neighbour_covers_a_part_of_an_object() -> None:
     """Masks exclude what a later object covers, so that those of covering and covered object touch."""
-    touching = {}
-    for kind in ("", "overlapping"):
+
+    def touching(kind: str) -> list[bool]:
         scenes = [[o.mask for o in render_scene((3, index), kind).objects] for index in FEW]
-        touching[kind] = [
-            any((binary_dilation(a) & b).any() for a, b in combinations(masks, 2)) for masks in scenes
-        ]
-    assert all(touching["overlapping"])
-    assert np.mean(touching[""]) < 0.5
+        return [any((binary_dilation(a) & b).any() for a, b in combinations(s, 2)) for s in scenes]
+
+    assert all(touching("overlapping"))
+    assert np.mean(touching("")) < 0.5
 
 
 def test_every_picture_is_another_one_in_each_hand() -> None:
@@ -141,7 +147,7 @@ def test_every_picture_is_another_one_in_each_hand() -> None:
 def test_frequencies_make_popular_absent_objects_popular() -> None:
     rng = np.random.default_rng(0)
     present = ("horse", "cow")
-    drawn = {kind: Counter(absent_class(rng, present, kind) for _ in range(3000)) for kind in NEGATIVES}
+    drawn = {kind: Counter(absent_class(rng, present, kind) for _ in range(1500)) for kind in NEGATIVES}
     for counts in drawn.values():
         assert not set(present) & set(counts)
     of_frequent, of_related = (
@@ -337,3 +343,49 @@ def test_an_unknown_form_is_answered_with_the_known_forms_of_its_object() -> Non
     assert "dog" not in message
     assert '"What is at the ...?"' in (unknown_part("What is the image?") or "")
     assert right_answer("What is at the top right?", {"dog": "top left"}) is None, "the corner is empty"
+
+
+# --- The model: stock transformers classes, and a tokenizer for these sentences -----------------------------------------------
+
+
+def test_words_and_percentages_are_one_token(processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    for word in (*CLASSES, "Yes", "No", *map(str, range(101))):
+        assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+    for percent in range(101):
+        ids = tokenizer(render_response("Yes", percent / 100), add_special_tokens=False)["input_ids"]
+        assert len([i for i in ids if tokenizer.decode([i]).strip().isdigit()]) == 1
+
+
+def test_the_shipped_folder_is_whole_and_small() -> None:
+    assert (DEMO_MODEL / "model.safetensors").stat().st_size <= 8 * 2**20
+    model = AutoModelForImageTextToText.from_pretrained(DEMO_MODEL)
+    shapes = {name: p.shape for name, p in build_model().named_parameters()}
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    processor = AutoProcessor.from_pretrained(DEMO_MODEL)
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    image = np.zeros((SCENE_SIZE, SCENE_SIZE, 3), dtype=np.uint8)
+    ids = processor(text=[f"{IMAGE} A dog?"], images=[[image]], return_tensors="pt")["input_ids"]
+    assert int((ids == model.config.image_token_id).sum()) == IMAGE_TOKENS
+    config = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
+    assert "auto_map" not in config, "no remote code"
+    # vLLM reads no other names; transformers reads both.
+    names = [name for name in load_file(DEMO_MODEL / "model.safetensors") if name.startswith("vision_tower.")]
+    assert {name.split(".")[1] for name in names} == {"vision_model"}
+
+
+def test_a_patch_is_labelled_with_the_object_that_covers_it(processor: Any) -> None:
+    """Patches that no object touches get the image token, and those with little of one no label."""
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    _, words, corners, scene = scene_patches(processor, 0)
+    side = scene.image.shape[0] // PATCH
+    for index, (word, corner) in enumerate(zip(words.tolist(), corners.tolist(), strict=True)):
+        y, x = PATCH * (index // side), PATCH * (index % side)
+        shares = [float(o.mask[y : y + PATCH, x : x + PATCH].mean()) for o in scene.objects]
+        best = scene.objects[int(np.argmax(shares))]
+        if max(shares) > 0.2:
+            assert (processor.tokenizer.decode([word]).strip(), corner) == (best.name, best.corner)
+        else:
+            assert (word, corner) == (IGNORE if sum(shares) else image_token, IGNORE)
+    assert len(set(words.tolist())) >= 3

@@ -15,7 +15,10 @@ from vlm_calibration.text.confidence import (
     strip_confidence,
 )
 
-from .test_grading import rows
+
+def rows(text):
+    return [line.split(" | ") for line in text.strip().splitlines()]
+
 
 STATED_TEXTS = """
 1.0 | Confidence: 1
