@@ -176,7 +176,7 @@ def test_official_files(written: Written) -> None:
         (
             ANNOTATIONS,
             ANSWERS[:-2],
-            "a.json: no answer to 2 of the 6 questions in {annotations}: '6', '7'; none is",
+            "a.json: no answer to 2 of the 6 questions in {annotations}: '6', '7'; none is about relation: `--only` scores",
         ),
         (ANNOTATIONS, [{"id": "2", "response": "No"}], "a.json: record 1: 'id' must be a whole number"),
         (ANNOTATIONS, [{"id": 2, "answer": "No"}], "a.json: record 1: 'response' must be a string"),

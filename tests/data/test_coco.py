@@ -57,13 +57,9 @@ def write(tmp_path: Path) -> Write:
                 kind = ("polygons", "polygons", "crowd", "rle")[int(rng.integers(4))]
                 box = [int(v) for v in rng.integers((0, 0, 3, 3), (WIDTH - 20, HEIGHT - 20, 20, 20))]
                 category = 10 + int(rng.integers(len(NAMES)) ** 2 // len(NAMES))
-                shape = {
-                    "segmentation": _segmentation(kind, *box),
-                    "bbox": box,
-                    "iscrowd": int(kind == "crowd"),
-                }
                 ids = {"id": len(content["annotations"]) + 1, "image_id": 500 + i, "category_id": category}
-                content["annotations"].append({**ids, **shape})
+                shape = {"segmentation": _segmentation(kind, *box), "bbox": box}
+                content["annotations"].append({**ids, **shape, "iscrowd": int(kind == "crowd")})
         if change:
             change(content)
         path = tmp_path / "instances.json"
@@ -125,12 +121,8 @@ def test_questions_are_true_to_the_annotations(write: Write) -> None:
     present, absent = answers["existence", "Yes"], answers["existence", "No"]
     assert present == absent > 100
     assert 0.3 < answers["spatial", "Yes"] / (answers["spatial", "Yes"] + answers["spatial", "No"]) < 0.7
-    assert {q.question for q in queries if q.category == "counting"} >= {
-        "How many people are there in the image?",
-        "How many sheep are there in the image?",
-        "How many dogs are there in the image?",
-    }
-    assert "Is there an orange in the image?" in {q.question for q in queries}
+    asked = {f"How many {name} are there in the image?" for name in ("people", "sheep", "dogs")}
+    assert {*asked, "Is there an orange in the image?"} <= {q.question for q in queries}
 
 
 def test_the_same_queries_every_time_and_other_settings_draw_others(write: Write) -> None:
@@ -188,10 +180,8 @@ def test_absent_objects_follow_the_official_rules(kind: Any) -> None:
     rng = np.random.default_rng(1)
     weights = 1 / np.arange(1, 31)
     names = [f"object {i}" for i in range(30)]
-    table = [
-        list(rng.choice(names, size=int(rng.integers(3, 9)), replace=False, p=weights / weights.sum()))
-        for _ in range(200)
-    ]
+    sizes, p = rng.integers(3, 9, 200), weights / weights.sum()
+    table = [list(rng.choice(names, size=int(size), replace=False, p=p)) for size in sizes]
     ours, theirs = np.random.default_rng(7), np.random.default_rng(7)
     absent, drawn = AbsentObjects(table), list[Any]()
     for objects in table:

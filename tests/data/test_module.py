@@ -1,4 +1,4 @@
-"""The data module: the same samples for any number of workers, batch size and number of processes; new noise every epoch."""
+"""The data module, its sampler and augmentations: the same samples for any number of workers, batch size and number of processes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import albumentations as A
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
 from PIL import Image
 
+from vlm_calibration.data.augment import Augmentation
 from vlm_calibration.data.candidates import CandidateSettings, ValidationBatch
-from vlm_calibration.data.dataset import EvalSplit
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.loading import EpochSampler
 from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.levels import LinearLevels
-from vlm_calibration.records import DataError, Query, Region
+from vlm_calibration.records import DataError, LoadedImage, Query, Region
 
 from .conftest import Listed, record
 
@@ -40,12 +45,9 @@ def _module(folder: str, **settings: Any) -> PerturbedQueryDataModule:
 
 
 def _as_process(module: PerturbedQueryDataModule, rank: int, processes: int) -> None:
-    module.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank,
-        world_size=processes,
-        current_epoch=0,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-    )
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    settings = {"global_rank": rank, "world_size": processes, "current_epoch": 0, "strategy": strategy}
+    module.trainer = SimpleNamespace(**settings)  # type: ignore[assignment]
 
 
 def _drawn(batches: Iterable[Any]) -> Drawn:
@@ -133,11 +135,8 @@ def test_evaluation_draws_every_query_once_in_order(model_folder: str) -> None:
     assert results[0] == results[1]
 
 
-def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(model_folder: str) -> None:
-    test = {
-        "clean": EvalSplit(DemoSource("test", scenes=3)),
-        "sweep": EvalSplit(DemoSource("calibration", scenes=1)),
-    }
+def test_a_calibration_set_comes_after_the_test_set(model_folder: str) -> None:
+    test = {"clean": EvalSplit(DemoSource("test", scenes=4))}
     splits = {"held": EvalSplit(DemoSource("calibration", scenes=2, first=1), "drawn")}
     module = _module(model_folder, test=test, calibration=splits)
     module.setup("test")
@@ -146,12 +145,10 @@ def test_a_calibration_set_comes_after_the_test_set_and_shares_no_image_with_it(
     test_ids, held_ids = ([q.id for q in queries] for queries in module.tested_queries.values())
     assert asked == [[test_ids[1:6], test_ids[6:11]], [held_ids[1:5]]]
 
-    shared = {"held": EvalSplit(DemoSource("calibration", scenes=2))}
-    with pytest.raises(DataError, match="share 1 images, 'calibration-000000' among"):
-        _module(model_folder, test=test, calibration=shared).setup("test")
 
-
-def test_images_of_one_name_in_two_folders_are_not_shared(model_folder: str, tmp_path: Path) -> None:
+def test_calibration_and_test_set_share_no_image_but_names_in_two_folders(
+    model_folder: str, tmp_path: Path
+) -> None:
     splits = {}
     for name in ("test", "calibration"):
         (tmp_path / name).mkdir()
@@ -185,7 +182,7 @@ def test_validation_is_noised_the_same_each_epoch(model_folder: str) -> None:
         ({}, "test", "data.test is not set"),
         ({"test": {}}, "test", "data.test is not set"),
         (
-            {"train": Listed(Query("q1", "x", "What?", "a dog <image>", "open"))},
+            {"train": Listed(Query("q1", "x", "What?", "a <image>", "open"))},
             "fit",
             "'q1': 'answer' holds '<image>'",
         ),
@@ -347,3 +344,100 @@ def test_what_is_done_is_left_out_and_moves_nothing_else(
         remaining = [index for index in shard if index not in done]
         assert [index for _, index in sampler] == sampler.indices().tolist() == remaining
         assert len(sampler) == len(remaining)
+
+
+# --- The user's augmentations: regions move with the pixels, samples stay a pure function of (seed, epoch, query id) ----------
+
+
+RANDOM = (
+    A.HorizontalFlip(p=0.5),
+    A.Affine(translate_percent=(-0.1, 0.1), p=1.0),
+    A.RandomBrightnessContrast(p=1.0),
+)
+
+
+@pytest.fixture
+def textured() -> LoadedImage:
+    """A texture with the evidence at the top left and a distractor at the bottom right."""
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    evidence, distractor = np.zeros((2, 20, 30), dtype=bool)
+    evidence[2:7, 3:9] = True
+    distractor[12:19, 20:28] = True
+    return LoadedImage(image, (evidence,), (distractor,), False)
+
+
+def test_regions_move_with_the_pixels(textured: LoadedImage) -> None:
+    flipped = Augmentation([A.HorizontalFlip(p=1.0)])(textured, 0)
+    assert np.array_equal(flipped.image, np.flip(textured.image, 1))
+    assert np.array_equal(flipped.evidence[0], np.flip(textured.evidence[0], 1))
+    assert np.array_equal(flipped.distractors[0], np.flip(textured.distractors[0], 1))
+    assert flipped.evidence[0].dtype == bool
+    assert flipped.image.flags.c_contiguous
+    alone = Augmentation([A.HorizontalFlip(p=1.0)])(textured._replace(evidence=(), distractors=()), 0)
+    assert np.array_equal(alone.image, flipped.image)
+    assert alone.evidence == alone.distractors == ()
+
+
+def test_a_crop_that_loses_the_evidence_leaves_the_image_as_it_is(textured: LoadedImage) -> None:
+    lost = Augmentation([A.Crop(15, 10, 30, 20)])(textured, 0)
+    assert np.array_equal(lost.image, textured.image)
+    assert np.array_equal(lost.evidence + lost.distractors, textured.evidence + textured.distractors)
+    kept = Augmentation([A.Crop(0, 0, 15, 10)])(textured, 0)
+    assert np.array_equal(kept.image, textured.image[:10, :15])
+    assert np.array_equal(kept.evidence[0], textured.evidence[0][:10, :15])
+    assert kept.distractors == (), "outside the crop"
+
+
+def test_results_that_are_no_rgb_image_are_refused_by_name(textured: LoadedImage) -> None:
+    for transform, found in (
+        (A.Normalize(), "float32"),
+        (A.ToGray(1, p=1.0), r"\(20, 30"),
+        (A.ToTensorV2(), "torch"),
+    ):
+        with pytest.raises(DataError, match=rf"data\.augment: .*{type(transform).__name__}.*{found}"):
+            Augmentation([A.HorizontalFlip(), transform])(textured, 0)
+
+
+def test_perturbation_follows_the_augmentation() -> None:
+    """The object moves with the flip, and its new place is perturbed."""
+    policy = NoisePolicy(resolution="native", distractor_probability=0.0, kinds={"fade": 1.0})
+    part = {"": EvalSplit(TRAIN, "every_level")}
+    plain = PerturbedQueries(part, policy, None)
+    flipped = PerturbedQueries(part, policy, None, augmentation=Augmentation([A.HorizontalFlip(p=1.0)]))
+    index = next(i for i, query in enumerate(plain.queries) if query.id.endswith("@fade-0.5"))
+    changed, changed_flipped = (
+        (data[0, 0].image != data[0, index].image).any(-1) for data in (plain, flipped)
+    )
+    overlap = (np.flip(changed, 1) & changed_flipped).sum() / (np.flip(changed, 1) | changed_flipped).sum()
+    assert overlap > 0.9
+
+
+def test_epoch_and_query_decide_what_training_sees(model_folder: str, expected_epochs: list[Drawn]) -> None:
+    settings: dict[str, Any] = {"augment": list(RANDOM)}
+    first, second = (_epoch(_module(model_folder, **settings), epoch) for epoch in (0, 1))
+    plain = expected_epochs[0]
+    assert first.keys() == plain.keys()
+    assert all(first[query][0] not in (second[query][0], plain[query][0]) for query in first)
+    assert _epoch(_module(model_folder, **settings, batch_size=1), 0) == first
+    assert _epoch(_module(model_folder, **settings, noise=NoisePolicy(seed=1)), 0) != first
+
+
+def test_only_training_is_augmented(model_folder: str) -> None:
+    other = DemoSource("test", scenes=1)
+    splits: dict[str, Any] = {"validation": other, "test": {"": EvalSplit(other, "drawn")}}
+    for split, stage in (("validation", "fit"), ("test", "test")):
+        images = []
+        for augment in (list(RANDOM), None):
+            module = _module(model_folder, augment=augment, **splits)
+            module.setup(stage)
+            images.append([module.sets[split][0, i].image for i in range(3)])
+        assert np.array_equal(*images)
+
+
+def test_a_configuration_names_transforms_by_their_class(model_folder: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PerturbedQueryDataModule, "data")
+    flip = json.dumps([{"class_path": "albumentations.HorizontalFlip", "init_args": {"p": 0.25}}])
+    parsed = parser.parse_args(["--data.processor", model_folder, "--data.augment", flip])
+    [transform] = parser.instantiate_classes(parsed).data.augment
+    assert (type(transform), transform.p) == (A.HorizontalFlip, 0.25)

@@ -1,18 +1,35 @@
-"""Questions: the prompt around one, published conventions, and questions unlike those that a threshold was chosen on."""
+"""Questions: the prompt around one, published conventions, and questions unlike those that a threshold was chosen on.
+
+Also which regions are evidence for a query, and which objects its answer says are absent.
+"""
 
 from __future__ import annotations
 
 import random
+import re
 import string
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_calibration.demo.questions import scene_queries
-from vlm_calibration.records import RecordError
+from vlm_calibration.demo.scenes import CLASSES
+from vlm_calibration.records import Query, RecordError
+from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.conventions import combine_answers, infer_answer_type, strip_format_request
 from vlm_calibration.text.known_questions import KnownQuestions
+from vlm_calibration.text.labels import (
+    absent_objects,
+    answer_is_no,
+    check_answer,
+    denies_existence,
+    is_evidence,
+    question_form,
+    unlocated_objects,
+)
+from vlm_calibration.text.matching import same_phrase
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 
@@ -131,3 +148,124 @@ def test_further_questions_of_the_same_source_are_seldom_unfamiliar() -> None:
     further = [query.question for n in range(100) for query in scene_queries("test", n)]
     assert sum(known.unfamiliar(question) is not None for question in further) <= 0.05 * len(further)
     assert "zebra" in str(known.unfamiliar("Is there a zebra in the image?"))
+
+
+# --- Evidence, absent objects, and forms of questions ------------------------------------------------------------------------
+
+
+def _query(answer: str = "Yes", kind: str = "yes_no", *objects: str) -> Query:
+    return Query("q", "a.png", "A dog?", answer, kind, objects=objects)  # type: ignore[arg-type]
+
+
+SAME = """dog|Dog dog|DOGS dog|a_dog a_dog|The_Dogs an_apple|apples bus|buses box|boxes berry|berries knife|knives
+wolf|wolves leaf|leaves child|children person|People woman|women man|men mouse|mice foot|feet tooth|teeth goose|geese sheep|Sheep
+potato|potatoes bench|benches dish|dishes glass|glasses shoe|shoes toe|toes lens|lenses skis|a_ski canvas|canvases cactus|cacti
+traffic_light|Traffic_lights hot_dog|hot-dogs wine_glass|the_wine_glasses tie|ties house|houses vase|vases die|dice horse|horses
+key|keys fireman|firemen shelf|shelves dress|dresses ox|oxen taxi|taxis quiz|quizzes"""
+OTHER = """dog|cat dog|hot_dog car|red_car bus|bush glass|grass cat|cattle ship|sheep ear|bear man|woman ski|sky bear|teddy_bear
+tie|toe box|ox leaf|loaf pan|panda dress|address a|the ???|!!!"""
+
+
+def _pairs(text: str) -> list[list[str]]:
+    return [pair.replace("_", " ").split("|") for pair in text.split()]
+
+
+@pytest.mark.parametrize(("name", "label"), _pairs(SAME))
+def test_a_label_names_an_object_in_whatever_case_article_and_number(name: str, label: str) -> None:
+    assert same_phrase(name, label)
+    assert is_evidence(_query("Yes", "yes_no", "zebra", name), label)
+    assert is_evidence(_query("Yes", "yes_no", label), name)
+
+
+@pytest.mark.parametrize(("name", "label"), _pairs(OTHER))
+def test_another_object_is_no_evidence(name: str, label: str) -> None:
+    assert not is_evidence(_query("Yes", "yes_no", name), label)
+    assert not is_evidence(_query("Yes", "yes_no", label), name)
+    assert is_evidence(_query(), label), "without objects every region is evidence"
+
+
+def test_no_two_objects_of_the_demo_are_taken_for_one_another() -> None:
+    assert [(a, b) for a in CLASSES for b in CLASSES if a != b and same_phrase(a, b)] == []
+
+
+def test_only_a_no_to_a_yes_no_question_says_that_something_is_absent() -> None:
+    for answer in ("No", "no.", "No, there is none", "There is no dog"):
+        assert answer_is_no(_query(answer, "yes_no"))
+        assert not answer_is_no(_query(answer, "short"))
+    for answer in ("Yes", "Yes, there is no doubt"):
+        assert not answer_is_no(_query(answer, "yes_no"))
+
+
+def test_an_answer_that_nothing_can_be_graded_by_is_refused() -> None:
+    for answer, kind in (("banana", "yes_no"), ("?!", "short"), ("...", "open")):
+        with pytest.raises(RecordError, match=rf"record 'q': .*(?:: |got ){re.escape(repr(answer))}"):
+            check_answer(_query(answer, kind))
+    for good, kind in (("yes!", "yes_no"), ("3", "short"), ("♥", "short"), ("狗", "open")):
+        check_answer(_query(good, kind))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "objects", "absent"),
+    [
+        ("Is there a dog on the sofa?", "No", ("sofa", "dog"), ("dog",)),
+        ("Is there a dog on the sofa?", "Yes", ("sofa", "dog"), ()),
+        ("Do you see any dogs?", "no.", ("a dog",), ("a dog",)),
+        ("Are there no dogs?", "Yes", ("dog",), ("dog",)),
+        ("Are there no dogs?", "No", ("dog",), ()),
+        ("Is the dog on the sofa?", "No", ("dog", "sofa"), ()),
+        ("Is the car red?", "No", ("car",), ()),
+        ("Are there two dogs?", "No", ("dogs",), ()),
+        ("Is there direct contact between the dog and the cat?", "No", ("dog", "cat"), ()),
+        ("Is there a poodle?", "No", ("dog",), ("dog",)),
+        ("Is there a dog?", "No", (), ()),
+    ],
+)
+def test_an_object_is_absent_if_the_existence_that_is_asked_for_is_denied(
+    question: str, answer: str, objects: tuple[str, ...], absent: tuple[str, ...]
+) -> None:
+    query = Query("q", "x", question, answer, "yes_no", objects)
+    assert absent_objects(query) == absent
+    assert not denies_existence(replace(query, answer_type="short"))
+    assert unlocated_objects(query, [*objects, "tree"]) == []
+    assert unlocated_objects(query, ["tree"]) == [name for name in objects if name not in absent]
+
+
+def test_what_the_query_says_of_absence_comes_before_the_form_of_its_question() -> None:
+    query = Query("q", "x", "Is there a dog near a cat?", "No", "yes_no", ("dog", "cat"), absent=("a cat",))
+    assert absent_objects(query) == ("a cat",)
+    assert unlocated_objects(query, []) == ["dog"]
+    assert is_evidence(Query("q", "x", "So?", "No", "yes_no", absent=("dog",)), "dog")
+    assert not is_evidence(Query("q", "x", "So?", "No", "yes_no", absent=("dog",)), "cat")
+
+
+def _form(question: str, *objects: str) -> str:
+    return question_form(Query("q", "x", question, "1", "short", objects))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("What colour is the car?", "car"), ("what color is a bus?", "bus"), False),
+        (("What colour is the car?", "car"), ("What colour is a red bus?", "bus", "red bus"), True),
+        (("How many dogs are there?", "dog"), ("How many traffic lights are in it?", "traffic lights"), True),
+        (("How many dogs are there?", "dog"), ("How much is the dog?", "dog"), False),
+        (("What is the man holding?", "man"), ("What is the woman holding?", "woman"), True),
+        (("What is the man holding?", "man"), ("What is the man wearing?", "man"), False),
+        (("Where is it?",), ("Where is it?",), True),
+    ],
+)
+def test_questions_that_differ_in_their_objects_are_of_one_form(
+    one: tuple[str, ...], other: tuple[str, ...], same: bool
+) -> None:
+    assert (_form(*one) == _form(*other)) == same
+
+
+def test_stated_confidences_and_boxes_are_refused_and_other_answers_are_not() -> None:
+    stated = ["I am 90% sure it is a dog", "Yes, with 80% confidence", "信心: 80%"]
+    stated += [render_response("A dog", percent / 100) for percent in range(101)]
+    for answer in (*stated, "[0.35, 0.2, 0.51, 1]", "(1,2,3,4)"):
+        with pytest.raises(RecordError):
+            check_answer(_query(answer, "open"))
+    sure = ("The man looks confident.", "I am not sure.", "A sure-footed goat")
+    for answer in (*sure, "50%", "Yes, 50%", "0.5", "1, 2, 3, 4"):
+        check_answer(_query(answer, "open"))
