@@ -169,9 +169,7 @@ def test_answers_to_questions_without_ids_keep_their_order(written: Written, fir
         ({"answer": "Yes"}, None),
     ],
 )
-def test_a_confidence_of_its_own_comes_first(
-    written: Written, record: dict[str, Any], confidence: float | None
-) -> None:
+def test_a_confidence_of_its_own_comes_first(written: Written, record: Any, confidence: float | None) -> None:
     labels = written("labels.json", POPE[:1])
     _, [answer] = pope.read_answers(written("a.jsonl", [record]), labels)
     assert answer.confidence == confidence

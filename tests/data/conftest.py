@@ -21,6 +21,9 @@ from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.prompts import ElicitationPrompt
 
+Samples = Sequence[Sample]
+Capture = pytest.CaptureFixture[str]
+
 
 class Listed(QuerySource):
     """Given queries about grey images of `size` (height, width) with the regions of each; those with the ids `damaged` cannot be loaded."""
@@ -90,7 +93,7 @@ def write_jsonl(tmp_path: Path) -> Write:
 
 
 @pytest.fixture(scope="session")
-def samples() -> Sequence[Sample]:
+def samples() -> Samples:
     """Four samples of different length, kind and confidence; the last image is not square."""
     rows: tuple[tuple[str, str, Any, float], ...] = (
         ("Is there a dog in the image?", "Yes", "yes_no", 1.0),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,6 @@ from vlm_calibration.data.candidates import (
     stated_levels,
 )
 from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTBatch, SFTCollator
-from vlm_calibration.data.noise import Sample
 from vlm_calibration.perturbation.level_table import LevelTable
 from vlm_calibration.perturbation.levels import CLEAN, NOISE, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import DataError
@@ -34,6 +32,7 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 from ..level_tables import noise_counts
+from .conftest import Samples
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def own_processor(digit_processor: Any) -> Any:
     return deepcopy(digit_processor)
 
 
-def _collate(chat: ChatFormat, samples: Sequence[Sample], max_length: int = 400, **settings: Any) -> SFTBatch:
+def _collate(chat: ChatFormat, samples: Samples, max_length: int = 400, **settings: Any) -> SFTBatch:
     return SFTCollator(chat, max_length, **settings)(samples)
 
 
@@ -55,9 +54,7 @@ def _decode(chat: ChatFormat, ids: torch.Tensor) -> str:
     return chat.processor.tokenizer.decode(ids).strip()
 
 
-def test_labels_are_the_answer_then_the_masked_confidence_and_the_end(
-    chat: ChatFormat, samples: Sequence[Sample]
-) -> None:
+def test_labels_are_the_answer_the_masked_confidence_and_the_end(chat: ChatFormat, samples: Samples) -> None:
     batch = _collate(chat, samples)
     assert not batch.confidence_mask[batch.labels == IGNORE].any()
     for row, sample in enumerate(samples):
@@ -74,9 +71,7 @@ def test_labels_are_the_answer_then_the_masked_confidence_and_the_end(
         assert positions[-1] == batch.inputs["attention_mask"][row].sum() - 1, "at the end"
 
 
-def test_training_and_generation_have_the_same_prompt_padded_on_the_right_and_on_the_left(
-    chat: ChatFormat, samples: Sequence[Sample]
-) -> None:
+def test_training_pads_the_same_prompt_right_and_generation_left(chat: ChatFormat, samples: Samples) -> None:
     training, prompts = _collate(chat, samples), PromptCollator(chat)(samples).inputs
     image = chat.processor.tokenizer.convert_tokens_to_ids("<image>")
     for row in range(len(samples)):
@@ -96,9 +91,7 @@ def test_training_and_generation_have_the_same_prompt_padded_on_the_right_and_on
     assert (prompts["attention_mask"][:, 0] == 0).any()
 
 
-def test_the_batch_carries_queries_confidences_and_perturbations(
-    demo_chat: ChatFormat, samples: Sequence[Sample]
-) -> None:
+def test_the_batch_carries_queries_and_perturbations(demo_chat: ChatFormat, samples: Samples) -> None:
     batch = _collate(demo_chat, samples)
     assert (batch.queries, batch.skipped) == (tuple(s.query for s in samples), ())
     assert torch.equal(batch.confidence, torch.tensor([1.0, 0.3, 0.0, 0.85]))
@@ -115,7 +108,7 @@ def test_the_batch_carries_queries_confidences_and_perturbations(
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-def test_the_answer_can_contain_numbers_and_markup(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+def test_the_answer_can_contain_numbers_and_markup(chat: ChatFormat, samples: Samples) -> None:
     for answer in ("80%", "Confidence: 10%", "7", "two\nlines", "<b>dog</b>", "é日本", "Yes!", "a. b. c"):
         query = replace(samples[0].query, answer=answer, answer_type="open")
         batch = _collate(chat, [samples[0]._replace(query=query, confidence=0.8)])
@@ -126,9 +119,7 @@ def test_the_answer_can_contain_numbers_and_markup(chat: ChatFormat, samples: Se
     assert _decode(chat, ended.labels[0][ended.confidence_mask[0]]) == "Confidence: 100%<|end|>"
 
 
-def test_too_long_is_an_error_that_names_the_record_or_skipped_and_listed(
-    chat: ChatFormat, samples: Sequence[Sample]
-) -> None:
+def test_too_long_is_an_error_or_skipped_and_listed(chat: ChatFormat, samples: Samples) -> None:
     longest = int(_collate(chat, samples).inputs["attention_mask"][3].sum())
     assert _collate(chat, samples, longest).skipped == ()
     with pytest.raises(DataError, match=f"record 'q3': {longest} tokens, more than max_length {longest - 1}"):
@@ -148,9 +139,7 @@ def test_too_long_is_an_error_that_names_the_record_or_skipped_and_listed(
         PromptCollator(chat, max_length=limit)(samples)
 
 
-def test_nothing_is_truncated_even_if_the_tokenizer_would(
-    own_processor: Any, samples: Sequence[Sample]
-) -> None:
+def test_nothing_is_truncated_even_if_the_tokenizer_would(own_processor: Any, samples: Samples) -> None:
     own_processor.tokenizer.model_max_length = 20
     batch = _collate(ChatFormat(own_processor, ElicitationPrompt()), samples)
     image = own_processor.tokenizer.convert_tokens_to_ids("<image>")
@@ -158,9 +147,7 @@ def test_nothing_is_truncated_even_if_the_tokenizer_would(
 
 
 @pytest.mark.parametrize("eos", ["<|end|>", "</s>"])
-def test_text_after_the_end_of_turn_is_not_learnt(
-    own_processor: Any, samples: Sequence[Sample], eos: str
-) -> None:
+def test_text_after_the_end_of_turn_is_not_learnt(own_processor: Any, samples: Samples, eos: str) -> None:
     tokenizer = own_processor.tokenizer
     tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": ["<|end|>"]})
     own_processor.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n")
@@ -169,9 +156,7 @@ def test_text_after_the_end_of_turn_is_not_learnt(
         assert tokenizer.decode(labels[labels != IGNORE]).endswith("%<|end|>")
 
 
-def test_a_processor_without_a_template_or_that_changes_the_response_is_refused(
-    own_processor: Any, samples: Sequence[Sample]
-) -> None:
+def test_a_processor_that_changes_the_response_is_refused(own_processor: Any, samples: Samples) -> None:
     class Shouting(LlavaProcessor):
         def __call__(self, text: Any = None, **rest: Any) -> Any:
             return super().__call__(text=[t.replace("Confidence", "CONFIDENCE") for t in text], **rest)
@@ -218,7 +203,7 @@ def test_a_grid_adds_its_percentages_to_the_levels_and_a_percentage_is_stated_on
 
 
 def _candidates(
-    chat: ChatFormat, samples: Sequence[Sample], wrong_answer: bool = False, length: int = 400, **more: Any
+    chat: ChatFormat, samples: Samples, wrong_answer: bool = False, length: int = 400, **more: Any
 ) -> CandidateBatch:
     settings = CandidateSettings(wrong_answer=wrong_answer)
     return CandidateCollator(chat, LinearLevels(), settings, length, **more)(samples)
@@ -253,9 +238,7 @@ def _check_candidates(chat: ChatFormat, batch: CandidateBatch, row: int, *answer
         assert tokenizer.decode(ending) == "%<|end|>"
 
 
-def test_the_batch_carries_conversations_levels_epochs_and_queries(
-    chat: ChatFormat, samples: Sequence[Sample]
-) -> None:
+def test_the_batch_carries_conversations_levels_and_epochs(chat: ChatFormat, samples: Samples) -> None:
     batch = _candidates(chat, [s._replace(epoch=i) for i, s in enumerate(samples)])
     for row, sample in enumerate(samples):
         _check_candidates(chat, batch, row, sample.query.answer)
@@ -270,7 +253,7 @@ def test_the_batch_carries_conversations_levels_epochs_and_queries(
     assert moved.candidates == batch.candidates
 
 
-def test_a_wrong_answer_beside_each_level(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+def test_a_wrong_answer_beside_each_level(chat: ChatFormat, samples: Samples) -> None:
     wrong = [("No",), ("a pizza", "umbrella"), (), ("A cat, (or two!)", "Two cats. Maybe.")]
     with_wrong = [s._replace(wrong=w) for s, w in zip(samples, wrong, strict=True)]
     batch = _candidates(chat, with_wrong, wrong_answer=True)
@@ -281,9 +264,7 @@ def test_a_wrong_answer_beside_each_level(chat: ChatFormat, samples: Sequence[Sa
         assert batch.candidates[row][: len(without)] == without, "the other responses do not change"
 
 
-def test_a_wrong_answer_can_replace_the_gold_one_in_the_responses(
-    chat: ChatFormat, samples: Sequence[Sample]
-) -> None:
+def test_a_wrong_answer_can_replace_the_gold_one_in_the_responses(chat: ChatFormat, samples: Samples) -> None:
     replaced = [samples[0]._replace(wrong_answer="No", wrong=("No",)), samples[1]._replace(wrong=("dog",))]
     batch = _candidates(chat, replaced, wrong_answer=True)
     _check_candidates(chat, batch, 0, "No")
@@ -292,9 +273,7 @@ def test_a_wrong_answer_can_replace_the_gold_one_in_the_responses(
     assert batch.queries[0].answer == "Yes"
 
 
-def test_which_wrong_answer_changes_from_epoch_to_epoch(
-    demo_chat: ChatFormat, samples: Sequence[Sample]
-) -> None:
+def test_which_wrong_answer_changes_from_epoch_to_epoch(demo_chat: ChatFormat, samples: Samples) -> None:
     settings, decode = CandidateSettings(wrong_answer=True), demo_chat.processor.tokenizer.decode
     collate = CandidateCollator(demo_chat, LinearLevels(n_levels=2), settings, 400)
 
@@ -315,7 +294,7 @@ def test_which_wrong_answer_changes_from_epoch_to_epoch(
     assert chisquare(list(counts.values())).pvalue > 1e-3
 
 
-def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Sample]) -> None:
+def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Samples) -> None:
     # The wrong answer alone makes the first one too long.
     long_answer = [samples[0]._replace(wrong=("No, " * 200,)), *samples[1:]]
     whole = _candidates(chat, samples)
@@ -333,9 +312,7 @@ def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Sequence[Samp
     assert nothing.skipped == ("q0", "q1", "q2", "q3")
 
 
-def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(
-    processor: Any, samples: Sequence[Sample]
-) -> None:
+def test_a_prompt_that_ends_within_the_first_token_of_the_answer(processor: Any, samples: Samples) -> None:
     # The space ends the prompt, but in the conversation it is part of the token " Yes".
     spaced = copy(processor)
     spaced.chat_template = CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '").replace(
@@ -353,9 +330,7 @@ def test_a_template_whose_prompt_ends_within_the_first_token_of_the_answer(
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_validation_is_prompts_and_candidates_of_the_same_samples(
-    demo_chat: ChatFormat, samples: Sequence[Sample], paired: bool
-) -> None:
+def test_validation_is_prompts_and_candidates(demo_chat: ChatFormat, samples: Samples, paired: bool) -> None:
     collator = CandidateCollator(demo_chat, LinearLevels(), CandidateSettings(), 400) if paired else None
     batch = ValidationCollator(PromptCollator(demo_chat), collator)(samples)
     assert batch.prompts.queries == tuple(s.query for s in samples)

@@ -6,7 +6,6 @@ The collators with families of models are compared with the processor's own conv
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, tokenize_responses
 from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
-from vlm_calibration.data.noise import NoisePolicy, Sample
+from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
 from vlm_calibration.text.confidence import render_answer, render_response
@@ -29,7 +28,7 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 from ..demo.architecture import CHAT_TEMPLATE
 from ..models.families import FOUR
 from ..models.processors import Family, cached_family
-from .conftest import Listed
+from .conftest import Listed, Samples
 
 PART = "part['text']"
 TEMPLATES = {
@@ -49,8 +48,11 @@ def _chat(processor: Any, template: str) -> ChatFormat:
     return ChatFormat(own, ElicitationPrompt("{question}"))
 
 
+Chats = dict[str, ChatFormat]
+
+
 @pytest.fixture(scope="module")
-def chats(processor: Any) -> dict[str, ChatFormat]:
+def chats(processor: Any) -> Chats:
     return {name: _chat(processor, template) for name, template in TEMPLATES.items()}
 
 
@@ -61,7 +63,7 @@ def chats(processor: Any) -> dict[str, ChatFormat]:
     percents=st.lists(st.integers(0, 100), min_size=1, max_size=4, unique=True),
 )
 def test_conversations_are_those_rendered_one_by_one(
-    chats: dict[str, ChatFormat], name: str, question: str, answers: list[str], percents: list[int]
+    chats: Chats, name: str, question: str, answers: list[str], percents: list[int]
 ) -> None:
     falling = sorted(percents, reverse=True)
     responses = [render_response(a, p / 100) for a in answers for p in falling]
@@ -71,7 +73,7 @@ def test_conversations_are_those_rendered_one_by_one(
 
 
 def test_a_template_that_inserts_text_unchanged_runs_twice(
-    chats: dict[str, ChatFormat], monkeypatch: pytest.MonkeyPatch
+    chats: Chats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rendered: list[str] = []
     render = chats["unchanged"].render
@@ -85,9 +87,7 @@ def test_a_template_that_inserts_text_unchanged_runs_twice(
     assert len(rendered) == 2
 
 
-def test_a_template_that_changes_text_changes_the_candidates_with_it(
-    chats: dict[str, ChatFormat], samples: Sequence[Sample]
-) -> None:
+def test_a_template_that_changes_text_changes_the_candidates_with_it(chats: Chats, samples: Samples) -> None:
     chat, decode = chats["upper case"], chats["upper case"].processor.tokenizer.decode
     _, candidates = tokenize_responses(chat, samples[0].query, ["Yes"], LinearLevels())
     for candidate in candidates:
@@ -200,7 +200,7 @@ def chat(family: Family) -> ChatFormat:
 
 
 @pytest.fixture(scope="module")
-def unlike(samples: Sequence[Sample]) -> Sequence[Sample]:
+def unlike(samples: Samples) -> Samples:
     """Samples with images of different sizes and shapes."""
     rng = np.random.default_rng(1)
     return [
@@ -209,9 +209,7 @@ def unlike(samples: Sequence[Sample]) -> Sequence[Sample]:
     ]
 
 
-def test_image_tokens_are_as_many_as_the_image_needs(
-    family: Family, chat: ChatFormat, unlike: Sequence[Sample]
-) -> None:
+def test_image_tokens_are_as_many_as_needed(family: Family, chat: ChatFormat, unlike: Samples) -> None:
     image = family.processor.tokenizer.convert_tokens_to_ids(family.image_token)
     together = (SFTCollator(chat, 1000)(unlike).inputs["input_ids"] == image).sum(dim=1)
     alone = [int((SFTCollator(chat, 1000)([s]).inputs["input_ids"] == image).sum()) for s in unlike]
@@ -237,9 +235,7 @@ def test_a_conversation_is_the_templates(family: Family, chat: ChatFormat) -> No
     ]
 
 
-def test_inputs_are_those_of_the_processor(
-    family: Family, chat: ChatFormat, unlike: Sequence[Sample]
-) -> None:
+def test_inputs_are_those_of_the_processor(family: Family, chat: ChatFormat, unlike: Samples) -> None:
     """PaliGemma's processor writes the conversation itself, from the prompt and the response as a `suffix`."""
     responses = [render_response(s.answer, s.confidence) for s in unlike]
     texts = [chat.render(s.query.question, r) for s, r in zip(unlike, responses, strict=True)]
@@ -258,7 +254,7 @@ def test_inputs_are_those_of_the_processor(
         assert torch.equal(batch.inputs[name], values), name
 
 
-def test_pairs_are_the_conversations(family: Family, chat: ChatFormat, unlike: Sequence[Sample]) -> None:
+def test_pairs_are_the_conversations(family: Family, chat: ChatFormat, unlike: Samples) -> None:
     unlike = [s._replace(confidence=c) for s, c in zip(unlike, (1.0, 0.3, 0.0, 0.8), strict=True)]
     training = SFTCollator(chat, 1000)(unlike)
     pairs = CandidateCollator(chat, LinearLevels(), CandidateSettings(), 1000)(unlike)
@@ -272,7 +268,7 @@ def test_pairs_are_the_conversations(family: Family, chat: ChatFormat, unlike: S
         assert list(same.tokens) == labels[labels != IGNORE].tolist()
 
 
-def test_an_image_that_the_processor_refuses_is_named(unlike: Sequence[Sample]) -> None:
+def test_an_image_that_the_processor_refuses_is_named(unlike: Samples) -> None:
     """By the collators, and by the dataset, which perturbs images at the model's resolution."""
     processor = cached_family("qwen2_5_vl").processor
     chat = ChatFormat(processor, ElicitationPrompt())
@@ -287,7 +283,7 @@ def test_an_image_that_the_processor_refuses_is_named(unlike: Sequence[Sample]) 
 
 
 def test_what_no_sample_alone_is_refused_for_is_raised_as_it_is(
-    unlike: Sequence[Sample], monkeypatch: pytest.MonkeyPatch
+    unlike: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = ChatFormat(cached_family("gemma3").processor, ElicitationPrompt())
     inputs = chat.inputs
@@ -302,9 +298,7 @@ def test_what_no_sample_alone_is_refused_for_is_raised_as_it_is(
         PromptCollator(chat)(unlike)
 
 
-def test_the_image_tokens_of_each_family_are_refused_in_text(
-    family: Family, chat: ChatFormat, unlike: Sequence[Sample]
-) -> None:
+def test_image_tokens_are_refused_in_text(family: Family, chat: ChatFormat, unlike: Samples) -> None:
     for token in {family.processor.image_token, family.image_token}:
         for name in ("question", "answer"):
             query = replace(unlike[1].query, **{name: f"What is {token}?"})  # type: ignore[arg-type]

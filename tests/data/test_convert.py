@@ -23,7 +23,7 @@ from vlm_calibration.data.convert.writing import QueryWriter
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.records import DataError, Query
 
-from .conftest import encode, refused
+from .conftest import Capture, encode, refused
 
 Record = dict[str, Any]
 Convert = Callable[..., list[Query]]
@@ -347,9 +347,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rows:
     return written
 
 
-def test_embedded_images_are_written_once_beside_the_queries(
-    convert: Convert, rows: Rows, tmp_path: Path
-) -> None:
+def test_embedded_images_are_written_once(convert: Convert, rows: Rows, tmp_path: Path) -> None:
     path = rows(image=[embedded(1), embedded(2), embedded(1)])
     queries = convert(hf(path))
     assert [q.id for q in queries] == ["row-0", "row-1", "row-2"]
@@ -407,9 +405,7 @@ def test_columns_of_other_names_and_kinds(convert: Convert, rows: Rows, tmp_path
         ([["cat"] * 4 + ["dog"] * 5 + ["cow"]] * 2, [("dog", "short", ("cat",))] * 2),
     ],
 )
-def test_answers_that_are_no_text(
-    convert: Convert, rows: Rows, answers: list[Any], expected: list[Any]
-) -> None:
+def test_answers_that_are_no_text(convert: Convert, rows: Rows, answers: Any, expected: Any) -> None:
     queries = convert(hf(rows(answer=answers)))
     assert [(q.answer, q.answer_type, q.synonyms) for q in queries] == expected
 
@@ -466,7 +462,7 @@ def test_rlaif_v(convert: Convert, rows: Rows, tmp_path: Path) -> None:
     assert [list(source.wrong_answers(q)) for q in queries] == [["A cat."], [], []]
 
 
-def test_the_command(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(convert: Convert, tmp_path: Path, capsys: Capture) -> None:
     bad = [llava(i, image, "a", "b") for i, image in enumerate((None, None, "none.png"))]
     file = save(tmp_path / "c.json", [*bad, llava("x", "a.png", *TEXTS)])
     out = tmp_path / "queries.jsonl"
@@ -487,9 +483,7 @@ def test_the_command(convert: Convert, tmp_path: Path, capsys: pytest.CaptureFix
     assert [p.name for p in tmp_path.glob(".*")] == [], "no temporary file stays"
 
 
-def test_images_elsewhere_keep_their_names(
-    convert: Convert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_elsewhere_keep_their_names(convert: Convert, tmp_path: Path, capsys: Capture) -> None:
     file, out = save(tmp_path / "c.json", [llava("x", "a.png", *TEXTS)]), tmp_path / "other/q.jsonl"
     assert main(["data", "convert", "sharegpt", str(file), "--out", str(out), "--images", str(tmp_path)]) == 0
     assert f"--root {tmp_path}" in capsys.readouterr().out

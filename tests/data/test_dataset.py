@@ -216,9 +216,7 @@ def test_what_is_taught_is_not_decided_by_what_lacks_a_region(
             _train(queries, taught=True)
 
 
-def test_clean_images_need_no_regions_and_the_demo_loses_no_question(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_clean_images_need_no_regions_and_the_demo_loses_none(caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings(), caplog.at_level(logging.INFO):
         warnings.simplefilter("error")
         dataset = _train(MIXED, replace(POLICY, no_region="raise", absent="skip"), "none")
@@ -255,9 +253,7 @@ def test_what_cannot_be_asked_is_told_before_anything_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("noise", ["drawn", "none"])
-def test_records_that_cannot_be_loaded_are_left_out_of_a_batch_or_stop_the_run(
-    write_jsonl: Write, noise: Any
-) -> None:
+def test_records_that_cannot_be_loaded_are_left_out_or_stop_the_run(write_jsonl: Write, noise: Any) -> None:
     """A damaged image, a region outside the image, a mask of another size; the samples of the other records do not change."""
 
     def region(box: Sequence[int], **more: Any) -> dict[str, Any]:

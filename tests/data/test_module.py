@@ -146,9 +146,7 @@ def test_a_calibration_set_comes_after_the_test_set(model_folder: str) -> None:
     assert asked == [[test_ids[1:6], test_ids[6:11]], [held_ids[1:5]]]
 
 
-def test_calibration_and_test_set_share_no_image_but_names_in_two_folders(
-    model_folder: str, tmp_path: Path
-) -> None:
+def test_names_in_two_folders_are_no_shared_images(model_folder: str, tmp_path: Path) -> None:
     splits = {}
     for name in ("test", "calibration"):
         (tmp_path / name).mkdir()
@@ -257,7 +255,7 @@ def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(
 
 
 @pytest.mark.parametrize(("epoch", "batch", "workers"), [(0, 2, 2), (1, 2, 0), (3, 0, 2)])
-def test_what_is_left_of_the_data_behind_a_place(
+def test_what_is_left_behind_a_place_in_the_data(
     model_folder: str, epoch: int, batch: int, workers: int
 ) -> None:
     """The position is that of a checkpoint; the number of batches is that of a complete epoch."""
@@ -335,9 +333,7 @@ def test_what_is_left_out_changes_from_epoch_to_epoch() -> None:
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.sets(st.integers(0, 59)))
-def test_what_is_done_is_left_out_and_moves_nothing_else(
-    length: int, processes: int, indices: set[int]
-) -> None:
+def test_what_is_done_is_left_out_and_moves_nothing(length: int, processes: int, indices: set[int]) -> None:
     done = {index for index in indices if index < length}
     for rank, shard in enumerate(_shards(length, processes, False)):
         sampler = EpochSampler(length, rank=rank, num_replicas=processes, training=False, done=done)

@@ -38,7 +38,7 @@ from vlm_calibration.errors import CommandError
 from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.records import DataError
 
-from .conftest import Write, encode, pattern, record
+from .conftest import Capture, Write, encode, pattern, record
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
@@ -324,9 +324,7 @@ def config(tmp_path: Path, write: WriteSource) -> str:
     return str(tmp_path / "config.yaml")
 
 
-def test_the_command_reports_and_fails_only_if_strict(
-    config: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_reports_and_fails_only_if_strict(config: str, capsys: Capture) -> None:
     inspect("--config", config)
     assert "1 of 2" in capsys.readouterr().out
     with pytest.raises(CommandError) as caught:
@@ -337,9 +335,7 @@ def test_the_command_reports_and_fails_only_if_strict(
     assert "share" not in capsys.readouterr().out
 
 
-def test_missing_files_are_named_after_the_others_are_shown(
-    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_files_are_named_after_the_others(config: str, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "test.jsonl").rename(tmp_path / "test.parquet")
     with pytest.raises(DataError) as caught:
         inspect("--config", config)

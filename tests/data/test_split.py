@@ -23,7 +23,7 @@ from vlm_calibration.data.split import assign_queries
 from vlm_calibration.records import DataError
 
 from ..command_line import Ended
-from .conftest import pattern, record
+from .conftest import Capture, pattern, record
 
 
 def _row(i: int, image: str, k: int = 0) -> dict[str, Any]:
@@ -141,9 +141,7 @@ def test_parquet_rows_keep_schema_metadata_and_values(tmp_path: Path, embedded: 
         assert len(ParquetSource(str(tmp_path / f"{name}.parquet")).queries()) == len(part)
 
 
-def test_bad_records_stop_it_or_are_left_out_and_named(
-    file: Path, lines: list[bytes], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_records_stop_it_or_are_named(file: Path, lines: list[bytes], capsys: Capture) -> None:
     """A line that is not JSON, one about a missing image, and an image of two queries that is truncated."""
     image = file.parent / "images/1.png"
     image.write_bytes(image.read_bytes()[:200])
@@ -194,9 +192,7 @@ def test_all_files_are_written_or_none(file: Path, monkeypatch: pytest.MonkeyPat
     assert not list(file.parent.glob(".*"))
 
 
-def test_paths_stay_valid_or_the_folder_is_refused(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_paths_stay_valid_or_the_folder_is_refused(file: Path, tmp_path: Path, capsys: Capture) -> None:
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(DataError, match="leave out --out"):
         split(file, out=elsewhere)

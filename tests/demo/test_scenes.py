@@ -89,9 +89,7 @@ def test_easy_scenes_have_one_to_four_objects() -> None:
 
 @pytest.mark.parametrize("hand", HANDS)
 @pytest.mark.parametrize("kind", ["", *HARD_KINDS])
-def test_scenes_are_as_described_and_masks_exact(
-    kind: str, hand: Hand, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scenes_are_as_said_and_masks_exact(kind: str, hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same scene without its objects differs where the masks are, and nowhere else."""
     scenes = [render_scene((3, index), kind, hand) for index in FEW]
     for index, scene in zip(FEW, scenes, strict=True):
