@@ -110,9 +110,8 @@ TEMPLATE = (
 
 
 def _render(processor: Any, prompt_end: str, conversation: str, tail: str) -> tuple[str, str]:
-    parts = {"GENERATION": prompt_end, "CONVERSATION": conversation, "TAIL": tail}
     template = TEMPLATE
-    for name, text in parts.items():
+    for name, text in (("GENERATION", prompt_end), ("CONVERSATION", conversation), ("TAIL", tail)):
         template = template.replace(name, "{{ '" + text.replace("\n", "\\n") + "' }}")
     chat = _chat(processor, template)
     return chat.render("A dog?"), chat.render("A dog?", "Yes.")
@@ -122,7 +121,7 @@ def _render(processor: Any, prompt_end: str, conversation: str, tail: str) -> tu
     ("tail", "expected"),
     [*((tail, "<|end|>") for tail in ("", " ", "\n", " \n\n")), *((t, t) for t in ENDS)],
 )
-def test_a_turn_that_is_left_open_is_ended_and_the_templates_own_end_is_kept(
+def test_an_open_turn_is_ended_and_the_templates_own_end_is_kept(
     processor: Any, tail: str, expected: str
 ) -> None:
     """Whether or not it is a special token."""
@@ -155,9 +154,8 @@ def test_the_end_of_the_prompt_precedes_the_response(
 
 
 def test_the_end_of_the_prompt_follows_any_question(processor: Any) -> None:
-    chat = _chat(
-        processor, TEMPLATE.replace("GENERATION", "P\n").replace("CONVERSATION", "P \n").replace("TAIL", " ")
-    )
+    template = TEMPLATE.replace("GENERATION", "P\n").replace("CONVERSATION", "P \n").replace("TAIL", " ")
+    chat = _chat(processor, template)
     for question in ("", "?", "A dog? " * 30, "QUESTION1", "RESPONSE2", "P \n"):
         for response in ("", "Yes.", "RESPONSE2", "P \nP\n "):
             expected = f"<|user|><image>{question}<|end|>P\n{response}<|end|>"
@@ -166,8 +164,7 @@ def test_the_end_of_the_prompt_follows_any_question(processor: Any) -> None:
 
 
 def test_a_template_that_writes_the_question_in_two_ways_is_refused(processor: Any) -> None:
-    template = "{% if add_generation_prompt %}Now: {% endif %}" + CHAT_TEMPLATE
-    chat = _chat(processor, template)
+    chat = _chat(processor, "{% if add_generation_prompt %}Now: {% endif %}" + CHAT_TEMPLATE)
     with pytest.raises(DataError, match="the chat template of LlavaProcessor writes a question differently"):
         chat.render("A dog?", "Yes.")
 
@@ -203,10 +200,9 @@ def chat(family: Family) -> ChatFormat:
 def unlike(samples: Samples) -> Samples:
     """Samples with images of different sizes and shapes."""
     rng = np.random.default_rng(1)
-    return [
-        sample._replace(image=rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-        for sample, size in zip(samples, [(20, 20), (33, 16), (48, 20), (14, 70)], strict=True)
-    ]
+    sizes = ((20, 20), (33, 16), (48, 20), (14, 70))
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    return [sample._replace(image=image) for sample, image in zip(samples, images, strict=True)]
 
 
 def test_image_tokens_are_as_many_as_needed(family: Family, chat: ChatFormat, unlike: Samples) -> None:
@@ -230,9 +226,8 @@ def test_a_conversation_is_the_templates(family: Family, chat: ChatFormat) -> No
     written, ours = (text.format("Yes.") for text in REPHRASED.get(family.name, ("", "")))
     assert theirs.endswith(written)
     assert chat.render("A dog?", "Yes.") == theirs.removesuffix(written) + ours
-    assert chat.conversations("A dog?", ["Yes.", "No."]) == [
-        chat.render("A dog?", r) for r in ("Yes.", "No.")
-    ]
+    both = [chat.render("A dog?", response) for response in ("Yes.", "No.")]
+    assert chat.conversations("A dog?", ["Yes.", "No."]) == both
 
 
 def test_inputs_are_those_of_the_processor(family: Family, chat: ChatFormat, unlike: Samples) -> None:

@@ -101,6 +101,7 @@ def test_scenes_are_as_said_and_masks_exact(kind: str, hand: Hand, monkeypatch: 
         for item in scene.objects:
             rows, columns = np.nonzero(item.mask)
             assert len(rows) > 10, "every object can be seen"
+            assert kind != "small" or max(np.ptp(rows), np.ptp(columns)) < SMALL_SIZES[1]
             assert item.corner == 2 * (rows.mean() >= 48) + (columns.mean() >= 48)
         assert sum(o.mask.astype(int) for o in scene.objects).max() <= 1
         assert np.array_equal(scene.image, render_scene((3, index), kind, hand).image)
@@ -110,13 +111,6 @@ def test_scenes_are_as_said_and_masks_exact(kind: str, hand: Hand, monkeypatch: 
         covered = np.logical_or.reduce([o.mask for o in scene.objects])
         assert not changed[~covered].any()
         assert changed[covered].mean() > 0.97, "faint edges may round to the background colour"
-
-
-def test_the_objects_are_small() -> None:
-    for index in FEW:
-        for item in render_scene((3, index), "small").objects:
-            rows, columns = np.nonzero(item.mask)
-            assert max(np.ptp(rows), np.ptp(columns)) < SMALL_SIZES[1]
 
 
 def test_a_neighbour_covers_a_part_of_an_object() -> None:
