@@ -171,16 +171,12 @@ def test_a_processor_that_changes_the_response_is_refused(own_processor: Any, sa
 
 # --- Candidates of preference optimisation ----------------------------------------------------------------------------
 
-
 TENTHS = tuple(i / 10 for i in range(10, -1, -1))
 
 
 def test_stated_levels_of_anchored_levels_are_those_of_the_answer_type() -> None:
     accuracies = {"yes_no": (99, 98, 90, 61, 60, 50), "short": (97, 80, 41, 40, 5, 4)}
-    counts = {
-        kind: noise_counts(*((i / 5, 100, n_correct) for i, n_correct in enumerate(n_corrects)))
-        for kind, n_corrects in accuracies.items()
-    }
+    counts = {k: noise_counts(*((i / 5, 100, n) for i, n in enumerate(ns))) for k, ns in accuracies.items()}
     for settings, most in ({"grid": 5}, 6), ({"grid": 1, "groups": 3}, 3), ({"groups": 1}, 1):
         levels = AnchoredLevels(table=LevelTable(counts), **settings)
         for kind in accuracies:
@@ -315,9 +311,8 @@ def test_too_long_is_skipped_and_listed(chat: ChatFormat, samples: Samples) -> N
 def test_a_prompt_that_ends_within_the_first_token_of_the_answer(processor: Any, samples: Samples) -> None:
     # The space ends the prompt, but in the conversation it is part of the token " Yes".
     spaced = copy(processor)
-    spaced.chat_template = CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '").replace(
-        "<|assistant|>{% endif %}", "<|assistant|> {% endif %}"
-    )
+    template = CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '")
+    spaced.chat_template = template.replace("<|assistant|>{% endif %}", "<|assistant|> {% endif %}")
     chat = ChatFormat(spaced, ElicitationPrompt())
     assert chat.render("A dog?").endswith("<|assistant|> ")
     with_wrong = [samples[0]._replace(wrong=("A cat",)), *samples[1:]]

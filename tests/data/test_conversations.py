@@ -98,7 +98,6 @@ def test_a_template_that_changes_text_changes_the_candidates_with_it(chats: Chat
 
 # --- Where a response begins and ends --------------------------------------------------------------------------------
 
-
 ENDS = ("<|end|>", "<|end|>\n", "</turn>\n", " over")
 PROMPT = "<|user|><image>A dog?<|end|><|assistant|>"
 TEMPLATE = (
@@ -176,7 +175,6 @@ def test_a_template_that_omits_responses_is_left_unchanged(processor: Any) -> No
 
 
 # --- Families of models that differ, and PaliGemma, which has no chat template; built offline at toy size --------------------
-
 
 REPHRASED = {
     "llava_clip": ("ASSISTANT: {} ", "ASSISTANT: {}</s>"),

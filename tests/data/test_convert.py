@@ -174,10 +174,8 @@ def vqa(tmp_path: Path) -> tuple[Path, Path]:
         label = {"question_type": form, "multiple_choice_answer": gold, "answers": given, "answer_type": kind}
         annotations.append({"image_id": image, "question_id": number, **label})
     head = {"info": {"year": 2017}, "data_subtype": "val2014"}
-    return (
-        save(tmp_path / "questions.json", {**head, "questions": questions}),
-        save(tmp_path / "annotations.json", {**head, "annotations": annotations}),
-    )
+    asked = save(tmp_path / "questions.json", {**head, "questions": questions})
+    return asked, save(tmp_path / "annotations.json", {**head, "annotations": annotations})
 
 
 def change(path: Path, index: int, **changes: Any) -> None:

@@ -107,7 +107,6 @@ def test_an_error_names_the_record_and_nothing_left_is_one() -> None:
 
 # --- Queries without a region ----------------------------------------------------------------------------------------
 
-
 ASKED = (
     _query("shown", objects=("the Dogs",), regions=DOG),
     _query("absent", "No", objects=("dog",)),

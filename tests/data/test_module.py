@@ -344,7 +344,6 @@ def test_what_is_done_is_left_out_and_moves_nothing(length: int, processes: int,
 
 # --- The user's augmentations: regions move with the pixels, samples stay a pure function of (seed, epoch, query id) ----------
 
-
 RANDOM = (
     A.HorizontalFlip(p=0.5),
     A.Affine(translate_percent=(-0.1, 0.1), p=1.0),

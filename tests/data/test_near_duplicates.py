@@ -20,16 +20,7 @@ from sklearn.datasets import load_sample_images
 
 from vlm_calibration.commands.data import inspect
 from vlm_calibration.data import near_duplicates
-from vlm_calibration.data.near_duplicates import (
-    ImageHash,
-    Leak,
-    LeakReport,
-    find_leaks,
-    group_images,
-    hash_image,
-    hash_images,
-    near_groups,
-)
+from vlm_calibration.data.near_duplicates import ImageHash, Leak, find_leaks, group_images, hash_image
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.data.sources.parquet import ParquetSource
@@ -149,7 +140,7 @@ def test_the_search_finds_what_all_pairs_show(seed: int, n: int) -> None:
         bits = bits ^ np.where(rng.random(n) < 0.6, flipped, np.uint64(0))
     looks = rng.integers(60, 200, (2, 24, 24, 3))
     copies = (looks[rng.integers(0, 2, n)] + rng.integers(-3, 4, (n, 24, 24, 3))).astype(np.uint8)
-    labels = near_groups(bits, copies)
+    labels = near_duplicates.near_groups(bits, copies)
     found = {frozenset(np.flatnonzero(labels == label).tolist()) for label in set(labels.tolist())}
     assert {group for group in found if len(group) > 1} == _by_all_pairs(bits, copies)
 
@@ -163,7 +154,7 @@ def test_many_images_are_searched_in_seconds() -> None:
     film = rng.integers(60, 200, (24, 24, 3))
     copies[:2000] = film + rng.integers(-3, 4, (2000, 24, 24, 3))
     bits[:2000] = bits[0] ^ np.uint64(1) << rng.integers(0, 64, 2000).astype(np.uint64)
-    labels = near_groups(bits, copies)
+    labels = near_duplicates.near_groups(bits, copies)
     assert len(set(labels[:2000].tolist())) == 1
     assert len(set(labels.tolist())) == 10_001
 
@@ -176,7 +167,7 @@ def test_results_are_in_order_and_name_what_cannot_be_read(write_jsonl: Write) -
     queries = source.queries()
     (folder / "7.jpg").write_bytes((folder / "7.jpg").read_bytes()[:300])
     (folder / "9.jpg").unlink()
-    results = hash_images([(source, query) for query in queries])
+    results = near_duplicates.hash_images([(source, query) for query in queries])
     for i, result in enumerate(results):
         assert isinstance(result, str) is (i in (7, 9))
         if isinstance(result, ImageHash):
@@ -230,7 +221,7 @@ def write(tmp_path: Path) -> WriteSource:
     return source
 
 
-def _leaks(**sources: QuerySource) -> LeakReport:
+def _leaks(**sources: QuerySource) -> near_duplicates.LeakReport:
     return find_leaks({f"data.{name.replace('__', '.')}": s for name, s in sources.items()})
 
 
@@ -295,7 +286,7 @@ def test_regions_of_other_sources_and_drawn_images(write: WriteSource, tmp_path:
     report = _leaks(train=train, test=images)
     assert [(leak.kind, leak.images) for leak in report.leaks] == [("same file", 2)]
     demo = _leaks(train=DemoSource("train", scenes=40), test=DemoSource("test", scenes=40))
-    assert demo == LeakReport({"train": 40, "test": 40}, (), {})
+    assert demo == near_duplicates.LeakReport({"train": 40, "test": 40}, (), {})
 
 
 def test_an_image_that_cannot_be_read_is_named(write: WriteSource, tmp_path: Path) -> None:

@@ -178,7 +178,6 @@ def test_processors_that_cannot_be_followed_are_refused(name: str) -> None:
 
 # --- data.max_pixels -------------------------------------------------------------------------------------------------
 
-
 LIMITED = {"QWEN2": QWEN2, "SMOLVLM": SMOLVLM, "INTERNVL": INTERNVL, "PIXTRAL": PIXTRAL}
 SIDES = st.integers(8, 400)
 TEXT_TOKENS = 256

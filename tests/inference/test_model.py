@@ -82,10 +82,8 @@ def test_answers_are_those_of_an_evaluation(
     assert list(alone.systems) == [BASE]
     assert alone.ask(*asked[0], as_base=True) == alone.ask(*asked[0])
     with ThreadPoolExecutor(2) as threads:
-        calls = [
-            threads.submit(lambda n: list(calibrated.ask_many(asked, n, as_base=n == 5)), n) for n in (3, 5)
-        ]
-    given = [(CALIBRATED, calls[0].result()), (BASE, calls[1].result()), *both.items()]
+        calls = threads.map(lambda n: list(calibrated.ask_many(asked, n, as_base=n == 5)), (3, 5))
+    given = [*zip((CALIBRATED, BASE), calls, strict=True), *both.items()]
     given += [(CALIBRATED, list(calibrated.ask_many(asked, 1))), (BASE, list(alone.ask_many(asked)))]
     for system, answers in given:
         texts, confidences, expected = zip(*reference[system], strict=True)

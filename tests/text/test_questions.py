@@ -17,18 +17,11 @@ from hypothesis import strategies as st
 from vlm_calibration.demo.questions import scene_queries
 from vlm_calibration.demo.scenes import CLASSES
 from vlm_calibration.records import Query, RecordError
+from vlm_calibration.text import labels
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.conventions import combine_answers, infer_answer_type, strip_format_request
 from vlm_calibration.text.known_questions import KnownQuestions
-from vlm_calibration.text.labels import (
-    absent_objects,
-    answer_is_no,
-    check_answer,
-    denies_existence,
-    is_evidence,
-    question_form,
-    unlocated_objects,
-)
+from vlm_calibration.text.labels import absent_objects, check_answer, is_evidence, unlocated_objects
 from vlm_calibration.text.matching import same_phrase
 from vlm_calibration.text.prompts import ElicitationPrompt
 
@@ -190,10 +183,10 @@ def test_no_two_objects_of_the_demo_are_taken_for_one_another() -> None:
 
 def test_only_a_no_to_a_yes_no_question_says_that_something_is_absent() -> None:
     for answer in ("No", "no.", "No, there is none", "There is no dog"):
-        assert answer_is_no(_query(answer, "yes_no"))
-        assert not answer_is_no(_query(answer, "short"))
+        assert labels.answer_is_no(_query(answer, "yes_no"))
+        assert not labels.answer_is_no(_query(answer, "short"))
     for answer in ("Yes", "Yes, there is no doubt"):
-        assert not answer_is_no(_query(answer, "yes_no"))
+        assert not labels.answer_is_no(_query(answer, "yes_no"))
 
 
 def test_an_answer_that_nothing_can_be_graded_by_is_refused() -> None:
@@ -225,7 +218,7 @@ def test_an_object_is_absent_if_the_existence_that_is_asked_for_is_denied(
 ) -> None:
     query = Query("q", "x", question, answer, "yes_no", objects)
     assert absent_objects(query) == absent
-    assert not denies_existence(replace(query, answer_type="short"))
+    assert not labels.denies_existence(replace(query, answer_type="short"))
     assert unlocated_objects(query, [*objects, "tree"]) == []
     assert unlocated_objects(query, ["tree"]) == [name for name in objects if name not in absent]
 
@@ -239,7 +232,7 @@ def test_what_the_query_says_of_absence_comes_before_the_form_of_its_question() 
 
 
 def _form(question: str, *objects: str) -> str:
-    return question_form(Query("q", "x", question, "1", "short", objects))
+    return labels.question_form(Query("q", "x", question, "1", "short", objects))
 
 
 @pytest.mark.parametrize(
