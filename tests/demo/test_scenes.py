@@ -129,10 +129,8 @@ def test_every_picture_is_another_one_in_each_hand() -> None:
 def test_frequencies_make_popular_absent_objects_popular() -> None:
     rng = np.random.default_rng(0)
     present = ("horse", "cow")
-    drawn = {
-        kind: Counter(questions.absent_class(rng, present, kind) for _ in range(1500))
-        for kind in questions.NEGATIVES
-    }
+    kinds, absent = questions.NEGATIVES, questions.absent_class
+    drawn = {kind: Counter(absent(rng, present, kind) for _ in range(1500)) for kind in kinds}
     for counts in drawn.values():
         assert not set(present) & set(counts)
     of_frequent, of_related = (
@@ -206,6 +204,9 @@ def test_the_source_loads_what_the_questions_are_about(hand: Hand) -> None:
         found.add(*kind or [""])
         assert asked in ("existence", "position")
         assert all(name in query.image for name in kind)
+        wrong = source.wrong_answers(query)
+        assert wrong
+        assert not any(grade(w, query.answer, query.answer_type).correct for w in wrong)
         loaded = source.load(query)
         scene = render_scene(scene_seed("development", scene_index(query)), "".join(kind), hand)
         assert np.array_equal(loaded.image, scene.image)
@@ -324,9 +325,7 @@ def test_an_unknown_form_is_answered_with_the_known_forms_of_its_object() -> Non
     assert '"Do you see a cat?"' in message
     assert "dog" not in message
     assert '"What is at the ...?"' in (questions.unknown_part("What is the image?") or "")
-    assert questions.right_answer("What is at the top right?", {"dog": "top left"}) is None, (
-        "the corner is empty"
-    )
+    assert questions.right_answer("What is at the top right?", {"dog": "top left"}) is None, "an empty corner"
 
 
 # --- The model: stock transformers classes, and a tokenizer for these sentences -----------------------------------------------
