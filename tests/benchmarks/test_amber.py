@@ -39,10 +39,9 @@ Rows = list[dict[str, Any]]
 
 def _file(rows: list[tuple[str, str, str]]) -> tuple[Rows, Rows]:
     """Annotations and answers of (type, truth, response)."""
-    annotations = [
-        {"id": i, "type": kind, "truth": truth} for i, (kind, truth, _) in enumerate(rows, start=1)
-    ]
-    return annotations, [{"id": i, "response": text} for i, (_, _, text) in enumerate(rows, start=1)]
+    numbered = list(enumerate(rows, start=1))
+    annotations = [{"id": i, "type": kind, "truth": truth} for i, (kind, truth, _) in numbered]
+    return annotations, [{"id": i, "response": text} for i, (_, _, text) in numbered]
 
 
 def _queries(annotations: Rows) -> list[Query]:

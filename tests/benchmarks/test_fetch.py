@@ -49,9 +49,8 @@ def _servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub)
     truths = [{"id": i, "type": "relation", "truth": "no"} for i in (1, 2)]
     queries = [{"id": i, "image": f"AMBER_{i}.jpg", "query": "Is it?"} for i in (1, 2)]
-    served: dict[str, Any] = {
-        f"pope/seem/aokvqa/aokvqa_pope_seem_{kind}.json": [_question(0, 3), _question(1, 4)] for kind in KINDS
-    }
+    aokvqa = [_question(0, 3), _question(1, 4)]
+    served: dict[str, Any] = {f"pope/seem/aokvqa/aokvqa_pope_seem_{kind}.json": aokvqa for kind in KINDS}
     served["amber/annotations.json"] = truths
     served |= {f"amber/query/query_{name}.json": queries for name in ("all", "discriminative")}
     for name in ("POPE", "AMBER", "COCO"):

@@ -115,9 +115,8 @@ def digit_processor() -> Any:
     from ..demo.architecture import build_processor
 
     processor = build_processor()
-    processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     return processor
 
 

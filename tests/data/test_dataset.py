@@ -346,9 +346,8 @@ def _shaped(
 ) -> PerturbedQueries:
     source = Listed(*queries, size=(SIZE, SIZE), damaged=damaged)
     source.on_bad_record = rule
-    return _dataset(
-        NoisePolicy(levels=OnlyAt(), resolution="native", **policy), **{"": EvalSplit(source, noise)}
-    )
+    noise_policy = NoisePolicy(levels=OnlyAt(), resolution="native", **policy)
+    return _dataset(noise_policy, **{"": EvalSplit(source, noise)})
 
 
 def _sky(i: int) -> Region:

@@ -255,18 +255,16 @@ def test_splits_of_one_role_may_share(write: WriteSource) -> None:
 
 def _parquet(path: Path, seeds: Iterable[int]) -> ParquetSource:
     """A file with embedded images."""
-    rows = [
-        record(str(i), image={"bytes": encode(pattern(seed)), "path": None}) for i, seed in enumerate(seeds)
-    ]
+    contents = (encode(pattern(seed)) for seed in seeds)
+    rows = [record(str(i), image={"bytes": content, "path": None}) for i, content in enumerate(contents)]
     pq.write_table(pa.Table.from_pylist(rows), path)
     return ParquetSource(str(path))
 
 
 def test_embedded_images_are_compared_by_content_not_by_row(tmp_path: Path) -> None:
     train, test = _parquet(tmp_path / "train.parquet", [1, 2, 3]), _parquet(tmp_path / "t.parquet", [4, 5, 3])
-    assert _leaks(train=train, test=test).leaks == (
-        Leak("same content", "train", "test", 1, ("row-2 = row-2",)),
-    )
+    [leak] = _leaks(train=train, test=test).leaks
+    assert leak == Leak("same content", "train", "test", 1, ("row-2 = row-2",))
     [leak] = _leaks(train=train, validation=ParquetSource(str(tmp_path / "train.parquet"))).leaks
     assert (leak.kind, leak.images) == ("same file", 3)
 
@@ -279,9 +277,8 @@ def test_one_name_in_two_folders_is_no_leak(write: WriteSource, tmp_path: Path) 
 
 def test_regions_of_other_sources_and_drawn_images(write: WriteSource, tmp_path: Path) -> None:
     images = write("all", "1.png", "2.png", "3.png")
-    pq.write_table(
-        pa.Table.from_pylist([record(i, image=f"{i}.png") for i in "12"]), tmp_path / "regions.parquet"
-    )
+    rows = pa.Table.from_pylist([record(i, image=f"{i}.png") for i in "12"])
+    pq.write_table(rows, tmp_path / "regions.parquet")
     train = ParquetSource(str(tmp_path / "regions.parquet"), images=images)
     report = _leaks(train=train, test=images)
     assert [(leak.kind, leak.images) for leak in report.leaks] == [("same file", 2)]

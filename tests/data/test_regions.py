@@ -161,9 +161,8 @@ def test_shards_cover_every_query_of_all_sources_once(shard_size: int) -> None:
     plan = planned(shard_size=shard_size, **sources)
     batches = [plan[number] for number in range(len(plan))]
     assert [batch.shard for batch in batches] == list(range(len(plan)))
-    assert [row.query.id for batch in batches for row in batch.rows] == [
-        query.id for source in sources.values() for query in source.queries()
-    ]
+    ids = [row.query.id for batch in batches for row in batch.rows]
+    assert ids == [query.id for source in sources.values() for query in source.queries()]
     assert all(len({row.query.id[0] for row in batch.rows}) == 1 for batch in batches), "one source a batch"
     assert max(len(batch.rows) for batch in batches) <= shard_size
 
