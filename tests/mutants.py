@@ -28,8 +28,6 @@ MUTANTS: dict[tuple[str, str, str], dict[str, str]] = {
     ("noise", "data/noise.py", "data/test_noise.py"): {
         "if not takes_evidence:": "if region is None:",
         "query_rng(policy.seed, epoch, query.id)": "query_rng(policy.seed, 0, query.id)",
-    },
-    ("noise", "data/noise.py", "data/test_wrong_answers.py"): {
         "policy.wrong_answer_rate * (1.0 - confidence)": "policy.wrong_answer_rate * confidence",
     },
     ("levels", "perturbation/levels.py", "perturbation/test_levels.py"): {
@@ -76,7 +74,7 @@ MUTANTS: dict[tuple[str, str, str], dict[str, str]] = {
         "+= level / 2": "+= level",
         "            available = 0.0": "            pass",
     },
-    ("threshold", "text/known_questions.py", "text/test_known_questions.py"): {
+    ("threshold", "text/known_questions.py", "text/test_questions.py"): {
         "if self.words and (new": "if not self.words and (new",
     },
 }

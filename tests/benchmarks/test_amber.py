@@ -10,34 +10,38 @@ from typing import Any
 
 import pytest
 
-from vlm_calibration.benchmarks.amber import (
-    CATEGORIES,
-    DIMENSIONS,
-    AmberCounts,
-    official_answers,
-    read_answers,
-    read_queries,
-)
+from vlm_calibration.benchmarks import amber
+from vlm_calibration.benchmarks.amber import CATEGORIES, DIMENSIONS, AmberCounts, read_answers, read_queries
 from vlm_calibration.records import DataError, Query
 
+from ..data.conftest import refused
 from . import official_rules
 
 TYPES = tuple(CATEGORIES)
 ODD = (
-    *("Yes", "No", "yes", "no", "YES", "NO", "Yes.", "No.", " No", "No ", "No\n", "\nYes", ""),
-    "Yes, there is.",
-    *("There is no dog.", "Yes\nNo", "Yes Yes", "Ｎｏ", "null", "Maybe", "0", "No, no", "Y", "N"),
-    "<s>No</s>",
+    *("Yes", "No", "yes", "no", "YES", "NO", "Yes.", "No.", " No", "No ", "No\n", "\nYes", "", "Yes, it is."),
+    *(
+        "There is no dog.",
+        "Yes\nNo",
+        "Yes Yes",
+        "Ｎｏ",
+        "null",
+        "Maybe",
+        "0",
+        "No, no",
+        "Y",
+        "N",
+        "<s>No</s>",
+    ),
 )
 Rows = list[dict[str, Any]]
 
 
 def _file(rows: list[tuple[str, str, str]]) -> tuple[Rows, Rows]:
     """Annotations and answers of (type, truth, response)."""
-    annotations = [
-        {"id": i, "type": kind, "truth": truth} for i, (kind, truth, _) in enumerate(rows, start=1)
-    ]
-    return annotations, [{"id": i, "response": text} for i, (_, _, text) in enumerate(rows, start=1)]
+    numbered = list(enumerate(rows, start=1))
+    annotations = [{"id": i, "type": kind, "truth": truth} for i, (kind, truth, _) in numbered]
+    return annotations, [{"id": i, "response": text} for i, (_, _, text) in numbered]
 
 
 def _queries(annotations: Rows) -> list[Query]:
@@ -54,7 +58,7 @@ def _scores(annotations: Rows, answers: Rows) -> dict[str, float]:
 def test_scores_of_answer_files_are_those_of_the_script(tmp_path: Path) -> None:
     """Also on the file that is written for it, without stated confidences."""
     rng = random.Random(0)
-    for size in (*(rng.randint(1, 12) for _ in range(50)), 14_216):
+    for size in (*(rng.randint(1, 12) for _ in range(50)), 5_000):
         skill = rng.random()
         rows = []
         for _ in range(size):
@@ -69,7 +73,7 @@ def test_scores_of_answer_files_are_those_of_the_script(tmp_path: Path) -> None:
         parts = [AmberCounts.of(queries[p], [r.text for r in replies[p]]) for p in (slice(3), slice(3, None))]
         assert (parts[0] + parts[1]).scores() == counts.scores(), "counts add up"
         stated = [(f"{reply.text}. Confidence: 80%", 0.8) for reply in replies]
-        written = json.loads(json.dumps(official_answers(queries, stated)))
+        written = json.loads(json.dumps(amber.official_answers(queries, stated)))
         of_stated = AmberCounts.of(queries, [text for text, _ in stated])
         assert of_stated.scores(DIMENSIONS) == official_rules.amber(annotations, written)
 
@@ -133,8 +137,11 @@ ANNOTATIONS: Rows = [
 ANSWERS = [{"id": a["id"], "response": "No"} for a in ANNOTATIONS[1:]]
 
 
+Written = Callable[..., Path]
+
+
 @pytest.fixture
-def written(tmp_path: Path) -> Callable[..., Path]:
+def written(tmp_path: Path) -> Written:
     def write(name: str, value: Any) -> Path:
         path = tmp_path / name
         path.write_text(value if isinstance(value, str) else json.dumps(value, indent=1), encoding="utf-8")
@@ -143,7 +150,7 @@ def written(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_official_files(written: Callable[..., Path]) -> None:
+def test_official_files(written: Written) -> None:
     annotations = written("annotations.json", ANNOTATIONS)
     path = written("answers.json", [{"id": 1, "response": "A sky."}, *ANSWERS[::-1]])
     queries, replies, generative, others = read_answers(path, annotations)
@@ -178,9 +185,7 @@ def test_official_files(written: Callable[..., Path]) -> None:
         ([GENERATIVE], ANSWERS, "t.json: no question about existence or attribute or relation"),
     ],
 )
-def test_a_mistake_is_named(written: Callable[..., Path], annotations: Any, answers: Any, says: str) -> None:
+def test_a_mistake_is_named(written: Written, annotations: Any, answers: Any, says: str) -> None:
     paths = {"annotations": written("t.json", annotations), "answers": written("a.json", answers)}
-    with pytest.raises(DataError) as caught:
+    with refused(f"{paths['answers'].parent}/{says.format(**paths)}"):
         read_answers(paths["answers"], paths["annotations"])
-    assert str(caught.value).startswith(f"{paths['answers'].parent}/{says.format(**paths)}")
-    assert "\n" not in str(caught.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from vlm_calibration.commands.data_fetch import KINDS
 from vlm_calibration.data.sources.benchmark import AmberSource, PopeSource
 from vlm_calibration.records import DataError
 
+from ..data.conftest import encode
+
 
 def _jpeg(seed: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (seed, 0, 0)).save(file, "JPEG")
-    return file.getvalue()
+    return encode(Image.new("RGB", (8, 8), (seed, 0, 0)), "JPEG")
 
 
 def _image(number: int) -> str:
@@ -36,25 +35,22 @@ def _question(i: int, number: int) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small POPE and AMBER: image 3 is in both of POPE's question files."""
+    asked = {"question": "Is there a dog in the image?", "answer": "no"}
+    images = [
+        {"image_source": _image(n).removesuffix(".jpg"), "image": {"bytes": _jpeg(n), "path": None}}
+        for n in (1, 2, 3)
+    ]
     rows = [
-        {
-            "question_id": str(i),
-            "question": "Is there a dog in the image?",
-            "answer": "no",
-            "image_source": _image(n).removesuffix(".jpg"),
-            "image": {"bytes": _jpeg(n), "path": None},
-            "category": kind,
-        }
+        {"question_id": str(i), "category": kind, **asked, **image}
         for kind in KINDS
-        for i, n in enumerate((1, 2, 3))
+        for i, image in enumerate(images)
     ]
     hub = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: hub)
     truths = [{"id": i, "type": "relation", "truth": "no"} for i in (1, 2)]
     queries = [{"id": i, "image": f"AMBER_{i}.jpg", "query": "Is it?"} for i in (1, 2)]
-    served: dict[str, Any] = {
-        f"pope/seem/aokvqa/aokvqa_pope_seem_{kind}.json": [_question(0, 3), _question(1, 4)] for kind in KINDS
-    }
+    aokvqa = [_question(0, 3), _question(1, 4)]
+    served: dict[str, Any] = {f"pope/seem/aokvqa/aokvqa_pope_seem_{kind}.json": aokvqa for kind in KINDS}
     served["amber/annotations.json"] = truths
     served |= {f"amber/query/query_{name}.json": queries for name in ("all", "discriminative")}
     for name in ("POPE", "AMBER", "COCO"):
@@ -132,9 +128,5 @@ def test_amber_images_are_placed_by_hand(tmp_path: Path, capsys: pytest.CaptureF
     for number in (1, 2):
         (data / f"amber/image/AMBER_{number}.jpg").write_bytes(_jpeg(number))
     assert main(["data", "fetch", "amber", "--data-root", str(data)]) == 0
-    source = AmberSource(
-        str(data / "amber/query/query_discriminative.json"),
-        str(data / "amber/annotations.json"),
-        str(data / "amber/image"),
-    )
-    assert len(source.queries()) == 2
+    files = ("query/query_discriminative.json", "annotations.json", "image")
+    assert len(AmberSource(*(str(data / "amber" / file) for file in files)).queries()) == 2

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from vlm_calibration.benchmarks import pope
 from vlm_calibration.records import DataError, Query
 
+from ..data.conftest import refused
 from . import official_rules
 
 ODD = (
@@ -39,7 +40,7 @@ def _ours(labels: list[str], texts: list[str]) -> dict[str, float]:
     return pope.PopeCounts.of(_queries(labels), texts).scores()
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(LABELS, TEXTS | st.just("Confidence: 0.9. No") | st.text()), min_size=1, max_size=30)
 )
@@ -62,33 +63,19 @@ def test_scores_are_those_of_the_script_on_the_written_files(answered: list[tupl
     ("labels", "texts", "expected"),
     [
         # Two true and one false yes, one true and one false no.
-        (
-            ["yes", "yes", "no", "no", "yes"],
-            ["Yes", "Yes, a dog.", "Sure", "No", "no"],
-            {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 5},
-        ),
+        ("yynny", ["Yes", "Yes, a dog.", "Sure", "No", "no"], (3 / 5, 2 / 3, 2 / 3, 2 / 3, 3 / 5)),
         # No answer is yes: no precision.
-        (
-            ["yes", "no"],
-            ["no", "no"],
-            {"accuracy": 1 / 2, "precision": math.nan, "recall": 0.0, "f1": math.nan, "yes_ratio": 0.0},
-        ),
+        ("yn", ["no", "no"], (1 / 2, math.nan, 0, math.nan, 0)),
         # No label is yes, as in the edited half of POPEv2: no recall.
-        (
-            ["no", "no"],
-            ["Yes", "no"],
-            {"accuracy": 1 / 2, "precision": 0.0, "recall": math.nan, "f1": math.nan, "yes_ratio": 1 / 2},
-        ),
+        ("nn", ["Yes", "no"], (1 / 2, 0, math.nan, math.nan, 1 / 2)),
         # All wrong: precision and recall are 0, F1 is 0 / 0.
-        (
-            ["yes", "no"],
-            ["No", "Yes"],
-            {"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "f1": math.nan, "yes_ratio": 1 / 2},
-        ),
+        ("yn", ["No", "Yes"], (0, 0, 0, math.nan, 1 / 2)),
     ],
 )
-def test_by_hand(labels: list[str], texts: list[str], expected: dict[str, float]) -> None:
-    assert _ours(labels, texts) == pytest.approx(expected, abs=0, rel=1e-15, nan_ok=True)
+def test_by_hand(labels: str, texts: list[str], expected: tuple[float, ...]) -> None:
+    named = dict(zip(("accuracy", "precision", "recall", "f1", "yes_ratio"), expected, strict=True))
+    scores = _ours([{"y": "yes", "n": "no"}[label] for label in labels], texts)
+    assert scores == pytest.approx(named, abs=0, rel=1e-15, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -116,20 +103,18 @@ POPE = [
     {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"},
     {"question_id": 2, "image": "a.jpg", "text": "Is there an apple in the image?", "label": "no"},
 ]
+V2 = {"image_id": 7, "target_object": "dog", "query": "Is there a dog in the image?"}
 POPE_V2 = [
-    {
-        "image_id": 7,
-        "image_name": f"{folder}/7.jpg",
-        "target_object": "dog",
-        "query": "Is there a dog in the image?",
-        "label": x,
-    }
-    for folder, x in (("/images", "No"), ("/coco/train2017", "Yes"))
+    {**V2, "image_name": f"{folder}/7.jpg", "label": label}
+    for folder, label in (("/images", "No"), ("/coco/train2017", "Yes"))
 ]
 
 
+Written = Callable[..., Path]
+
+
 @pytest.fixture
-def written(tmp_path: Path) -> Callable[..., Path]:
+def written(tmp_path: Path) -> Written:
     def write(name: str, rows: Any, lines: bool = True) -> Path:
         path = tmp_path / name
         text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows, indent=4)
@@ -140,14 +125,14 @@ def written(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("lines", [True, False], ids=["COCO", "A-OKVQA and GQA"])
-def test_official_questions(written: Callable[..., Path], lines: bool) -> None:
+def test_official_questions(written: Written, lines: bool) -> None:
     queries, numbered = pope.read_questions(written("labels.json", POPE, lines))
     assert numbered
     assert [(q.id, q.image, q.answer) for q in queries] == [("1", "a.jpg", "Yes"), ("2", "a.jpg", "No")]
     assert [q.objects for q in queries] == [("dog",), ("apple",)]
 
 
-def test_annotations_of_popev2(written: Callable[..., Path]) -> None:
+def test_annotations_of_popev2(written: Written) -> None:
     queries, numbered = pope.read_questions(written("annotations.json", POPE_V2, False))
     assert not numbered
     assert [(q.id, q.image) for q in queries] == [("1", "images/7.jpg"), ("2", "coco/train2017/7.jpg")]
@@ -156,7 +141,7 @@ def test_annotations_of_popev2(written: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("numbered", [True, False])
-def test_answers_are_matched_by_id_or_in_order(written: Callable[..., Path], numbered: bool) -> None:
+def test_answers_are_matched_by_id_or_in_order(written: Written, numbered: bool) -> None:
     labels = written("labels.json", POPE)
     rows = [{"question": x["text"].lower() + " Yes or no?", "answer": x["label"]} for x in POPE]
     if numbered:
@@ -166,7 +151,7 @@ def test_answers_are_matched_by_id_or_in_order(written: Callable[..., Path], num
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_answers_to_questions_without_ids_keep_their_order(written: Callable[..., Path], first: int) -> None:
+def test_answers_to_questions_without_ids_keep_their_order(written: Written, first: int) -> None:
     labels = written("annotations.json", POPE_V2, False)
     rows = [{"question_id": first + i, "answer": x} for i, x in enumerate(("no", "yes"))]
     assert [a.text for a in pope.read_answers(written("a.jsonl", rows), labels)[1]] == ["no", "yes"]
@@ -184,9 +169,7 @@ def test_answers_to_questions_without_ids_keep_their_order(written: Callable[...
         ({"answer": "Yes"}, None),
     ],
 )
-def test_a_confidence_of_its_own_comes_first(
-    written: Callable[..., Path], record: dict[str, Any], confidence: float | None
-) -> None:
+def test_a_confidence_of_its_own_comes_first(written: Written, record: Any, confidence: float | None) -> None:
     labels = written("labels.json", POPE[:1])
     _, [answer] = pope.read_answers(written("a.jsonl", [record]), labels)
     assert answer.confidence == confidence
@@ -222,9 +205,7 @@ ANSWERS = [{"question_id": i, "answer": "yes"} for i in (1, 2)]
         ([POPE[0], POPE[0]], ANSWERS, "l.json:2: duplicate question_id 1, first at {labels}:1"),
     ],
 )
-def test_a_mistake_is_named(written: Callable[..., Path], labels: Any, answers: Any, says: str) -> None:
+def test_a_mistake_is_named(written: Written, labels: Any, answers: Any, says: str) -> None:
     paths = {"labels": written("l.json", labels), "answers": written("a.jsonl", answers)}
-    with pytest.raises(DataError) as caught:
+    with refused(f"{paths['labels'].parent}/{says.format(**paths)}"):
         pope.read_answers(paths["answers"], paths["labels"])
-    assert str(caught.value).startswith(f"{paths['labels'].parent}/{says.format(**paths)}")
-    assert "\n" not in str(caught.value)

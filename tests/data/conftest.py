@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from vlm_calibration.data.sources.base import QuerySource, with_regions
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.prompts import ElicitationPrompt
+
+Samples = Sequence[Sample]
+Capture = pytest.CaptureFixture[str]
 
 
 class Listed(QuerySource):
@@ -38,20 +42,40 @@ class Listed(QuerySource):
         return with_regions(query, np.full((*self.size, 3), 128, dtype=np.uint8))
 
 
+def record(identifier: str = "one", **changes: Any) -> dict[str, Any]:
+    """A record about `a.png` with changed keys."""
+    plain = {"image": "a.png", "question": "A dog?", "answer": "Yes", "answer_type": "yes_no"}
+    return {"id": identifier, **plain, **changes}
+
+
+@contextmanager
+def refused(begin: str, *parts: str) -> Iterator[pytest.ExceptionInfo[DataError]]:
+    """Check that the block ends in a DataError of one line that begins with `begin` and holds each of `parts`."""
+    with pytest.raises(DataError) as caught:
+        yield caught
+    message = str(caught.value)
+    assert message.startswith(begin)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
 def pattern(seed: int) -> Image.Image:
     """An image of 64 x 48 pixels that no other seed's resembles."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((64, 48), Image.Resampling.BICUBIC)
 
 
-def png(image: Image.Image) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **settings: int) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, kind, **settings)
     return file.getvalue()
 
 
+Write = Callable[..., Path]
+
+
 @pytest.fixture
-def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
+def write_jsonl(tmp_path: Path) -> Write:
     """Write `data/queries.jsonl` and `data/a.png` (20 x 10 pixels); lines may be objects, text or bytes."""
     folder = tmp_path / "data"
     folder.mkdir()
@@ -68,25 +92,8 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def record() -> Callable[..., dict[str, Any]]:
-    """A record about `a.png` with changed keys."""
-
-    def make(identifier: str = "one", **changes: Any) -> dict[str, Any]:
-        plain = {
-            "id": identifier,
-            "image": "a.png",
-            "question": "A dog?",
-            "answer": "Yes",
-            "answer_type": "yes_no",
-        }
-        return {**plain, **changes}
-
-    return make
-
-
 @pytest.fixture(scope="session")
-def samples() -> Sequence[Sample]:
+def samples() -> Samples:
     """Four samples of different length, kind and confidence; the last image is not square."""
     rows: tuple[tuple[str, str, Any, float], ...] = (
         ("Is there a dog in the image?", "Yes", "yes_no", 1.0),
@@ -108,9 +115,8 @@ def digit_processor() -> Any:
     from ..demo.architecture import build_processor
 
     processor = build_processor()
-    processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     return processor
 
 

@@ -19,6 +19,8 @@ from vlm_calibration.data.sources.coco import SIDES, AbsentObjects, CocoSource, 
 from vlm_calibration.perturbation.masks import mask_to_rle
 from vlm_calibration.records import DataError
 
+from .conftest import refused
+
 NAMES = ("person", "dog", "traffic light", "orange", "sheep", "knife", "bus", "bench", "kite", "umbrella")
 HEIGHT, WIDTH = 48, 64
 Write = Callable[..., tuple[str, str]]
@@ -55,15 +57,9 @@ def write(tmp_path: Path) -> Write:
                 kind = ("polygons", "polygons", "crowd", "rle")[int(rng.integers(4))]
                 box = [int(v) for v in rng.integers((0, 0, 3, 3), (WIDTH - 20, HEIGHT - 20, 20, 20))]
                 category = 10 + int(rng.integers(len(NAMES)) ** 2 // len(NAMES))
-                shape = {
-                    "segmentation": _segmentation(kind, *box),
-                    "bbox": box,
-                    "iscrowd": int(kind == "crowd"),
-                }
-                number = len(content["annotations"]) + 1
-                content["annotations"].append(
-                    {"id": number, "image_id": 500 + i, "category_id": category, **shape}
-                )
+                ids = {"id": len(content["annotations"]) + 1, "image_id": 500 + i, "category_id": category}
+                shape = {"segmentation": _segmentation(kind, *box), "bbox": box}
+                content["annotations"].append({**ids, **shape, "iscrowd": int(kind == "crowd")})
         if change:
             change(content)
         path = tmp_path / "instances.json"
@@ -114,12 +110,8 @@ def test_questions_are_true_to_the_annotations(write: Write) -> None:
             a, b = (picture.objects[name][0] for name in query.objects)
             side = next(s for s in SIDES if f" {s} " in query.question)
             (ax, ay, aw, ah), (bx, by, bw, bh) = a.box, b.box
-            true = {
-                SIDES[0]: ax + aw <= bx,
-                SIDES[1]: bx + bw <= ax,
-                SIDES[2]: ay + ah <= by,
-                SIDES[3]: by + bh <= ay,
-            }
+            sides = (ax + aw <= bx, bx + bw <= ax, ay + ah <= by, by + bh <= ay)
+            true = dict(zip(SIDES, sides, strict=True))
             assert query.answer == ("Yes" if true[side] else "No")
             opposite_side = SIDES[SIDES.index(side) ^ 1]
             assert true[side] != true[opposite_side], "one of the two sides is right"
@@ -129,12 +121,8 @@ def test_questions_are_true_to_the_annotations(write: Write) -> None:
     present, absent = answers["existence", "Yes"], answers["existence", "No"]
     assert present == absent > 100
     assert 0.3 < answers["spatial", "Yes"] / (answers["spatial", "Yes"] + answers["spatial", "No"]) < 0.7
-    assert {q.question for q in queries if q.category == "counting"} >= {
-        "How many people are there in the image?",
-        "How many sheep are there in the image?",
-        "How many dogs are there in the image?",
-    }
-    assert "Is there an orange in the image?" in {q.question for q in queries}
+    asked = {f"How many {name} are there in the image?" for name in ("people", "sheep", "dogs")}
+    assert {*asked, "Is there an orange in the image?"} <= {q.question for q in queries}
 
 
 def test_the_same_queries_every_time_and_other_settings_draw_others(write: Write) -> None:
@@ -192,10 +180,8 @@ def test_absent_objects_follow_the_official_rules(kind: Any) -> None:
     rng = np.random.default_rng(1)
     weights = 1 / np.arange(1, 31)
     names = [f"object {i}" for i in range(30)]
-    table = [
-        list(rng.choice(names, size=int(rng.integers(3, 9)), replace=False, p=weights / weights.sum()))
-        for _ in range(200)
-    ]
+    sizes, p = rng.integers(3, 9, 200), weights / weights.sum()
+    table = [list(rng.choice(names, size=int(size), replace=False, p=p)) for size in sizes]
     ours, theirs = np.random.default_rng(7), np.random.default_rng(7)
     absent, drawn = AbsentObjects(table), list[Any]()
     for objects in table:
@@ -219,10 +205,8 @@ def test_absent_objects_follow_the_official_rules(kind: Any) -> None:
 )
 def test_a_file_of_another_form_is_named(write: Write, change: Any, says: str) -> None:
     path, root = write(5, change=change)
-    with pytest.raises(DataError) as caught:
+    with refused(f"{path}: ", says):
         CocoSource(path, root).queries()
-    assert str(caught.value).startswith(f"{path}: ")
-    assert says in str(caught.value)
 
 
 def test_what_does_not_fit_the_image_is_named(write: Write) -> None:
@@ -230,9 +214,7 @@ def test_what_does_not_fit_the_image_is_named(write: Write) -> None:
     source = CocoSource(path, root)
     query = source.queries()[0]
     Image.new("RGB", (9, 9)).save(Path(root) / query.image)
-    with pytest.raises(
-        DataError, match=f"record '{query.id}': {query.image} has 9 x 9 pixels, annotated for"
-    ):
+    with refused(f"{path}: record '{query.id}': {query.image} has 9 x 9 pixels, annotated for"):
         source.load(query)
 
     def other_size(content: dict[str, Any]) -> None:

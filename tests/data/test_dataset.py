@@ -1,4 +1,4 @@
-"""Queries of several splits as one dataset: names, steps, queries left out, and errors that name the record."""
+"""Queries of several splits as one dataset: names, steps, queries left out, errors that name the record, and shapes of regions."""
 
 from __future__ import annotations
 
@@ -6,29 +6,25 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import chi2_contingency
 
-from vlm_calibration.data.dataset import (
-    EvalSplit,
-    NoEvidenceError,
-    PerturbedQueries,
-    level_id,
-    query_id_of_level,
-)
+from vlm_calibration.data import dataset as datasets
+from vlm_calibration.data.dataset import EvalSplit, NoEvidenceError, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
+from vlm_calibration.perturbation.masks import bounding_box, mask_to_rle
 from vlm_calibration.records import DataError, LoadedImage, Query, Region
 
 from ..level_tables import OnlyAt, noise_counts
-from .conftest import Listed
+from .conftest import Listed, Write, record
 
 POLICY = NoisePolicy(resolution="native", distractor_probability=0.0)
 ALL_NOISE = replace(POLICY, levels=OnlyAt())
@@ -67,11 +63,10 @@ def test_parts_get_names_and_noise_of_their_own() -> None:
     assert [(q.id, q.category) for q in _dataset().queries] == [("dog", "existence"), ("cat", None)]
 
 
-@pytest.mark.parametrize("kinds", [{"noise": 1.0}, {"noise": 1.0, "darkness": 0.0, "blur": 2.0}])
-def test_every_level_asks_each_query_at_each_level_of_each_kind(kinds: dict[str, float]) -> None:
-    policy = replace(POLICY, kinds=kinds, levels=LinearLevels(3))
+def test_every_level_asks_each_query_at_each_level_of_each_kind() -> None:
+    policy = replace(POLICY, kinds={"noise": 1.0, "darkness": 0.0, "blur": 2.0}, levels=LinearLevels(3))
     dataset = _dataset(policy, sweep=EvalSplit(Listed(*SQUARE), "every_level"))
-    levels = [(kind, s) for kind, weight in kinds.items() if weight for s in (0.5, 1.0)]
+    levels = [(kind, s) for kind in ("noise", "blur") for s in (0.5, 1.0)]
     samples = [dataset[0, i] for i in range(len(dataset))]
     assert [s.perturbation for s in samples] == [p for p in (CLEAN, *levels) for _ in ("dog", "cat")]
     assert [q.id for q in dataset.queries] == [
@@ -82,7 +77,7 @@ def test_every_level_asks_each_query_at_each_level_of_each_kind(kinds: dict[str,
 @pytest.mark.parametrize("query_id", ["", "q", "a@0", "clean:q@noise-0.3"])
 def test_the_id_of_a_level_contains_that_of_the_query(query_id: str) -> None:
     for perturbation in (CLEAN, Perturbation("blur", 0.001), Perturbation("noise", 1 / 3)):
-        assert query_id_of_level(level_id(query_id, perturbation)) == query_id
+        assert datasets.query_id_of_level(datasets.level_id(query_id, perturbation)) == query_id
 
 
 def test_a_part_may_have_kinds_of_its_own() -> None:
@@ -92,9 +87,8 @@ def test_a_part_may_have_kinds_of_its_own() -> None:
         "clean": EvalSplit(Listed(*SQUARE)),
     }
     dataset = _dataset(replace(POLICY, levels=LinearLevels(3)), **parts)
-    kinds = {
-        (query.id.split(":")[0], dataset[0, i].perturbation.kind) for i, query in enumerate(dataset.queries)
-    }
+    ids = [query.id.split(":")[0] for query in dataset.queries]
+    kinds = {(name, dataset[0, i].perturbation.kind) for i, name in enumerate(ids)}
     assert kinds == {("own", ""), ("own", "blur"), ("shared", ""), ("shared", "noise"), ("clean", "")}
     with pytest.raises(DataError, match=r"^data\.bad: noise.kinds: there is no kind 'rain': expected noise"):
         _dataset(bad=EvalSplit(Listed(*SQUARE), "drawn", {"rain": 1.0}))
@@ -112,7 +106,6 @@ def test_an_error_names_the_record_and_nothing_left_is_one() -> None:
 
 
 # --- Queries without a region ----------------------------------------------------------------------------------------
-
 
 ASKED = (
     _query("shown", objects=("the Dogs",), regions=DOG),
@@ -222,9 +215,7 @@ def test_what_is_taught_is_not_decided_by_what_lacks_a_region(
             _train(queries, taught=True)
 
 
-def test_clean_images_need_no_regions_and_the_demo_loses_no_question(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_clean_images_need_no_regions_and_the_demo_loses_none(caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings(), caplog.at_level(logging.INFO):
         warnings.simplefilter("error")
         dataset = _train(MIXED, replace(POLICY, no_region="raise", absent="skip"), "none")
@@ -261,9 +252,7 @@ def test_what_cannot_be_asked_is_told_before_anything_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("noise", ["drawn", "none"])
-def test_records_that_cannot_be_loaded_are_left_out_of_a_batch_or_stop_the_run(
-    write_jsonl: Callable[..., Path], record: Callable[..., dict[str, Any]], noise: Any
-) -> None:
+def test_records_that_cannot_be_loaded_are_left_out_or_stop_the_run(write_jsonl: Write, noise: Any) -> None:
     """A damaged image, a region outside the image, a mask of another size; the samples of the other records do not change."""
 
     def region(box: Sequence[int], **more: Any) -> dict[str, Any]:
@@ -317,3 +306,92 @@ def test_a_region_that_only_the_image_shows_to_be_empty(rule: Any, noise: Any, a
         assert (dog.perturbation, dog.confidence, drawn.empty) == (CLEAN, 1.0, [0])
         assert list(drawn.left_out) == [i for i, q in enumerate(dataset.queries) if "dog@" in q.id and i]
     assert len(_dataset(policy, some=EvalSplit(source)).__getitems__([(0, 0)]).samples) == 1
+
+
+# --- The shape of a perturbed region does not tell the answer: objects that are there and that are not get the same shapes
+
+SIZE = 48
+
+
+def _region(label: str, height: int, width: int, *, outlined: bool) -> Region:
+    """A triangle, or without an outline its box."""
+    mask = np.zeros((SIZE, SIZE), dtype=bool)
+    mask[5 : 5 + height, 8 : 8 + width] = np.tri(height, width, dtype=bool)
+    return Region(label, (8, 5, 8 + width, 5 + height), mask_to_rle(mask) if outlined else None)
+
+
+def located(outlined: Sequence[bool], others: bool) -> list[Query]:
+    """As many yes as no about existence; only what is there has a region of its own, triangles of five sizes.
+
+    For each size, `outlined` says whether its regions have masks; with `others`, every image has a box of another object.
+    """
+    cats = (_region("cat", 21, 3, outlined=False),) if others else ()
+    queries = []
+    for i, has_mask in enumerate(outlined):
+        dog = _region("dog", 4 + 3 * i, 12 - i, outlined=has_mask)
+        queries += [
+            Query(f"yes {i}", "x", "Is there a dog?", "Yes", "yes_no", ("dog",), (dog, *cats)),
+            Query(f"no {i}", "x", "Is there a dog?", "No", "yes_no", ("dog",), cats),
+            Query(f"red {i}", "x", "What colour is it?", "red", "short", ("sky",), (_sky(i),)),
+        ]
+    return queries
+
+
+def _shaped(
+    queries: Sequence[Query],
+    noise: Any = "drawn",
+    damaged: Sequence[str] = (),
+    rule: Any = "raise",
+    **policy: Any,
+) -> PerturbedQueries:
+    source = Listed(*queries, size=(SIZE, SIZE), damaged=damaged)
+    source.on_bad_record = rule
+    noise_policy = NoisePolicy(levels=OnlyAt(), resolution="native", **policy)
+    return _dataset(noise_policy, **{"": EvalSplit(source, noise)})
+
+
+def _sky(i: int) -> Region:
+    """A region of what no question about existence asks for."""
+    return _region("sky", 2, 30 + i, outlined=False)
+
+
+@pytest.mark.parametrize(
+    "outlined", [[True] * 5, [False] * 5, [True, False] * 2 + [True]], ids=["masks", "boxes", "both"]
+)
+@pytest.mark.parametrize(
+    ("others", "noise"), [(False, "drawn"), (True, "every_level")], ids=["alone", "with other objects"]
+)
+def test_both_answers_get_regions_of_one_distribution(outlined: list[bool], others: bool, noise: Any) -> None:
+    dataset = _shaped(located(outlined, others), noise, distractor_probability=0.4)
+    shapes: dict[str, Counter[tuple[tuple[int, ...], bytes]]] = {"Yes": Counter(), "No": Counter()}
+    for epoch in range(60):
+        for index, query in enumerate(dataset.queries):
+            if query.answer_type == "yes_no" and not query.id.endswith("@0"):
+                changed = (dataset[epoch, index].image != 128).any(axis=-1)
+                shape = changed[bounding_box(changed).slices]
+                shapes[query.answer][shape.shape, shape.tobytes()] += 1
+    assert set(shapes["Yes"]) == set(shapes["No"])
+    assert len(shapes["No"]) == 5
+    table = [[shapes[answer][shape] for shape in shapes["Yes"]] for answer in ("Yes", "No")]
+    assert chi2_contingency(table).pvalue > 1e-3
+
+
+def test_without_a_shape_to_give_boxes_are_perturbed_and_the_run_says_so() -> None:
+    absent = [query for query in located([True] * 5, True) if query.answer == "No"]
+    with pytest.warns(UserWarning, match=r"data: .*shape those of 5 absent objects could have.*random boxes"):
+        dataset = _shaped(absent)
+    changed = (dataset[0, 0].image != 128).any(axis=-1)
+    assert changed[bounding_box(changed).slices].all()
+
+
+@pytest.mark.parametrize("rule", ["raise", "skip"])
+def test_a_shape_comes_from_an_image_that_can_be_loaded(rule: Any) -> None:
+    dataset = _shaped(located([True] * 5, False), damaged=[f"yes {i}" for i in range(4)], rule=rule)
+    absent = [i for i, query in enumerate(dataset.queries) if query.answer == "No"]
+    keys = [(epoch, i) for epoch in range(5) for i in absent]
+    if rule == "raise":
+        with pytest.raises(DataError, match="damaged"):
+            dataset.__getitems__(keys)
+    else:
+        for sample in dataset.__getitems__(keys).samples:
+            assert (sample.image != 128).any(axis=-1).sum() == np.tri(16, 8).sum()

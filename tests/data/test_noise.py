@@ -1,9 +1,10 @@
-"""The perturbation of a query and its confidence: purity, frequencies, regions, and resolution."""
+"""The perturbation of a query, its confidence and its wrong answer: purity, frequencies, regions, resolution, and choice."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import chisquare
+from scipy.stats import binomtest, chisquare
 
+from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy, Sample, perturb_query, query_rng
+from vlm_calibration.data.sources.base import opposite
+from vlm_calibration.demo.questions import scene_seed
+from vlm_calibration.demo.scenes import CLASSES, scene_layout
+from vlm_calibration.demo.source import DemoSource, scene_index
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelTable, write_likelihoods
-from vlm_calibration.perturbation.levels import (
-    CLEAN,
-    AnchoredLevels,
-    LinearLevels,
-    Perturbation,
-)
-from vlm_calibration.perturbation.noise import add_region_noise
+from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule, SigmoidSchedule
-from vlm_calibration.records import DataError, LoadedImage, Query
+from vlm_calibration.records import DataError, LoadedImage, Query, Region
+from vlm_calibration.text.grading import grade
 
 from ..level_tables import OnlyAt, measured_likelihoods, noise_counts
+from .conftest import Listed
 
 DOG = np.zeros((96, 96), dtype=bool)
 DOG[10:40, 10:50] = True
@@ -35,6 +37,7 @@ CAT[60:90, 55:90] = True
 IMAGE = np.random.default_rng(0).integers(60, 200, (96, 96, 3), dtype=np.uint8)
 SCENE = LoadedImage(IMAGE, (DOG,), (CAT,))
 NO_DOG = LoadedImage(IMAGE, (), (CAT,))
+SMALL = LoadedImage(IMAGE[:6, :6], (np.eye(6, dtype=bool),), ())
 
 
 def _query(identifier: str = "q", answer_type: str = "yes_no") -> Query:
@@ -48,12 +51,14 @@ def _perturbed(
     strength: float | None = None,
     processor: Any = None,
     kind: str = "noise",
+    answer_type: str = "yes_no",
+    wrong: tuple[str, ...] = (),
     **policy: Any,
 ) -> Sample:
     perturbation = None if strength is None else Perturbation(kind, strength)
     resolution = {} if processor is not None else {"resolution": "native"}
-    settings = {"distractor_probability": 0.0, **resolution, **policy}
-    return perturb_query(_query(query), loaded, NoisePolicy(**settings), processor, epoch, perturbation)
+    noise = NoisePolicy(**{"distractor_probability": 0.0, **resolution, **policy})
+    return perturb_query(_query(query, answer_type), loaded, noise, processor, epoch, perturbation, wrong)
 
 
 def _changed(sample: Sample, before: np.ndarray = IMAGE) -> np.ndarray:
@@ -77,14 +82,8 @@ def test_a_sample_is_a_pure_function_of_seed_epoch_and_id(kinds: dict[str, float
 @pytest.mark.parametrize("kind", KIND_NAMES)
 @pytest.mark.parametrize("resolution", ["native", "model"])
 def test_every_kind_changes_the_evidence_alone(processor: Any, resolution: str, kind: str) -> None:
-    sample = _perturbed(
-        SCENE,
-        strength=0.7,
-        kind=kind,
-        kinds={kind: 1.0},
-        resolution=resolution,
-        processor=processor.image_processor,
-    )
+    settings: dict[str, Any] = {"resolution": resolution, "processor": processor.image_processor}
+    sample = _perturbed(SCENE, strength=0.7, kind=kind, kinds={kind: 1.0}, **settings)
     changed = _changed(sample)
     assert not changed[~DOG].any()
     assert changed[DOG].mean() > 0.5
@@ -136,11 +135,9 @@ def test_kinds_and_their_strengths_come_as_often_as_asked() -> None:
     n = 3000
     counts = _draws(n, kinds=kinds, levels=LinearLevels(5), seed=7)
     drawn = {k: w for k, w in kinds.items() if w}
-    expected = {
-        Perturbation(k, s): n * w / sum(drawn.values()) / 5
-        for k, w in drawn.items()
-        for s in (0.25, 0.5, 0.75, 1.0)
-    } | {CLEAN: n / 5}
+    strengths = (0.25, 0.5, 0.75, 1.0)
+    expected = {Perturbation(k, s): n * w / 3.5 / 5 for k, w in drawn.items() for s in strengths}
+    expected |= {CLEAN: n / 5}
     assert set(counts) == set(expected)
     assert chisquare([counts[p] for p in expected], list(expected.values())).pvalue > 1e-3
     policy = NoisePolicy(kinds=kinds, levels=LinearLevels(5))
@@ -165,17 +162,11 @@ def test_own_levels_decide_the_strengths_and_the_confidence() -> None:
     }
     levels = AnchoredLevels.fit(counts)
     assert sorted(s for _, s in _draws(300, levels=levels)) == list(levels.strengths("noise"))
-    policy = NoisePolicy(levels=levels, resolution="native")
-    strongest = Perturbation("noise", 0.9)
     for answer_type, expected in (("yes_no", 0.5), ("short", 0.05)):
-        sample = perturb_query(_query("q", answer_type), SCENE, policy, None, 0, strongest)
+        sample = _perturbed(SCENE, strength=0.9, levels=levels, answer_type=answer_type)
         assert sample.confidence == expected
-    distracted = replace(policy, distractor_probability=1.0)
-    samples = [perturb_query(_query(f"q{i}", "short"), SCENE, distracted, None, 0) for i in range(9)]
-    assert {s.confidence for s in samples} == {0.8}
-    assert any(_changed(s)[CAT].any() for s in samples)
     with pytest.raises(ValueError, match="no levels for answer type 'open'"):
-        perturb_query(_query("q", "open"), SCENE, policy, None, 0, strongest)
+        _perturbed(SCENE, strength=0.9, levels=levels, answer_type="open")
 
 
 def test_kinds_without_levels_are_refused_at_once() -> None:
@@ -195,9 +186,8 @@ def test_levels_of_a_query_are_stated_for_it(tmp_path: Path) -> None:
     for query, untouched, perturbed in (("hard", 0.6, 0.2), ("easy", 1.0, 0.3)):
         stated = [_perturbed(SCENE, query=query, strength=s, levels=levels).confidence for s in (0, 1)]
         assert stated == [untouched, perturbed]
-        distracted = [
-            _perturbed(SCENE, epoch, query, levels=levels, distractor_probability=1.0) for epoch in range(5)
-        ]
+        settings: dict[str, Any] = {"levels": levels, "distractor_probability": 1.0}
+        distracted = [_perturbed(SCENE, epoch, query, **settings) for epoch in range(5)]
         assert {sample.confidence for sample in distracted} == {untouched}
         assert any(_changed(sample)[CAT].any() for sample in distracted)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "l.parquet"))):
@@ -223,12 +213,8 @@ def test_settings_that_make_no_sense_are_refused_at_once(settings: dict[str, Any
         NoisePolicy(**settings)
 
 
-@pytest.mark.parametrize("steps", [50, 500, 2000])
-def test_strengths_are_shares_of_any_schedule(steps: int) -> None:
-    sample = _perturbed(SCENE, strength=0.5, schedule=CosineSchedule(steps=steps))
-    assert sample.noise_step == steps // 2
-    expected = add_region_noise(IMAGE, DOG, steps // 2, CosineSchedule(steps=steps), 1)[DOG].std()
-    assert sample.image[DOG].std() == pytest.approx(expected, rel=0.1)
+def test_the_step_of_the_noise_is_a_share_of_any_schedule() -> None:
+    assert _perturbed(SCENE, strength=0.5, schedule=CosineSchedule(steps=50)).noise_step == 25
 
 
 def test_noise_means_the_same_on_a_large_photograph(processor: Any) -> None:
@@ -242,10 +228,8 @@ def test_noise_means_the_same_on_a_large_photograph(processor: Any) -> None:
         _perturbed(everything, strength=0.3, processor=image_processor, resolution=resolution)
         for resolution in ("model", "native")
     )
-    seen, seen_of_native = (
-        float(image_processor(images=[sample.image], return_tensors="pt")["pixel_values"].std())
-        for sample in (model, native)
-    )
+    given = image_processor(images=[model.image, native.image], return_tensors="pt")["pixel_values"]
+    seen, seen_of_native = (float(values.std()) for values in given)
     assert (model.image.shape, native.image.shape) == ((96, 96, 3), photo.shape)
     assert seen == pytest.approx(expected, rel=0.05)
     assert native.image.std() / 127.5 == pytest.approx(expected, rel=0.05)
@@ -290,3 +274,179 @@ def test_samples_are_what_they_were(processor: Any, case: str) -> None:
         facts = (sample.image.shape, sample.confidence, sample.noise_step, sample.wrong_answer)
         result.update(repr(facts).encode())
     assert result.hexdigest()[:16] == expected
+
+
+# --- Wrong answers in training responses: their rate and their choice ----------------------------------------------------
+
+
+def _mistaken(number: int, rate: float = 1.0, **settings: Any) -> Sample:
+    settings = {"wrong": ("No",), "wrong_answer_rate": rate, **settings}
+    return _perturbed(SMALL, query=f"q{number}", **settings)
+
+
+def _fits(wrong: int, n: int, share: float) -> bool:
+    if share in (0.0, 1.0):
+        return wrong == n * share
+    return binomtest(wrong, n, share).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("wrong_answer_rate", [1.0, 0.4])
+def test_a_response_is_as_often_wrong_as_its_confidence_says(wrong_answer_rate: float) -> None:
+    samples = [_mistaken(i, wrong_answer_rate, distractor_probability=0.2) for i in range(800)]
+    for confidence in sorted({s.confidence for s in samples}):
+        of_level = [s for s in samples if s.confidence == confidence]
+        assert len(of_level) > 40
+        wrong = sum(s.wrong_answer is not None for s in of_level)
+        assert _fits(wrong, len(of_level), wrong_answer_rate * (1 - confidence)), confidence
+    assert {s.confidence for s in samples} == {i / 10 for i in range(11)}
+
+
+def test_the_confidence_counts_and_not_the_noise() -> None:
+    # Half of all yes/no questions are answered correctly without any evidence.
+    counts = {
+        "yes_no": noise_counts((0, 100, 100), (1, 100, 50)),
+        "short": noise_counts((0, 100, 100), (1, 100, 0)),
+    }
+    levels = AnchoredLevels.fit(counts)
+    for kind, share in (("yes_no", 0.5), ("short", 1.0)):
+        for strength, wrong in ((0, 0.0), (1, share)):
+            samples = [_mistaken(i, strength=strength, levels=levels, answer_type=kind) for i in range(150)]
+            assert _fits(sum(s.wrong_answer is not None for s in samples), 150, wrong)
+
+
+def test_wrong_answers_are_drawn_alike_often_as_a_pure_function_of_seed_epoch_and_id() -> None:
+    wrong = ("cat", "car", "tree")
+
+    def drawn(**settings: Any) -> list[str]:
+        samples = [_mistaken(i, strength=1, wrong=wrong, **settings) for i in range(300)]
+        epoch = settings.get("epoch", 0)
+        assert {(s.query.answer, s.wrong, s.epoch) for s in samples} == {("Yes", wrong, epoch)}
+        assert all(s.answer == s.wrong_answer for s in samples)
+        return [s.answer for s in samples]
+
+    answers = drawn()
+    counts = Counter(answers)
+    assert set(counts) == set(wrong)
+    assert chisquare(list(counts.values())).pvalue > 1e-3
+    np.random.seed(3)  # noqa: NPY002  (the legacy stream must not matter)
+    assert drawn() == answers
+    assert answers != drawn(epoch=1) != drawn(seed=1) != answers
+
+
+def test_mistakes_change_neither_level_nor_noise() -> None:
+    changed = 0
+    settings = {"epoch": 2, "distractor_probability": 0.3, "clean_fraction": 0.1}
+    for i in range(100):
+        plain, mistaken = (_mistaken(i, rate, **settings) for rate in (0.0, 1.0))
+        assert np.array_equal(plain.image, mistaken.image)
+        changed += mistaken.wrong_answer is not None
+        assert plain._replace(image=IMAGE) == mistaken._replace(image=IMAGE, wrong_answer=None)
+    assert 20 < changed < 60
+
+
+def test_mistakes_have_a_stream_of_their_own() -> None:
+    # The first draw of the noise generator decides which samples stay clean; for the other samples it is above 0.5.
+    levels = OnlyAt(drawn=(0.4, 0.5, 0.6))
+    rows = [_mistaken(i, clean_fraction=0.5, levels=levels) for i in range(900)]
+    wrong = Counter(s.confidence for s in rows if s.wrong_answer is not None)
+    total = Counter(s.confidence for s in rows)
+    assert set(total) == {1.0, 0.6, 0.5, 0.4}
+    assert all(_fits(wrong[c], total[c], 1 - c) for c in total)
+
+
+# --- Wrong answers of sources -------------------------------------------------------------------------------------------
+
+
+def _regions(*labels: str) -> tuple[Region, ...]:
+    return tuple(Region(label, (0, 0, 1, 1)) for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("gold", "expected"),
+    [("Yes", "No"), ("no", "Yes"), ("No.", "Yes"), ("yes, there is", "No"), ("There is no dog", "Yes")],
+)
+def test_the_opposite_of_yes_or_no(gold: str, expected: str) -> None:
+    query = replace(_query(), answer=gold, regions=_regions("dog", "cat"))
+    assert opposite(query) == (expected,)
+    assert tuple(Listed(_query()).wrong_answers(query)) == (expected,)
+    assert not grade(expected, gold, "yes_no").correct
+
+
+@pytest.mark.parametrize(
+    ("labels", "objects", "expected"),
+    [
+        (("cat", "dog", "cat", "car", "cat"), ("dog",), ["cat", "car"]),
+        (("dog", "puppy", "Dogs", "a dog", "cat"), ("dog",), ["cat"]),
+        (("dog", "cat"), ("dog", "cat"), []),
+        (("cat", "car"), (), []),
+        (("dog", "", " ", "cat"), ("dog",), ["cat"]),
+    ],
+    ids=["each once", "not what is right too", "all is evidence", "no object", "no word"],
+)
+def test_a_short_answer_may_be_taken_for_what_else_is_there(
+    labels: tuple[str, ...], objects: tuple[str, ...], expected: list[str]
+) -> None:
+    regions = _regions(*labels)
+    query = Query("q", "x", "What is it?", "dog", "short", objects, regions, synonyms=("puppy", "hound"))
+    assert opposite(query) == ()
+    assert list(Listed(_query()).wrong_answers(query)) == expected
+    assert list(Listed(_query()).wrong_answers(replace(query, answer_type="open"))) == []
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_dataset_asks_the_demo_which_knows_what_else_is_in_the_scene(shifted: bool) -> None:
+    source = DemoSource("train", scenes=60, shifted=shifted)
+    policy = NoisePolicy(wrong_answer_rate=1.0, resolution="native")
+    dataset = PerturbedQueries({"": EvalSplit(source, "drawn")}, policy, None)
+    alone = 0
+    for index, query in enumerate(source.queries()):
+        wrong = list(source.wrong_answers(query))
+        assert not any(grade(w, query.answer, query.answer_type, query.synonyms).correct for w in wrong)
+        names = set(scene_layout(scene_seed("train", scene_index(query)))[0])
+        if query.answer_type == "yes_no":
+            assert wrong == [{"Yes": "No", "No": "Yes"}[query.answer]]
+        elif names == {query.answer}:
+            alone += 1
+            assert set(wrong) == set(CLASSES) - names
+        else:
+            assert set(wrong) == names - {query.answer}
+        assert list(dataset[3, index].wrong) == wrong
+    assert alone, "scenes of a single object are among them"
+
+
+FORMS = {
+    "What colour is the {}?": ("red", "Blue", "blue", "green"),
+    "How many {}s are there?": ("1", "two", "3", "1"),
+    "Who painted this?": ("nobody", "Nobody.", "nobody", "nobody"),
+}
+"""Form of a question about an object -> the gold answers to it about four objects."""
+SHORT = Listed(
+    *(
+        Query(f"{form}|{name}", "x", form.format(name), gold, "short", (name,), _regions(name))
+        for form, golds in FORMS.items()
+        for name, gold in zip(("dog", "red car", "cup", "tree"), golds, strict=True)
+    )
+)
+"""Short questions of these forms, each object with its region and no other."""
+
+
+def test_a_wrong_answer_that_the_source_lacks_is_right_to_a_question_of_the_same_form() -> None:
+    settings: dict[str, Any] = {"levels": OnlyAt(), "resolution": "native", "distractor_probability": 0}
+    policy = NoisePolicy(wrong_answer_rate=1.0, **settings)
+    with pytest.warns(UserWarning, match="data: 4 of 12 queries have no wrong answer .*`wrong_answer_rate`"):
+        dataset = PerturbedQueries({"": EvalSplit(SHORT, "drawn")}, policy, None)
+    given: dict[str, set[str]] = {}
+    for epoch in range(12):
+        for index, query in enumerate(dataset.queries):
+            sample = dataset[epoch, index]
+            assert sample.confidence == 0
+            assert (sample.wrong_answer is None) == query.question.startswith("Who")
+            if sample.wrong_answer is not None:
+                assert not grade(sample.answer, query.answer, "short").correct
+                given.setdefault(query.id.partition("|")[0], set()).add(sample.answer)
+    assert given == {form: set(golds) for form, golds in FORMS.items() if "{}" in form}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy = replace(policy, wrong_answer_rate=0.0)
+        plain = PerturbedQueries({"": EvalSplit(SHORT, "drawn")}, policy, None)
+    assert {plain[0, i].wrong for i in range(12)} == {()}

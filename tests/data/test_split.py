@@ -23,12 +23,11 @@ from vlm_calibration.data.split import assign_queries
 from vlm_calibration.records import DataError
 
 from ..command_line import Ended
-from .conftest import pattern
+from .conftest import Capture, pattern, record
 
 
 def _row(i: int, image: str, k: int = 0) -> dict[str, Any]:
-    answer = "Yes" if (i + k) % 2 else "No"
-    return {"id": f"{i}-{k}", "image": image, "question": "A dog?", "answer": answer, "answer_type": "yes_no"}
+    return record(f"{i}-{k}", image=image, answer="Yes" if (i + k) % 2 else "No")
 
 
 @pytest.fixture
@@ -47,9 +46,8 @@ def file(tmp_path: Path) -> Path:
     styles: tuple[dict[str, Any], ...] = ({}, {"separators": (",", ":")}, {"ensure_ascii": False})
     texts = [json.dumps(row, **styles[i % 3]) for i, row in enumerate(rows)]
     file = folder / "all.jsonl"
-    file.write_bytes(
-        "".join(text + ("\r\n" if i % 7 == 0 else " \n") for i, text in enumerate(texts)).encode()
-    )
+    ends = ("\r\n", *[" \n"] * 6)
+    file.write_bytes("".join(text + ends[i % 7] for i, text in enumerate(texts)).encode())
     return file
 
 
@@ -143,9 +141,7 @@ def test_parquet_rows_keep_schema_metadata_and_values(tmp_path: Path, embedded: 
         assert len(ParquetSource(str(tmp_path / f"{name}.parquet")).queries()) == len(part)
 
 
-def test_bad_records_stop_it_or_are_left_out_and_named(
-    file: Path, lines: list[bytes], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_records_stop_it_or_are_named(file: Path, lines: list[bytes], capsys: Capture) -> None:
     """A line that is not JSON, one about a missing image, and an image of two queries that is truncated."""
     image = file.parent / "images/1.png"
     image.write_bytes(image.read_bytes()[:200])
@@ -196,9 +192,7 @@ def test_all_files_are_written_or_none(file: Path, monkeypatch: pytest.MonkeyPat
     assert not list(file.parent.glob(".*"))
 
 
-def test_paths_stay_valid_or_the_folder_is_refused(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_paths_stay_valid_or_the_folder_is_refused(file: Path, tmp_path: Path, capsys: Capture) -> None:
     elsewhere = tmp_path / "elsewhere"
     with pytest.raises(DataError, match="leave out --out"):
         split(file, out=elsewhere)
@@ -213,16 +207,13 @@ def test_paths_stay_valid_or_the_folder_is_refused(
     assert not list(deep.glob("train*"))
 
 
-def test_what_cannot_be_split_is_refused(file: Path, lines: list[bytes]) -> None:
+def test_what_cannot_be_split_is_refused(file: Path) -> None:
     for shares in ([0.5, 0.5], [0.7, 0.1, 0.1, 0.2], [0.9, 0.1, 0.0, 0.0], [0.25] * 5):
         with pytest.raises(DataError, match="--shares"):
             split(file, shares=shares)
     for name, says in (("none.jsonl", "no such file"), ("images", "ends in"), ("all.csv", "ends in .jsonl")):
         with pytest.raises(DataError, match=says):
             split(file.parent / name)
-    file.write_bytes(b"".join(line for line in lines if b"images/3." in line or b"images/2." in line))
-    with pytest.raises(DataError, match="2 different images are too few for 4 splits"):
-        split(file)
 
 
 def test_the_command_prints_a_table(call: Callable[..., Ended], file: Path) -> None:

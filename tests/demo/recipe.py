@@ -45,13 +45,10 @@ from vlm_calibration.models.shared_prefix import additive_mask, padded
 from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.prompts import ElicitationPrompt
 
-from .architecture import (
-    IMAGE_TOKENS,
-    PATCH,
-    build_model,
-    build_processor,
-    publish_tower_names,
-)
+from .architecture import IMAGE_TOKENS, PATCH, build_model, build_processor, publish_tower_names
+
+Model = LlavaForConditionalGeneration
+Steps = Iterator[tuple[Tensor, Tensor]]
 
 FIRST_SCENE = 1_000_000
 """First scene of the train split used for pre-training, so that it does not overlap with scenes for fine-tuning."""
@@ -110,9 +107,8 @@ def scene_patches(processor: LlavaProcessor, index: int) -> tuple[Tensor, Tensor
     image = mild_degradation(scene.image, rng) if rng.random() < 0.5 else scene.image
     pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"][0]
     side = image.shape[0] // PATCH
-    cover = np.stack(
-        [o.mask.reshape(side, PATCH, side, PATCH).mean(axis=(1, 3)).ravel() for o in scene.objects]
-    )
+    shares = (o.mask.reshape(side, PATCH, side, PATCH).mean(axis=(1, 3)).ravel() for o in scene.objects)
+    cover = np.stack(list(shares))
     ids = processor.tokenizer([o.name for o in scene.objects], add_special_tokens=False)["input_ids"]
     covered, top = cover.max(axis=0) > 0.2, cover.argmax(axis=0)
     words = np.where(covered, np.array(ids)[:, 0][top], IGNORE)
@@ -132,12 +128,7 @@ def _batches(
 
 
 def _train(
-    stage: str,
-    model: nn.Module,
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    steps: int,
-    results: Iterator[tuple[Tensor, Tensor]],
+    stage: str, model: Model, parameters: Iterable[nn.Parameter], lr: float, steps: int, results: Steps
 ) -> None:
     """Train some parameters; `results` computes loss and accuracy of each step when it is asked for the next ones."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -155,13 +146,13 @@ def _train(
             log(f"{stage} {step}/{steps}: loss {loss:.3f}, accuracy {accuracy:.3f}")
 
 
-def image_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+def image_features(model: Model, pixel_values: Tensor) -> Tensor:
     """Projected features, float [B, IMAGE_TOKENS, hidden]."""
     features = model.model.get_image_features(pixel_values=pixel_values).pooler_output
     return torch.stack(list(features)) if isinstance(features, list | tuple) else features
 
 
-def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int) -> None:
+def train_patches(model: Model, processor: LlavaProcessor, steps: int) -> None:
     """Stage 1: projected features times word embeddings predict the covering object's word and its corner's words.
 
     The softmax is over the object words and the background token only; otherwise the embeddings of all other words would
@@ -176,7 +167,7 @@ def train_patches(model: LlavaForConditionalGeneration, processor: LlavaProcesso
     weights[background] = 0.1
     axes = [torch.tensor([processor.tokenizer(w)["input_ids"][0] for w in pair]) for pair in CORNER_WORDS]
 
-    def results() -> Iterator[tuple[Tensor, Tensor]]:
+    def results() -> Steps:
         for pixels, words, corners, _ in _batches(processor, steps * 32, 32):
             scores = FEATURE_SCALE * image_features(model, pixels) @ embeddings.T
             logits = scores.masked_fill(excluded, float("-inf"))
@@ -246,11 +237,7 @@ class QuestionPacker:
         return {name: padded(rows[name], value, torch.device("cpu")) for name, value in fill.items()}
 
     def loss(
-        self,
-        model: LlavaForConditionalGeneration,
-        features: Tensor,
-        packed: dict[str, Tensor],
-        ahead_weight: float = 0.0,
+        self, model: Model, features: Tensor, packed: dict[str, Tensor], ahead_weight: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of the responses, and the accuracy of their first tokens.
 
@@ -280,9 +267,7 @@ class QuestionPacker:
         return loss, accuracy
 
 
-def train_language(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, scenes: int, batch: int = 16
-) -> None:
+def train_language(model: Model, processor: LlavaProcessor, steps: int, scenes: int, batch: int = 16) -> None:
     """Stage 2: the language model on cached image features.
 
     Attention of the first two layers starts as a lookup: a word attends to patches whose feature resembles it.
@@ -302,7 +287,7 @@ def train_language(
     full = QuestionPacker(processor, ElicitationPrompt())
     rng = np.random.default_rng(0)
 
-    def results() -> Iterator[tuple[Tensor, Tensor]]:
+    def results() -> Steps:
         for step in range(steps):
             chosen = rng.integers(len(cached), size=batch)
             packer = bare if step < steps // 2 else full
@@ -312,9 +297,7 @@ def train_language(
     _train("language", model, model.model.language_model.parameters(), 1e-3, steps, results())
 
 
-def train_together(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, batch: int = 16
-) -> None:
+def train_together(model: Model, processor: LlavaProcessor, steps: int, batch: int = 16) -> None:
     """Stage 3: all parts end to end at a small learning rate."""
     packer = QuestionPacker(processor, ElicitationPrompt())
     rng = np.random.default_rng(1)

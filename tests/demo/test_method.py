@@ -23,7 +23,7 @@ from vlm_calibration.perturbation.level_table import read_table
 from vlm_calibration.perturbation.masks import bounding_box, mask_to_rle
 from vlm_calibration.records import Region
 
-from ..command_line import Server
+from ..command_line import Server, callback
 from ..wandb_log import demo, short
 
 pytestmark = pytest.mark.nightly
@@ -76,18 +76,14 @@ def systems(call: Caller) -> dict[str, Evaluated]:
     # Stage 2 starts from a shorter stage 1, which leaves it more to improve.
     sft, short_sft = (
         call(
-            name,
-            "fit",
-            "sft.yaml",
+            *(name, "fit", "sft.yaml"),
             trainer={"logger": False},
             data={"train": demo("train", scenes, hard=0.0), "batch_size": 12, "noise": NOISE_ALONE},
         )
         for name, scenes in (("sft", 1800), ("short_sft", 900))
     )
     dpo = call(
-        "dpo",
-        "fit",
-        "dpo.yaml",
+        *("dpo", "fit", "dpo.yaml"),
         *("--model.init_args.adapter", str(short_sft / "adapter")),
         trainer={"logger": False, "num_sanity_val_steps": 0},
         data={
@@ -107,23 +103,17 @@ def _evaluate(
     call: Caller, name: str, adapters: dict[str, str], parts: dict[str, Any], **noise: Any
 ) -> dict[str, Evaluated]:
     evaluated = call(
-        name,
-        "test",
-        "eval/demo.yaml",
-        trainer={
-            "logger": False,
-            "callbacks": [{"class_path": "vlm_calibration.callbacks.predictions.PredictionWriter"}],
-        },
+        *(name, "test", "eval/demo.yaml"),
+        trainer={"logger": False, "callbacks": [callback("predictions.PredictionWriter")]},
         model={"init_args": {"base": {"name_or_path": MODEL}, "adapters": adapters}},
         data={"test": parts, "calibration": None, "noise": {"kinds": {"noise": 1}, **noise}},
     )
-    return {
-        name: Evaluated(
-            json.loads((evaluated / name / "metrics.json").read_text()),
-            [json.loads(line) for line in (evaluated / name / "predictions.jsonl").read_text().splitlines()],
-        )
-        for name in ("base", *adapters)
-    }
+
+    def read(folder: Path) -> Evaluated:
+        lines = (folder / "predictions.jsonl").read_text().splitlines()
+        return Evaluated(json.loads((folder / "metrics.json").read_text()), list(map(json.loads, lines)))
+
+    return {name: read(evaluated / name) for name in ("base", *adapters)}
 
 
 def test_the_base_model_answers_easy_scenes_and_is_always_sure(systems: dict[str, Evaluated]) -> None:
@@ -152,14 +142,11 @@ def test_the_base_model_is_right_often_enough_on_each_part(call: Caller, root: P
 
 def test_the_base_model_errs_as_the_shipped_levels_say(call: Caller, root: Path) -> None:
     shipped = read_table(root / "src/vlm_calibration/demo/levels.json").counts
-    source = demo("calibration", 60, **UNSEEN)
     call(
-        "levels",
-        "levels fit",
-        "levels.yaml",
+        *("levels", "levels fit", "levels.yaml"),
         trainer={"logger": False},
         model={"init_args": {"out": str(call.folder / "levels.json"), "likelihoods": None}},
-        data={"levels": source},
+        data={"levels": demo("calibration", 60, **UNSEEN)},
     )
     measured = read_table(call.folder / "levels.json").counts
     assert measured.keys() == shipped.keys()
@@ -201,49 +188,27 @@ def _with_own_masks_alone(path: Path, split: str, scenes: int, **settings: Any) 
             regions.append(Region(query.objects[0], (left, top, right, bottom), mask_to_rle(mask)))
         rows.append(asdict(replace(query, regions=tuple(regions))))
     write_rows(path, [rows])
-    images = demo(split, scenes, **settings)
-    return {
-        "class_path": "vlm_calibration.data.sources.parquet.ParquetSource",
-        "init_args": {"path": str(path), "images": images},
-    }
+    arguments = {"path": str(path), "images": demo(split, scenes, **settings)}
+    return {"class_path": "vlm_calibration.data.sources.parquet.ParquetSource", "init_args": arguments}
 
 
-@pytest.mark.nightly
 def test_the_shape_of_the_noise_does_not_teach_the_answer(call: Caller) -> None:
     """Of an object that is pure noise, nothing is left to answer by: whether it was there is answered at chance."""
     linear = "vlm_calibration.perturbation.levels.LinearLevels"
+    few, many = ({"class_path": linear, "init_args": {"n_levels": n}} for n in (2, 11))
     noise = {"kinds": {"noise": 1}, "clean_fraction": 0, "wrong_answer_rate": 0, "distractor_probability": 0}
+    train = _with_own_masks_alone(call.folder / "train.parquet", "train", 1800)
+    weights = {"answer_weight": "constant", "confidence_weight": 1.0}
     run = call(
-        "shapes",
-        "fit",
-        "sft.yaml",
+        *("shapes", "fit", "sft.yaml"),
         trainer={"logger": False},
-        model={
-            "init_args": {
-                "base": {"name_or_path": MODEL},
-                "answer_weight": "constant",
-                "confidence_weight": 1.0,
-            }
-        },
-        data={
-            "train": _with_own_masks_alone(call.folder / "train.parquet", "train", 1800),
-            "batch_size": 12,
-            "noise": {**noise, "levels": {"class_path": linear, "init_args": {"n_levels": 11}}},
-        },
+        model={"init_args": {"base": {"name_or_path": MODEL}, **weights}},
+        data={"train": train, "batch_size": 12, "noise": {**noise, "levels": many}},
     )
-    hidden = _with_own_masks_alone(call.folder / "hidden.parquet", "calibration", 300, **UNSEEN)
-    evaluated = _evaluate(
-        call,
-        "hidden",
-        {"shapes": str(run / "adapter")},
-        {"hidden": {"source": hidden, "noise": "drawn"}},
-        distractor_probability=0,
-        levels={"class_path": linear, "init_args": {"n_levels": 2}},
-    )
-    answers = [
-        p["correct"]
-        for p in evaluated["shapes"].predictions
-        if p["answer_type"] == "yes_no" and p["strength"] == 1
-    ]
+    source = _with_own_masks_alone(call.folder / "hidden.parquet", "calibration", 300, **UNSEEN)
+    adapters, parts = {"shapes": str(run / "adapter")}, {"hidden": {"source": source, "noise": "drawn"}}
+    shapes = _evaluate(call, "hidden", adapters, parts, distractor_probability=0, levels=few)["shapes"]
+    asked = [p for p in shapes.predictions if p["answer_type"] == "yes_no" and p["strength"] == 1]
+    answers = [p["correct"] for p in asked]
     assert len(answers) > 250
     assert sum(answers) < 0.6 * len(answers)

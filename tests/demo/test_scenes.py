@@ -1,8 +1,12 @@
-"""Scenes, questions, shifts and the source: deterministic in their seed, exact masks, true answers, disjoint splits."""
+"""Scenes, questions, shifts and the source: deterministic in their seed, exact masks, true answers, disjoint splits.
+
+Also what the demo model knows of a question, and the model itself.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import sys
 from collections import Counter
@@ -12,10 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.ndimage import binary_dilation
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlm_calibration.demo import questions
 from vlm_calibration.demo.pictures import GLYPHS, HANDS, LOOK_ALIKES, UNUSUAL, Hand, picture
-from vlm_calibration.demo.questions import NEGATIVES, SPLITS, absent_class, scene_queries, scene_seed
+from vlm_calibration.demo.questions import SPLITS, scene_queries, scene_seed
 from vlm_calibration.demo.scenes import (
     CLASSES,
     CORNERS,
@@ -29,10 +36,14 @@ from vlm_calibration.demo.scenes import (
 )
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.demo.source import DemoSource, scene_index
+from vlm_calibration.losses.sequence import IGNORE
+from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.records import DataError
+from vlm_calibration.text.confidence import render_response
 from vlm_calibration.text.grading import grade
 
-from .recipe import DEGRADATIONS, FIRST_SCENE
+from .architecture import IMAGE, IMAGE_TOKENS, PATCH, build_model
+from .recipe import DEGRADATIONS, FIRST_SCENE, scene_patches
 
 MANY, FEW = range(200), range(10)
 RECIPE = {
@@ -68,9 +79,7 @@ def test_easy_scenes_have_one_to_four_objects() -> None:
 
 @pytest.mark.parametrize("hand", HANDS)
 @pytest.mark.parametrize("kind", ["", *HARD_KINDS])
-def test_scenes_are_as_described_and_masks_exact(
-    kind: str, hand: Hand, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scenes_are_as_said_and_masks_exact(kind: str, hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same scene without its objects differs where the masks are, and nowhere else."""
     scenes = [render_scene((3, index), kind, hand) for index in FEW]
     for index, scene in zip(FEW, scenes, strict=True):
@@ -82,6 +91,7 @@ def test_scenes_are_as_described_and_masks_exact(
         for item in scene.objects:
             rows, columns = np.nonzero(item.mask)
             assert len(rows) > 10, "every object can be seen"
+            assert kind != "small" or max(np.ptp(rows), np.ptp(columns)) < SMALL_SIZES[1]
             assert item.corner == 2 * (rows.mean() >= 48) + (columns.mean() >= 48)
         assert sum(o.mask.astype(int) for o in scene.objects).max() <= 1
         assert np.array_equal(scene.image, render_scene((3, index), kind, hand).image)
@@ -93,23 +103,15 @@ def test_scenes_are_as_described_and_masks_exact(
         assert changed[covered].mean() > 0.97, "faint edges may round to the background colour"
 
 
-def test_the_objects_are_small() -> None:
-    for index in FEW:
-        for item in render_scene((3, index), "small").objects:
-            rows, columns = np.nonzero(item.mask)
-            assert max(np.ptp(rows), np.ptp(columns)) < SMALL_SIZES[1]
-
-
 def test_a_neighbour_covers_a_part_of_an_object() -> None:
     """Masks exclude what a later object covers, so that those of covering and covered object touch."""
-    touching = {}
-    for kind in ("", "overlapping"):
+
+    def touching(kind: str) -> list[bool]:
         scenes = [[o.mask for o in render_scene((3, index), kind).objects] for index in FEW]
-        touching[kind] = [
-            any((binary_dilation(a) & b).any() for a, b in combinations(masks, 2)) for masks in scenes
-        ]
-    assert all(touching["overlapping"])
-    assert np.mean(touching[""]) < 0.5
+        return [any((binary_dilation(a) & b).any() for a, b in combinations(s, 2)) for s in scenes]
+
+    assert all(touching("overlapping"))
+    assert np.mean(touching("")) < 0.5
 
 
 def test_every_picture_is_another_one_in_each_hand() -> None:
@@ -127,14 +129,13 @@ def test_every_picture_is_another_one_in_each_hand() -> None:
 def test_frequencies_make_popular_absent_objects_popular() -> None:
     rng = np.random.default_rng(0)
     present = ("horse", "cow")
-    drawn = {kind: Counter(absent_class(rng, present, kind) for _ in range(3000)) for kind in NEGATIVES}
+    kinds, absent = questions.NEGATIVES, questions.absent_class
+    drawn = {kind: Counter(absent(rng, present, kind) for _ in range(1500)) for kind in kinds}
     for counts in drawn.values():
         assert not set(present) & set(counts)
-    frequent = set(CLASSES[:6])
-    related = {"pig", "dog", "tree", "house"}
     of_frequent, of_related = (
         {kind: sum(counts[name] for name in group) for kind, counts in drawn.items()}
-        for group in (frequent, related)
+        for group in (set(CLASSES[:6]), {"pig", "dog", "tree", "house"})
     )
     assert of_frequent["popular"] > 1.3 * of_frequent["random"]
     assert of_related["adversarial"] > 3 * of_related["popular"]
@@ -177,9 +178,7 @@ def test_splits_share_no_scene_and_no_id() -> None:
     sources = [DemoSource(split, scenes=25, first=first) for split in SPLITS for first in (0, 25)]
     ids = [query.id for source in sources for query in source.queries()]
     assert len(set(ids)) == len(ids)
-    with pytest.raises(
-        ValueError, match="unknown split 'dev': expected one of train, calibration, development, test"
-    ):
+    with pytest.raises(ValueError, match="unknown split 'dev': expected one of train, .*, test"):
         scene_seed("dev", 0)
 
 
@@ -276,3 +275,100 @@ def test_without_resvg_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(DataError, match=r"resvg.*vlm-calibration\[demo\]"):
         DemoSource("development", scenes=1, hand="line").queries()
     assert DemoSource("development", scenes=1).queries()
+
+
+# --- What the demo model knows of a question ----------------------------------------------------------------------------
+
+
+def test_every_question_of_the_demo_is_known_and_has_its_right_answer() -> None:
+    for split in SPLITS:
+        for index in range(40):
+            names, corners, *_ = scene_layout(scene_seed(split, index))
+            objects = dict(zip(names, (CORNERS[corner] for corner in corners), strict=True))
+            for query in scene_queries(split, index):
+                assert questions.unknown_part(query.question) is None
+                known = questions.known_question(query.question)
+                assert known is not None
+                assert questions.question_about(*known) == query.question
+                assert questions.right_answer(query.question, objects) == query.answer
+
+
+def test_capitals_spaces_and_the_question_mark_do_not_matter() -> None:
+    for form, words in questions.FORMS.items():
+        question = questions.question_about(form, words[-1])
+        for variant in (question.lower(), question[:-1], f"  {question} ", question.replace(" ", "  ")):
+            assert questions.known_question(variant) == (form, words[-1])
+
+
+@pytest.mark.parametrize(
+    ("question", "unknown"),
+    [
+        ("Is there a zebra in the image?", "the word 'zebra'"),
+        ("Are there dogs or cats?", "the words 'are', 'dogs', 'or', 'cats'"),
+        ("What is in the middle?", "the word 'middle'"),
+        ("Ist da ein Hund?", "the words 'ist', 'da', 'ein', 'hund'"),
+    ],
+)
+def test_unknown_words_are_named_with_what_is_known(question: str, unknown: str) -> None:
+    message = questions.unknown_part(question)
+    assert message is not None
+    assert f"the demo model does not know {unknown}; it knows" in message
+    for word in (*CLASSES, *CORNERS, "Which object is at the ... of the image?"):
+        assert word in message
+    assert questions.known_question(question) is None
+    assert questions.right_answer(question, {"dog": "top left"}) is None
+
+
+def test_an_unknown_form_is_answered_with_the_known_forms_of_its_object() -> None:
+    message = questions.unknown_part("Is the cat at the top left?") or ""
+    assert "this form of question" in message
+    assert '"Do you see a cat?"' in message
+    assert "dog" not in message
+    assert '"What is at the ...?"' in (questions.unknown_part("What is the image?") or "")
+    assert questions.right_answer("What is at the top right?", {"dog": "top left"}) is None, "an empty corner"
+
+
+# --- The model: stock transformers classes, and a tokenizer for these sentences -----------------------------------------------
+
+
+def test_words_and_percentages_are_one_token(processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    for word in (*CLASSES, "Yes", "No", *map(str, range(101))):
+        assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+    for percent in range(101):
+        ids = tokenizer(render_response("Yes", percent / 100), add_special_tokens=False)["input_ids"]
+        assert len([i for i in ids if tokenizer.decode([i]).strip().isdigit()]) == 1
+
+
+def test_the_shipped_folder_is_whole_and_small() -> None:
+    assert (DEMO_MODEL / "model.safetensors").stat().st_size <= 8 * 2**20
+    model = AutoModelForImageTextToText.from_pretrained(DEMO_MODEL)
+    shapes = {name: p.shape for name, p in build_model().named_parameters()}
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    processor = AutoProcessor.from_pretrained(DEMO_MODEL)
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    image = np.zeros((SCENE_SIZE, SCENE_SIZE, 3), dtype=np.uint8)
+    ids = processor(text=[f"{IMAGE} A dog?"], images=[[image]], return_tensors="pt")["input_ids"]
+    assert int((ids == model.config.image_token_id).sum()) == IMAGE_TOKENS
+    config = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
+    assert "auto_map" not in config, "no remote code"
+    # vLLM reads no other names; transformers reads both.
+    names = [name for name in load_file(DEMO_MODEL / "model.safetensors") if name.startswith("vision_tower.")]
+    assert {name.split(".")[1] for name in names} == {"vision_model"}
+
+
+def test_a_patch_is_labelled_with_the_object_that_covers_it(processor: Any) -> None:
+    """Patches that no object touches get the image token, and those with little of one no label."""
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    _, words, corners, scene = scene_patches(processor, 0)
+    side = scene.image.shape[0] // PATCH
+    for index, (word, corner) in enumerate(zip(words.tolist(), corners.tolist(), strict=True)):
+        y, x = PATCH * (index // side), PATCH * (index % side)
+        shares = [float(o.mask[y : y + PATCH, x : x + PATCH].mean()) for o in scene.objects]
+        best = scene.objects[int(np.argmax(shares))]
+        if max(shares) > 0.2:
+            assert (processor.tokenizer.decode([word]).strip(), corner) == (best.name, best.corner)
+        else:
+            assert (word, corner) == (IGNORE if sum(shares) else image_token, IGNORE)
+    assert len(set(words.tolist())) >= 3

@@ -202,9 +202,10 @@ def test_time_is_linear_on_adversarial_text(piece):
     ("text", "behind"),
     [
         *(
-            ("Yes. Confidence: 80%", behind)
-            for behind in (".", " I", ", or 90%", " to be", " to 90 dogs", " or more", "\n\nIs")
+            ("Yes. Confidence: 80%", more)
+            for more in (".", " I", ", or 90%", " to be", " to 90 dogs", " or more")
         ),
+        ("Yes. Confidence: 80%", "\n\nIs"),
         ("Yes. Confidence: 80% ± 5%", "."),
         ("A red bicycle.\nConfidence: 7.5%", ")"),
         ("Yes. **Confidence:** 85\\%", "**"),
@@ -221,20 +222,19 @@ def test_where_a_complete_answer_ends(text: str, behind: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *(
-            f"Yes. Confidence: 80%{more}"
-            for more in ("", " ", "\n", "-", "\ufffd", " t", " to", " to 9", " to 90 ", " or")
+        *map(
+            "Yes. Confidence: 80%{}".format,
+            ("", " ", "\n", "-", "\ufffd", " t", " to", " to 9", " to 90 ", " or"),
         ),
         *("Yes. Confidence: 80% to 90%", "Yes. Confidence: 80%-90%.", "Yes. Confidence: 80% or 90%. It"),
-        "Yes. Confidence: 80.",
-        "Confidence: 80%. ",  # the answer follows
-        "**Confidence:** 80%. ",
-        "Yes. Confidence: 80-90%.",
-        "Yes. Confidence: 150%.",
-        "I am 80% ",  # a sentence that continues
-        "The label says 80%.",
-        "%",
-        "",
+        *("Confidence: 80%. ", "**Confidence:** 80%. ", "I am 80% "),  # the answer or the sentence continues
+        *(
+            "Yes. Confidence: 80.",
+            "Yes. Confidence: 80-90%.",
+            "Yes. Confidence: 150%.",
+            "The label says 80%.",
+        ),
+        *("%", ""),
     ],
 )
 def test_what_is_not_complete(text: str) -> None:

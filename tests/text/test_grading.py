@@ -109,10 +109,8 @@ def _written(form: str, x: str, y: str = "") -> str:
 def replies(draw: st.DrawFn) -> Said:
     """One or two clauses about one or two objects, in either order."""
     x, y = draw(st.permutations(NOUNS))[:2]
-    beside = [(form, "no", "yes") for form in DENIED_BESIDE] + [
-        (form, "yes", "yes") for form in BOTH_AFFIRMED
-    ]
-    beside += [(form, "no", "no") for form in BOTH_DENIED]
+    beside = [(f, "no", "yes") for f in DENIED_BESIDE] + [(f, "yes", "yes") for f in BOTH_AFFIRMED]
+    beside += [(f, "no", "no") for f in BOTH_DENIED]
     alone = [(f, "yes") for f in AFFIRMED] + [(f, "no") for f in DENIED]
     if draw(st.booleans()):
         form, of_x, of_y = draw(st.sampled_from(beside))
@@ -263,16 +261,10 @@ def test_a_ranking_measures_levels_and_grades_no_answer():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        *(
-            (lambda f1=f1: Grading(min_f1=f1), r"min_f1 must be in \(0, 1\]")
-            for f1 in (0.0, 1.5, float("nan"))
-        ),
+        *((lambda f=f: Grading(min_f1=f), r"min_f1 must be in \(0, 1\]") for f in (0.0, 1.5, float("nan"))),
         (lambda: Grading(short="ranking"), r"grading\.short must be one of .*'ranking'"),
         (lambda: Grading(open="ranking"), r"grading\.open must be one of .*'ranking'"),
-        *(
-            (lambda gold=gold: grade("yes", gold, "yes_no"), "must be yes or no")
-            for gold in ("dog", "", "yes and no")
-        ),
+        *((lambda g=g: grade("yes", g, "yes_no"), "must be yes or no") for g in ("dog", "", "yes and no")),
         (lambda: grade("dog", " . ", "short"), "gold answer of a short question is empty"),
         (lambda: parse_answer("yes", "number"), "known: yes_no, short, open"),
     ],
@@ -290,11 +282,8 @@ def test_any_text_can_be_graded(text, answer_type):
         assert result.predicted in ("yes", "no", None)
 
 
-WORDS = st.lists(
-    st.sampled_from(["dog", "cat", "tall", "bear", "grass", "berry", "bus", "two", "zebra"]),
-    min_size=1,
-    max_size=3,
-)
+WORD = st.sampled_from(["dog", "cat", "tall", "bear", "grass", "berry", "bus", "two", "zebra"])
+WORDS = st.lists(WORD, min_size=1, max_size=3)
 
 
 @given(WORDS.map(" ".join), st.floats(0, 1), st.sampled_from([Grading(), CONTAINS, TOKEN_F1]))
