@@ -1,4 +1,4 @@
-"""Stage 2 on the demo model: its loss, statistics and gradients, and what runs change, log, write and reject.
+"""Stage 2 on the demo model: what runs change, log, write and reject, and its loss against arithmetic.
 
 Likelihoods are checked against plain forwards over whole conversations, one at a time.
 """
@@ -18,12 +18,15 @@ from safetensors.torch import load_file
 
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.checkpoint import RunCheckpoint
-from vlm_calibration.data.candidates import CandidateSettings
+from vlm_calibration.data.candidates import Candidate, CandidateSettings
 from vlm_calibration.losses.distribution import SoftLabel
 from vlm_calibration.losses.preference import DPO, SimPO
+from vlm_calibration.losses.sequence import AnswerWeight
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.records import DataError
+from vlm_calibration.stages.dpo_terms import Comparison, candidate_scores, chosen_nll, shared_text_drift
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.training import trained_parameters
 
@@ -99,7 +102,6 @@ def test_a_run_learns_changes_the_policy_alone_and_writes_its_files(
 @pytest.mark.parametrize(
     ("answers", "settings"),
     [
-        (OWN, {"loss": SoftLabel(), "pairs": PairPolicy("fitted"), "gradient_checkpointing": True}),
         (WITH_OPPOSITE, {"loss": DPO(), "pairs": PairPolicy("expected", "uniform", 2), "reference": "base"}),
         (GOLD, {"reference": "none", "loss": SimPO(), "pairs": PairPolicy("level", "uniform", 2)}),
     ],
@@ -112,25 +114,23 @@ def test_a_run_logs_before_and_after(
     answers: CandidateSettings,
     settings: dict[str, Any],
 ) -> None:
-    """From the adapter of stage 1, from the base model with a new adapter, and without a reference."""
-    reference = settings.get("reference", "adapter")
+    """From the base model with a new adapter, and without a reference."""
+    is_new = settings["reference"] == "base"
     new = {"folder": None, "lora": LoraSettings(r=2, alpha=4, dropout=0.5, parts=["language", "projector"])}
-    module, seen = make_module(**(new if reference == "base" else {}), **settings), Steps()
+    module, seen = make_module(**(new if is_new else {}), **settings), Steps()
     run = trainer(seen, max_epochs=1, num_sanity_val_steps=-1)
     run.fit(module, datamodule=candidates(answers))
     assert len(seen.losses) == 3
     assert all(math.isfinite(loss) for loss in seen.losses)
     assert all(gradient.isfinite().all() and gradient.any() for gradient in seen.gradients)
     before, after = seen.validated
-    names = {"reward_margin", "logp_chosen", "accuracy", "ece"} | ({"kl"} if reference != "none" else set())
     for values in (before, after):
-        assert {f"val/{name}" for name in names} <= set(values)
-        assert ("val/kl" in values) == ("kl" in names)
+        assert {f"val/{name}" for name in ("reward_margin", "logp_chosen", "accuracy", "ece")} <= set(values)
+        assert ("val/kl" in values) == is_new
     assert after["val/logp_chosen"] != pytest.approx(before["val/logp_chosen"], abs=1e-3)
-    if reference != "none":
+    assert set(module.model.peft_config) == {"default"}
+    if is_new:
         assert before["val/kl"] == pytest.approx(0, abs=1e-5), "the policy is the reference at first"
-    assert set(module.model.peft_config) == {"default", *(["reference"] if reference == "adapter" else [])}
-    if reference == "base":
         assert module.model.peft_config["default"].lora_dropout == 0
         trained = adapter_weights(module, "default")
         assert trained
@@ -141,13 +141,6 @@ def test_a_run_logs_before_and_after(
 def test_the_title_says_what_is_taught_on_which_answers(make_module: MakeModule, candidates: Data) -> None:
     assert make_module(loss=SoftLabel()).title(candidates(OWN)) == "stage 2: soft labels on own answers"
     assert make_module(loss=DPO()).title(candidates()) == "stage 2: DPO on gold answers"
-
-
-def test_a_missing_adapter_says_to_train_one_first(
-    make_module: MakeModule, candidates: Data, trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match=f"no adapter at {tmp_path}/none .*: train one first"):
-        trainer(max_steps=1).fit(make_module(f"{tmp_path}/none"), datamodule=candidates())
 
 
 @pytest.mark.parametrize(
@@ -208,14 +201,6 @@ def test_loss_and_statistics_by_hand(make_step: MakeStep) -> None:
     assert value == pytest.approx(expected["train/loss"], abs=1e-3)
 
 
-def test_gradients_reach_the_policy_alone(make_step: MakeStep) -> None:
-    step = make_step(n=4, nll_weight=0.1)
-    step.step().backward()
-    for name, parameter in step.module.named_parameters():
-        assert parameter.requires_grad == (".default." in name)
-        assert (parameter.grad is not None and bool(parameter.grad.any())) == (".default." in name)
-
-
 def test_only_the_chosen_parts_are_trained(make_module: MakeModule, demo_adapter: NewAdapter) -> None:
     module = make_module(demo_adapter(parts=["language", "tower", "projector"]), parts=["projector"])
     module.configure_model()
@@ -226,11 +211,8 @@ def test_only_the_chosen_parts_are_trained(make_module: MakeModule, demo_adapter
         make_module(None, reference="base", parts=["projector"])
 
 
-@pytest.mark.parametrize("answers", [GOLD, OWN], ids=repr)
-def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
-    make_step: MakeStep, answers: CandidateSettings
-) -> None:
-    step = make_step(answers, n=4, data={"max_length": 1, "on_too_long": "skip"})
+def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(make_step: MakeStep) -> None:
+    step = make_step(n=4, data={"max_length": 1, "on_too_long": "skip"})
     assert step.batch.inputs == {}
     loss = step.step()
     assert float(loss) == 0
@@ -239,3 +221,105 @@ def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
     assert parameters
     assert all(p.grad is not None and not p.grad.any() for p in parameters), "processes stay in step"
     assert step.module.skipped == 4
+
+
+# --- The terms of the loss, from token scores, against loops over tokens ---
+
+
+def _candidate(length: int, answer: int, ending: int, confidence: float, wrong: bool = False) -> Candidate:
+    return Candidate((1,) * length, answer, ending, confidence, wrong)
+
+
+# The second query has fewer candidates, the first another answer that is longer than its own.
+CANDIDATES = (
+    (
+        *(_candidate(5, 2, 2, 0.7), _candidate(5, 2, 1, 0.0), _candidate(6, 2, 2, 1.0)),
+        _candidate(7, 4, 3, 0.7, wrong=True),
+    ),
+    (_candidate(4, 1, 0, 0.2), _candidate(5, 1, 2, 0.5)),
+)
+ALL = ((0, 1, 2, 3), (0, 1))
+COMPARED = Comparison(CANDIDATES, ALL, (0.64, 0.2), (True, False))
+CORRECT = [[True, True, True, False], [False, False]]
+
+
+def _response_scores(seed: int, compared: Comparison = COMPARED, longest: int = 7) -> ResponseScores:
+    tokens = torch.zeros(2, max(map(len, compared.picks)), longest, dtype=torch.bool)
+    for row, candidates in enumerate(compared.compared):
+        for k, candidate in enumerate(candidates):
+            tokens[row, k, : len(candidate.tokens)] = True
+    values = -torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed))
+    return ResponseScores(values.masked_fill(~tokens, 0.0).requires_grad_(), tokens)
+
+
+def test_scores_are_sums_over_tokens() -> None:
+    policy, reference = _response_scores(0), _response_scores(1)
+    assert candidate_scores(policy, COMPARED).reference is None
+    scores = candidate_scores(policy, COMPARED._replace(reference=reference))
+    assert scores.reference is not None
+    assert scores.valid.tolist() == [[True] * 4, [True, True, False, False]]
+    assert scores.target.tolist() == pytest.approx(COMPARED.targets)
+    for row, candidates in enumerate(CANDIDATES):
+        for k, candidate in enumerate(candidates):
+            log_p = policy.log_likelihood[row, k].tolist()
+            before = sum(reference.log_likelihood[row, k].tolist())
+            assert scores.policy[row, k].tolist() == pytest.approx(sum(log_p), rel=1e-5)
+            assert scores.reference[row, k].tolist() == pytest.approx(before, rel=1e-5)
+            answer = sum(log_p[: candidate.answer_length])
+            assert scores.answer[row, k].tolist() == pytest.approx(answer, rel=1e-5)
+            distance = 1.0 if candidate.wrong else abs(candidate.confidence - candidates[0].confidence)
+            assert float(scores.distance[row, k]) == pytest.approx(distance)
+            assert float(scores.confidence[row, k]) == pytest.approx(candidate.confidence)
+            assert int(scores.lengths[row, k]) == len(candidate.tokens)
+            assert bool(scores.correct[row, k]) == CORRECT[row][k]
+            assert bool(scores.own[row, k]) != candidate.wrong
+
+
+def test_the_tokens_of_the_answer_get_no_gradient() -> None:
+    policy = _response_scores(0)
+    SoftLabel(width=0.5)(candidate_scores(policy, COMPARED)).backward()
+    gradient = policy.log_likelihood.grad
+    assert gradient is not None
+    for row, candidates in enumerate(CANDIDATES):
+        for k, candidate in enumerate(candidates):
+            length, answer = len(candidate.tokens), candidate.answer_length
+            taught = [not candidate.wrong and i >= answer for i in range(length)]
+            assert (gradient[row, k, :length] != 0).tolist() == taught
+
+
+@pytest.mark.parametrize(("answer_weight", "confidence_weight"), [("constant", 2.5), ("confidence", 1.0)])
+def test_the_likelihood_of_the_chosen_responses_has_the_weights_of_stage_1(
+    answer_weight: AnswerWeight, confidence_weight: float
+) -> None:
+    policy, expected = _response_scores(0), 0.0
+    for row, (chosen, *_) in enumerate(CANDIDATES):
+        log_p = policy.log_likelihood[row, 0].tolist()
+        weight = (1.0 if answer_weight == "constant" else chosen.confidence) * COMPARED.is_correct[row]
+        answer, rest = sum(log_p[: chosen.answer_length]), sum(log_p[chosen.answer_length :])
+        expected -= (weight * answer + confidence_weight * rest) / len(chosen.tokens) / 2
+    value = chosen_nll(policy, COMPARED, answer_weight, confidence_weight)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("picks", [ALL, ((0,), (1,))], ids=["all", "chosen alone"])
+@pytest.mark.parametrize("longer", [0, 3])
+def test_drift_against_a_sum_spelled_out(picks: tuple[tuple[int, ...], ...], longer: int) -> None:
+    """The reference may have scored longer responses."""
+    compared = COMPARED._replace(picks=picks)
+    policy, reference = _response_scores(0, compared), _response_scores(1, compared, 7 + longer)
+    total, counted = 0.0, torch.zeros_like(policy.tokens)
+    for row, candidates in enumerate(compared.compared):
+        for k, (tokens, answer, ending, *_) in enumerate(candidates):
+            n = len(tokens)
+            now, before = (s.log_likelihood[row, k, :n].tolist() for s in (policy, reference))
+            if k == 0:
+                total += (sum(now[:answer]) - sum(before[:answer])) ** 2
+                counted[row, k, :answer] = True
+            total -= sum(now[n - ending :]) / len(candidates)
+            counted[row, k, n - ending : n] = True
+    value = shared_text_drift(policy, compared._replace(reference=reference))
+    assert float(value) == pytest.approx(total / 2, rel=1e-5)
+    value.backward()
+    gradient = policy.log_likelihood.grad
+    assert gradient is not None
+    assert torch.equal(gradient != 0, counted), "no other token counts"

@@ -142,18 +142,6 @@ def test_without_queries_nothing_is_loaded(data: Data, trainer: MakeTrainer) -> 
         trainer().test(module, datamodule=data(levels=FOUR, train=None), verbose=False)
 
 
-def test_each_command_asks_its_own_queries_of_one_data_module(data: Data) -> None:
-    splits = {"held": EvalSplit(DemoSource("calibration", 1, first=50))}
-    queries = data(levels=FOUR, calibration=splits, noise=NoisePolicy(levels=LinearLevels(n_levels=3)))
-    for module, asked in (
-        (LevelFitModule(BaseModel("nowhere")), ["levels"]),
-        (EvaluationModule(BaseModel("nowhere")), ["test", "calibration"]),
-    ):
-        queries.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
-        queries.setup("test")
-        assert list(queries.tested_queries) == asked
-
-
 # --- Interruptions ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -21,6 +22,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.stages.evaluation import EvaluationModule
 
 from ..command_line import Ended, callback
 from ..level_tables import measured
@@ -29,9 +31,6 @@ from .preference import Data, Evaluate, NewAdapter, Stop
 pytestmark = pytest.mark.slow
 
 SYSTEMS = ("base", "one", "oracle")
-FILES = [f"{system}/{name}" for system in SYSTEMS for name in ("predictions.jsonl", "metrics.json")]
-DDP = ("--trainer.strategy", "ddp")
-WRITER = callback("predictions.PredictionWriter")
 
 
 def _part(scenes: int, noise: str = "none", shifted: bool = False) -> dict[str, Any]:
@@ -58,13 +57,14 @@ def evaluation(
         name: str, *disaster: dict[str, Any], behind: bool = False, batch: int = 3, **model: Any
     ) -> list[str]:
         asked = callback("disasters.WriteAsked", path=str(tmp_path / f"{name}.asked."))
+        writer = callback("predictions.PredictionWriter")
         overlay = {
             "trainer": {
                 "accelerator": "cpu",
                 "logger": False,
                 "enable_progress_bar": False,
                 "default_root_dir": str(tmp_path / name),
-                "callbacks": [asked, *(() if behind else disaster), WRITER, *(disaster if behind else ())],
+                "callbacks": [asked, *(() if behind else disaster), writer, *(disaster if behind else ())],
             },
             "model": {
                 "init_args": {
@@ -91,10 +91,6 @@ def evaluation(
     return arguments
 
 
-def _kill(batch: int, when: str, **settings: Any) -> dict[str, Any]:
-    return callback("disasters.KillTest", batch=batch, when=when, **settings)
-
-
 def _files(folder: Path) -> dict[str, bytes]:
     """The content of all files except the configuration and the record, which name the folder and its models."""
     paths = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
@@ -103,70 +99,39 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def _messages(ended: Ended) -> list[str]:
-    """The messages of all processes about an earlier run."""
-    return re.findall(r"resuming: .*|.*starting over.*", ended.err)
-
-
-def test_killed_again_and_again(
-    run: Callable[..., Ended], evaluation: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    ended = run(*evaluation("whole"))
-    assert ended.status == 0, ended.err
-    whole = _files(tmp_path / "whole")
-    assert sorted(whole) == sorted(FILES)
-    ids = (tmp_path / "whole.asked.0").read_text().splitlines()
-    assert len(set(ids)) == len(ids) == 15
-    log = tmp_path / "cut.asked.0"
-
-    # (disaster, whether it comes behind the writer, exit status), batches answered before and asked in this run
-    runs: list[tuple[Any, bool, int, int, int]] = [
-        (_kill(1, "writing"), False, -signal.SIGXFSZ, 0, 2),
-        (_kill(0, "answered", number=int(signal.SIGTERM)), False, 143, 1, 1),
-        (_kill(0, "ending"), True, -signal.SIGKILL, 2, 3),
-        (None, False, 0, 5, 0),
-    ]
-    for number, (disaster, behind, status, before, asked) in enumerate(runs):
-        log.write_text("")
-        ended = run(*evaluation("cut", *([disaster] if disaster else []), behind=behind))
-        assert ended.status == status, f"{number}: {ended.err}"
-        expected = [f"resuming: {3 * before} of 15 queries were answered before"] if before else []
-        assert _messages(ended) == expected, number
-        assert log.read_text().splitlines() == ids[3 * before : 3 * (before + asked)], number
-        if number == 0:
-            written = (tmp_path / "cut/.answered.0.jsonl").read_bytes()
-            assert written.count(b"\n") == 1
-            assert not written.endswith(b"\n"), "this was killed while it wrote"
-    assert _files(tmp_path / "cut") == whole
-
-
-def test_two_processes_and_then_one(
+def test_two_processes_are_killed_and_one_resumes_twice(
     run: Callable[..., Ended],
     run_each: Callable[..., tuple[Ended, Ended]],
     evaluation: Callable[..., list[str]],
     tmp_path: Path,
 ) -> None:
-    first, second = run_each(*evaluation("whole", batch=2), *DDP)
-    assert (first.status, second.status) == (0, 0), first.err + second.err
-    whole = _files(tmp_path / "whole")
-    assert sorted(whole) == sorted(FILES)
+    ended = run(*evaluation("whole"))
+    assert ended.status == 0, ended.err
+    whole, asked = _files(tmp_path / "whole"), tmp_path / "cut.asked.0"
+    assert sorted(whole) == sorted(
+        f"{s}/{name}" for s in SYSTEMS for name in ("metrics.json", "predictions.jsonl")
+    )
 
     # One process is killed; the other one fails when it has answered its own queries.
-    first, second = run_each(*evaluation("one", _kill(2, "answered", rank=1), batch=2), *DDP)
+    kill = callback("disasters.KillTest", batch=2, when="answered", rank=1)
+    first, second = run_each(*evaluation("cut", kill, batch=2), "--trainer.strategy", "ddp")
     assert second.status == -signal.SIGKILL, second.err
     assert first.status not in (0, -signal.SIGKILL), first.err
-    (tmp_path / "one.asked.0").unlink()
-    ended = run(*evaluation("one", batch=4))
-    assert ended.status == 0, ended.err
-    assert _messages(ended) == ["resuming: 12 of 15 queries were answered before"]
-    assert (tmp_path / "one.asked.0").read_text().count("\n") == 3
-    assert set(_files(tmp_path / "one")) == set(whole)
+    stop = callback("disasters.KillTest", batch=0, when="answered", number=int(signal.SIGTERM))
+    for disaster, status, before, n_asked in (([stop], 143, 12, 1), ([], 0, 13, 2)):
+        asked.write_text("")
+        ended = run(*evaluation("cut", *disaster, batch=1))
+        assert ended.status == status, ended.err
+        messages = re.findall(r"resuming: .*|.*starting over.*", ended.err)
+        assert messages == [f"resuming: {before} of 15 queries were answered before"]
+        assert asked.read_text().count("\n") == n_asked
+    assert set(_files(tmp_path / "cut")) == set(whole)
     for system in SYSTEMS:
-        one, two = (read_predictions(tmp_path / n / system / "predictions.jsonl") for n in ("one", "whole"))
-        assert [replace(p, estimates={}) for p in one] == [replace(p, estimates={}) for p in two]
-        for a, b in zip(one, two, strict=True):
+        cut, uncut = (read_predictions(tmp_path / n / system / "predictions.jsonl") for n in ("cut", "whole"))
+        assert [replace(p, estimates={}) for p in cut] == [replace(p, estimates={}) for p in uncut]
+        for a, b in zip(cut, uncut, strict=True):
             assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
-        metrics = [json.loads((tmp_path / n / system / "metrics.json").read_text()) for n in ("one", "whole")]
+        metrics = [json.loads((tmp_path / n / system / "metrics.json").read_text()) for n in ("cut", "whole")]
         assert metrics[0] == pytest.approx(metrics[1], abs=2e-4)
 
 
@@ -185,9 +150,13 @@ def evaluate(run_evaluation: Evaluate, new_adapter: NewAdapter, tmp_path: Path) 
 
 
 def test_errors_and_interrupts_keep_what_was_answered_and_a_calibration_set_moves_no_score(
-    evaluate: Callable[..., None], data: Data, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    evaluate: Callable[..., None],
+    data: Data,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Five batches of the test set, the last one of three queries, and three of the calibration set; an error, then Ctrl-C."""
+    """An error, after which half of a batch is on the disk, then Ctrl-C, then an error when the files are written."""
 
     def queries() -> PerturbedQueryDataModule:
         source = DemoSource("calibration", scenes=2)
@@ -206,11 +175,16 @@ def test_errors_and_interrupts_keep_what_was_answered_and_a_calibration_set_move
 
     with pytest.raises(ZeroDivisionError):
         evaluate("cut", Stop(2, ZeroDivisionError), queries=queries())
+    log = tmp_path / "cut/.answered.0.jsonl"
+    log.write_bytes(log.read_bytes()[:-100])
     with pytest.raises(SystemExit):
         evaluate("cut", Stop(1, KeyboardInterrupt, loader=1), queries=queries())
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(EvaluationModule, "on_test_end", Mock(side_effect=ZeroDivisionError))
+        evaluate("cut", queries=queries())
     evaluate("cut", queries=queries())
     assert re.findall(r"resuming: .* before", caplog.text) == [
-        f"resuming: {n} of 27 queries were answered before" for n in (8, 19)
+        f"resuming: {n} of 27 queries were answered before" for n in (4, 19, 27)
     ]
     assert _files(tmp_path / "cut") == {**files, **held_out}
 

@@ -44,12 +44,6 @@ def _scored(predictions: list[Prediction], size: int, groups: list[str]) -> dict
     return scorer.compute()
 
 
-def test_pieces_score_as_the_whole() -> None:
-    whole = _scored(PREDICTIONS, 1000, GROUPS)
-    for size in (1, 7):
-        assert _scored(PREDICTIONS[::-1], size, GROUPS) == pytest.approx(whole, rel=0, abs=0, nan_ok=True)
-
-
 @pytest.mark.parametrize("group", [None, "existence"])
 def test_values_are_those_of_the_pure_functions(group: str | None) -> None:
     chosen = [p for p in PREDICTIONS if group is None or group in category_groups(p.category)]
