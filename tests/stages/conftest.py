@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from vlm_calibration.stages.training import OptimizerSettings
 from ..level_tables import measured
 from ..trainers import plain_trainer
 from .own import MAPS, MakeStep, OwnStep
-from .preference import GOLD, NOISE, Data, Evaluate, MakeModule, MakeTrainer, NewAdapter
+from .preference import GOLD, NOISE, Data, Evaluate, MakeModule, MakeTrainer
 
 
 @pytest.fixture
@@ -87,12 +86,6 @@ def run_evaluation(model_folder: str, data: Data, trainer: MakeTrainer, tmp_path
 def demo_folder(root: Path) -> str:
     """The demo model as shipped, which can answer questions about the scenes."""
     return str(root / "src" / "vlm_calibration" / "demo" / "model")
-
-
-@pytest.fixture(scope="session")
-def demo_adapter(new_adapter: NewAdapter, demo_folder: str) -> NewAdapter:
-    """Writes an adapter for the demo model with small random weights, so that it still answers; returns its folder."""
-    return partial(new_adapter, 0, demo_folder, 0.05)
 
 
 @pytest.fixture(scope="session")

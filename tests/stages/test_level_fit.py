@@ -149,13 +149,11 @@ def test_without_queries_nothing_is_loaded(data: Data, trainer: MakeTrainer) -> 
 def fit_levels(model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path) -> FitLevels:
     """Measures with a new module and returns what it wrote."""
 
-    def fit(
-        name: str = "run", *callbacks: L.Callback, start_over: bool = False, max_new_tokens: int = 3
-    ) -> dict[str, bytes]:
+    def fit(name: str = "run", *callbacks: L.Callback, start_over: bool = False) -> dict[str, bytes]:
         out, likelihoods = tmp_path / name / "levels.json", tmp_path / name / "likelihoods.parquet"
         base = BaseModel(model_folder, dtype="float32")
-        module = LevelFitModule(base, str(out), str(likelihoods), max_new_tokens)
-        module.start_over, module.run_digest = start_over, f"of {max_new_tokens}"
+        module = LevelFitModule(base, str(out), str(likelihoods), max_new_tokens=3)
+        module.start_over, module.run_digest = start_over, "of these settings"
         policy = NoisePolicy(levels=LinearLevels(n_levels=3))
         run = trainer(*callbacks, default_root_dir=tmp_path / name)
         run.test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
@@ -183,17 +181,17 @@ def test_an_interrupted_measurement_resumes_and_ends_as_an_uninterrupted_one(
         assert len(answers) == len({p.id for p in answers}) == TOTAL
 
 
-@pytest.mark.parametrize("changes", [{"start_over": True}, {"max_new_tokens": 4}, {}])
-def test_a_measurement_of_other_settings_or_images_or_with_overwrite_starts_over(
-    fit_levels: FitLevels, answers: list[Prediction], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+@pytest.mark.parametrize("start_over", [True, False])
+def test_a_measurement_of_other_images_or_with_overwrite_starts_over(
+    fit_levels: FitLevels, answers: list[Prediction], monkeypatch: pytest.MonkeyPatch, start_over: bool
 ) -> None:
     """An image may be edited after the interruption, under the same name."""
     with pytest.raises(RuntimeError):
         fit_levels("run", Stop(4, RuntimeError))
     answers.clear()
-    if not changes:
+    if not start_over:
         monkeypatch.setattr(DemoSource, "image_digest", lambda self, query: "edited")
-    fit_levels(**changes)
+    fit_levels(start_over=start_over)
     assert len(answers) == TOTAL
 
 
@@ -359,6 +357,8 @@ def test_the_file_has_the_likelihood_of_every_training_query(measured: LevelFitM
     read = read_likelihoods(Path(measured.likelihoods or ""), table.provenance, "")
     assert list(read) == [q.id for q in TRAIN.queries()]
     assert [m.content for m in read.values()] == [TRAIN.content_digest(q) for q in TRAIN.queries()]
+    other = AtSigns("train", scenes=3, hand="line")
+    assert not {m.content for m in read.values()} & {other.content_digest(q) for q in other.queries()}
     assert len({m.likelihood for m in read.values()}) > 3
     # One by one, with the estimator that an evaluation uses.
     queries = data(train=TRAIN, noise=POLICY)
@@ -419,38 +419,23 @@ def own_data(folder: Path, colour: str = "red", question: str = "Is there a dog?
     return JsonlSource(str(folder / "train.jsonl"))
 
 
-@pytest.mark.parametrize(
-    ("make", "changes", "culprit"),
-    [
-        (lambda _, **changes: DemoSource("train", scenes=3, **changes), {"hand": "line"}, "train-000000-yes"),
-        (own_data, {"colour": "blue"}, "q1"),
-        (own_data, {"question": "Is there a cat?"}, "q1"),
-    ],
-)
+@pytest.mark.parametrize("changes", [{"colour": "blue"}, {"question": "Is there a cat?"}])
 def test_missing_likelihoods_and_those_of_other_images_or_questions_stop_the_run_before_a_model_is_loaded(
-    refused: Callable[..., str],
-    tmp_path: Path,
-    make: Callable[..., QuerySource],
-    changes: dict[str, Any],
-    culprit: str,
+    refused: Callable[..., str], tmp_path: Path, changes: dict[str, str]
 ) -> None:
     """Under the same ids; the same data in another folder is the same, and is refused without the likelihood of one query."""
-    source = make(tmp_path / "measured")
+    source = own_data(tmp_path / "measured")
     measured = {q.id: Measured(0.5, source.content_digest(q)) for q in source.queries()}
     *_, missing = measured
-    message = refused(make(tmp_path / "same"), {k: v for k, v in measured.items() if k != missing})
-    for part in (
-        repr(missing),
-        f"{tmp_path}/likelihoods.parquet",
-        "data.train",
-        "`vlm-calibration levels fit`",
-    ):
+    message = refused(own_data(tmp_path / "same"), {k: v for k, v in measured.items() if k != missing})
+    file, command = f"{tmp_path}/likelihoods.parquet", "`vlm-calibration levels fit`"
+    for part in (repr(missing), file, "data.train", command):
         assert part in message
-    message = refused(make(tmp_path / "changed", **changes), measured)
+    message = refused(own_data(tmp_path / "changed", **changes), measured)
     for part in (
         "another question or image",
         "data.train",
-        repr(culprit),
+        "'q1'",
         "`vlm-calibration levels fit --overwrite`",
     ):
         assert part in message

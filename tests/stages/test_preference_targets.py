@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -167,16 +167,23 @@ def test_what_is_drawn_is_a_pure_function_of_seed_epoch_and_id() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "culprit"),
+    ("make", "settings", "culprit"),
     [
-        ({"n_rejected": 1}, "n_rejected .* not allowed with `rejected: all`, found 1"),
-        ({"rejected": "uniform", "n_rejected": 0}, "n_rejected .* found 0"),
-        ({"seed": -1}, "seed must be at least 0, found -1"),
+        (PairPolicy, {"n_rejected": 1}, r"pairs\.n_rejected .* not allowed with `rejected: all`, found 1"),
+        (PairPolicy, {"rejected": "uniform", "n_rejected": 0}, r"pairs\.n_rejected .* found 0"),
+        (PairPolicy, {"seed": -1}, r"pairs\.seed must be at least 0, found -1"),
+        (TeacherSettings, {"features": ()}, r"teacher.*at least one"),
+        (TeacherSettings, {"features": ("expected", "expected")}, r"teacher.*expected"),
+        (
+            TeacherSettings,
+            {"features": ("expected", "p_true"), "map": "isotonic"},
+            r"teacher.*isotonic.*p_true",
+        ),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], culprit: str) -> None:
-    with pytest.raises(DataError, match=f"model.pairs.{culprit}"):
-        PairPolicy(**settings)
+def test_settings_that_make_no_sense_are_refused(make: Any, settings: dict[str, Any], culprit: str) -> None:
+    with pytest.raises(DataError, match=rf"model\.{culprit}"):
+        make(**settings)
 
 
 def test_the_nearest_level_is_the_higher_of_two() -> None:
@@ -309,21 +316,6 @@ def test_a_checkpoint_keeps_the_teacher_of_its_settings(settings: TeacherSetting
     for other in (ONE, TWO):
         with pytest.raises(DataError, match=r"--ckpt_path.*model\.teacher"):
             FittedTeacher.from_state(other, state)
-
-
-@pytest.mark.parametrize(
-    ("features", "kind", "match"),
-    [
-        ((), "logistic", "at least one"),
-        (("expected", "expected"), "logistic", "expected"),
-        (("expected", "p_true"), "isotonic", "isotonic.*p_true"),
-    ],
-)
-def test_settings_that_cannot_be_fitted_are_rejected(
-    features: Any, kind: Literal["logistic", "isotonic"], match: str
-) -> None:
-    with pytest.raises(DataError, match=rf"model\.teacher.*{match}"):
-        TeacherSettings(features, kind)
 
 
 # --- Scores ---------------------------------------------------------------------------------------------------------

@@ -1,27 +1,22 @@
-"""Stage 1: the weights in its loss, what training changes and writes, and that it learns."""
+"""Stage 1: the weights in its loss, what stops a run, and what it refuses. `models/test_whole_path.py` tests that it learns."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.checkpoint import RunCheckpoint
 from vlm_calibration.callbacks.nan_guard import NanGuard
-from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import IGNORE, SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.losses.sequence import response_nll
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.forward import LabelledLogits
@@ -34,7 +29,7 @@ from vlm_calibration.text.confidence import render_answer
 
 from ..disasters import Spoil, SpoilGradient
 from ..level_tables import OnlyAt
-from .preference import Data, LoadModel, MakeTrainer, Steps
+from .preference import Data, MakeTrainer
 
 ALL_PARTS = ["language", "tower", "projector"]
 
@@ -157,45 +152,6 @@ def test_gradient_checkpointing_changes_no_gradient_and_leaves_a_frozen_tower_ou
     assert any(p.any() for p in gradients[0])
     for plain, again in zip(*gradients, strict=True):
         assert torch.allclose(plain, again, atol=1e-6 * max(1.0, float(plain.abs().max())))
-
-
-@pytest.mark.slow
-def test_a_run_learns_and_writes_what_it_should(
-    model_folder: str, load_model: LoadModel, data: Data, trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    module, seen = _module(model_folder), Steps()
-    callbacks = (RunCheckpoint(), AdapterWriter(), PredictionWriter(), seen)
-    run = trainer(*callbacks, enable_checkpointing=True, max_epochs=10)
-    run.fit(module, datamodule=data(noise=NoisePolicy(clean_fraction=1.0)))
-    assert len(seen.losses) == 30
-    first, last = seen.losses[:3], seen.losses[-3:]
-    assert sum(last) < 0.4 * sum(first)
-
-    base = dict(load_model().named_parameters())
-    for name, parameter in module.model.get_base_model().named_parameters():
-        if "lora_" not in name:
-            assert torch.equal(parameter, base[name.replace("base_layer.", "")]), name
-
-    folder = tmp_path / "run"
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    assert trained
-    assert set(checkpoint["state_dict"]) == set(trained)
-
-    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert sum(t.numel() for t in saved.values()) == sum(p.numel() for p in trained.values())
-    again = PeftModel.from_pretrained(load_model(), folder / "adapter")
-    loaded = {name: p for name, p in again.named_parameters() if "lora_" in name}
-    assert all(torch.equal(loaded[name.removeprefix("model.")], p) for name, p in trained.items())
-    assert (folder / "adapter" / "tokenizer.json").is_file(), "the processor is saved beside it"
-
-    predictions = read_predictions(folder / "predictions.jsonl")
-    assert [p.id for p in predictions] == [f"calibration-000000-{kind}" for kind in ("yes", "no", "corner")]
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["n"] == 3, "of the last validation alone"
-    assert metrics["accuracy"] == pytest.approx(sum(p.correct for p in predictions) / 3)
-    written = {"adapter", "checkpoints", "predictions.jsonl", "metrics.json"}
-    assert {p.name for p in folder.iterdir()} == written
 
 
 @pytest.mark.parametrize(("disaster", "accumulated", "named"), [(Spoil, 2, 4), (SpoilGradient, 1, 2)])
