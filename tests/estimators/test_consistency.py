@@ -15,7 +15,6 @@ from vlm_calibration.estimators import consistency
 from vlm_calibration.estimators.consistency import SelfConsistency, inverse_transform_sampler
 from vlm_calibration.models.generation import Generated
 from vlm_calibration.text.grading import Grading
-from vlm_calibration.text.prompts import ElicitationPrompt
 
 from .conftest import ASKED, Answering, samples_of, scenes
 
@@ -75,15 +74,14 @@ def test_the_ends_of_the_distribution() -> None:
 
 @torch.no_grad()
 def test_the_samples_of_a_query_do_not_depend_on_the_batch(
-    load_model: Any, processor: Any, answering: Answering
+    demo: tuple[Any, ChatFormat], answering: Answering
 ) -> None:
-    model, chat = load_model(), ChatFormat(processor, ElicitationPrompt())
     rows = tuple((q, a, "short", t) for q, a, _, t in ASKED)
     samples = samples_of(scenes(4), rows)
     estimator = SelfConsistency(8, temperature=0.3, seed=3)
 
     def rated(chosen: list[Sample], seed: int = 3, temperature: float = 0.3) -> dict[str, float | None]:
-        batch = answering(model, chat, chosen)
+        batch = answering(*demo, chosen)
         estimator.seed, estimator.temperature = seed, temperature
         confidence = estimator.estimate(batch).confidence
         return {s.query.id: c for s, c in zip(chosen, confidence, strict=True)}
@@ -101,18 +99,16 @@ def test_the_samples_of_a_query_do_not_depend_on_the_batch(
 
 @torch.no_grad()
 def test_passes_are_counted_to_the_end_of_each_answer(
-    load_model: Any, processor: Any, answering: Answering
+    demo: tuple[Any, ChatFormat], answering: Answering
 ) -> None:
-    model, tokenizer = load_model(), processor.tokenizer
-    end = tokenizer.eos_token_id
+    model, chat = demo
+    end = chat.processor.tokenizer.eos_token_id
     script = iter([[7, 7, end], [7, end, 8], [8, 9, 9], [9, 9, 9]])
 
     def follow_script(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         tokens = torch.tensor(next(script))
         return torch.full_like(output, -100.0).scatter_(-1, tokens[:, None, None], 100.0)
 
-    handle = model.get_output_embeddings().register_forward_hook(follow_script)
-    samples = samples_of(scenes(3), ASKED[:3])
-    batch = answering(model, ChatFormat(processor, ElicitationPrompt()), samples, max_new_tokens=4)
-    handle.remove()
+    with model.get_output_embeddings().register_forward_hook(follow_script):
+        batch = answering(*demo, samples_of(scenes(3), ASKED[:3]), max_new_tokens=4)
     assert list(batch.answer_passes) == [4, 2, 1]

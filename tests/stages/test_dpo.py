@@ -34,16 +34,7 @@ from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.training import trained_parameters
 
 from .own import MakeStep
-from .preference import (
-    NOISE,
-    WITH_OPPOSITE,
-    Data,
-    MakeModule,
-    MakeTrainer,
-    NewAdapter,
-    Steps,
-    adapter_weights,
-)
+from .preference import NOISE, OWN, Data, MakeModule, MakeTrainer, NewAdapter, Steps, adapter_weights
 
 LOGGED = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer"}
 
@@ -107,28 +98,18 @@ def test_a_run_learns_changes_the_policy_alone_and_writes_its_files(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("answers", "settings"),
-    [
-        (WITH_OPPOSITE, {"loss": DPO(), "pairs": PairPolicy("expected", "uniform", 2), "reference": "base"}),
-        (
-            CandidateSettings(),
-            {"reference": "none", "loss": SimPO(), "pairs": PairPolicy("level", "uniform", 2)},
-        ),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("reference", ["base", "none"])
 def test_a_run_logs_before_and_after(
-    make_module: MakeModule,
-    candidates: Data,
-    trainer: MakeTrainer,
-    answers: CandidateSettings,
-    settings: dict[str, Any],
+    make_module: MakeModule, candidates: Data, trainer: MakeTrainer, reference: Any
 ) -> None:
-    """From the base model with a new adapter, and without a reference."""
-    is_new = settings["reference"] == "base"
-    new = {"folder": None, "lora": LoraSettings(r=2, alpha=4, dropout=0.5, parts=["language", "projector"])}
-    module, seen = make_module(**(new if is_new else {}), **settings), Steps()
+    """On own answers from the base model with a new adapter, and on gold answers without a reference."""
+    is_new, seen = reference == "base", Steps()
+    answers, loss = (replace(OWN, wrong_answer=True), DPO()) if is_new else (CandidateSettings(), SimPO())
+    settings = {"loss": loss, "pairs": PairPolicy("expected" if is_new else "level", "uniform", 2)}
+    if is_new:
+        lora = LoraSettings(r=2, alpha=4, dropout=0.5, parts=["language", "projector"])
+        settings |= {"folder": None, "lora": lora}
+    module = make_module(reference=reference, **settings)
     run = trainer(seen, max_epochs=1, num_sanity_val_steps=-1)
     run.fit(module, datamodule=candidates(answers))
     assert len(seen.losses) == 3
@@ -150,10 +131,7 @@ def test_a_run_logs_before_and_after(
 
 
 def test_the_title_says_what_is_taught_on_which_answers(make_module: MakeModule, candidates: Data) -> None:
-    assert (
-        make_module(loss=SoftLabel()).title(candidates(CandidateSettings(answers="own")))
-        == "stage 2: soft labels on own answers"
-    )
+    assert make_module(loss=SoftLabel()).title(candidates(OWN)) == "stage 2: soft labels on own answers"
     assert make_module(loss=DPO()).title(candidates()) == "stage 2: DPO on gold answers"
 
 

@@ -55,15 +55,13 @@ FitLevels = Callable[..., dict[str, bytes]]
 FOUR = DemoSource("calibration", scenes=4)
 
 
-@pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
-    """The model's answers, graded at random with an accuracy that falls with the strength.
+def grade_at_random(answers: list[Prediction]) -> Callable[..., list[Prediction]]:
+    """Grading with an accuracy that falls with the strength, which adds to a list what it grades.
 
     The tiny model itself is hardly ever correct, which gives no table.
     """
-    answers: list[Prediction] = []
 
-    def answer(*arguments: Any) -> list[Prediction]:
+    def grade(*arguments: Any) -> list[Prediction]:
         graded = [
             replace(p, correct=bool(query_rng(0, 0, p.id).random() >= p.strength))
             for p in grade_answers(*arguments)
@@ -71,7 +69,14 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
         answers.extend(graded)
         return graded
 
-    monkeypatch.setattr(base, "grade_answers", answer)
+    return grade
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
+    """The model's answers, graded at random."""
+    answers: list[Prediction] = []
+    monkeypatch.setattr(base, "grade_answers", grade_at_random(answers))
     return answers
 
 
@@ -320,18 +325,13 @@ TRAIN = AtSigns("train", scenes=3)
 
 @pytest.fixture(scope="module")
 def measured(model_folder: str, data: Data, tmp_path_factory: pytest.TempPathFactory) -> LevelFitModule:
-    """A module that has measured the tiny model's levels; the stronger the perturbation, the less often answers are graded correct."""
-    folder, rng = tmp_path_factory.mktemp("measured"), np.random.default_rng(0)
-
-    def answer(*arguments: Any) -> list[Any]:
-        graded = grade_answers(*arguments)
-        return [replace(p, correct=bool(rng.random() >= (p.strength or 0))) for p in graded]
-
+    """A module that has measured the tiny model's levels."""
+    folder = tmp_path_factory.mktemp("measured")
     paths = folder / "levels.json", folder / "deep" / "likelihoods.parquet"
     module = LevelFitModule(BaseModel(model_folder, dtype="float32"), *map(str, paths), max_new_tokens=5)
     queries, run = data(levels=FOUR, train=TRAIN, noise=POLICY), plain_trainer(folder / "run")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(base, "grade_answers", answer)
+        patched.setattr(base, "grade_answers", grade_at_random([]))
         run.test(module, datamodule=queries, verbose=False)
     assert outputs_of(run, module, queries)[:2] == [*paths]
     return module
