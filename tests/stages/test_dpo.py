@@ -33,8 +33,8 @@ from vlm_calibration.stages.dpo_terms import Comparison, candidate_scores, chose
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.training import trained_parameters
 
+from .conftest import NOISE, OWN, Data, MakeModule, MakeTrainer, NewAdapter, Steps, adapter_weights
 from .own import MakeStep
-from .preference import NOISE, OWN, Data, MakeModule, MakeTrainer, NewAdapter, Steps, adapter_weights
 
 LOGGED = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer"}
 
@@ -138,26 +138,27 @@ def test_the_title_says_what_is_taught_on_which_answers(make_module: MakeModule,
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"folder": None}, r"model\.reference: adapter, but model\.adapter is not set"),
         ({"loss": DPO()}, r"model\.reference: DPO needs one, found none"),
         ({"loss": SimPO(), "drift_weight": 0.3}, r"model\.drift_weight compares with the reference"),
         ({"loss": SimPO(), "pairs": PairPolicy(target="expected")}, r"model\.pairs: .* needs the reference"),
+        (
+            {"folder": None, "reference": "adapter"},
+            r"model\.reference: adapter, but model\.adapter is not set",
+        ),
+        (
+            {"folder": None, "reference": "base", "parts": ["projector"]},
+            r"model\.parts needs a given adapter",
+        ),
+        ({"nll_weight": -0.1}, r"model\.nll_weight must be a finite number of at least 0"),
+        ({"confidence_weight": math.nan}, r"model\.confidence_weight must be a finite number"),
+        ({"drift_weight": math.inf}, r"model\.drift_weight must be a finite number"),
     ],
 )
-def test_settings_that_need_a_reference_are_refused_without_one(
+def test_settings_that_make_no_sense_are_refused(
     make_module: MakeModule, settings: dict[str, Any], match: str
 ) -> None:
-    reference = "adapter" if "folder" in settings else "none"
-    level = PairPolicy(target="level")
     with pytest.raises(DataError, match=match):
-        make_module(**{"reference": reference, "pairs": level, **settings})
-
-
-@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
-def test_a_weight_that_is_negative_or_not_finite_is_refused(make_module: MakeModule, weight: float) -> None:
-    for name in ("nll_weight", "confidence_weight", "drift_weight"):
-        with pytest.raises(DataError, match=rf"model\.{name} must be a finite number of at least 0"):
-            make_module(**{name: weight})
+        make_module(**{"reference": "none", "pairs": PairPolicy(target="level"), **settings})
 
 
 @pytest.mark.slow
@@ -202,8 +203,6 @@ def test_only_the_chosen_parts_are_trained(
     names = {name for name, _ in module.named_parameters() if "projector" in name and ".default." in name}
     assert names
     assert {name for name, p in module.named_parameters() if p.requires_grad} == names
-    with pytest.raises(DataError, match=r"model\.parts needs a given adapter"):
-        make_module(None, reference="base", parts=["projector"])
 
 
 def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(make_step: MakeStep) -> None:

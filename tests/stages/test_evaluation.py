@@ -40,7 +40,7 @@ from vlm_calibration.stages.scoring import Scorer
 
 from ..level_tables import measured, noise_counts
 from ..trainers import plain_trainer
-from .preference import Data, Evaluate, LoadModel, MakeTrainer, NewAdapter
+from .conftest import Data, Evaluate, LoadModel, MakeTrainer, NewAdapter
 
 SYSTEMS = ("base", "one", "two", "oracle")
 NAMES = ("expected", "likelihood", "p_true", "self_consistency", "stability")

@@ -49,7 +49,7 @@ from vlm_calibration.stages.sft import SFTModule
 
 from ..level_tables import noise_counts
 from ..trainers import plain_trainer
-from .preference import Data, MakeTrainer, Stop
+from .conftest import Data, MakeTrainer, Stop
 
 FitLevels = Callable[..., dict[str, bytes]]
 FOUR = DemoSource("calibration", scenes=4)

@@ -35,8 +35,8 @@ from vlm_calibration.stages.preference_targets import (
 )
 from vlm_calibration.stages.training import trained_parameters
 
+from .conftest import LEVELS, OWN, WITH_OPPOSITE, Data, MakeModule, MakeTrainer, Steps, adapter_weights
 from .own import MAPS, MakeStep, OwnStep, nearest
-from .preference import LEVELS, OWN, WITH_OPPOSITE, Data, MakeModule, MakeTrainer, Steps, adapter_weights
 
 EMPTY, UNCLEAR = "Confidence: 50%", "It is white. Confidence: 50%"
 

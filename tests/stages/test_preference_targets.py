@@ -48,8 +48,8 @@ from vlm_calibration.stages.preference_targets import (
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.grading import grade
 
+from .conftest import LEVELS, OWN, Data, MakeModule, MakeTrainer
 from .own import MakeStep
-from .preference import LEVELS, OWN, Data, MakeModule, MakeTrainer
 
 
 def test_the_expected_level_is_that_of_plain_forwards(make_step: MakeStep) -> None:

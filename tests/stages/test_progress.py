@@ -29,7 +29,7 @@ from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 
 from ..command_line import Ended, callback
 from ..level_tables import measured
-from .preference import Data, Evaluate, NewAdapter, Stop
+from .conftest import Data, Evaluate, NewAdapter, Stop
 
 SYSTEMS = ("base", "one", "oracle")
 
@@ -120,7 +120,7 @@ def test_two_processes_are_killed_and_one_resumes_twice(
     assert second.status == -signal.SIGKILL, second.err
     assert first.status not in (0, -signal.SIGKILL), first.err
     stop = callback("disasters.KillTest", batch=0, when="answered", number=int(signal.SIGTERM))
-    for disaster, status, before, n_asked in (([stop], 143, 12, 1), ([], 0, 13, 2)):
+    for disaster, status, before, n_asked in (((stop,), 143, 12, 1), ((), 0, 13, 2)):
         asked.write_text("")
         ended = run(*evaluation("cut", *disaster, batch=1))
         assert ended.status == status, ended.err

@@ -25,7 +25,7 @@ from vlm_calibration.stages.level_fit import LevelFitModule, rank_answers
 from vlm_calibration.text.confidence import render_answer
 from vlm_calibration.text.grading import Grading
 
-from .preference import Data, LoadModel, MakeTrainer
+from .conftest import Data, LoadModel, MakeTrainer
 
 RANKING = Grading(rank_levels=True)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.checkpoint import RunCheckpoint
@@ -29,7 +28,7 @@ from vlm_calibration.text.confidence import render_answer
 
 from ..disasters import Spoil, SpoilGradient
 from ..level_tables import OnlyAt
-from .preference import Data, MakeTrainer
+from .conftest import Data, MakeTrainer
 
 ALL_PARTS = ["language", "tower", "projector"]
 
@@ -66,9 +65,6 @@ class Observed:
 
         monkeypatch.setattr(sft, "labelled_logits", watched)
 
-    def loss(self, batch: SFTBatch) -> Tensor:
-        return self.module.training_step(batch, 0)
-
 
 @pytest.mark.parametrize(
     ("settings", "correct", "answer", "confidence"),
@@ -95,7 +91,7 @@ def test_the_loss_weights_tokens_as_configured_and_teaches_no_wrong_answer(
 ) -> None:
     batch = _batch(data())._replace(is_correct=torch.tensor(correct))
     observed = Observed(_module(model_folder, **settings), monkeypatch)
-    loss = observed.loss(batch)
+    loss = observed.module.training_step(batch, 0)
     loss.backward()
     assert observed.labelled is not None
     logits, targets, rows = observed.labelled
@@ -118,12 +114,12 @@ def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
     observed = Observed(_module(model_folder), monkeypatch)
     labels = torch.zeros((0, 0), dtype=torch.int64)
     empty = SFTBatch({}, labels, labels.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ("a", "b"))
-    loss = observed.loss(empty)
+    loss = observed.module.training_step(empty, 0)
     assert float(loss) == 0
     loss.backward()
     parameters = trained_parameters(observed.module)
     assert all(p.grad is not None and not p.grad.any() for p in parameters), "processes stay in step"
-    observed.loss(batch._replace(skipped=("c",)))
+    observed.module.training_step(batch._replace(skipped=("c",)), 0)
     assert observed.module.skipped == observed.logged["train/skipped"] == 3
 
 
@@ -145,7 +141,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_leaves_a_frozen_tower_ou
             base.model.vision_tower.register_forward_hook(
                 lambda _, inputs, output, seen=seen: seen.append(output.last_hidden_state.requires_grad)
             )
-            observed.loss(batch).backward()
+            observed.module.training_step(batch, 0).backward()
             assert len(runs) == (2 if checkpointing else 1), "recomputed in the backward pass"
             assert seen == [False], "the tower's activations are neither stored nor recomputed"
             gradients.append([p.grad for p in trained_parameters(observed.module)])

@@ -32,8 +32,8 @@ from vlm_calibration.stages.training import (
     trained_parameters,
 )
 
+from .conftest import NOISE, OWN, Data, MakeTrainer
 from .own import MakeStep
-from .preference import NOISE, OWN, Data, MakeTrainer
 
 
 def test_warm_up_then_cosine() -> None:
