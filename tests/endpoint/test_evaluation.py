@@ -168,7 +168,6 @@ def test_what_cannot_be_used_is_one_line(call: Callable[..., Ended], command: li
     for arguments, status, says in (
         ([*command, "--served-model", "other"], 1, "The model `other` does not exist."),
         ([*command[:3], *command[-4:]], 2, "has no effect: give --config system/endpoint as well"),
-        (command[:-4], 1, "--url is not given"),
     ):
         ended = call(*arguments)
         assert (ended.status, says in ended.error()) == (status, True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from netcal.binning import IsotonicRegression
 from netcal.scaling import LogisticCalibration, TemperatureScaling
@@ -89,7 +89,6 @@ def test_histogram_bins_have_equally_many_answers_and_give_their_accuracy() -> N
     rows=st.lists(st.tuples(st.integers(0, 100), st.booleans()), min_size=1, max_size=40),
     percents=st.lists(st.integers(0, 100), min_size=1, max_size=10),
 )
-@settings(max_examples=60)
 def test_any_answers_give_probabilities(
     method: Callable[..., Any], rows: list[tuple[int, bool]], percents: list[int]
 ) -> None:

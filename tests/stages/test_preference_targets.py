@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
@@ -248,7 +247,6 @@ kinds = st.sampled_from(["yes_no", "short"])
 images = st.sampled_from([f"image-{i}" for i in range(8)])
 
 
-@hypothesis_settings(max_examples=40)
 @given(
     st.lists(st.tuples(confidences, confidences, st.booleans(), kinds, images), min_size=1, max_size=40),
     st.sampled_from([ISOTONIC, ONE, TWO]),

@@ -47,23 +47,12 @@ def _batch(data: PerturbedQueryDataModule) -> SFTBatch:
     return batch._replace(confidence=torch.tensor([0.9, 0.4, 0.0]))
 
 
-class Observed:
-    """Runs training steps outside a Trainer and records the label logits and the logged values."""
-
-    def __init__(self, module: SFTModule, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.module = module
-        self.logged: dict[str, float] = {}
-        self.labelled: LabelledLogits | None = None
-        module.configure_model()
-        monkeypatch.setattr(module, "log", lambda name, value, **_: self.logged.update({name: float(value)}))
-        original = sft.labelled_logits
-
-        def watched(*arguments: Any) -> LabelledLogits:
-            self.labelled = original(*arguments)
-            self.labelled.logits.retain_grad()
-            return self.labelled
-
-        monkeypatch.setattr(sft, "labelled_logits", watched)
+def _configured(module: SFTModule, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Load the model of a module outside a Trainer; returns what the module logs."""
+    logged: dict[str, float] = {}
+    module.configure_model()
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    return logged
 
 
 @pytest.mark.parametrize(
@@ -90,11 +79,20 @@ def test_the_loss_weights_tokens_as_configured_and_teaches_no_wrong_answer(
     confidence: float,
 ) -> None:
     batch = _batch(data())._replace(is_correct=torch.tensor(correct))
-    observed = Observed(_module(model_folder, **settings), monkeypatch)
-    loss = observed.module.training_step(batch, 0)
+    module = _module(model_folder, **settings)
+    logged = _configured(module, monkeypatch)
+    found: list[LabelledLogits] = []
+    original = sft.labelled_logits
+
+    def watched(*arguments: Any) -> LabelledLogits:
+        found.append(original(*arguments))
+        return found[0]
+
+    monkeypatch.setattr(sft, "labelled_logits", watched)
+    loss = module.training_step(batch, 0)
+    [(logits, targets, rows)] = found
+    logits.retain_grad()
     loss.backward()
-    assert observed.labelled is not None
-    logits, targets, rows = observed.labelled
     likelihood = torch.log_softmax(logits.detach().double(), -1)[range(len(targets)), targets]
     mask = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
     weights = torch.where(mask, torch.tensor(confidence), torch.tensor(answer)[rows])
@@ -104,23 +102,23 @@ def test_the_loss_weights_tokens_as_configured_and_teaches_no_wrong_answer(
     expected = {"loss": float(loss), "nll_confidence": -float(likelihood[mask].mean()), "skipped": 0}
     if any(correct):
         expected["nll_answer"] = -float(likelihood[~mask & batch.is_correct[rows]].mean())
-    assert observed.logged == pytest.approx({f"train/{k}": v for k, v in expected.items()}, rel=1e-4)
+    assert logged == pytest.approx({f"train/{k}": v for k, v in expected.items()}, rel=1e-4)
 
 
 def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
     model_folder: str, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = _batch(data())
-    observed = Observed(_module(model_folder), monkeypatch)
+    batch, module = _batch(data()), _module(model_folder)
+    logged = _configured(module, monkeypatch)
     labels = torch.zeros((0, 0), dtype=torch.int64)
     empty = SFTBatch({}, labels, labels.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ("a", "b"))
-    loss = observed.module.training_step(empty, 0)
+    loss = module.training_step(empty, 0)
     assert float(loss) == 0
     loss.backward()
-    parameters = trained_parameters(observed.module)
+    parameters = trained_parameters(module)
     assert all(p.grad is not None and not p.grad.any() for p in parameters), "processes stay in step"
-    observed.module.training_step(batch._replace(skipped=("c",)), 0)
-    assert observed.module.skipped == observed.logged["train/skipped"] == 3
+    module.training_step(batch._replace(skipped=("c",)), 0)
+    assert module.skipped == logged["train/skipped"] == 3
 
 
 def test_gradient_checkpointing_changes_no_gradient_and_leaves_a_frozen_tower_out_of_the_graph(
@@ -129,22 +127,22 @@ def test_gradient_checkpointing_changes_no_gradient_and_leaves_a_frozen_tower_ou
     batch, lora = _batch(data()), LoraSettings(r=8, dropout=0.0)
     gradients = []
     for checkpointing in (False, True):
-        with monkeypatch.context() as patch:
-            observed = Observed(_module(model_folder, lora=lora, gradient_checkpointing=checkpointing), patch)
-            assert observed.module.model.training
-            base = observed.module.model.get_base_model()
-            assert base.is_gradient_checkpointing == checkpointing
-            runs: list[int] = []
-            layer = base.model.language_model.layers[0].mlp
-            layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
-            seen: list[bool] = []
-            base.model.vision_tower.register_forward_hook(
-                lambda _, inputs, output, seen=seen: seen.append(output.last_hidden_state.requires_grad)
-            )
-            observed.module.training_step(batch, 0).backward()
-            assert len(runs) == (2 if checkpointing else 1), "recomputed in the backward pass"
-            assert seen == [False], "the tower's activations are neither stored nor recomputed"
-            gradients.append([p.grad for p in trained_parameters(observed.module)])
+        module = _module(model_folder, lora=lora, gradient_checkpointing=checkpointing)
+        _configured(module, monkeypatch)
+        assert module.model.training
+        base = module.model.get_base_model()
+        assert base.is_gradient_checkpointing == checkpointing
+        runs: list[int] = []
+        layer = base.model.language_model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        seen: list[bool] = []
+        base.model.vision_tower.register_forward_hook(
+            lambda _, inputs, output, seen=seen: seen.append(output.last_hidden_state.requires_grad)
+        )
+        module.training_step(batch, 0).backward()
+        assert len(runs) == (2 if checkpointing else 1), "recomputed in the backward pass"
+        assert seen == [False], "the tower's activations are neither stored nor recomputed"
+        gradients.append([p.grad for p in trained_parameters(module)])
     assert any(p.any() for p in gradients[0])
     for plain, again in zip(*gradients, strict=True):
         assert torch.allclose(plain, again, atol=1e-6 * max(1.0, float(plain.abs().max())))
