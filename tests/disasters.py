@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -113,8 +111,7 @@ class KillTest(L.Callback):
 
     Args:
         batch: the batch, counted from 0.
-        when: "asked": before the batch is answered; "answered": after it; "writing": while this process appends the batch's
-            answers, by SIGXFSZ to itself; "ending": after the last batch.
+        when: "asked": before the batch is answered; "answered": after it.
         number: the signal.
         rank: the process that sends it.
     """
@@ -132,12 +129,6 @@ class KillTest(L.Callback):
     ) -> None:
         if self._at(trainer, "asked", batch_idx):
             os.killpg(0, self.number)
-        if self._at(trainer, "writing", batch_idx):
-            file = Path(trainer.default_root_dir) / f".answered.{trainer.global_rank}.jsonl"
-            limit = file.stat().st_size + 100
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
     def on_test_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -146,10 +137,6 @@ class KillTest(L.Callback):
             os.killpg(0, self.number)
 
     on_predict_batch_end = on_test_batch_end
-
-    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._at(trainer, "ending", 0):
-            os.killpg(0, self.number)
 
 
 class WriteAsked(L.Callback):

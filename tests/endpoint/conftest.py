@@ -47,18 +47,19 @@ def url(api: DemoServer) -> Iterator[str]:
 
 @pytest.fixture
 def evaluate(tmp_path: Path) -> Callable[..., EvaluationModule]:
-    """Evaluates an address, and the base model on request, on scenes of two parts into a folder."""
+    """Evaluates an address, by default of `DemoServer`, and the base model on request, on scenes of two parts into a folder."""
 
     def run(
         folder: str,
         url: str,
         estimators: Any = (),
         *,
+        served: str = MODEL,
         start_over: bool = False,
         data: Any = None,
         **module: Any,
     ) -> EvaluationModule:
-        endpoint = Endpoint(url, MODEL, retries=module.pop("retries", 8))
+        endpoint = Endpoint(url, served, retries=module.pop("retries", 8))
         base = BaseModel(str(DEMO_MODEL), dtype="float32")
         settings = {"base": base, "with_base": False, "max_new_tokens": 16, **module}
         evaluated = EvaluationModule(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_calibration.data.collate import ChatFormat, PromptBatch
+from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
-from vlm_calibration.data.module import DataNeeds, PerturbedQueryDataModule
+from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import (
     CopiedRegion,
     ImageCopy,
@@ -85,52 +85,6 @@ def test_the_likelihood_is_the_mean_over_perturbed_images(
     plain = answering(model, chat, samples, texts, LEVELS, keep_cache=True)
     for other in (ExpectedConfidence(), AnswerLikelihood()):
         assert other.estimate(batch) == other.estimate(plain)
-
-
-# --- Copies from the data module ----------------------------------------------------------------------------------
-
-
-def _batches(
-    folder: str, estimator: Stability | None, answered: dict[str, list[int]] | None = None, **settings: Any
-) -> list[PromptBatch]:
-    test = {"a": EvalSplit(DemoSource("test", scenes=2), "drawn")}
-    module = PerturbedQueryDataModule(folder, test=test, **{"workers": 0, "eval_batch_size": 4, **settings})
-    needs = DataNeeds(copies={"test": estimator.copies if estimator else ()})
-    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(data_needs=needs))  # type: ignore[assignment]
-    module.setup("test")
-    module.trainer = None
-    module.answered = answered or {}
-    return list(module.test_dataloader())  # type: ignore[arg-type]
-
-
-def _pixels(batches: Sequence[PromptBatch]) -> dict[str, list[bytes]]:
-    """Query id -> the pixels of each copy."""
-    by_query: dict[str, list[bytes]] = {}
-    for batch in batches:
-        for copied in batch.copies.values():
-            for row, pixels in zip(copied.rows, copied.inputs["pixel_values"], strict=True):
-                by_query.setdefault(batch.queries[row].id, []).append(pixels.numpy().tobytes())
-    return by_query
-
-
-@pytest.mark.slow
-def test_copies_depend_on_seed_and_query_alone(model_folder: str) -> None:
-    estimator = Stability(STRENGTHS)
-    batches = _batches(model_folder, estimator)
-    expected = _pixels(batches)
-    assert len(expected) == 6
-    for batch, plain in zip(batches, _batches(model_folder, None), strict=True):
-        assert all(torch.equal(batch.inputs[name], values) for name, values in plain.inputs.items())
-        assert all(
-            torch.equal(c.inputs["input_ids"], plain.inputs["input_ids"]) for c in batch.copies.values()
-        )
-    assert all(len(set(copies)) == 3 for copies in expected.values())
-    assert _pixels(_batches(model_folder, estimator, eval_batch_size=5, workers=2)) == expected
-    assert _pixels(_batches(model_folder, Stability(STRENGTHS, seed=1))) != expected
-    # A resumed evaluation asks the rest only.
-    rest = _pixels(_batches(model_folder, estimator, {"test": [0, 3]}))
-    assert len(rest) == 4
-    assert rest == {query: expected[query] for query in rest}
 
 
 @torch.no_grad()
@@ -281,18 +235,6 @@ def changes(source: QuerySource, region: CopiedRegion, seed: int = 0) -> list[np
     return [None if changed is None else (changed != image).any(-1) for image, changed in images]
 
 
-def test_only_the_region_is_blanked() -> None:
-    image = np.zeros((40, 40))
-    regions: tuple[tuple[CopiedRegion, slice], ...]
-    regions = (("object", slice(4, 16)), ("distractor", slice(24, 36)), ("image", slice(40)))
-    for region, side in regions:
-        inside = mask_of(image, (side, side))
-        for changed in changes(_Boxes(), region):
-            assert changed is not None
-            assert not changed[~inside].any()
-            assert changed[inside].mean() > 0.9
-
-
 def test_a_distractor_is_one_object_that_does_not_touch_the_key_object() -> None:
     """The car touches the dog; asked about the cat, both are distractors, and either is drawn."""
     assert changes(_Boxes(("dog", "car")), "distractor") == [None] * 3
@@ -300,6 +242,10 @@ def test_a_distractor_is_one_object_that_does_not_touch_the_key_object() -> None
     assert {c is not None and int(c.sum()) > 120 for c in drawn} == {True, False}
     # An absent object leaves all others.
     assert None not in [c if c is None else 1 for c in changes(_Boxes(("cat",)), "distractor")]
+
+
+def test_probes_have_one_order() -> None:
+    assert check_probes(["answer", "image"]) == ("image", "answer")
 
 
 def test_copies_are_made_of_the_perturbed_image() -> None:
@@ -332,12 +278,3 @@ def test_a_split_without_such_a_region_is_named(
     module.trainer = SimpleNamespace(lightning_module=asking)  # type: ignore[assignment]
     with pytest.raises(DataError, match=rf"data\.test\.bare: .*'{region}' out of model\.probes"):
         module.setup("test")
-
-
-@pytest.mark.parametrize(
-    ("probes", "message"), [(["sound"], "no probe 'sound'"), (["image", "image"], "'image' appears twice")]
-)
-def test_probes_that_make_no_sense_are_refused(probes: list[Any], message: str) -> None:
-    with pytest.raises(DataError, match=f"model.probes: .*{message}"):
-        EvaluationModule(BaseModel("nowhere"), probes=probes)
-    assert check_probes(["answer", "image"]) == ("image", "answer")

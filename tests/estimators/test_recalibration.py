@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from netcal.binning import IsotonicRegression
 from netcal.scaling import LogisticCalibration, TemperatureScaling
@@ -89,7 +89,6 @@ def test_histogram_bins_have_equally_many_answers_and_give_their_accuracy() -> N
     rows=st.lists(st.tuples(st.integers(0, 100), st.booleans()), min_size=1, max_size=40),
     percents=st.lists(st.integers(0, 100), min_size=1, max_size=10),
 )
-@settings(max_examples=60)
 def test_any_answers_give_probabilities(
     method: Callable[..., Any], rows: list[tuple[int, bool]], percents: list[int]
 ) -> None:
@@ -107,20 +106,6 @@ def test_logits_are_finite_and_strictly_increasing(epsilon: float) -> None:
     end = np.log((1 - epsilon) / epsilon) + 1 / (1 - epsilon)
     assert logit(np.array([0.0, 1.0]), epsilon) == pytest.approx([-end, end]), "on the tangent"
     assert (np.diff(logit(np.linspace(0, 1, 100_001), epsilon)) > 0).all()
-
-
-def test_likelihoods_near_one_are_told_apart() -> None:
-    """The fit is that of the log-odds, though all likelihoods are above 99.5%."""
-    log_odds = np.linspace(6, 13, 4000)
-    truth = 1 / (1 + np.exp(-(log_odds - 9)))
-    likelihood = 1 / (1 + np.exp(-log_odds))
-    rows = predictions(
-        likelihood.tolist(),
-        (np.random.default_rng(0).random(4000) < truth).tolist(),
-        [f"{i}" for i in range(4000)],
-    )
-    mapped = recalibrated("platt", rows[::2], "other", rows[1::2])
-    assert mapped == pytest.approx(truth[::2].tolist(), abs=0.05)
 
 
 # --- Splits -------------------------------------------------------------------------------------------------------
@@ -149,11 +134,11 @@ def test_each_answer_type_has_the_map_of_its_own_answers() -> None:
         recalibrated("isotonic", test, "other", unfit)
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_one_outcome_is_not_certain(right: bool) -> None:
+def test_one_outcome_is_not_certain() -> None:
     """The rule of succession, as in stage 2's teacher: after eight right answers the ninth is right at 9/10."""
-    mapped = platt(np.linspace(0.1, 0.9, 8), np.full(8, right))(np.array([0.2, 0.8]))
-    assert mapped == pytest.approx([0.9, 0.9] if right else [0.1, 0.1])
+    for right, share in ((True, 0.9), (False, 0.1)):
+        mapped = platt(np.linspace(0.1, 0.9, 8), np.full(8, right))(np.array([0.2, 0.8]))
+        assert mapped == pytest.approx([share, share])
 
 
 @pytest.mark.parametrize(

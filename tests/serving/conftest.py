@@ -11,23 +11,19 @@ import pytest
 import torch
 
 from vlm_calibration import cli
+from vlm_calibration.data.dataset import EvalSplit
+from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.inference.model import DEMO_MODEL
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
 from vlm_calibration.models.loading import BaseModel, load_base
 
-from ..command_line import Server, write_evaluation
-from ..endpoint.test_evaluation import lines, metrics
-
-SCENES, TOKENS = 16, 16
-"""Of an evaluation: its scenes, of three queries each, and the length limit of an answer."""
+from ..endpoint.conftest import evaluate as evaluate
+from ..endpoint.test_evaluation import ESTIMATORS, Evaluate, lines, metrics
 
 
 @pytest.fixture(scope="session")
-def demo_model(root: Path) -> str:
-    return str(root / "src/vlm_calibration/demo/model")
-
-
-@pytest.fixture(scope="session")
-def demo_adapter(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+def demo_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Function that writes a random adapter of some parts of the demo.
 
     Scales at which several answers differ from the base model's and all state a confidence: 0.16 for the language model alone, 0.12
@@ -37,7 +33,8 @@ def demo_adapter(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> C
     def write(*parts: Any, scale: float) -> str:
         folder = tmp_path_factory.mktemp("-".join(parts))
         torch.manual_seed(0)  # of the other half of the adapter
-        model = attach_lora(load_base(BaseModel(demo_model)), LoraSettings(r=8, alpha=8, parts=list(parts)))
+        lora = LoraSettings(r=8, alpha=8, parts=list(parts))
+        model = attach_lora(load_base(BaseModel(str(DEMO_MODEL))), lora)
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -58,39 +55,20 @@ def merged(demo_adapter: Callable[..., str], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def evaluate(server: Server, tmp_path: Path) -> Callable[..., Path]:
-    """Function that runs `vlm-calibration test` on 48 queries; returns the run directory.
-
-    Its arguments say which model, as those of the command line do.
-    """
-    kinds = ("verbal.ExpectedConfidence", "likelihood.AnswerLikelihood")
-    estimators = [{"class_path": f"vlm_calibration.estimators.{kind}"} for kind in kinds]
-    settings = {"max_new_tokens": TOKENS, "estimators": estimators}
-    command = write_evaluation(tmp_path / "eval.yaml", "${runs}", SCENES, **settings)
-
-    def run(name: str, *which: str) -> Path:
-        ended = server.wait(server.start([*command, *which, "--runs", name], tmp_path))
-        assert ended.status == 0, ended.err
-        return tmp_path / name
-
-    return run
-
-
-@pytest.fixture
-def evaluate_served(evaluate: Callable[..., Path]) -> Callable[..., tuple[Path, Path]]:
-    """Function that evaluates a model in process and behind the address of its server.
+def evaluate_served(evaluate: Evaluate, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """Function that evaluates a model in process and behind the address of its server on 48 queries.
 
     It checks that the files agree on all that is not read from token probabilities, and returns the folders of both systems.
     """
 
     def compared(folder: str, url: str, name: str) -> tuple[Path, Path]:
-        local = evaluate("local", "--model.init_args.base.name_or_path", folder) / "base"
-        address = ("--config", "system/endpoint", "--url", f"{url}/v1", "--served-model", name)
-        served = evaluate("served", *address) / "endpoint"
-        texts, exact = zip(*(_without_estimates(folder) for folder in (local, served)), strict=True)
-        assert len(texts[0]) == 3 * SCENES
-        assert texts[1] == texts[0]
-        assert exact[1] == exact[0]
+        test = {"": EvalSplit(DemoSource("test", scenes=16))}
+        data = PerturbedQueryDataModule(folder, test=test, eval_batch_size=4, workers=0)
+        settings = {"served": name, "base": BaseModel(folder), "with_base": True, "data": data}
+        evaluate("run", f"{url}/v1", ESTIMATORS, **settings)
+        local, served = tmp_path / "run/base", tmp_path / "run/endpoint"
+        assert len(lines(local)) == 48
+        assert _without_estimates(served) == _without_estimates(local)
         return local, served
 
     return compared

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from vlm_calibration import load_calibrated
+from vlm_calibration.inference.model import DEMO_MODEL
 
 from ..endpoint.test_evaluation import lines, metrics
 from .served import VLLM, ask_served, questions, save_qwen, serving, transformers_serve, vllm_serve
 
+pytestmark = pytest.mark.slow
 NAME = "calibrated"
 
 
@@ -61,16 +63,16 @@ def test_vllm_serves_a_random_qwen(evaluate_served: Callable[..., tuple[Path, Pa
 
 @with_vllm
 def test_vllm_serves_an_adapter_of_the_language_model_as_it_is(
-    demo_adapter: Callable[..., str], demo_model: str, tmp_path: Path
+    demo_adapter: Callable[..., str], tmp_path: Path
 ) -> None:
     adapter, asked = demo_adapter("language", scale=0.16), questions(60)
     expected, base = (
         list(load_calibrated(**model, device="cpu").ask_many((q.image, q.text) for q in asked))
-        for model in ({"adapter": adapter}, {"base": demo_model})
+        for model in ({"adapter": adapter}, {"base": str(DEMO_MODEL)})
     )
     texts = [answer.text for answer in expected]
     assert texts != [answer.text for answer in base]
     assert all(answer.confidence is not None for answer in expected)
     lora = ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{NAME}={adapter}")
-    with serving(vllm_serve(demo_model, *lora), tmp_path / "log") as url:
+    with serving(vllm_serve(str(DEMO_MODEL), *lora), tmp_path / "log") as url:
         assert [ask_served(url, NAME, q.image, q.prompt) for q in asked] == texts

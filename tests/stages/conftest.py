@@ -1,13 +1,15 @@
-"""Runs of a few steps of the tiny model on a few scenes, through the real Trainer."""
+"""Runs of a few steps of the tiny model on a few scenes, through the real Trainer, and callbacks that record or stop them."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
+from torch import Tensor
 
 from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.candidates import CandidateSettings
@@ -17,16 +19,67 @@ from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.preference_targets import FittedTeacher, TeacherSettings
 from vlm_calibration.stages.sft import SFTModule
-from vlm_calibration.stages.training import OptimizerSettings
+from vlm_calibration.stages.training import OptimizerSettings, trained_parameters
 
 from ..level_tables import measured
 from ..trainers import plain_trainer
 from .own import MAPS, MakeStep, OwnStep
-from .preference import GOLD, NOISE, Data, Evaluate, MakeModule, MakeTrainer, NewAdapter
+
+MakeModule = Callable[..., DPOModule]
+Data = Callable[..., PerturbedQueryDataModule]
+MakeTrainer = Callable[..., L.Trainer]
+Evaluate = Callable[..., EvaluationModule]
+NewAdapter = Callable[..., str]
+LoadModel = Callable[..., Any]
+LEVELS = (1.0, 0.75, 0.5, 0.25, 0.0)
+GOLD, OWN = CandidateSettings(), CandidateSettings(answers="own")
+WITH_OPPOSITE = CandidateSettings(answers="own", wrong_answer=True)
+NOISE = NoisePolicy(levels=LinearLevels(n_levels=5), distractor_probability=0.0, wrong_answer_rate=1.0)
+"""Five levels, and wrong responses among the correct ones."""
+
+
+class Steps(L.Callback):
+    """Keeps the loss and the gradient of each optimiser step, and the metrics of each validation."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.gradients: list[Tensor] = []
+        self.validated: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.gradients.append(torch.cat([p.grad.flatten() for p in trained_parameters(module)]))
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        self.validated.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+class Stop(L.Callback):
+    """Raises an error, or the exception of Ctrl-C, before a batch."""
+
+    def __init__(self, batch: int, error: type[BaseException], loader: int = 0) -> None:
+        self.place = (batch, loader)
+        self.error = error
+
+    def on_test_batch_start(self, *args: Any) -> None:
+        if (args[3], args[4] if len(args) > 4 else 0) == self.place:
+            raise self.error
+
+
+def adapter_weights(module: DPOModule, name: str) -> dict[str, Tensor]:
+    """Weights of one adapter, named as in its file."""
+    return {
+        key.removeprefix("model.").replace(f".{name}.", "."): p.detach().clone()
+        for key, p in module.named_parameters()
+        if f".{name}." in key
+    }
 
 
 @pytest.fixture
@@ -87,12 +140,6 @@ def run_evaluation(model_folder: str, data: Data, trainer: MakeTrainer, tmp_path
 def demo_folder(root: Path) -> str:
     """The demo model as shipped, which can answer questions about the scenes."""
     return str(root / "src" / "vlm_calibration" / "demo" / "model")
-
-
-@pytest.fixture(scope="session")
-def demo_adapter(new_adapter: NewAdapter, demo_folder: str) -> NewAdapter:
-    """Writes an adapter for the demo model with small random weights, so that it still answers; returns its folder."""
-    return partial(new_adapter, 0, demo_folder, 0.05)
 
 
 @pytest.fixture(scope="session")

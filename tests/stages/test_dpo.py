@@ -1,10 +1,11 @@
-"""Stage 2 on the demo model: its loss, statistics and gradients, and what runs change, log, write and reject.
+"""Stage 2 on the demo model: what runs change, log, write and reject, and its loss against arithmetic.
 
 Likelihoods are checked against plain forwards over whole conversations, one at a time.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,28 +19,22 @@ from safetensors.torch import load_file
 
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.checkpoint import RunCheckpoint
-from vlm_calibration.data.candidates import CandidateSettings
+from vlm_calibration.callbacks.predictions import PredictionWriter
+from vlm_calibration.data.candidates import Candidate, CandidateSettings
+from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.losses.distribution import SoftLabel
 from vlm_calibration.losses.preference import DPO, SimPO
+from vlm_calibration.losses.sequence import AnswerWeight
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.records import DataError
+from vlm_calibration.stages.dpo_terms import Comparison, candidate_scores, chosen_nll, shared_text_drift
 from vlm_calibration.stages.preference_targets import PairPolicy
 from vlm_calibration.stages.training import trained_parameters
 
+from .conftest import NOISE, OWN, Data, MakeModule, MakeTrainer, NewAdapter, Steps, adapter_weights
 from .own import MakeStep
-from .preference import (
-    GOLD,
-    NOISE,
-    OWN,
-    WITH_OPPOSITE,
-    Data,
-    MakeModule,
-    MakeTrainer,
-    NewAdapter,
-    Steps,
-    adapter_weights,
-)
 
 LOGGED = {"reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "logp_answer"}
 
@@ -54,7 +49,7 @@ def test_a_run_learns_changes_the_policy_alone_and_writes_its_files(
 ) -> None:
     seen, module = Steps(), make_module(loss=DPO(beta=1.0), pairs=PairPolicy("level"))
     run = trainer(
-        *(seen, RunCheckpoint(), AdapterWriter()),
+        *(seen, RunCheckpoint(), AdapterWriter(), PredictionWriter()),
         enable_checkpointing=True,
         max_epochs=5,
         check_val_every_n_epoch=5,
@@ -88,7 +83,14 @@ def test_a_run_learns_changes_the_policy_alone_and_writes_its_files(
     assert all(".default." in name for name in trained)
     assert checkpoint["teacher"] is None
 
+    predictions = read_predictions(tmp_path / "run" / "predictions.jsonl")
+    assert [p.id for p in predictions] == [f"calibration-000000-{kind}" for kind in ("yes", "no", "corner")]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["n"] == 3, "of the last validation alone"
+    assert metrics["accuracy"] == pytest.approx(sum(p.correct for p in predictions) / 3)
+
     folder = tmp_path / "run" / "adapter"
+    assert (folder / "tokenizer.json").is_file(), "the processor is saved beside it"
     assert not (folder / "reference").exists()
     again = PeftModel.from_pretrained(load_base(BaseModel(demo_folder, dtype="float32")), folder)
     loaded = {name.replace(".default.", "."): p for name, p in again.named_parameters() if "lora_" in name}
@@ -96,41 +98,31 @@ def test_a_run_learns_changes_the_policy_alone_and_writes_its_files(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("answers", "settings"),
-    [
-        (OWN, {"loss": SoftLabel(), "pairs": PairPolicy("fitted"), "gradient_checkpointing": True}),
-        (WITH_OPPOSITE, {"loss": DPO(), "pairs": PairPolicy("expected", "uniform", 2), "reference": "base"}),
-        (GOLD, {"reference": "none", "loss": SimPO(), "pairs": PairPolicy("level", "uniform", 2)}),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("reference", ["base", "none"])
 def test_a_run_logs_before_and_after(
-    make_module: MakeModule,
-    candidates: Data,
-    trainer: MakeTrainer,
-    answers: CandidateSettings,
-    settings: dict[str, Any],
+    make_module: MakeModule, candidates: Data, trainer: MakeTrainer, reference: Any
 ) -> None:
-    """From the adapter of stage 1, from the base model with a new adapter, and without a reference."""
-    reference = settings.get("reference", "adapter")
-    new = {"folder": None, "lora": LoraSettings(r=2, alpha=4, dropout=0.5, parts=["language", "projector"])}
-    module, seen = make_module(**(new if reference == "base" else {}), **settings), Steps()
+    """On own answers from the base model with a new adapter, and on gold answers without a reference."""
+    is_new, seen = reference == "base", Steps()
+    answers, loss = (replace(OWN, wrong_answer=True), DPO()) if is_new else (CandidateSettings(), SimPO())
+    settings = {"loss": loss, "pairs": PairPolicy("expected" if is_new else "level", "uniform", 2)}
+    if is_new:
+        lora = LoraSettings(r=2, alpha=4, dropout=0.5, parts=["language", "projector"])
+        settings |= {"folder": None, "lora": lora}
+    module = make_module(reference=reference, **settings)
     run = trainer(seen, max_epochs=1, num_sanity_val_steps=-1)
     run.fit(module, datamodule=candidates(answers))
     assert len(seen.losses) == 3
     assert all(math.isfinite(loss) for loss in seen.losses)
     assert all(gradient.isfinite().all() and gradient.any() for gradient in seen.gradients)
     before, after = seen.validated
-    names = {"reward_margin", "logp_chosen", "accuracy", "ece"} | ({"kl"} if reference != "none" else set())
     for values in (before, after):
-        assert {f"val/{name}" for name in names} <= set(values)
-        assert ("val/kl" in values) == ("kl" in names)
+        assert {f"val/{name}" for name in ("reward_margin", "logp_chosen", "accuracy", "ece")} <= set(values)
+        assert ("val/kl" in values) == is_new
     assert after["val/logp_chosen"] != pytest.approx(before["val/logp_chosen"], abs=1e-3)
-    if reference != "none":
+    assert set(module.model.peft_config) == {"default"}
+    if is_new:
         assert before["val/kl"] == pytest.approx(0, abs=1e-5), "the policy is the reference at first"
-    assert set(module.model.peft_config) == {"default", *(["reference"] if reference == "adapter" else [])}
-    if reference == "base":
         assert module.model.peft_config["default"].lora_dropout == 0
         trained = adapter_weights(module, "default")
         assert trained
@@ -143,36 +135,30 @@ def test_the_title_says_what_is_taught_on_which_answers(make_module: MakeModule,
     assert make_module(loss=DPO()).title(candidates()) == "stage 2: DPO on gold answers"
 
 
-def test_a_missing_adapter_says_to_train_one_first(
-    make_module: MakeModule, candidates: Data, trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match=f"no adapter at {tmp_path}/none .*: train one first"):
-        trainer(max_steps=1).fit(make_module(f"{tmp_path}/none"), datamodule=candidates())
-
-
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"folder": None}, r"model\.reference: adapter, but model\.adapter is not set"),
         ({"loss": DPO()}, r"model\.reference: DPO needs one, found none"),
         ({"loss": SimPO(), "drift_weight": 0.3}, r"model\.drift_weight compares with the reference"),
         ({"loss": SimPO(), "pairs": PairPolicy(target="expected")}, r"model\.pairs: .* needs the reference"),
+        (
+            {"folder": None, "reference": "adapter"},
+            r"model\.reference: adapter, but model\.adapter is not set",
+        ),
+        (
+            {"folder": None, "reference": "base", "parts": ["projector"]},
+            r"model\.parts needs a given adapter",
+        ),
+        ({"nll_weight": -0.1}, r"model\.nll_weight must be a finite number of at least 0"),
+        ({"confidence_weight": math.nan}, r"model\.confidence_weight must be a finite number"),
+        ({"drift_weight": math.inf}, r"model\.drift_weight must be a finite number"),
     ],
 )
-def test_settings_that_need_a_reference_are_refused_without_one(
+def test_settings_that_make_no_sense_are_refused(
     make_module: MakeModule, settings: dict[str, Any], match: str
 ) -> None:
-    reference = "adapter" if "folder" in settings else "none"
-    level = PairPolicy(target="level")
     with pytest.raises(DataError, match=match):
-        make_module(**{"reference": reference, "pairs": level, **settings})
-
-
-@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
-def test_a_weight_that_is_negative_or_not_finite_is_refused(make_module: MakeModule, weight: float) -> None:
-    for name in ("nll_weight", "confidence_weight", "drift_weight"):
-        with pytest.raises(DataError, match=rf"model\.{name} must be a finite number of at least 0"):
-            make_module(**{name: weight})
+        make_module(**{"reference": "none", "pairs": PairPolicy(target="level"), **settings})
 
 
 @pytest.mark.slow
@@ -208,29 +194,19 @@ def test_loss_and_statistics_by_hand(make_step: MakeStep) -> None:
     assert value == pytest.approx(expected["train/loss"], abs=1e-3)
 
 
-def test_gradients_reach_the_policy_alone(make_step: MakeStep) -> None:
-    step = make_step(n=4, nll_weight=0.1)
-    step.step().backward()
-    for name, parameter in step.module.named_parameters():
-        assert parameter.requires_grad == (".default." in name)
-        assert (parameter.grad is not None and bool(parameter.grad.any())) == (".default." in name)
-
-
-def test_only_the_chosen_parts_are_trained(make_module: MakeModule, demo_adapter: NewAdapter) -> None:
-    module = make_module(demo_adapter(parts=["language", "tower", "projector"]), parts=["projector"])
+def test_only_the_chosen_parts_are_trained(
+    make_module: MakeModule, new_adapter: NewAdapter, demo_folder: str
+) -> None:
+    adapter = new_adapter(0, demo_folder, parts=["language", "tower", "projector"])
+    module = make_module(adapter, parts=["projector"])
     module.configure_model()
     names = {name for name, _ in module.named_parameters() if "projector" in name and ".default." in name}
     assert names
     assert {name for name, p in module.named_parameters() if p.requires_grad} == names
-    with pytest.raises(DataError, match=r"model\.parts needs a given adapter"):
-        make_module(None, reference="base", parts=["projector"])
 
 
-@pytest.mark.parametrize("answers", [GOLD, OWN], ids=repr)
-def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
-    make_step: MakeStep, answers: CandidateSettings
-) -> None:
-    step = make_step(answers, n=4, data={"max_length": 1, "on_too_long": "skip"})
+def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(make_step: MakeStep) -> None:
+    step = make_step(n=4, data={"max_length": 1, "on_too_long": "skip"})
     assert step.batch.inputs == {}
     loss = step.step()
     assert float(loss) == 0
@@ -239,3 +215,93 @@ def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
     assert parameters
     assert all(p.grad is not None and not p.grad.any() for p in parameters), "processes stay in step"
     assert step.module.skipped == 4
+
+
+# --- The terms of the loss, from token scores, against loops over tokens ---
+
+
+def _candidate(length: int, answer: int, ending: int, confidence: float, wrong: bool = False) -> Candidate:
+    return Candidate((1,) * length, answer, ending, confidence, wrong)
+
+
+# The second query has fewer candidates, the first another answer that is longer than its own.
+CANDIDATES = (
+    (
+        *(_candidate(5, 2, 2, 0.7), _candidate(5, 2, 1, 0.0), _candidate(6, 2, 2, 1.0)),
+        _candidate(7, 4, 3, 0.7, wrong=True),
+    ),
+    (_candidate(4, 1, 0, 0.2), _candidate(5, 1, 2, 0.5)),
+)
+ALL = ((0, 1, 2, 3), (0, 1))
+COMPARED = Comparison(CANDIDATES, ALL, (0.64, 0.2), (True, False))
+CORRECT = [[True, True, True, False], [False, False]]
+
+
+def _response_scores(seed: int, compared: Comparison = COMPARED, longest: int = 7) -> ResponseScores:
+    tokens = torch.zeros(2, max(map(len, compared.picks)), longest, dtype=torch.bool)
+    for row, candidates in enumerate(compared.compared):
+        for k, candidate in enumerate(candidates):
+            tokens[row, k, : len(candidate.tokens)] = True
+    values = -torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed))
+    return ResponseScores(values.masked_fill(~tokens, 0.0).requires_grad_(), tokens)
+
+
+def test_scores_are_sums_over_tokens() -> None:
+    policy, reference = _response_scores(0), _response_scores(1)
+    assert candidate_scores(policy, COMPARED).reference is None
+    scores = candidate_scores(policy, COMPARED._replace(reference=reference))
+    assert scores.reference is not None
+    assert scores.valid.tolist() == [[True] * 4, [True, True, False, False]]
+    assert scores.target.tolist() == pytest.approx(COMPARED.targets)
+    for row, candidates in enumerate(CANDIDATES):
+        for k, candidate in enumerate(candidates):
+            log_p = policy.log_likelihood[row, k].tolist()
+            before = sum(reference.log_likelihood[row, k].tolist())
+            assert scores.policy[row, k].tolist() == pytest.approx(sum(log_p), rel=1e-5)
+            assert scores.reference[row, k].tolist() == pytest.approx(before, rel=1e-5)
+            answer = sum(log_p[: candidate.answer_length])
+            assert scores.answer[row, k].tolist() == pytest.approx(answer, rel=1e-5)
+            distance = 1.0 if candidate.wrong else abs(candidate.confidence - candidates[0].confidence)
+            assert float(scores.distance[row, k]) == pytest.approx(distance)
+            assert float(scores.confidence[row, k]) == pytest.approx(candidate.confidence)
+            assert int(scores.lengths[row, k]) == len(candidate.tokens)
+            assert bool(scores.correct[row, k]) == CORRECT[row][k]
+            assert bool(scores.own[row, k]) != candidate.wrong
+
+
+@pytest.mark.parametrize(("answer_weight", "confidence_weight"), [("constant", 2.5), ("confidence", 1.0)])
+def test_the_likelihood_of_the_chosen_responses_has_the_weights_of_stage_1(
+    answer_weight: AnswerWeight, confidence_weight: float
+) -> None:
+    policy, expected = _response_scores(0), 0.0
+    for row, (chosen, *_) in enumerate(CANDIDATES):
+        log_p = policy.log_likelihood[row, 0].tolist()
+        weight = (1.0 if answer_weight == "constant" else chosen.confidence) * COMPARED.is_correct[row]
+        answer, rest = sum(log_p[: chosen.answer_length]), sum(log_p[chosen.answer_length :])
+        expected -= (weight * answer + confidence_weight * rest) / len(chosen.tokens) / 2
+    value = chosen_nll(policy, COMPARED, answer_weight, confidence_weight)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("picks", [ALL, ((0,), (1,))], ids=["all", "chosen alone"])
+@pytest.mark.parametrize("longer", [0, 3])
+def test_drift_against_a_sum_spelled_out(picks: tuple[tuple[int, ...], ...], longer: int) -> None:
+    """The reference may have scored longer responses."""
+    compared = COMPARED._replace(picks=picks)
+    policy, reference = _response_scores(0, compared), _response_scores(1, compared, 7 + longer)
+    total, counted = 0.0, torch.zeros_like(policy.tokens)
+    for row, candidates in enumerate(compared.compared):
+        for k, (tokens, answer, ending, *_) in enumerate(candidates):
+            n = len(tokens)
+            now, before = (s.log_likelihood[row, k, :n].tolist() for s in (policy, reference))
+            if k == 0:
+                total += (sum(now[:answer]) - sum(before[:answer])) ** 2
+                counted[row, k, :answer] = True
+            total -= sum(now[n - ending :]) / len(candidates)
+            counted[row, k, n - ending : n] = True
+    value = shared_text_drift(policy, compared._replace(reference=reference))
+    assert float(value) == pytest.approx(total / 2, rel=1e-5)
+    value.backward()
+    gradient = policy.log_likelihood.grad
+    assert gradient is not None
+    assert torch.equal(gradient != 0, counted), "no other token counts"

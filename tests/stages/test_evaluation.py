@@ -1,13 +1,15 @@
-"""Evaluating several systems at once: each answers as it does alone, on the same images; estimators and probes in the files."""
+"""Evaluating several systems at once: each answers as it does alone, on the same images; estimators, probes and scores."""
 
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -26,19 +28,19 @@ from vlm_calibration.estimators.predictions import prediction_from_dict, read_pr
 from vlm_calibration.estimators.probes import PROBES
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
-from vlm_calibration.metrics import functional
+from vlm_calibration.metrics.functional import brier_score, expected_calibration_error, overconfidence
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.generation import generate
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Prediction, category_groups
 from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.scoring import Scorer
 
 from ..level_tables import measured, noise_counts
 from ..trainers import plain_trainer
-from .preference import Data, Evaluate, LoadModel, MakeTrainer, NewAdapter
+from .conftest import Data, Evaluate, LoadModel, MakeTrainer, NewAdapter
 
 SYSTEMS = ("base", "one", "two", "oracle")
 NAMES = ("expected", "likelihood", "p_true", "self_consistency", "stability")
@@ -54,13 +56,6 @@ def _metrics(folder: Path, further: bool) -> dict[str, Any]:
     return {k: v for k, v in values.items() if (k.startswith("probe_") or "@" in k) == further}
 
 
-def _queries(data: Data) -> PerturbedQueryDataModule:
-    """Nine queries in three parts, of which one is noised, and a calibration set of three."""
-    source, shifted = DemoSource("test", scenes=1), DemoSource("test", scenes=1, shifted=True)
-    parts = {"clean": EvalSplit(source), "noised": EvalSplit(source, "drawn"), "shifted": EvalSplit(shifted)}
-    return data(test=parts, calibration={"held_out": EvalSplit(DemoSource("calibration", scenes=1))})
-
-
 class Evaluated(NamedTuple):
     """An evaluation of four systems, its data, and the run directory."""
 
@@ -73,7 +68,10 @@ class Evaluated(NamedTuple):
 def evaluated(
     model_folder: str, data: Data, new_adapter: NewAdapter, tmp_path_factory: pytest.TempPathFactory
 ) -> Evaluated:
-    """With estimators, probes and a calibration set; the second adapter adapts the tower, too, which therefore runs again."""
+    """With estimators and probes, on nine queries in three parts, of which one is noised, and a calibration set of three.
+
+    The second adapter adapts the tower, too, which therefore runs again.
+    """
     folder = tmp_path_factory.mktemp("evaluated")
     measured(model_folder).save(folder / "levels.json")
     module = EvaluationModule(
@@ -84,7 +82,10 @@ def evaluated(
         estimators=[ExpectedConfidence(), AnswerLikelihood(), PTrue(), SelfConsistency(2), Stability()],
         probes=[*PROBES[::-1]],
     )
-    queries = _queries(data)
+    source, shifted = DemoSource("test", scenes=1), DemoSource("test", scenes=1, shifted=True)
+    parts = {"clean": EvalSplit(source), "noised": EvalSplit(source, "drawn"), "shifted": EvalSplit(shifted)}
+    held_out = {"held_out": EvalSplit(DemoSource("calibration", scenes=1))}
+    queries = data(test=parts, calibration=held_out)
     plain_trainer(folder / "run", PredictionWriter()).test(module, datamodule=queries, verbose=False)
     return Evaluated(module, queries, folder / "run")
 
@@ -140,40 +141,19 @@ def test_systems_side_by_side(evaluated: Evaluated, load_model: LoadModel) -> No
 
 
 @pytest.mark.slow
-def test_estimators_and_probes_change_nothing_else(
-    evaluated: Evaluated, data: Data, trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    settings = {"max_new_tokens": 5, "oracle_levels": str(evaluated.folder.parent / "levels.json")}
-    module = EvaluationModule(evaluated.module.base, evaluated.module.adapters, **settings)
-    trainer(PredictionWriter()).test(module, datamodule=_queries(data), verbose=False)
-    for system in SYSTEMS:
-        plain, folder = tmp_path / "run" / system, evaluated.folder / system
-        assert not _metrics(plain, further=True)
-        assert _metrics(plain, further=False) == _metrics(folder, further=False)
-        for name in ("predictions.jsonl", "calibration.jsonl"):
-            answers = [replace(p, estimates={}, probes={}) for p in read_predictions(folder / name)]
-            assert read_predictions(plain / name) == answers
-
-
-@pytest.mark.slow
 def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
-    model_folder: str, new_adapter: NewAdapter, data: Data, trainer: MakeTrainer, tmp_path: Path
+    model_folder: str, new_adapter: NewAdapter, data: Data, trainer: MakeTrainer
 ) -> None:
     adapters = {"one": new_adapter(1), "two": new_adapter(2)}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for chosen, with_base in ((adapters, True), ({"two": adapters["two"]}, False)):
-        base = BaseModel(model_folder, dtype="float32")
-        module = EvaluationModule(base, chosen, with_base=with_base, max_new_tokens=5)
-        module.configure_model()
-        runs: list[int] = []
-        # A hook inside the tower; one on the shared module would run even if its output is reused.
-        tower = module.model.get_base_model().model.vision_tower
-        tower.encoder.layers[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
-        (logged,) = trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
-        assert {name.split("/")[1] for name in logged} == {*chosen, *(["base"] if with_base else [])}
-        assert len(runs) == 4, "15 queries in batches of 4"
-        found[str(with_base)] = _lines(tmp_path / "run/two/predictions.jsonl")
-    assert found["True"] == found["False"]
+    module = EvaluationModule(BaseModel(model_folder, dtype="float32"), adapters, max_new_tokens=5)
+    module.configure_model()
+    runs: list[int] = []
+    # A hook inside the tower; one on the shared module would run even if its output is reused.
+    tower = module.model.get_base_model().model.vision_tower
+    tower.encoder.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    (logged,) = trainer().test(module, datamodule=data(), verbose=False)
+    assert {name.split("/")[1] for name in logged} == {"base", "one", "two"}
+    assert len(runs) == 4, "15 queries in batches of 4"
 
 
 @pytest.mark.parametrize(
@@ -184,17 +164,16 @@ def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
         ({"adapters": {"../x": "x"}}, "the name '../x' must be"),
         ({"with_base": False}, "nothing to evaluate"),
         ({"with_base": False, "oracle_levels": "x"}, "needs the base model's answers"),
+        ({"estimators": [PTrue(), PTrue(true="Yes", false="No")]}, "'p_true' appears twice"),
+        ({"estimators": [VerbalizedConfidence()]}, "'verbalized' appears twice"),
+        ({"probes": ["sound"]}, "no probe 'sound'"),
+        ({"probes": ["image", "image"]}, "'image' appears twice"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(DataError) as caught:
         EvaluationModule(BaseModel("nowhere"), **settings)
     assert says in str(caught.value)
-
-
-def test_a_missing_level_table_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / "none.json")):
-        EvaluationModule(BaseModel("nowhere"), oracle_levels=str(tmp_path / "none.json"))
 
 
 def test_levels_that_miss_an_answer_type_are_an_error_before_anything_is_answered(
@@ -252,7 +231,7 @@ def test_every_estimator_has_its_key_and_its_metrics(evaluated: Evaluated) -> No
                 assert metrics[f"parse_failure_rate@{name}{suffix}"] == pytest.approx(failed)
                 if rated:
                     confidence, correct = (torch.tensor(column) for column in zip(*rated, strict=True))
-                    brier = float(functional.brier_score(confidence.double(), correct))
+                    brier = float(brier_score(confidence.double(), correct))
                     assert metrics[f"brier@{name}{suffix}"] == pytest.approx(brier, abs=1e-4)
         assert [metrics[f"forward_passes@{n}"] for n in (*NAMES[:3], "stability")] == [1, 1, 1, 4]
         assert 1 <= metrics["forward_passes@verbalized"] <= 5
@@ -316,12 +295,6 @@ def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
         run_evaluation({}, **chosen)
 
 
-def test_an_estimator_that_appears_twice_is_refused() -> None:
-    for chosen in ([PTrue(), PTrue(true="Yes", false="No")], [VerbalizedConfidence()]):
-        with pytest.raises(DataError, match=f"'{chosen[0].name}' appears twice"):
-            EvaluationModule(BaseModel("nowhere"), estimators=chosen)
-
-
 def test_the_original_confidence_is_the_stated_one(
     demo_folder: str, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
@@ -342,3 +315,89 @@ def test_the_calibration_set_is_not_copied_for_probes(model_folder: str) -> None
     assert [len(copies) for copies in module.data_needs.copies.values()] == [5, 4]
     assert module.data_needs.copies["calibration"] == stable.copies
     assert EvaluationModule(BaseModel(model_folder)).data_needs.copies == {"test": [], "calibration": []}
+
+
+# --- The scorer ---
+
+CATEGORIES = ("clean/existence", "clean/position", "shifted/blur/existence", "shifted/jpeg/position", None)
+
+
+def _predictions(n: int = 200, seed: int = 0) -> list[Prediction]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(n):
+        category = CATEGORIES[int(rng.integers(len(CATEGORIES)))]
+        short = category is not None and category.endswith("position")
+        gold = "dog" if short else ("Yes", "No")[int(rng.integers(2))]
+        predicted = [gold.lower(), "cat" if short else "no", None][int(rng.choice(3, p=[0.6, 0.3, 0.1]))]
+        confidence = None if rng.random() < 0.1 else int(rng.integers(101)) / 100
+        made.append(
+            Prediction(
+                *(f"q{i}", "?", gold, "", predicted, confidence, predicted == gold.lower(), category, 0),
+                answer_type="short" if short else "yes_no",
+            )
+        )
+    return made
+
+
+PREDICTIONS = _predictions()
+GROUPS = sorted({g for c in CATEGORIES for g in category_groups(c)})
+
+
+def _scored(predictions: list[Prediction], size: int, groups: list[str]) -> dict[str, float]:
+    scorer = Scorer(groups)
+    for start in range(0, len(predictions), size):
+        scorer.update(predictions[start : start + size])
+    return scorer.compute()
+
+
+@pytest.mark.parametrize("group", [None, "existence"])
+def test_values_are_those_of_the_pure_functions(group: str | None) -> None:
+    chosen = [p for p in PREDICTIONS if group is None or group in category_groups(p.category)]
+    assert len(chosen) > 10
+    suffix = f"/{group}" if group else ""
+    found = _scored(PREDICTIONS, 16, GROUPS)
+    read = [p for p in chosen if p.confidence is not None]
+    confidence = torch.tensor([p.confidence for p in read], dtype=torch.float64)
+    correct = torch.tensor([p.correct for p in read])
+    expected = {
+        "n": len(chosen),
+        "accuracy": np.mean([p.correct for p in chosen]),
+        "parse_failure_rate": 1 - len(read) / len(chosen),
+        "ece": expected_calibration_error(confidence, correct),
+        "brier": brier_score(confidence, correct),
+        "overconfidence": overconfidence(confidence, correct),
+        "mean_confidence": confidence.mean(),
+    }
+    for name, value in expected.items():
+        assert found[f"{name}{suffix}"] == pytest.approx(float(value)), name
+
+
+def test_the_file_format_has_its_names() -> None:
+    names = (
+        *("n", "accuracy", "precision", "recall", "f1", "yes_ratio", "ece", "ace", "mce", "brier"),
+        *("brier_reliability", "brier_resolution", "brier_uncertainty", "log_loss", "auroc", "aurc"),
+        *("smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate"),
+    )
+    found = _scored(PREDICTIONS, 50, GROUPS)
+    assert {k for k in found if "/" not in k} == set(names)
+    assert set(found) == {n + s for n in names for s in ("", *(f"/{g}" for g in GROUPS))}
+    assert set(_scored(PREDICTIONS, 50, [])) == set(names)
+
+
+def test_new_groups_forget_and_nothing_adds_nothing() -> None:
+    scorer = Scorer(GROUPS)
+    scorer.update(PREDICTIONS)
+    scorer.set_groups(["clean"])
+    scorer.update([])
+    scorer.update(PREDICTIONS[:20])
+    expected = _scored(PREDICTIONS[:20], 20, ["clean"])
+    assert scorer.compute() == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_undefined_is_nan_without_a_warning() -> None:
+    always = [p for p in PREDICTIONS if p.correct and p.confidence is not None]
+    found = _scored(always, 50, [])
+    assert math.isnan(found["auroc"])
+    assert found["accuracy"] == 1.0

@@ -49,21 +49,19 @@ from vlm_calibration.stages.sft import SFTModule
 
 from ..level_tables import noise_counts
 from ..trainers import plain_trainer
-from .preference import Data, MakeTrainer, Stop
+from .conftest import Data, MakeTrainer, Stop
 
 FitLevels = Callable[..., dict[str, bytes]]
 FOUR = DemoSource("calibration", scenes=4)
 
 
-@pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
-    """The model's answers, graded at random with an accuracy that falls with the strength.
+def grade_at_random(answers: list[Prediction]) -> Callable[..., list[Prediction]]:
+    """Grading with an accuracy that falls with the strength, which adds to a list what it grades.
 
     The tiny model itself is hardly ever correct, which gives no table.
     """
-    answers: list[Prediction] = []
 
-    def answer(*arguments: Any) -> list[Prediction]:
+    def grade(*arguments: Any) -> list[Prediction]:
         graded = [
             replace(p, correct=bool(query_rng(0, 0, p.id).random() >= p.strength))
             for p in grade_answers(*arguments)
@@ -71,7 +69,14 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
         answers.extend(graded)
         return graded
 
-    monkeypatch.setattr(base, "grade_answers", answer)
+    return grade
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
+    """The model's answers, graded at random."""
+    answers: list[Prediction] = []
+    monkeypatch.setattr(base, "grade_answers", grade_at_random(answers))
     return answers
 
 
@@ -142,18 +147,6 @@ def test_without_queries_nothing_is_loaded(data: Data, trainer: MakeTrainer) -> 
         trainer().test(module, datamodule=data(levels=FOUR, train=None), verbose=False)
 
 
-def test_each_command_asks_its_own_queries_of_one_data_module(data: Data) -> None:
-    splits = {"held": EvalSplit(DemoSource("calibration", 1, first=50))}
-    queries = data(levels=FOUR, calibration=splits, noise=NoisePolicy(levels=LinearLevels(n_levels=3)))
-    for module, asked in (
-        (LevelFitModule(BaseModel("nowhere")), ["levels"]),
-        (EvaluationModule(BaseModel("nowhere")), ["test", "calibration"]),
-    ):
-        queries.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
-        queries.setup("test")
-        assert list(queries.tested_queries) == asked
-
-
 # --- Interruptions ---------------------------------------------------------------------------------------------------------
 
 
@@ -161,13 +154,11 @@ def test_each_command_asks_its_own_queries_of_one_data_module(data: Data) -> Non
 def fit_levels(model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path) -> FitLevels:
     """Measures with a new module and returns what it wrote."""
 
-    def fit(
-        name: str = "run", *callbacks: L.Callback, start_over: bool = False, max_new_tokens: int = 3
-    ) -> dict[str, bytes]:
+    def fit(name: str = "run", *callbacks: L.Callback, start_over: bool = False) -> dict[str, bytes]:
         out, likelihoods = tmp_path / name / "levels.json", tmp_path / name / "likelihoods.parquet"
         base = BaseModel(model_folder, dtype="float32")
-        module = LevelFitModule(base, str(out), str(likelihoods), max_new_tokens)
-        module.start_over, module.run_digest = start_over, f"of {max_new_tokens}"
+        module = LevelFitModule(base, str(out), str(likelihoods), max_new_tokens=3)
+        module.start_over, module.run_digest = start_over, "of these settings"
         policy = NoisePolicy(levels=LinearLevels(n_levels=3))
         run = trainer(*callbacks, default_root_dir=tmp_path / name)
         run.test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
@@ -195,17 +186,17 @@ def test_an_interrupted_measurement_resumes_and_ends_as_an_uninterrupted_one(
         assert len(answers) == len({p.id for p in answers}) == TOTAL
 
 
-@pytest.mark.parametrize("changes", [{"start_over": True}, {"max_new_tokens": 4}, {}])
-def test_a_measurement_of_other_settings_or_images_or_with_overwrite_starts_over(
-    fit_levels: FitLevels, answers: list[Prediction], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+@pytest.mark.parametrize("start_over", [True, False])
+def test_a_measurement_of_other_images_or_with_overwrite_starts_over(
+    fit_levels: FitLevels, answers: list[Prediction], monkeypatch: pytest.MonkeyPatch, start_over: bool
 ) -> None:
     """An image may be edited after the interruption, under the same name."""
     with pytest.raises(RuntimeError):
         fit_levels("run", Stop(4, RuntimeError))
     answers.clear()
-    if not changes:
+    if not start_over:
         monkeypatch.setattr(DemoSource, "image_digest", lambda self, query: "edited")
-    fit_levels(**changes)
+    fit_levels(start_over=start_over)
     assert len(answers) == TOTAL
 
 
@@ -334,18 +325,13 @@ TRAIN = AtSigns("train", scenes=3)
 
 @pytest.fixture(scope="module")
 def measured(model_folder: str, data: Data, tmp_path_factory: pytest.TempPathFactory) -> LevelFitModule:
-    """A module that has measured the tiny model's levels; the stronger the perturbation, the less often answers are graded correct."""
-    folder, rng = tmp_path_factory.mktemp("measured"), np.random.default_rng(0)
-
-    def answer(*arguments: Any) -> list[Any]:
-        graded = grade_answers(*arguments)
-        return [replace(p, correct=bool(rng.random() >= (p.strength or 0))) for p in graded]
-
+    """A module that has measured the tiny model's levels."""
+    folder = tmp_path_factory.mktemp("measured")
     paths = folder / "levels.json", folder / "deep" / "likelihoods.parquet"
     module = LevelFitModule(BaseModel(model_folder, dtype="float32"), *map(str, paths), max_new_tokens=5)
     queries, run = data(levels=FOUR, train=TRAIN, noise=POLICY), plain_trainer(folder / "run")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(base, "grade_answers", answer)
+        patched.setattr(base, "grade_answers", grade_at_random([]))
         run.test(module, datamodule=queries, verbose=False)
     assert outputs_of(run, module, queries)[:2] == [*paths]
     return module
@@ -371,6 +357,8 @@ def test_the_file_has_the_likelihood_of_every_training_query(measured: LevelFitM
     read = read_likelihoods(Path(measured.likelihoods or ""), table.provenance, "")
     assert list(read) == [q.id for q in TRAIN.queries()]
     assert [m.content for m in read.values()] == [TRAIN.content_digest(q) for q in TRAIN.queries()]
+    other = AtSigns("train", scenes=3, hand="line")
+    assert not {m.content for m in read.values()} & {other.content_digest(q) for q in other.queries()}
     assert len({m.likelihood for m in read.values()}) > 3
     # One by one, with the estimator that an evaluation uses.
     queries = data(train=TRAIN, noise=POLICY)
@@ -431,38 +419,23 @@ def own_data(folder: Path, colour: str = "red", question: str = "Is there a dog?
     return JsonlSource(str(folder / "train.jsonl"))
 
 
-@pytest.mark.parametrize(
-    ("make", "changes", "culprit"),
-    [
-        (lambda _, **changes: DemoSource("train", scenes=3, **changes), {"hand": "line"}, "train-000000-yes"),
-        (own_data, {"colour": "blue"}, "q1"),
-        (own_data, {"question": "Is there a cat?"}, "q1"),
-    ],
-)
+@pytest.mark.parametrize("changes", [{"colour": "blue"}, {"question": "Is there a cat?"}])
 def test_missing_likelihoods_and_those_of_other_images_or_questions_stop_the_run_before_a_model_is_loaded(
-    refused: Callable[..., str],
-    tmp_path: Path,
-    make: Callable[..., QuerySource],
-    changes: dict[str, Any],
-    culprit: str,
+    refused: Callable[..., str], tmp_path: Path, changes: dict[str, str]
 ) -> None:
     """Under the same ids; the same data in another folder is the same, and is refused without the likelihood of one query."""
-    source = make(tmp_path / "measured")
+    source = own_data(tmp_path / "measured")
     measured = {q.id: Measured(0.5, source.content_digest(q)) for q in source.queries()}
     *_, missing = measured
-    message = refused(make(tmp_path / "same"), {k: v for k, v in measured.items() if k != missing})
-    for part in (
-        repr(missing),
-        f"{tmp_path}/likelihoods.parquet",
-        "data.train",
-        "`vlm-calibration levels fit`",
-    ):
+    message = refused(own_data(tmp_path / "same"), {k: v for k, v in measured.items() if k != missing})
+    file, command = f"{tmp_path}/likelihoods.parquet", "`vlm-calibration levels fit`"
+    for part in (repr(missing), file, "data.train", command):
         assert part in message
-    message = refused(make(tmp_path / "changed", **changes), measured)
+    message = refused(own_data(tmp_path / "changed", **changes), measured)
     for part in (
         "another question or image",
         "data.train",
-        repr(culprit),
+        "'q1'",
         "`vlm-calibration levels fit --overwrite`",
     ):
         assert part in message

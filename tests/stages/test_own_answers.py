@@ -1,10 +1,12 @@
-"""Stage 2 on the reference's own answers, against each query and each response on its own: answers, scores, targets and losses."""
+"""Stage 2 on the reference's own answers: targets against each query on its own, and which answers count.
+
+`models/test_whole_path.py` compares candidates and losses with each response on its own.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +21,6 @@ from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.p_true import TEMPLATE
-from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import RLCR, SoftLabel
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.records import DataError, Query
@@ -34,8 +35,8 @@ from vlm_calibration.stages.preference_targets import (
 )
 from vlm_calibration.stages.training import trained_parameters
 
+from .conftest import LEVELS, OWN, WITH_OPPOSITE, Data, MakeModule, MakeTrainer, Steps, adapter_weights
 from .own import MAPS, MakeStep, OwnStep, nearest
-from .preference import LEVELS, OWN, WITH_OPPOSITE, Data, MakeModule, MakeTrainer, Steps, adapter_weights
 
 EMPTY, UNCLEAR = "Confidence: 50%", "It is white. Confidence: 50%"
 
@@ -45,42 +46,6 @@ def make_own(make_step: MakeStep) -> MakeStep:
     """As `make_step`, with own answers and a loss for which the target is whether they are correct."""
     plain = {"pairs": PairPolicy(target="correct"), "loss": SoftLabel(width=0.2)}
     return partial(make_step, **{"answers": OWN, **plain})
-
-
-# --- Answers and scores ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"reference": "base", "scoring": "plain"}], ids=repr)
-def test_candidates_give_what_the_reference_generates_and_are_scored_as_if_alone(
-    make_own: MakeStep, settings: dict[str, Any]
-) -> None:
-    step = make_own(n=9, moved=0.4, **settings)
-    prompts, comparison = step.compare()
-    changed = [step.text(row, reference=False) != step.text(row) for row in range(9)]
-    assert sum(changed) > 2, "the policy answers otherwise"
-    assert len(set(prompts.lengths.tolist())) > 1, "prompts of different lengths"
-    with torch.no_grad():
-        policy = step.module.score(prompts, comparison.candidates)
-    assert comparison.of_all is not None
-    for row in range(9):
-        ours = comparison.candidates[row]
-        assert [c.confidence for c in ours] == list(LEVELS)
-        assert comparison.is_correct[row] == step.is_correct(row)
-        assert not any(c.wrong for c in ours)
-        for scores, reference in ((comparison.of_all, True), (policy, False)):
-            alone = step.stated(row, reference)
-            assert [list(c.tokens) for c in ours] == [r.ids for r in alone]
-            assert [c.answer_length for c in ours] == [r.answer for r in alone]
-            for k, response in enumerate(alone):
-                n = len(response.ids)
-                assert scores.tokens[row, k].tolist() == [t < n for t in range(scores.tokens.shape[2])]
-                assert scores.log_likelihood[row, k, :n].tolist() == pytest.approx(response.log_p, abs=2e-3)
-                assert not scores.log_likelihood[row, k, n:].any()
-    assert set(comparison.is_correct) == {True, False}
-    assert any(step.answer(row).rstrip(".") != step.samples[row].query.answer for row in range(9))
-    assert prompts.queries == tuple(s.query for s in step.samples)
-    assert prompts.levels == tuple(s.confidence for s in step.samples)
 
 
 def test_the_reference_answers_in_eval_mode_with_a_cache(
@@ -110,9 +75,6 @@ def test_the_reference_answers_in_eval_mode_with_a_cache(
     assert comparison.of_all is not None
     assert expected.of_all is not None
     torch.testing.assert_close(comparison.of_all, expected.of_all, atol=1e-5, rtol=1e-5)
-
-
-# --- Targets --------------------------------------------------------------------------------------------------------
 
 
 def _target(step: OwnStep, row: int, target: str) -> float:
@@ -145,7 +107,8 @@ def _target(step: OwnStep, row: int, target: str) -> float:
 
 @pytest.mark.slow
 def test_targets_are_what_is_computed_for_each_query_alone(make_own: MakeStep) -> None:
-    step = make_own()
+    step = make_own(moved=0.4)
+    assert any(step.text(row, reference=False) != step.text(row) for row in range(6)), "the reference answers"
     for target in get_args(Target):
         step.module.target = TargetChooser(target, TeacherSettings())
         if target == "fitted":
@@ -163,15 +126,10 @@ def test_targets_are_what_is_computed_for_each_query_alone(make_own: MakeStep) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("loss", "target", "text"), [(RLCR(), "correct", EMPTY), (DPO(), "likelihood", UNCLEAR)]
-)
-def test_a_query_without_an_answer_to_rate_does_not_count(
-    make_own: MakeStep, loss: CandidateLoss, target: Any, text: str
-) -> None:
-    weights = {"nll_weight": 0.5, "drift_weight": 0.5}
-    step = make_own(answers=WITH_OPPOSITE, n=5, loss=loss, pairs=PairPolicy(target=target), **weights)
-    step.write({1: text})
+def test_a_query_without_an_answer_to_rate_does_not_count(make_own: MakeStep) -> None:
+    settings = {"loss": DPO(), "pairs": PairPolicy("likelihood"), "nll_weight": 0.5, "drift_weight": 0.5}
+    step = make_own(answers=WITH_OPPOSITE, n=5, **settings)
+    step.write({1: UNCLEAR})
     assert step.samples[1].query.answer_type == "yes_no"
     whole = float(step.step())
     logged = dict(step.logged)
@@ -286,40 +244,42 @@ def test_a_resumed_run_keeps_its_teacher(
     run = trainer(seen, saver, enable_checkpointing=True, max_epochs=2, limit_val_batches=0)
     run.fit(uninterrupted, datamodule=candidates(OWN))
     first = tmp_path / "run" / "checkpoints" / "epoch=0.ckpt"
-    assert uninterrupted.target.fitted is not None
-    assert torch.load(first, weights_only=True)["teacher"] == asdict(uninterrupted.target.fitted)
 
     monkeypatch.setattr(TargetChooser, "fit", None)
     resumed, rest = make_module(**settings), Steps()
     run = trainer(rest, max_epochs=2, limit_val_batches=0)
     run.fit(resumed, datamodule=candidates(OWN), ckpt_path=str(first))
-    assert resumed.target.fitted is not None
-    assert resumed.target.fitted == uninterrupted.target.fitted
+    assert resumed.target.fitted == uninterrupted.target.fitted is not None
     assert len(seen.losses) == 6
     assert rest.losses == seen.losses[3:]
     there, here = (adapter_weights(m, "default") for m in (uninterrupted, resumed))
     assert all(torch.equal(there[name], here[name]) for name in there)
-    other = make_module(**settings, teacher=TeacherSettings(("expected",), "isotonic"))
-    with pytest.raises(DataError, match=r"--ckpt_path.*model\.teacher"):
-        trainer(max_epochs=2).fit(other, datamodule=candidates(OWN), ckpt_path=str(first))
 
 
 @pytest.mark.parametrize(
-    ("answers", "settings", "match"),
+    ("data", "settings", "match"),
     [
-        (CandidateSettings(), {"pairs": PairPolicy("likelihood")}, r"likelihood.*data\.candidates\.answers"),
-        (OWN, {"loss": SoftLabel(), "reference": "none"}, r"data\.candidates.*model\.reference"),
-        (OWN, {"loss": SoftLabel(opposite_weight=0.3)}, r"opposite_weight.*data\.candidates\.wrong_answer"),
-        (None, {}, r"data\.candidates is not set"),
+        (
+            {"candidates": CandidateSettings()},
+            {"pairs": PairPolicy("likelihood")},
+            r"likelihood.*data\.candidates\.answers",
+        ),
+        ({}, {"loss": SoftLabel(), "reference": "none"}, r"data\.candidates.*model\.reference"),
+        ({}, {"loss": SoftLabel(opposite_weight=0.3)}, r"opposite_weight.*data\.candidates\.wrong_answer"),
+        ({"candidates": None}, {}, r"data\.candidates is not set"),
+        (
+            {"validation": None},
+            {"pairs": PairPolicy("fitted")},
+            r"data\.validation is not set: `target: fitted`",
+        ),
     ],
-    ids=["gold", "none", "opposite", "without"],
 )
 def test_data_that_does_not_fit_the_module_is_rejected(
-    make_module: MakeModule, candidates: Data, answers: CandidateSettings | None, settings: Any, match: str
+    make_module: MakeModule, candidates: Data, data: dict[str, Any], settings: dict[str, Any], match: str
 ) -> None:
     module = make_module(**{"pairs": PairPolicy(target="correct"), **settings})
     with pytest.raises(DataError, match=match):
-        module.check_data(candidates(answers))
+        module.check_data(candidates(**{"candidates": OWN, **data}))
 
 
 def test_a_teacher_needs_every_answer_type_in_the_validation_set(

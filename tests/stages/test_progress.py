@@ -1,4 +1,4 @@
-"""An interrupted evaluation resumes from its answers, and ends with the files of an uninterrupted one."""
+"""An interrupted evaluation resumes from the log of its answers, and ends with the files of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import logging
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -19,19 +21,17 @@ import yaml
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.predictions import read_predictions
+from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
 from vlm_calibration.estimators.verbal import ExpectedConfidence
+from vlm_calibration.records import DataError
+from vlm_calibration.stages.answer_log import AnswerLog, ResumeState
+from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 
 from ..command_line import Ended, callback
 from ..level_tables import measured
-from .preference import Data, Evaluate, NewAdapter, Stop
-
-pytestmark = pytest.mark.slow
+from .conftest import Data, Evaluate, NewAdapter, Stop
 
 SYSTEMS = ("base", "one", "oracle")
-FILES = [f"{system}/{name}" for system in SYSTEMS for name in ("predictions.jsonl", "metrics.json")]
-DDP = ("--trainer.strategy", "ddp")
-WRITER = callback("predictions.PredictionWriter")
 
 
 def _part(scenes: int, noise: str = "none", shifted: bool = False) -> dict[str, Any]:
@@ -58,13 +58,14 @@ def evaluation(
         name: str, *disaster: dict[str, Any], behind: bool = False, batch: int = 3, **model: Any
     ) -> list[str]:
         asked = callback("disasters.WriteAsked", path=str(tmp_path / f"{name}.asked."))
+        writer = callback("predictions.PredictionWriter")
         overlay = {
             "trainer": {
                 "accelerator": "cpu",
                 "logger": False,
                 "enable_progress_bar": False,
                 "default_root_dir": str(tmp_path / name),
-                "callbacks": [asked, *(() if behind else disaster), WRITER, *(disaster if behind else ())],
+                "callbacks": [asked, *(() if behind else disaster), writer, *(disaster if behind else ())],
             },
             "model": {
                 "init_args": {
@@ -91,10 +92,6 @@ def evaluation(
     return arguments
 
 
-def _kill(batch: int, when: str, **settings: Any) -> dict[str, Any]:
-    return callback("disasters.KillTest", batch=batch, when=when, **settings)
-
-
 def _files(folder: Path) -> dict[str, bytes]:
     """The content of all files except the configuration and the record, which name the folder and its models."""
     paths = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
@@ -103,70 +100,40 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def _messages(ended: Ended) -> list[str]:
-    """The messages of all processes about an earlier run."""
-    return re.findall(r"resuming: .*|.*starting over.*", ended.err)
-
-
-def test_killed_again_and_again(
-    run: Callable[..., Ended], evaluation: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    ended = run(*evaluation("whole"))
-    assert ended.status == 0, ended.err
-    whole = _files(tmp_path / "whole")
-    assert sorted(whole) == sorted(FILES)
-    ids = (tmp_path / "whole.asked.0").read_text().splitlines()
-    assert len(set(ids)) == len(ids) == 15
-    log = tmp_path / "cut.asked.0"
-
-    # (disaster, whether it comes behind the writer, exit status), batches answered before and asked in this run
-    runs: list[tuple[Any, bool, int, int, int]] = [
-        (_kill(1, "writing"), False, -signal.SIGXFSZ, 0, 2),
-        (_kill(0, "answered", number=int(signal.SIGTERM)), False, 143, 1, 1),
-        (_kill(0, "ending"), True, -signal.SIGKILL, 2, 3),
-        (None, False, 0, 5, 0),
-    ]
-    for number, (disaster, behind, status, before, asked) in enumerate(runs):
-        log.write_text("")
-        ended = run(*evaluation("cut", *([disaster] if disaster else []), behind=behind))
-        assert ended.status == status, f"{number}: {ended.err}"
-        expected = [f"resuming: {3 * before} of 15 queries were answered before"] if before else []
-        assert _messages(ended) == expected, number
-        assert log.read_text().splitlines() == ids[3 * before : 3 * (before + asked)], number
-        if number == 0:
-            written = (tmp_path / "cut/.answered.0.jsonl").read_bytes()
-            assert written.count(b"\n") == 1
-            assert not written.endswith(b"\n"), "this was killed while it wrote"
-    assert _files(tmp_path / "cut") == whole
-
-
-def test_two_processes_and_then_one(
+@pytest.mark.slow
+def test_two_processes_are_killed_and_one_resumes_twice(
     run: Callable[..., Ended],
     run_each: Callable[..., tuple[Ended, Ended]],
     evaluation: Callable[..., list[str]],
     tmp_path: Path,
 ) -> None:
-    first, second = run_each(*evaluation("whole", batch=2), *DDP)
-    assert (first.status, second.status) == (0, 0), first.err + second.err
-    whole = _files(tmp_path / "whole")
-    assert sorted(whole) == sorted(FILES)
+    ended = run(*evaluation("whole"))
+    assert ended.status == 0, ended.err
+    whole, asked = _files(tmp_path / "whole"), tmp_path / "cut.asked.0"
+    assert sorted(whole) == sorted(
+        f"{s}/{name}" for s in SYSTEMS for name in ("metrics.json", "predictions.jsonl")
+    )
 
     # One process is killed; the other one fails when it has answered its own queries.
-    first, second = run_each(*evaluation("one", _kill(2, "answered", rank=1), batch=2), *DDP)
+    kill = callback("disasters.KillTest", batch=2, when="answered", rank=1)
+    first, second = run_each(*evaluation("cut", kill, batch=2), "--trainer.strategy", "ddp")
     assert second.status == -signal.SIGKILL, second.err
     assert first.status not in (0, -signal.SIGKILL), first.err
-    (tmp_path / "one.asked.0").unlink()
-    ended = run(*evaluation("one", batch=4))
-    assert ended.status == 0, ended.err
-    assert _messages(ended) == ["resuming: 12 of 15 queries were answered before"]
-    assert (tmp_path / "one.asked.0").read_text().count("\n") == 3
-    assert set(_files(tmp_path / "one")) == set(whole)
+    stop = callback("disasters.KillTest", batch=0, when="answered", number=int(signal.SIGTERM))
+    for disaster, status, before, n_asked in (((stop,), 143, 12, 1), ((), 0, 13, 2)):
+        asked.write_text("")
+        ended = run(*evaluation("cut", *disaster, batch=1))
+        assert ended.status == status, ended.err
+        messages = re.findall(r"resuming: .*|.*starting over.*", ended.err)
+        assert messages == [f"resuming: {before} of 15 queries were answered before"]
+        assert asked.read_text().count("\n") == n_asked
+    assert set(_files(tmp_path / "cut")) == set(whole)
     for system in SYSTEMS:
-        one, two = (read_predictions(tmp_path / n / system / "predictions.jsonl") for n in ("one", "whole"))
-        assert [replace(p, estimates={}) for p in one] == [replace(p, estimates={}) for p in two]
-        for a, b in zip(one, two, strict=True):
+        cut, uncut = (read_predictions(tmp_path / n / system / "predictions.jsonl") for n in ("cut", "whole"))
+        assert [replace(p, estimates={}) for p in cut] == [replace(p, estimates={}) for p in uncut]
+        for a, b in zip(cut, uncut, strict=True):
             assert a.estimates == pytest.approx(b.estimates, abs=1e-5)
-        metrics = [json.loads((tmp_path / n / system / "metrics.json").read_text()) for n in ("one", "whole")]
+        metrics = [json.loads((tmp_path / n / system / "metrics.json").read_text()) for n in ("cut", "whole")]
         assert metrics[0] == pytest.approx(metrics[1], abs=2e-4)
 
 
@@ -184,10 +151,15 @@ def evaluate(run_evaluation: Evaluate, new_adapter: NewAdapter, tmp_path: Path) 
     return run
 
 
+@pytest.mark.slow
 def test_errors_and_interrupts_keep_what_was_answered_and_a_calibration_set_moves_no_score(
-    evaluate: Callable[..., None], data: Data, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    evaluate: Callable[..., None],
+    data: Data,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Five batches of the test set, the last one of three queries, and three of the calibration set; an error, then Ctrl-C."""
+    """An error, after which half of a batch is on the disk, then Ctrl-C, then an error when the files are written."""
 
     def queries() -> PerturbedQueryDataModule:
         source = DemoSource("calibration", scenes=2)
@@ -206,11 +178,16 @@ def test_errors_and_interrupts_keep_what_was_answered_and_a_calibration_set_move
 
     with pytest.raises(ZeroDivisionError):
         evaluate("cut", Stop(2, ZeroDivisionError), queries=queries())
+    log = tmp_path / "cut/.answered.0.jsonl"
+    log.write_bytes(log.read_bytes()[:-100])
     with pytest.raises(SystemExit):
         evaluate("cut", Stop(1, KeyboardInterrupt, loader=1), queries=queries())
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(EvaluationModule, "on_test_end", Mock(side_effect=ZeroDivisionError))
+        evaluate("cut", queries=queries())
     evaluate("cut", queries=queries())
     assert re.findall(r"resuming: .* before", caplog.text) == [
-        f"resuming: {n} of 27 queries were answered before" for n in (8, 19)
+        f"resuming: {n} of 27 queries were answered before" for n in (4, 19, 27)
     ]
     assert _files(tmp_path / "cut") == {**files, **held_out}
 
@@ -225,6 +202,7 @@ def test_errors_and_interrupts_keep_what_was_answered_and_a_calibration_set_move
         assert len(read_predictions(tmp_path / "limited" / system / "predictions.jsonl")) == 4
 
 
+@pytest.mark.slow
 def test_where_nothing_is_asked_nothing_is_lost(evaluate: Callable[..., None], tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         evaluate("cut", Stop(2, ZeroDivisionError))
@@ -236,3 +214,126 @@ def test_where_nothing_is_asked_nothing_is_lost(evaluate: Callable[..., None], t
     with pytest.raises(ValueError, match="no adapter at"):
         evaluate("cut")
     assert _files(tmp_path / "cut") == before
+
+
+# --- The log of the answers ---
+
+RUN = "a digest"
+QUERIES: Any = {
+    "test": [SimpleNamespace(id=f"q{n}") for n in range(9)],
+    "calibration": [SimpleNamespace(id=f"q{n}") for n in range(3)],
+}
+
+
+def _batch(*numbers: int) -> BatchAnswers:
+    """Answers to the queries of these numbers by two systems."""
+
+    def answers(text: str) -> list[EstimatedPrediction]:
+        rest: Any = (None, 0, "yes_no", "", 0.0, None, {"p": 1e-6})
+        return [
+            EstimatedPrediction(f"q{n}", "Größe?\u2028", "Yes", text, "yes", 0.29, True, *rest)
+            for n in numbers
+        ]
+
+    passes = {"base": {"verbalized": [2] * len(numbers)}}
+    return BatchAnswers(answers={"base": answers("Yes\n"), "one": answers("No")}, passes=passes)
+
+
+def _log(folder: Path, rank: int = 0, run: str | None = RUN) -> AnswerLog:
+    return AnswerLog(folder, rank, QUERIES, run)
+
+
+def _begun(folder: Path, *batches: list[tuple[int, ...]]) -> AnswerLog:
+    """The log of the first of some processes that have answered these batches of the test set each."""
+    assert _log(folder).find() == ResumeState()
+    for rank, own in enumerate(batches):
+        log = _log(folder, rank)
+        for numbers in own:
+            log.add("test", _batch(*numbers))
+        log.close()
+    return _log(folder)
+
+
+def test_what_was_answered_is_found_again(tmp_path: Path) -> None:
+    _begun(tmp_path, [(0, 2), (4, 6)], [(1, 3)])
+    held_out = _log(tmp_path, 2)
+    held_out.add("calibration", _batch(2, 0))
+    held_out.close()
+    later = _log(tmp_path)
+    state = later.find()
+    assert state.answered == {"test": [0, 2, 4, 6, 1, 3], "calibration": [2, 0]}
+    assert state.message == f"{tmp_path}: resuming: 8 of 12 queries were answered before"
+    assert [*later.batches("test")] == [_batch(0, 2), _batch(4, 6), _batch(1, 3)]
+    assert [*later.batches("calibration")] == [_batch(2, 0)]
+    other = _log(tmp_path, 1)
+    other.add("test", _batch(5, 7))
+    later.add("test", _batch(8))
+    later.write_predictions("one", "test", tmp_path / "one.jsonl", 9)
+    later.write_predictions("base", "calibration", tmp_path / "held_out.jsonl")
+    lines = (tmp_path / "one.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["id"] for line in lines] == [f"q{n}" for n in range(9)]
+    assert lines[8] == json.dumps(_batch(8)["answers"]["one"][0].to_dict(), ensure_ascii=False)
+    lines = (tmp_path / "held_out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["id"] for line in lines] == ["q0", "q2"]
+    later.clear()
+    assert {p.name for p in tmp_path.iterdir()} == {"one.jsonl", "held_out.jsonl"}
+
+
+def test_without_answers_there_is_nothing_to_tell(tmp_path: Path) -> None:
+    _log(tmp_path).add("test", BatchAnswers(answers={"base": [], "one": []}, passes={}))
+    assert not list(tmp_path.iterdir())
+    _begun(tmp_path, [(0, 1)])
+    assert _log(tmp_path, run=None).find() == ResumeState(), "without a record, nobody knows whose these are"
+    path = tmp_path / ".answered.0.jsonl"
+    path.write_bytes(path.read_bytes()[:20])  # a first line that was cut off
+    assert _log(tmp_path).find() == ResumeState()
+
+
+@pytest.mark.parametrize(
+    ("run", "complete", "reason"),
+    [
+        ("another digest", True, "it had other settings or inputs"),
+        (RUN, False, "trainer.limit_test_batches is set"),
+    ],
+)
+def test_others_start_over(tmp_path: Path, run: str, complete: bool, reason: str) -> None:
+    _begun(tmp_path, [(0, 1)], [(2, 3)])
+    log = _log(tmp_path, run=run)
+    over = f"{tmp_path}: starting over instead of resuming the interrupted run: {reason}"
+    assert log.find(complete=complete) == (None, over)
+    log.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def _spoilt(path: Path) -> Iterator[tuple[bytes, str]]:
+    first, second = path.read_bytes().splitlines(keepends=True)
+    at, twice = f"{path}:1: damaged", "not answers to the 9 queries of data.test, each once"
+    yield first.replace(b'"one": [', b'"one": [1, ') + second, at
+    yield first.replace(b'"one": [', b'"one": [], "two": [') + second, at
+    yield first.replace(b'"split": "test"', b'"split": "train"') + second, at
+    yield first.replace(b'"passes": {', b'"passes": 1, "p": {') + second, at
+    yield first + first, twice
+    yield first.replace(b'"q1"', b'"q9"'), twice
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    _begun(tmp_path, [(0, 1), (2, 3)])
+    path = tmp_path / ".answered.0.jsonl"
+    for content, says in [*_spoilt(path)]:
+        assert content != path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            _log(tmp_path).find()
+        assert says in str(caught.value)
+        assert "remove .answered.*.jsonl in this folder" in str(caught.value)
+
+
+def test_predictions_that_are_not_all_there_are_not_written(tmp_path: Path) -> None:
+    logs = (
+        _begun(tmp_path / "few", [(0, 1)], [(2, 3)]),
+        _begun(tmp_path / "twice", [(0, 1)], [(2, 3), (3, 4)]),
+    )
+    for log, total in zip((logs[0], logs[1], logs[1]), (5, 5, 6), strict=True):
+        with pytest.raises(DataError, match="does another evaluation write into this folder"):
+            log.write_predictions("base", "test", tmp_path / "predictions.jsonl", total)
+    assert not (tmp_path / "predictions.jsonl").exists()

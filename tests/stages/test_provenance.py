@@ -33,7 +33,7 @@ from vlm_calibration.text.grading import Grading
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..level_tables import FALLING, measured
-from .preference import Data, MakeTrainer
+from .conftest import Data, MakeTrainer
 
 
 @pytest.mark.parametrize(

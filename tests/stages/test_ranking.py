@@ -25,7 +25,7 @@ from vlm_calibration.stages.level_fit import LevelFitModule, rank_answers
 from vlm_calibration.text.confidence import render_answer
 from vlm_calibration.text.grading import Grading
 
-from .preference import Data, LoadModel, MakeTrainer
+from .conftest import Data, LoadModel, MakeTrainer
 
 RANKING = Grading(rank_levels=True)
 
@@ -92,28 +92,17 @@ def test_every_wrong_answer_must_be_less_likely(
         assert rank_answers(model, batch) == [None] * len(chosen), "other stages and queries rank nothing"
 
 
-@pytest.mark.parametrize(
-    ("grading", "kind", "correct"),
-    [
-        (Grading(), "short", False),
-        (Grading(short="token_f1", min_f1=0.3), "short", True),
-        (Grading(open="contains"), "open", True),
-    ],
-)
-def test_one_setting_grades_validation_and_evaluation(
-    data: Data, grading: Grading, kind: Any, correct: bool
-) -> None:
+@pytest.mark.parametrize(("rule", "correct"), [("exact", False), ("contains", True)])
+def test_one_setting_grades_validation_and_evaluation(data: Data, rule: Any, correct: bool) -> None:
     source = DemoSource("test", scenes=1)
-    queries = data(validation=source, test={"": EvalSplit(source)}, grading=grading)
-    queries.setup("fit")
-    queries.setup("test")
-    [validated], [tested] = queries.val_dataloader(), queries.test_dataloader()
+    module = data(validation=source, test={"": EvalSplit(source)}, grading=Grading(short=rule))
+    module.setup("fit")
+    module.setup("test")
+    [validated], [tested] = module.val_dataloader(), module.test_dataloader()
     for batch in (validated.prompts, tested):
-        dogs = batch._replace(
-            queries=tuple(replace(q, answer="dog", answer_type=kind) for q in batch.queries)
-        )
+        queries = tuple(replace(q, answer="dog", answer_type="short") for q in batch.queries)
         texts = ["A big brown dog lies there. Confidence: 80%"] * 3
-        assert [p.correct for p in grade_answers(dogs, texts)] == [correct] * 3
+        assert [p.correct for p in grade_answers(batch._replace(queries=queries), texts)] == [correct] * 3
 
 
 class OpenSource(DemoSource):

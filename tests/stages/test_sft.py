@@ -1,27 +1,21 @@
-"""Stage 1: the weights in its loss, what training changes and writes, and that it learns."""
+"""Stage 1: the weights in its loss, what stops a run, and what it refuses. `models/test_whole_path.py` tests that it learns."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
-from torch import Tensor
 
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.callbacks.checkpoint import RunCheckpoint
 from vlm_calibration.callbacks.nan_guard import NanGuard
-from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.data.collate import IGNORE, SFTBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
-from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.losses.sequence import response_nll
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.forward import LabelledLogits
@@ -34,7 +28,7 @@ from vlm_calibration.text.confidence import render_answer
 
 from ..disasters import Spoil, SpoilGradient
 from ..level_tables import OnlyAt
-from .preference import Data, LoadModel, MakeTrainer, Steps
+from .conftest import Data, MakeTrainer
 
 ALL_PARTS = ["language", "tower", "projector"]
 
@@ -53,26 +47,12 @@ def _batch(data: PerturbedQueryDataModule) -> SFTBatch:
     return batch._replace(confidence=torch.tensor([0.9, 0.4, 0.0]))
 
 
-class Observed:
-    """Runs training steps outside a Trainer and records the label logits and the logged values."""
-
-    def __init__(self, module: SFTModule, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.module = module
-        self.logged: dict[str, float] = {}
-        self.labelled: LabelledLogits | None = None
-        module.configure_model()
-        monkeypatch.setattr(module, "log", lambda name, value, **_: self.logged.update({name: float(value)}))
-        original = sft.labelled_logits
-
-        def watched(*arguments: Any) -> LabelledLogits:
-            self.labelled = original(*arguments)
-            self.labelled.logits.retain_grad()
-            return self.labelled
-
-        monkeypatch.setattr(sft, "labelled_logits", watched)
-
-    def loss(self, batch: SFTBatch) -> Tensor:
-        return self.module.training_step(batch, 0)
+def _configured(module: SFTModule, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Load the model of a module outside a Trainer; returns what the module logs."""
+    logged: dict[str, float] = {}
+    module.configure_model()
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    return logged
 
 
 @pytest.mark.parametrize(
@@ -99,11 +79,20 @@ def test_the_loss_weights_tokens_as_configured_and_teaches_no_wrong_answer(
     confidence: float,
 ) -> None:
     batch = _batch(data())._replace(is_correct=torch.tensor(correct))
-    observed = Observed(_module(model_folder, **settings), monkeypatch)
-    loss = observed.loss(batch)
+    module = _module(model_folder, **settings)
+    logged = _configured(module, monkeypatch)
+    found: list[LabelledLogits] = []
+    original = sft.labelled_logits
+
+    def watched(*arguments: Any) -> LabelledLogits:
+        found.append(original(*arguments))
+        return found[0]
+
+    monkeypatch.setattr(sft, "labelled_logits", watched)
+    loss = module.training_step(batch, 0)
+    [(logits, targets, rows)] = found
+    logits.retain_grad()
     loss.backward()
-    assert observed.labelled is not None
-    logits, targets, rows = observed.labelled
     likelihood = torch.log_softmax(logits.detach().double(), -1)[range(len(targets)), targets]
     mask = batch.confidence_mask[:, 1:][batch.labels[:, 1:] != IGNORE]
     weights = torch.where(mask, torch.tensor(confidence), torch.tensor(answer)[rows])
@@ -113,23 +102,23 @@ def test_the_loss_weights_tokens_as_configured_and_teaches_no_wrong_answer(
     expected = {"loss": float(loss), "nll_confidence": -float(likelihood[mask].mean()), "skipped": 0}
     if any(correct):
         expected["nll_answer"] = -float(likelihood[~mask & batch.is_correct[rows]].mean())
-    assert observed.logged == pytest.approx({f"train/{k}": v for k, v in expected.items()}, rel=1e-4)
+    assert logged == pytest.approx({f"train/{k}": v for k, v in expected.items()}, rel=1e-4)
 
 
 def test_a_batch_whose_samples_are_all_too_long_teaches_nothing(
     model_folder: str, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = _batch(data())
-    observed = Observed(_module(model_folder), monkeypatch)
+    batch, module = _batch(data()), _module(model_folder)
+    logged = _configured(module, monkeypatch)
     labels = torch.zeros((0, 0), dtype=torch.int64)
     empty = SFTBatch({}, labels, labels.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ("a", "b"))
-    loss = observed.loss(empty)
+    loss = module.training_step(empty, 0)
     assert float(loss) == 0
     loss.backward()
-    parameters = trained_parameters(observed.module)
+    parameters = trained_parameters(module)
     assert all(p.grad is not None and not p.grad.any() for p in parameters), "processes stay in step"
-    observed.loss(batch._replace(skipped=("c",)))
-    assert observed.module.skipped == observed.logged["train/skipped"] == 3
+    module.training_step(batch._replace(skipped=("c",)), 0)
+    assert module.skipped == logged["train/skipped"] == 3
 
 
 def test_gradient_checkpointing_changes_no_gradient_and_leaves_a_frozen_tower_out_of_the_graph(
@@ -138,64 +127,25 @@ def test_gradient_checkpointing_changes_no_gradient_and_leaves_a_frozen_tower_ou
     batch, lora = _batch(data()), LoraSettings(r=8, dropout=0.0)
     gradients = []
     for checkpointing in (False, True):
-        with monkeypatch.context() as patch:
-            observed = Observed(_module(model_folder, lora=lora, gradient_checkpointing=checkpointing), patch)
-            assert observed.module.model.training
-            base = observed.module.model.get_base_model()
-            assert base.is_gradient_checkpointing == checkpointing
-            runs: list[int] = []
-            layer = base.model.language_model.layers[0].mlp
-            layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
-            seen: list[bool] = []
-            base.model.vision_tower.register_forward_hook(
-                lambda _, inputs, output, seen=seen: seen.append(output.last_hidden_state.requires_grad)
-            )
-            observed.loss(batch).backward()
-            assert len(runs) == (2 if checkpointing else 1), "recomputed in the backward pass"
-            assert seen == [False], "the tower's activations are neither stored nor recomputed"
-            gradients.append([p.grad for p in trained_parameters(observed.module)])
+        module = _module(model_folder, lora=lora, gradient_checkpointing=checkpointing)
+        _configured(module, monkeypatch)
+        assert module.model.training
+        base = module.model.get_base_model()
+        assert base.is_gradient_checkpointing == checkpointing
+        runs: list[int] = []
+        layer = base.model.language_model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        seen: list[bool] = []
+        base.model.vision_tower.register_forward_hook(
+            lambda _, inputs, output, seen=seen: seen.append(output.last_hidden_state.requires_grad)
+        )
+        module.training_step(batch, 0).backward()
+        assert len(runs) == (2 if checkpointing else 1), "recomputed in the backward pass"
+        assert seen == [False], "the tower's activations are neither stored nor recomputed"
+        gradients.append([p.grad for p in trained_parameters(module)])
     assert any(p.any() for p in gradients[0])
     for plain, again in zip(*gradients, strict=True):
         assert torch.allclose(plain, again, atol=1e-6 * max(1.0, float(plain.abs().max())))
-
-
-@pytest.mark.slow
-def test_a_run_learns_and_writes_what_it_should(
-    model_folder: str, load_model: LoadModel, data: Data, trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    module, seen = _module(model_folder), Steps()
-    callbacks = (RunCheckpoint(), AdapterWriter(), PredictionWriter(), seen)
-    run = trainer(*callbacks, enable_checkpointing=True, max_epochs=10)
-    run.fit(module, datamodule=data(noise=NoisePolicy(clean_fraction=1.0)))
-    assert len(seen.losses) == 30
-    first, last = seen.losses[:3], seen.losses[-3:]
-    assert sum(last) < 0.4 * sum(first)
-
-    base = dict(load_model().named_parameters())
-    for name, parameter in module.model.get_base_model().named_parameters():
-        if "lora_" not in name:
-            assert torch.equal(parameter, base[name.replace("base_layer.", "")]), name
-
-    folder = tmp_path / "run"
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    assert trained
-    assert set(checkpoint["state_dict"]) == set(trained)
-
-    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert sum(t.numel() for t in saved.values()) == sum(p.numel() for p in trained.values())
-    again = PeftModel.from_pretrained(load_model(), folder / "adapter")
-    loaded = {name: p for name, p in again.named_parameters() if "lora_" in name}
-    assert all(torch.equal(loaded[name.removeprefix("model.")], p) for name, p in trained.items())
-    assert (folder / "adapter" / "tokenizer.json").is_file(), "the processor is saved beside it"
-
-    predictions = read_predictions(folder / "predictions.jsonl")
-    assert [p.id for p in predictions] == [f"calibration-000000-{kind}" for kind in ("yes", "no", "corner")]
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["n"] == 3, "of the last validation alone"
-    assert metrics["accuracy"] == pytest.approx(sum(p.correct for p in predictions) / 3)
-    written = {"adapter", "checkpoints", "predictions.jsonl", "metrics.json"}
-    assert {p.name for p in folder.iterdir()} == written
 
 
 @pytest.mark.parametrize(("disaster", "accumulated", "named"), [(Spoil, 2, 4), (SpoilGradient, 1, 2)])
