@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.nightly)])
 def test_shared_and_plain_scores_train_alike(name: str, tmp_path: Path) -> None:
     """Losses agree within 1%, gradients within 5% of their norm; the rest is rounding in bfloat16."""
     qlora, preset = (
