@@ -12,6 +12,8 @@ import pytest
 from vlm_calibration.callbacks import contact_sheet as sheets
 from vlm_calibration.callbacks.contact_sheet import ContactSheet, contact_sheet
 from vlm_calibration.callbacks.figures import CalibrationFigures, media_of, sample_table
+from vlm_calibration.callbacks.official import OfficialScores
+from vlm_calibration.callbacks.predictions import PredictionWriter
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
@@ -61,10 +63,11 @@ def test_the_response_has_a_row_for_each_kind_and_strength_with_confidences() ->
     assert set(unperturbed) == {"reliability", "risk_coverage", "confidence_table"}
 
 
-def test_figures_need_written_predictions(tmp_path: Path) -> None:
-    callback = CalibrationFigures()
-    with pytest.raises(DataError, match="CalibrationFigures needs a PredictionWriter before it"):
-        callback.setup(fake_trainer(tmp_path, callbacks=[callback]), None, "fit")  # type: ignore[arg-type]
+@pytest.mark.parametrize("callback", [CalibrationFigures(), OfficialScores()])
+def test_they_need_written_predictions(tmp_path: Path, callback: Any) -> None:
+    trainer = fake_trainer(tmp_path, callbacks=[callback, PredictionWriter()])
+    with pytest.raises(DataError, match=f"{type(callback).__name__} needs a PredictionWriter before it"):
+        callback.setup(trainer, None, "fit")
 
 
 def test_samples_are_evenly_spaced_queries_with_the_answers_of_each_system(processor: Any) -> None:
@@ -89,7 +92,6 @@ def test_samples_are_evenly_spaced_queries_with_the_answers_of_each_system(proce
 
 # --- The contact sheet ---
 
-NOISE = NoisePolicy()
 KINDS = NoisePolicy(LinearLevels(6), kinds={"noise": 1.0, "blur": 0.0, "motion_blur": 1.0, "fade": 0.5})
 
 
@@ -101,9 +103,9 @@ def _pictures(sheet: np.ndarray, row: int, columns: int) -> list[np.ndarray]:
 
 def test_queries_and_strengths_of_one_kind() -> None:
     source = DemoSource("test", scenes=4)
-    sheet = np.asarray(contact_sheet([source], 3, NOISE))
+    sheet = np.asarray(contact_sheet([source], 3, NoisePolicy()))
     assert sheet.shape == (3 * sheets.CELL_HEIGHT, sheets.TEXT_WIDTH + 12 * sheets.CELL_WIDTH, 3)
-    assert np.array_equal(sheet, np.asarray(contact_sheet([source], 3, NOISE)))
+    assert np.array_equal(sheet, np.asarray(contact_sheet([source], 3, NoisePolicy())))
     for row in range(3):
         overlay, untouched, *perturbed = _pictures(sheet, row, 12)
         assert not np.array_equal(overlay, untouched)
@@ -140,6 +142,6 @@ def test_each_kind_that_is_drawn_has_a_row_below_the_query(monkeypatch: pytest.M
         label = sheet[top + 1 : top + sheets.LABEL, left : left + sheets.THUMB]
         assert (label < 100).any(), "each picture has its label"
     sources = [DemoSource("test", scenes=1), DemoSource("train", scenes=1)]
-    assert contact_sheet(sources, 100, NOISE).size[1] == 6 * sheets.CELL_HEIGHT, "all that there are"
+    assert contact_sheet(sources, 100, NoisePolicy()).size[1] == 6 * sheets.CELL_HEIGHT, "all that there are"
     with pytest.raises(DataError, match="queries must be at least 1"):
         ContactSheet(queries=0)

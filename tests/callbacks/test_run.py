@@ -85,7 +85,6 @@ def test_who_is_logged_in(nobody: Path, tmp_path: Path, monkeypatch: pytest.Monk
         (None, "0123456789", False),
         ("offline", "0123456789", True),
         ("online", None, False),
-        ("disabled", None, False),
         ("dryrun", "0123456789", True),
     ],
 )
@@ -178,10 +177,7 @@ def test_checkpoints_go_to_the_run_directory(tmp_path: Path) -> None:
     strategy = SimpleNamespace(broadcast=lambda value, *_: value, checkpoint_io=TorchCheckpointIO())
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".last.ckpt.123.tmp").touch()
-    trainer: Any = SimpleNamespace(
-        default_root_dir=str(tmp_path), strategy=strategy, is_global_zero=True, loggers=[], ckpt_path=None
-    )
-    callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    callback.setup(fake_trainer(tmp_path, strategy=strategy, ckpt_path=None), None, "fit")  # type: ignore[arg-type]
     assert callback.dirpath == str(tmp_path / "checkpoints")
     assert callback.last == tmp_path / "checkpoints" / "last.ckpt"
     assert type(strategy.checkpoint_io) is AtomicCheckpointIO
