@@ -26,6 +26,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
+from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, Query
@@ -36,11 +37,13 @@ from vlm_calibration.stages.training import OptimizerSettings
 from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.grading import Grading
 
+from ..command_line import LIMIT
 from ..level_tables import measured, noise_counts
 from ..trainers import fake_trainer, plain_trainer
 from ..wandb_log import OfflineRun
 
-LIMIT = 300
+DEMO = str(DEMO_MODEL)
+"""The demo's trained model, which states its confidence."""
 PIXELS = 10**6
 """`data.max_pixels`, more than the demo model's images have."""
 COUNTS = {"yes_no": noise_counts((0, 10, 9), (1, 10, 5)), "short": noise_counts((0, 10, 8), (1, 10, 0))}
@@ -53,12 +56,6 @@ RECORDED = {
 """Settings in the record of the run."""
 
 
-@pytest.fixture(scope="module")
-def demo_model(root: Path) -> str:
-    """The demo's trained model, which states its confidence."""
-    return str(root / "src/vlm_calibration/demo/model")
-
-
 def _data(model: str, **settings: Any) -> PerturbedQueryDataModule:
     levels = measured(model, COUNTS, max_pixels=settings.get("max_pixels"))
     sets = {"train": DemoSource("train", scenes=24), "validation": DemoSource("calibration", scenes=2)}
@@ -67,10 +64,10 @@ def _data(model: str, **settings: Any) -> PerturbedQueryDataModule:
 
 
 @pytest.fixture(scope="module")
-def sft(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapter of a short stage 1 on the demo's model."""
     module = SFTModule(
-        BaseModel(demo_model, dtype="float32"),
+        BaseModel(DEMO, dtype="float32"),
         LoraSettings(r=8, alpha=16, dropout=0.0, parts=["language", "projector"]),
         OptimizerSettings(lr=1e-2),
         max_new_tokens=16,
@@ -78,14 +75,12 @@ def sft(demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sft")
     RunRecord("fit", "SFTModule", False, RECORDED, {}).write(folder)
     trainer = plain_trainer(folder, AdapterWriter(), num_sanity_val_steps=-1, max_epochs=1)
-    trainer.fit(module, _data(demo_model, max_pixels=PIXELS))
+    trainer.fit(module, _data(DEMO, max_pixels=PIXELS))
     return folder / "adapter"
 
 
 @pytest.mark.slow
-def test_the_folder_holds_adapter_processor_and_card_which_says_what_was_trained(
-    sft: Path, demo_model: str
-) -> None:
+def test_the_folder_holds_adapter_processor_and_card_which_says_what_was_trained(sft: Path) -> None:
     assert {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "calibration.json"),
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -96,9 +91,9 @@ def test_the_folder_holds_adapter_processor_and_card_which_says_what_was_trained
     assert card is not None
     assert text == card_text(card)
     config = PeftConfig.from_pretrained(str(sft))
-    assert (config.base_model_name_or_path, config.revision) == (demo_model, None)
+    assert (config.base_model_name_or_path, config.revision) == (DEMO, None)
     assert card.max_pixels == PIXELS
-    assert (card.base, card.revision, card.quantization, card.merged) == (demo_model, None, "none", False)
+    assert (card.base, card.revision, card.quantization, card.merged) == (DEMO, None, "none", False)
     assert card.location == str(sft)
     assert card.training == {
         "stage": "stage 1: supervised fine-tuning (SFT)",
@@ -114,8 +109,7 @@ def test_the_folder_holds_adapter_processor_and_card_which_says_what_was_trained
     assert list(card.results) == ["before", "after"]
     assert card.results["after"]["n"] == 6
     assert card.results["before"] != card.results["after"]
-    assert card.conversation is not None
-    assert card.conversation.startswith(f"<|user|><image>{EXAMPLE}\nAnswer briefly")
+    assert str(card.conversation).startswith(f"<|user|><image>{EXAMPLE}\nAnswer briefly")
 
 
 DRIVER = """
@@ -129,7 +123,7 @@ assert not [name for name in sys.modules if name.startswith(("vlm_calibration", 
 
 
 @pytest.mark.slow
-def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path: Path) -> None:
+def test_the_cards_program_says_what_we_say(sft: Path, tmp_path: Path) -> None:
     text = (sft / "README.md").read_text(encoding="utf-8")
     program = text.split("```python\n", 1)[1].split("```", 1)[0]
     (tmp_path / "program.py").write_text(program, encoding="utf-8")
@@ -141,12 +135,13 @@ def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path
     command = [sys.executable, "-c", DRIVER, "program.py", *(f"{scene}.png" for scene in range(6))]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert ran.returncode == 0, ran.stderr
-    data = _data(demo_model)
+    data = _data(DEMO)
     batch = PromptCollator(data.chat)(samples)
-    base = load_base(BaseModel(demo_model))
-    before = AnsweredBatch.generate(base, batch, AnswerTokenizer(data.chat), 16).predictions
+    base = load_base(BaseModel(DEMO))
+    tokenizer = AnswerTokenizer(data.chat)
+    before = AnsweredBatch.generate(base, batch, tokenizer, 16).predictions
     adapted = PeftModel.from_pretrained(base, str(sft)).eval()
-    found = AnsweredBatch.generate(adapted, batch, AnswerTokenizer(data.chat), 16).predictions
+    found = AnsweredBatch.generate(adapted, batch, tokenizer, 16).predictions
     assert ran.stdout.splitlines() == [f"{strip_confidence(p.text)} {p.confidence}" for p in found]
     assert all(p.confidence is not None for p in found)
     assert [p.confidence for p in before] != [p.confidence for p in found], "the adapter speaks"
@@ -154,12 +149,10 @@ def test_the_cards_program_says_what_we_say(sft: Path, demo_model: str, tmp_path
 
 @pytest.mark.slow
 def test_the_card_of_stage_2(offline_runs: dict[str, OfflineRun]) -> None:
-    stages = [load_card(offline_runs[stage].directory / "adapter") for stage in ("sft", "dpo")]
-    sft, dpo = (card.training for card in stages if card is not None)
-    assert dpo["stage"] == "stage 2: soft labels on own answers"
-    assert dpo["adapter"] == sft["adapter"] == "LoRA, r=16, alpha=32, dropout=0.0", (
-        "that of the adapter it starts from"
-    )
+    card = load_card(offline_runs["dpo"].directory / "adapter")
+    assert card is not None
+    assert card.training["stage"] == "stage 2: soft labels on own answers"
+    assert card.training["adapter"] == "LoRA, r=16, alpha=32, dropout=0.0", "of the adapter it starts from"
 
 
 # --- Whole or not at all ----------------------------------------------------------------------------------------

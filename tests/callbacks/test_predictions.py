@@ -29,10 +29,8 @@ class Processes:
         self.writers = [PredictionWriter() for _ in range(count)]
         data = SimpleNamespace(sets={"validation": SimpleNamespace(queries=queries)})
         shared = {"datamodule": data, "world_size": count, "sanity_checking": sanity_checking}
-        self.trainers = [
-            fake_trainer(folder, global_rank=rank, is_global_zero=rank == 0, **shared)
-            for rank in range(count)
-        ]
+        ranks = ({"global_rank": rank, "is_global_zero": rank == 0} for rank in range(count))
+        self.trainers = [fake_trainer(folder, **rank, **shared) for rank in ranks]
         for writer, trainer in reversed(list(zip(self.writers, self.trainers, strict=True))):
             writer.setup(trainer, None, "validate")  # type: ignore[arg-type]
 
@@ -66,6 +64,11 @@ def test_files_are_the_same_for_any_number_of_processes(tmp_path: Path, count: i
         assert {p.name for p in (tmp_path / system).iterdir()} == {"predictions.jsonl", "metrics.json"}
 
 
+def _ids(folder: Path) -> list[str]:
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["id"] for line in lines]
+
+
 def test_what_one_process_leaves_out_does_not_change_the_order(tmp_path: Path) -> None:
     """Of twelve queries the first process answers two of the even ones, and the second all odd ones."""
     processes = Processes(tmp_path, 2)
@@ -73,8 +76,7 @@ def test_what_one_process_leaves_out_does_not_change_the_order(tmp_path: Path) -
     for writer, trainer, predictions in zip(processes.writers, processes.trainers, dealt, strict=True):
         writer.on_validation_batch_end(trainer, None, {"": predictions}, None, 0, 0)  # type: ignore[arg-type]
     processes.finish({"": {"n": 8.0}})
-    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["id"] for line in lines] == [f"q{i}" for i in (1, 3, 5, 7, 8, 9, 10, 11)]
+    assert _ids(tmp_path) == [f"q{i}" for i in (1, 3, 5, 7, 8, 9, 10, 11)]
 
 
 def test_each_validation_replaces_the_files_of_the_run(tmp_path: Path) -> None:
@@ -88,8 +90,7 @@ def test_each_validation_replaces_the_files_of_the_run(tmp_path: Path) -> None:
         processes.write({"": [_prediction(start), _prediction(start + 1), _prediction(start + 2)]})
         processes.finish({"": {"n": 3.0, **results}})
     assert {p.name for p in tmp_path.iterdir()} == {"predictions.jsonl", "metrics.json"}
-    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["id"] for line in lines] == ["q5", "q6", "q7"]
+    assert _ids(tmp_path) == ["q5", "q6", "q7"]
     text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
     expected = {"n": 3, "accuracy": 1.0, "ece": 0.25, "auroc": None, "n/a": 1}
     assert text == json.dumps(expected, indent=2) + "\n", "counts without a decimal point, and no NaN"
@@ -113,6 +114,5 @@ def test_parts_of_a_killed_run_do_not_leak_into_the_next(tmp_path: Path) -> None
     processes.write({"": [_prediction(0)], "sft": [_prediction(0)]})
     processes.finish({"": {"n": 1.0}, "sft": {"n": 1.0}})
     for folder in (tmp_path, tmp_path / "sft"):
-        [line] = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        assert json.loads(line)["id"] == "q0"
+        assert _ids(folder) == ["q0"]
         assert {p.name for p in folder.iterdir()} - {"sft"} == {"predictions.jsonl", "metrics.json"}

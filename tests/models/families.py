@@ -54,6 +54,11 @@ class Spec:
             **changes,
         }
 
+    def gemma(self, **changes: Any) -> dict[str, Any]:
+        """Settings of a language model of Gemma."""
+        heads = {"head_dim": self.head, "query_pre_attn_scalar": self.head}
+        return self.text(**heads, sliding_window=WIDE, **changes)
+
     def mrope(self, **changes: Any) -> dict[str, Any]:
         """Rotary positions in time, height and width."""
         sections = [self.head // 4, self.head // 8, self.head // 8]
@@ -80,6 +85,7 @@ VISION: dict[str, Any] = {
 QWEN_VISION: dict[str, Any] = {
     "depth": 2,
     "hidden_size": 32,
+    "intermediate_size": 48,
     "num_heads": 4,
     "patch_size": 4,
     "spatial_merge_size": 2,
@@ -91,14 +97,17 @@ def _siglip(**changes: Any) -> tf.SiglipVisionConfig:
     return tf.SiglipVisionConfig(**VISION, vision_use_head=False, **changes)
 
 
-def _llava(spec: Spec, text: Any) -> tuple[Any, Any]:
-    tokens = {"image_token_index": spec.image, "image_seq_length": 16}
-    config = tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**VISION), text_config=text, **tokens)
-    return tf.LlavaForConditionalGeneration, config
+def _llava(spec: Spec, text: Any) -> tf.LlavaConfig:
+    return tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION),
+        text_config=text,
+        image_token_index=spec.image,
+        image_seq_length=16,
+    )
 
 
-def _smolvlm(spec: Spec) -> tuple[Any, Any]:
-    return tf.SmolVLMForConditionalGeneration, tf.SmolVLMConfig(
+def _smolvlm(spec: Spec) -> tf.SmolVLMConfig:
+    return tf.SmolVLMConfig(
         vision_config=dict(VISION),
         text_config=tf.LlamaConfig(**spec.text()),
         image_token_id=spec.image,
@@ -106,36 +115,24 @@ def _smolvlm(spec: Spec) -> tuple[Any, Any]:
     )
 
 
-def _qwen2_5_vl(spec: Spec) -> tuple[Any, Any]:
-    vision = {
-        **QWEN_VISION,
-        "intermediate_size": 48,
-        "window_size": 16,
-        "out_hidden_size": spec.width,
-        "fullatt_block_indexes": [1],
-    }
+def _qwen2_5_vl(spec: Spec) -> tf.Qwen2_5_VLConfig:
+    vision = {**QWEN_VISION, "out_hidden_size": spec.width, "window_size": 16, "fullatt_block_indexes": [1]}
     text = spec.text(rope_parameters=spec.mrope())
-    return tf.Qwen2_5_VLForConditionalGeneration, tf.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, **spec.qwen_tokens
-    )
+    return tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **spec.qwen_tokens)
 
 
-def _qwen3_vl(spec: Spec) -> tuple[Any, Any]:
-    vision = {
-        **QWEN_VISION,
-        "intermediate_size": 48,
-        "out_hidden_size": spec.width,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
-    }
+def _qwen3_vl(spec: Spec) -> tf.Qwen3VLConfig:
+    vision = {**QWEN_VISION, "out_hidden_size": spec.width, "num_position_embeddings": 64}
     text = spec.text(head_dim=spec.head, rope_parameters=spec.mrope(mrope_interleaved=True))
-    return tf.Qwen3VLForConditionalGeneration, tf.Qwen3VLConfig(
-        text_config=text, vision_config=vision, **spec.qwen_tokens
+    return tf.Qwen3VLConfig(
+        text_config=text,
+        vision_config={**vision, "deepstack_visual_indexes": [0, 1]},
+        **spec.qwen_tokens,
     )
 
 
-def _internvl(spec: Spec) -> tuple[Any, Any]:
-    return tf.InternVLForConditionalGeneration, tf.InternVLConfig(
+def _internvl(spec: Spec) -> tf.InternVLConfig:
+    return tf.InternVLConfig(
         vision_config={**VISION, "image_size": [16, 16], "patch_size": [4, 4]},
         text_config=tf.Qwen2Config(**spec.text()),
         image_token_id=spec.image,
@@ -144,8 +141,8 @@ def _internvl(spec: Spec) -> tuple[Any, Any]:
     )
 
 
-def _llava_onevision(spec: Spec) -> tuple[Any, Any]:
-    return tf.LlavaOnevisionForConditionalGeneration, tf.LlavaOnevisionConfig(
+def _llava_onevision(spec: Spec) -> tf.LlavaOnevisionConfig:
+    return tf.LlavaOnevisionConfig(
         vision_config=_siglip(),
         text_config=tf.Qwen2Config(**spec.text()),
         image_token_index=spec.image,
@@ -154,17 +151,10 @@ def _llava_onevision(spec: Spec) -> tuple[Any, Any]:
     )
 
 
-def _gemma3(spec: Spec) -> tuple[Any, Any]:
-    text = tf.Gemma3TextConfig(
-        **spec.text(
-            head_dim=spec.head,
-            query_pre_attn_scalar=spec.head,
-            sliding_window=WIDE,
-            layer_types=["sliding_attention", "full_attention"],
-        )
-    )
-    return tf.Gemma3ForConditionalGeneration, tf.Gemma3Config(
-        text_config=text,
+def _gemma3(spec: Spec) -> tf.Gemma3Config:
+    layers = ["sliding_attention", "full_attention"]
+    return tf.Gemma3Config(
+        text_config=tf.Gemma3TextConfig(**spec.gemma(layer_types=layers)),
         vision_config=_siglip(),
         mm_tokens_per_image=4,
         image_token_index=spec.image,
@@ -173,18 +163,10 @@ def _gemma3(spec: Spec) -> tuple[Any, Any]:
     )
 
 
-def _paligemma2(spec: Spec) -> tuple[Any, Any]:
-    text = tf.Gemma2Config(
-        **spec.text(
-            head_dim=spec.head,
-            query_pre_attn_scalar=spec.head,
-            sliding_window=WIDE,
-            attn_logit_softcapping=5.0,
-            final_logit_softcapping=10.0,
-        )
-    )
-    return tf.PaliGemmaForConditionalGeneration, tf.PaliGemmaConfig(
-        text_config=text,
+def _paligemma2(spec: Spec) -> tf.PaliGemmaConfig:
+    text = spec.gemma(attn_logit_softcapping=5.0, final_logit_softcapping=10.0)
+    return tf.PaliGemmaConfig(
+        text_config=tf.Gemma2Config(**text),
         vision_config=_siglip(projection_dim=spec.width),
         projection_dim=spec.width,
         hidden_size=spec.width,
@@ -193,7 +175,7 @@ def _paligemma2(spec: Spec) -> tuple[Any, Any]:
     )
 
 
-FAMILIES: dict[str, Callable[[Spec], tuple[Any, Any]]] = {
+FAMILIES: dict[str, Callable[[Spec], Any]] = {
     "llava_clip": lambda spec: _llava(spec, tf.LlamaConfig(**spec.text())),
     "llava_mistral": lambda spec: _llava(spec, tf.MistralConfig(**spec.text(sliding_window=WIDE))),
     "smolvlm": _smolvlm,
@@ -217,12 +199,13 @@ def build(
     spec: Spec = Spec(),
 ) -> Any:
     """Build a model of one of `FAMILIES` in eval mode; `window` is that of sliding attention, by default `WIDE`."""
-    kind, config = FAMILIES[family](spec)
+    config = FAMILIES[family](spec)
     if window is not None:
         assert config.text_config.sliding_window == WIDE
         config.text_config.sliding_window = window
     torch.manual_seed(0)
-    model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
+    kind = tf.AutoModelForImageTextToText
+    model = kind.from_config(config, attn_implementation=attention, dtype=dtype)
     with torch.no_grad():
         # Zero-initialised weights would hide errors in their inputs.
         for name, parameter in model.named_parameters():

@@ -116,28 +116,20 @@ class Family:
 
 
 def _tokenizer(
-    special: Sequence[str],
-    named: dict[str, str],
-    *,
-    words: str = "byte-level",
-    adds_begin: bool = False,
-    own: dict[str, str] | None = None,
+    special: Sequence[str], words: str = "byte-level", own: dict[str, str] | None = None, **named: str
 ) -> Any:
     """Train a tokenizer that splits numbers into digits.
 
     Args:
         special: all special tokens; `named` are those of a standard name, such as "pad_token", `own` those of a name of the family.
-        words: "byte-level" as in Qwen; "llama" marks each word and the begin of a text, "gemma" each space.
-        adds_begin: whether texts get a begin-of-sequence token.
+        words: "byte-level" as in Qwen; "llama" marks each word and the begin of a text, "gemma" each space; both begin texts with a token.
     """
     texts = [render_response(a, p / 100) for p in range(101) for a in ("Yes", "No", "dog")]
     digits = pre_tokenizers.Digits(individual_digits=True)
     if words == "byte-level":
         tokenizer = Tokenizer(models.BPE())
-        split, alphabet = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-            pre_tokenizers.ByteLevel.alphabet(),
-        )
+        split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
         tokenizer.decoder = decoders.ByteLevel()
     else:
         scheme = {"llama": "first", "gemma": "never"}[words]
@@ -154,7 +146,7 @@ def _tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if adds_begin:
+    if words != "byte-level":
         begin = named["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A",
@@ -166,13 +158,12 @@ def _tokenizer(
 
 def _spec(tokenizer: Any, image: str, **named: str) -> Spec:
     ids = tokenizer.convert_tokens_to_ids
-    begin = tokenizer.bos_token_id
     return Spec(
         width=WIDTH,
         vocabulary=len(tokenizer),
         image=ids(image),
         pad=tokenizer.pad_token_id,
-        begin=begin,
+        begin=tokenizer.bos_token_id,
         **{"end": tokenizer.eos_token_id, **{name: ids(token) for name, token in named.items()}},
     )
 
@@ -188,11 +179,10 @@ def _qwen(
 ) -> Family:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = _tokenizer(special, {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
+    tokenizer = _tokenizer(special, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
     qwen_processor = processor(
-        image_processor=images(
-            patch_size=patch, size={"shortest_edge": pixels[0], "longest_edge": pixels[1]}
-        ),
+        image_processor=images(patch_size=patch, size=size),
         tokenizer=tokenizer,
         video_processor=videos(patch_size=patch),
         chat_template=QWEN_TEMPLATE.replace("and system", "" if system else "and false"),
@@ -225,7 +215,7 @@ def _smolvlm(sizes: dict[str, Any] = SMOLVLM_SIZES, tokens: int = 4) -> Family:
     special = ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>"]
     special += ["<fake_token_around_image>", "<image>", "<global-img>", *tiles]
     named = {"bos_token": "<|im_start|>", "pad_token": "<|im_start|>", "eos_token": "<end_of_utterance>"}
-    tokenizer = _tokenizer(special, named)
+    tokenizer = _tokenizer(special, **named)
     processor = tf.SmolVLMProcessor(
         image_processor=tf.SmolVLMImageProcessor(**sizes),
         tokenizer=tokenizer,
@@ -244,8 +234,7 @@ def _internvl(side: int = 16, tiles: int = 6, tokens: int = 4) -> Family:
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }
-    named = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
-    tokenizer = _tokenizer(special, named, own=own)
+    tokenizer = _tokenizer(special, own=own, pad_token="<|endoftext|>", eos_token="<|im_end|>")
     size = {"height": side, "width": side}
     processor = tf.InternVLProcessor(
         image_processor=tf.GotOcr2ImageProcessor(size=size, max_patches=tiles),
@@ -259,7 +248,7 @@ def _internvl(side: int = 16, tiles: int = 6, tokens: int = 4) -> Family:
 
 def _llava(side: int = 16, patch: int = 4) -> Family:
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    tokenizer = _tokenizer(["<s>", "</s>", "<image>", "<pad>"], named, words="llama", adds_begin=True)
+    tokenizer = _tokenizer(["<s>", "</s>", "<image>", "<pad>"], words="llama", **named)
     size = {"height": side, "width": side}
     processor = tf.LlavaProcessor(
         image_processor=tf.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size),
@@ -274,7 +263,7 @@ def _llava(side: int = 16, patch: int = 4) -> Family:
 
 def _llava_onevision(side: int = 16, grids: Sequence[Sequence[int]] = PINPOINTS, tokens: int = 16) -> Family:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
-    tokenizer = _tokenizer(special, {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
+    tokenizer = _tokenizer(special, pad_token="<|endoftext|>", eos_token="<|im_end|>")
     size = {"height": side, "width": side}
     processor = tf.LlavaOnevisionProcessor(
         image_processor=tf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=grids),
@@ -288,6 +277,9 @@ def _llava_onevision(side: int = 16, grids: Sequence[Sequence[int]] = PINPOINTS,
     return Family("llava_onevision", processor, spec, "<image>", "<|im_end|>")
 
 
+GEMMA_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
+
+
 def _gemma3(side: int = 16, tokens: int = 4) -> Family:
     special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
     own = {
@@ -295,8 +287,7 @@ def _gemma3(side: int = 16, tokens: int = 4) -> Family:
         "eoi_token": "<end_of_image>",
         "image_token": "<image_soft_token>",
     }
-    named = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
-    tokenizer = _tokenizer([*special, *own.values()], named, words="gemma", adds_begin=True, own=own)
+    tokenizer = _tokenizer([*special, *own.values()], words="gemma", own=own, **GEMMA_TOKENS)
     processor = tf.Gemma3Processor(
         image_processor=tf.Gemma3ImageProcessor(size={"height": side, "width": side}),
         tokenizer=tokenizer,
@@ -316,14 +307,8 @@ def _gemma3(side: int = 16, tokens: int = 4) -> Family:
 
 
 def _paligemma2(side: int = 16, tokens: int = 16) -> Family:
-    named = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
-    tokenizer = _tokenizer(
-        ["<pad>", "<eos>", "<bos>", "<image>"],
-        named,
-        words="gemma",
-        adds_begin=True,
-        own={"image_token": "<image>"},
-    )
+    special, own = ["<pad>", "<eos>", "<bos>", "<image>"], {"image_token": "<image>"}
+    tokenizer = _tokenizer(special, words="gemma", own=own, **GEMMA_TOKENS)
     image_processor = tf.SiglipImageProcessor(size={"height": side, "width": side})
     image_processor.image_seq_length = tokens
     processor = tf.PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer)

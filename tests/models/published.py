@@ -33,13 +33,11 @@ SO400M: dict[str, Any] = {**sizes(1152, 4304, 27, 16), "patch_size": 14}
 QWEN2_7B: dict[str, Any] = {**sizes(3584, 18944, 28, 28, 4), "tie_word_embeddings": False}
 
 
-def _smolvlm(tied_to: dict[str, Any], **vision: Any) -> tf.SmolVLMConfig:
-    text = tf.LlamaConfig(vocab_size=49280, tie_word_embeddings=False, **tied_to)
-    scale = vision.pop("scale_factor")
+def _smolvlm(text: dict[str, Any], scale_factor: int, **vision: Any) -> tf.SmolVLMConfig:
     return tf.SmolVLMConfig(
-        text_config=text,
+        text_config=tf.LlamaConfig(vocab_size=49280, tie_word_embeddings=False, **text),
         vision_config=vision,
-        scale_factor=scale,
+        scale_factor=scale_factor,
         image_token_id=49190,
         tie_word_embeddings=False,
     )
@@ -49,14 +47,14 @@ def _smolvlm_small(**text: Any) -> tf.SmolVLMConfig:
     return _smolvlm(text, scale_factor=4, image_size=512, patch_size=16, **sizes(768, 3072, 12, 12))
 
 
-def _qwen2_5_vl(vision_width: int, **text: Any) -> tf.Qwen2_5_VLConfig:
+def _qwen2_5_vl(**text: Any) -> tf.Qwen2_5_VLConfig:
     rotary = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
     vision = {
         "depth": 32,
         "hidden_size": 1280,
         "intermediate_size": 3420,
         "num_heads": 16,
-        "out_hidden_size": vision_width,
+        "out_hidden_size": text["hidden_size"],
         "patch_size": 14,
         "spatial_merge_size": 2,
         "window_size": 112,
@@ -69,47 +67,36 @@ def _qwen2_5_vl(vision_width: int, **text: Any) -> tf.Qwen2_5_VLConfig:
     )
 
 
-def _qwen3_vl(text: dict[str, Any], **vision: Any) -> tf.Qwen3VLConfig:
-    rotary = {
-        "rope_type": "default",
-        "rope_theta": 5000000.0,
-        "mrope_section": [24, 20, 20],
-        "mrope_interleaved": True,
+def _qwen3_vl(hidden: int, intermediate: int, tied: bool, **vision: Any) -> tf.Qwen3VLConfig:
+    rotary = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [24, 20, 20]}
+    text = {**sizes(hidden, intermediate, 36, 32, 8), "head_dim": 128, "vocab_size": 151936}
+    shared = {
+        "num_heads": 16,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": hidden,
     }
-    shared = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     return tf.Qwen3VLConfig(
-        text_config={**shared, **text, "vocab_size": 151936, "rope_parameters": rotary},
-        vision_config={
-            **vision,
-            "num_heads": 16,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "num_position_embeddings": 2304,
-            "out_hidden_size": text["hidden_size"],
+        text_config={
+            **text,
+            "tie_word_embeddings": tied,
+            "rope_parameters": {**rotary, "mrope_interleaved": True},
         },
-        tie_word_embeddings=text["tie_word_embeddings"],
+        vision_config={**vision, **shared},
+        tie_word_embeddings=tied,
     )
 
 
 def qwen3_vl_4b() -> tf.Qwen3VLConfig:
-    return _qwen3_vl(
-        {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
-        depth=24,
-        hidden_size=1024,
-        intermediate_size=4096,
-        deepstack_visual_indexes=[5, 11, 17],
-    )
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
+    return _qwen3_vl(2560, 9728, tied=True, **vision, deepstack_visual_indexes=[5, 11, 17])
 
 
 def qwen3_vl_8b() -> tf.Qwen3VLConfig:
-    return _qwen3_vl(
-        {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
-        depth=27,
-        hidden_size=1152,
-        intermediate_size=4304,
-        deepstack_visual_indexes=[8, 16, 24],
-    )
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304}
+    return _qwen3_vl(4096, 12288, tied=False, **vision, deepstack_visual_indexes=[8, 16, 24])
 
 
 def _internvl3(**text: Any) -> tf.InternVLConfig:
@@ -176,12 +163,10 @@ MODELS: dict[str, Published] = {
     "qwen2_5_vl_3b": Published(
         "Qwen/Qwen2.5-VL-3B-Instruct",
         3.75e9,
-        lambda: _qwen2_5_vl(
-            2048, **sizes(2048, 11008, 36, 16, 2), vocab_size=151936, tie_word_embeddings=True
-        ),
+        lambda: _qwen2_5_vl(**sizes(2048, 11008, 36, 16, 2), vocab_size=151936, tie_word_embeddings=True),
     ),
     "qwen2_5_vl_7b": Published(
-        "Qwen/Qwen2.5-VL-7B-Instruct", 8.29e9, lambda: _qwen2_5_vl(3584, vocab_size=152064, **QWEN2_7B)
+        "Qwen/Qwen2.5-VL-7B-Instruct", 8.29e9, lambda: _qwen2_5_vl(vocab_size=152064, **QWEN2_7B)
     ),
     "qwen3_vl_4b": Published("Qwen/Qwen3-VL-4B-Instruct", 4.44e9, qwen3_vl_4b),
     "qwen3_vl_8b": Published("Qwen/Qwen3-VL-8B-Instruct", 8.77e9, qwen3_vl_8b),

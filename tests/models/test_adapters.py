@@ -102,7 +102,7 @@ def test_a_part_without_layers_is_named(
         pass
 
 
-# --- Policy and reference -------------------------------------------------------------------------------------------
+# --- Policy and reference ---
 
 ALL_PARTS = ["language", "tower", "projector"]
 
@@ -131,9 +131,8 @@ def _logits_of_each(model: PeftModel, prompts: PromptBatch) -> dict[str | None, 
 
 def _train(model: PeftModel, prompts: PromptBatch, steps: int = 3) -> None:
     """Train away from the reference, which runs in each step as in preference optimisation."""
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
     for _ in range(steps):
         with using_adapter(model, REFERENCE):
             reference = _logits(model, prompts)

@@ -87,11 +87,10 @@ def test_merged_is_laid_out_as_released_and_answers_as_the_adapter_does(
     assert not any(info.values())
     if family != "smolvlm":
         inputs, _ = prompts_of(family, n=1)
-        torch.testing.assert_close(
-            _logits(read, inputs), _logits(_adapted(str(base), adapter), inputs), **CLOSE
-        )
-        plain = load_base(BaseModel(str(base)))
-        assert not torch.allclose(_logits(read, inputs), _logits(plain, inputs), atol=1e-2)
+        models = (read, _adapted(str(base), adapter), load_base(BaseModel(str(base))))
+        merged, adapted, plain = (_logits(model, inputs) for model in models)
+        torch.testing.assert_close(merged, adapted, **CLOSE)
+        assert not torch.allclose(merged, plain, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +187,8 @@ def test_weights_under_other_names_than_the_base_s_are_an_error(
         return model
 
     monkeypatch.setattr(export, "load_base", load_without_names)
-    with pytest.raises(
-        DataError, match=r"does not have by this name and shape, the first is \S*vision_tower"
-    ):
+    says = r"does not have by this name and shape, the first is \S*vision_tower"
+    with pytest.raises(DataError, match=says):
         _merge(adapter_of(base), str(base), tmp_path / "merged")
 
 
@@ -221,7 +219,7 @@ def test_merged_is_adapted_in_full_precision(
     assert len(changed) == 4 * 7 + 4 * 6 + 2
 
 
-# --- Misfit adapters ------------------------------------------------------------------------------------------------
+# --- Misfit adapters ---
 
 
 def _rewritten(
@@ -288,12 +286,11 @@ def test_updates_that_rounding_would_lose_are_refused_and_layers_without_one_sta
     )
     merged, layers = merge_adapter(adapter, BaseModel(model_folder))
     assert len(layers) == 4 * 7
-    weights = (dict(model.named_parameters()) for model in (load_base(BaseModel(model_folder)), merged))
-    before, after = ({n: of_model[f"{n}.weight"] for n in layers} for of_model in weights)
-    assert {n for n in layers if torch.equal(before[n], after[n])} == {n for n in layers if "layers.3." in n}
-    message = _refused(adapter, model_folder, "bfloat16")
+    before, after = (m.state_dict() for m in (load_base(BaseModel(model_folder)), merged))
+    unchanged = {n for n in layers if torch.equal(before[f"{n}.weight"], after[f"{n}.weight"])}
+    assert unchanged == {n for n in layers if "layers.3." in n}
     says = r"the updates of \d+ of 28 layers change nothing in torch\.bfloat16, the first is"
-    assert re.match(says, message)
+    assert re.match(says, _refused(adapter, model_folder, "bfloat16"))
 
 
 @pytest.mark.parametrize("size", [0, 100, -1])

@@ -78,9 +78,8 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
 
 def test_peak_memory_falls() -> None:
     vocabulary, length, rows = 50_000, 256, 2
-    model = attach_lora(
-        build("llava_clip", spec=Spec(vocabulary=vocabulary)), LoraSettings(r=2, dropout=0.0)
-    ).train()
+    base = build("llava_clip", spec=Spec(vocabulary=vocabulary))
+    model = attach_lora(base, LoraSettings(r=2, dropout=0.0)).train()
     inputs = {"input_ids": torch.randint(200, vocabulary, (rows, length))}
     labels = torch.full_like(inputs["input_ids"], IGNORE)
     labels[:, -8:] = inputs["input_ids"][:, -8:]
@@ -96,8 +95,7 @@ def test_peak_memory_falls() -> None:
     assert plain > 5 * selected
 
 
-# --- Frozen vision modules run once for several passes ---------------------------------------------------------------
-
+# --- Frozen vision modules run once for several passes ---
 
 TOWER_AND_PROJECTOR = ("model.vision_tower", "model.multi_modal_projector")
 VISION = dict.fromkeys(FOUR, TOWER_AND_PROJECTOR) | {"qwen2_5_vl": ("model.visual",)}
@@ -107,10 +105,8 @@ VISION_PARTS = [("language", "projector"), ("language", "tower"), ("projector",)
 
 def adapted(family: str, *parts: str) -> Any:
     """A model with a random adapter on these parts and all else frozen."""
-    model = attach_lora(
-        cached_family(family).model(), LoraSettings(r=4, alpha=8, dropout=0.0, parts=list(parts))
-    )  # type: ignore[arg-type]
-    return randomize_adapters(model).eval()
+    settings = LoraSettings(r=4, alpha=8, dropout=0.0, parts=list(parts))  # type: ignore[arg-type]
+    return randomize_adapters(attach_lora(cached_family(family).model(), settings)).eval()
 
 
 def names_of(model: Any) -> set[str]:
@@ -236,10 +232,8 @@ def test_a_forward_of_its_own_is_used_and_comes_back() -> None:
 @pytest.mark.parametrize("other", ["fewer", "of the same shape"])
 def test_other_images_are_not_mistaken_for_the_first(family: str, other: str) -> None:
     model, batch = adapted(family, "language"), prompts_of(family)[0]
-    changed = (
-        {**batch, "pixel_values": -batch["pixel_values"]} if other != "fewer" else prompts_of(family, 2)[0]
-    )
-    batches = (batch, changed, batch, changed)
+    same_shape = {**batch, "pixel_values": -batch["pixel_values"]}
+    batches = (batch, prompts_of(family, 2)[0] if other == "fewer" else same_shape) * 2
     with torch.no_grad():
         expected = [model(**b, use_cache=False).logits for b in batches]
         with shared_vision(model):

@@ -40,11 +40,8 @@ def test_no_generation_setting_of_a_checkpoint_changes_an_answer(
     path.write_text(json.dumps({**SETTINGS, **tokens}))
     model = load_base(BaseModel(str(tmp_path / "model"), dtype="float32"))
     left = model.generation_config.to_diff_dict()
-    assert {k: v for k, v in left.items() if k != "transformers_version"} == {
-        **tokens,
-        "do_sample": False,
-        "num_beams": 1,
-    }
+    left.pop("transformers_version", None)
+    assert left == {**tokens, "do_sample": False, "num_beams": 1}
     answers = generate(model, prompts.inputs, processor.tokenizer, 8).texts
     assert answers == _likeliest(model, prompts, processor.tokenizer, 8)
 
@@ -57,9 +54,8 @@ def _likeliest(model: Any, prompts: PromptBatch, tokenizer: Any, n: int) -> list
         token = model(**inputs).logits[:, -1].argmax(-1, keepdim=True)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(token)], 1)
-    return [
-        t.strip() for t in tokenizer.batch_decode(inputs["input_ids"][:, begin:], skip_special_tokens=True)
-    ]
+    texts = tokenizer.batch_decode(inputs["input_ids"][:, begin:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def test_an_answer_ends_where_it_is_complete(

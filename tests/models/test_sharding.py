@@ -71,19 +71,15 @@ def _compare(rank: int, port: int, bases: list[BaseModel]) -> None:
         torch.testing.assert_close(loss, losses[rank], atol=TOLERANCE, rtol=TOLERANCE)
         torch.testing.assert_close(own, scores[rank], atol=TOLERANCE, rtol=TOLERANCE)
         assert not torch.equal(*own)
-        trained = [(p, q) for p, q in zip(whole.parameters(), sharded.parameters(), strict=True)]
-        trained = [(p, q) for p, q in trained if p.requires_grad]
-        assert trained
-        for p, q in trained:
-            assert p.grad is not None
+        pairs = zip(whole.parameters(), sharded.parameters(), strict=True)
+        for p, q in ((p, q) for p, q in pairs if p.requires_grad):
             largest = float(p.grad.abs().max())
             assert largest > 100 * TOLERANCE
             atol = TOLERANCE * max(1.0, largest)
             torch.testing.assert_close(q.grad.full_tensor(), p.grad, atol=atol, rtol=TOLERANCE)
         gathered = full_state_dict(sharded)
-        assert gathered is not None
         expected = {name: p for name, p in whole.named_parameters() if p.requires_grad}
-        assert gathered.keys() == expected.keys()
+        assert gathered.keys() == expected.keys() != set()
         assert all(torch.equal(gathered[name], p) for name, p in expected.items())
     dist.destroy_process_group()
 
@@ -95,4 +91,6 @@ def test_sharded_models_of_several_dtypes_train_as_whole_ones(tmp_path: Path) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_compare, (port, bases), nprocs=2)
+    # A fork spares the imports; after a backward pass with a GPU, autograd refuses it.
+    how = "spawn" if torch.cuda.is_available() else "fork"
+    mp.start_processes(_compare, (port, bases), nprocs=2, start_method=how)

@@ -200,23 +200,15 @@ def test_what_stands_behind_a_prompt_is_not_looked_at(case: Case) -> None:
             assert torch.equal(scores.log_likelihood, expected.log_likelihood)
 
 
-@pytest.mark.parametrize(
-    "responses",
-    [
-        [[[5]], [], [[6]]],
-        [[[5]], [[6], []], [[7]]],
-        [[[5]], [[6]]],
-    ],
-    ids=["no response", "no token", "too few"],
-)
+@pytest.mark.parametrize("responses", [[[[5]], [], [[6]]], [[[5]], [[6], []], [[7]]], [[[5]], [[6]]]])
 @pytest.mark.parametrize("scoring", ["auto", "shared", "plain"])
-def test_empty_responses_are_refused(responses: Responses, scoring: Any) -> None:
+def test_no_response_no_token_and_too_few_are_refused(responses: Responses, scoring: Any) -> None:
     batch = Prompts({"input_ids": torch.ones(3, 4).long()}, torch.tensor([4, 3, 2]))
     with pytest.raises(ValueError, match="at least one"):
         score_responses(None, batch, responses, scoring)
 
 
-# --- Models whose prefix cannot be shared ----------------------------------------------------------------------------
+# --- Models whose prefix cannot be shared ---
 
 
 def _linear_attention() -> Case:
@@ -291,9 +283,8 @@ def masks_of(case: Case, attention: str) -> list[Any]:
     def record(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         masks.append(kwargs["attention_mask"])
 
-    handles = [
-        layer.self_attn.register_forward_pre_hook(record, with_kwargs=True) for layer in decoder.layers
-    ]
+    attentions = [layer.self_attn for layer in decoder.layers]
+    handles = [a.register_forward_pre_hook(record, with_kwargs=True) for a in attentions]
     before = decoder.config._attn_implementation
     use_in_language_model(unwrap_peft(case.model), attention)
     try:
@@ -352,9 +343,8 @@ def test_it_is_refused_without_a_gpu(model_folder: str, monkeypatch: pytest.Monk
 def test_the_language_model_uses_it_and_the_tower_keeps_its_own(family: str, tmp_path: Path) -> None:
     """transformers itself refuses Qwen's models."""
     build(family).save_pretrained(tmp_path)
-    model = load_base(
-        BaseModel(str(tmp_path), attn_implementation=FLEX), "cuda"
-    )  # moved there by the Trainer
+    # The Trainer moves it to the GPU.
+    model = load_base(BaseModel(str(tmp_path), attn_implementation=FLEX), "cuda")
     decoder = model.get_decoder()
     assert {layer.self_attn.config._attn_implementation for layer in decoder.layers} == {FLEX}
     assert model.config.vision_config._attn_implementation == "sdpa"
@@ -384,14 +374,11 @@ def test_gradients_are_those_of_dense_masks(family: str, checkpointing: bool, cu
         assert torch.allclose(gradients[name], expected, atol=1e-4 * largest, rtol=0), name
 
 
-# --- Packed rows -----------------------------------------------------------------------------------------------------
-
+# --- Packed rows ---
 
 RESPONSE = st.lists(st.integers(1, 3), min_size=1, max_size=6)
-QUERY = st.tuples(
-    st.lists(st.integers(4, 9), min_size=1, max_size=5), st.lists(RESPONSE, min_size=1, max_size=6)
-)
-QUERIES = st.lists(QUERY, min_size=1, max_size=3)
+PROMPT = st.lists(st.integers(4, 9), min_size=1, max_size=5)
+QUERIES = st.lists(st.tuples(PROMPT, st.lists(RESPONSE, min_size=1, max_size=6)), min_size=1, max_size=3)
 Queries = list[tuple[list[int], list[list[int]]]]
 
 
@@ -419,21 +406,16 @@ def test_packed_rows_hold_every_candidate_and_no_prediction_twice(queries: Queri
     position = torch.arange(ids.shape[1]) - shift
     assert torch.equal(packed.inputs["attention_mask"], (segment >= 0).long())
     assert not (ids[segment >= 0] == 99).any()
-    assert packed.predictions.shape[1:] == (
-        max(len(r) for _, r in queries),
-        max(len(c) for _, r in queries for c in r),
-    )
-    assert sorted(set(packed.predictions[packed.predictions >= 0].tolist())) == list(
-        range(len(packed.targets))
-    )
+    longest = max(len(c) for _, r in queries for c in r)
+    assert packed.predictions.shape[1:] == (max(len(r) for _, r in queries), longest)
+    assert set(packed.predictions[packed.predictions >= 0].tolist()) == set(range(len(packed.targets)))
     for b, (prompt, responses) in enumerate(queries):
         first, *others = (prompt + response for response in responses)
         prefix = next(first[:n] for n in range(len(first), 0, -1) if all(o[:n] == first[:n] for o in others))
         assert ids[b, segment[b] == 0].tolist() == prefix
         assert position[b, segment[b] == 0].tolist() == list(range(len(prefix)))
-        assert packed.inputs["token_type_ids"][b].tolist() == [2] * len(prompt) + [0] * (
-            ids.shape[1] - len(prompt)
-        )
+        behind = ids.shape[1] - len(prompt)
+        assert packed.inputs["token_type_ids"][b].tolist() == [2] * len(prompt) + [0] * behind
         for k, response in enumerate(responses):
             own = segment[b] == k + 1
             assert position[b, own].tolist() == [len(prefix) + i for i in range(int(own.sum()))]

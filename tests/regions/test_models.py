@@ -14,7 +14,7 @@ from vlm_calibration.records import DataError
 from vlm_calibration.regions.detector import Detection, ZeroShotDetector
 from vlm_calibration.regions.segmenter import PromptedSegmenter
 
-from .tiny import DETECTORS, SEGMENTERS
+from .conftest import DETECTORS, SEGMENTERS
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)

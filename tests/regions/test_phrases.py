@@ -28,12 +28,7 @@ RULES = RuleDescriber()
 @pytest.mark.parametrize(
     ("question", "answer", "objects", "absent"),
     [
-        ("Is there a dog in the image?", "Yes", ("dog",), ()),
-        ("Is there a dog in the image?", "No", (), ("dog",)),
         ("Is there a dog on the sofa?", "no.", ("sofa",), ("dog",)),
-        ("Is the dog brown?", "No", ("dog",), ()),
-        ("What colour is the fire hydrant?", "red", ("fire hydrant",), ()),
-        ("How many dogs are there?", "3", ("dogs",), ()),
         ("What is the man holding?", "a red umbrella", ("man", "red umbrella"), ()),
         ("What animal is on the bed?", "cat", ("bed", "cat"), ()),
         ("Which dog is bigger?", "the left one", ("dog",), ()),
@@ -43,13 +38,8 @@ RULES = RuleDescriber()
         ("Describe it.", "A herd of elephants.", ("elephants",), ()),
         ("What do you see?", "There is no dog, but there is a cat.", ("cat",), ("dog",)),
         ("Is it raining?", "No", (), ()),
-        ("Is the man walking?", "Yes", ("man",), ()),
-        ("Is the lake calm?", "Yes", ("lake",), ()),
-        ("Is the table made of wood?", "Yes", ("table",), ()),
         ("Is the dog's collar blue?", "No", ("dog", "collar"), ()),
         ("Isn't the door open?", "Yes", ("door",), ()),
-        ("Is there direct contact between the dog and the grass?", "No", ("dog", "grass"), ()),
-        ("Are there two people in this image?", "No", ("people",), ()),
         ("Is there no dog in the image?", "No", ("dog",), ()),
         ("Is there no dog in the image?", "Yes", (), ("dog",)),
         ("Is the stop sign in this image?", "Yes", ("stop sign",), ()),
@@ -63,7 +53,9 @@ RULES = RuleDescriber()
         ("?", "!", (), ()),
     ],
 )
-def test_rules(question: str, answer: str, objects: tuple[str, ...], absent: tuple[str, ...]) -> None:
+def test_rules_that_the_forms_below_lack(
+    question: str, answer: str, objects: tuple[str, ...], absent: tuple[str, ...]
+) -> None:
     assert RULES.describe_pair(question, answer) == Description(objects, absent)
 
 
@@ -84,10 +76,8 @@ def test_what_the_rules_do_not_know_goes_to_another_describer(question: str, ans
             return [Description(("named",))]
 
     assert RULES.describe_pair(question, answer) is None
-    queries = [
-        Query("known", "x", "Is there a dog?", "Yes", "open"),
-        Query("unknown", "x", question, answer, "open"),
-    ]
+    known = Query("known", "x", "Is there a dog?", "Yes", "open")
+    queries = [known, Query("unknown", "x", question, answer, "open")]
     images = [np.zeros((n, n, 3), dtype=np.uint8) for n in (1, 2)]
     assert [d.objects for d in RULES.describe(queries, images)] == [("dog",), ()]
     described = RuleDescriber(fallback=Named()).describe(queries, images)
@@ -122,9 +112,7 @@ def test_the_form_alone_tells_absent_objects_from_others_as_well_as_the_describe
     """A yes/no question whose answer names nothing has an absent object if its form denies existence."""
     pairs = [p for p in read_pairs() if p.answer.lower().strip(".") in ("yes", "no")]
     denied = [denies_existence(Query("q", "x", p.question, p.answer, "yes_no")) for p in pairs]
-    assert [
-        p.question for p, is_denied in zip(pairs, denied, strict=True) if is_denied != bool(p.absent)
-    ] == []
+    assert not [p.question for p, is_denied in zip(pairs, denied, strict=True) if is_denied != bool(p.absent)]
     assert sum(denied) >= 9
 
 
@@ -177,8 +165,7 @@ def test_a_model_is_asked(model_folder: str, monkeypatch: pytest.MonkeyPatch) ->
     queries = [Query(str(i), "x", f"Question {i}?", f"Answer {i}", "open") for i in range(3)]
     images = [np.full((20 + i, 30, 3), 40 * i, dtype=np.uint8) for i in range(3)]
     described = describer.describe(queries, images)
-    assert len(described) == 3
-    assert all(isinstance(d, Description) for d in described)
+    assert [type(d) for d in described] == [Description] * 3
     for i, text in enumerate(seen):
         assert f"Question about the image: Question {i}?" in text
         assert f"Correct answer: Answer {i}" in text
