@@ -14,15 +14,12 @@ from vlm_calibration.files import write_text
 
 # Name -> title of its section. Benchmarks that need the whole machine come first, the longest one last.
 BENCHMARKS = {
-    "perturbation": "Perturbation of a region, by kind",
     "data_path": "A query on its way to the model",
-    "startup": "Start-up time of help pages and of mistakes",
     "streaming": "A million records in the data module",
     "phrases": "Key-object phrases",
     "serving": "Answers a second, in process and from servers (vLLM needs tests/serving/setup)",
     "long_rows": "Long packed rows, dense masks and block masks",
     "preference": "Training steps, against TRL's",
-    "intervals": "Coverage of 95% intervals",
     "thresholds": "Thresholds: broken promises, and power beside MAPIE's",
     "drift": "Drift: false alarms, and the demo's questions (needs an evaluation of the demo)",
     "demo_seeds": "The method on the demo, three seeds (about two hours)",
