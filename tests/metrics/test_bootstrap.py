@@ -102,7 +102,9 @@ def of_images(population, n, rng):
     correct = np.where(rng.random(n) < 0.5, rng.random(n)[image], rng.random(n)) < accuracy[drawn]
     confidence = (percent[drawn] / 100).tolist()
     answers = [
-        EstimatedPrediction(str(i), "?", "Yes", "", "yes", c, bool(y), None, None, "yes_no", image=str(i // 4))
+        EstimatedPrediction(
+            str(i), "?", "Yes", "", "yes", c, bool(y), None, None, "yes_no", image=str(i // 4)
+        )
         for i, (c, y) in enumerate(zip(confidence, correct, strict=True))
     ]
     return ImageBootstrap(answers, 200, seed=int(rng.integers(2**31))).measure(confidence).intervals
