@@ -95,7 +95,6 @@ def test_perturb_goes_to_the_linear_level_of_the_confidence(image, mask):
         ({"seed": -1}, ValueError, "seed must be a non-negative integer or a sequence of them, got -1"),
         ({"seed": ()}, TypeError, "seed must be"),
         ({"seed": (1, -1)}, ValueError, "seed must be"),
-        ({"seed": None}, TypeError, "seed must be a non-negative integer"),
         ({"seed": 0.5}, TypeError, "seed must be a non-negative integer"),
     ],
 )
@@ -103,16 +102,6 @@ def test_wrong_arguments_are_refused_in_words(image, mask, kind, change, error, 
     arguments = {"image": image, "mask": mask, "confidence": 0.5, "seed": 0, "kind": kind} | change
     with pytest.raises(error, match=message):
         perturb(**arguments)
-
-
-def test_pure_noise_keeps_nothing_of_the_object():
-    mask = np.ones((100, 100), bool)
-    black, white = np.zeros((100, 100, 3), np.uint8), np.full((100, 100, 3), 255, np.uint8)
-    for schedule, most in (("linear", 2.0), ("cosine", 1.0)):
-        results = [
-            perturb(image, mask, 0.0, schedule=schedule, seed=1).astype(float) for image in (black, white)
-        ]
-        assert np.abs(results[0] - results[1]).mean() < most
 
 
 # --- schedules
@@ -171,14 +160,12 @@ def test_a_step_is_an_integer_of_the_schedule(step):
     "make",
     [
         lambda: LinearSchedule(steps=0),
-        lambda: CosineSchedule(steps=-5),
         lambda: SigmoidSchedule(steps=2.5),
         lambda: LinearSchedule(steps=10),
         lambda: LinearSchedule(beta_start=0.0),
         lambda: LinearSchedule(beta_start=0.02, beta_end=1e-4),
         lambda: LinearSchedule(beta_end=float("nan")),
         lambda: CosineSchedule(offset=-0.1),
-        lambda: CosineSchedule(offset=-2.0),
         lambda: CosineSchedule(offset=float("nan")),
         lambda: SigmoidSchedule(steps=2),
         lambda: schedule_by_name("quadratic"),

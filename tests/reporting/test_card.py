@@ -1,4 +1,4 @@
-"""The model card: valid metadata, a program that compiles, and Markdown that survives any text in it."""
+"""The model card: valid metadata, Markdown that survives any text in it, and a program that asks every family of models as we do."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
-from vlm_calibration.records import DataError
+from vlm_calibration.data.collate import ChatFormat, PromptCollator
+from vlm_calibration.data.noise import Sample
+from vlm_calibration.models.generation import generate
+from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.perturbation.levels import CLEAN
+from vlm_calibration.records import DataError, Query
 from vlm_calibration.reporting.card import EXAMPLE, Card, card_text, load_card, save_card, state_guarantee
 from vlm_calibration.reporting.tables import COLUMNS, heading
 from vlm_calibration.text.prompts import DEFAULT_TEMPLATE, ElicitationPrompt
+
+from ..models.families import FOUR
+from ..models.processors import cached_family
 
 FULL = Card(
     base="org/Model-7B",
@@ -126,6 +136,37 @@ def test_the_prompt_is_exact_in_program_and_text(template: str) -> None:
     fence = "````" if "```" in template else "```"
     assert f"\n{fence}text\n{template}\n{fence}\n" in card_text(card)
     assert f"\n{fence}text\n{FULL.conversation}\n{fence}\n" in card_text(card)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FOUR, "paligemma2"])
+def test_the_program_asks_as_we_do(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives the model the same tokens and pixels, and gets the same reply."""
+    processor, prompt = cached_family(family).processor, ElicitationPrompt()
+    folder = cached_family(family).save(tmp_path / "model")
+    settings = tmp_path / "model/generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "repetition_penalty": 1.9}))
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 36, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    has_template = getattr(processor, "chat_template", None) is not None
+    assert has_template == (family != "paligemma2")
+    card = Card(
+        "org/base",
+        location=folder,
+        merged=True,
+        template=prompt.template,
+        has_chat_template=has_template,
+        max_new_tokens=6,
+    )
+    scope: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(_program(card), scope)
+    sample = Sample(Query("q", "x", EXAMPLE, "Yes", "yes_no"), pixels, 1.0, CLEAN, 0)
+    batch = PromptCollator(ChatFormat(processor, prompt))([sample])
+    for name, tensor in batch.inputs.items():
+        assert (scope["inputs"][name] == tensor).all(), name
+    model = load_base(BaseModel(folder))
+    assert generate(model, batch.inputs, processor.tokenizer, 6).texts == [scope["reply"].strip()]
 
 
 @pytest.mark.parametrize(
