@@ -66,7 +66,6 @@ def test_batches_of_real_sizes_fit_the_published_models(name: str) -> None:
 def _cell(side: str, **changes: Any) -> Cell:
     values = {
         "seconds": [2.0 if side == TRL else 1.0],
-        "collating": [0.1],
         "losses": [0.7, 0.6, 0.5],
         "peak": 2**31,
     }

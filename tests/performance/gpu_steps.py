@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tests.models.steps import allocated
 from tests.performance.gpu_models import REAL, TINY, write_random
 from tests.performance.preference import BATCH, BETA, LR, OurStep, Task, make_samples, rows_of
 from transformers import AutoProcessor
@@ -67,9 +66,8 @@ class Cell:
         side: who computes.
         reason: why nothing was measured; the other fields are then empty.
         seconds: of each measured step, or batch of answers, without collating.
-        collating: of each measured step.
         losses: of all steps, warm-up first.
-        peak: bytes allocated at the peak.
+        peak: bytes allocated at the peak of the GPU's memory; 0 on a CPU.
         rows: longest prompt of the answers in tokens.
     """
 
@@ -79,7 +77,6 @@ class Cell:
     side: str
     reason: str = ""
     seconds: list[float] = field(default_factory=list)
-    collating: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     peak: int = 0
     rows: int = 0
@@ -151,30 +148,28 @@ class Bench:
 
     def _train(self, cell: Cell, task: Task) -> None:
         with self._borrowed() as model:
-            step, side = self._side(cell.side, task, model)
+            step = self._side(cell.side, task, model)
             for i in range(self.warm_up + self.steps):
-                if i == self.warm_up and self.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
+                if i == self.warm_up:
+                    self._reset_peak()
                 start = self._now()
                 loss, collating = step(i)
                 taken = self._now() - start - collating
                 cell.losses.append(loss)
                 if i >= self.warm_up:
                     cell.seconds.append(taken)
-                    cell.collating.append(collating)
-                if cell.seconds and sum(cell.seconds) + sum(cell.collating) > STEP_SECONDS:
+                if sum(cell.seconds) > STEP_SECONDS:
                     break
-            cell.peak = self._peak(lambda: step(0), side)
+            cell.peak = self._peak()
 
-    def _side(self, side: str, task: Task, model: Any) -> tuple[Callable[[int], tuple[float, float]], Any]:
-        """Steps of a side by their number, and what runs them."""
+    def _side(self, side: str, task: Task, model: Any) -> Callable[[int], tuple[float, float]]:
+        """Steps of a side by their number."""
         if side == OURS:
             ours = OurStep(task, self.folder, not self.tiny, model, BF16)
-            return (lambda i: ours(self.samples[BATCH * i : BATCH * (i + 1)])), ours
-        if side == LIGER:
-            from tests.performance.liger_peer import LigerStep as Peer
-        else:
-            from tests.performance.trl_peer import TRLStep as Peer
+            return lambda i: ours(self.samples[BATCH * i : BATCH * (i + 1)])
+        from tests.performance.trl_peer import LigerStep, TRLStep
+
+        Peer = LigerStep if side == LIGER else TRLStep
         rows = rows_of(task, self.folder, self.samples)
         size = BATCH * max(1, task.rejected)
         theirs = Peer(
@@ -189,7 +184,7 @@ class Bench:
             model=model,
             bf16=True,
         )
-        return (lambda i: theirs(rows[size * i : size * (i + 1)])), theirs
+        return lambda i: theirs(rows[size * i : size * (i + 1)])
 
     def _answer(self, cell: Cell) -> None:
         chat = ChatFormat(AutoProcessor.from_pretrained(self.folder), ElicitationPrompt())
@@ -203,26 +198,22 @@ class Bench:
                 generate(self.model, batch.inputs, chat.processor.tokenizer, NEW_TOKENS, end_of_confidence)
 
         run()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        self._reset_peak()
         for _ in range(2):
             start = self._now()
             run()
             cell.seconds.append(self._now() - start)
-        cell.peak = self._peak(run, None)
+        cell.peak = self._peak()
 
     # --- Memory ---------------------------------------------------------------------------------------------------
 
-    def _peak(self, run: Callable[[], Any], side: Any) -> int:
-        """Bytes at the peak: on a GPU of the steps since the last reset, on a CPU of one more."""
+    def _reset_peak(self) -> None:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() - self.leaked
-        model = self.model if side is None else side.model
-        states = [] if side is None else side.optimizer.state.values()
-        held = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
-        held += sum(scales_bytes(p) for p in model.parameters())
-        held += sum(v.nbytes for s in states for v in s.values() if isinstance(v, torch.Tensor))
-        return held + allocated(run)
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak(self) -> int:
+        """Bytes at the peak since the last reset."""
+        return torch.cuda.max_memory_allocated() - self.leaked if self.device.type == "cuda" else 0
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
@@ -264,12 +255,6 @@ def alike_samples(n: int, side: int) -> list[Sample]:
     """
     drawn = (sample for sample in make_samples(4 * n + 16, side) if 0.1 <= sample.confidence < 0.995)
     return list(islice(drawn, n))
-
-
-def scales_bytes(parameter: torch.Tensor) -> int:
-    """Bytes of the scales of a weight in nf4, which are no parameters; 0 for other weights."""
-    state = getattr(parameter, "quant_state", None)
-    return 0 if state is None else state.absmax.nbytes + state.state2.absmax.nbytes
 
 
 def main(arguments: list[str] | None = None) -> None:
