@@ -79,8 +79,7 @@ def _amber(n: int = 300, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict
 
 
 def _official(values: dict[str, Any]) -> dict[str, Any]:
-    begin = "official/"
-    return {name.removeprefix(begin): value for name, value in values.items() if name.startswith(begin)}
+    return {name[9:]: value for name, value in values.items() if name.startswith("official/")}
 
 
 def test_pope(written: Written, scored: Scored) -> None:

@@ -36,7 +36,7 @@ FOUND = Evaluation(
 )
 
 
-def _write(
+def write_run(
     folder: Path,
     record: dict[str, Any] | None = None,
     inputs: dict[str, str] | None = None,
@@ -64,7 +64,7 @@ def _write(
 def test_the_rows_are_the_base_model_and_the_adapters_of_one_evaluation_as_in_the_report(
     tmp_path: Path,
 ) -> None:
-    folder = _write(tmp_path / "eval", with_oracle=True)
+    folder = write_run(tmp_path / "eval", with_oracle=True)
     found = read_evaluation(folder, DPO)
     assert (found.system, found.dataset, found.split) == ("dpo", "demo", "development")
     assert found.parts == ["clean", "hard (key object perturbed)"]
@@ -82,9 +82,9 @@ def test_the_rows_are_the_base_model_and_the_adapters_of_one_evaluation_as_in_th
 
 
 def test_other_queries_are_other_data_and_other_settings_are_not(tmp_path: Path) -> None:
-    first = read_evaluation(_write(tmp_path / "1"), DPO)
-    calibration = read_evaluation(_write(tmp_path / "2", inputs={"data.calibration.clean": "z"}), DPO)
-    queries = read_evaluation(_write(tmp_path / "3", inputs={"data.test.hard": "z"}), DPO)
+    first = read_evaluation(write_run(tmp_path / "1"), DPO)
+    calibration = read_evaluation(write_run(tmp_path / "2", inputs={"data.calibration.clean": "z"}), DPO)
+    queries = read_evaluation(write_run(tmp_path / "3", inputs={"data.test.hard": "z"}), DPO)
     assert first.revision == calibration.revision != queries.revision
 
 
@@ -105,7 +105,7 @@ def test_results_of_something_else_are_refused(
 ) -> None:
     folder = tmp_path / "eval"
     if settings is not None:
-        _write(folder, **settings)
+        write_run(folder, **settings)
     with pytest.raises(DataError, match=f"{folder}.*{says}"):
         read_evaluation(folder, DPO)
 
