@@ -45,7 +45,7 @@ MUTANTS: dict[tuple[str, str, str], dict[str, str]] = {
         "positions - shift": "positions",
         "range(length - 1, end)": "range(length - 2, end - 1)",
     },
-    ("losses", "losses/sequence.py", "losses/test_sequence.py"): {
+    ("losses", "losses/sequence.py", "losses/test_candidates.py"): {
         "(sums / lengths).mean()": "sums.sum() / lengths.sum()",
         "answer * correct)": "answer)",
     },

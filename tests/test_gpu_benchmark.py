@@ -12,8 +12,7 @@ import torch
 from tests.models.processors import FAMILIES
 from tests.models.published import MODELS
 from tests.performance import gpu
-from tests.performance.gpu_models import REAL, with_tokens_of
-from tests.performance.gpu_steps import LIGER, OURS, TASKS, TRL, Cell, alike_samples
+from tests.performance.gpu_steps import LIGER, OURS, REAL, TASKS, TRL, Cell, alike_samples, with_tokens_of
 
 from vlm_calibration.data.collate import ChatFormat, SFTCollator
 from vlm_calibration.losses.sequence import IGNORE

@@ -189,32 +189,21 @@ def test_without_a_model_the_demo_s_is_asked(call_one: Call, adapter_run: Path, 
         assert f"with {run}/adapter (" in json.loads(ended.out)["model"]
 
 
-@pytest.mark.slow
-def test_many_questions(call: Call, questions: Path, adapter: Options, calibrated: CalibratedModel) -> None:
-    arguments = ("--questions", str(questions), "--out", "a/answers.jsonl", *adapter)
-    ended = call(*arguments, "--batch-size", "5")
-    assert ended.status == 0, ended.err
-    assert ended.out == "12 of 12 questions answered: a/answers.jsonl\n"
-    asked = _rows(questions)
-    rows = _rows(questions.parent / "a" / "answers.jsonl")
-    expected = calibrated.ask_many((questions.parent / q["image"], q["question"]) for q in asked)
-    for row, question, answer in zip(rows, asked, expected, strict=True):
-        assert row["model"].startswith(str(DEMO_MODEL))
-        assert row["rule"] is None
-        assert {k: row[k] for k in question} == question
+def test_a_run_that_was_cut_off_resumes_where_it_was(
+    call: Call,
+    questions: Path,
+    decides: Decides,
+    calibrated: CalibratedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call = partial(call, "--questions", str(questions), "--batch-size", "5", *decides(0.97), "--abstain")
+    assert call("--out", "a/whole.jsonl").status == 0
+    whole, given = questions.parent / "a/whole.jsonl", _rows(questions)
+    expected = calibrated.ask_many((questions.parent / q["image"], q["question"]) for q in given)
+    for row, question, answer in zip(_rows(whole), given, expected, strict=True):
+        assert {key: row[key] for key in question} == question
         assert (row["text"], row["confidence"]) == (answer.text, answer.confidence)
         assert row["expected"] == pytest.approx(answer.expected, abs=2e-4)
-    ended = call(*arguments, "--json")
-    counts = {"questions": 12, "answered_now": 0, "answered_before": 12, "skipped": 0}
-    assert json.loads(ended.out) == {**counts, "review": None, "out": "a/answers.jsonl"}
-
-
-def test_a_run_that_was_cut_off_resumes_where_it_was(
-    call: Call, questions: Path, decides: Decides, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["--questions", str(questions), "--batch-size", "3", *decides(0.97), "--abstain"]
-    assert call(*arguments, "--out", "whole.jsonl").status == 0
-    whole = questions.parent / "whole.jsonl"
     below = [row["confidence"] is None or row["confidence"] < 0.97 for row in _rows(whole)]
     assert [row["decision"] for row in _rows(whole)] == ["review" if b else "answer" for b in below]
     out = questions.parent / "cut.jsonl"
@@ -227,12 +216,15 @@ def test_a_run_that_was_cut_off_resumes_where_it_was(
         return answers(self, samples, systems)
 
     monkeypatch.setattr(CalibratedModel, "answers", noted)
-    ended = call(*arguments, "--out", "cut.jsonl")
+    ended = call("--out", "cut.jsonl")
     assert ended.out == (
         f"7 of 12 questions answered, 5 answered before, {sum(below)} for review: cut.jsonl\n"
     )
-    assert asked == [q["question"] for q in _rows(questions)[5:]]
+    assert asked == [q["question"] for q in given[5:]]
     assert [r["text"] for r in _rows(out)] == [r["text"] for r in _rows(whole)]
+    counts = {"questions": 12, "answered_now": 0, "answered_before": 12, "skipped": 0}
+    ended = call("--out", "cut.jsonl", "--json")
+    assert json.loads(ended.out) == {**counts, "review": sum(below), "out": "cut.jsonl"}
 
 
 def test_answers_under_other_settings_are_not_mixed(

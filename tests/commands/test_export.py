@@ -27,7 +27,7 @@ from vlm_calibration.reporting.evaluation import read_evaluation
 
 from ..command_line import Ended
 from ..decision_rules import write_decision_rule
-from ..reporting.test_evaluation import write_run
+from ..reporting.test_card import write_run
 
 Call = Callable[..., Ended]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -79,8 +79,6 @@ def test_the_file_is_small_and_the_same_each_time(runs: Path, tmp_path: Path) ->
     assert [0, 114, 178] in colours
     main(call)
     assert out.read_bytes() == first
-    main([*call, "--before", "dpo", "--after", "base"])
-    assert out.read_bytes() != first
 
 
 def test_the_readme_shows_the_picture_and_says_how_to_draw_it(root: Path) -> None:

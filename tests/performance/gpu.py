@@ -1,7 +1,7 @@
 """Real sizes on one GPU, with random weights: training steps beside TRL's and Liger's with their memory, answers a second.
 
 `make bench-gpu` runs it in about ten minutes and writes `runs/bench/gpu.md`. Neither speed nor memory needs trained weights, so models are built from
-their published configurations (`gpu_models.py`), and nothing is downloaded; the largest takes 17 GB of the temporary folder and of main memory.
+their published configurations, and nothing is downloaded; the largest takes 17 GB of the temporary folder and of main memory.
 Without a GPU it ends with status 1; `--device cpu --models tiny` runs every part on tiny models of the same families, as a test does.
 
 Bars: losses of the first steps agree with TRL's, else the status is 1.
@@ -21,8 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.performance.gpu_models import REAL, SETS, TINY
-from tests.performance.gpu_steps import ANSWERED, FAILED, NEW_TOKENS, OURS, STEP_SECONDS, Cell
+from tests.performance.gpu_steps import (
+    ANSWERED,
+    FAILED,
+    NEW_TOKENS,
+    OURS,
+    REAL,
+    SETS,
+    STEP_SECONDS,
+    TINY,
+    Cell,
+)
 from tests.performance.machine import processor, setting
 from tests.performance.preference import BATCH
 

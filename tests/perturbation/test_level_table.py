@@ -122,9 +122,7 @@ def one(*rows, others=(0, 0)):
         (one(ROW, others=([3, 4], [1, 2])), "must have 1 bins"),
         (one(ROW, others=([3], [4])), "impossible count of 'no kind'"),
         (one({"n": [10], "n_correct": [9]}), "'strength'"),
-        (one({**ROW, "n": []}), "must have 1 bins"),
         (one({**ROW, "n": [10.5]}), "correct of [10.5]"),
-        (one(ROW, {**ROW, "strength": float("nan")}), "nan"),
         (one(ROW, {**ROW, "strength": "strong"}), "strong"),
     ],
 )
@@ -238,12 +236,6 @@ def test_the_trend_is_that_of_a_contingency_table():
     right = np.concatenate([np.arange(sum(r.n)) < sum(r.n_correct) for r in rows])
     z = np.sqrt(len(right)) * np.corrcoef(strengths, right)[0, 1]
     assert trend_p_value(rows) == pytest.approx(norm.cdf(z))
-    rng, p_values = np.random.default_rng(0), []
-    for _ in range(2000):
-        p_values.append(trend_p_value([LevelCount(s, (50,), (rng.binomial(50, 0.6),)) for s in STRENGTHS]))
-    assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(0.05, abs=0.015), (
-        "refuses what noise does not change"
-    )
 
 
 CLEAN = (0, 10, 5)
