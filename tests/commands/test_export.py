@@ -270,11 +270,7 @@ def test_a_failed_export_leaves_the_old_one(
 @pytest.mark.parametrize(
     ("arguments", "says", "status"),
     [
-        (
-            ["run", "--out", "x", "--license", "Apache 2"],
-            "--license Apache 2: not a name that the Hub has",
-            1,
-        ),
+        (["run", "--out", "x", "--license", "Apache 2"], "--license Apache 2: not a name that the Hub", 1),
         (["run", "--out", "x", "--evaluation", "run"], "run/config.yaml: not the configuration of a run", 1),
         (["run"], "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both", 2),
         (["run", "--out", "x", "--dtype", "int4"], "dtype", 2),

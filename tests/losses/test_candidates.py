@@ -141,9 +141,8 @@ def test_response_nll_and_its_gradient_are_the_loops(
 ) -> None:
     values, rows, weights, n_rows = batch
     log_likelihood = torch.tensor(values, dtype=torch.float64, requires_grad=True)
-    loss = response_nll(
-        log_likelihood, torch.tensor(rows), torch.tensor(weights, dtype=torch.float64), n_rows
-    )
+    of_tokens = torch.tensor(weights, dtype=torch.float64)
+    loss = response_nll(log_likelihood, torch.tensor(rows), of_tokens, n_rows)
     assert float(loss.detach()) == pytest.approx(_by_hand(values, rows, weights, n_rows), abs=1e-9)
     loss.backward()
     assert log_likelihood.grad is not None

@@ -45,9 +45,8 @@ def _by_loop(loss: CandidateLoss, scores: CandidateScores) -> float:
                 case SoftLabel(width, opposite_weight):
                     q = {k: math.exp(-((c[k] - t) ** 2) / (2 * width**2)) for k in own}
                     value = -sum(q[k] / sum(q.values()) * math.log(pi[k]) for k in own)
-                    q = {
-                        k: math.exp(-((c[k] - (1 - t)) ** 2) / (2 * width**2)) for k in {*candidates} - {*own}
-                    }
+                    others = {*candidates} - {*own}
+                    q = {k: math.exp(-((c[k] - (1 - t)) ** 2) / (2 * width**2)) for k in others}
                     value -= opposite_weight * sum(
                         q[k] / sum(q.values()) * (policy[k] - answer[k]) for k in q
                     )

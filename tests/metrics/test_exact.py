@@ -206,13 +206,6 @@ def test_the_value_is_the_error_at_its_own_bandwidth(kind):
         assert abs(float(METRICS["overconfidence"](table))) - 1e-5 <= ours <= float(of_levels) + 1e-5
 
 
-def test_perfect_and_worst():
-    assert smooth_ece([0.0, 1.0, 0.0], [False, True, False]) == 0
-    assert smooth_ece([0.5, 0.5], [False, True]) == pytest.approx(0, abs=1e-12)
-    assert smooth_ece([1.0, 1.0], [False, False]) == pytest.approx(1)
-    assert smooth_ece([0.0], [True]) == pytest.approx(1)
-
-
 def test_a_small_error_is_that_of_the_narrowest_kernel():
     """A millionth too confident at two far levels in opposite directions: at 1/1024 they do not cancel."""
     counts = torch.tensor([[800_100, 199_900], [199_900, 800_100]])

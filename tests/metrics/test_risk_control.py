@@ -14,6 +14,7 @@ from vlm_calibration.metrics.drift import drift_test
 from vlm_calibration.metrics.risk_control import (
     GRID_STEPS,
     LATER_START,
+    GradedAnswers,
     Limits,
     ThresholdScores,
     control_risk,
@@ -211,7 +212,7 @@ def test_the_promise_holds_with_several_questions_an_image(correlation: float, q
         shared, own = rng.random((images, 1)), rng.random((images, questions))
         alike = rng.random((images, questions)) < np.sqrt(correlation)
         wrong = (np.where(alike, shared, own) < over.error[0])[tuple(counted.T)]
-        answers = over.graded(np.zeros(images, dtype=int), ~wrong)
+        answers = GradedAnswers(np.full(images, 0.9), ~wrong)
         count += lowest_controlled(answers, LIMIT, 0.05) is not None
     assert count / DRAWS <= _allowed(0.05)
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells += of_model
         if status:
             failed.append(f"{name}: ended with status {status} after {len(of_model)} cells")
-        failed += [
-            f"{c.model}, {c.weights}, {c.task}, {c.side}: {c.reason}"
-            for c in of_model
-            if c.reason.startswith(FAILED)
-        ]
+        ended = (c for c in of_model if c.reason.startswith(FAILED))
+        failed += [f"{c.model}, {c.weights}, {c.task}, {c.side}: {c.reason}" for c in ended]
     text, agree = page(cells, failed, args)
     write_text(args.out, text)
     print(text)
@@ -85,9 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--models", nargs="+", choices=[*SETS, *REAL, *TINY], default=["real"])
     parser.add_argument("--weights", nargs="+", choices=("bf16", "nf4"), default=["bf16", "nf4"])
@@ -115,7 +110,7 @@ def measure(name: str, args: argparse.Namespace, seconds: float) -> tuple[list[C
 def page(cells: Sequence[Cell], failed: Sequence[str], args: argparse.Namespace) -> tuple[str, bool]:
     """The page as Markdown, and whether all losses agree."""
     packages = ("vlm-calibration", "torch", "transformers", "peft", "bitsandbytes")
-    optional = [name for name in ("trl", "liger-kernel", "triton") if _installed(name)]
+    optional = [name for name in ("trl", "liger-kernel", "triton") if find_spec(name.replace("-", "_"))]
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
     machine = f"{gpu}; {processor()}; {setting(*packages, *optional)}; {time.strftime('%Y-%m-%d')}"
     differences = [(cell, difference(cell, cells)) for cell in cells]
@@ -198,14 +193,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def gib(size: int) -> str:
     return f"{size / 2**30:.2f}" if size else "-"
-
-
-def _installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

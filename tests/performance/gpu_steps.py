@@ -94,13 +94,7 @@ SETS = {"real": REAL, "tiny": TINY}
 
 
 def write_random(name: str, folder: Path, device: str) -> None:
-    """Write a model in bfloat16 with its processor and, in `adapter/`, a LoRA adapter without zero weights.
-
-    Args:
-        name: key of `REAL` or `TINY`.
-        folder: where to.
-        device: on which the weights are drawn.
-    """
+    """Write a model in bfloat16, whose weights are drawn on a device, its processor and, in `adapter/`, a LoRA adapter without zero weights."""
     entry = {**REAL, **TINY}[name]
     family = FAMILIES[entry.family](**(entry.images or {}))
     torch.manual_seed(0)
@@ -139,10 +133,8 @@ class Cell:
     """What was measured of one side at one task.
 
     Attributes:
-        model: name of the model.
         weights: "bf16" or "nf4".
         task: title of the task; "answers" for the evaluation.
-        side: who computes.
         reason: why nothing was measured; the other fields are then empty.
         seconds: of each measured step, or batch of answers, without collating.
         losses: of all steps, warm-up first.

@@ -83,17 +83,11 @@ def filled(form: dict[str, Any], part: str) -> list[Pair]:
     for (i, (x, xs)), word in product(enumerate(objects), form.get("words", "").split(", ")):
         y, ys = objects[(i + 1) % len(objects)]
         a, h = "an" if x[0] in "aeiou" else "a", word.removeprefix("an ").removeprefix("a ")
-        question, answer, *phrases = (
-            text.format(x=x, xs=xs, a=a, y=y, ys=ys, w=word, h=h)
-            for text in (
-                form["question"],
-                form["answer"],
-                *form.get("objects", ["{x}"]),
-                *form.get("absent", []),
-            )
+        texts = [[form["question"]], [form["answer"]], form.get("objects", ["{x}"]), form.get("absent", [])]
+        [question], [answer], named, absent = (
+            tuple(text.format(x=x, xs=xs, a=a, y=y, ys=ys, w=word, h=h) for text in row) for row in texts
         )
-        n = len(phrases) - len(form.get("absent", []))
-        pairs.append(Pair(part, form["name"], question, answer, tuple(phrases[:n]), tuple(phrases[n:])))
+        pairs.append(Pair(part, form["name"], question, answer, named, absent))
     return pairs
 
 

@@ -82,13 +82,7 @@ Step = Callable[[int], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Task:
-    """A training task with the targets of the comparison.
-
-    Attributes:
-        title: name in the table.
-        rejected: rejected responses a query; 0 for SFT.
-        faster: minimum speed relative to an arm of TRL, by arm.
-    """
+    """A training task: its name in the table, rejected responses a query (0 for SFT), and the minimum speed relative to TRL, by arm."""
 
     title: str
     rejected: int
@@ -319,11 +313,10 @@ def time_task(task: Task, folder: Path, rounds: int) -> dict[str, Timing]:
         for arm in ARMS[i % len(ARMS) :] + ARMS[: i % len(ARMS)]:
             gc.collect()
             start = time.perf_counter()
-            loss, _ = steps[arm](i)
-            seconds = time.perf_counter() - start
-            timings[arm].losses.append(loss)
-            if i > 0:
-                timings[arm].steps.append(seconds)
+            timings[arm].losses.append(steps[arm](i)[0])
+            timings[arm].steps.append(time.perf_counter() - start)
+    for timing in timings.values():
+        del timing.steps[0]
     return timings
 
 
@@ -352,9 +345,7 @@ def lines(task: Task, timings: dict[str, Timing]) -> list[str]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--what", nargs="+", choices=TASKS, default=list(TASKS))
     args = parser.parse_args()

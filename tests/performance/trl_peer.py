@@ -39,12 +39,9 @@ class TRLStep:
         folder: model, processor and, in `adapter/`, the LoRA adapter to start from. TRL treats it as a new adapter, so that
             its reference is the model without it.
         rows: the data set; preferences if the rows have a rejected response.
-        batch: rows a step.
-        lr: constant learning rate.
         beta: of DPO, whose other settings are TRL's defaults.
         restricted: apply the output head at labelled positions only, as TRL does with Triton kernels; without
             them, as on a CPU, TRL applies the head at all positions.
-        checkpointing: recompute activations in the backward pass.
         scratch: folder that the trainer may write to.
         model: the model of the folder as `load_for_training` returns it.
         bf16: mixed precision, by accelerate.

@@ -374,7 +374,7 @@ def test_the_hubs_parser_reads_the_results(tmp_path: Path) -> None:
     save_card(tmp_path, CARD)
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.license, data.base_model, data.library_name) == ("apache-2.0", "org/Model-7B", "peft")
-    front = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    front = _metadata(CARD)
     name, results = model_index_to_eval_results(front["model-index"])
     assert name == "Model-7B, calibrated"
     assert {r.metric_type: r.metric_value for r in results} == {
@@ -411,9 +411,7 @@ def test_the_base_model_stands_beside_the_stages() -> None:
 
 
 def test_a_folder_is_no_base_model_of_the_hub() -> None:
-    text = card_text(Card("runs/base", revision="x"))
-    assert not {"base_model", "base_model_relation", "base_model_revision"} & set(
-        yaml.safe_load(text.split("---\n")[1])
-    )
-    assert "The base model is a folder, not a repository on the Hub" in text
+    card = Card("runs/base", revision="x")
+    assert not [key for key in _metadata(card) if key.startswith("base_model")]
+    assert "The base model is a folder, not a repository on the Hub" in card_text(card)
     assert "The base model is a folder" not in card_text(CARD)

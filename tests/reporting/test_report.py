@@ -571,10 +571,7 @@ def test_recalibration_may_be_fitted_on_another_evaluation(evaluation: Path, tmp
     [
         (None, "there are no answers to a calibration set"),
         ({"estimates": {}}, "likelihood is not recalibrated: the calibration set"),
-        (
-            {"confidence": None},
-            "verbalized is not recalibrated: no yes_no answer of the calibration set has it",
-        ),
+        ({"confidence": None}, "verbalized is not recalibrated: no yes_no answer of the calibration set"),
     ],
 )
 def test_a_missing_recalibration_is_noted(calibration: dict[str, Any] | None, says: str) -> None:
