@@ -143,7 +143,7 @@ def test_every_optimizer_is_known() -> None:
         (["--tokens", "0"], 2, "--tokens: expected a whole number of at least 1, found '0'"),
         (["--config", "sft", "--config", "dpo"], 2, "one stage at a time, found sft and dpo"),
         (["--config=regions"], 1, "regions: no estimate for RegionExtractor"),
-        (["--config=sft", "--model.init_args.base.name_or_path=no/model"], 1, "cannot load a model from"),
+        (["--config=sft", "--model.init_args.base.name_or_path=no/model"], 1, "model from 'no/model'"),
     ],
 )
 def test_what_is_refused(
