@@ -61,8 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 TOGETHER = {
     **dict.fromkeys(
         (
-            *("callbacks/test_adapter", "callbacks/test_wandb_log", "commands/test_export"),
-            *("reporting/test_dashboard", "test_cli", "test_quiet"),
+            *("callbacks/test_adapter", "callbacks/test_wandb_log", "reporting/test_dashboard"),
+            *("test_cli", "test_quiet"),
         ),
         "offline_runs",
     ),

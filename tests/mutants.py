@@ -22,7 +22,7 @@ MUTANTS: dict[tuple[str, str, str], dict[str, str]] = {
         "np.sqrt(1 - alpha_bar)": "(1 - alpha_bar)",
         "if step == 0:": "if step <= 1:",
     },
-    ("noise", "perturbation/schedules.py", "perturbation/test_schedules.py"): {
+    ("noise", "perturbation/schedules.py", "perturbation/test_noise.py"): {
         "/ (1 + self.offset)) ** 2": "/ (1 + self.offset))",
     },
     ("noise", "data/noise.py", "data/test_noise.py"): {
@@ -43,7 +43,7 @@ MUTANTS: dict[tuple[str, str, str], dict[str, str]] = {
         "positions - shift": "positions",
         "range(length - 1, end)": "range(length - 2, end - 1)",
     },
-    ("losses", "losses/sequence.py", "losses/test_sequence.py"): {
+    ("losses", "losses/sequence.py", "losses/test_candidates.py"): {
         "(sums / lengths).mean()": "sums.sum() / lengths.sum()",
         "answer * correct)": "answer)",
     },

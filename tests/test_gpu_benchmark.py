@@ -12,8 +12,7 @@ import torch
 from tests.models.processors import FAMILIES
 from tests.models.published import MODELS
 from tests.performance import gpu
-from tests.performance.gpu_models import REAL, with_tokens_of
-from tests.performance.gpu_steps import LIGER, OURS, TASKS, TRL, Cell, alike_samples
+from tests.performance.gpu_steps import LIGER, OURS, REAL, TASKS, TRL, Cell, alike_samples, with_tokens_of
 
 from vlm_calibration.data.collate import ChatFormat, SFTCollator
 from vlm_calibration.losses.sequence import IGNORE
@@ -63,8 +62,8 @@ def test_batches_of_real_sizes_fit_the_published_models(name: str) -> None:
 
 
 def _cell(side: str, **changes: Any) -> Cell:
-    values = {"seconds": [2.0 if side == TRL else 1.0], "collating": [0.1], "losses": [0.7, 0.6, 0.5]}
-    return Cell("m", "bf16", "SFT", side, **{**values, "peak": 2**31, **changes})
+    values = {"seconds": [2.0 if side == TRL else 1.0], "losses": [0.7, 0.6, 0.5], "peak": 2**31}
+    return Cell("m", "bf16", "SFT", side, **{**values, **changes})
 
 
 def _page(*cells: Cell, failed: tuple[str, ...] = ()) -> tuple[str, bool]:

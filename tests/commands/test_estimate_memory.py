@@ -23,8 +23,6 @@ from ..trainers import plain_trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(p.stem for p in (CONFIGS / "model").glob("*.yaml") if p.stem != "qlora")
-BEHIND = "qwen2_5_vl_7b"
-"""The preset that `qlora.yaml` quotes itself behind."""
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +61,8 @@ def test_every_file_is_of_a_published_model() -> None:
     ],
 )
 def test_files_quote_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    overlays = [BEHIND, "qlora"] if name == "qlora" else [name]
+    # The file `qlora.yaml` quotes itself behind another one.
+    overlays = ["qwen2_5_vl_7b", "qlora"] if name == "qlora" else [name]
     configs = [a for n in ("sft", *(f"model/{o}" for o in overlays)) for a in ("--config", n)]
     folder = _published(overlays[0], tmp_path)
     assert main(["estimate-memory", *configs, "--model.init_args.base.name_or_path", folder]) == 0
@@ -144,11 +143,7 @@ def test_every_optimizer_is_known() -> None:
         (["--tokens", "0"], 2, "--tokens: expected a whole number of at least 1, found '0'"),
         (["--config", "sft", "--config", "dpo"], 2, "one stage at a time, found sft and dpo"),
         (["--config=regions"], 1, "regions: no estimate for RegionExtractor"),
-        (
-            ["--config=sft", "--model.init_args.base.name_or_path=no/model"],
-            1,
-            "cannot load a model from 'no/model'",
-        ),
+        (["--config=sft", "--model.init_args.base.name_or_path=no/model"], 1, "model from 'no/model'"),
     ],
 )
 def test_what_is_refused(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
 
 from vlm_calibration import hub
 from vlm_calibration.estimators.decision import read_rule
@@ -22,10 +23,11 @@ from vlm_calibration.inference.model import load_calibrated
 from vlm_calibration.models.base import BaseModel, adapter_digest
 from vlm_calibration.models.loading import weights_digest
 from vlm_calibration.reporting.card import Card, load_card, save_card
+from vlm_calibration.reporting.evaluation import read_evaluation
 
 from ..command_line import Ended
 from ..decision_rules import write_decision_rule
-from ..wandb_log import OfflineRun
+from ..reporting.test_card import write_run
 
 Call = Callable[..., Ended]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -156,37 +158,29 @@ def _results(readme: Path) -> dict[str, float]:
     return {r.metric_type: r.metric_value for r in ModelCard.load(readme).data.eval_results or []}
 
 
-@pytest.mark.slow
-def test_the_results_of_an_evaluation_are_in_the_card(
-    call: Call, offline_runs: dict[str, OfflineRun], tmp_path: Path
+def test_the_results_of_an_evaluation_are_in_the_card_of_the_weights_that_it_evaluated(
+    call: Call, trained: Path, tmp_path: Path
 ) -> None:
-    folders = {name: str(run.directory) for name, run in offline_runs.items()}
-    assert call(folders["dpo"], "--out", "copy", "--evaluation", folders["eval"]).status == 0
-    metrics = json.loads((Path(folders["eval"]) / "dpo" / "metrics.json").read_text())
-    names = {"accuracy": "accuracy", "ece": "expected_calibration_error", "brier": "brier_score"}
-    names |= {"auroc": "roc_auc"}
-    defined = {kind: metrics[name] for name, kind in names.items() if metrics[name] is not None}
-    assert len(defined) >= 3
-    assert _results(tmp_path / "copy" / "README.md") == defined
-    text = (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
-    assert f"The same {metrics['n']} queries of `demo`, split `test`" in text
-    assert "parts: clean, perturbed (key object perturbed)" in text
-    assert [row in text for row in ("| base model |", "| sft |", "| **dpo (this one)** |")] == 3 * [True]
+    digest = adapter_digest(trained / "adapter")
+    evaluation = write_run(tmp_path / "eval", inputs={"model.init_args.adapters.dpo": digest})
+    assert call("run", "--out", "copy", "--evaluation", "eval").status == 0
+    results = _results(tmp_path / "copy" / "README.md")
+    assert len(results) == 4
+    assert results["accuracy"] == read_evaluation(evaluation, digest).results["dpo"]["accuracy"]
 
     # They stay with these weights when the copy is exported again under another name of its base, and with no others.
     assert call("copy", "--out", "again", "--base", "org/base").status == 0
-    assert _results(tmp_path / "again" / "README.md") == defined
+    assert _results(tmp_path / "again" / "README.md") == results
     card = load_card(tmp_path / "again")
     assert card is not None
     assert [e.adapter for e in card.evaluations] == [adapter_digest(tmp_path / "again")]
-    shutil.copy(Path(folders["sft"]) / "adapter" / WEIGHTS, tmp_path / "again")
+    weights = load_file(tmp_path / "again" / WEIGHTS)
+    save_file({name: 2 * weight for name, weight in weights.items()}, tmp_path / "again" / WEIGHTS)
     assert call("again", "--out", "other").status == 0
     assert _results(tmp_path / "other" / "README.md") == {}
-    ended = call("again", "--out", "more", "--evaluation", folders["eval"])
+    ended = call("again", "--out", "more", "--evaluation", "eval")
     assert (ended.status, not (tmp_path / "more").exists()) == (1, True)
-    assert ended.error().startswith(
-        f"{folders['eval']}: this adapter was not evaluated there, or has changed since"
-    )
+    assert ended.error().startswith("eval: this adapter was not evaluated there, or has changed since")
 
 
 def test_the_licence_is_that_of_the_base_unless_one_is_given(
@@ -276,11 +270,7 @@ def test_a_failed_export_leaves_the_old_one(
 @pytest.mark.parametrize(
     ("arguments", "says", "status"),
     [
-        (
-            ["run", "--out", "x", "--license", "Apache 2"],
-            "--license Apache 2: not a name that the Hub has",
-            1,
-        ),
+        (["run", "--out", "x", "--license", "Apache 2"], "--license Apache 2: not a name that the Hub", 1),
         (["run", "--out", "x", "--evaluation", "run"], "run/config.yaml: not the configuration of a run", 1),
         (["run"], "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both", 2),
         (["run", "--out", "x", "--dtype", "int4"], "dtype", 2),

@@ -79,8 +79,7 @@ def _amber(n: int = 300, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict
 
 
 def _official(values: dict[str, Any]) -> dict[str, Any]:
-    begin = "official/"
-    return {name.removeprefix(begin): value for name, value in values.items() if name.startswith(begin)}
+    return {name[9:]: value for name, value in values.items() if name.startswith("official/")}
 
 
 def test_pope(written: Written, scored: Scored) -> None:
@@ -99,18 +98,8 @@ def test_pope(written: Written, scored: Scored) -> None:
     assert values["yes_ratio"] == sum(parsed[a["answer"]] == "yes" for a in answers) / 200
     confidence = torch.tensor([a["confidence"] for a in answers], dtype=torch.float64)
     correct = torch.tensor(is_correct)
-    for name, metric in (
-        ("ece", functional.expected_calibration_error),
-        ("mce", functional.maximum_calibration_error),
-        ("ace", functional.adaptive_calibration_error),
-        ("brier", functional.brier_score),
-        ("auroc", functional.auroc),
-        ("aurc", functional.area_under_risk_coverage),
-        ("log_loss", functional.log_loss),
-        ("overconfidence", functional.overconfidence),
-        ("smooth_ece", functional.smooth_calibration_error),
-    ):
-        assert values[name] == pytest.approx(float(metric(confidence, correct)), rel=1e-12, abs=1e-15), name
+    for name, metric in (("ece", functional.expected_calibration_error), ("auroc", functional.auroc)):
+        assert values[name] == pytest.approx(float(metric(confidence, correct)), rel=1e-12), name
 
 
 def test_undefined_official_scores_are_null(written: Written, scored: Scored) -> None:

@@ -1,4 +1,4 @@
-"""Losses of the distribution over confidences: against loops, against REINFORCE, and at the optimum that each claims.
+"""Losses of the distribution over confidences: against loops, RLCR against REINFORCE, and the others at the optimum that each claims.
 
 An optimum is found by minimising over free logits: for each context, of every text that can be written. The last one is no
 candidate, so that the log-probability of all candidates is at most 0 as for a model. A context has several outcomes, each in as many
@@ -45,9 +45,8 @@ def _by_loop(loss: CandidateLoss, scores: CandidateScores) -> float:
                 case SoftLabel(width, opposite_weight):
                     q = {k: math.exp(-((c[k] - t) ** 2) / (2 * width**2)) for k in own}
                     value = -sum(q[k] / sum(q.values()) * math.log(pi[k]) for k in own)
-                    q = {
-                        k: math.exp(-((c[k] - (1 - t)) ** 2) / (2 * width**2)) for k in {*candidates} - {*own}
-                    }
+                    others = {*candidates} - {*own}
+                    q = {k: math.exp(-((c[k] - (1 - t)) ** 2) / (2 * width**2)) for k in others}
                     value -= opposite_weight * sum(
                         q[k] / sum(q.values()) * (policy[k] - answer[k]) for k in q
                     )
@@ -202,41 +201,6 @@ def test_the_optimum_of_the_expected_brier_score_has_the_mean() -> None:
     assert (pi @ torch.tensor(LEVELS).double()).tolist() == [pytest.approx(m, abs=0.005) for m in MEANS]
     assert pi[:2].max() < 0.9, "the distribution is not all on one level"
     assert z.exp().min() > 0.99
-
-
-# Of each context, how often of ten times each of its answers is correct.
-ANSWERS = [[8, 2], [3, 7], [5, 3, 2], [2, 2, 6]]
-
-
-def test_the_optimum_of_rlcr_is_the_likeliest_answer_with_its_probability() -> None:
-    """Every answer is followed by every level; a context with two answers has padding for the third."""
-    n_answers, n_levels = 3, len(LEVELS)
-    rows, outcomes = zip(
-        *((i, a) for i, counts in enumerate(ANSWERS) for a, n in enumerate(counts) for _ in range(n)),
-        strict=True,
-    )
-    size = n_answers * n_levels
-    answer_of = torch.arange(size) // n_levels
-    exists = torch.tensor([[int(a) < len(ANSWERS[i]) for a in answer_of] for i in rows])
-    scores = table([[0.0] * size] * len(rows), confidence=[LEVELS * n_answers] * len(rows))._replace(
-        valid=exists,
-        correct=answer_of == torch.tensor(outcomes)[:, None],
-        own=(answer_of == 0).expand(len(rows), size),
-    )
-
-    of_context = torch.stack([exists[rows.index(i)] for i in range(len(ANSWERS))])
-    absent = ~torch.nn.functional.pad(of_context, (0, 1), value=True)
-
-    def log_p(logits: Tensor) -> Tensor:
-        return logits.masked_fill(absent, -torch.inf).log_softmax(-1)[:, :-1]
-
-    def value(logits: Tensor) -> Tensor:
-        return RLCR()(scores._replace(policy=log_p(logits)[list(rows)]))
-
-    p = log_p(minimise(value, (len(ANSWERS), size + 1))).exp()
-    assert p.max(-1).values.min() > 0.98
-    best = p.argmax(-1).tolist()
-    assert [(k // n_levels, LEVELS[k % n_levels]) for k in best] == [(0, 0.8), (1, 0.7), (0, 0.5), (2, 0.6)]
 
 
 @each_loss

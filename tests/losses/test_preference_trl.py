@@ -23,8 +23,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from vlm_calibration.losses.candidates import CandidateScores
-from vlm_calibration.losses.preference import DPO, SimPO, preference_statistics
-from vlm_calibration.losses.sequence import response_nll, token_log_likelihood
+from vlm_calibration.losses.preference import DPO, SimPO
+from vlm_calibration.losses.sequence import token_log_likelihood
 
 # A prompt and three responses of each query, the first one chosen; equally many pairs a query, so that TRL's mean over
 # pairs is our mean over queries.
@@ -94,8 +94,9 @@ def _trainer(kind: type, **settings: Any) -> Any:
     return trainer
 
 
-def dpo_trainer(models: Models, loss_type: str, beta: float) -> Any:
-    return _trainer(
+def trl_dpo(models: Models, beta: float) -> Tensor:
+    """Mean of `DPOTrainer`'s loss over all pairs."""
+    trainer = _trainer(
         DPOTrainer,
         args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         model=models.policy,
@@ -104,21 +105,14 @@ def dpo_trainer(models: Models, loss_type: str, beta: float) -> Any:
         f_divergence_type="reverse_kl",
         ld_alpha=None,
         use_weighting=False,
-        loss_types=[loss_type],
+        loss_types=["sigmoid"],
         loss_weights=[1.0],
         beta=beta,
         _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
     )
-
-
-def trl_dpo(models: Models, loss_type: str, beta: float, one_by_one: bool = False) -> Tensor:
-    """Mean of `DPOTrainer`'s loss over all pairs, in one batch or in batches of one."""
-    trainer = dpo_trainer(models, loss_type, beta)
-    batches = [[pair] for pair in PAIRS] if one_by_one else [PAIRS]
-    losses = [trainer._compute_loss(models.policy, collate(batch), False) for batch in batches]
-    return torch.stack(losses).mean()
+    return trainer._compute_loss(models.policy, collate(PAIRS), False)
 
 
 def trl_simpo(models: Models, beta: float, simpo_gamma: float) -> Tensor:
@@ -145,38 +139,10 @@ def assert_same(models: Models, ours: Tensor, theirs: Tensor) -> None:
 
 
 def test_dpo(models: Models) -> None:
-    assert_same(models, DPO(beta=0.7)(score(models)), trl_dpo(models, "sigmoid", 0.7))
+    assert_same(models, DPO(beta=0.7)(score(models)), trl_dpo(models, 0.7))
 
 
 def test_simpo(models: Models) -> None:
     scores = score(models)._replace(reference=None)
     theirs = trl_simpo(models, 2.5, 0.3)
     assert_same(models, SimPO(beta=2.5, gamma=0.3)(scores), theirs)
-
-
-def test_chosen_nll(models: Models) -> None:
-    """TRL's "sft" averages over the tokens of a batch, which for a batch of one query is our mean."""
-    theirs = trl_dpo(models, "sft", 0.1, one_by_one=True)
-    chosen = [_log_likelihood(models.policy, prompt, responses[0]) for prompt, responses in QUERIES]
-    log_likelihood = torch.cat(chosen)
-    rows = torch.repeat_interleave(torch.tensor([len(c) for c in chosen]))
-    ours = response_nll(log_likelihood, rows, torch.ones_like(log_likelihood), len(QUERIES))
-    assert_same(models, ours, theirs)
-
-
-def test_statistics(models: Models) -> None:
-    trainer = dpo_trainer(models, "sigmoid", 0.3)
-    trainer._compute_loss(models.policy, collate(PAIRS), False)
-    theirs = {name: values[-1] for name, values in trainer._metrics["train"].items() if "/" in name}
-    scores = score(models)
-    ours = preference_statistics(DPO(beta=0.3), scores)
-    for our_name, their_name in [
-        ("reward_margin", "rewards/margins"),
-        ("reward_accuracy", "rewards/accuracies"),
-        ("logp_chosen", "logps/chosen"),
-        ("logp_rejected", "logps/rejected"),
-    ]:
-        assert float(ours[our_name]) == pytest.approx(theirs[their_name], rel=1e-5)
-    rewards = DPO(beta=0.3).rewards(scores).detach()
-    assert float(rewards[:, 0].mean()) == pytest.approx(theirs["rewards/chosen"], rel=1e-5)
-    assert float(rewards[:, 1:].mean()) == pytest.approx(theirs["rewards/rejected"], rel=1e-5)

@@ -1,22 +1,28 @@
-"""Every metric in all its forms, against the rational reference: random cases and all bin edges."""
+"""Every metric in all its forms: against the rational reference, published packages and, of the smooth ECE, its definition."""
 
 import math
 import warnings
 from itertools import permutations, product
+from math import gcd
 
 import numpy as np
 import pytest
 import torch
+from netcal.metrics import ACE, ECE, MCE
+from sklearn import metrics as sklearn_metrics
 
 from vlm_calibration.metrics import CalibrationMetrics, functional
 from vlm_calibration.metrics.functional import METRICS, REPORTED
+from vlm_calibration.metrics.smooth import MIN_BANDWIDTH
 from vlm_calibration.metrics.table import ConfidenceTable
 
+from .references import EDGE_CASES, Exact, cases
 
-def check(percent, correct, exact):
+
+def check(percent, correct):
     """Compare a table, raw float64, raw float32 (with a tolerance for its rounding) and torchmetrics with the reference."""
     expected = {
-        name: math.nan if v is None else float(v) for name, v in exact(percent, correct).values().items()
+        name: math.nan if v is None else float(v) for name, v in Exact(percent, correct).values().items()
     }
     confidence, y = torch.tensor(percent / 100), torch.tensor(correct)
     table, metrics = ConfidenceTable.from_predictions(confidence, y), CalibrationMetrics(metrics=METRICS)
@@ -45,13 +51,15 @@ def check(percent, correct, exact):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tens", "percents", "few"])
-def test_random_cases(cases, exact, kind):
+def test_random_cases(kind):
     for percent, correct in cases(40, kind, seed=len(kind), largest=35):
-        check(percent, correct, exact)
+        check(percent, correct)
 
 
-def test_edge_cases(edge_case, exact):
-    check(*edge_case, exact)
+@pytest.mark.parametrize("name", EDGE_CASES)
+def test_edge_cases(name):
+    percent, correct = EDGE_CASES[name]
+    check(np.array(percent), np.array(correct, dtype=bool))
 
 
 def test_aurc_is_the_mean_over_all_orders_of_ties():
@@ -123,3 +131,96 @@ def test_an_oracle_is_at_the_better_bound(name):
 
 def test_the_reported_ones_come_first():
     assert tuple(METRICS)[: len(REPORTED)] == REPORTED
+
+
+# --- published packages, where they are correct
+
+
+@pytest.mark.parametrize("kind", ["few", "continuous"])
+def test_sklearn(kind):
+    compared = 0
+    for confidence, correct in cases(25, kind, seed=11, largest=300):
+        confidence = confidence if kind == "continuous" else confidence / 100
+        values, y = (torch.tensor(confidence), torch.tensor(correct)), correct.astype(int)
+        brier = sklearn_metrics.brier_score_loss(y, confidence, pos_label=1)
+        assert float(functional.brier_score(*values)) == pytest.approx(brier, abs=1e-12)
+        log_loss = sklearn_metrics.log_loss(y, confidence, labels=[0, 1])
+        assert float(functional.log_loss(*values)) == pytest.approx(log_loss, rel=1e-9)
+        if 0 < y.sum() < len(y):
+            compared += 1
+            auroc = sklearn_metrics.roc_auc_score(y, confidence)
+            assert float(functional.auroc(*values)) == pytest.approx(auroc, abs=1e-12)
+    assert compared > 15
+
+
+def test_netcal():
+    """Continuous values: netcal's float edges are only wrong for values on an edge."""
+    by_quantile = 0
+    for confidence, correct in cases(60, "continuous", seed=13, largest=200):
+        # Else a quantile equals one of the values, which rounding puts into either bin.
+        while len(correct) > 2 and gcd(len(correct) - 1, 10) > 1:
+            confidence, correct = confidence[:-1], correct[:-1]
+        values, y = (torch.tensor(confidence), torch.tensor(correct)), correct.astype(int)
+        pairs = [
+            (functional.expected_calibration_error, ECE(10)),
+            (functional.maximum_calibration_error, MCE(10)),
+        ]
+        # netcal refuses quantiles that nearly coincide.
+        edges = np.quantile(confidence, np.linspace(0, 1, 11))[1:-1]
+        if len(y) > 1 and np.diff(edges, prepend=0, append=1).min() > 1e-6:
+            pairs.append((functional.adaptive_calibration_error, ACE(10, equal_intervals=False)))
+            by_quantile += 1
+        for ours, peer in pairs:
+            assert float(ours(*values)) == pytest.approx(peer.measure(confidence, y), abs=1e-9)
+    assert by_quantile >= 50
+
+
+# --- smooth ECE
+
+
+def definition(confidence, correct, sigma, nodes=4000):
+    """The integral of |mean of K_sigma(t, c_i) (c_i - y_i)| over t by the midpoint rule."""
+    t = (np.arange(nodes) + 0.5) / nodes
+    values, inverse = np.unique(confidence, return_inverse=True)
+    residual = np.zeros(len(values))
+    np.add.at(residual, inverse, (confidence - correct) / len(confidence))
+    images = np.arange(-2, 3) * 2
+    centres = np.concatenate([values[:, None] + images, -values[:, None] + images], axis=1)
+    kernel = np.exp(-0.5 * ((t[:, None, None] - centres) / sigma) ** 2).sum(2) / (sigma * np.sqrt(2 * np.pi))
+    return np.abs(kernel @ residual).mean()
+
+
+def smooth_ece(confidence, correct):
+    return float(functional.smooth_calibration_error(torch.tensor(confidence), torch.tensor(correct)))
+
+
+@pytest.mark.parametrize("kind", ["tens", "percents", "continuous"])
+def test_the_value_is_the_error_at_its_own_bandwidth(kind):
+    """It lies between |overconfidence| and the ECE over distinct confidences."""
+    for confidence, correct in cases(25, kind, seed=32, largest=60):
+        confidence = confidence if kind == "continuous" else confidence / 100
+        ours = smooth_ece(confidence, correct)
+        assert ours == pytest.approx(definition(confidence, correct, max(ours, MIN_BANDWIDTH)), abs=2e-5)
+        table = ConfidenceTable.from_predictions(torch.tensor(confidence), torch.tensor(correct), None)
+        of_levels = (table.answers * table.value - table.correct).abs().sum() / table.total
+        assert abs(float(METRICS["overconfidence"](table))) - 1e-5 <= ours <= float(of_levels) + 1e-5
+
+
+def test_a_small_error_is_that_of_the_narrowest_kernel():
+    """A millionth too confident at two far levels in opposite directions: at 1/1024 they do not cancel."""
+    counts = torch.tensor([[800_100, 199_900], [199_900, 800_100]])
+    table = ConfidenceTable(torch.tensor([0.2, 0.8], dtype=torch.float64), counts, torch.tensor(0))
+    value = float(METRICS["smooth_ece"](table))
+    assert value == pytest.approx(1e-4, abs=1e-9)
+
+
+def test_many_raw_values_go_through_the_fine_grid():
+    rng = np.random.default_rng(5)
+    confidence = rng.random(20_000)
+    correct = rng.random(20_000) < 0.5 + 0.6 * (confidence - 0.5)
+    many = smooth_ece(confidence, correct)
+    values, inverse = np.unique(np.rint(confidence * 2000), return_inverse=True)
+    assert len(values) < 4096 < len(confidence)
+    assert many == pytest.approx(smooth_ece(values[inverse] / 2000, correct), abs=1e-5)
+    edge = np.concatenate([np.linspace(0.5, 1, 5000), np.ones(5000)])
+    assert smooth_ece(edge, np.zeros(10_000, dtype=bool)) == pytest.approx(edge.mean(), abs=1e-9)

@@ -168,14 +168,6 @@ def test_the_response_curve_without_answers_or_perturbation():
     assert curves(alone.axes[0])["Accuracy"][0] == [0]
 
 
-def test_given_axes_and_titles_are_used():
-    figure = Figure()
-    left, right = figure.subplots(1, 2)
-    assert figures.reliability_diagram(make(), ax=left, title="mine") is figure
-    assert left.get_title() == "mine"
-    assert figures.confidence_histogram(make(), ax=right) is figure
-
-
 def test_figures_are_drawn_in_threads_without_pyplot():
     before = pyplot.get_fignums()
     with ThreadPoolExecutor(3) as pool:

@@ -1,17 +1,20 @@
-"""Thresholds with a guarantee: against MAPIE and closed forms, and the guarantee itself by simulation."""
+"""Promises: thresholds with a guarantee against MAPIE and closed forms, drift of confidences against SciPy's test, and both by simulation."""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from mapie.risk_control.fwer_control import FWERFixedSequenceTesting
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, ks_2samp
 
+from vlm_calibration.metrics.drift import drift_test
 from vlm_calibration.metrics.risk_control import (
     GRID_STEPS,
     LATER_START,
+    GradedAnswers,
     Limits,
     ThresholdScores,
     control_risk,
@@ -22,6 +25,8 @@ from vlm_calibration.metrics.risk_control import (
 )
 from vlm_calibration.reporting.report.thresholds import one_an_image
 
+from ..performance.drift import LEVELS as DRAWN
+from ..performance.drift import SHARES, false_alarms
 from ..performance.thresholds import LEVEL, LIMIT, POPULATIONS, Population, broken
 
 DRAWS = 300
@@ -114,20 +119,6 @@ def test_a_threshold_without_a_wrong_answer(top: list[float], fewest: int) -> No
             assert f"it takes {fewest}" in choice.reason
 
 
-def test_poor_answers_take_no_threshold_away() -> None:
-    good = [0.99] * 180, [True] * 180
-    for n in (0, 2_000, 200_000):
-        answers = graded_answers(good[0] + [0.3] * n, good[1] + [i % 2 == 0 for i in range(n)])
-        assert control_risk({"": answers}, Limits(0.05)).choices[""].threshold == 0.99
-
-
-def test_a_sequence_ends_at_the_first_threshold_that_fails() -> None:
-    # 0.9 fails, 0.5 would pass alone.
-    answers = graded_answers([0.9] * 300 + [0.5] * 2000, [True] * 270 + [False] * 30 + [True] * 2000)
-    assert binom.cdf(30, 2300, 0.05) < 0.02
-    assert control_risk({"": answers}, Limits(0.05)).choices[""].threshold is None
-
-
 def test_groups_share_the_error_probability() -> None:
     part, more = (graded_answers([0.8] * n, [True] * n) for n in (59, 72))
     assert control_risk({"a": part}, Limits(0.05)).found
@@ -185,22 +176,6 @@ def test_the_promise_is_broken_as_rarely_as_promised(name: str, n: int) -> None:
     assert broken(POPULATIONS[name], n, DRAWS, seed=len(name)) <= _allowed(0.05)
 
 
-@pytest.mark.parametrize("name", ["falling, few levels", "falling, many levels"])
-def test_a_threshold_that_exists_is_found(name: str) -> None:
-    rng = np.random.default_rng(0)
-    assert all(lowest_controlled(a, 0.05, 0.05) is not None for a in POPULATIONS[name].draw(10_000, rng, 50))
-
-
-def test_the_promise_for_groups_holds_for_all_at_once() -> None:
-    rng, level, n = np.random.default_rng(0), 0.2, 1000
-    broken_anywhere = np.zeros(DRAWS, dtype=bool)
-    for name in ("constant, few levels", "constant, many levels", "falling, few levels", "calibrated"):
-        population = POPULATIONS[name]
-        chosen = [lowest_controlled(a, 0.05, level / 4) for a in population.draw(n, rng, DRAWS)]
-        broken_anywhere |= [t is not None and population.risk[population.index(t)] > 0.05 for t in chosen]
-    assert broken_anywhere.mean() <= _allowed(level)
-
-
 @pytest.mark.parametrize("name", ["falling, few levels", "falling, many levels", "constant, few levels"])
 def test_both_limits_hold_at_once(name: str) -> None:
     population, rng = POPULATIONS[name], np.random.default_rng(0)
@@ -237,6 +212,59 @@ def test_the_promise_holds_with_several_questions_an_image(correlation: float, q
         shared, own = rng.random((images, 1)), rng.random((images, questions))
         alike = rng.random((images, questions)) < np.sqrt(correlation)
         wrong = (np.where(alike, shared, own) < over.error[0])[tuple(counted.T)]
-        answers = over.graded(np.zeros(images, dtype=int), ~wrong)
+        answers = GradedAnswers(np.full(images, 0.9), ~wrong)
         count += lowest_controlled(answers, LIMIT, 0.05) is not None
     assert count / DRAWS <= _allowed(0.05)
+
+
+# --- drift
+
+
+LOWER = np.array([0.02, 0.12, 0.14, 0.16, 0.20, 0.18, 0.12, 0.06])
+# The mean of `SHARES`, with more answers at both ends.
+WIDER = np.array([0.02, 0.13, 0.08, 0.05, 0.10, 0.17, 0.20, 0.25])
+
+
+def draw(rng: np.random.Generator, n: int, shares: np.ndarray = SHARES) -> np.ndarray:
+    return rng.choice(DRAWN, n, p=shares / shares.sum())
+
+
+@pytest.mark.parametrize("power", [1.0, 1.4])
+def test_without_ties_it_is_scipy_s_exact_test(power: float) -> None:
+    rng = np.random.default_rng(3)
+    reference, new = rng.permutation(1001)[:90] / 1000, (rng.permutation(1000)[:60] + 0.4) / 1000
+    new = new**power
+    ours, theirs = drift_test(reference, new, 20_000), ks_2samp(reference, new, method="exact")
+    assert ours.difference == pytest.approx(theirs.statistic, abs=0.02), "confidences are rounded"
+    assert ours.p_value == pytest.approx(theirs.pvalue, rel=0.25)
+
+
+def test_neither_order_nor_last_digits_matter() -> None:
+    rng = np.random.default_rng(5)
+    reference, new = draw(rng, 200), draw(rng, 500, LOWER)
+    assert drift_test(np.sort(reference), np.sort(new)) == drift_test(reference, new)
+    assert drift_test(reference, reference[::-1]) == (0, 1)
+    expected = rng.choice([0.8123456, 0.95, 0.9500004], 300)
+    assert drift_test(expected, np.round(expected, 6)).p_value == 1
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.25])
+@pytest.mark.parametrize("questions", [1, 4, 18])
+def test_false_alarms_are_rarer_than_the_error(questions: int, correlation: float) -> None:
+    """As few as promised, and not none: one of several dependent answers about an image counts."""
+    rate = false_alarms(questions, correlation, 200)
+    # With a rate of exactly the error, more alarms than this come once in a thousand.
+    assert 0 < rate <= binom.ppf(0.999, 200, 0.05) / 200
+
+
+@pytest.mark.parametrize(("shares", "n"), [(LOWER, 150), (WIDER, 300)], ids=["mean", "shape"])
+def test_a_shift_of_mean_or_shape_is_found(shares: np.ndarray, n: int) -> None:
+    rng = np.random.default_rng(6)
+    tests = [drift_test(draw(rng, 500), draw(rng, n, shares), 199) for _ in range(50)]
+    assert sum(test.p_value <= 0.05 for test in tests) >= 40
+
+
+def test_unparsed_answers_are_a_level_of_their_own() -> None:
+    test = drift_test(np.zeros(50), np.full(20, math.nan))
+    assert test.difference == 1
+    assert test.p_value < 0.01

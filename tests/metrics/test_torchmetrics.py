@@ -1,18 +1,22 @@
-"""The torchmetrics classes: keys, shared state, forward, reset, persistence, casts and categories."""
+"""The torchmetrics classes: keys, shared state, forward, reset, persistence, casts and categories; task metrics; counts of probes."""
 
 import copy
 import math
 import pickle
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score, precision_score, recall_score
 from torchmetrics import MetricCollection
 
 from vlm_calibration.metrics import CalibrationMetrics, ConfidenceTable, TaskMetrics, UndefinedMetricWarning
+from vlm_calibration.metrics.counting import ProbeMetrics
 from vlm_calibration.metrics.functional import METRICS, REPORTED, table_values
 from vlm_calibration.metrics.task import TASK_METRICS, count_answers, task_scores
+from vlm_calibration.records import ORIGINAL
 
 NAMES = (
     *("n", "ece", "ace", "mce", "brier", "brier_reliability", "brier_resolution", "brier_uncertainty"),
@@ -134,6 +138,56 @@ def test_inference_mode_then_training():
     assert int(metrics.compute()["n"]) == 40
 
 
+@pytest.mark.parametrize(
+    ("confidence", "categories", "error", "message"),
+    [
+        ([0.5, 0.5], [["a"], ["z"]], KeyError, "'z'"),
+        ([0.5, 0.5], [["a"]], ValueError, "argument 2 is shorter"),
+        ([0.5, 1.5], [["a", "b"], ["a"]], ValueError, r"confidence\[1\] = 1.5 is outside"),
+    ],
+)
+def test_a_bad_update_leaves_the_state(filled, confidence, categories, error, message):
+    before = floats(filled.compute())
+    with pytest.raises(error, match=message):
+        filled.update(torch.tensor(confidence), torch.tensor([True, False]), categories)
+    assert floats(filled.compute()) == before
+
+
+# --- task metrics
+
+
+def test_task_metrics_against_sklearn():
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        n = int(rng.integers(1, 40))
+        gold = rng.choice(["yes", "no"], size=n)
+        predicted = rng.choice(["yes", "no", "maybe"], size=n, p=rng.dirichlet([1, 1, 0.5]))
+        scores = task_scores(count_answers(predicted.tolist(), gold.tolist(), gold == predicted))
+        y, x = gold == "yes", predicted == "yes"
+        assert scores["accuracy"] == pytest.approx((gold == predicted).mean())
+        assert scores["precision"] == pytest.approx(precision_score(y, x, zero_division=np.nan), nan_ok=True)
+        assert scores["recall"] == pytest.approx(recall_score(y, x, zero_division=np.nan), nan_ok=True)
+        assert scores["f1"] == pytest.approx(f1_score(y, x, zero_division=np.nan), nan_ok=True)
+        assert scores["yes_ratio"] == pytest.approx(x.mean())
+
+
+def test_open_questions_count_in_the_accuracy_only():
+    """An unparsed answer is negative and stays in the ratio."""
+    counts = count_answers(
+        ["yes", "Yes.", None, "no", "a red bus", None],
+        ["yes", "no", " YES ", "No", "a red bus", "seven"],
+        [True, False, False, True, True, False],
+    )
+    assert task_scores(counts, "/a") == pytest.approx(
+        {"accuracy/a": 3 / 6, "precision/a": 1 / 2, "recall/a": 1 / 2, "f1/a": 1 / 2, "yes_ratio/a": 2 / 4}
+    )
+
+
+def test_answers_of_different_numbers_are_refused():
+    with pytest.raises(ValueError, match="got 1 predicted, 2 answers"):
+        count_answers(["yes"], ["no", "no"], [True, True])
+
+
 def test_task_metrics():
     rng = np.random.default_rng(0)
     metrics = TaskMetrics(categories=["a", "b"])
@@ -157,16 +211,61 @@ def test_task_metrics():
     assert batch["precision"] == 1
 
 
-@pytest.mark.parametrize(
-    ("confidence", "categories", "error", "message"),
-    [
-        ([0.5, 0.5], [["a"], ["z"]], KeyError, "'z'"),
-        ([0.5, 0.5], [["a"]], ValueError, "argument 2 is shorter"),
-        ([0.5, 1.5], [["a", "b"], ["a"]], ValueError, r"confidence\[1\] = 1.5 is outside"),
-    ],
-)
-def test_a_bad_update_leaves_the_state(filled, confidence, categories, error, message):
-    before = floats(filled.compute())
-    with pytest.raises(error, match=message):
-        filled.update(torch.tensor(confidence), torch.tensor([True, False]), categories)
-    assert floats(filled.compute()) == before
+# --- probes
+
+
+PROBES = ("image", "answer")
+GROUPS = ("a", "b", "empty")
+
+
+def draw(n):
+    """Confidences of whole percents and of millionths, some missing, and the groups of each answer."""
+    rng = np.random.default_rng(0)
+
+    def one():
+        if rng.random() < 0.2:
+            return None
+        return float(rng.integers(0, 11) / 10) if rng.random() < 0.7 else round(float(rng.random()), 6)
+
+    probed = [{name: one() for name in (ORIGINAL, *PROBES)} for _ in range(n)]
+    return probed, [[g for g in ("a", "b") if rng.random() < 0.5] for _ in range(n)]
+
+
+def by_hand(probed, probe):
+    pairs = [
+        (Fraction(str(p[ORIGINAL])), Fraction(str(p[probe])))
+        for p in probed
+        if p[ORIGINAL] is not None and p[probe] is not None
+    ]
+    n = len(pairs)
+    if not n:
+        return {"n": 0.0, **dict.fromkeys(("change", "fell", "stayed", "rose", "sum"), math.nan)}
+    return {
+        "n": float(n),
+        "change": float(sum(after - before for before, after in pairs) / n),
+        "fell": sum(after < before for before, after in pairs) / n,
+        "stayed": sum(after == before for before, after in pairs) / n,
+        "rose": sum(after > before for before, after in pairs) / n,
+        "sum": float(sum(after + before for before, after in pairs) / n),
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 7, 200])
+def test_every_number_of_probes_is_that_of_a_loop(batch):
+    probed, groups = draw(200)
+    metrics = ProbeMetrics(PROBES, GROUPS)
+    for start in range(0, 200, batch):
+        metrics.update(probed[start : start + batch], groups[start : start + batch])
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    expected = {}
+    for group in ("", *GROUPS):
+        members = [p for p, of in zip(probed, groups, strict=True) if not group or group in of]
+        for probe in PROBES:
+            named = by_hand(members, probe)
+            if probe != "answer":
+                del named["sum"]
+            suffix = f"/{group}" if group else ""
+            expected |= {f"probe_{probe}_{name}{suffix}": value for name, value in named.items()}
+    assert values == pytest.approx(expected, abs=1e-15, nan_ok=True)
+    assert 0 < values["probe_image_fell"] < 1
+    assert ProbeMetrics((), GROUPS).compute() == {}

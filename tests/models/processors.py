@@ -1,7 +1,7 @@
 """Real processors of the supported families with tokenizers trained in the test, and tiny models for them.
 
 Templates and special tokens are those of the published checkpoints for a question about one image; image sizes are a few
-pixels, unless settings of the images are given (`tests/performance/gpu_models.py`). They cover cases that the demo's processor
+pixels, unless settings of the images are given (`tests/performance/gpu_steps.py`). They cover cases that the demo's processor
 lacks: images of different sizes and numbers of tokens in one batch, pixel values without a batch dimension, tiles, a template
 that writes the begin-of-sequence token, one that leaves a turn open, one whose generation prompt differs from its answers, and
 no template.

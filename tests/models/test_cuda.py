@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.performance.gpu_models import write_random
-from tests.performance.gpu_steps import TASKS, Bench, alike_samples
+from tests.performance.gpu_steps import TASKS, Bench, alike_samples, write_random
 from tests.performance.preference import BATCH, OurStep
 
 from vlm_calibration.models.base import BaseModel

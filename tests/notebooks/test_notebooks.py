@@ -24,7 +24,7 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.perturbation import AnchoredLevels
 
-from .execution import NOTEBOOKS, cleaned
+from .execution import NOTEBOOKS
 from .execution import execute as execute_notebook
 
 PERTURBATION, TRAIN, OWN = (
@@ -116,12 +116,6 @@ def test_committed_outputs_are_complete_and_show_nothing_of_a_machine(name: str)
     for output in _outputs(notebook):
         kinds = set(output.get("data", {}))
         assert kinds <= {"text/plain", "image/png", "text/html"}, f"a page on the web shows no {kinds}"
-
-
-def test_a_table_of_rich_is_committed_without_escape_codes() -> None:
-    data = {"text/plain": "\x1b[1;35mName\x1b[0m 1", "text/html": "<pre>Name 1</pre>"}
-    output = nbformat.v4.new_output("display_data", data=dict(data))
-    assert cleaned(output).data == {**data, "text/plain": "Name 1"}
 
 
 def _prose(name: str) -> str:

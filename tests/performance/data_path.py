@@ -93,17 +93,13 @@ def parts_of(chat: ChatFormat, file: Path) -> dict[str, Callable[[], object]]:
             image=seen, mask=region, strength=STRENGTH, seed=0
         )
     sample = Sample(Query("q", "x", QUESTION, ANSWER, "yes_no"), seen, 0.5, CLEAN, 0)
-    untouched = sample._replace(image=image)
     sft = SFTCollator(chat, MAX_LENGTH)
     gold = CandidateCollator(chat, LEVELS, CandidateSettings(), MAX_LENGTH)
-    text = [chat.render(QUESTION)]
-    stored = chat.inputs(text, [seen], "right")["pixel_values"].untyped_storage()
+    stored = chat.inputs([chat.render(QUESTION)], [seen], "right")["pixel_values"].untyped_storage()
     return {
         **parts,
         "image processor, perturbed image": lambda: image_processor(images=[seen], return_tensors="pt"),
         "image processor, untouched image": lambda: image_processor(images=[image], return_tensors="pt"),
-        "processor, image and text": lambda: chat.inputs(text, [seen], "right"),
-        "collate stage 1, untouched image": lambda: sft([untouched]),
         "collate stage 1": lambda: sft([sample]),
         "collate stage 2, 11 candidates": lambda: gold([sample]),
         "tokenize 11 candidates alone": lambda: tokenize_responses(chat, sample.query, [ANSWER], LEVELS),

@@ -1,7 +1,7 @@
 """Real sizes on one GPU, with random weights: training steps beside TRL's and Liger's with their memory, answers a second.
 
 `make bench-gpu` runs it in about ten minutes and writes `runs/bench/gpu.md`. Neither speed nor memory needs trained weights, so models are built from
-their published configurations (`gpu_models.py`), and nothing is downloaded; the largest takes 17 GB of the temporary folder and of main memory.
+their published configurations, and nothing is downloaded; the largest takes 17 GB of the temporary folder and of main memory.
 Without a GPU it ends with status 1; `--device cpu --models tiny` runs every part on tiny models of the same families, as a test does.
 
 Bars: losses of the first steps agree with TRL's, else the status is 1.
@@ -16,13 +16,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from tests.performance.gpu_models import REAL, SETS, TINY
-from tests.performance.gpu_steps import ANSWERED, FAILED, NEW_TOKENS, OURS, STEP_SECONDS, Cell
+from tests.performance.gpu_steps import (
+    ANSWERED,
+    FAILED,
+    NEW_TOKENS,
+    OURS,
+    REAL,
+    SETS,
+    STEP_SECONDS,
+    TINY,
+    Cell,
+)
 from tests.performance.machine import processor, setting
 from tests.performance.preference import BATCH
 
@@ -31,14 +40,13 @@ from vlm_calibration.files import write_text
 LOSS_TOLERANCE = 0.02
 """Relative difference to TRL's loss in each of the first `COMPARED` steps, in bfloat16. Tiny models differ by at most 0.3%."""
 COMPARED = 3
-GIB = 2**30
 NOTES = """\
 - A step: forward passes of policy and reference, loss, backward pass, clipping, AdamW; LoRA of rank 16 on the language model; bfloat16 mixed precision, gradient
-  checkpointing for real sizes. Collating, which workers do beside the steps, has a column of its own and is not part of queries a second.
+  checkpointing for real sizes. Collating, which workers do beside the steps, is not part of it.
 - A query with several rejected responses is as many pairs to TRL and Liger. TRL applies its output head at labelled positions only, as it does with Triton.
 - Liger: `LigerFusedLinearDPOLoss` on TRL's batch. Its SFT loss is a Triton kernel that could not be checked without a GPU, and is left out.
 - flash-pref is left out: 0.1.1, its newest version, needs transformers below 4.52, and this package 5 or newer.
-- Peak: all tensors on the device, weights included.
+- Peak: all tensors on the GPU, weights included.
 """
 
 
@@ -63,11 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells += of_model
         if status:
             failed.append(f"{name}: ended with status {status} after {len(of_model)} cells")
-        failed += [
-            f"{c.model}, {c.weights}, {c.task}, {c.side}: {c.reason}"
-            for c in of_model
-            if c.reason.startswith(FAILED)
-        ]
+        ended = (c for c in of_model if c.reason.startswith(FAILED))
+        failed += [f"{c.model}, {c.weights}, {c.task}, {c.side}: {c.reason}" for c in ended]
     text, agree = page(cells, failed, args)
     write_text(args.out, text)
     print(text)
@@ -77,9 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--models", nargs="+", choices=[*SETS, *REAL, *TINY], default=["real"])
     parser.add_argument("--weights", nargs="+", choices=("bf16", "nf4"), default=["bf16", "nf4"])
@@ -107,7 +110,7 @@ def measure(name: str, args: argparse.Namespace, seconds: float) -> tuple[list[C
 def page(cells: Sequence[Cell], failed: Sequence[str], args: argparse.Namespace) -> tuple[str, bool]:
     """The page as Markdown, and whether all losses agree."""
     packages = ("vlm-calibration", "torch", "transformers", "peft", "bitsandbytes")
-    optional = [name for name in ("trl", "liger-kernel", "triton") if _installed(name)]
+    optional = [name for name in ("trl", "liger-kernel", "triton") if find_spec(name.replace("-", "_"))]
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
     machine = f"{gpu}; {processor()}; {setting(*packages, *optional)}; {time.strftime('%Y-%m-%d')}"
     differences = [(cell, difference(cell, cells)) for cell in cells]
@@ -138,13 +141,8 @@ def page(cells: Sequence[Cell], failed: Sequence[str], args: argparse.Namespace)
 
 
 STEP_HEADER = (
-    *("model", "weights", "task", "side", "steps", "step (s)", "queries/s", "ours is faster"),
-    *(
-        "collating (s)",
-        "peak (GiB)",
-        "loss of the first step",
-        f"largest difference to ours in {COMPARED} steps",
-    ),
+    *("model", "weights", "task", "side", "steps", "step (s)", "ours is faster", "peak (GiB)"),
+    f"largest difference of losses to ours in {COMPARED} steps",
 )
 
 
@@ -159,11 +157,8 @@ def step_row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
         *start,
         str(len(cell.seconds)),
         f"{seconds:.3f}",
-        f"{BATCH / seconds:.2f}",
         faster,
-        f"{statistics.median(cell.collating):.3f}",
         gib(cell.peak),
-        f"{cell.losses[0]:.4f}",
         "" if apart is None else f"{apart:.1%}",
     ]
 
@@ -197,15 +192,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def gib(size: int) -> str:
-    return f"{size / GIB:.2f}" if size >= GIB / 10 else f"{size / GIB:.4f}"
-
-
-def _installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
+    return f"{size / 2**30:.2f}" if size else "-"
 
 
 if __name__ == "__main__":

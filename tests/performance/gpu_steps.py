@@ -1,4 +1,8 @@
-"""One model of `tests.performance.gpu` in one format of weights: steps of all sides, memory, answers.
+"""The models of `tests.performance.gpu`, and of one model in one format of weights the steps of all sides, memory, answers.
+
+Models are published architectures with random weights, or tiny ones of the same families, written like a checkpoint. The Hub is not asked.
+Processors are those of `tests/models/processors.py` at the published image sizes, with a small tokenizer: a model keeps its published
+vocabulary, of which most ids are then never used.
 
 `python -m tests.performance.gpu_steps MODEL` runs in a process of its own and prints one JSON object a line, a `Cell`. The model is loaded once; every
 side adds its adapter to it and takes it away again.
@@ -21,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,9 +33,9 @@ from typing import Any
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tests.models.steps import allocated
-from tests.performance.gpu_models import REAL, TINY, write_random
-from tests.performance.preference import BATCH, BETA, LR, OurStep, Task, make_samples, rows_of
+from tests.models.processors import FAMILIES, SMOLVLM2, Family
+from tests.models.published import MODELS
+from tests.performance.preference import BATCH, BETA, LR, OurStep, Task, make_samples, rows_of, write_adapter
 from transformers import AutoProcessor
 
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
@@ -56,20 +61,84 @@ TASKS = {
 BF16 = torch.bfloat16
 
 
+@dataclass(frozen=True)
+class BenchModel:
+    """A model of the benchmark.
+
+    Attributes:
+        family: key of `FAMILIES`.
+        side: pixels a side of the images that it is asked about.
+        images: settings of the family's image processor; None: those of a tiny model, which this then is.
+    """
+
+    family: str
+    side: int
+    images: dict[str, Any] | None = None
+
+    @property
+    def tiny(self) -> bool:
+        return self.images is None
+
+
+QWEN2_5: dict[str, Any] = {"patch": 14, "pixels": (56 * 56, 1280 * 28 * 28)}
+QWEN3: dict[str, Any] = {"patch": 16, "pixels": (64 * 64, 1280 * 32 * 32)}
+REAL = {
+    "qwen2_5_vl_3b": BenchModel("qwen2_5_vl", 1024, QWEN2_5),
+    "qwen2_5_vl_7b": BenchModel("qwen2_5_vl", 1024, QWEN2_5),
+    "qwen3_vl_4b": BenchModel("qwen3_vl", 1024, QWEN3),
+    "smolvlm2_2_2b": BenchModel("smolvlm", 1024, SMOLVLM2),
+}
+"""Name in `tests/models/published.py` -> model; an image of 1024 x 1024 pixels has 1,225, 1,024 and 1,377 tokens."""
+TINY = {f"tiny {family}": BenchModel(family, 48) for family in ("qwen2_5_vl", "qwen3_vl", "smolvlm")}
+SETS = {"real": REAL, "tiny": TINY}
+
+
+def write_random(name: str, folder: Path, device: str) -> None:
+    """Write a model in bfloat16, whose weights are drawn on a device, its processor and, in `adapter/`, a LoRA adapter without zero weights."""
+    entry = {**REAL, **TINY}[name]
+    family = FAMILIES[entry.family](**(entry.images or {}))
+    torch.manual_seed(0)
+    if entry.tiny:
+        model = family.model(dtype=torch.bfloat16)
+    else:
+        with torch.device(device):
+            config = with_tokens_of(family, MODELS[name].config())
+            model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    family.processor.save_pretrained(folder)
+    write_adapter(model, folder)
+
+
+def with_tokens_of(family: Family, config: Any) -> Any:
+    """A published configuration with the special tokens of a family's tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the published vocabulary.
+    """
+    spec, text = family.spec, config.get_text_config()
+    if spec.vocabulary > text.vocab_size:
+        raise ValueError(
+            f"{family.name}: {spec.vocabulary} tokens, of which the model knows {text.vocab_size}"
+        )
+    for part in (config, text):
+        part.pad_token_id, part.bos_token_id, part.eos_token_id = spec.pad, spec.begin, spec.end
+    tokens = spec.qwen_tokens if family.name.startswith("qwen") else {"image_token_id": spec.image}
+    for key, token in tokens.items():
+        setattr(config, key, token)
+    return config
+
+
 @dataclass
 class Cell:
     """What was measured of one side at one task.
 
     Attributes:
-        model: name of the model.
         weights: "bf16" or "nf4".
         task: title of the task; "answers" for the evaluation.
-        side: who computes.
         reason: why nothing was measured; the other fields are then empty.
         seconds: of each measured step, or batch of answers, without collating.
-        collating: of each measured step.
         losses: of all steps, warm-up first.
-        peak: bytes allocated at the peak.
+        peak: bytes allocated at the peak of the GPU's memory; 0 on a CPU.
         rows: longest prompt of the answers in tokens.
     """
 
@@ -79,7 +148,6 @@ class Cell:
     side: str
     reason: str = ""
     seconds: list[float] = field(default_factory=list)
-    collating: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     peak: int = 0
     rows: int = 0
@@ -122,12 +190,8 @@ class Bench:
         """Measure everything, a cell at a time."""
         for task in TASKS.values():
             for side in (OURS, TRL, LIGER) if task.rejected else (OURS, TRL):
-                yield self.trained(task, side)
+                yield self._measured(task.title, side, partial(self._train, task))
         yield self._measured("answers", OURS, self._answer)
-
-    def trained(self, task: Task, side: str) -> Cell:
-        """Measure the training steps of one side."""
-        return self._measured(task.title, side, lambda cell: self._train(cell, task))
 
     def _measured(self, task: str, side: str, measure: Callable[[Cell], None]) -> Cell:
         cell = Cell(self.name, self.weights, task, side)
@@ -149,32 +213,30 @@ class Bench:
             cell = Cell(self.name, self.weights, task, side, reason=f"{FAILED} {type(error).__name__}")
         return cell
 
-    def _train(self, cell: Cell, task: Task) -> None:
+    def _train(self, task: Task, cell: Cell) -> None:
         with self._borrowed() as model:
-            step, side = self._side(cell.side, task, model)
+            step = self._side(cell.side, task, model)
             for i in range(self.warm_up + self.steps):
-                if i == self.warm_up and self.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
+                if i == self.warm_up:
+                    self._reset_peak()
                 start = self._now()
                 loss, collating = step(i)
                 taken = self._now() - start - collating
                 cell.losses.append(loss)
                 if i >= self.warm_up:
                     cell.seconds.append(taken)
-                    cell.collating.append(collating)
-                if cell.seconds and sum(cell.seconds) + sum(cell.collating) > STEP_SECONDS:
+                if sum(cell.seconds) > STEP_SECONDS:
                     break
-            cell.peak = self._peak(lambda: step(0), side)
+            cell.peak = self._peak()
 
-    def _side(self, side: str, task: Task, model: Any) -> tuple[Callable[[int], tuple[float, float]], Any]:
-        """Steps of a side by their number, and what runs them."""
+    def _side(self, side: str, task: Task, model: Any) -> Callable[[int], tuple[float, float]]:
+        """Steps of a side by their number."""
         if side == OURS:
             ours = OurStep(task, self.folder, not self.tiny, model, BF16)
-            return (lambda i: ours(self.samples[BATCH * i : BATCH * (i + 1)])), ours
-        if side == LIGER:
-            from tests.performance.liger_peer import LigerStep as Peer
-        else:
-            from tests.performance.trl_peer import TRLStep as Peer
+            return lambda i: ours(self.samples[BATCH * i : BATCH * (i + 1)])
+        from tests.performance.trl_peer import LigerStep, TRLStep
+
+        Peer = LigerStep if side == LIGER else TRLStep
         rows = rows_of(task, self.folder, self.samples)
         size = BATCH * max(1, task.rejected)
         theirs = Peer(
@@ -189,7 +251,7 @@ class Bench:
             model=model,
             bf16=True,
         )
-        return (lambda i: theirs(rows[size * i : size * (i + 1)])), theirs
+        return lambda i: theirs(rows[size * i : size * (i + 1)])
 
     def _answer(self, cell: Cell) -> None:
         chat = ChatFormat(AutoProcessor.from_pretrained(self.folder), ElicitationPrompt())
@@ -203,26 +265,22 @@ class Bench:
                 generate(self.model, batch.inputs, chat.processor.tokenizer, NEW_TOKENS, end_of_confidence)
 
         run()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        self._reset_peak()
         for _ in range(2):
             start = self._now()
             run()
             cell.seconds.append(self._now() - start)
-        cell.peak = self._peak(run, None)
+        cell.peak = self._peak()
 
     # --- Memory ---------------------------------------------------------------------------------------------------
 
-    def _peak(self, run: Callable[[], Any], side: Any) -> int:
-        """Bytes at the peak: on a GPU of the steps since the last reset, on a CPU of one more."""
+    def _reset_peak(self) -> None:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() - self.leaked
-        model = self.model if side is None else side.model
-        states = [] if side is None else side.optimizer.state.values()
-        held = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
-        held += sum(scales_bytes(p) for p in model.parameters())
-        held += sum(v.nbytes for s in states for v in s.values() if isinstance(v, torch.Tensor))
-        return held + allocated(run)
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak(self) -> int:
+        """Bytes at the peak since the last reset."""
+        return torch.cuda.max_memory_allocated() - self.leaked if self.device.type == "cuda" else 0
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
@@ -264,12 +322,6 @@ def alike_samples(n: int, side: int) -> list[Sample]:
     """
     drawn = (sample for sample in make_samples(4 * n + 16, side) if 0.1 <= sample.confidence < 0.995)
     return list(islice(drawn, n))
-
-
-def scales_bytes(parameter: torch.Tensor) -> int:
-    """Bytes of the scales of a weight in nf4, which are no parameters; 0 for other weights."""
-    state = getattr(parameter, "quant_state", None)
-    return 0 if state is None else state.absmax.nbytes + state.state2.absmax.nbytes
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ the word without its article. The held-out forms were written before the first m
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,16 +37,7 @@ BEINGS = {
 
 
 class Pair(NamedTuple):
-    """A question with its answer, and the expected phrases.
-
-    Attributes:
-        part: "development" or "held out".
-        form: the question's form.
-        question: the question.
-        answer: the answer.
-        objects: expected objects.
-        absent: expected absent objects.
-    """
+    """A question of a form and part with its answer, and the expected phrases."""
 
     part: str
     form: str
@@ -57,21 +48,11 @@ class Pair(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Counts of phrases and pairs.
+    """Numbers of phrases that are found and labelled, found, and labelled."""
 
-    Attributes:
-        correct: phrases that are found and labelled.
-        found: phrases found.
-        labelled: phrases labelled.
-        exact: pairs without an error.
-        pairs: all pairs.
-    """
-
-    correct: int = 0
-    found: int = 0
-    labelled: int = 0
-    exact: int = 0
-    pairs: int = 0
+    correct: int
+    found: int
+    labelled: int
 
     @property
     def precision(self) -> float:
@@ -102,45 +83,26 @@ def filled(form: dict[str, Any], part: str) -> list[Pair]:
     for (i, (x, xs)), word in product(enumerate(objects), form.get("words", "").split(", ")):
         y, ys = objects[(i + 1) % len(objects)]
         a, h = "an" if x[0] in "aeiou" else "a", word.removeprefix("an ").removeprefix("a ")
-        question, answer, *phrases = (
-            text.format(x=x, xs=xs, a=a, y=y, ys=ys, w=word, h=h)
-            for text in (
-                form["question"],
-                form["answer"],
-                *form.get("objects", ["{x}"]),
-                *form.get("absent", []),
-            )
+        texts = [[form["question"]], [form["answer"]], form.get("objects", ["{x}"]), form.get("absent", [])]
+        [question], [answer], named, absent = (
+            tuple(text.format(x=x, xs=xs, a=a, y=y, ys=ys, w=word, h=h) for text in row) for row in texts
         )
-        n = len(phrases) - len(form.get("absent", []))
-        pairs.append(Pair(part, form["name"], question, answer, tuple(phrases[:n]), tuple(phrases[n:])))
+        pairs.append(Pair(part, form["name"], question, answer, named, absent))
     return pairs
 
 
-def head(phrase: str) -> str:
-    """The head noun of a phrase: "bicycle" in "red bicycle", "cup" in "cup of coffee"."""
-    return phrase.split(" of ")[0].split()[-1]
-
-
-def agreement(found: Iterable[Sequence[str]], labelled: Iterable[Sequence[str]]) -> Agreement:
-    rows = [
-        (len(set(f) & set(t)), len(set(f)), len(set(t)), set(f) == set(t))
-        for f, t in zip(found, labelled, strict=True)
-    ]
-    return Agreement(*(sum(column) for column in zip(*rows, strict=True)), len(rows))
-
-
 def measure(part: str) -> dict[str, Agreement]:
-    """Agreement of objects and of absent objects; phrases must match exactly, or in their head nouns."""
-    pairs = [p for p in read_pairs() if p.part == part]
+    """Agreement of objects and of absent objects; phrases must match exactly."""
     describer = RuleDescriber()
+    pairs = [p for p in read_pairs() if p.part == part]
     described = [describer.describe_pair(p.question, p.answer) or Description(()) for p in pairs]
-    objects, expected = [d.objects for d in described], [p.objects for p in pairs]
-    heads = [[[head(p) for p in row] for row in rows] for rows in (objects, expected)]
-    return {
-        "objects, whole phrase": agreement(objects, expected),
-        "objects, head noun": agreement(*heads),
-        "absent, whole phrase": agreement([d.absent for d in described], [p.absent for p in pairs]),
-    }
+
+    def agreement(name: str) -> Agreement:
+        rows = [(set(getattr(d, name)), set(getattr(p, name))) for d, p in zip(described, pairs, strict=True)]
+        counts = ((len(found & labelled), len(found), len(labelled)) for found, labelled in rows)
+        return Agreement(*map(sum, zip(*counts, strict=True)))
+
+    return {name: agreement(name) for name in ("objects", "absent")}
 
 
 def misses(pairs: Iterable[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -157,19 +119,17 @@ def misses(pairs: Iterable[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def main() -> None:
-    print("| part | | precision | recall | pairs without error |\n|---|---|---|---|---|")
+    print("| part | | precision | recall |\n|---|---|---|---|")
     for part in PARTS:
         for name, a in measure(part).items():
             cells = f"{a.precision:.3f} ({a.correct}/{a.found}) | {a.recall:.3f} ({a.correct}/{a.labelled})"
-            print(f"| {part} | {name} | {cells} | {a.exact}/{a.pairs} |")
+            print(f"| {part} | {name} | {cells} |")
     print("\n| part | form | for example | without error | not known |\n|---|---|---|---|---|")
     for form in FORMS:
         pairs = filled(form, form["part"])
         wrong, unknown = misses(pairs)
-        exact, n = len(pairs) - len(wrong), len(pairs)
-        print(
-            f"| {form['part']} | {form['name']} | {pairs[0].question} | {exact / n:.3f} ({exact}/{n}) | {len(unknown)} |"
-        )
+        about = f"{form['part']} | {form['name']} | {pairs[0].question}"
+        print(f"| {about} | {len(pairs) - len(wrong)}/{len(pairs)} | {len(unknown)} |")
 
 
 if __name__ == "__main__":

@@ -82,13 +82,7 @@ Step = Callable[[int], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Task:
-    """A training task with the targets of the comparison.
-
-    Attributes:
-        title: name in the table.
-        rejected: rejected responses a query; 0 for SFT.
-        faster: minimum speed relative to an arm of TRL, by arm.
-    """
+    """A training task: its name in the table, rejected responses a query (0 for SFT), and the minimum speed relative to TRL, by arm."""
 
     title: str
     rejected: int
@@ -305,33 +299,24 @@ def make_arm(arm: str, task: Task, folder: Path, n_batches: int) -> Step:
 
 
 class Timing(NamedTuple):
-    """Measurements of one side.
-
-    Attributes:
-        steps: seconds of the step of each round.
-        collating: seconds of it that collating took.
-        losses: loss of each step, the warm-up step first.
-    """
+    """Of one side the seconds of each step, and all losses, that of the warm-up step first."""
 
     steps: list[float]
-    collating: list[float]
     losses: list[float]
 
 
 def time_task(task: Task, folder: Path, rounds: int) -> dict[str, Timing]:
     """Time alternating steps of all arms, after one warm-up round; the order rotates, because each step changes the caches."""
     steps = {arm: make_arm(arm, task, folder, rounds + 1) for arm in ARMS}
-    timings = {arm: Timing([], [], []) for arm in ARMS}
+    timings = {arm: Timing([], []) for arm in ARMS}
     for i in range(rounds + 1):
         for arm in ARMS[i % len(ARMS) :] + ARMS[: i % len(ARMS)]:
             gc.collect()
             start = time.perf_counter()
-            loss, collating = steps[arm](i)
-            seconds = time.perf_counter() - start
-            timings[arm].losses.append(loss)
-            if i > 0:
-                timings[arm].steps.append(seconds)
-                timings[arm].collating.append(collating)
+            timings[arm].losses.append(steps[arm](i)[0])
+            timings[arm].steps.append(time.perf_counter() - start)
+    for timing in timings.values():
+        del timing.steps[0]
     return timings
 
 
@@ -341,33 +326,26 @@ def difference(timings: dict[str, Timing], arm: str) -> float:
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
-HEADER = (
-    *("what", "side", "step (s)", "of it collating (s)", "queries/s", "ours is faster", "to be at least"),
-    *("loss of the first step", "largest difference to ours"),
-)
+HEADER = ("what", "side", "step (s)", "ours is faster", "to be at least", "largest difference of losses")
 
 
 def lines(task: Task, timings: dict[str, Timing]) -> list[str]:
     """The rows of one task."""
     table = []
     for arm, timing in timings.items():
-        median = statistics.median(timing.steps)
-        cells = [task.title, arm, f"{median:.3f}", f"{statistics.median(timing.collating):.3f}"]
+        cells = [task.title, arm, f"{statistics.median(timing.steps):.3f}"]
         ratios = [theirs / ours for theirs, ours in zip(timing.steps, timings[OURS].steps, strict=True)]
         ratio, target = statistics.median(ratios), task.faster.get(arm)
-        cells.append(f"{BATCH / median:.2f}")
         cells.append("" if arm == OURS else f"{ratio:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})")
         cells.append(f"{target:g}x: {'met' if round(ratio, 2) >= target else 'missed'}" if target else "")
-        cells += [f"{timing.losses[0]:.6f}", "" if arm == OURS else f"{difference(timings, arm):.1e}"]
+        cells.append("" if arm == OURS else f"{difference(timings, arm):.1e}")
         table.append(f"| {' | '.join(cells)} |")
     return table
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--what", nargs="+", choices=TASKS, default=list(TASKS))
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Answers a second in process and from servers: `python -m tests.performance.serving`. Needs `tests/serving/setup` for vLLM.
 
 In process a model is asked as `vlm-calibration test` asks it for stated confidences: batches of eight, greedy decoding that ends
-behind the confidence. A server gets the same questions one at a time, or sixteen at once; "-": it answers with an error. Answers have at most 16 tokens, and those of
+behind the confidence. A server gets the same questions one at a time, or sixteen at once. Answers have at most 16 tokens, and those of
 the random model always do. Everything runs on one thread: on busy cores more of them only wait for each other.
 
 Target: none; it tells whether a model that is to answer many questions is better served.
@@ -9,7 +9,6 @@ Target: none; it tells whether a model that is to answer many questions is bette
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 import time
@@ -17,7 +16,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from urllib.error import HTTPError
 
 import torch
 
@@ -57,17 +55,13 @@ def in_process(folder: str, asked: Sequence[Question]) -> float:
 
 
 def served(command: Sequence[str], folder: str, asked: Sequence[Question], log: Path) -> list[float]:
-    """Answers a second from a server, for each number of `CONCURRENT`; NaN if it answers with an error."""
+    """Answers a second from a server, for each number of `CONCURRENT`."""
     with serving(command, log) as url:
 
         def answer(question: Question) -> None:
             ask_served(url, folder, question.image, question.prompt, TOKENS)
 
-        try:
-            return [rate(answer, asked, number) for number in CONCURRENT]
-        except HTTPError as error:
-            print(f"{Path(command[0]).name}: {error}", file=sys.stderr)
-            return [math.nan] * len(CONCURRENT)
+        return [rate(answer, asked, number) for number in CONCURRENT]
 
 
 def rate(answer: Callable[..., None], asked: Sequence[object], concurrent: int) -> float:
@@ -100,9 +94,7 @@ def main() -> None:
             rates = [in_process(folder, asked)]
             for serve in servers.values():
                 rates += served(serve(folder), folder, asked, Path(temporary) / "log")
-            print(
-                f"| {name} | {' | '.join('-' if math.isnan(r) else f'{r:.1f}' for r in rates)} |", flush=True
-            )
+            print(f"| {name} | {' | '.join(f'{rate:.1f}' for rate in rates)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 from vlm_calibration.metrics.risk_control import GradedAnswers, lowest_controlled
 
 LIMIT, LEVEL = 0.05, 0.05
+ASKED = [(questions, correlation) for questions in (1, 4, 18) for correlation in (0.0, 0.25)]
 
 
 class Population:
@@ -44,11 +45,7 @@ class Population:
             alike = rng.random((n, questions)) < np.sqrt(correlation)
             luck = np.where(alike, rng.random((n, 1)), rng.random((n, questions)))
             one = (np.arange(n), rng.integers(0, questions, n))
-            yield self.graded(level[one], luck[one] >= self.error[level[one]])
-
-    def graded(self, level: np.ndarray, correct: np.ndarray) -> GradedAnswers:
-        """Answers at given confidences."""
-        return GradedAnswers(self.value[level], correct)
+            yield GradedAnswers(self.value[level[one]], luck[one] >= self.error[level[one]])
 
     def index(self, threshold: float) -> int:
         """The place of a threshold among the confidences."""
@@ -134,15 +131,12 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--power-draws", type=int, default=60)
     args = parser.parse_args()
-    heads = [f"{q} questions, correlation {c}" for q in (1, 4, 18) for c in (0.0, 0.25)]
+    heads = [f"{q} questions, correlation {c}" for q, c in ASKED]
     print(f"| population | images | {' | '.join(heads)} |\n|---|---:|{'---:|' * len(heads)}")
     for name, population in POPULATIONS.items():
         for n in (100, 1000, 10_000):
-            rates = [
-                broken(population, n, args.draws if n < 10_000 else args.draws // 3, c, q)
-                for q in (1, 4, 18)
-                for c in (0.0, 0.25)
-            ]
+            draws = args.draws if n < 10_000 else args.draws // 3
+            rates = [broken(population, n, draws, c, q) for q, c in ASKED]
             print(f"| {name} | {n:,} | {' | '.join(f'{rate:.1%}' for rate in rates)} |", flush=True)
     print(
         "\n| population | images | found | given | found, MAPIE | given, MAPIE |\n|---|---:|---:|---:|---:|---:|"

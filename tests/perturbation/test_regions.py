@@ -1,11 +1,20 @@
+"""Masks of regions, which of them are perturbed, and COCO run-length encoding, compared with pycocotools.
+
+pycocotools returns uninitialised memory for counts that do not cover the image, so these cases matter most.
+"""
+
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pycocotools import mask as coco
 from scipy import ndimage
 
-from vlm_calibration.perturbation.masks import bounding_box, check_mask
+from vlm_calibration.perturbation.masks import bounding_box, check_mask, mask_to_rle, region_to_mask
 from vlm_calibration.perturbation.regions import PLAUSIBLE_AREA, PLAUSIBLE_ASPECT, choose_region, region_mask
+from vlm_calibration.records import RecordError, Region
 
 SHAPE = (40, 60)
 
@@ -167,3 +176,82 @@ def test_an_absent_object_without_others_gets_a_box_of_plausible_size():
             region, _ = choose(seed=seed, shape=shape)
             assert region.shape == shape[:2]
             assert region.any()
+
+
+# --- run-length encoding
+
+
+def region(mask, box=(0, 0, 5, 4)):
+    return Region("dog", box, mask)
+
+
+@given(masks())
+def test_reads_what_pycocotools_writes_and_the_other_way_round(mask):
+    theirs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    assert np.array_equal(region_to_mask(region(theirs), *mask.shape), mask)
+    ours = json.loads(json.dumps(mask_to_rle(mask)))
+    assert np.array_equal(coco.decode({"size": ours["size"], "counts": ours["counts"].encode()}), mask)
+
+
+def test_long_runs_and_uncompressed_counts():
+    mask = np.zeros((700, 900), dtype=bool)
+    mask[100:650, 3:897] = True
+    assert np.array_equal(region_to_mask(region(mask_to_rle(mask)), 700, 900), mask)
+    # column by column: one pixel off, two on, 17 off
+    decoded = region_to_mask(region({"size": [4, 5], "counts": [1, 2, 17]}), 4, 5)
+    assert np.argwhere(decoded).tolist() == [[1, 0], [2, 0]]
+
+
+NO_MASKS = {
+    "pixels of 20": ([10, 5], [100], [], "", [2**40]),
+    "must be a text or a list of whole numbers of at least 0": (
+        *([-5, 25], [1.5, 18.5], [True, 19], ["a"]),
+        *(5, None, {"a": 1}),
+    ),
+    "end within a number": ("P",),
+    "unexpected character": ("0 4", "日本"),
+}
+
+
+@pytest.mark.parametrize(("says", "counts"), [(says, c) for says, of in NO_MASKS.items() for c in of])
+def test_counts_that_are_no_mask(says, counts):
+    with pytest.raises(RecordError, match=f"mask of region 'dog' is not a COCO RLE: .*{says}"):
+        region_to_mask(region({"size": [4, 5], "counts": counts}), 4, 5)
+
+
+@given(st.text(alphabet=[chr(c) for c in range(40, 120)], max_size=12))
+def test_any_text_is_a_mask_or_an_error(counts):
+    try:
+        decoded = region_to_mask(region({"size": [4, 5], "counts": counts}), 4, 5)
+    except RecordError:
+        return
+    again = mask_to_rle(decoded)
+    assert np.array_equal(region_to_mask(region(again), 4, 5), decoded)
+
+
+@pytest.mark.parametrize("size", [[5, 4], [4, 5, 1], 4, None, "45", {}])
+def test_a_mask_of_another_size_is_refused(size):
+    with pytest.raises(RecordError, match=r"'dog' has size .* but the image is \[4, 5\]"):
+        region_to_mask(region({"size": size, "counts": [0, 20]}), 4, 5)
+
+
+@pytest.mark.parametrize("box", [(5, 0, 9, 4), (0, -9, 5, -1), (1.1, 1.1, 1.2, 1.2)])
+def test_an_empty_mask_and_a_box_without_a_pixel_are_refused(box):
+    for empty in (region({"size": [4, 5], "counts": [20]}), region(None, box)):
+        with pytest.raises(RecordError, match="'dog' .* covers no pixel of the 5 x 4 image"):
+            region_to_mask(empty, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("box", "rows", "columns"),
+    [
+        ((1, 0, 3, 2), (0, 2), (1, 3)),
+        ((0.6, 0.4, 2.6, 2.4), (0, 2), (1, 3)),
+        ((-7, -7, 3, 2), (0, 2), (0, 3)),
+        ((2, 1, 99, 99), (1, 4), (2, 5)),
+    ],
+)
+def test_a_box_stands_for_its_pixels(box, rows, columns):
+    expected = np.zeros((4, 5), dtype=bool)
+    expected[slice(*rows), slice(*columns)] = True
+    assert np.array_equal(region_to_mask(region(None, box), 4, 5), expected)

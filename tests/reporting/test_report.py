@@ -28,13 +28,8 @@ from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_p
 from vlm_calibration.estimators.recalibration import METHODS
 from vlm_calibration.files import write_rows
 from vlm_calibration.metrics.bootstrap import percentile_interval
-from vlm_calibration.metrics.functional import (
-    METRICS,
-    area_under_risk_coverage,
-    auroc,
-    brier_score,
-    expected_calibration_error,
-)
+from vlm_calibration.metrics.functional import METRICS
+from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report import pictures
@@ -59,12 +54,6 @@ from vlm_calibration.reporting.report.table import (
 )
 from vlm_calibration.reporting.runs import RunRecord
 
-NAMES = {
-    "ece": expected_calibration_error,
-    "brier": brier_score,
-    "auroc": auroc,
-    "aurc": area_under_risk_coverage,
-}
 EVIL = "<script>alert(1)</script>\"'<img src=http://evil.example/x onerror=alert(2)>"
 
 
@@ -183,14 +172,14 @@ def test_every_system_estimator_and_recalibration_has_a_row_with_the_metrics_of_
     assert notes == []
     for row, estimator in ((rows.iloc[0], "verbalized"), (rows.iloc[15], "likelihood")):
         predictions = next(s for s in systems if s.name == row.system).predictions
-        read = [(p.confidence_of(estimator), p.correct) for p in predictions]
-        known = [(c, r) for c, r in read if c is not None]
-        confidence = torch.tensor([c for c, _ in known], dtype=torch.float64)
-        correct = torch.tensor([r for _, r in known])
-        for name, metric in NAMES.items():
-            assert row[name] == pytest.approx(float(metric(confidence, correct)), abs=1e-9), name
+        correct = [p.correct for p in predictions]
+        table = ConfidenceTable.from_predictions(
+            [p.confidence_of(estimator) for p in predictions], correct, grid_steps=None
+        )
+        for name in ("ece", "brier", "auroc", "aurc"):
+            assert row[name] == pytest.approx(float(METRICS[name](table)), abs=1e-9), name
             assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], name
-        assert row.accuracy == pytest.approx(np.mean([p.correct for p in predictions]))
+        assert row.accuracy == pytest.approx(np.mean(correct))
     assert rows.iloc[0].filter(regex="_p$").isna().all(), "the row that all others are compared with"
 
 
@@ -582,10 +571,7 @@ def test_recalibration_may_be_fitted_on_another_evaluation(evaluation: Path, tmp
     [
         (None, "there are no answers to a calibration set"),
         ({"estimates": {}}, "likelihood is not recalibrated: the calibration set"),
-        (
-            {"confidence": None},
-            "verbalized is not recalibrated: no yes_no answer of the calibration set has it",
-        ),
+        ({"confidence": None}, "verbalized is not recalibrated: no yes_no answer of the calibration set"),
     ],
 )
 def test_a_missing_recalibration_is_noted(calibration: dict[str, Any] | None, says: str) -> None:

@@ -4,37 +4,29 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
-import pytest
 
 Case = tuple[np.ndarray, np.ndarray]
 
 
-def random_case(rng: np.random.Generator, kind: str, largest: int) -> Case:
-    """One case: `(N,)` int percents (or float64 for `continuous`) and `(N,)` bool, 1 <= N <= largest."""
-    n = int(rng.integers(1, largest + 1))
-    shape = rng.uniform(0.3, 4, size=2)
-    confidence = rng.beta(*shape, size=n)
-    truth = np.clip(confidence * rng.uniform(0, 1.3) + rng.normal(0, 0.3), 0, 1)
-    correct = rng.random(n) < truth
-    if kind == "tens":
-        return np.rint(confidence * 10).astype(int) * 10, correct
-    if kind == "percents":
-        return np.rint(confidence * 100).astype(int), correct
-    if kind == "few":
-        return rng.choice([0, 5, 50, 95, 99, 100], size=n), correct
-    assert kind == "continuous"
-    return confidence, correct
+def cases(count: int, kind: str, seed: int = 0, largest: int = 60) -> list[Case]:
+    """Cases of N answers, 1 <= N <= largest: `(N,)` int percents (or float64 for `continuous`) and `(N,)` bool."""
+    rng = np.random.default_rng(seed)
 
+    def case() -> Case:
+        n = int(rng.integers(1, largest + 1))
+        confidence = rng.beta(*rng.uniform(0.3, 4, size=2), size=n)
+        truth = np.clip(confidence * rng.uniform(0, 1.3) + rng.normal(0, 0.3), 0, 1)
+        correct = rng.random(n) < truth
+        match kind:
+            case "tens":
+                confidence = np.rint(confidence * 10).astype(int) * 10
+            case "percents":
+                confidence = np.rint(confidence * 100).astype(int)
+            case "few":
+                confidence = rng.choice([0, 5, 50, 95, 99, 100], size=n)
+        return confidence, correct
 
-@pytest.fixture(scope="session")
-def cases() -> Callable[..., list[Case]]:
-    """A function from (count, kind, seed, largest N) to random cases."""
-
-    def make(count: int, kind: str, seed: int = 0, largest: int = 60) -> list[Case]:
-        rng = np.random.default_rng(seed)
-        return [random_case(rng, kind, largest) for _ in range(count)]
-
-    return make
+    return [case() for _ in range(count)]
 
 
 EDGE_CASES: dict[str, tuple[list[int], list[int]]] = {
@@ -56,13 +48,6 @@ EDGE_CASES: dict[str, tuple[list[int], list[int]]] = {
     "two ties": ([20] * 4 + [80] * 5, [0, 1, 0, 0, 1, 1, 0, 1, 1]),
     "every percent": (list(range(101)), [i % 3 % 2 for i in range(101)]),
 }
-
-
-@pytest.fixture(params=list(EDGE_CASES))
-def edge_case(request: pytest.FixtureRequest) -> Case:
-    """One edge case: int percents and bool."""
-    percent, correct = EDGE_CASES[request.param]
-    return np.array(percent), np.array(correct, dtype=bool)
 
 
 class Exact:
@@ -136,9 +121,3 @@ class Exact:
             "parse_failure_rate": Fraction(0),
             "parsed_accuracy": accuracy,
         }
-
-
-@pytest.fixture(scope="session")
-def exact() -> type[Exact]:
-    """The reference in rational arithmetic."""
-    return Exact

@@ -1,8 +1,10 @@
-"""`vlm-calibration runs`: what a list of run directories says about each, damage included."""
+"""`vlm-calibration runs`, what a list of run directories says about each, damage included; `config`, presets outside a checkout."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from vlm_calibration.files import hold, release, write_json
+from vlm_calibration.presets import preset_names
 from vlm_calibration.reporting.runs import find_runs
 
 from ..command_line import Ended
@@ -76,3 +79,47 @@ def test_json_has_all_runs(call: Callable[..., Ended], tmp_path: Path) -> None:
     rows = json.loads(call("runs", ".", "--json").out)
     assert [(row["folder"], row["state"]) for row in rows] == [("a/c", "interrupted"), ("b", "interrupted")]
     assert "nothing-here" in call("runs", "nothing-here").error()
+
+
+# --- config
+
+
+def test_every_preset_is_listed_with_a_sentence_and_a_pattern_selects(call: Callable[..., Ended]) -> None:
+    lines = [line.split(maxsplit=1) for line in call("config", "list").out.splitlines()]
+    assert [name for name, _ in lines] == preset_names()
+    lines = call("config", "list", "trainer/*ddp").out.splitlines()
+    assert [line.split()[0] for line in lines] == ["trainer/cpu_ddp", "trainer/ddp"]
+
+
+def test_a_copy_is_what_show_prints(root: Path, call: Callable[..., Ended]) -> None:
+    shown = call("config", "show", "data/jsonl").out
+    assert shown == (root / "configs/data/jsonl.yaml").read_text()
+    Path("folder").mkdir()
+    for to, path in (((), "jsonl.yaml"), (("folder",), "folder/jsonl.yaml")):
+        assert call("config", "copy", "data/jsonl", *to).status == 0
+        assert Path(path).read_text() == shown
+
+
+def test_a_copy_replaces_nothing_unasked(call: Callable[..., Ended]) -> None:
+    Path("mine.yaml").write_text("mine")
+    assert "mine.yaml exists" in call("config", "copy", "sft", "mine.yaml").error()
+    assert Path("mine.yaml").read_text() == "mine"
+    assert call("config", "copy", "sft", "mine.yaml", "--overwrite").status == 0
+    assert Path("mine.yaml").read_text() != "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("show", "model/qlorra"), ("copy", "model/qlorra"), ("list", "qlorra")]
+)
+def test_what_does_not_exist_is_named(arguments: tuple[str, ...], call: Callable[..., Ended]) -> None:
+    ended = call("config", *arguments)
+    assert ended.status == 2
+    assert "qlorra" in ended.error()
+
+
+@pytest.mark.slow
+def test_a_reader_may_end_before_the_output() -> None:
+    command = f"{sys.executable} -m vlm_calibration.cli config list | head -1"
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("data/coco ")
+    assert "Traceback" not in ran.stderr

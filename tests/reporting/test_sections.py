@@ -1,4 +1,4 @@
-"""The report's section on thresholds: what they give, where the promise breaks, and what is missing."""
+"""The report's sections on thresholds (what they give, where the promise breaks, what is missing), and on what confidences listen to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
@@ -16,6 +17,7 @@ from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.models.base import adapter_weights_digest
 from vlm_calibration.reporting.report.data import System, read_systems
+from vlm_calibration.reporting.report.summary import probe_sentences
 from vlm_calibration.reporting.report.thresholds import (
     ALL,
     MAX_ERRORS,
@@ -25,7 +27,8 @@ from vlm_calibration.reporting.report.thresholds import (
 )
 from vlm_calibration.settings import file_digest
 
-from .test_report import configure, write
+from .test_report import Page, configure, write
+from .test_report import answers as three_an_image
 
 
 def answers(
@@ -152,3 +155,69 @@ def test_the_card_of_a_system_states_the_guarantee_of_its_own_weights(evaluation
     assert stated() == ["At most 2% of base.", None]
     write(evaluation / "base", answers("held", 10, 1, likelihood=0.5), "calibration")
     assert stated() == [None, None]
+
+
+# --- what confidence listens to
+
+
+NAMES = ("image", "object", "distractor", "answer")
+
+
+def probed(listens: bool, n: int = 60) -> list[EstimatedPrediction]:
+    """Answers of a model that listens to the image, or of one whose confidence never moves."""
+    predictions = []
+    for i, p in enumerate(three_an_image(0, n)):
+        original = p.confidence
+        after: dict[str, float | None] = dict.fromkeys(("original", *NAMES), original)
+        if listens and original is not None:
+            after["image"] = 0.2
+            after["object"] = None if i % 3 == 0 else 0.2
+            after["answer"] = round(1 - original, 6)
+        predictions.append(replace(p, probes=after))
+    return predictions
+
+
+def effect(probe: str, change: float, fell: float = 0.84, rose: float = 0.1, n: int = 1234) -> dict[str, float]:  # fmt: skip
+    return {f"probe_{probe}_{name}": value for name, value in (("change", change), ("fell", fell), ("rose", rose), ("n", n))}  # fmt: skip
+
+
+def test_the_words_of_probes() -> None:
+    values = {
+        **effect("image", -0.31),
+        **effect("object", 0.014, rose=0.3),
+        **effect("distractor", 0.0, fell=0.0, rose=0.0, n=7),
+        **effect("answer", -0.002, fell=0.02),
+        "probe_answer_sum": 1.73,
+    }
+    assert probe_sentences(dict.fromkeys(values, 0.0)) == [], "it applies to no answer"
+    assert probe_sentences(values) == [
+        "Without the image, its confidence falls by 31 points on average (it falls in 84% of 1,234 answers).",
+        "Without the key object, its confidence rises by 1 point on average (it rises in 30% of 1,234 answers).",
+        "Without another object, its confidence does not move on average (it falls in 0% of 7 answers).",
+        "With the opposite answer, its confidence moves by less than a point on average (it falls in 2% of 1,234 answers). The "
+        "confidences in an answer and in its opposite add up to 173% on average; 100% would be consistent.",
+    ]
+
+
+def test_the_page_speaks_of_each_probed_system(tmp_path: Path) -> None:
+    evaluation = tmp_path / "eval"
+    write(evaluation / "base", probed(listens=False))
+    write(evaluation / "tuned", probed(listens=True))
+    write(evaluation / "oracle", three_an_image(0))
+    report([str(evaluation)], replicates=20, images=False)
+    text = Page((evaluation / "report.html").read_text()).text
+    # The contents name both headings first.
+    section = text[text.rindex("What confidence listens to") : text.rindex("By category")]
+    predictions = probed(listens=True)
+    changes = [0.2 - p.confidence for p in predictions if p.confidence is not None]
+    fell = sum(c < 0 for c in changes) / len(changes)
+    assert (
+        f"tuned : Without the image, its confidence falls by {-100 * np.mean(changes):.0f} points on average "
+        f"(it falls in {100 * fell:.0f}% of 59 answers)." in section
+    )
+    assert (
+        "base : Without the image, its confidence does not move on average (it falls in 0% of 59" in section
+    )
+    assert "add up to 100% on average" in section
+    assert "A good confidence falls a lot without the image" in section
+    assert "oracle" not in section
