@@ -95,7 +95,7 @@ class CandidateBatch(NamedTuple):
     is_correct: tuple[bool, ...]
     epochs: tuple[int, ...]
     queries: tuple[Query, ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
     n_cut_off: int = 0
 
     def to(self, device: torch.device | str) -> CandidateBatch:
@@ -103,10 +103,7 @@ class CandidateBatch(NamedTuple):
 
 
 def stated_levels(levels: ConfidenceLevels, answer_type: str, grid: int | None = None) -> tuple[float, ...]:
-    """The confidences that can be stated for an answer type, in falling order.
-
-    Raises a ValueError if the levels were not measured for the answer type; `grid` is that of `CandidateSettings`.
-    """
+    """The confidences that can be stated for an answer type, in falling order; a ValueError for one without levels."""
     multiples = set() if grid is None else {percent / 100 for percent in range(0, 101, grid)}
     # Confidences that round to the same percentage are one, the highest.
     by_text = {render_response("", c): c for c in sorted({*levels.confidences(answer_type)} | multiples)}
@@ -114,16 +111,9 @@ def stated_levels(levels: ConfidenceLevels, answer_type: str, grid: int | None =
 
 
 def tokenize_responses(
-    chat: ChatFormat,
-    query: Query,
-    answers: Sequence[str],
-    levels: ConfidenceLevels,
-    grid: int | None = None,
+    chat: ChatFormat, query: Query, answers: Sequence[str], levels: ConfidenceLevels, grid: int | None = None
 ) -> tuple[int, tuple[Candidate, ...]]:
-    """One response per answer and `stated_levels`, and how many tokens at the end of the prompt they replace (mostly 0).
-
-    Answers after the first are wrong.
-    """
+    """How many tokens at the end of the prompt the responses replace, and one for each answer (the first is right) and confidence."""
     stated = [(answer, c) for answer in answers for c in stated_levels(levels, query.answer_type, grid)]
     # 11% and 22% have no digit in common: the ending they share follows every confidence.
     probes = [(answers[0], c) for c in (0.11, 0.22)]
@@ -133,16 +123,14 @@ def tokenize_responses(
     bare = dict(zip(answers, ids[len(texts) :], strict=True))
 
     responses = []
-    for (answer, _), tokens in zip(stated + probes, ids, strict=False):
+    for (answer, c), tokens in zip(stated + probes, ids, strict=False):
         answer_length = common_prefix(bare[answer], tokens)
-        responses.append((tuple(tokens[: chat.turn_length(tokens, answer_length)]), answer_length))
-    (first, _), (second, _) = responses[len(stated) :]
-    ending = first[len(first) - common_prefix(first[::-1], second[::-1]) :]
+        turn = tuple(tokens[: chat.turn_length(tokens, answer_length)])
+        responses.append(Candidate(turn, answer_length, 0, c, wrong=answer != answers[0]))
+    first, second = (r.tokens[::-1] for r in responses[len(stated) :])
+    ending = first[: common_prefix(first, second)]
     return cut, tuple(
-        Candidate(
-            tokens, answer_length, common_prefix(tokens[::-1], ending[::-1]), c, wrong=answer != answers[0]
-        )
-        for (answer, c), (tokens, answer_length) in zip(stated, responses, strict=False)
+        r._replace(ending_length=common_prefix(r.tokens[::-1], ending)) for r in responses[: len(stated)]
     )
 
 
@@ -171,14 +159,14 @@ class CandidateCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> CandidateBatch:
         if not samples:
-            return CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), (), ())
+            return CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), ())
         cuts, candidates = zip(*(self._tokenize(s) for s in samples), strict=True)
         prompts = [self.chat.render(s.query.question) for s in samples]
         inputs = self.chat.inputs_of(samples, prompts, "right")
         lengths = inputs["attention_mask"].sum(dim=1) - torch.tensor(cuts)
         longest = [
-            n + max(len(c.tokens) for c in responses)
-            for n, responses in zip(lengths.tolist(), candidates, strict=True)
+            n + max(len(c.tokens) for c in of_query)
+            for n, of_query in zip(lengths.tolist(), candidates, strict=True)
         ]
         fitting, skipped = split_too_long(samples, longest, self.max_length, self.on_too_long)
         if skipped:
@@ -191,7 +179,6 @@ class CandidateCollator:
             tuple(s.wrong_answer is None for s in samples),
             tuple(s.epoch for s in samples),
             tuple(s.query for s in samples),
-            (),
         )
 
     def _tokenize(self, sample: Sample) -> tuple[int, tuple[Candidate, ...]]:
@@ -211,9 +198,8 @@ class ValidationBatch(NamedTuple):
     candidates: CandidateBatch | None
 
     def to(self, device: torch.device | str) -> ValidationBatch:
-        return ValidationBatch(
-            self.prompts.to(device), self.candidates.to(device) if self.candidates else None
-        )
+        candidates = self.candidates and self.candidates.to(device)
+        return ValidationBatch(self.prompts.to(device), candidates)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Conversations as text and tokens (`ChatFormat`), and the batches of supervised fine-tuning and of generation made of them."""
+"""Conversations as text and tokens (`ChatFormat`), and the batches of supervised fine-tuning and of generation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SFTBatch(NamedTuple):
     confidence: torch.Tensor
     is_correct: torch.Tensor
     queries: tuple[Query, ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> SFTBatch:
         names = ("labels", "confidence_mask", "confidence", "is_correct")
@@ -52,20 +52,14 @@ class SFTBatch(NamedTuple):
 
 
 class RankedAnswers(NamedTuple):
-    """The answers to one query that ranking compares: the gold one, then each wrong one of an open query, as token ids.
-
-    `cut` tokens at the end of the prompt are replaced by the answers (mostly 0).
-    """
+    """The answers to rank as token ids, which replace `cut` tokens at the end of the prompt: the gold one, then each wrong one."""
 
     cut: int
     tokens: tuple[tuple[int, ...], ...]
 
 
 class CopiedPrompts(NamedTuple):
-    """The prompts of a batch with one perturbed copy of each image.
-
-    `inputs` are the arguments of `generate` for the queries with indices `rows`, whose image has the copy; they stay in main memory.
-    """
+    """Arguments of `generate`, in main memory, for the queries with indices `rows`, whose images have a perturbed copy."""
 
     rows: tuple[int, ...]
     inputs: dict[str, torch.Tensor]
@@ -101,7 +95,7 @@ class PromptBatch(NamedTuple):
     images: tuple[np.ndarray, ...] = ()
 
     def to(self, device: torch.device | str) -> PromptBatch:
-        """The batch with its inputs on a device. Copies, which are many, are moved when each is used."""
+        """Move the inputs to a device; copies, which are many, are moved when each is used."""
         return self._replace(inputs=move(self.inputs, device))
 
 
@@ -116,7 +110,7 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 class ChatFormat:
-    """Renders conversations in a model's format, mostly that of its processor's chat template, and tokenizes them.
+    """Renders conversations in the format of a processor's chat template, and tokenizes them; a DataError if it has none.
 
     The text before a response is exactly the generation prompt, which the model reads before it answers, even if the template writes a
     given response differently; and every response ends its turn, so that the model learns to stop.
@@ -124,10 +118,6 @@ class ChatFormat:
     PaliGemma's format (arXiv 2407.07726) is image, begin of sequence, prompt, line break, response, end of sequence. Attention is
     bidirectional over image and prompt and causal over the response, which has its own token type. The processor takes a response
     only as its `suffix`, so its tokenizer and image processor are called directly.
-
-    Args:
-        processor: a transformers processor with a chat template, or PaliGemma's; otherwise a DataError is raised.
-        prompt: wraps a question into the text of a prompt.
     """
 
     def __init__(self, processor: Any, prompt: ElicitationPrompt) -> None:
@@ -140,7 +130,7 @@ class ChatFormat:
             )
 
     def render(self, question: str, response: str | None = None) -> str:
-        """Text with one image token: up to where the model's answer begins, or with a response and the end of its turn."""
+        """Text with one image token, to the end of the prompt, or of the turn of a response."""
         prompt = self.prompt.render(question)
         text = self._apply(prompt, response)
         if response is None:
@@ -168,11 +158,10 @@ class ChatFormat:
 
     @cached_property
     def _offsets(self) -> tuple[int, int, int | None]:
-        """Differences between a template's generation prompt and its full conversation, in characters.
+        """How a template's conversation differs from its prompt, in characters.
 
-        Returns:
-            How many the conversation omits at the end of the prompt, how many it has in their place, and the length of the white
-            space after a response whose turn the template leaves open; None if it ends the turn.
+        How many it omits at the end of the prompt, how many it has in their place, and the length of the white space after a response
+        whose turn the template leaves open; None if it ends the turn.
         """
         question, response = "QUESTION1", "RESPONSE2"  # which templates leave unchanged
         prompt, conversation = self._apply(question, None), self._apply(question, response)
@@ -191,7 +180,7 @@ class ChatFormat:
         return len(prompt) - shared, conversation_only, None if tail.strip() else len(tail)
 
     def conversations(self, question: str, responses: Sequence[str]) -> list[str]:
-        """`render` with each response; a template that inserts text unchanged runs only for the first and the last one."""
+        """`render` with each response; a template that inserts text unchanged runs for the first and last alone."""
         first, last = (self.render(question, responses[i]) for i in (0, -1))
         if first.count(responses[0]) == 1:
             before, after = first.split(responses[0])
@@ -200,7 +189,6 @@ class ChatFormat:
         return [self.render(question, r) for r in responses]
 
     def _adds_special(self, text: str) -> bool:
-        """Whether the tokenizer must add special tokens to a rendered text."""
         # Many templates write the begin-of-sequence token themselves, and it must not appear twice.
         bos = self.processor.tokenizer.bos_token
         return not (self.is_paligemma or (bos and text.startswith(bos)))
@@ -210,14 +198,9 @@ class ChatFormat:
         add_special = self._adds_special(texts[0])
         return self.processor.tokenizer(texts, add_special_tokens=add_special)["input_ids"]
 
-    # Prompt and full conversation are both tokenized, and the response is what follows their longest common prefix. Processors expand the
-    # image token before the response, so positions are counted from the end.
+    # Processors expand the image token before the response, so positions are counted from the end.
     def after_prompt(self, prompt: str, conversations: Sequence[str]) -> tuple[int, list[list[int]]]:
-        """Token ids of conversations after the prefix that all of them share with their prompt.
-
-        Returns:
-            How many tokens at the end of the prompt the conversations replace (mostly 0), and the ids.
-        """
+        """How many tokens at the end of the prompt the conversations replace (mostly 0), and their token ids from there on."""
         first, *full = self.token_ids([prompt, *conversations])
         start = min(common_prefix(first, ids) for ids in full)
         return len(first) - start, [ids[start:] for ids in full]
@@ -260,10 +243,7 @@ class ChatFormat:
         return texts[0], response, common_prefix(answer, response)
 
     def turn_length(self, response: Sequence[int], answer_length: int) -> int:
-        """Number of tokens through the end of the turn, the first special token after the answer.
-
-        Training includes that token, so that the model learns to stop; what a template writes after it is left out.
-        """
+        """Number of tokens through the end of the turn, the first special token after the answer; the model learns to stop by it."""
         after_answer = enumerate(response[answer_length:], start=answer_length)
         return next((i + 1 for i, token in after_answer if token in self.special_ids), len(response))
 
@@ -276,7 +256,7 @@ class ChatFormat:
         }
 
     def check(self, query: Query, answers: Sequence[str] = ()) -> None:
-        """Reject a query if its question, its answer or one of `answers` contains a token that stands for the image or a part of it."""
+        """A DataError if the question, its answer or one of `answers` contains a token that stands for the image."""
         # The placeholder of the image in a text and, where it differs (Gemma 3), the token it is expanded to.
         tokens = [getattr(owner, "image_token", None) for owner in (self.processor, self.processor.tokenizer)]
         texts = [("question", query.question), ("answer", query.answer)]
@@ -311,7 +291,7 @@ class SFTCollator:
     def __call__(self, samples: Sequence[Sample]) -> SFTBatch:
         if not samples:
             empty = torch.zeros((0, 0), dtype=torch.int64)
-            return SFTBatch({}, empty, empty.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ())
+            return SFTBatch({}, empty, empty.bool(), torch.zeros(0), torch.zeros(0).bool(), ())
         spans = [self.chat.response_spans(s) for s in samples]
         inputs = self.chat.inputs_of(samples, [text for text, _, _ in spans], "right")
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
@@ -340,14 +320,13 @@ class SFTCollator:
             torch.tensor([s.confidence for s in samples], dtype=torch.float32),
             torch.tensor([s.wrong_answer is None for s in samples]),
             tuple(s.query for s in samples),
-            (),
         )
 
 
 def split_too_long(
     samples: Sequence[Sample], lengths: Sequence[int], max_length: int, on_too_long: TooLong
 ) -> tuple[list[Sample], tuple[str, ...]]:
-    """The samples of at most `max_length` tokens, and the ids of the others, which raise a DataError if `on_too_long` is "raise"."""
+    """The samples of at most `max_length` tokens, and the ids of the others; under "raise" a DataError names the first."""
     too_long = [i for i, n in enumerate(lengths) if n > max_length]
     if too_long and on_too_long == "raise":
         first = too_long[0]

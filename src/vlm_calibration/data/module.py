@@ -32,9 +32,7 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 TESTED = ("test", "calibration")
 """The data sets of an evaluation, in order."""
 LEVELS, INSTANCES = "levels", "instances"
-"""The data sets that `levels fit` asks; the second, the queries of `train`, untouched, only if it writes their likelihoods."""
-LEVELS_SPLIT = "calibration"
-"""Begins the ids of the queries of `levels`, on which the perturbations depend."""
+"""The data sets that `levels fit` asks; the second, the untouched queries of `train`, only if it writes their likelihoods."""
 
 
 class DataNeeds(NamedTuple):
@@ -85,6 +83,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         on_too_long: "raise" stops at a longer sample, "skip" leaves it out and reports the number.
         revision: of the processor, as in `from_pretrained`.
         trust_remote_code: for the processor, as in `from_pretrained`.
+
+    Attributes:
+        sets: data set -> its queries as `setup` has read them, also those that an earlier run answered.
+        answered: indices in each of `tested_queries` that an earlier `test` answered and this one leaves out; equal in all processes.
     """
 
     def __init__(
@@ -142,9 +144,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.sets: dict[str, PerturbedQueries] = {}
-        """Data set -> its queries as `setup` has read them, also those that an earlier run answered."""
         self.answered: Mapping[str, Collection[int]] = {}
-        """Indices in each of `tested_queries` that an earlier `test` answered and this one leaves out; equal in all processes."""
         self._with_regions: dict[str, dict[str, EvalSplit]] = {}
         self._logs: dict[str, LoadingLog] = {}
         self._position: dict[str, int] = {}
@@ -169,11 +169,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def splits(self) -> dict[str, dict[str, EvalSplit]]:
         """Each data set that is set -> its splits by name, as configured; `predict` is none."""
         splits = {
-            "train": {} if self.train is None else {"": EvalSplit(self.train, noise="drawn")},
-            "validation": {} if self.validation is None else {"": EvalSplit(self.validation, noise="drawn")},
-            LEVELS: {}
-            if self.levels is None
-            else {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_level")},
+            "train": {} if self.train is None else {"": EvalSplit(self.train, "drawn")},
+            "validation": {} if self.validation is None else {"": EvalSplit(self.validation, "drawn")},
+            # The ids of its queries, on which the perturbations depend, begin with "calibration".
+            LEVELS: {} if self.levels is None else {"calibration": EvalSplit(self.levels, "every_level")},
             "test": self.test,
             "calibration": self.calibration,
         }
@@ -189,15 +188,12 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         }
 
     def setup(self, stage: str) -> None:
-        """Read the records that this stage needs, so that an invalid record stops the run before training."""
+        """Read the records that this stage needs; an invalid one stops the run before training."""
         self._needs = getattr(getattr(self.trainer, "lightning_module", None), "data_needs", DataNeeds())
         if stage == "predict":
             self.plan_extraction(self._needs.keep_known)
             return
-        of_stage = {
-            "fit": DataNeeds(("train",), ("validation",)),
-            "validate": DataNeeds(("validation",), ()),
-        }
+        of_stage = {"fit": DataNeeds(("train",), ("validation",)), "validate": DataNeeds(("validation",), ())}
         needs = of_stage.get(stage, self._needs)
         for name in map(setting_of, needs.asked):
             if name not in self.splits:
@@ -299,10 +295,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         limits = self.max_length, self.on_too_long
-        collate: Callable[..., Any] = SFTCollator(self.chat, *limits)
-        if self.candidates is not None:
-            collate = self.candidate_collator or PromptCollator(self.chat, self.grading, *limits)
-        return self._loader("train", collate)
+        if self.candidates is None:
+            return self._loader("train", SFTCollator(self.chat, *limits))
+        own = PromptCollator(self.chat, self.grading, *limits)
+        return self._loader("train", self.candidate_collator or own)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if self.validation is None:
@@ -311,19 +307,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return self._loader("validation", collate)
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Batches of the queries that are not answered yet; a process without any gets an empty batch.
-
-        A calibration set has a second loader of its own.
-        """
-        loaders = []
-        for name in self._tested:
-            collate = PromptCollator(
-                self.chat if self._uses_processor else None,
-                self.grading,
-                keep_images=self._needs.images,
-                ranks=name == LEVELS and self.grading.rank_levels,
-            )
-            loaders.append(self._loader(name, collate))
+        """A loader for each data set of the queries that are not answered yet; a process without any gets an empty batch."""
+        chat = self.chat if self._uses_processor else None
+        collate = PromptCollator(chat, self.grading, keep_images=self._needs.images)
+        ranks = self.grading.rank_levels
+        loaders = [self._loader(n, replace(collate, ranks=ranks and n == LEVELS)) for n in self._tested]
         return loaders if len(loaders) > 1 else loaders[0]
 
     @property
@@ -339,10 +327,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return [number for number in shards if number not in self.region_plan.finished][rank::processes]
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of queries with unperturbed images; each part, and in it each process, has its own shards.
-
-        A process without a shard gets one empty batch, so that it takes part in the hooks after the last batch.
-        """
+        """The batches of this process; one without a shard gets an empty batch, so that it takes part in the hooks after the last."""
         # Without a batch size each item is a batch, and is not collated.
         return DataLoader(
             self.region_plan,
@@ -354,7 +339,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @property
     def _process(self) -> tuple[int, int]:
-        """The number of this process, and how many there are."""
+        """This process's rank, and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def state_dict(self) -> dict[str, int]:
@@ -373,12 +358,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return {"queries": len(self.sets["train"]), "batch_size": self.batch_size * self._process[1]}
 
     def _resume(self, sampler: EpochSampler) -> None:
-        """Begin at the position of a checkpoint, once.
-
-        Lightning sets the epoch of a sampler only after workers have begun to load.
-        """
+        """Begin at the position of a checkpoint, once."""
         position, self._position = self._position, {}
         if not position:
+            # Lightning sets the epoch only after workers have begun to load.
             sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
             return
         shape = self._shape()
@@ -392,21 +375,15 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         sampler.begin = (position["epoch"], position["batch"] * self.batch_size)
 
     def _loader(self, name: str, collate: Callable[..., Any]) -> DataLoader:
-        dataset, training = self.sets[name], name == "train"
+        total, training = len(self.sets[name]), name == "train"
         batch_size = self.batch_size if training else self.eval_batch_size
         rank, processes = self._process
-        sampler = EpochSampler(
-            len(dataset),
-            rank=rank,
-            num_replicas=processes,
-            training=training,
-            seed=self.noise.seed,
-            done=self.answered.get(name, ()),
-        )
+        done = self.answered.get(name, ())
+        sampler = EpochSampler(total, rank, processes, training, self.noise.seed, done)
         loader = partial(QueryLoader, self._logs[name], collate)
         if training:
             if len(sampler) == 0:
-                raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
+                raise DataError(f"{total} training queries are too few for {processes} processes")
             self._resume(sampler)
         if len(sampler) == 0:
             # Lightning skips the later hooks in a process without a batch, and the others would wait for it.
