@@ -165,8 +165,8 @@ class CandidateCollator:
         inputs = self.chat.inputs_of(samples, prompts, "right")
         lengths = inputs["attention_mask"].sum(dim=1) - torch.tensor(cuts)
         longest = [
-            n + max(len(c.tokens) for c in of_query)
-            for n, of_query in zip(lengths.tolist(), candidates, strict=True)
+            n + max(len(c.tokens) for c in responses)
+            for n, responses in zip(lengths.tolist(), candidates, strict=True)
         ]
         fitting, skipped = split_too_long(samples, longest, self.max_length, self.on_too_long)
         if skipped:

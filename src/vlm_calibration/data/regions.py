@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Extraction(NamedTuple):
         source: the source.
         settings: the settings below `data` that hold it, e.g. ("levels", "calibration.own").
         queries: the number of its queries.
-        content: the digest of all their fields.
+        content: the digest of all their fields, `queries_digest`.
     """
 
     file: str
@@ -85,8 +86,8 @@ class RegionPlan(Dataset[RawBatch]):
 
     Attributes:
         extractions: the sources.
-        complete: the settings of those that are left out.
-        shards: the extraction's index and the queries of each shard, whose index is its number.
+        complete: the settings of those that `keep_known` leaves out.
+        shards: the extraction's index and the queries of each shard, by its number.
         finished: numbers of the shards that an earlier run finished.
     """
 
@@ -94,11 +95,10 @@ class RegionPlan(Dataset[RawBatch]):
         self.extractions: list[Extraction] = []
         self.complete: list[str] = []
         self.finished: Collection[int] = ()
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[tuple[str, str], list[str]] = defaultdict(list)
         for setting, split in splits.items():
             if split.noise != "none":
-                key = settings_digest(split.source), queries_digest(split.source)
-                groups.setdefault(key, []).append(setting)
+                groups[settings_digest(split.source), queries_digest(split.source)].append(setting)
         for (_, content), settings in groups.items():
             source = splits[settings[0]].source
             if keep_known and not unlocated(source):
@@ -141,30 +141,28 @@ def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QueryS
     Args:
         folder: holds the files that `vlm-calibration predict` wrote.
         setting: the setting below `data` that holds the source.
-        source: the source that regions were extracted for; returned itself if it has no file and every query has what it needs.
+        source: the source; returned itself if it has no file and no query lacks a region.
 
     Raises:
         DataError: the file was extracted from other queries, or there is none and queries need regions.
     """
     n_queries, content = len(source.queries()), queries_digest(source)
-    notes: dict[Path, dict[str, Any]] = {
-        path: json.loads((schema_of(path).metadata or {}).get(NOTE, b"{}"))
-        for path in sorted(folder.glob("*.parquet"))
-    }
+    files = sorted(folder.glob("*.parquet"))
+    notes = [(p, json.loads((schema_of(p).metadata or {}).get(NOTE, b"{}"))) for p in files]
     # Of several files from equal queries, the one that was extracted for this setting comes first.
-    for_setting = sorted(notes, key=lambda path: setting not in notes[path].get("settings", ()))
-    for path in for_setting:
-        if notes[path].get("content") == content:
+    notes.sort(key=lambda item: setting not in item[1].get("settings", ()))
+    for path, note in notes:
+        if note.get("content") == content:
             return ParquetSource(str(path), images=source, on_bad_record=source.on_bad_record)
     again = "extract regions with `vlm-calibration predict --config regions` and the same data settings"
-    if for_setting and setting in notes[for_setting[0]].get("settings", ()):
-        path = for_setting[0]
-        raise DataError(
-            f"{path}: extracted from {notes[path]['queries']} queries that data.{setting} no longer holds (it has "
-            f"{n_queries}, content {content[:8]}): remove the folder and {again}"
-        )
+    for path, note in notes[:1]:
+        if setting in note.get("settings", ()):
+            raise DataError(
+                f"{path}: extracted from {note['queries']} queries that data.{setting} no longer holds (it has "
+                f"{n_queries}, content {content[:8]}): remove the folder and {again}"
+            )
     if missing := unlocated(source):
-        held = f"it holds {name_some((path.name for path in notes), len(notes))}" if notes else "no file"
+        held = f"it holds {name_some((path.name for path in files), len(files))}" if files else "no file"
         raise DataError(
             f"{folder}: no regions for data.{setting}, where {len(missing)} of {n_queries} queries need one: "
             f"{name_some(missing, len(missing))}; found: {held}: {again}, or set data.regions to null and ask "

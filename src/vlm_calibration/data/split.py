@@ -67,7 +67,7 @@ def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np
     Args:
         groups: group of each query's image, int64 [N]; -1 for none.
         shares: of each split, above 0, with sum 1.
-        seed: another seed gives another split.
+        seed: of the draw.
     """
     splits = np.full(len(groups), -1)
     rest = np.flatnonzero(groups >= 0)
@@ -121,10 +121,8 @@ def split_queries(
     files = []
     for split, path in enumerate(paths.values()):
         members = np.flatnonzero(splits == split)
-        asked = [
-            query for query in map(queries.__getitem__, members.tolist()) if query.answer_type == "yes_no"
-        ]
-        yes = [parse_answer(query.answer, "yes_no") == "yes" for query in asked]
+        asked = map(queries.__getitem__, members.tolist())
+        yes = [parse_answer(q.answer, "yes_no") == "yes" for q in asked if q.answer_type == "yes_no"]
         images = len(np.unique(image_of_query[members]))
         files.append((path, len(members), images, float(np.mean(yes)) if yes else None))
     [(label, _)] = Counter(groups[groups >= 0].tolist()).most_common(1)
