@@ -36,10 +36,10 @@ LEVELS, INSTANCES = "levels", "instances"
 
 
 class DataNeeds(NamedTuple):
-    """What a LightningModule needs of the data in `test` and `predict`; it says so in its attribute `data_needs`.
+    """What a LightningModule needs of the data in `test` and `predict`, its attribute `data_needs`.
 
     Attributes:
-        asked: the data sets that `test` answers, and those of `if_set` if they are set.
+        asked: the data sets that `test` answers; those of `if_set` if they are set.
         copies: data set -> the perturbed copies of each of its images.
         images: whether batches have the images themselves, for models behind an address.
         keep_known: whether `predict` leaves sources out in which every query has a region or needs none.
@@ -121,28 +121,14 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 f"data: needs 0 <= part < parts, found part {part} of {parts}: parts are counted from 0"
             )
         self.processor_name = processor
-        self.train = train
-        self.validation = validation
-        self.levels = levels
-        self.test = test
-        self.calibration = calibration
-        self.predict = predict
-        self.regions = regions
-        self.noise = noise
-        self.augment = augment
-        self.candidates = candidates
-        self.prompt = prompt
-        self.grading = grading
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.parts = parts
-        self.part = part
-        self.workers = workers
-        self.max_length = max_length
-        self.max_pixels = max_pixels
-        self.on_too_long = on_too_long
-        self.revision = revision
-        self.trust_remote_code = trust_remote_code
+        self.revision, self.trust_remote_code = revision, trust_remote_code
+        self.train, self.validation, self.levels = train, validation, levels
+        self.test, self.calibration, self.predict = test, calibration, predict
+        self.regions, self.noise, self.augment, self.candidates = regions, noise, augment, candidates
+        self.prompt, self.grading = prompt, grading
+        self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
+        self.parts, self.part = parts, part
+        self.max_length, self.max_pixels, self.on_too_long = max_length, max_pixels, on_too_long
         self.sets: dict[str, PerturbedQueries] = {}
         self.answered: Mapping[str, Collection[int]] = {}
         self._with_regions: dict[str, dict[str, EvalSplit]] = {}
@@ -153,7 +139,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @cached_property
     def processor(self) -> Any:
-        """The model's processor with `max_pixels` applied; a DataError if it is not set, not one of a VLM, or cannot keep to the limit."""
+        """The model's processor, limited to `max_pixels`; a DataError if it is not set, not one of a VLM, or cannot be limited."""
         if self.processor_name is None:
             raise DataError("data.processor is not set: give the model's name or folder")
         processor = load_processor(self.processor_name, self.revision, self.trust_remote_code)
@@ -249,7 +235,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return replace(self.noise, resolution="native")
 
     def read_splits(self, name: str) -> dict[str, EvalSplit]:
-        """The splits of a data set with the regions of `regions`, empty if it is not set; a DataError if there are none for a split."""
+        """The splits of a data set, empty if it is not set, with the regions of `regions`; a DataError if a split has none there."""
         if name == INSTANCES:
             return {"": EvalSplit(self.read_splits("train")[""].source)}
         splits = self.splits.get(name, {})
@@ -265,7 +251,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return self._with_regions[name]
 
     def plan_extraction(self, keep_known: bool = True) -> RegionPlan:
-        """What `predict` extracts; the queries are read at the first call. A DataError if no source is set, or one cannot be read."""
+        """What `predict` extracts, read at the first call; a DataError if no source is set, or one cannot be read."""
         if not hasattr(self, "region_plan"):
             splits = self.settings
             if self.predict is not None:
@@ -286,7 +272,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @property
     def candidate_collator(self) -> CandidateCollator | None:
-        """The collator of gold answers for preference optimisation; None without, and where the model's own answers are compared."""
+        """The collator for preference optimisation over gold answers; else None."""
         if self.candidates is None or self.candidates.answers == "own":
             return None
         return CandidateCollator(
@@ -343,7 +329,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def state_dict(self) -> dict[str, int]:
-        """The position after the batches that were trained on: batch of an epoch, and the sizes that it depends on (`_shape`)."""
+        """The position after the batches that were trained on, and the sizes that it depends on."""
         if self.trainer is None or "train" not in self.sets:
             return {}
         trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
@@ -354,7 +340,6 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self._position = state_dict
 
     def _shape(self) -> dict[str, int]:
-        """Number of queries of an epoch, and of a batch over all processes."""
         return {"queries": len(self.sets["train"]), "batch_size": self.batch_size * self._process[1]}
 
     def _resume(self, sampler: EpochSampler) -> None:
@@ -389,8 +374,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             # Lightning skips the later hooks in a process without a batch, and the others would wait for it.
             return loader(batch_sampler=[[]])
         if self.workers:
-            # OpenCV, which albumentations uses, would take all cores in every worker. Set in a worker, whose threads did not survive
-            # the fork, it would wait for them for ever.
+            # OpenCV, which albumentations uses, would take all cores in every worker; set in a forked worker, it would wait for ever.
             cv2.setNumThreads(1)
         return loader(
             batch_size=batch_size,
@@ -404,7 +388,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
 
 def setting_of(name: str, split: str = "") -> str:
-    """The setting of a data set or its split below `data`; only the data sets of an evaluation name their splits."""
+    """The setting of a data set or its split below `data`."""
     name = "train" if name == INSTANCES else name
     return f"{name}.{split}" if name in TESTED and split else name
 

@@ -7,7 +7,7 @@ before. The first in the table wins a tie, and a rule without a candidate falls 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import product
@@ -17,13 +17,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from vlm_calibration.data.sources.base import QuerySource, opposite
+from vlm_calibration.data.sources.base import QuerySource, opposite, with_masks
 from vlm_calibration.data.sources.images import ImageFolder, excluded_images
 from vlm_calibration.files import read_json
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.progress import track
-from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
-from vlm_calibration.text.labels import is_evidence
+from vlm_calibration.records import AnswerType, DataError, LoadedImage, Query, RecordError
 
 Kind = Literal["existence", "counting", "spatial"]
 Negatives = Literal["random", "popular", "adversarial"]
@@ -58,7 +57,7 @@ class AnnotatedImage(NamedTuple):
 
 
 def read_instances(path: Path) -> list[AnnotatedImage]:
-    """The images of an annotation file that have annotations, in the order of their file names; another format is a DataError."""
+    """The images with annotations, in the order of their file names; a DataError if the file has another format."""
     content = read_json(path)
     try:
         names = {c["id"]: c["name"] for c in content["categories"]}
@@ -108,24 +107,19 @@ class AbsentObjects:
 
     def __init__(self, objects_of_images: Iterable[Sequence[str]]) -> None:
         frequency: Counter[str] = Counter()
-        cooccurrence: dict[str, Counter[str]] = {}
+        cooccurrence: dict[str, Counter[str]] = defaultdict(Counter)
         for objects in objects_of_images:
             frequency.update(objects)
             for name in objects:
-                cooccurrence.setdefault(name, Counter()).update(o for o in objects if o != name)
+                cooccurrence[name].update(o for o in objects if o != name)
         self.objects = list(frequency)
         self.popular = [name for name, _ in frequency.most_common()]
-        self.adversarial = {
-            name: [o for o, _ in counts.most_common()] for name, counts in cooccurrence.items()
-        }
+        self.adversarial = {name: [o for o, _ in c.most_common()] for name, c in cooccurrence.items()}
 
     def draw(
         self, rule: Negatives, present: str, taken: Sequence[str], rng: np.random.Generator
     ) -> str | None:
-        """Draw an absent object; None if there is none.
-
-        `present` is the object asked about before, `taken` the objects in the image and the absent ones already asked about.
-        """
+        """Draw an object that is not `taken`, None if there is none, after a question about one that is `present`."""
         excluded = set(taken)
         ranked = {"random": [], "popular": self.popular, "adversarial": self.adversarial.get(present, [])}
         for name in ranked[rule]:
@@ -138,8 +132,7 @@ class AbsentObjects:
 class CocoSource(QuerySource):
     """Existence, counting and spatial queries over annotated images, a pure function of the annotations and the seed.
 
-    Half of the existence queries are about absent objects. Spatial queries ask whether one object is left of, right of, above or
-    below another.
+    Half of the existence queries are about absent objects. Spatial queries ask for the relative position of two objects.
 
     Args:
         annotations: a file in the format of `instances_val2017.json`.
@@ -174,15 +167,10 @@ class CocoSource(QuerySource):
             raise DataError(f"CocoSource: needs images >= 1 and first >= 0, found {images} and {first}")
         if not kinds or ("existence" in kinds and not negatives) or per_image < 1:
             raise DataError("CocoSource: needs one of `kinds` and of `negatives`, and per_image >= 1")
-        self.annotations = Path(annotations)
-        self.root = Path(root)
-        self.kinds = list(kinds)
-        self.negatives = list(negatives)
-        self.per_image = per_image
-        self.images = images
-        self.first = first
+        self.annotations, self.root = Path(annotations), Path(root)
+        self.kinds, self.negatives = list(kinds), list(negatives)
+        self.per_image, self.images, self.first, self.seed = per_image, images, first, seed
         self.exclude = [Path(path) for path in exclude or ()]
-        self.seed = seed
         self._files = ImageFolder(self.root)
 
     @cached_property
@@ -253,11 +241,7 @@ class CocoSource(QuerySource):
             masks = [(name, object_mask(annotated, name)) for name in annotated.objects]
         except (RecordError, ImageError) as error:
             raise DataError(f"{self.annotations}: record {query.id!r}: {error}") from error
-        return LoadedImage(
-            image,
-            tuple(m for name, m in masks if is_evidence(query, name) and m.any()),
-            tuple(m for name, m in masks if not is_evidence(query, name) and m.any()),
-        )
+        return with_masks(query, image, [(name, mask) for name, mask in masks if mask.any()])
 
     def labels(self, query: Query) -> Sequence[str]:
         return list(self._annotated[query.image].objects)
@@ -272,15 +256,9 @@ class CocoSource(QuerySource):
 def _query(
     image: AnnotatedImage, suffix: str, question: str, answer: str, objects: tuple[str, ...], category: str
 ) -> Query:
-    return Query(
-        id=f"{image.file}:{suffix}",
-        image=image.file,
-        question=question,
-        answer=answer,
-        answer_type="short" if category == "counting" else "yes_no",
-        objects=objects,
-        category=category,
-    )
+    kind: AnswerType = "short" if category == "counting" else "yes_no"
+    identifier = f"{image.file}:{suffix}"
+    return Query(identifier, image.file, question, answer, kind, objects, category=category)
 
 
 def _counting(image: AnnotatedImage) -> Iterator[Query]:

@@ -72,10 +72,8 @@ class ParquetSource(JsonlSource):
     ) -> None:
         super().__init__(path, root, on_bad_record)
         self.images = images
-        # The JSON of all rows.
-        self._json = bytearray()
-        # The first row of a row group, and its embedded images.
-        self._row_group: tuple[int, Any] = (0, ())
+        self._json = bytearray()  # of all rows
+        self._row_group: tuple[int, Any] = (0, ())  # the first row of a row group, and its embedded images
 
     @cached_property
     def _is_embedded(self) -> bool:
@@ -141,7 +139,7 @@ class ParquetSource(JsonlSource):
         return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
 
     def _embedded(self, query: Query) -> bytes:
-        """The encoded bytes of an embedded image; the last row group stays in memory."""
+        """The bytes of an embedded image; the last row group stays in memory."""
         row = int(query.image.removeprefix(ROW))
         begin, images = self._row_group
         if not begin <= row < begin + len(images):
@@ -157,7 +155,7 @@ class ParquetSource(JsonlSource):
 
 
 def _as_text(value: Any) -> Any:
-    """Bytes as text, such as the counts of a mask; any other value that JSON lacks as an object, which no key of a query takes."""
+    """Bytes as text, such as a mask's counts; any other value that JSON lacks as an object, which no key of a query takes."""
     try:
         return value.decode()
     except (AttributeError, UnicodeDecodeError):
