@@ -1,7 +1,7 @@
 """Scenes of one to four everyday objects, drawn with OpenMoji's pictures, with an exact mask per object.
 
-Objects co-occur as in photographs: each scene has a theme, and some objects are more frequent than others, which makes "popular" and
-"adversarial" absent objects (POPE, arXiv 2305.10355) harder than random ones.
+Objects co-occur as in photographs, by the theme of a scene and by their frequencies, so that "popular" and "adversarial" absent objects
+(POPE, arXiv 2305.10355) are harder than random ones.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ SCENE_SIZE = 96
 """Height and width of a scene in pixels: the demo model's input resolution."""
 
 HARD_KINDS = ("small", "overlapping", "look_alike", "unusual")
-"""Kinds of naturally hard scene. small: little objects; overlapping: objects partly covered by a neighbour; look_alike: an object of no
-class that resembles one, about which the question with the answer "No" asks; unusual: other pictures of the classes. The base model
-was trained on easy scenes alone; these are chosen on development scenes so that it is right 65 to 85% of the time on each kind."""
+"""Kinds of naturally hard scene: small objects; objects partly covered by a neighbour; an object of no class that resembles one, about
+which the question with the answer "No" asks; other pictures of the classes. The base model was trained on easy scenes alone; these were
+chosen on development scenes so that it is right 65 to 85% of the time on each kind."""
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
@@ -50,7 +50,6 @@ LEAST_VISIBLE, MOST_VISIBLE = 0.25, 0.7
 """Of the objects of an overlapping scene, the one that is covered most has a visible share between these."""
 _TRIES = 1000
 """Placements tried for an overlapping scene; two or three suffice as a rule."""
-_KIND_SALT = 100
 
 Seed = int | tuple[int, ...]
 
@@ -60,9 +59,9 @@ class Layout(NamedTuple):
 
     Attributes:
         names: the classes of its objects.
-        corners: index into `CORNERS` of each object, and of the look-alike.
+        corners: index into `CORNERS` of each object, the look-alike's last.
         characters: their pictures.
-        look_alike: the object of no class, which comes last.
+        look_alike: the object of no class.
     """
 
     names: tuple[str, ...]
@@ -77,7 +76,7 @@ class Layout(NamedTuple):
 
 
 class SceneObject(NamedTuple):
-    """An object's class, or what a look-alike is, the index of its corner in `CORNERS`, and its visible pixels, bool [S, S]."""
+    """An object's class or the look-alike's name, the index of its corner in `CORNERS`, and its visible pixels, bool [S, S]."""
 
     name: str
     corner: int
@@ -102,23 +101,20 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 def hard_kind(seed: tuple[int, int], share: float) -> str:
-    """The kind of the scene of this seed where a share of the scenes, in [0, 1], is hard: "" for an easy one.
-
-    A scene that is hard at one share is hard in the same way at every larger one.
-    """
+    """The kind of a scene where a share of all is hard, "" for an easy one; it stays the same at every larger share."""
     rng = np.random.default_rng((*seed, 4))
     return HARD_KINDS[int(rng.integers(len(HARD_KINDS)))] if rng.random() < share else ""
 
 
 @lru_cache(maxsize=1 << 14)
 def scene_layout(seed: Seed, kind: str = "") -> Layout:
-    """The objects of the scene that `render_scene` draws, without drawing it."""
+    """The objects of the scene that `render_scene` draws."""
     return _draw_layout(seed, kind)[0]
 
 
 def _draw_layout(seed: Seed, kind: str) -> tuple[Layout, np.random.Generator]:
-    """The objects of a scene, and the generator to draw it with; scenes of different kinds share nothing but their seed."""
-    entropy: Seed = (*np.atleast_1d(seed), _KIND_SALT + HARD_KINDS.index(kind)) if kind else seed
+    """The objects of a scene, and the generator to draw it with."""
+    entropy: Seed = (*np.atleast_1d(seed), 100 + HARD_KINDS.index(kind)) if kind else seed
     rng = np.random.default_rng(entropy)
     names = _draw_names(rng, kind)
     corners = tuple(int(c) for c in rng.permutation(4)[: len(names) + (kind == "look_alike")])
@@ -148,9 +144,9 @@ def _draw_names(rng: np.random.Generator, kind: str) -> tuple[str, ...]:
 
 
 def render_scene(seed: Seed, kind: str = "", hand: Hand = "colour") -> Scene:
-    """Draw the scene of this seed, with the same pixels and masks in every process.
+    """Draw the scene of this seed; `kind` is one of `HARD_KINDS`, or "" for an easy scene.
 
-    A mask contains the pixels that the object colours and no later object covers. `kind` is one of `HARD_KINDS`, or "" for an easy scene.
+    A mask contains the pixels that the object colours and no later object covers.
     """
     layout, rng = _draw_layout(seed, kind)
     canvas = _background(rng)
