@@ -31,11 +31,10 @@ class CandidateSettings:
         answers: the answer that all of them give. "gold": the gold answer, or a wrong one in its place for a share of the queries
             (`noise.wrong_answer_rate`), as in the paper. "own": what the reference answers to this very image, generated within
             the training step, so that confidence is learnt for the answers that the model will give.
-        grid: percent, a divisor of 100: its multiples can be stated besides the confidences of the noise levels. A noise
-            scale with few levels needs it to express a mean that lies between them. None: the noise levels alone.
+        grid: percent, a divisor of 100: its multiples can be stated besides the confidences of the noise levels, for means that
+            lie between few levels. None: the noise levels alone.
         wrong_answer: add the same responses with a wrong answer, if the source has one; the one that states the target is
-            rejected. Among own answers to yes/no questions these are the opposite answer, right or wrong; a right one is not
-            rejected.
+            rejected. With own answers to yes/no questions it is the opposite one, which is not rejected if it is right.
         seed: seed of the draw among several wrong answers.
     """
 
@@ -78,11 +77,10 @@ class CandidateBatch(NamedTuple):
     Attributes:
         inputs: arguments of the model's forward (input_ids int64 [B, L], ...), padded on the right; empty if no sample is left.
         lengths: int64 [B], tokens of each prompt before its responses.
-        candidates: for each query one response per confidence, in falling order, then the same with a wrong answer if
-            `CandidateSettings.wrong_answer` asks for it.
-        levels: for each query the confidence in [0, 1] of its perturbation.
-        is_correct: for each query whether its responses give the gold answer.
-        epochs: for each query the epoch that it is drawn in.
+        candidates: of each query one response per confidence, in falling order, then those with a wrong answer, if any.
+        levels: of each query the confidence in [0, 1] of its perturbation.
+        is_correct: of each query whether its responses give the gold answer.
+        epochs: of each query the epoch that it is drawn in.
         queries: the B queries.
         skipped: ids of the samples that were too long.
         n_cut_off: number of the model's own answers without an end, whose responses give the gold answer instead.
@@ -127,11 +125,9 @@ def tokenize_responses(
         answer_length = common_prefix(bare[answer], tokens)
         turn = tuple(tokens[: chat.turn_length(tokens, answer_length)])
         responses.append(Candidate(turn, answer_length, 0, c, wrong=answer != answers[0]))
-    first, second = (r.tokens[::-1] for r in responses[len(stated) :])
-    ending = first[: common_prefix(first, second)]
-    return cut, tuple(
-        r._replace(ending_length=common_prefix(r.tokens[::-1], ending)) for r in responses[: len(stated)]
-    )
+    *responses, first, second = responses
+    ending = first.tokens[::-1][: common_prefix(first.tokens[::-1], second.tokens[::-1])]
+    return cut, tuple(r._replace(ending_length=common_prefix(r.tokens[::-1], ending)) for r in responses)
 
 
 @dataclass

@@ -27,8 +27,7 @@ class SFTBatch(NamedTuple):
     """B conversations with the response to learn, padded on the right.
 
     Attributes:
-        inputs: arguments of the model's forward (input_ids int64 [B, L], attention_mask, pixel_values, ...); empty if no
-            sample is left.
+        inputs: arguments of the model's forward (input_ids int64 [B, L], pixel_values, ...); empty if no sample is left.
         labels: int64 [B, L], the token id at each response token, IGNORE elsewhere.
         confidence_mask: bool [B, L], where a label belongs to the stated confidence and not to the answer.
         confidence: float32 [B] in [0, 1], the confidence to state.
@@ -125,9 +124,8 @@ class ChatFormat:
         self.prompt = prompt
         self.is_paligemma = isinstance(processor, PaliGemmaProcessor)
         if not self.is_paligemma and getattr(processor, "chat_template", None) is None:
-            raise DataError(
-                f"{type(processor).__name__} has no chat template: add one as `chat_template.jinja`"
-            )
+            name = type(processor).__name__
+            raise DataError(f"{name} has no chat template: add one as `chat_template.jinja`")
 
     def render(self, question: str, response: str | None = None) -> str:
         """Text with one image token, to the end of the prompt, or of the turn of a response."""
@@ -152,9 +150,8 @@ class ChatFormat:
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if response is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=response is None
-        )
+        is_prompt = response is None
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
 
     @cached_property
     def _offsets(self) -> tuple[int, int, int | None]:
@@ -251,9 +248,8 @@ class ChatFormat:
     def special_ids(self) -> set[int]:
         """Ids of the tokenizer's special tokens, including the end of the turn."""
         tokenizer = self.processor.tokenizer
-        return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {
-            tokenizer.eos_token_id
-        }
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return special | {tokenizer.eos_token_id}
 
     def check(self, query: Query, answers: Sequence[str] = ()) -> None:
         """A DataError if the question, its answer or one of `answers` contains a token that stands for the image."""
@@ -261,11 +257,9 @@ class ChatFormat:
         tokens = [getattr(owner, "image_token", None) for owner in (self.processor, self.processor.tokenizer)]
         texts = [("question", query.question), ("answer", query.answer)]
         for name, text in [*texts, *(("wrong answer", a) for a in answers)]:
-            for token in dict.fromkeys(tokens):
-                if token and token in text:
-                    raise DataError(
-                        f"record {query.id!r}: '{name}' holds {token!r}, which stands for the image: take it out"
-                    )
+            if token := next((t for t in tokens if t and t in text), None):
+                what = f"holds {token!r}, which stands for the image: take it out"
+                raise DataError(f"record {query.id!r}: '{name}' {what}")
 
 
 @dataclass

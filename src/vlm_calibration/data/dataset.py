@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vlm_calibration.data.augment import Augmentation  # imports albumentations, which is slow
 
 Check = Callable[[Query, Sequence[str]], None]
-"""Raises a DataError for a query that cannot be put to the model, or for one of the wrong answers to it."""
+"""Raises a DataError if a query, or one of the wrong answers to it, cannot be put to the model."""
 FIND_REGIONS = "find regions with `vlm-calibration predict --config regions ...` on the same data, and give --data.regions FOLDER"
 
 
@@ -69,13 +69,9 @@ class EvalSplit:
 
 
 class SampleBatch(NamedTuple):
-    """The samples of a batch, and the problems of its records, by their index in the dataset.
+    """The samples of a batch that can be loaded, messages about the others, and the samples with other problems, by their index.
 
-    Attributes:
-        samples: the samples that can be loaded.
-        left_out: index -> message, for each other record.
-        clipped: samples with a region that is partly outside the image.
-        empty: samples whose image stays untouched, because no pixel of it shows the key object.
+    `clipped` have a region that is partly outside the image, `empty` show no pixel of the key object, so that they stay untouched.
     """
 
     samples: list[Sample]
@@ -217,9 +213,7 @@ class _Part:
         if only or 2 * unlocated > len(asked):
             counts = f"{unlocated} of {len(asked)} queries have no region of what they ask about"
             alone = f", and all others of their type have the answer {' or '.join(only)}" if only else ""
-            raise DataError(
-                f"{self.where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out of the data"
-            )
+            raise DataError(f"{self.where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out")
 
     def nothing_perturbed(self, what: str) -> DataError:
         return DataError(
@@ -266,10 +260,7 @@ class _Part:
         return ()
 
     def wrong_answers(self, query: Query, epoch: int | None) -> Sequence[str]:
-        """The source's wrong answers; if it has none to a short question, a random gold answer to one of its form that is wrong here.
-
-        Without an epoch, the first such answer.
-        """
+        """The source's wrong answers, or a random (without an epoch, the first) wrong gold answer to a short question of its form."""
         wrong = self.source.wrong_answers(query)
         if wrong or query.answer_type != "short":
             return wrong
@@ -403,13 +394,11 @@ class PerturbedQueries(Dataset[Sample]):
         silhouettes = None if part.source.annotates_all else partial(part.silhouettes, query.id, epoch)
         wrong = part.wrong_answers(query, epoch)
         self._check(query, wrong)
+        how = part.policy, self.image_processor
         try:
-            sample = perturb_query(
-                query, loaded, part.policy, self.image_processor, epoch, perturbation, wrong, silhouettes
-            )
+            sample = perturb_query(query, loaded, *how, epoch, perturbation, wrong, silhouettes)
             if self._copies:
-                copies = perturbed_copies(sample, loaded, self._copies, part.policy, self.image_processor)
-                sample = sample._replace(copies=copies)
+                sample = sample._replace(copies=perturbed_copies(sample, loaded, self._copies, *how))
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
         return sample, loaded.clipped, is_empty

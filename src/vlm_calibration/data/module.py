@@ -61,11 +61,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         validation: queries that are perturbed in the same way and answered during training.
         levels: held-out queries that `vlm-calibration levels fit` asks at every level of each kind of `noise`.
         test: named splits that `vlm-calibration test` answers.
-        calibration: named splits about other images that `vlm-calibration test` answers as well. A report fits recalibration
-            on these answers; no score includes them.
+        calibration: named splits about other images, answered by `vlm-calibration test` for recalibration; no score includes them.
         predict: queries whose regions `vlm-calibration predict` extracts; None: those of all sources above that are noised.
-        regions: folder of regions that `vlm-calibration predict` extracted for the sources above, which are then read with
-            these regions. A source whose queries have all the regions that they need has no file in it.
+        regions: folder of regions that `vlm-calibration predict` extracted for the sources above, which are then read with them.
         noise: the perturbation of a query, and the confidence to state after it.
         augment: albumentations transforms of training images, which come before the perturbation; regions move with the pixels.
             Answers do not, so leave out what would make them wrong, such as flips where questions ask for left and right.
@@ -117,9 +115,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0 <= part < parts:
-            raise DataError(
-                f"data: needs 0 <= part < parts, found part {part} of {parts}: parts are counted from 0"
-            )
+            raise DataError(f"data: part must be at least 0 and below parts, found part {part} of {parts}")
         self.processor_name = processor
         self.revision, self.trust_remote_code = revision, trust_remote_code
         self.train, self.validation, self.levels = train, validation, levels
@@ -167,11 +163,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     @property
     def settings(self) -> dict[str, EvalSplit]:
         """The splits by their setting below `data`: "train", "levels", "test.clean"."""
-        return {
-            setting_of(name, split): settings
-            for name, splits in self.splits.items()
-            for split, settings in splits.items()
-        }
+        named = ((name, *split) for name, splits in self.splits.items() for split in splits.items())
+        return {setting_of(name, split): settings for name, split, settings in named}
 
     def setup(self, stage: str) -> None:
         """Read the records that this stage needs; an invalid one stops the run before training."""
@@ -258,9 +251,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
                 # The file, queries.parquet, has the queries whatever is known of them.
                 splits, keep_known = {"queries": EvalSplit(self.predict, "drawn")}, False
             elif not splits:
-                raise DataError(
-                    "data.predict is not set, nor any of data.train, validation, levels, test and calibration"
-                )
+                others = "data.train, validation, levels, test and calibration"
+                raise DataError(f"data.predict is not set, nor any of {others}")
             self.region_plan = RegionPlan(splits, self.eval_batch_size, keep_known)
         return self.region_plan
 
@@ -275,9 +267,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         """The collator for preference optimisation over gold answers; else None."""
         if self.candidates is None or self.candidates.answers == "own":
             return None
-        return CandidateCollator(
-            self.chat, self.noise.levels, self.candidates, self.max_length, self.on_too_long
-        )
+        limits = self.max_length, self.on_too_long
+        return CandidateCollator(self.chat, self.noise.levels, self.candidates, *limits)
 
     def train_dataloader(self) -> DataLoader:
         limits = self.max_length, self.on_too_long
@@ -419,10 +410,9 @@ def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the processor of a vision-language model: image processor, tokenizer and chat template; otherwise a DataError."""
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with loading("a processor", name):
-        processor = AutoProcessor.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        processor = AutoProcessor.from_pretrained(name, **options)
     if not hasattr(processor, "image_processor"):
         raise DataError(f"{name!r} has no image processor: it is not a vision-language model")
     return processor

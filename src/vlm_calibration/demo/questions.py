@@ -49,9 +49,8 @@ def _normalized(question: str) -> str:
     return " ".join(question.lower().split()).rstrip("? ")
 
 
-_KNOWN = {
-    _normalized(question_about(form, word)): (form, word) for form, words in FORMS.items() for word in words
-}
+_ASKED = [(form, word) for form, words in FORMS.items() for word in words]
+_KNOWN = {_normalized(question_about(*asked)): asked for asked in _ASKED}
 
 
 def known_question(question: str) -> tuple[str, str] | None:
@@ -121,9 +120,8 @@ def scene_queries(split: str, index: int, kind: str = "") -> list[Query]:
         question = question_about(forms[int(rng.integers(len(forms)))], word)
         answer_type: AnswerType = "short" if suffix == "corner" else "yes_no"
         category = f"{kind}/{category}" if kind else category
-        return Query(
-            f"{image}-{suffix}", image, question, answer, answer_type, (key_object,), category=category
-        )
+        name, objects = f"{image}-{suffix}", (key_object,)
+        return Query(name, image, question, answer, answer_type, objects, category=category)
 
     return [
         query("yes", present, "Yes", present, "existence"),

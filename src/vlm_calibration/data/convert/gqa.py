@@ -63,9 +63,8 @@ def _query(key: str, value: Mapping[str, Any], graphs: Mapping[str, Objects]) ->
     phrases = list(dict.fromkeys((*names, *absent)))
     # Another chair is neither evidence about this chair nor a part of the image that the question is not about.
     taken = {match_key(name) for name in (*phrases, *located)}
-    regions = [
-        {"label": n, "box": box} for number, n, box in objects if number in ids or match_key(n) not in taken
-    ]
+    shown = [o for o in objects if o[0] in ids or match_key(o[1]) not in taken]
+    regions = [{"label": name, "box": box} for _, name, box in shown]
     # The scene graph's own names once it has every key object: "animal" is a cat and a cow.
     is_located = bool(ids) and sum(number in ids for number, *_ in objects) == len(ids)
     structural, semantic = ((value.get("types") or {}).get(kind) for kind in ("structural", "semantic"))

@@ -155,10 +155,9 @@ class QuerySource(ABC):
             return query.wrong_answers
         if query.answer_type != "short":
             return opposite(query)
-        others = dict.fromkeys(r.label for r in query.regions if not is_evidence(query, r.label))
-        return [
-            o for o in others if o.strip() and not grade(o, query.answer, "short", query.synonyms).correct
-        ]
+        labels = dict.fromkeys(r.label for r in query.regions if not is_evidence(query, r.label))
+        gold = query.answer, "short", query.synonyms
+        return [label for label in labels if label.strip() and not grade(label, *gold).correct]
 
     def labels(self, query: Query) -> Sequence[str]:
         """The labels of the image's regions; does not open the image."""

@@ -271,9 +271,8 @@ def _counting(image: AnnotatedImage) -> Iterator[Query]:
 
 def _spatial(image: AnnotatedImage, rng: np.random.Generator) -> Iterator[Query]:
     """Questions about the relative position of any two objects that occur once and do not overlap; half are false."""
-    boxes = {
-        name: same[0].box for name, same in image.objects.items() if len(same) == 1 and not same[0].crowd
-    }
+    single = {name: same[0] for name, same in image.objects.items() if len(same) == 1}
+    boxes = {name: instance.box for name, instance in single.items() if not instance.crowd}
     for a, b in product(boxes, boxes):
         for axis, (before, after) in enumerate((SIDES[:2], SIDES[2:])):
             first, second = sorted((boxes[i][axis], boxes[i][axis] + boxes[i][axis + 2]) for i in (a, b))
