@@ -17,7 +17,7 @@ from vlm_calibration.data.candidates import (
     CandidateBatch,
     CandidateCollator,
     CandidateSettings,
-    ValidationCollator,
+    collate_validation,
     stated_levels,
 )
 from vlm_calibration.data.collate import ChatFormat, PromptCollator
@@ -208,7 +208,7 @@ def test_validation_is_prompts_and_candidates_of_the_same_samples(
 ) -> None:
     chat = ChatFormat(processor, ElicitationPrompt())
     collator = CandidateCollator(chat, LinearLevels(), CandidateSettings(), 400) if paired else None
-    batch = ValidationCollator(PromptCollator(chat), collator)(samples)
+    batch = collate_validation(PromptCollator(chat), collator, samples)
     assert batch.prompts.queries == tuple(s.query for s in samples)
     assert (batch.candidates and batch.candidates.queries) == (batch.prompts.queries if paired else None)
     moved = batch.to("meta")

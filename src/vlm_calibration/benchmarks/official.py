@@ -57,7 +57,7 @@ def official_scores(parts: Mapping[str, OfficialCounts]) -> dict[str, float]:
 
 
 def blocks_of(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Group the result of `official_scores` by part: "", "random" or "attribute" -> score name -> score."""
+    """Group the result of `official_scores` by part: "", "random" or "attribute" -> name -> score."""
     blocks: dict[str, dict[str, float]] = {}
     for name, value in scores.items():
         block, _, key = name.removeprefix(f"{OFFICIAL}/").rpartition("/")

@@ -198,12 +198,7 @@ class ValidationBatch(NamedTuple):
         return ValidationBatch(self.prompts.to(device), candidates)
 
 
-@dataclass
-class ValidationCollator:
-    """Collates samples into a `ValidationBatch`."""
-
-    prompts: PromptCollator
-    candidates: CandidateCollator | None
-
-    def __call__(self, samples: Sequence[Sample]) -> ValidationBatch:
-        return ValidationBatch(self.prompts(samples), self.candidates(samples) if self.candidates else None)
+def collate_validation(
+    prompts: PromptCollator, candidates: CandidateCollator | None, samples: Sequence[Sample]
+) -> ValidationBatch:
+    return ValidationBatch(prompts(samples), candidates(samples) if candidates else None)

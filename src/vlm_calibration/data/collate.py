@@ -334,15 +334,9 @@ def split_too_long(
 
 @dataclass
 class PromptCollator:
-    """Collates samples into a `PromptBatch`.
+    """Collates samples into a `PromptBatch`, without inputs if `chat` is None, with the images if `keep_images`.
 
-    Args:
-        chat: renders and tokenizes conversations; None if only models behind an address answer.
-        grading: rule that will grade the answers.
-        max_length: limit of a prompt in tokens; None: no limit.
-        on_too_long: as in `SFTCollator`.
-        keep_images: whether batches have the images as well.
-        ranks: whether batches have the answers to rank of open queries.
+    With `ranks` it has the answers to rank of open queries. `max_length` limits a prompt; the rest is as in `SFTCollator`.
     """
 
     chat: ChatFormat | None

@@ -286,8 +286,7 @@ class PerturbedQueries(Dataset[Sample]):
         taught: whether the queries teach a model or measure its levels, so that those with regions must stand for all.
 
     Raises:
-        DataError: a record is invalid and is not to be left out, no query is left or can be perturbed, or those that can do not
-            stand for all.
+        DataError: a record is invalid and not to be left out, or no query is left or can be perturbed, or too few (`taught`).
     """
 
     def __init__(

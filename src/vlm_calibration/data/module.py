@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
 from vlm_calibration.data.augment import Augmentation, BasicTransform
-from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ValidationCollator
+from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, collate_validation
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries, accept
 from vlm_calibration.data.loading import EpochSampler, LoadingLog, QueryLoader
@@ -280,8 +280,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader | list[Any]:
         if self.validation is None:
             return []
-        collate = ValidationCollator(PromptCollator(self.chat, self.grading), self.candidate_collator)
-        return self._loader("validation", collate)
+        prompts = PromptCollator(self.chat, self.grading)
+        return self._loader("validation", partial(collate_validation, prompts, self.candidate_collator))
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         """A loader for each data set of the queries that are not answered yet; a process without any gets an empty batch."""
@@ -419,10 +419,7 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore SIGINT and SIGUSR1 in a worker; the main process handles them and may be saving a checkpoint.
-
-    The first SIGTERM only restores the default handler, so the second ends the worker.
-    """
+    """Ignore SIGINT, SIGUSR1 and the first SIGTERM in a worker; the main process handles them and may be saving a checkpoint."""
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -20,7 +20,7 @@ from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 from vlm_calibration.records import DataError, LoadedImage, Query
 
 CopiedRegion = Literal["image", "object", "distractor"]
-"""What a copy changes: the whole image; the key object, all its regions together; one region that the question is not about."""
+"""What a copy changes: the whole image; all regions of the key object; one region that the question is not about."""
 
 
 class ImageCopy(NamedTuple):
@@ -69,11 +69,11 @@ class NoisePolicy:
     Args:
         levels: the strengths of each kind of perturbation, and the confidence to state at each. `LinearLevels` is the paper's
             mapping, `AnchoredLevels` states the base model's measured accuracy.
-        kinds: kind of perturbation -> its relative frequency, e.g. {noise: 2, blur: 1, occlusion: 1}. The paper's kind is noise
-            alone. All strengths of a kind are equally frequent, untouched images among them.
-        schedule: noise schedule of the forward process. Cosine, our choice, spreads the loss of evidence over most of the
-            levels; with the linear schedule it is complete by the fourth level.
-        clean_fraction: share of samples in [0, 1] that stay untouched, in addition to strength 0 of each kind.
+        kinds: kind of perturbation -> its relative frequency, e.g. {noise: 2, blur: 1, occlusion: 1}; the paper's is noise alone.
+            All strengths of a kind are equally frequent, untouched images among them.
+        schedule: noise schedule of the forward process. Cosine spreads the loss of evidence over most of the levels; with the
+            linear schedule it is complete by the fourth level.
+        clean_fraction: share of samples in [0, 1] that stay untouched, besides those of strength 0.
         absent: what to perturb if the question is about an absent object: another object, or a region with the shape of another
             query's key object ("distractor"), nothing ("clean"), or leave such queries out ("skip"). An object is absent if the
             answer denies that it exists, or the query says so (`absent`), not if a region is missing.
@@ -173,14 +173,9 @@ def perturb_query(
     wrong: Sequence[str] = (),
     silhouettes: Callable[[], Sequence[BoolMask]] | None = None,
 ) -> Sample:
-    """Perturb one query; a DataError if the input size of `image_processor` is unknown.
+    """Perturb one query; a DataError if the input size of `image_processor`, unused at native resolution, is unknown.
 
     Args:
-        query: the query.
-        loaded: its image and region masks.
-        policy: the noise policy.
-        image_processor: defines the size at which the model sees the image; unused at native resolution.
-        epoch: the epoch that the sample is drawn for.
         perturbation: of the evidence, never of a distractor; None: drawn by the policy.
         wrong: plausible wrong answers.
         silhouettes: masks of another query's key objects, of any size, that give the region of an absent object its shape; empty for

@@ -75,14 +75,10 @@ class RawBatch:
 
 
 class RegionPlan(Dataset[RawBatch]):
-    """What `predict` extracts: each source once, in shards that parts and processes share; an item is the batch of a shard.
+    """What `predict` extracts: each source with noise once, in shards that parts and processes share; an item is the batch of a shard.
 
-    Two settings share a file if their sources have the same class, arguments and queries.
-
-    Args:
-        splits: setting below `data` -> source and noise; sources without noise are left out.
-        shard_size: queries per shard; the last one of a source may be smaller.
-        keep_known: leave out the sources in which every query has a region or needs none.
+    Settings whose sources have the same class, arguments and queries share a file. With `keep_known` the sources are left out in which
+    every query has a region or needs none.
 
     Attributes:
         extractions: the sources.
@@ -136,15 +132,10 @@ class RegionPlan(Dataset[RawBatch]):
 
 
 def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QuerySource:
-    """The queries of a source with their extracted regions; images, and wrong answers to open queries, are the source's own.
+    """The queries of a source with the regions of `folder`; images, and wrong answers to open queries, are the source's own.
 
-    Args:
-        folder: holds the files that `vlm-calibration predict` wrote.
-        setting: the setting below `data` that holds the source.
-        source: the source; returned itself if it has no file and no query lacks a region.
-
-    Raises:
-        DataError: the file was extracted from other queries, or there is none and queries need regions.
+    A source without a file is returned itself if no query lacks a region. A DataError if queries do, or if the file of `setting` was
+    extracted from other queries.
     """
     n_queries, content = len(source.queries()), queries_digest(source)
     files = sorted(folder.glob("*.parquet"))

@@ -62,12 +62,7 @@ def output_paths(path: Path, out: Path, overwrite: bool) -> dict[str, Path]:
 def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
     """The split of each query, as an index of `shares`, int64 [N]; -1 for a query without a group.
 
-    Each split gets its share of the groups, rounded, and at least one group; fewer groups than splits are a DataError.
-
-    Args:
-        groups: group of each query's image, int64 [N]; -1 for none.
-        shares: of each split, above 0, with sum 1.
-        seed: of the draw.
+    Each split gets its share of the groups, int64 [N], rounded, and at least one; fewer groups than splits are a DataError.
     """
     splits = np.full(len(groups), -1)
     rest = np.flatnonzero(groups >= 0)
@@ -88,12 +83,9 @@ def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np
 def split_queries(
     source: JsonlSource, paths: Mapping[str, Path], shares: Sequence[float], seed: int, near: bool
 ) -> SplitResult:
-    """Assign the groups of images to `paths` (name of a split -> file) and write all files, or none; records are copied as they are.
+    """Assign the groups of equal, or with `near` nearly equal images to `paths` (split -> file), and write all files, or none.
 
-    With `near`, nearly equal images stay together, not only equal ones.
-
-    Raises:
-        DataError: there are too few images, an image cannot be read, or a file cannot be written.
+    A DataError if there are too few images, an image cannot be read, or a file cannot be written.
     """
     queries = source.queries()
     index: dict[str, int] = {}
@@ -131,7 +123,7 @@ def split_queries(
 
 
 def _write_lines(source: JsonlSource, splits: np.ndarray, paths: Sequence[Path]) -> None:
-    """Copy lines unchanged, but for a byte order mark and a missing end of the last line."""
+    """Copy lines unchanged but for a byte order mark and a missing last line end."""
     split_of_line = dict(zip(source.numbers, splits.tolist(), strict=True))
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("wb")) for path in paths]

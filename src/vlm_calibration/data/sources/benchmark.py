@@ -20,12 +20,7 @@ from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
 
 
 class BenchmarkSource(QuerySource):
-    """The questions of a benchmark in the order of its file, without regions.
-
-    Args:
-        path: the official question file.
-        root: folder that image names are relative to.
-    """
+    """The questions of a benchmark in the order of its file `path`, without regions; image names are relative to `root`."""
 
     counts: ClassVar[type[OfficialCounts]]
 

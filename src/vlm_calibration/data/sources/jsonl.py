@@ -90,8 +90,7 @@ class JsonlSource(QuerySource):
 
     Attributes:
         bad: the records that were left out.
-        place: where a record is, followed by its number.
-        where: the same for the beginning of a message, with `path` and `number`.
+        place: where a record is, before its number; `where` is the same for the beginning of a message.
         numbers: the numbers of the usable records, empty until all have been read.
         has_image_files: whether images are files below `root`.
     """
