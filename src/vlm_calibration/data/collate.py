@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,8 +121,7 @@ class ChatFormat:
     """
 
     def __init__(self, processor: Any, prompt: ElicitationPrompt) -> None:
-        self.processor = processor
-        self.prompt = prompt
+        self.processor, self.prompt = processor, prompt
         self.is_paligemma = isinstance(processor, PaliGemmaProcessor)
         if not self.is_paligemma and getattr(processor, "chat_template", None) is None:
             name = type(processor).__name__
@@ -204,13 +204,8 @@ class ChatFormat:
 
     def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
         """Padded model inputs of rendered texts with one image each; nothing is truncated."""
-        settings = {
-            "padding": True,
-            "padding_side": side,
-            "truncation": False,
-            "add_special_tokens": self._adds_special(texts[0]),
-            "return_tensors": "pt",
-        }
+        settings = {"padding": True, "padding_side": side, "truncation": False, "return_tensors": "pt"}
+        settings["add_special_tokens"] = self._adds_special(texts[0])
         if not self.is_paligemma:
             return dict(self.processor(text=texts, images=[[image] for image in images], **settings))
         image_token = self.processor.image_token
@@ -318,7 +313,7 @@ class SFTCollator:
 
 
 def split_too_long(
-    samples: Sequence[Sample], lengths: Sequence[int], max_length: int, on_too_long: TooLong
+    samples: Sequence[Sample], lengths: Sequence[int], max_length: float, on_too_long: TooLong
 ) -> tuple[list[Sample], tuple[str, ...]]:
     """The samples of at most `max_length` tokens, and the ids of the others; under "raise" a DataError names the first."""
     too_long = [i for i, n in enumerate(lengths) if n > max_length]
@@ -341,7 +336,7 @@ class PromptCollator:
 
     chat: ChatFormat | None
     grading: Grading | None = EXACT
-    max_length: int | None = None
+    max_length: float = math.inf
     on_too_long: TooLong = "raise"
     keep_images: bool = False
     ranks: bool = False
@@ -364,11 +359,10 @@ class PromptCollator:
             chat.check(sample.query)
         texts = [chat.render(s.query.question) for s in samples]
         inputs = chat.inputs_of(samples, texts, "left")
-        if self.max_length is not None:
-            lengths = inputs["attention_mask"].sum(dim=1).tolist()
-            fitting, skipped = split_too_long(samples, lengths, self.max_length, self.on_too_long)
-            if skipped:
-                return self(fitting)._replace(skipped=skipped)
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        fitting, skipped = split_too_long(samples, lengths, self.max_length, self.on_too_long)
+        if skipped:
+            return self(fitting)._replace(skipped=skipped)
         if self.ranks and any(s.query.answer_type == "open" for s in samples):
             batch = batch._replace(ranked=tuple(_ranked(chat, s) for s in samples))
         copies = {}

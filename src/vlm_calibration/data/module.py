@@ -214,10 +214,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     def _checked_noise(self, names: Sequence[str]) -> NoisePolicy:
         """The noise policy; images cannot be perturbed at a model's resolution that cannot be found out."""
-        if self.noise.resolution == "native":
-            return self.noise
-        if self._uses_processor:
+        if self._uses_processor and self.noise.resolution == "model":
             check_resolution(self.processor)
+        if self._uses_processor or self.noise.resolution == "native":
             return self.noise
         if any(split.noise != "none" for name in names for split in self.splits[name].values()):
             raise DataError(

@@ -27,8 +27,6 @@ from vlm_calibration.settings import digest
 
 SIDE = 128
 """Least side of a reduced image that hash and small copy are computed from, in pixels."""
-COPY_SIDE = 24
-"""Side of the small copy."""
 MAX_BITS = 6
 """Bits of 64 by which the hashes of nearly equal images may differ."""
 MIN_CORRELATION = 0.97
@@ -60,7 +58,7 @@ def hash_image(content: Path | bytes | np.ndarray) -> ImageHash:
         pixels = load_image(encoded, least=SIDE)
     image = Image.fromarray(pixels)
     bits = np.packbits(imagehash.phash(image).hash).view(">u8")[0].astype(np.uint64)
-    copy = image.resize((COPY_SIDE, COPY_SIDE), Image.Resampling.BOX)
+    copy = image.resize((24, 24), Image.Resampling.BOX)
     return ImageHash(digest([encoded]), bits, np.asarray(copy))
 
 

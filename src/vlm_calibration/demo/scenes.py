@@ -25,8 +25,8 @@ chosen on development scenes so that it is right 65 to 85% of the time on each k
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 CLASSES: tuple[str, ...] = tuple(GLYPHS)
-_ZIPF = 1.0 / np.sqrt(1.0 + np.arange(len(CLASSES)))
-CLASS_WEIGHTS = _ZIPF / _ZIPF.sum()
+CLASS_WEIGHTS = 1.0 / np.sqrt(1.0 + np.arange(len(CLASSES)))
+CLASS_WEIGHTS /= CLASS_WEIGHTS.sum()
 """Relative frequency of each class, float64 with sum 1: a mild Zipf law."""
 
 THEMES: dict[str, tuple[str, ...]] = {
@@ -37,15 +37,10 @@ THEMES: dict[str, tuple[str, ...]] = {
     "nature": ("elephant", "bird", "fish", "tree", "boat", "airplane"),
     "park": ("ball", "dog", "tree", "bird", "bicycle", "umbrella"),
 }
-THEME_SHARE = 0.7
-"""Probability that an object is sampled from the scene's theme instead of all classes."""
 
 SIZES = (24, 42)
 """Smallest and largest longer side of an object in pixels."""
 SMALL_SIZES = (14, 22)
-OVERLAP_SIZES = (36, 54)
-OFFSETS = (6, 14)
-"""Least and greatest distance of the middle of an overlapping object from the middle of the scene, in x and y."""
 LEAST_VISIBLE, MOST_VISIBLE = 0.25, 0.7
 """Of the objects of an overlapping scene, the one that is covered most has a visible share between these."""
 _TRIES = 1000
@@ -137,7 +132,7 @@ def _draw_names(rng: np.random.Generator, kind: str) -> tuple[str, ...]:
     chosen: dict[str, None] = {}
     while len(chosen) < count:
         weights = CLASS_WEIGHTS * allowed
-        if rng.random() < THEME_SHARE and (allowed & in_theme).any():
+        if rng.random() < 0.7 and (allowed & in_theme).any():  # otherwise of all classes
             weights = weights * in_theme
         chosen[CLASSES[int(rng.choice(len(CLASSES), p=weights / weights.sum()))]] = None
     return tuple(chosen)
@@ -166,7 +161,7 @@ def render_scene(seed: Seed, kind: str = "", hand: Hand = "colour") -> Scene:
 
 def _place(rng: np.random.Generator, layout: Layout, kind: str, hand: Hand) -> list[Image.Image]:
     """A layer for each object, at a random size and position inside its quarter; near the middle of an overlapping scene."""
-    smallest, largest = {"small": SMALL_SIZES, "overlapping": OVERLAP_SIZES}.get(kind, SIZES)
+    smallest, largest = {"small": SMALL_SIZES, "overlapping": (36, 54)}.get(kind, SIZES)
     half = SCENE_SIZE // 2
     layers = []
     for character, corner in zip(layout.characters, layout.corners, strict=True):
@@ -175,7 +170,7 @@ def _place(rng: np.random.Generator, layout: Layout, kind: str, hand: Hand) -> l
         begins = []
         for side, length in ((corner % 2, drawn.width), (corner // 2, drawn.height)):
             if kind == "overlapping":
-                middle = half + (2 * side - 1) * int(rng.integers(OFFSETS[0], OFFSETS[1] + 1))
+                middle = half + (2 * side - 1) * int(rng.integers(6, 15))
                 begins.append(min(max(0, middle - length // 2), SCENE_SIZE - length))
             else:
                 begins.append(side * half + int(rng.integers(0, max(1, half - length) + 1)))

@@ -27,8 +27,6 @@ from vlm_calibration.records import AnswerType, DataError, LoadedImage, Query, R
 Kind = Literal["existence", "counting", "spatial"]
 Negatives = Literal["random", "popular", "adversarial"]
 SIDES = ("to the left of", "to the right of", "above", "below")
-MAX_COUNT = 9
-"""Larger counts are not asked, since annotations of many objects are not exact."""
 IRREGULAR_PLURALS = {
     "person": "people",
     "sheep": "sheep",
@@ -262,9 +260,9 @@ def _query(
 
 
 def _counting(image: AnnotatedImage) -> Iterator[Query]:
-    """Questions about the number of instances of every object that is not in a crowd."""
+    """Questions about the number of instances of every object that is not in a crowd; annotations of more than 9 are not exact."""
     for name, same in image.objects.items():
-        if len(same) <= MAX_COUNT and not any(i.crowd for i in same):
+        if len(same) <= 9 and not any(i.crowd for i in same):
             question = f"How many {_plural(name)} are there in the image?"
             yield _query(image, f"count-{name}", question, str(len(same)), (name,), "counting")
 

@@ -44,8 +44,6 @@ OPTIONAL = {
 }
 NOTES = ("outcome", "rejected", "note")
 """Columns with the outcome of `predict`; not part of a query."""
-BATCH = 1000
-"""Rows that are decoded at once."""
 ROW = "row-"
 """Prefix of the name of an embedded image: "row-17"."""
 
@@ -94,7 +92,7 @@ class ParquetSource(JsonlSource):
         columns = [n for n in names if n in known and not (n == "image" and self._is_embedded)]
         try:
             file = pq.ParquetFile(self.path, pre_buffer=False)
-            rows = (row for batch in file.iter_batches(BATCH, columns=columns) for row in batch.to_pylist())
+            rows = (row for batch in file.iter_batches(1000, columns=columns) for row in batch.to_pylist())
             total, content = file.metadata.num_rows, bytearray()
             for number, row in enumerate(track(rows, f"checking {self.path}", total, "records")):
                 if self._is_embedded:
