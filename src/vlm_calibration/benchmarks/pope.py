@@ -115,15 +115,11 @@ def official_answers(
     queries: Sequence[Query], replies: Sequence[tuple[str, float | None]]
 ) -> list[dict[str, Any]]:
     """The rows of an answer file for `evaluate.py`; `replies` are texts with confidences."""
-    return [
-        {
-            "question_id": _as_written(query.id),
-            "question": query.question,
-            "answer": without_confidence(text),
-            "confidence": confidence,
-        }
-        for query, (text, confidence) in zip(queries, replies, strict=True)
-    ]
+    rows = []
+    for query, (text, confidence) in zip(queries, replies, strict=True):
+        asked = {"question_id": _as_written(query.id), "question": query.question}
+        rows.append({**asked, "answer": without_confidence(text), "confidence": confidence})
+    return rows
 
 
 def official_labels(queries: Sequence[Query]) -> list[dict[str, Any]]:

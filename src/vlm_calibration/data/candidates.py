@@ -167,15 +167,8 @@ class CandidateCollator:
         fitting, skipped = split_too_long(samples, longest, self.max_length, self.on_too_long)
         if skipped:
             return self(fitting)._replace(skipped=skipped)
-        return CandidateBatch(
-            inputs,
-            lengths,
-            candidates,
-            tuple(s.confidence for s in samples),
-            tuple(s.wrong_answer is None for s in samples),
-            tuple(s.epoch for s in samples),
-            tuple(s.query for s in samples),
-        )
+        facts = [(s.confidence, s.wrong_answer is None, s.epoch, s.query) for s in samples]
+        return CandidateBatch(inputs, lengths, candidates, *zip(*facts, strict=True))
 
     def _tokenize(self, sample: Sample) -> tuple[int, tuple[Candidate, ...]]:
         wrong = [w for w in sample.wrong if w != sample.query.answer] if self.settings.wrong_answer else []

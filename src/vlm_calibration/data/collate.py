@@ -229,10 +229,10 @@ class ChatFormat:
     def response_spans(self, sample: Sample) -> tuple[str, list[int], int]:
         """The conversation as text, the token ids after its prompt, and how many of these are the answer."""
         question = sample.query.question
-        responses = render_response(sample.answer, sample.confidence), render_answer(sample.answer)
-        texts = [self.render(question, response) for response in responses]
-        _, (response, answer) = self.after_prompt(self.render(question), texts)
-        return texts[0], response, common_prefix(answer, response)
+        stated = self.render(question, render_response(sample.answer, sample.confidence))
+        bare = self.render(question, render_answer(sample.answer))
+        _, (response, answer) = self.after_prompt(self.render(question), [stated, bare])
+        return stated, response, common_prefix(answer, response)
 
     def turn_length(self, response: Sequence[int], answer_length: int) -> int:
         """Number of tokens through the end of the turn, the first special token after the answer; the model learns to stop by it."""
@@ -290,8 +290,7 @@ class SFTCollator:
         labels = torch.full_like(inputs["input_ids"], IGNORE)
         confidence_mask = torch.zeros(labels.shape, dtype=torch.bool)
         for row, (length, (_, response, answer_length)) in enumerate(zip(lengths, spans, strict=True)):
-            start = length - len(response)
-            ids = torch.tensor(response)
+            start, ids = length - len(response), torch.tensor(response)
             if not torch.equal(inputs["input_ids"][row, start:length], ids):
                 raise DataError(
                     f"record {samples[row].query.id!r}: {type(self.chat.processor).__name__} changes the text after "
@@ -302,14 +301,10 @@ class SFTCollator:
             learned = self.chat.turn_length(response, answer_length)
             labels[row, start : start + learned] = ids[:learned]
             confidence_mask[row, start + answer_length : start + learned] = True
-        return SFTBatch(
-            inputs,
-            labels,
-            confidence_mask,
-            torch.tensor([s.confidence for s in samples], dtype=torch.float32),
-            torch.tensor([s.wrong_answer is None for s in samples]),
-            tuple(s.query for s in samples),
-        )
+        confidence = torch.tensor([s.confidence for s in samples], dtype=torch.float32)
+        is_correct = torch.tensor([s.wrong_answer is None for s in samples])
+        queries = tuple(s.query for s in samples)
+        return SFTBatch(inputs, labels, confidence_mask, confidence, is_correct, queries)
 
 
 def split_too_long(

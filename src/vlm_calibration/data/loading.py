@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ class EpochSampler(DistributedSampler):
         num_replicas: int,
         training: bool,
         seed: int = 0,
-        done: Collection[int] = (),
+        done: Iterable[int] = (),
     ) -> None:
         # The base class uses the dataset only for its length.
         super().__init__(range(length), num_replicas, rank, training, seed)  # type: ignore[arg-type]

@@ -1,7 +1,6 @@
 """Images that are the same or nearly the same: encoded again, resized or slightly brightened, but not cropped or mirrored.
 
-The perceptual hash finds candidates among all pairs. Images of one scene with other small objects agree in it, so a pair counts as
-nearly the same only if small copies agree as well.
+Nearly the same are those whose perceptual hashes agree, as also those of one scene with other small objects do, and small copies.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Splits one file of queries into train, validation, calibration and test by image, so that no image is in two of them.
-
-Which split a group of images goes to depends on their content and the seed alone, never on the order of the lines.
-"""
+"""Splits one file of queries into train, validation, calibration and test, by the content of images and a seed alone."""
 
 from __future__ import annotations
 

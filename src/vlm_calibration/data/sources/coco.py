@@ -1,8 +1,7 @@
 """Source that generates queries from COCO's instance annotations, with exact masks of all annotated objects.
 
-POPE's rules (Li et al., arXiv 2305.10355, its official `utils.py`) choose an object that is not in the image: *random* any,
-*popular* the most frequent in the data set, *adversarial* the one that most often occurs together with the object asked about
-before. The first in the table wins a tie, and a rule without a candidate falls back to *random*.
+POPE's rules (arXiv 2305.10355, its official `utils.py`) choose an object that is not in the image: *random* any, *popular* the most
+frequent, *adversarial* the one most often together with the object asked about before; without a candidate, *random*.
 """
 
 from __future__ import annotations
@@ -140,10 +139,10 @@ class CocoSource(QuerySource):
         per_image: maximum number per image of questions about present objects, about absent objects, of counting and of
             spatial questions, each.
         images: number of images, drawn at random; None: all annotated images.
-        first: position in the random order at which the images begin. Sources of one file, `exclude` and seed whose positions
-            do not overlap, e.g. 0 to 299 and 300 to 999, have no image in common.
-        exclude: text files, such as POPE's question files; an image is excluded if its twelve-digit number occurs in one.
-            POPE's images of val2014 are part of train2017 and val2017.
+        first: position in the random order at which the images begin. Sources of one file, `exclude` and seed have no image in
+            common if their positions do not overlap, e.g. 0 to 299 and 300 to 999.
+        exclude: text files, such as POPE's question files, whose images (of val2014) are part of train2017 and val2017; an image
+            is excluded if its twelve-digit number occurs in one.
         seed: seed of all random choices.
     """
 

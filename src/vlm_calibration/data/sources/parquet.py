@@ -1,7 +1,4 @@
-"""Source for Parquet files: the output of `vlm-calibration predict`, and large data of one's own.
-
-Embedded images do not stay in memory: a row group of them is read at a time.
-"""
+"""Source for Parquet files: the output of `vlm-calibration predict`, and large data of one's own."""
 
 from __future__ import annotations
 
