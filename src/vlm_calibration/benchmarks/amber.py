@@ -125,10 +125,9 @@ class AmberCounts(OfficialCounts):
         return text if text in ("Yes", "No") else ""
 
     def scores(self, dimensions: Collection[str] | None = None) -> dict[str, float]:
-        """Accuracy, precision, recall and F1 in percent, as the script prints them.
+        """Accuracy, precision, recall and F1 in percent, as the script prints them, by default of the `dimensions` with answers.
 
-        Over all answers if no dimension is missing, and for each block: `existence/accuracy`. By default of the `dimensions` with
-        answers.
+        Over all answers if no dimension is missing, and for each block: `existence/accuracy`.
         """
         if dimensions is None:
             dimensions = {_dimension(category) for category, _, _ in self.answers}

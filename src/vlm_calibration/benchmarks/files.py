@@ -58,14 +58,7 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 class Reply(NamedTuple):
-    """An answer to a question of a benchmark.
-
-    Attributes:
-        where: file with line or position.
-        id: of the question; None: answers are matched by position.
-        text: the generated text.
-        confidence: in [0, 1]; None if none was stated or it could not be parsed.
-    """
+    """An answer: its file with line or position, the question's id (None: matched by position), and the confidence in [0, 1] if parsed."""
 
     where: str
     id: str | None

@@ -292,10 +292,9 @@ class SFTCollator:
         for row, (length, (_, response, answer_length)) in enumerate(zip(lengths, spans, strict=True)):
             start, ids = length - len(response), torch.tensor(response)
             if not torch.equal(inputs["input_ids"][row, start:length], ids):
-                raise DataError(
-                    f"record {samples[row].query.id!r}: {type(self.chat.processor).__name__} changes the text after "
-                    "the image, so the response's tokens cannot be located"
-                )
+                problem = f"{type(self.chat.processor).__name__} changes the text after the image"
+                name = samples[row].query.id
+                raise DataError(f"record {name!r}: {problem}, so the response's tokens cannot be located")
             if self.chat.is_paligemma:
                 inputs["token_type_ids"][row, start:length] = 1
             learned = self.chat.turn_length(response, answer_length)

@@ -160,10 +160,8 @@ class _Part:
 
     def _check_regions(self, asked: Mapping[int, Presence], taught: bool) -> None:
         """Report queries without a region; a DataError if they stop the run, or others cannot stand for them."""
-        absent, unlocated = (
-            [index for index, presence in asked.items() if presence == kind]
-            for kind in ("absent", "unlocated")
-        )
+        absent = [index for index, presence in asked.items() if presence == "absent"]
+        unlocated = [index for index, presence in asked.items() if presence == "unlocated"]
         if unlocated and taught:
             self._check_taught(asked)
 
@@ -175,15 +173,11 @@ class _Part:
             answers = map(self._answer, unlocated)
             kinds = Counter(answer.lower() if kind == "yes_no" else kind for kind, answer in answers)
             counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-            missing = (
-                f"{len(unlocated)} of {total} queries ({counts}) need a region of what they ask about and have none: "
-                f"{named(unlocated)}"
-            )
+            some = f"{len(unlocated)} of {total} queries ({counts})"
+            missing = f"{some} need a region of what they ask about and have none: {named(unlocated)}"
             if self.policy.no_region == "raise":
-                raise DataError(
-                    f"{self.where}: {missing}: {FIND_REGIONS}, or ask such queries with untouched images with "
-                    "`data.noise.no_region: clean`"
-                )
+                advice = "ask such queries with untouched images with `data.noise.no_region: clean`"
+                raise DataError(f"{self.where}: {missing}: {FIND_REGIONS}, or {advice}")
             if absent:
                 missing += f"; {len(absent)} ask about an object that is absent {rule}: {named(absent)}"
             rank_zero_warn(f"{self.where}: images stay untouched: {missing}")
@@ -333,10 +327,9 @@ class PerturbedQueries(Dataset[Sample]):
             ):
                 queries = (part.queries[int(index)] for index in part.indices)
                 if region in regions and not any(map(has_region, queries)):
-                    raise DataError(
-                        f"{part.where}: no query has a region of {what}, which model.probes or an estimator is to "
-                        f"perturb: take {region!r} out of model.probes (`region: image` for Stability), or give records with such regions"
-                    )
+                    missing = f"no query has a region of {what}, which model.probes or an estimator perturbs"
+                    advice = f"take {region!r} out of model.probes (`region: image` for Stability)"
+                    raise DataError(f"{part.where}: {missing}: {advice}, or give records with such regions")
         self._copies = tuple(copies)
 
     def is_noised(self, query_id: str) -> bool:

@@ -341,11 +341,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             return
         shape = self._shape()
         if position["batch"] and not shape.items() <= position.items():
-            raise DataError(
-                f"the checkpoint was written within an epoch of {position['queries']} queries in batches of "
-                f"{position['batch_size']}, found {shape['queries']} and {shape['batch_size']}: keep the data and data.batch_size x "
-                "processes, or resume from the end of an epoch"
-            )
+            size = "{queries} queries in batches of {batch_size}"
+            before, now = size.format_map(position), size.format_map(shape)
+            advice = "keep the data and data.batch_size x processes, or resume from the end of an epoch"
+            raise DataError(f"the checkpoint was written within an epoch of {before}, found {now}: {advice}")
         sampler.set_epoch(position["epoch"])
         sampler.begin = (position["epoch"], position["batch"] * self.batch_size)
 
@@ -388,10 +387,9 @@ def _check_ranking(splits: Mapping[str, EvalSplit]) -> None:
     for split in splits.values():
         for query in split.source.queries():
             if query.answer_type == "open" and not split.source.wrong_answers(query):
-                raise DataError(
-                    f"record {query.id!r}: `data.grading.rank_levels` compares with a wrong answer, and its source has none: "
-                    "leave the record out, or grade the generated answer"
-                )
+                problem = "`data.grading.rank_levels` compares with a wrong answer, and its source has none"
+                advice = "leave the record out, or grade the generated answer"
+                raise DataError(f"record {query.id!r}: {problem}: {advice}")
 
 
 def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[str, EvalSplit]) -> None:

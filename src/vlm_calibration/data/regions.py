@@ -26,15 +26,7 @@ NOTE = b"vlm_calibration.extracted_from"
 
 
 class Extraction(NamedTuple):
-    """A source whose regions are extracted into one file.
-
-    Attributes:
-        file: the file's name.
-        source: the source.
-        settings: the settings below `data` that hold it, e.g. ("levels", "calibration.own").
-        queries: the number of its queries.
-        content: the digest of all their fields, `queries_digest`.
-    """
+    """A source whose regions are extracted into one file, the settings below `data` that hold it, and number and digest of its queries."""
 
     file: str
     source: QuerySource
@@ -99,10 +91,9 @@ class RegionPlan(Dataset[RawBatch]):
             source = splits[settings[0]].source
             if keep_known and not unlocated(source):
                 self.complete += settings
-            else:
-                file = f"{quote(settings[0], safe='')}.parquet"
-                n_queries = len(source.queries())
-                self.extractions.append(Extraction(file, source, tuple(settings), n_queries, content))
+                continue
+            file, total = f"{quote(settings[0], safe='')}.parquet", len(source.queries())
+            self.extractions.append(Extraction(file, source, tuple(settings), total, content))
         self.shards = [
             (index, range(begin, min(begin + shard_size, extraction.queries)))
             for index, extraction in enumerate(self.extractions)

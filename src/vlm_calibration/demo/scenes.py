@@ -50,14 +50,7 @@ Seed = int | tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """What a scene shows.
-
-    Attributes:
-        names: the classes of its objects.
-        corners: index into `CORNERS` of each object, the look-alike's last.
-        characters: their pictures.
-        look_alike: the object of no class.
-    """
+    """The classes of a scene's objects, the corner (index into `CORNERS`) and picture of each, the look-alike's last, and this itself."""
 
     names: tuple[str, ...]
     corners: tuple[int, ...]
