@@ -72,17 +72,12 @@ Candidates = tuple[tuple[Candidate, ...], ...]
 
 
 class CandidateBatch(NamedTuple):
-    """B prompts, each with its candidate responses.
+    """B prompts, each with its candidate responses; the fields not named here are as in `SFTBatch` and `PromptBatch`.
 
     Attributes:
         inputs: arguments of the model's forward (input_ids int64 [B, L], ...), padded on the right; empty if no sample is left.
         lengths: int64 [B], tokens of each prompt before its responses.
         candidates: of each query one response per confidence, in falling order, then those with a wrong answer, if any.
-        levels: of each query the confidence in [0, 1] of its perturbation.
-        is_correct: of each query whether its responses give the gold answer.
-        epochs: of each query the epoch that it is drawn in.
-        queries: the B queries.
-        skipped: ids of the samples that were too long.
         n_cut_off: number of the model's own answers without an end, whose responses give the gold answer instead.
     """
 
