@@ -1,6 +1,6 @@
 """Images that are the same or nearly the same: encoded again, resized or slightly brightened, but not cropped or mirrored.
 
-Nearly the same are those whose perceptual hashes agree, as also those of one scene with other small objects do, and small copies.
+Images are nearly the same if their perceptual hashes and small copies agree; the hash alone is blind to small objects.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class LazyQueries(Sequence[Query]):
 class QuerySource(ABC):
     """Base class of sources: queries, with the image and regions of each.
 
-    Built from plain settings, cheap to pickle (data workers get a copy), and idle until `queries` is called.
+    A source is built from plain settings, cheap to pickle (data workers get a copy), and idle until `queries` is called.
 
     Attributes:
         on_bad_record: "raise" stops the run at an invalid record or at an image that cannot be loaded; "skip" leaves such
