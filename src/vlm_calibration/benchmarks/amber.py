@@ -30,7 +30,9 @@ CATEGORIES = {
 """Type in the annotations -> category of the query."""
 
 GENERATIVE = "generative"
-GENERATIVE_NOTE = "{n} generative records are left out: AMBER's own script scores them, with spaCy and NLTK"
+GENERATIVE_NOTE = (
+    "{n} generative records (descriptions) are left out: AMBER's own script scores them, with spaCy and NLTK"
+)
 
 DIMENSIONS = ("existence", "attribute", "relation")
 """A category is in the dimension with which it begins."""

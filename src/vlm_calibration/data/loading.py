@@ -92,7 +92,8 @@ class LoadingLog:
         self.problems.zero_()
         where, total = self.dataset.where, len(self.dataset)
         if problems[0].all():
-            raise DataError(f"{where}: none of its {total} records could be loaded; some are named above")
+            problem = f"none of its {total} records could be loaded; some of them are named above"
+            raise DataError(f"{where}: {problem}")
         for mask, problem in zip(problems, PROBLEMS, strict=True):
             if count := int(mask.sum()):
                 first = mask.nonzero().flatten()[:MAX_NAMED].tolist()

@@ -115,7 +115,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0 <= part < parts:
-            raise DataError(f"data: part must be at least 0 and below parts, found part {part} of {parts}")
+            found = f"found part {part} of {parts}: parts are counted from 0"
+            raise DataError(f"data: needs 0 <= part < parts, {found}")
         self.processor_name = processor
         self.revision, self.trust_remote_code = revision, trust_remote_code
         self.train, self.validation, self.levels = train, validation, levels

@@ -116,7 +116,8 @@ class NoisePolicy:
         if unknown := sorted(set(self.kinds) - set(KIND_NAMES)):
             raise DataError(f"noise.kinds: there is no kind {unknown[0]!r}: expected {', '.join(KIND_NAMES)}")
         if not all(0 <= w < math.inf for w in self.kinds.values()) or not sum(self.kinds.values()):
-            raise DataError(f"noise.kinds must be frequencies >= 0, one above 0, found {dict(self.kinds)}")
+            expected = "frequencies of at least 0, one of them above 0"
+            raise DataError(f"noise.kinds must be {expected}, found {dict(self.kinds)}")
         if not 0 <= self.dilate < math.inf:
             raise DataError(f"noise.dilate must be a finite number of at least 0, found {self.dilate}")
         if self.seed < 0:
