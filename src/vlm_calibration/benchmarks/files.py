@@ -89,10 +89,8 @@ def in_order_of(
     expected = set(ids)
     by_id: dict[str | None, Reply] = {}
     for answer in replies:
-        if earlier := by_id.get(answer.id):
-            raise DataError(
-                f"{answer.where}: a second answer to {answer.id}, the first is at {earlier.where}"
-            )
+        if seen := by_id.get(answer.id):
+            raise DataError(f"{answer.where}: a second answer to {answer.id}, the first is at {seen.where}")
         if answer.id not in expected:
             raise DataError(f"{answer.where}: {answer.id} is no id in {questions}")
         by_id[answer.id] = answer
