@@ -20,7 +20,7 @@ from vlm_calibration.data.candidates import (
     CandidateBatch,
     CandidateCollator,
     CandidateSettings,
-    ValidationCollator,
+    collate_validation,
     stated_levels,
 )
 from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFTBatch, SFTCollator

@@ -1,8 +1,7 @@
 """AMBER (existence, attributes and relations of objects): reading its published files, and the rules of its `inference.py`.
 
-Wang et al., AMBER: An LLM-free Multi-dimensional Benchmark for MLLMs Hallucination Evaluation, 2023 (arXiv 2311.07397),
-files and script at github.com/junyangwang0410/AMBER. Only the discriminative records, yes/no questions with ids from 1005, are
-scored here. The generative records ask for a description, whose nouns the script compares with spaCy and WordNet.
+Wang et al., arXiv 2311.07397; files and script at github.com/junyangwang0410/AMBER. Only the discriminative records, yes/no
+questions, are scored here; for the others, descriptions, the script compares nouns with spaCy and WordNet.
 """
 
 from __future__ import annotations
@@ -15,13 +14,7 @@ from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
-from vlm_calibration.benchmarks.files import (
-    Reply,
-    in_order_of,
-    read_records,
-    reply,
-    without_confidence,
-)
+from vlm_calibration.benchmarks.files import Reply, in_order_of, read_records, reply, without_confidence
 from vlm_calibration.benchmarks.official import OfficialCounts
 from vlm_calibration.records import DataError, Query
 
@@ -48,8 +41,7 @@ DIMENSIONS = ("existence", "attribute", "relation")
 def read_annotations(path: str | Path) -> dict[int, Query | None]:
     """Read AMBER's `annotations.json`: id -> query without image and question; None for a generative record.
 
-    Raises:
-        DataError: the file cannot be read, or a record has an unknown type, a truth other than yes and no, or a repeated id.
+    A DataError if the file cannot be read, or a record has an unknown type, a truth other than yes and no, or a repeated id.
     """
     truths: dict[int, Query | None] = {}
     for record in read_records(path):
@@ -72,8 +64,7 @@ def read_annotations(path: str | Path) -> dict[int, Query | None]:
 def read_queries(path: str | Path, annotations: str | Path) -> tuple[list[Query], int]:
     """The discriminative questions of one of AMBER's `query_*.json`, and the number of generative ones.
 
-    Raises:
-        DataError: a file cannot be read, or an id is repeated or not in the annotations.
+    A DataError if a file cannot be read, or an id is repeated or not in the annotations.
     """
     truths = read_annotations(annotations)
     queries: dict[int, Query | None] = {}
@@ -94,12 +85,8 @@ def read_answers(
 ) -> tuple[list[Query], list[Reply], int, int]:
     """Read the answers to all questions of some dimensions, an array of `{id, response}`.
 
-    Returns:
-        The annotations of these questions, the answer to each, and how many answers are to generative records and to questions of
-        other dimensions.
-
-    Raises:
-        DataError: a file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
+    Returns these questions' annotations, the answer to each, and how many answers are to generative records and to questions of
+    other dimensions. A DataError if a file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
     """
     truths = read_annotations(annotations)
     asked = {number: q for number, q in truths.items() if q and _dimension(q.category) in dimensions}
@@ -107,21 +94,19 @@ def read_answers(
         raise DataError(f"{annotations}: no question about {' or '.join(dimensions)}")
     replies: list[Reply] = []
     generative = others = 0
-    unanswered = {_dimension(query.category) for query in asked.values()}
     for record in read_records(path):
         number = record.number("id")
         if number in truths and number not in asked:
             generative += truths[number] is None
             others += truths[number] is not None
-            continue
-        replies.append(reply(record, str(number), record.text("response")))
-        if number in asked:
-            unanswered.discard(_dimension(asked[number].category))
-    hint = ""
-    if unanswered:
-        hint = f"; none is about {' or '.join(sorted(unanswered))}: `--only` scores one dimension alone"
-    queries = list(asked.values())
-    ordered = in_order_of(replies, [query.id for query in queries], path, annotations, hint)
+        else:
+            replies.append(reply(record, str(number), record.text("response")))
+    queries, answered = list(asked.values()), {answer.id for answer in replies}
+    unanswered = {_dimension(q.category) for q in queries}
+    unanswered -= {_dimension(q.category) for q in queries if q.id in answered}
+    hint = f"; none is about {' or '.join(sorted(unanswered))}: `--only` scores one dimension alone"
+    ids = [query.id for query in queries]
+    ordered = in_order_of(replies, ids, path, annotations, hint if unanswered else "")
     return queries, ordered, generative, others
 
 
@@ -132,9 +117,8 @@ def _dimension(category: str | None) -> str:
 class AmberCounts(OfficialCounts):
     """Counts with the script's rule and arithmetic; no is the positive class.
 
-    Every denominator starts at 0.001, that of the attributes, a sum of three, at 0.003. Accuracy, precision and recall are
-    rounded to one decimal of a percent. F1 is computed from the rounded values, with 0.0001 added to its denominator (0.001
-    for existence, where every truth is no).
+    Every denominator starts at 0.001, that of the attributes, a sum of three, at 0.003. Accuracy, precision and recall have one
+    decimal of a percent; F1 is that of the rounded values, with 0.0001 (existence: 0.001) added to its denominator.
     """
 
     @staticmethod
@@ -143,10 +127,9 @@ class AmberCounts(OfficialCounts):
         return text if text in ("Yes", "No") else ""
 
     def scores(self, dimensions: Collection[str] | None = None) -> dict[str, float]:
-        """Accuracy, precision, recall and F1 in percent, as the script prints them.
+        """Accuracy, precision, recall and F1 in percent, as the script prints them, by default of the `dimensions` with answers.
 
-        Over all answers if no dimension is missing, and for each block with its name in front: `existence/accuracy`. `dimensions`
-        are keys of `DIMENSIONS`; None: those with answers.
+        Over all answers if no dimension is missing, and for each block: `existence/accuracy`.
         """
         if dimensions is None:
             dimensions = {_dimension(category) for category, _, _ in self.answers}
@@ -178,7 +161,7 @@ class AmberCounts(OfficialCounts):
 
 
 def _percent(hits: int, counts: Sequence[int]) -> float:
-    """The script's percentage: its counters go up from 0.001 in steps of 1, rounding errors included, and are added."""
+    """The script's percentage; its counters go up from 0.001 in steps of 1, with rounding errors, and are added."""
     # Not `sum`, which compensates rounding errors.
     counters = (reduce(operator.add, repeat(1, n), 0.001) for n in counts)
     return round(hits / reduce(operator.add, counters) * 100, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from vlm_calibration.files import json_lines, name_some, read_json
 from vlm_calibration.records import DataError, short_repr
@@ -19,27 +19,25 @@ class Record(NamedTuple):
 
     def text(self, key: str) -> str:
         """The string under a key, which may be empty, or a DataError."""
-        value = self.data.get(key)
-        return value if isinstance(value, str) else self._refuse(key, "a string")
+        return str(self._value(key, "a string", str))
 
     def number(self, key: str) -> int:
         """The integer under a key, or a DataError."""
-        value = self.data.get(key)
-        return value if type(value) is int else self._refuse(key, "a whole number")
+        return int(self._value(key, "a whole number", int))
 
     def identifier(self, key: str) -> str:
         """The string or integer under a key as a string, or a DataError."""
-        value = self.data.get(key)
-        return str(value) if type(value) in (str, int) else self._refuse(key, "a string or a whole number")
+        return str(self._value(key, "a string or a whole number", str, int))
 
     def error(self, message: str) -> DataError:
         """The error to raise about this record."""
         return DataError(f"{self.where}: {message}")
 
-    def _refuse(self, key: str, expected: str) -> NoReturn:
-        found = f"no such key among {', '.join(map(repr, self.data)) or 'none'}"
-        if key in self.data:
-            found = short_repr(self.data[key])
+    def _value(self, key: str, expected: str, *types: type) -> Any:
+        if type(value := self.data.get(key)) in types:
+            return value
+        missing = f"no such key among {', '.join(map(repr, self.data)) or 'none'}"
+        found = short_repr(value) if key in self.data else missing
         raise self.error(f"'{key}' must be {expected}, found {found}")
 
 
@@ -60,14 +58,7 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 class Reply(NamedTuple):
-    """An answer to a question of a benchmark.
-
-    Attributes:
-        where: file with line or position, for messages.
-        id: id of the question; None: answers are matched by position.
-        text: the generated text.
-        confidence: in [0, 1]; None if none was stated or it could not be parsed.
-    """
+    """An answer: its file with line or position, the question's id (None: matched by position), and the confidence in [0, 1] if parsed."""
 
     where: str
     id: str | None
@@ -76,10 +67,7 @@ class Reply(NamedTuple):
 
 
 def without_confidence(text: str) -> str:
-    """An answer as the official scripts may read it: "Yes. Confidence: 80%" becomes "Yes".
-
-    They would take "Confidence: 0.9. No" for a yes. A text without a stated confidence is returned unchanged, blanks included.
-    """
+    """An answer as the official scripts may read it: "Yes. Confidence: 80%" becomes "Yes"; one without confidence stays unchanged."""
     answer = strip_confidence(text)
     return text if answer == text.strip() else answer.rstrip(" .")
 
@@ -97,16 +85,12 @@ def reply(record: Record, identifier: str | None, text: str) -> Reply:
 def in_order_of(
     replies: Sequence[Reply], ids: Sequence[str], answers: str | Path, questions: str | Path, hint: str = ""
 ) -> list[Reply]:
-    """Sort answers by the order of the questions' `ids`; a DataError about a missing, second or unknown answer names both files.
-
-    `hint` ends the message about missing answers.
-    """
+    """Sort answers by the order of the questions' `ids`; a DataError about a missing (with `hint`), second or unknown answer."""
     expected = set(ids)
     by_id: dict[str | None, Reply] = {}
     for answer in replies:
-        if answer.id in by_id:
-            first = by_id[answer.id].where
-            raise DataError(f"{answer.where}: a second answer to {answer.id}, the first is at {first}")
+        if seen := by_id.get(answer.id):
+            raise DataError(f"{answer.where}: a second answer to {answer.id}, the first is at {seen.where}")
         if answer.id not in expected:
             raise DataError(f"{answer.where}: {answer.id} is no id in {questions}")
         by_id[answer.id] = answer

@@ -18,17 +18,15 @@ OFFICIAL = "official"
 
 @dataclass(frozen=True)
 class OfficialCounts(ABC):
-    """How often each (category, gold answer, response) occurs; those of two sets of answers can be added."""
+    """How often each (category, gold answer, response) occurs."""
 
     answers: Counter[tuple[str | None, str, str]]
 
     @classmethod
     def of(cls, queries: Sequence[Query], texts: Sequence[str]) -> Self:
         """Count the answers to yes/no queries, without their stated confidence."""
-        pairs = zip(queries, texts, strict=True)
-        return cls(
-            Counter((q.category, q.answer, cls.response(without_confidence(text))) for q, text in pairs)
-        )
+        responses = (cls.response(without_confidence(text)) for text in texts)
+        return cls(Counter((q.category, q.answer, r) for q, r in zip(queries, responses, strict=True)))
 
     def __add__(self, other: Self) -> Self:
         return type(self)(self.answers + other.answers)
@@ -44,10 +42,9 @@ class OfficialCounts(ABC):
 
 
 def official_scores(parts: Mapping[str, OfficialCounts]) -> dict[str, float]:
-    """The scores of one or several sets of questions (at least one; name -> counts), as flat names.
+    """The scores of one or several sets of questions (name -> counts), by name.
 
-    `official/accuracy` and so on over all parts, if all belong to one benchmark. With several parts also the scores of each,
-    `official/random/accuracy`, which the benchmark's script prints for one file.
+    `official/accuracy` and so on over all parts, if all belong to one benchmark; with several also of each, `official/random/accuracy`.
     """
     scores: dict[str, float] = {}
     counts: list[Any] = list(parts.values())
@@ -60,7 +57,7 @@ def official_scores(parts: Mapping[str, OfficialCounts]) -> dict[str, float]:
 
 
 def blocks_of(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Group the result of `official_scores` by part: "", "random" or "attribute" -> score name -> score."""
+    """Group the result of `official_scores` by part: "", "random" or "attribute" -> name -> score."""
     blocks: dict[str, dict[str, float]] = {}
     for name, value in scores.items():
         block, _, key = name.removeprefix(f"{OFFICIAL}/").rpartition("/")

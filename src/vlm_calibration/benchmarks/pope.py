@@ -1,8 +1,7 @@
 """POPE ("is there a dog in the image?"): reading its published files, and the rule of its `evaluate.py`.
 
-Li et al., Evaluating Object Hallucination in Large Vision-Language Models, 2023 (arXiv 2305.10355), files and script at
-github.com/AoiDragon/POPE. POPEv2 (Li et al., arXiv 2508.04567) asks about photographs and about copies of them with the
-object removed.
+Li et al., arXiv 2305.10355; files and script at github.com/AoiDragon/POPE. POPEv2 (Li et al., arXiv 2508.04567) asks about
+photographs and about copies of them with the object removed.
 """
 
 from __future__ import annotations
@@ -31,13 +30,9 @@ _OBJECT = re.compile(r"is there an? (.+?) in the image", re.IGNORECASE)
 def read_questions(path: str | Path) -> tuple[list[Query], bool]:
     """Read questions and labels: POPE's JSON lines, the arrays for A-OKVQA and GQA, or POPEv2's annotations.
 
-    Image and question are "" if the file has none.
-
-    Returns:
-        The queries in the order of the file, and whether their ids are in the file; otherwise they are positions from 1.
-
-    Raises:
-        DataError: the file cannot be read, a label is neither yes nor no, or an id is repeated or missing in some records.
+    Returns the queries in the order of the file, with "" for an image or question that it lacks, and whether their ids are in the
+    file; otherwise they are positions from 1. A DataError if it cannot be read, a label is neither yes nor no, or an id is repeated
+    or missing in some records.
     """
     records = read_records(path)
     ids = _identifiers(records)
@@ -61,10 +56,8 @@ def read_questions(path: str | Path) -> tuple[list[Query], bool]:
 def read_answers(path: str | Path, labels: str | Path) -> tuple[list[Query], list[Reply]]:
     """Read the questions of a file, and the answers to all of them: JSON lines with `question_id`, `question` and `answer`.
 
-    If a file has no ids, answers and questions are matched by position, as `evaluate.py` does.
-
-    Raises:
-        DataError: a file cannot be read, or an answer is missing, repeated, has an unknown id or no text.
+    If a file has no ids, answers and questions are matched by position, as `evaluate.py` does. A DataError if a file cannot be read,
+    or an answer is missing, repeated, has an unknown id or no text.
     """
     queries, numbered = read_questions(labels)
     records = read_records(path)
@@ -122,15 +115,11 @@ def official_answers(
     queries: Sequence[Query], replies: Sequence[tuple[str, float | None]]
 ) -> list[dict[str, Any]]:
     """The rows of an answer file for `evaluate.py`; `replies` are texts with confidences."""
-    return [
-        {
-            "question_id": _as_written(query.id),
-            "question": query.question,
-            "answer": without_confidence(text),
-            "confidence": confidence,
-        }
-        for query, (text, confidence) in zip(queries, replies, strict=True)
-    ]
+    rows = []
+    for query, (text, confidence) in zip(queries, replies, strict=True):
+        asked = {"question_id": _as_written(query.id), "question": query.question}
+        rows.append({**asked, "answer": without_confidence(text), "confidence": confidence})
+    return rows
 
 
 def official_labels(queries: Sequence[Query]) -> list[dict[str, Any]]:

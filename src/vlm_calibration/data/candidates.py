@@ -31,11 +31,10 @@ class CandidateSettings:
         answers: the answer that all of them give. "gold": the gold answer, or a wrong one in its place for a share of the queries
             (`noise.wrong_answer_rate`), as in the paper. "own": what the reference answers to this very image, generated within
             the training step, so that confidence is learnt for the answers that the model will give.
-        grid: percent, a divisor of 100: its multiples can be stated besides the confidences of the noise levels. A noise
-            scale with few levels needs it to express a mean that lies between them. None: the noise levels alone.
+        grid: percent, a divisor of 100: its multiples can be stated besides the confidences of the noise levels, for means that
+            lie between few levels. None: the noise levels alone.
         wrong_answer: add the same responses with a wrong answer, if the source has one; the one that states the target is
-            rejected. Among own answers to yes/no questions these are the opposite answer, right or wrong; a right one is not
-            rejected.
+            rejected. With own answers to yes/no questions it is the opposite one, which is not rejected if it is right.
         seed: seed of the draw among several wrong answers.
     """
 
@@ -73,18 +72,12 @@ Candidates = tuple[tuple[Candidate, ...], ...]
 
 
 class CandidateBatch(NamedTuple):
-    """B prompts, each with its candidate responses.
+    """B prompts, each with its candidate responses; the fields not named here are as in `SFTBatch` and `PromptBatch`.
 
     Attributes:
         inputs: arguments of the model's forward (input_ids int64 [B, L], ...), padded on the right; empty if no sample is left.
         lengths: int64 [B], tokens of each prompt before its responses.
-        candidates: for each query one response per confidence, in falling order, then the same with a wrong answer if
-            `CandidateSettings.wrong_answer` asks for it.
-        levels: for each query the confidence in [0, 1] of its perturbation.
-        is_correct: for each query whether its responses give the gold answer.
-        epochs: for each query the epoch that it is drawn in.
-        queries: the B queries.
-        skipped: ids of the samples that were too long.
+        candidates: of each query one response per confidence, in falling order, then those with a wrong answer, if any.
         n_cut_off: number of the model's own answers without an end, whose responses give the gold answer instead.
     """
 
@@ -95,7 +88,7 @@ class CandidateBatch(NamedTuple):
     is_correct: tuple[bool, ...]
     epochs: tuple[int, ...]
     queries: tuple[Query, ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
     n_cut_off: int = 0
 
     def to(self, device: torch.device | str) -> CandidateBatch:
@@ -103,10 +96,7 @@ class CandidateBatch(NamedTuple):
 
 
 def stated_levels(levels: ConfidenceLevels, answer_type: str, grid: int | None = None) -> tuple[float, ...]:
-    """The confidences that can be stated for an answer type, in falling order.
-
-    Raises a ValueError if the levels were not measured for the answer type; `grid` is that of `CandidateSettings`.
-    """
+    """The confidences that can be stated for an answer type, in falling order; a ValueError for one without levels."""
     multiples = set() if grid is None else {percent / 100 for percent in range(0, 101, grid)}
     # Confidences that round to the same percentage are one, the highest.
     by_text = {render_response("", c): c for c in sorted({*levels.confidences(answer_type)} | multiples)}
@@ -114,16 +104,9 @@ def stated_levels(levels: ConfidenceLevels, answer_type: str, grid: int | None =
 
 
 def tokenize_responses(
-    chat: ChatFormat,
-    query: Query,
-    answers: Sequence[str],
-    levels: ConfidenceLevels,
-    grid: int | None = None,
+    chat: ChatFormat, query: Query, answers: Sequence[str], levels: ConfidenceLevels, grid: int | None = None
 ) -> tuple[int, tuple[Candidate, ...]]:
-    """One response per answer and `stated_levels`, and how many tokens at the end of the prompt they replace (mostly 0).
-
-    Answers after the first are wrong.
-    """
+    """How many tokens at the end of the prompt the responses replace, and one for each answer (the first is right) and confidence."""
     stated = [(answer, c) for answer in answers for c in stated_levels(levels, query.answer_type, grid)]
     # 11% and 22% have no digit in common: the ending they share follows every confidence.
     probes = [(answers[0], c) for c in (0.11, 0.22)]
@@ -133,17 +116,13 @@ def tokenize_responses(
     bare = dict(zip(answers, ids[len(texts) :], strict=True))
 
     responses = []
-    for (answer, _), tokens in zip(stated + probes, ids, strict=False):
+    for (answer, c), tokens in zip(stated + probes, ids, strict=False):
         answer_length = common_prefix(bare[answer], tokens)
-        responses.append((tuple(tokens[: chat.turn_length(tokens, answer_length)]), answer_length))
-    (first, _), (second, _) = responses[len(stated) :]
-    ending = first[len(first) - common_prefix(first[::-1], second[::-1]) :]
-    return cut, tuple(
-        Candidate(
-            tokens, answer_length, common_prefix(tokens[::-1], ending[::-1]), c, wrong=answer != answers[0]
-        )
-        for (answer, c), (tokens, answer_length) in zip(stated, responses, strict=False)
-    )
+        turn = tuple(tokens[: chat.turn_length(tokens, answer_length)])
+        responses.append(Candidate(turn, answer_length, 0, c, wrong=answer != answers[0]))
+    *responses, first, second = responses
+    ending = first.tokens[::-1][: common_prefix(first.tokens[::-1], second.tokens[::-1])]
+    return cut, tuple(r._replace(ending_length=common_prefix(r.tokens[::-1], ending)) for r in responses)
 
 
 @dataclass
@@ -171,7 +150,7 @@ class CandidateCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> CandidateBatch:
         if not samples:
-            return CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), (), ())
+            return CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), ())
         cuts, candidates = zip(*(self._tokenize(s) for s in samples), strict=True)
         prompts = [self.chat.render(s.query.question) for s in samples]
         inputs = self.chat.inputs_of(samples, prompts, "right")
@@ -183,16 +162,8 @@ class CandidateCollator:
         fitting, skipped = split_too_long(samples, longest, self.max_length, self.on_too_long)
         if skipped:
             return self(fitting)._replace(skipped=skipped)
-        return CandidateBatch(
-            inputs,
-            lengths,
-            candidates,
-            tuple(s.confidence for s in samples),
-            tuple(s.wrong_answer is None for s in samples),
-            tuple(s.epoch for s in samples),
-            tuple(s.query for s in samples),
-            (),
-        )
+        facts = [(s.confidence, s.wrong_answer is None, s.epoch, s.query) for s in samples]
+        return CandidateBatch(inputs, lengths, candidates, *zip(*facts, strict=True))
 
     def _tokenize(self, sample: Sample) -> tuple[int, tuple[Candidate, ...]]:
         wrong = [w for w in sample.wrong if w != sample.query.answer] if self.settings.wrong_answer else []
@@ -211,17 +182,11 @@ class ValidationBatch(NamedTuple):
     candidates: CandidateBatch | None
 
     def to(self, device: torch.device | str) -> ValidationBatch:
-        return ValidationBatch(
-            self.prompts.to(device), self.candidates.to(device) if self.candidates else None
-        )
+        candidates = self.candidates and self.candidates.to(device)
+        return ValidationBatch(self.prompts.to(device), candidates)
 
 
-@dataclass
-class ValidationCollator:
-    """Collates samples into a `ValidationBatch`."""
-
-    prompts: PromptCollator
-    candidates: CandidateCollator | None
-
-    def __call__(self, samples: Sequence[Sample]) -> ValidationBatch:
-        return ValidationBatch(self.prompts(samples), self.candidates(samples) if self.candidates else None)
+def collate_validation(
+    prompts: PromptCollator, candidates: CandidateCollator | None, samples: Sequence[Sample]
+) -> ValidationBatch:
+    return ValidationBatch(prompts(samples), candidates(samples) if candidates else None)

@@ -1,7 +1,8 @@
-"""Conversations as text and tokens (`ChatFormat`), and the batches of supervised fine-tuning and of generation made of them."""
+"""Conversations as text and tokens (`ChatFormat`), and the batches of supervised fine-tuning and of generation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,8 +28,7 @@ class SFTBatch(NamedTuple):
     """B conversations with the response to learn, padded on the right.
 
     Attributes:
-        inputs: arguments of the model's forward (input_ids int64 [B, L], attention_mask, pixel_values, ...); empty if no
-            sample is left.
+        inputs: arguments of the model's forward (input_ids int64 [B, L], pixel_values, ...); empty if no sample is left.
         labels: int64 [B, L], the token id at each response token, IGNORE elsewhere.
         confidence_mask: bool [B, L], where a label belongs to the stated confidence and not to the answer.
         confidence: float32 [B] in [0, 1], the confidence to state.
@@ -43,7 +43,7 @@ class SFTBatch(NamedTuple):
     confidence: torch.Tensor
     is_correct: torch.Tensor
     queries: tuple[Query, ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> SFTBatch:
         names = ("labels", "confidence_mask", "confidence", "is_correct")
@@ -52,20 +52,14 @@ class SFTBatch(NamedTuple):
 
 
 class RankedAnswers(NamedTuple):
-    """The answers to one query that ranking compares: the gold one, then each wrong one of an open query, as token ids.
-
-    `cut` tokens at the end of the prompt are replaced by the answers (mostly 0).
-    """
+    """The answers to rank as token ids, which replace `cut` tokens at the end of the prompt: the gold one, then each wrong one."""
 
     cut: int
     tokens: tuple[tuple[int, ...], ...]
 
 
 class CopiedPrompts(NamedTuple):
-    """The prompts of a batch with one perturbed copy of each image.
-
-    `inputs` are the arguments of `generate` for the queries with indices `rows`, whose image has the copy; they stay in main memory.
-    """
+    """Arguments of `generate`, in main memory, for the queries with indices `rows`, whose images have a perturbed copy."""
 
     rows: tuple[int, ...]
     inputs: dict[str, torch.Tensor]
@@ -101,7 +95,7 @@ class PromptBatch(NamedTuple):
     images: tuple[np.ndarray, ...] = ()
 
     def to(self, device: torch.device | str) -> PromptBatch:
-        """The batch with its inputs on a device. Copies, which are many, are moved when each is used."""
+        """Move the inputs to a device; copies, which are many, are moved when each is used."""
         return self._replace(inputs=move(self.inputs, device))
 
 
@@ -116,7 +110,7 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 class ChatFormat:
-    """Renders conversations in a model's format, mostly that of its processor's chat template, and tokenizes them.
+    """Renders conversations in the format of a processor's chat template, and tokenizes them; a DataError if it has none.
 
     The text before a response is exactly the generation prompt, which the model reads before it answers, even if the template writes a
     given response differently; and every response ends its turn, so that the model learns to stop.
@@ -124,23 +118,17 @@ class ChatFormat:
     PaliGemma's format (arXiv 2407.07726) is image, begin of sequence, prompt, line break, response, end of sequence. Attention is
     bidirectional over image and prompt and causal over the response, which has its own token type. The processor takes a response
     only as its `suffix`, so its tokenizer and image processor are called directly.
-
-    Args:
-        processor: a transformers processor with a chat template, or PaliGemma's; otherwise a DataError is raised.
-        prompt: wraps a question into the text of a prompt.
     """
 
     def __init__(self, processor: Any, prompt: ElicitationPrompt) -> None:
-        self.processor = processor
-        self.prompt = prompt
+        self.processor, self.prompt = processor, prompt
         self.is_paligemma = isinstance(processor, PaliGemmaProcessor)
         if not self.is_paligemma and getattr(processor, "chat_template", None) is None:
-            raise DataError(
-                f"{type(processor).__name__} has no chat template: add one as `chat_template.jinja`"
-            )
+            name = type(processor).__name__
+            raise DataError(f"{name} has no chat template: add one as `chat_template.jinja`")
 
     def render(self, question: str, response: str | None = None) -> str:
-        """Text with one image token: up to where the model's answer begins, or with a response and the end of its turn."""
+        """Text with one image token, to the end of the prompt, or of the turn of a response."""
         prompt = self.prompt.render(question)
         text = self._apply(prompt, response)
         if response is None:
@@ -162,17 +150,15 @@ class ChatFormat:
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if response is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": response}]})
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=response is None
-        )
+        is_prompt = response is None
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
 
     @cached_property
     def _offsets(self) -> tuple[int, int, int | None]:
-        """Differences between a template's generation prompt and its full conversation, in characters.
+        """How a template's conversation differs from its prompt, in characters.
 
-        Returns:
-            How many the conversation omits at the end of the prompt, how many it has in their place, and the length of the white
-            space after a response whose turn the template leaves open; None if it ends the turn.
+        How many it omits at the end of the prompt, how many it has in their place, and the length of the white space after a response
+        whose turn the template leaves open; None if it ends the turn.
         """
         question, response = "QUESTION1", "RESPONSE2"  # which templates leave unchanged
         prompt, conversation = self._apply(question, None), self._apply(question, response)
@@ -191,7 +177,7 @@ class ChatFormat:
         return len(prompt) - shared, conversation_only, None if tail.strip() else len(tail)
 
     def conversations(self, question: str, responses: Sequence[str]) -> list[str]:
-        """`render` with each response; a template that inserts text unchanged runs only for the first and the last one."""
+        """`render` with each response; a template that inserts text unchanged runs for the first and last alone."""
         first, last = (self.render(question, responses[i]) for i in (0, -1))
         if first.count(responses[0]) == 1:
             before, after = first.split(responses[0])
@@ -200,7 +186,6 @@ class ChatFormat:
         return [self.render(question, r) for r in responses]
 
     def _adds_special(self, text: str) -> bool:
-        """Whether the tokenizer must add special tokens to a rendered text."""
         # Many templates write the begin-of-sequence token themselves, and it must not appear twice.
         bos = self.processor.tokenizer.bos_token
         return not (self.is_paligemma or (bos and text.startswith(bos)))
@@ -210,27 +195,17 @@ class ChatFormat:
         add_special = self._adds_special(texts[0])
         return self.processor.tokenizer(texts, add_special_tokens=add_special)["input_ids"]
 
-    # Prompt and full conversation are both tokenized, and the response is what follows their longest common prefix. Processors expand the
-    # image token before the response, so positions are counted from the end.
+    # Processors expand the image token before the response, so positions are counted from the end.
     def after_prompt(self, prompt: str, conversations: Sequence[str]) -> tuple[int, list[list[int]]]:
-        """Token ids of conversations after the prefix that all of them share with their prompt.
-
-        Returns:
-            How many tokens at the end of the prompt the conversations replace (mostly 0), and the ids.
-        """
+        """How many tokens at the end of the prompt the conversations replace (mostly 0), and their token ids from there on."""
         first, *full = self.token_ids([prompt, *conversations])
         start = min(common_prefix(first, ids) for ids in full)
         return len(first) - start, [ids[start:] for ids in full]
 
     def inputs(self, texts: list[str], images: list[Any], side: Side) -> dict[str, torch.Tensor]:
         """Padded model inputs of rendered texts with one image each; nothing is truncated."""
-        settings = {
-            "padding": True,
-            "padding_side": side,
-            "truncation": False,
-            "add_special_tokens": self._adds_special(texts[0]),
-            "return_tensors": "pt",
-        }
+        settings = {"padding": True, "padding_side": side, "truncation": False, "return_tensors": "pt"}
+        settings["add_special_tokens"] = self._adds_special(texts[0])
         if not self.is_paligemma:
             return dict(self.processor(text=texts, images=[[image] for image in images], **settings))
         image_token = self.processor.image_token
@@ -254,16 +229,13 @@ class ChatFormat:
     def response_spans(self, sample: Sample) -> tuple[str, list[int], int]:
         """The conversation as text, the token ids after its prompt, and how many of these are the answer."""
         question = sample.query.question
-        responses = render_response(sample.answer, sample.confidence), render_answer(sample.answer)
-        texts = [self.render(question, response) for response in responses]
-        _, (response, answer) = self.after_prompt(self.render(question), texts)
-        return texts[0], response, common_prefix(answer, response)
+        stated = self.render(question, render_response(sample.answer, sample.confidence))
+        bare = self.render(question, render_answer(sample.answer))
+        _, (response, answer) = self.after_prompt(self.render(question), [stated, bare])
+        return stated, response, common_prefix(answer, response)
 
     def turn_length(self, response: Sequence[int], answer_length: int) -> int:
-        """Number of tokens through the end of the turn, the first special token after the answer.
-
-        Training includes that token, so that the model learns to stop; what a template writes after it is left out.
-        """
+        """Number of tokens through the end of the turn, the first special token after the answer; the model learns to stop by it."""
         after_answer = enumerate(response[answer_length:], start=answer_length)
         return next((i + 1 for i, token in after_answer if token in self.special_ids), len(response))
 
@@ -271,21 +243,18 @@ class ChatFormat:
     def special_ids(self) -> set[int]:
         """Ids of the tokenizer's special tokens, including the end of the turn."""
         tokenizer = self.processor.tokenizer
-        return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {
-            tokenizer.eos_token_id
-        }
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return special | {tokenizer.eos_token_id}
 
     def check(self, query: Query, answers: Sequence[str] = ()) -> None:
-        """Reject a query if its question, its answer or one of `answers` contains a token that stands for the image or a part of it."""
+        """A DataError if the question, its answer or one of `answers` contains a token that stands for the image."""
         # The placeholder of the image in a text and, where it differs (Gemma 3), the token it is expanded to.
         tokens = [getattr(owner, "image_token", None) for owner in (self.processor, self.processor.tokenizer)]
         texts = [("question", query.question), ("answer", query.answer)]
         for name, text in [*texts, *(("wrong answer", a) for a in answers)]:
-            for token in dict.fromkeys(tokens):
-                if token and token in text:
-                    raise DataError(
-                        f"record {query.id!r}: '{name}' holds {token!r}, which stands for the image: take it out"
-                    )
+            if token := next((t for t in tokens if t and t in text), None):
+                what = f"holds {token!r}, which stands for the image: take it out"
+                raise DataError(f"record {query.id!r}: '{name}' {what}")
 
 
 @dataclass
@@ -311,7 +280,7 @@ class SFTCollator:
     def __call__(self, samples: Sequence[Sample]) -> SFTBatch:
         if not samples:
             empty = torch.zeros((0, 0), dtype=torch.int64)
-            return SFTBatch({}, empty, empty.bool(), torch.zeros(0), torch.zeros(0).bool(), (), ())
+            return SFTBatch({}, empty, empty.bool(), torch.zeros(0), torch.zeros(0).bool(), ())
         spans = [self.chat.response_spans(s) for s in samples]
         inputs = self.chat.inputs_of(samples, [text for text, _, _ in spans], "right")
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
@@ -321,33 +290,26 @@ class SFTCollator:
         labels = torch.full_like(inputs["input_ids"], IGNORE)
         confidence_mask = torch.zeros(labels.shape, dtype=torch.bool)
         for row, (length, (_, response, answer_length)) in enumerate(zip(lengths, spans, strict=True)):
-            start = length - len(response)
-            ids = torch.tensor(response)
+            start, ids = length - len(response), torch.tensor(response)
             if not torch.equal(inputs["input_ids"][row, start:length], ids):
-                raise DataError(
-                    f"record {samples[row].query.id!r}: {type(self.chat.processor).__name__} changes the text after "
-                    "the image, so the response's tokens cannot be located"
-                )
+                problem = f"{type(self.chat.processor).__name__} changes the text after the image"
+                name = samples[row].query.id
+                raise DataError(f"record {name!r}: {problem}, so the response's tokens cannot be located")
             if self.chat.is_paligemma:
                 inputs["token_type_ids"][row, start:length] = 1
             learned = self.chat.turn_length(response, answer_length)
             labels[row, start : start + learned] = ids[:learned]
             confidence_mask[row, start + answer_length : start + learned] = True
-        return SFTBatch(
-            inputs,
-            labels,
-            confidence_mask,
-            torch.tensor([s.confidence for s in samples], dtype=torch.float32),
-            torch.tensor([s.wrong_answer is None for s in samples]),
-            tuple(s.query for s in samples),
-            (),
-        )
+        confidence = torch.tensor([s.confidence for s in samples], dtype=torch.float32)
+        is_correct = torch.tensor([s.wrong_answer is None for s in samples])
+        queries = tuple(s.query for s in samples)
+        return SFTBatch(inputs, labels, confidence_mask, confidence, is_correct, queries)
 
 
 def split_too_long(
-    samples: Sequence[Sample], lengths: Sequence[int], max_length: int, on_too_long: TooLong
+    samples: Sequence[Sample], lengths: Sequence[int], max_length: float, on_too_long: TooLong
 ) -> tuple[list[Sample], tuple[str, ...]]:
-    """The samples of at most `max_length` tokens, and the ids of the others, which raise a DataError if `on_too_long` is "raise"."""
+    """The samples of at most `max_length` tokens, and the ids of the others; under "raise" a DataError names the first."""
     too_long = [i for i, n in enumerate(lengths) if n > max_length]
     if too_long and on_too_long == "raise":
         first = too_long[0]
@@ -361,20 +323,14 @@ def split_too_long(
 
 @dataclass
 class PromptCollator:
-    """Collates samples into a `PromptBatch`.
+    """Collates samples into a `PromptBatch`, without inputs if `chat` is None, with the images if `keep_images`.
 
-    Args:
-        chat: renders and tokenizes conversations; None if only models behind an address answer.
-        grading: rule that will grade the answers.
-        max_length: limit of a prompt in tokens; None: no limit.
-        on_too_long: as in `SFTCollator`.
-        keep_images: whether batches have the images as well.
-        ranks: whether batches have the answers to rank of open queries.
+    With `ranks` it has the answers to rank of open queries. `max_length` limits a prompt; the rest is as in `SFTCollator`.
     """
 
     chat: ChatFormat | None
     grading: Grading | None = EXACT
-    max_length: int | None = None
+    max_length: float = math.inf
     on_too_long: TooLong = "raise"
     keep_images: bool = False
     ranks: bool = False
@@ -397,11 +353,10 @@ class PromptCollator:
             chat.check(sample.query)
         texts = [chat.render(s.query.question) for s in samples]
         inputs = chat.inputs_of(samples, texts, "left")
-        if self.max_length is not None:
-            lengths = inputs["attention_mask"].sum(dim=1).tolist()
-            fitting, skipped = split_too_long(samples, lengths, self.max_length, self.on_too_long)
-            if skipped:
-                return self(fitting)._replace(skipped=skipped)
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        fitting, skipped = split_too_long(samples, lengths, self.max_length, self.on_too_long)
+        if skipped:
+            return self(fitting)._replace(skipped=skipped)
         if self.ranks and any(s.query.answer_type == "open" for s in samples):
             batch = batch._replace(ranked=tuple(_ranked(chat, s) for s in samples))
         copies = {}

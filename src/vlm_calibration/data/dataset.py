@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vlm_calibration.data.augment import Augmentation  # imports albumentations, which is slow
 
 Check = Callable[[Query, Sequence[str]], None]
-"""Raises a DataError for a query that cannot be put to the model, or for one of the wrong answers to it."""
+"""Raises a DataError if a query, or one of the wrong answers to it, cannot be put to the model."""
 FIND_REGIONS = "find regions with `vlm-calibration predict --config regions ...` on the same data, and give --data.regions FOLDER"
 
 
@@ -63,19 +63,15 @@ class EvalSplit:
     def policy(self, policy: NoisePolicy) -> NoisePolicy:
         """The noise policy of this part, given that of the data; a DataError if the levels are not known for a kind."""
         if self.noise == "none":
-            # On untouched images, levels need not be measured and no query is left out for an absent object.
+            # Untouched images need no measured levels, and none is left out for an absent object.
             return replace(policy, levels=LinearLevels(), absent="clean")
         return policy if self.kinds is None else replace(policy, kinds=self.kinds)
 
 
 class SampleBatch(NamedTuple):
-    """The samples of a batch, and the problems of its records, by their index in the dataset.
+    """The samples of a batch that can be loaded, messages about the others, and the samples with other problems, by their index.
 
-    Attributes:
-        samples: samples of the records that can be loaded.
-        left_out: index -> message, for each other record.
-        clipped: samples with a region that is partly outside the image.
-        empty: samples whose image stays untouched, because no pixel of it shows the key object.
+    `clipped` have a region that is partly outside the image, `empty` show no pixel of the key object, so that they stay untouched.
     """
 
     samples: list[Sample]
@@ -122,8 +118,7 @@ class _Part:
         self.perturbed = np.flatnonzero([presence in kinds for presence in self.presence])
         """Positions in `indices` of the queries that can be perturbed, int64."""
         self.perturbations: Sequence[Perturbation | None] = [None if self.is_perturbed else CLEAN]
-        self.names_levels = split.noise == "every_level"
-        if self.names_levels:
+        if split.noise == "every_level":
             self.perturbations = self.policy.perturbations
 
     def _select(self, check: Check) -> dict[int, Presence]:
@@ -164,11 +159,9 @@ class _Part:
         return asked
 
     def _check_regions(self, asked: Mapping[int, Presence], taught: bool) -> None:
-        """Report queries without a region, with the first ids; a DataError if they stop the run, or others cannot stand for them."""
-        absent, unlocated = (
-            [index for index, presence in asked.items() if presence == kind]
-            for kind in ("absent", "unlocated")
-        )
+        """Report queries without a region; a DataError if they stop the run, or others cannot stand for them."""
+        absent = [index for index, presence in asked.items() if presence == "absent"]
+        unlocated = [index for index, presence in asked.items() if presence == "unlocated"]
         if unlocated and taught:
             self._check_taught(asked)
 
@@ -177,20 +170,14 @@ class _Part:
 
         total, rule = len(self.queries), f"(`absent: {self.policy.absent}`)"
         if unlocated:
-            kinds: Counter[str] = Counter()
-            for index in unlocated:
-                answer_type, answer = self._answer(index)
-                kinds[answer.lower() if answer_type == "yes_no" else answer_type] += 1
+            answers = map(self._answer, unlocated)
+            kinds = Counter(answer.lower() if kind == "yes_no" else kind for kind, answer in answers)
             counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-            missing = (
-                f"{len(unlocated)} of {total} queries ({counts}) need a region of what they ask about and have none: "
-                f"{named(unlocated)}"
-            )
+            some = f"{len(unlocated)} of {total} queries ({counts})"
+            missing = f"{some} need a region of what they ask about and have none: {named(unlocated)}"
             if self.policy.no_region == "raise":
-                raise DataError(
-                    f"{self.where}: {missing}: {FIND_REGIONS}, or ask such queries with untouched images with "
-                    "`data.noise.no_region: clean`"
-                )
+                advice = "ask such queries with untouched images with `data.noise.no_region: clean`"
+                raise DataError(f"{self.where}: {missing}: {FIND_REGIONS}, or {advice}")
             if absent:
                 missing += f"; {len(absent)} ask about an object that is absent {rule}: {named(absent)}"
             rank_zero_warn(f"{self.where}: images stay untouched: {missing}")
@@ -210,9 +197,8 @@ class _Part:
         return query.answer_type, query.answer
 
     def _check_taught(self, asked: Mapping[int, Presence]) -> None:
-        """Raise a DataError if most queries are unlocated, or if all others of an answer type have one answer, which then goes with noise."""
-        lost: dict[str, set[str]] = {answer_type: set() for answer_type in ANSWER_TYPES}
-        kept: dict[str, set[str]] = {answer_type: set() for answer_type in ANSWER_TYPES}
+        """A DataError if most queries are unlocated, or if all others of an answer type have one answer, which then goes with noise."""
+        lost, kept = ({answer_type: set[str]() for answer_type in ANSWER_TYPES} for _ in range(2))
         for index, presence in asked.items():
             answer_type, answer = self._answer(index)
             (lost if presence == "unlocated" else kept)[answer_type].add(answer)
@@ -221,9 +207,7 @@ class _Part:
         if only or 2 * unlocated > len(asked):
             counts = f"{unlocated} of {len(asked)} queries have no region of what they ask about"
             alone = f", and all others of their type have the answer {' or '.join(only)}" if only else ""
-            raise DataError(
-                f"{self.where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out of the data"
-            )
+            raise DataError(f"{self.where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out")
 
     def nothing_perturbed(self, what: str) -> DataError:
         return DataError(
@@ -242,7 +226,7 @@ class _Part:
             level, position = level + 1, int(self.perturbed[position])
         query = with_split_name(self.queries[int(self.indices[position])], self.name)
         presence, perturbation = self.presence[position], self.perturbations[level]
-        if self.names_levels and perturbation is not None:
+        if self.is_perturbed and perturbation is not None:  # asked at every level
             query = replace(query, id=level_id(query.id, perturbation))
         return query, presence, CLEAN if presence == "unlocated" else perturbation
 
@@ -255,7 +239,7 @@ class _Part:
         return self.augmentation(loaded, int(seed))
 
     def silhouettes(self, query_id: str, epoch: int) -> Sequence[np.ndarray]:
-        """The masks of the key objects of a random query about present objects, for one about an absent object; empty without any."""
+        """The masks of the key objects of a random query about present objects; empty without any."""
         rng = query_rng(self.policy.seed, epoch, query_id, "silhouettes")
         for index in rng.permutation(self.shown):
             try:
@@ -270,10 +254,7 @@ class _Part:
         return ()
 
     def wrong_answers(self, query: Query, epoch: int | None) -> Sequence[str]:
-        """The source's wrong answers; if it has none to a short question, a random gold answer to one of its form that is wrong here.
-
-        Without an epoch, the first such answer.
-        """
+        """The source's wrong answers, or a random (without an epoch, the first) wrong gold answer to a short question of its form."""
         wrong = self.source.wrong_answers(query)
         if wrong or query.answer_type != "short":
             return wrong
@@ -288,10 +269,8 @@ class _Part:
 class PerturbedQueries(Dataset[Sample]):
     """The queries of one or several splits; `dataset[epoch, index]` is a query's `Sample` in an epoch.
 
-    The name of a split is put in front of the ids and categories of its queries.
-
     Args:
-        splits: name -> split; "" adds no name.
+        splits: name -> split; a name goes in front of the ids and categories of its queries.
         policy: how queries are perturbed.
         image_processor: defines the size at which the model sees an image.
         check: refuses queries that cannot be put to the model.
@@ -301,8 +280,7 @@ class PerturbedQueries(Dataset[Sample]):
         taught: whether the queries teach a model or measure its levels, so that those with regions must stand for all.
 
     Raises:
-        DataError: a record is invalid and is not to be left out, no query is left, none can be perturbed, or those that can do not
-            stand for all.
+        DataError: a record is invalid and not to be left out, or no query is left or can be perturbed, or too few (`taught`).
     """
 
     def __init__(
@@ -335,11 +313,8 @@ class PerturbedQueries(Dataset[Sample]):
     def check_answer_types(self) -> None:
         """Raise a DataError if the queries of an answer type cannot be perturbed, so that its levels cannot be measured."""
         for part in self._parts:
-            asked, perturbed = (
-                {part.queries[int(index)].answer_type for index in indices}
-                for indices in (part.indices, part.indices[part.perturbed])
-            )
-            for answer_type in sorted(asked - perturbed):
+            types = np.array([part.queries[int(index)].answer_type for index in part.indices])
+            for answer_type in sorted({*types} - {*types[part.perturbed]}):
                 raise part.nothing_perturbed(f"{answer_type} query")
 
     def make_copies(self, copies: Sequence[ImageCopy]) -> None:
@@ -352,25 +327,22 @@ class PerturbedQueries(Dataset[Sample]):
             ):
                 queries = (part.queries[int(index)] for index in part.indices)
                 if region in regions and not any(map(has_region, queries)):
-                    raise DataError(
-                        f"{part.where}: no query has a region of {what}, which model.probes or an estimator is to "
-                        f"perturb: take {region!r} out of model.probes (`region: image` for Stability), or give records with such regions"
-                    )
+                    missing = f"no query has a region of {what}, which model.probes or an estimator perturbs"
+                    advice = f"take {region!r} out of model.probes (`region: image` for Stability)"
+                    raise DataError(f"{part.where}: {missing}: {advice}, or give records with such regions")
         self._copies = tuple(copies)
 
     def is_noised(self, query_id: str) -> bool:
         """Whether the policy perturbs the split that contains a query."""
-        return any(
-            part.is_perturbed and query_id.startswith(f"{part.name}:" if part.name else "")
-            for part in self._parts
-        )
+        prefixes = (f"{part.name}:" if part.name else "" for part in self._parts if part.is_perturbed)
+        return any(map(query_id.startswith, prefixes))
 
     @property
     def queries(self) -> Sequence[Query]:
         return LazyQueries(len(self), partial(map, lambda index: self._item(index)[1]))
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return sum(map(len, self._parts))
 
     def _item(self, index: int) -> tuple[_Part, Query, Presence, Perturbation | None]:
         """The part that holds an item, and the item as `_Part.item` returns it."""
@@ -414,13 +386,11 @@ class PerturbedQueries(Dataset[Sample]):
         silhouettes = None if part.source.annotates_all else partial(part.silhouettes, query.id, epoch)
         wrong = part.wrong_answers(query, epoch)
         self._check(query, wrong)
+        how = part.policy, self.image_processor
         try:
-            sample = perturb_query(
-                query, loaded, part.policy, self.image_processor, epoch, perturbation, wrong, silhouettes
-            )
+            sample = perturb_query(query, loaded, *how, epoch, perturbation, wrong, silhouettes)
             if self._copies:
-                copies = perturbed_copies(sample, loaded, self._copies, part.policy, self.image_processor)
-                sample = sample._replace(copies=copies)
+                sample = sample._replace(copies=perturbed_copies(sample, loaded, self._copies, *how))
         except ValueError as error:
             raise DataError(f"record {query.id!r}: {error}") from error
         return sample, loaded.clipped, is_empty

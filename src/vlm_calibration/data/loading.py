@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,27 +28,19 @@ PROBLEMS = (
 class EpochSampler(DistributedSampler):
     """Distributes `length` samples over processes and yields (epoch, index).
 
-    A `DistributedSampler`, so that Lightning does not wrap or replace it and sets its epoch.
-
-    Args:
-        length: number of samples.
-        rank: of this process.
-        num_replicas: number of processes.
-        training: a new order each epoch, and the same number of samples for every process, since one with fewer would block the
-            others; the rest is left out. Otherwise each sample goes to exactly one process, in order and as of epoch 0.
-        seed: of the order.
-        done: indices of samples to skip; the distribution of the other samples stays the same.
+    In training the order is new each epoch, and every process gets the same number of samples, since one with fewer would block the
+    others; the rest is left out. Otherwise each sample goes to exactly one process, in order and as of epoch 0. Indices in `done` are
+    skipped, which changes nothing for the others. As a `DistributedSampler` it is not replaced by Lightning, which sets its epoch.
     """
 
     def __init__(
         self,
         length: int,
-        *,
         rank: int,
         num_replicas: int,
         training: bool,
         seed: int = 0,
-        done: Collection[int] = (),
+        done: Iterable[int] = (),
     ) -> None:
         # The base class uses the dataset only for its length.
         super().__init__(range(length), num_replicas, rank, training, seed)  # type: ignore[arg-type]
@@ -93,19 +85,15 @@ class LoadingLog:
         empty[batch.empty] = 1
 
     def report(self, trainer: L.Trainer) -> None:
-        """Report the problems of all processes and reset the log; raise a DataError if no record could be loaded.
-
-        Every process must call this.
-        """
+        """Every process reports the problems of all and resets the log; a DataError if no record could be loaded."""
         strategy = trainer.strategy
         reduced = strategy.reduce(self.problems.to(strategy.root_device), reduce_op="sum")
         problems = torch.as_tensor(reduced).cpu() > 0
         self.problems.zero_()
         where, total = self.dataset.where, len(self.dataset)
-        if bool(problems[0].all()):
-            raise DataError(
-                f"{where}: none of its {total} records could be loaded; some of them are named above"
-            )
+        if problems[0].all():
+            problem = f"none of its {total} records could be loaded; some of them are named above"
+            raise DataError(f"{where}: {problem}")
         for mask, problem in zip(problems, PROBLEMS, strict=True):
             if count := int(mask.sum()):
                 first = mask.nonzero().flatten()[:MAX_NAMED].tolist()

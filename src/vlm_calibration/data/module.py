@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
 from vlm_calibration.data.augment import Augmentation, BasicTransform
-from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, ValidationCollator
+from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, collate_validation
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries, accept
 from vlm_calibration.data.loading import EpochSampler, LoadingLog, QueryLoader
@@ -32,16 +32,14 @@ from vlm_calibration.text.prompts import ElicitationPrompt
 TESTED = ("test", "calibration")
 """The data sets of an evaluation, in order."""
 LEVELS, INSTANCES = "levels", "instances"
-"""The data sets that `levels fit` asks; the second, the queries of `train`, untouched, only if it writes their likelihoods."""
-LEVELS_SPLIT = "calibration"
-"""Begins the ids of the queries of `levels`, on which the perturbations depend."""
+"""The data sets that `levels fit` asks; the second, the untouched queries of `train`, only if it writes their likelihoods."""
 
 
 class DataNeeds(NamedTuple):
-    """What a LightningModule needs of the data in `test` and `predict`; it says so in its attribute `data_needs`.
+    """What a LightningModule needs of the data in `test` and `predict`, its attribute `data_needs`.
 
     Attributes:
-        asked: the data sets that `test` answers, and those of `if_set` if they are set.
+        asked: the data sets that `test` answers; those of `if_set` if they are set.
         copies: data set -> the perturbed copies of each of its images.
         images: whether batches have the images themselves, for models behind an address.
         keep_known: whether `predict` leaves sources out in which every query has a region or needs none.
@@ -63,11 +61,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         validation: queries that are perturbed in the same way and answered during training.
         levels: held-out queries that `vlm-calibration levels fit` asks at every level of each kind of `noise`.
         test: named splits that `vlm-calibration test` answers.
-        calibration: named splits about other images that `vlm-calibration test` answers as well. A report fits recalibration
-            on these answers; no score includes them.
+        calibration: named splits about other images, answered by `vlm-calibration test` for recalibration; no score includes them.
         predict: queries whose regions `vlm-calibration predict` extracts; None: those of all sources above that are noised.
-        regions: folder of regions that `vlm-calibration predict` extracted for the sources above, which are then read with
-            these regions. A source whose queries have all the regions that they need has no file in it.
+        regions: folder of regions that `vlm-calibration predict` extracted for the sources above, which are then read with them.
         noise: the perturbation of a query, and the confidence to state after it.
         augment: albumentations transforms of training images, which come before the perturbation; regions move with the pixels.
             Answers do not, so leave out what would make them wrong, such as flips where questions ask for left and right.
@@ -85,6 +81,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         on_too_long: "raise" stops at a longer sample, "skip" leaves it out and reports the number.
         revision: of the processor, as in `from_pretrained`.
         trust_remote_code: for the processor, as in `from_pretrained`.
+
+    Attributes:
+        sets: data set -> its queries as `setup` has read them, also those that an earlier run answered.
+        answered: indices in each of `tested_queries` that an earlier `test` answered and this one leaves out; equal in all processes.
     """
 
     def __init__(
@@ -115,36 +115,19 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0 <= part < parts:
-            raise DataError(
-                f"data: needs 0 <= part < parts, found part {part} of {parts}: parts are counted from 0"
-            )
+            found = f"found part {part} of {parts}: parts are counted from 0"
+            raise DataError(f"data: needs 0 <= part < parts, {found}")
         self.processor_name = processor
-        self.train = train
-        self.validation = validation
-        self.levels = levels
-        self.test = test
-        self.calibration = calibration
-        self.predict = predict
-        self.regions = regions
-        self.noise = noise
-        self.augment = augment
-        self.candidates = candidates
-        self.prompt = prompt
-        self.grading = grading
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.parts = parts
-        self.part = part
-        self.workers = workers
-        self.max_length = max_length
-        self.max_pixels = max_pixels
-        self.on_too_long = on_too_long
-        self.revision = revision
-        self.trust_remote_code = trust_remote_code
+        self.revision, self.trust_remote_code = revision, trust_remote_code
+        self.train, self.validation, self.levels = train, validation, levels
+        self.test, self.calibration, self.predict = test, calibration, predict
+        self.regions, self.noise, self.augment, self.candidates = regions, noise, augment, candidates
+        self.prompt, self.grading = prompt, grading
+        self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
+        self.parts, self.part = parts, part
+        self.max_length, self.max_pixels, self.on_too_long = max_length, max_pixels, on_too_long
         self.sets: dict[str, PerturbedQueries] = {}
-        """Data set -> its queries as `setup` has read them, also those that an earlier run answered."""
         self.answered: Mapping[str, Collection[int]] = {}
-        """Indices in each of `tested_queries` that an earlier `test` answered and this one leaves out; equal in all processes."""
         self._with_regions: dict[str, dict[str, EvalSplit]] = {}
         self._logs: dict[str, LoadingLog] = {}
         self._position: dict[str, int] = {}
@@ -153,7 +136,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @cached_property
     def processor(self) -> Any:
-        """The model's processor with `max_pixels` applied; a DataError if it is not set, not one of a VLM, or cannot keep to the limit."""
+        """The model's processor, limited to `max_pixels`; a DataError if it is not set, not one of a VLM, or cannot be limited."""
         if self.processor_name is None:
             raise DataError("data.processor is not set: give the model's name or folder")
         processor = load_processor(self.processor_name, self.revision, self.trust_remote_code)
@@ -169,11 +152,10 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     def splits(self) -> dict[str, dict[str, EvalSplit]]:
         """Each data set that is set -> its splits by name, as configured; `predict` is none."""
         splits = {
-            "train": {} if self.train is None else {"": EvalSplit(self.train, noise="drawn")},
-            "validation": {} if self.validation is None else {"": EvalSplit(self.validation, noise="drawn")},
-            LEVELS: {}
-            if self.levels is None
-            else {LEVELS_SPLIT: EvalSplit(self.levels, noise="every_level")},
+            "train": {} if self.train is None else {"": EvalSplit(self.train, "drawn")},
+            "validation": {} if self.validation is None else {"": EvalSplit(self.validation, "drawn")},
+            # The ids of its queries, on which the perturbations depend, begin with "calibration".
+            LEVELS: {} if self.levels is None else {"calibration": EvalSplit(self.levels, "every_level")},
             "test": self.test,
             "calibration": self.calibration,
         }
@@ -182,22 +164,16 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     @property
     def settings(self) -> dict[str, EvalSplit]:
         """The splits by their setting below `data`: "train", "levels", "test.clean"."""
-        return {
-            setting_of(name, split): settings
-            for name, splits in self.splits.items()
-            for split, settings in splits.items()
-        }
+        named = ((name, *split) for name, splits in self.splits.items() for split in splits.items())
+        return {setting_of(name, split): settings for name, split, settings in named}
 
     def setup(self, stage: str) -> None:
-        """Read the records that this stage needs, so that an invalid record stops the run before training."""
+        """Read the records that this stage needs; an invalid one stops the run before training."""
         self._needs = getattr(getattr(self.trainer, "lightning_module", None), "data_needs", DataNeeds())
         if stage == "predict":
             self.plan_extraction(self._needs.keep_known)
             return
-        of_stage = {
-            "fit": DataNeeds(("train",), ("validation",)),
-            "validate": DataNeeds(("validation",), ()),
-        }
+        of_stage = {"fit": DataNeeds(("train",), ("validation",)), "validate": DataNeeds(("validation",), ())}
         needs = of_stage.get(stage, self._needs)
         for name in map(setting_of, needs.asked):
             if name not in self.splits:
@@ -239,10 +215,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     def _checked_noise(self, names: Sequence[str]) -> NoisePolicy:
         """The noise policy; images cannot be perturbed at a model's resolution that cannot be found out."""
-        if self.noise.resolution == "native":
-            return self.noise
-        if self._uses_processor:
+        if self._uses_processor and self.noise.resolution == "model":
             check_resolution(self.processor)
+        if self._uses_processor or self.noise.resolution == "native":
             return self.noise
         if any(split.noise != "none" for name in names for split in self.splits[name].values()):
             raise DataError(
@@ -253,7 +228,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return replace(self.noise, resolution="native")
 
     def read_splits(self, name: str) -> dict[str, EvalSplit]:
-        """The splits of a data set with the regions of `regions`, empty if it is not set; a DataError if there are none for a split."""
+        """The splits of a data set, empty if it is not set, with the regions of `regions`; a DataError if a split has none there."""
         if name == INSTANCES:
             return {"": EvalSplit(self.read_splits("train")[""].source)}
         splits = self.splits.get(name, {})
@@ -269,16 +244,15 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return self._with_regions[name]
 
     def plan_extraction(self, keep_known: bool = True) -> RegionPlan:
-        """What `predict` extracts; the queries are read at the first call. A DataError if no source is set, or one cannot be read."""
+        """What `predict` extracts, read at the first call; a DataError if no source is set, or one cannot be read."""
         if not hasattr(self, "region_plan"):
             splits = self.settings
             if self.predict is not None:
                 # The file, queries.parquet, has the queries whatever is known of them.
                 splits, keep_known = {"queries": EvalSplit(self.predict, "drawn")}, False
             elif not splits:
-                raise DataError(
-                    "data.predict is not set, nor any of data.train, validation, levels, test and calibration"
-                )
+                others = "data.train, validation, levels, test and calibration"
+                raise DataError(f"data.predict is not set, nor any of {others}")
             self.region_plan = RegionPlan(splits, self.eval_batch_size, keep_known)
         return self.region_plan
 
@@ -290,40 +264,31 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @property
     def candidate_collator(self) -> CandidateCollator | None:
-        """The collator of gold answers for preference optimisation; None without, and where the model's own answers are compared."""
+        """The collator for preference optimisation over gold answers; else None."""
         if self.candidates is None or self.candidates.answers == "own":
             return None
-        return CandidateCollator(
-            self.chat, self.noise.levels, self.candidates, self.max_length, self.on_too_long
-        )
+        limits = self.max_length, self.on_too_long
+        return CandidateCollator(self.chat, self.noise.levels, self.candidates, *limits)
 
     def train_dataloader(self) -> DataLoader:
         limits = self.max_length, self.on_too_long
-        collate: Callable[..., Any] = SFTCollator(self.chat, *limits)
-        if self.candidates is not None:
-            collate = self.candidate_collator or PromptCollator(self.chat, self.grading, *limits)
-        return self._loader("train", collate)
+        if self.candidates is None:
+            return self._loader("train", SFTCollator(self.chat, *limits))
+        own = PromptCollator(self.chat, self.grading, *limits)
+        return self._loader("train", self.candidate_collator or own)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         if self.validation is None:
             return []
-        collate = ValidationCollator(PromptCollator(self.chat, self.grading), self.candidate_collator)
-        return self._loader("validation", collate)
+        prompts = PromptCollator(self.chat, self.grading)
+        return self._loader("validation", partial(collate_validation, prompts, self.candidate_collator))
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Batches of the queries that are not answered yet; a process without any gets an empty batch.
-
-        A calibration set has a second loader of its own.
-        """
-        loaders = []
-        for name in self._tested:
-            collate = PromptCollator(
-                self.chat if self._uses_processor else None,
-                self.grading,
-                keep_images=self._needs.images,
-                ranks=name == LEVELS and self.grading.rank_levels,
-            )
-            loaders.append(self._loader(name, collate))
+        """A loader for each data set of the queries that are not answered yet; a process without any gets an empty batch."""
+        chat = self.chat if self._uses_processor else None
+        collate = PromptCollator(chat, self.grading, keep_images=self._needs.images)
+        ranks = self.grading.rank_levels
+        loaders = [self._loader(n, replace(collate, ranks=ranks and n == LEVELS)) for n in self._tested]
         return loaders if len(loaders) > 1 else loaders[0]
 
     @property
@@ -339,10 +304,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return [number for number in shards if number not in self.region_plan.finished][rank::processes]
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of queries with unperturbed images; each part, and in it each process, has its own shards.
-
-        A process without a shard gets one empty batch, so that it takes part in the hooks after the last batch.
-        """
+        """The batches of this process; one without a shard gets an empty batch, so that it takes part in the hooks after the last."""
         # Without a batch size each item is a batch, and is not collated.
         return DataLoader(
             self.region_plan,
@@ -354,11 +316,11 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
     @property
     def _process(self) -> tuple[int, int]:
-        """The number of this process, and how many there are."""
+        """This process's rank, and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def state_dict(self) -> dict[str, int]:
-        """The position after the batches that were trained on: batch of an epoch, and the sizes that it depends on (`_shape`)."""
+        """The position after the batches that were trained on, and the sizes that it depends on."""
         if self.trainer is None or "train" not in self.sets:
             return {}
         trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
@@ -369,51 +331,40 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self._position = state_dict
 
     def _shape(self) -> dict[str, int]:
-        """Number of queries of an epoch, and of a batch over all processes."""
         return {"queries": len(self.sets["train"]), "batch_size": self.batch_size * self._process[1]}
 
     def _resume(self, sampler: EpochSampler) -> None:
-        """Begin at the position of a checkpoint, once.
-
-        Lightning sets the epoch of a sampler only after workers have begun to load.
-        """
+        """Begin at the position of a checkpoint, once."""
         position, self._position = self._position, {}
         if not position:
+            # Lightning sets the epoch only after workers have begun to load.
             sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
             return
         shape = self._shape()
         if position["batch"] and not shape.items() <= position.items():
-            raise DataError(
-                f"the checkpoint was written within an epoch of {position['queries']} queries in batches of "
-                f"{position['batch_size']}, found {shape['queries']} and {shape['batch_size']}: keep the data and data.batch_size x "
-                "processes, or resume from the end of an epoch"
-            )
+            size = "{queries} queries in batches of {batch_size}"
+            before, now = size.format_map(position), size.format_map(shape)
+            advice = "keep the data and data.batch_size x processes, or resume from the end of an epoch"
+            raise DataError(f"the checkpoint was written within an epoch of {before}, found {now}: {advice}")
         sampler.set_epoch(position["epoch"])
         sampler.begin = (position["epoch"], position["batch"] * self.batch_size)
 
     def _loader(self, name: str, collate: Callable[..., Any]) -> DataLoader:
-        dataset, training = self.sets[name], name == "train"
+        total, training = len(self.sets[name]), name == "train"
         batch_size = self.batch_size if training else self.eval_batch_size
         rank, processes = self._process
-        sampler = EpochSampler(
-            len(dataset),
-            rank=rank,
-            num_replicas=processes,
-            training=training,
-            seed=self.noise.seed,
-            done=self.answered.get(name, ()),
-        )
+        done = self.answered.get(name, ())
+        sampler = EpochSampler(total, rank, processes, training, self.noise.seed, done)
         loader = partial(QueryLoader, self._logs[name], collate)
         if training:
             if len(sampler) == 0:
-                raise DataError(f"{len(dataset)} training queries are too few for {processes} processes")
+                raise DataError(f"{total} training queries are too few for {processes} processes")
             self._resume(sampler)
         if len(sampler) == 0:
             # Lightning skips the later hooks in a process without a batch, and the others would wait for it.
             return loader(batch_sampler=[[]])
         if self.workers:
-            # OpenCV, which albumentations uses, would take all cores in every worker. Set in a worker, whose threads did not survive
-            # the fork, it would wait for them for ever.
+            # OpenCV, which albumentations uses, would take all cores in every worker; set in a forked worker, it would wait for ever.
             cv2.setNumThreads(1)
         return loader(
             batch_size=batch_size,
@@ -427,7 +378,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
 
 
 def setting_of(name: str, split: str = "") -> str:
-    """The setting of a data set or its split below `data`; only the data sets of an evaluation name their splits."""
+    """The setting of a data set or its split below `data`."""
     name = "train" if name == INSTANCES else name
     return f"{name}.{split}" if name in TESTED and split else name
 
@@ -437,10 +388,9 @@ def _check_ranking(splits: Mapping[str, EvalSplit]) -> None:
     for split in splits.values():
         for query in split.source.queries():
             if query.answer_type == "open" and not split.source.wrong_answers(query):
-                raise DataError(
-                    f"record {query.id!r}: `data.grading.rank_levels` compares with a wrong answer, and its source has none: "
-                    "leave the record out, or grade the generated answer"
-                )
+                problem = "`data.grading.rank_levels` compares with a wrong answer, and its source has none"
+                advice = "leave the record out, or grade the generated answer"
+                raise DataError(f"record {query.id!r}: {problem}: {advice}")
 
 
 def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[str, EvalSplit]) -> None:
@@ -458,20 +408,16 @@ def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the processor of a vision-language model: image processor, tokenizer and chat template; otherwise a DataError."""
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with loading("a processor", name):
-        processor = AutoProcessor.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        processor = AutoProcessor.from_pretrained(name, **options)
     if not hasattr(processor, "image_processor"):
         raise DataError(f"{name!r} has no image processor: it is not a vision-language model")
     return processor
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore SIGINT and SIGUSR1 in a worker; the main process handles them and may be saving a checkpoint.
-
-    The first SIGTERM only restores the default handler, so the second ends the worker.
-    """
+    """Ignore SIGINT, SIGUSR1 and the first SIGTERM in a worker; the main process handles them and may be saving a checkpoint."""
     for ignored in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

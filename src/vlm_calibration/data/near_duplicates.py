@@ -1,7 +1,6 @@
 """Images that are the same or nearly the same: encoded again, resized or slightly brightened, but not cropped or mirrored.
 
-The perceptual hash finds candidates among all pairs. Images of one scene with other small objects agree in it, so a pair counts as
-nearly the same only if small copies agree as well.
+Images are nearly the same if their perceptual hashes and small copies agree; the hash alone is blind to small objects.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from vlm_calibration.settings import digest
 
 SIDE = 128
 """Least side of a reduced image that hash and small copy are computed from, in pixels."""
-COPY_SIDE = 24
-"""Side of the small copy."""
 MAX_BITS = 6
 """Bits of 64 by which the hashes of nearly equal images may differ."""
 MIN_CORRELATION = 0.97
@@ -41,7 +38,7 @@ ROLES = ("train", "validation", "calibration", "test")
 
 
 class ImageHash(NamedTuple):
-    """What an image is recognized by: a digest of its content, its perceptual hash, and a small copy, uint8 [24, 24, 3]."""
+    """A digest of an image's content, its perceptual hash, and a small copy, uint8 [24, 24, 3]."""
 
     digest: str
     bits: np.uint64
@@ -60,15 +57,13 @@ def hash_image(content: Path | bytes | np.ndarray) -> ImageHash:
         pixels = load_image(encoded, least=SIDE)
     image = Image.fromarray(pixels)
     bits = np.packbits(imagehash.phash(image).hash).view(">u8")[0].astype(np.uint64)
-    copy = image.resize((COPY_SIDE, COPY_SIDE), Image.Resampling.BOX)
+    copy = image.resize((24, 24), Image.Resampling.BOX)
     return ImageHash(digest([encoded]), bits, np.asarray(copy))
 
 
 def hash_images(images: Sequence[tuple[QuerySource, Query]]) -> list[ImageHash | str]:
-    """The hash of each query's image, or the message of the `DataError` or `ImageError` about it.
-
-    Images are hashed in threads, which Pillow's decoders run in side by side; sources are not safe to share.
-    """
+    """The hash of each query's image, or the message of the `DataError` or `ImageError` about it."""
+    # Pillow's decoders run side by side in threads, but sources are not safe to share.
     lock = Lock()
 
     def hashed(image: tuple[QuerySource, Query]) -> ImageHash | str:
@@ -90,8 +85,7 @@ def group_images(hashes: Sequence[ImageHash | str], near: bool) -> np.ndarray:
     The labels depend on the images alone, not on their order.
     """
     groups = np.full(len(hashes), -1, dtype=np.int64)
-    valid = [hashed for hashed in hashes if isinstance(hashed, ImageHash)]
-    if valid:
+    if valid := [hashed for hashed in hashes if isinstance(hashed, ImageHash)]:
         _, first, labels = np.unique([h.digest for h in valid], return_index=True, return_inverse=True)
         if near:
             looks = [valid[i] for i in first]
@@ -103,9 +97,7 @@ def group_images(hashes: Sequence[ImageHash | str], near: bool) -> np.ndarray:
 def near_groups(bits: np.ndarray, copies: np.ndarray) -> np.ndarray:
     """Label the groups of images that are nearly the same, directly or through others, from 0: int64 [N].
 
-    Args:
-        bits: uint64 [N], the hashes, of which all pairs are compared: 100,000 take seconds.
-        copies: uint8 [N, 24, 24, 3], the small copies.
+    All pairs of `bits`, the hashes, uint64 [N], are compared: 100,000 take seconds. `copies` are uint8 [N, 24, 24, 3].
     """
     flat = copies.reshape(len(copies), -1)
     labels = np.arange(len(bits))
@@ -130,10 +122,7 @@ def _copies_agree(copy: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 class Leak(NamedTuple):
-    """Images of the role `second` that the role `first` has as well.
-
-    `kind` is the closest way: "same file", "same content" or "near-identical". Examples are "image of first = image of second".
-    """
+    """Images of the role `second` that `first` has as well, by the closest `kind`: "same file", "same content" or "near-identical"."""
 
     kind: str
     first: str
@@ -143,7 +132,7 @@ class Leak(NamedTuple):
 
 
 class LeakReport(NamedTuple):
-    """Number of images by role (empty if there are not two roles), what they share, and why images could not be compared by `image_id`."""
+    """Number of images by role (empty with fewer than two), what they share, and why images could not be compared, by `image_id`."""
 
     images: dict[str, int]
     leaks: tuple[Leak, ...]
@@ -182,10 +171,8 @@ def find_leaks(sources: Mapping[str, QuerySource]) -> LeakReport:
             shared = [(of_label[label[i]], i) for i in rest if label[i] in of_label]
             rest = [i for i in rest if label[i] not in of_label]
             if shared:
-                examples = (
-                    names[i] if i == same else f"{names[same]} = {names[i]}" for same, i in shared[:MAX_NAMED]
-                )
-                leaks.append(Leak(kind, first, second, len(shared), tuple(examples)))
+                pairs = [(names[a], "" if a == b else f" = {names[b]}") for a, b in shared[:MAX_NAMED]]
+                leaks.append(Leak(kind, first, second, len(shared), tuple(map("".join, pairs))))
     unreadable = {image: text for image, text in zip(owners, hashes, strict=True) if isinstance(text, str)}
     counts = {role: len(used[role]) for role in ROLES if role in used}
     return LeakReport(counts, tuple(leaks), unreadable)

@@ -20,14 +20,11 @@ from vlm_calibration.perturbation.schedules import CosineSchedule, Schedule
 from vlm_calibration.records import DataError, LoadedImage, Query
 
 CopiedRegion = Literal["image", "object", "distractor"]
-"""What a copy changes: the whole image; the key object, all its regions together; one region that the question is not about."""
+"""What a copy changes: the whole image; all regions of the key object; one region that the question is not about."""
 
 
 class ImageCopy(NamedTuple):
-    """A perturbed copy of every image, by which batches name it; the region is a part of the image or all of it.
-
-    `number` tells apart the copies of one seed, whose random choices differ.
-    """
+    """A perturbed copy of every image; `number` tells apart the copies of one seed, whose random choices differ."""
 
     perturbation: Perturbation
     region: CopiedRegion = "image"
@@ -72,14 +69,14 @@ class NoisePolicy:
     Args:
         levels: the strengths of each kind of perturbation, and the confidence to state at each. `LinearLevels` is the paper's
             mapping, `AnchoredLevels` states the base model's measured accuracy.
-        kinds: kind of perturbation -> its relative frequency, e.g. {noise: 2, blur: 1, occlusion: 1}. The paper's kind is noise
-            alone. All strengths of a kind are equally frequent, untouched images among them.
-        schedule: noise schedule of the forward process. Cosine, our choice, spreads the loss of evidence over most of the
-            levels; with the linear schedule it is complete by the fourth level.
-        clean_fraction: share of samples in [0, 1] that stay untouched, in addition to strength 0 of each kind.
+        kinds: kind of perturbation -> its relative frequency, e.g. {noise: 2, blur: 1, occlusion: 1}; the paper's is noise alone.
+            All strengths of a kind are equally frequent, untouched images among them.
+        schedule: noise schedule of the forward process. Cosine spreads the loss of evidence over most of the levels; with the
+            linear schedule it is complete by the fourth level.
+        clean_fraction: share of samples in [0, 1] that stay untouched, besides those of strength 0.
         absent: what to perturb if the question is about an absent object: another object, or a region with the shape of another
-            query's key object ("distractor"), nothing ("clean"), or leave such queries out ("skip"). An object is absent if the answer denies that it
-            exists, or the query says so (`absent`), not if a region is missing.
+            query's key object ("distractor"), nothing ("clean"), or leave such queries out ("skip"). An object is absent if the
+            answer denies that it exists, or the query says so (`absent`), not if a region is missing.
         no_region: what to do with other queries that lack a region of a key object: ask them with untouched images and report
             the number ("clean"), or stop the run ("raise"). Queries on clean images need no region.
         distractor_probability: share of samples in [0, 1] whose perturbation goes to a region that the question is not about;
@@ -119,9 +116,8 @@ class NoisePolicy:
         if unknown := sorted(set(self.kinds) - set(KIND_NAMES)):
             raise DataError(f"noise.kinds: there is no kind {unknown[0]!r}: expected {', '.join(KIND_NAMES)}")
         if not all(0 <= w < math.inf for w in self.kinds.values()) or not sum(self.kinds.values()):
-            raise DataError(
-                f"noise.kinds must be frequencies of at least 0, one of them above 0, found {dict(self.kinds)}"
-            )
+            expected = "frequencies of at least 0, one of them above 0"
+            raise DataError(f"noise.kinds must be {expected}, found {dict(self.kinds)}")
         if not 0 <= self.dilate < math.inf:
             raise DataError(f"noise.dilate must be a finite number of at least 0, found {self.dilate}")
         if self.seed < 0:
@@ -144,7 +140,7 @@ class NoisePolicy:
         return (CLEAN, *levels)
 
     def draw(self, epoch: int, query_id: str, rng: np.random.Generator) -> Perturbation:
-        """Draw the perturbation of one sample; `rng` is its generator."""
+        """The perturbation of a sample, whose generator is `rng`."""
         if rng.random() < self.clean_fraction:
             return CLEAN
         # The kind has a generator of its own, so that strengths do not depend on the number of kinds.
@@ -176,26 +172,20 @@ def perturb_query(
     wrong: Sequence[str] = (),
     silhouettes: Callable[[], Sequence[BoolMask]] | None = None,
 ) -> Sample:
-    """Perturb one query; a DataError if the input size of `image_processor` is unknown.
+    """Perturb one query; a DataError if the input size of `image_processor`, unused at native resolution, is unknown.
 
     Args:
-        query: the query.
-        loaded: its image and region masks.
-        policy: the noise policy.
-        image_processor: defines the size at which the model sees the image; unused at native resolution.
-        epoch: with the policy's seed and the query's id, decides all random choices.
         perturbation: of the evidence, never of a distractor; None: drawn by the policy.
         wrong: plausible wrong answers.
-        silhouettes: masks of the key objects of another query, of any size, by which the region of an absent object has the shape and
-            size of a present one's; empty for a random box. None: the image's other objects have such shapes.
+        silhouettes: masks of another query's key objects, of any size, that give the region of an absent object its shape; empty for
+            a random box. None: the image's other objects have such shapes.
     """
     rng = query_rng(policy.seed, epoch, query.id)
     drawn = policy.draw(epoch, query.id, rng)
     distractor_probability = policy.distractor_probability if perturbation is None else 0.0
     perturbation = drawn if perturbation is None else perturbation
     image, lost = loaded.image, perturbation
-    # Asked for untouched images too, so that one that the processor refuses is named in every epoch. The sample keeps the size of the
-    # file, so that the processor resizes it as in use.
+    # Asked for untouched images too, so that one that the processor refuses is named in every epoch.
     size = image.shape[:2]
     if policy.resolution == "model":
         size = model_resolution(image_processor, *size)
@@ -240,34 +230,29 @@ def perturbed_copies(
 ) -> dict[ImageCopy, np.ndarray | None]:
     """The perturbed copies of a sample's image, uint8 [H, W, 3] each; None for a copy whose region the image lacks.
 
-    They are made from the image that the model is asked about, whatever has happened to it before, at the resolution at which the
-    model sees it. A distractor is a random one of those that do not touch the key object. `loaded` has the masks of the image's
-    objects, at the size of the file's image; `policy` gives the resolution, the schedule, and the shape and growth of regions.
+    They are made from the image that the model is asked about, perturbed or not, at the resolution at which the model sees it. A
+    distractor is a random one of those that do not touch the key object.
     """
     image = resize_to_model(image_processor, sample.image) if policy.resolution == "model" else sample.image
     size = image.shape[:2]
+    made: dict[ImageCopy, np.ndarray | None] = dict.fromkeys(copies)
+    target: BoolMask | None = None
+    apart: list[BoolMask] = []
     regions = {copy.region for copy in copies}
-    evidence, distractors = (
-        policy.grown([mask for mask in masks if mask.any()], size) if regions & needed else []
-        for masks, needed in (
-            (loaded.evidence, {"object", "distractor"}),
-            (loaded.distractors, {"distractor"}),
-        )
-    )
-    target = np.logical_or.reduce(evidence) if evidence else None
-    apart = [mask for mask in distractors if target is None or not np.any(mask & target)]
-    made: dict[ImageCopy, np.ndarray | None] = {}
+    if regions - {"image"}:
+        evidence = policy.grown([mask for mask in loaded.evidence if mask.any()], size)
+        target = np.logical_or.reduce(evidence) if evidence else None
+    if "distractor" in regions:
+        apart = policy.grown([mask for mask in loaded.distractors if mask.any()], size)
+        apart = [mask for mask in apart if target is None or not np.any(mask & target)]
     for copy in copies:
         rng = query_rng(copy.seed, copy.number, sample.query.id, "copy")
         seed = int(rng.integers(2**63))
-        region: BoolMask | None = target
+        region = target
         if copy.region == "image":
             region = np.ones(size, dtype=np.bool_)
         elif copy.region == "distractor":
             region = apart[int(rng.integers(len(apart)))] if apart else None
-        made[copy] = (
-            region
-            if region is None
-            else perturb_region(image, region, copy.perturbation, policy.schedule, seed)
-        )
+        if region is not None:
+            made[copy] = perturb_region(image, region, copy.perturbation, policy.schedule, seed)
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +26,7 @@ NOTE = b"vlm_calibration.extracted_from"
 
 
 class Extraction(NamedTuple):
-    """A source whose regions are extracted into one file.
-
-    Attributes:
-        file: the file's name.
-        source: the source.
-        settings: the settings below `data` that hold it, e.g. ("levels", "calibration.own").
-        queries: the number of its queries.
-        content: the digest of all their fields.
-    """
+    """A source whose regions are extracted into one file, the settings below `data` that hold it, and number and digest of its queries."""
 
     file: str
     source: QuerySource
@@ -74,19 +67,15 @@ class RawBatch:
 
 
 class RegionPlan(Dataset[RawBatch]):
-    """What `predict` extracts: each source once, in shards that parts and processes share; an item is the batch of a shard.
+    """What `predict` extracts: each source with noise once, in shards that parts and processes share; an item is the batch of a shard.
 
-    Two settings share a file if their sources have the same class, arguments and queries.
-
-    Args:
-        splits: setting below `data` -> source and noise; sources without noise are left out.
-        shard_size: queries per shard; the last one of a source may be smaller.
-        keep_known: leave out the sources in which every query has a region or needs none.
+    Settings whose sources have the same class, arguments and queries share a file. With `keep_known` the sources are left out in which
+    every query has a region or needs none.
 
     Attributes:
         extractions: the sources.
-        complete: the settings of those that are left out.
-        shards: the extraction's index and the queries of each shard, whose index is its number.
+        complete: the settings of those that `keep_known` leaves out.
+        shards: the extraction's index and the queries of each shard, by its number.
         finished: numbers of the shards that an earlier run finished.
     """
 
@@ -94,19 +83,17 @@ class RegionPlan(Dataset[RawBatch]):
         self.extractions: list[Extraction] = []
         self.complete: list[str] = []
         self.finished: Collection[int] = ()
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[tuple[str, str], list[str]] = defaultdict(list)
         for setting, split in splits.items():
             if split.noise != "none":
-                key = settings_digest(split.source), queries_digest(split.source)
-                groups.setdefault(key, []).append(setting)
+                groups[settings_digest(split.source), queries_digest(split.source)].append(setting)
         for (_, content), settings in groups.items():
             source = splits[settings[0]].source
             if keep_known and not unlocated(source):
                 self.complete += settings
-            else:
-                file = f"{quote(settings[0], safe='')}.parquet"
-                n_queries = len(source.queries())
-                self.extractions.append(Extraction(file, source, tuple(settings), n_queries, content))
+                continue
+            file, total = f"{quote(settings[0], safe='')}.parquet", len(source.queries())
+            self.extractions.append(Extraction(file, source, tuple(settings), total, content))
         self.shards = [
             (index, range(begin, min(begin + shard_size, extraction.queries)))
             for index, extraction in enumerate(self.extractions)
@@ -136,41 +123,32 @@ class RegionPlan(Dataset[RawBatch]):
 
 
 def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QuerySource:
-    """The queries of a source with their extracted regions; images, and wrong answers to open queries, are the source's own.
+    """The queries of a source with the regions of `folder`; images, and wrong answers to open queries, are the source's own.
 
-    Args:
-        folder: holds the files that `vlm-calibration predict` wrote.
-        setting: the setting below `data` that holds the source.
-        source: the source that regions were extracted for; returned itself if it has no file and every query has what it needs.
-
-    Raises:
-        DataError: the file was extracted from other queries, or there is none and queries need regions.
+    A source without a file is returned itself if no query lacks a region. A DataError if queries do, or if the file of `setting` was
+    extracted from other queries.
     """
     n_queries, content = len(source.queries()), queries_digest(source)
-    notes: dict[Path, dict[str, Any]] = {
-        path: json.loads((schema_of(path).metadata or {}).get(NOTE, b"{}"))
-        for path in sorted(folder.glob("*.parquet"))
-    }
+    files = sorted(folder.glob("*.parquet"))
+    notes = [(p, json.loads((schema_of(p).metadata or {}).get(NOTE, b"{}"))) for p in files]
     # Of several files from equal queries, the one that was extracted for this setting comes first.
-    for_setting = sorted(notes, key=lambda path: setting not in notes[path].get("settings", ()))
-    for path in for_setting:
-        if notes[path].get("content") == content:
+    notes.sort(key=lambda item: setting not in item[1].get("settings", ()))
+    for path, note in notes:
+        if note.get("content") == content:
             return ParquetSource(str(path), images=source, on_bad_record=source.on_bad_record)
     again = "extract regions with `vlm-calibration predict --config regions` and the same data settings"
-    if for_setting and setting in notes[for_setting[0]].get("settings", ()):
-        path = for_setting[0]
-        raise DataError(
-            f"{path}: extracted from {notes[path]['queries']} queries that data.{setting} no longer holds (it has "
-            f"{n_queries}, content {content[:8]}): remove the folder and {again}"
-        )
+    for path, note in notes[:1]:
+        if setting in note.get("settings", ()):
+            raise DataError(
+                f"{path}: extracted from {note['queries']} queries that data.{setting} no longer holds (it has "
+                f"{n_queries}, content {content[:8]}): remove the folder and {again}"
+            )
     if missing := unlocated(source):
-        held = f"it holds {name_some((path.name for path in notes), len(notes))}" if notes else "no file"
+        held = f"it holds {name_some((path.name for path in files), len(files))}" if files else "no file"
         raise DataError(
             f"{folder}: no regions for data.{setting}, where {len(missing)} of {n_queries} queries need one: "
             f"{name_some(missing, len(missing))}; found: {held}: {again}, or set data.regions to null and ask "
             "such queries with untouched images (`data.noise.no_region: clean`)"
         )
-    rank_zero_info(
-        f"data.{setting}: every query has the regions that it needs, so none are read from {folder}"
-    )
+    rank_zero_info(f"data.{setting}: no query lacks a region that it needs, so none are read from {folder}")
     return source

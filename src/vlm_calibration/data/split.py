@@ -1,7 +1,4 @@
-"""Splits one file of queries into train, validation, calibration and test by image, so that no image is in two of them.
-
-Which split a group of images goes to depends on their content and the seed alone, never on the order of the lines.
-"""
+"""Splits one file of queries into train, validation, calibration and test, by the content of images and a seed alone."""
 
 from __future__ import annotations
 
@@ -62,12 +59,7 @@ def output_paths(path: Path, out: Path, overwrite: bool) -> dict[str, Path]:
 def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
     """The split of each query, as an index of `shares`, int64 [N]; -1 for a query without a group.
 
-    Each split gets its share of the groups, rounded, and at least one group; fewer groups than splits are a DataError.
-
-    Args:
-        groups: group of each query's image, int64 [N]; -1 for none.
-        shares: of each split, above 0, with sum 1.
-        seed: another seed gives another split.
+    Each split gets its share of the groups, int64 [N], rounded, and at least one; fewer groups than splits are a DataError.
     """
     splits = np.full(len(groups), -1)
     rest = np.flatnonzero(groups >= 0)
@@ -88,12 +80,9 @@ def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np
 def split_queries(
     source: JsonlSource, paths: Mapping[str, Path], shares: Sequence[float], seed: int, near: bool
 ) -> SplitResult:
-    """Assign the groups of images to `paths` (name of a split -> file) and write all files, or none; records are copied as they are.
+    """Assign the groups of equal, or with `near` nearly equal images to `paths` (split -> file), and write all files, or none.
 
-    With `near`, nearly equal images stay together, not only equal ones.
-
-    Raises:
-        DataError: there are too few images, an image cannot be read, or a file cannot be written.
+    A DataError if there are too few images, an image cannot be read, or a file cannot be written.
     """
     queries = source.queries()
     index: dict[str, int] = {}
@@ -121,10 +110,8 @@ def split_queries(
     files = []
     for split, path in enumerate(paths.values()):
         members = np.flatnonzero(splits == split)
-        asked = [
-            query for query in map(queries.__getitem__, members.tolist()) if query.answer_type == "yes_no"
-        ]
-        yes = [parse_answer(query.answer, "yes_no") == "yes" for query in asked]
+        asked = map(queries.__getitem__, members.tolist())
+        yes = [parse_answer(q.answer, "yes_no") == "yes" for q in asked if q.answer_type == "yes_no"]
         images = len(np.unique(image_of_query[members]))
         files.append((path, len(members), images, float(np.mean(yes)) if yes else None))
     [(label, _)] = Counter(groups[groups >= 0].tolist()).most_common(1)
@@ -133,7 +120,7 @@ def split_queries(
 
 
 def _write_lines(source: JsonlSource, splits: np.ndarray, paths: Sequence[Path]) -> None:
-    """Copy lines unchanged, but for a byte order mark and a missing end of the last line."""
+    """Copy lines unchanged but for a byte order mark and a missing last line end."""
     split_of_line = dict(zip(source.numbers, splits.tolist(), strict=True))
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("wb")) for path in paths]

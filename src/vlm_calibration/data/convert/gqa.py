@@ -1,7 +1,6 @@
 """GQA (Hudson and Manning, arXiv 1902.09506): its questions, and the boxes of its scene graphs as regions.
 
-The annotations of a question say which objects of the scene graph its words and those of its answer stand for: these are the key
-objects, and objects of other names are distractors.
+The objects for which the words of a question and its answer stand are the key objects; those of other names are distractors.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ from vlm_calibration.text.matching import match_key
 
 _ARGUMENT = re.compile(r"(?P<name>[^,()]*)[^()]*\((?P<ids>[-\d,\s]*)\)\s*")
 """The argument of an operation that finds an object: "horse,on the edge of,s (447018)", or "dog (-)" for one that is absent."""
-_ANONYMOUS = ("", "_", "scene")
-ABOUT_OBJECTS = ("obj", "cat", "rel")
-"""Semantic types of questions whose answer is an object's name: only for these are other objects' names plausible answers."""
 
 Objects = Sequence[tuple[int, str, list[int]]]
 """The id, name and box of each object of an image."""
@@ -67,13 +63,14 @@ def _query(key: str, value: Mapping[str, Any], graphs: Mapping[str, Objects]) ->
     phrases = list(dict.fromkeys((*names, *absent)))
     # Another chair is neither evidence about this chair nor a part of the image that the question is not about.
     taken = {match_key(name) for name in (*phrases, *located)}
-    regions = [
-        {"label": n, "box": box} for number, n, box in objects if number in ids or match_key(n) not in taken
-    ]
+    shown = [o for o in objects if o[0] in ids or match_key(o[1]) not in taken]
+    regions = [{"label": name, "box": box} for _, name, box in shown]
     # The scene graph's own names once it has every key object: "animal" is a cat and a cow.
     is_located = bool(ids) and sum(number in ids for number, *_ in objects) == len(ids)
-    kinds = [(value.get("types") or {}).get(kind) for kind in ("structural", "semantic")]
+    structural, semantic = ((value.get("types") or {}).get(kind) for kind in ("structural", "semantic"))
     is_yes_no, full = infer_answer_type(answer) == "yes_no", value.get("fullAnswer")
+    # Only to questions whose answer is an object's name are other objects' names plausible answers.
+    names_object = is_yes_no or semantic in ("obj", "cat", "rel")
     return [
         {
             "id": key,
@@ -84,31 +81,34 @@ def _query(key: str, value: Mapping[str, Any], graphs: Mapping[str, Objects]) ->
             "objects": located if is_located else list(dict.fromkeys((*phrases, *located))),
             # A question about the scene as a whole names no object, so no region shows what it is about.
             "regions": regions if phrases or located else [],
-            "category": "/".join(kind for kind in kinds if kind) or None,
+            "category": "/".join(filter(None, (structural, semantic))) or None,
             "synonyms": [full] if full and not is_yes_no else [],
             "absent": absent,
-            "wrong_answers": None if is_yes_no or (kinds[1] or "") in ABOUT_OBJECTS else [],
+            "wrong_answers": None if names_object else [],
         }
     ]
 
 
 def _key_objects(value: Mapping[str, Any], answer: str) -> tuple[set[int], list[str], list[str]]:
-    """The ids of the objects that a question is about, the names that it and its answer give them, and the names of absent objects."""
+    """The ids and names of the objects that a question and its answer are about, and the names of absent ones."""
     ids: set[int] = set()
     found: set[int] = set()
     names: list[str] = []
     absent: list[str] = []
     for part, spans in (value.get("annotations") or {}).items():
         for objects in spans.values():
-            numbers = set(map(int, re.findall(r"\d+", str(objects))))
+            numbers = _numbers(str(objects))
             ids |= numbers
             if part == "answer" and numbers:
                 names.append(answer)
     for operation in value.get("semantic") or ():
-        match = _ARGUMENT.fullmatch(operation.get("argument") or "")
-        if match is not None:
-            numbers = set(map(int, re.findall(r"\d+", match["ids"])))
+        if match := _ARGUMENT.fullmatch(operation.get("argument") or ""):
+            numbers = _numbers(match["ids"])
             found |= numbers
-            if (name := match["name"].strip()) not in _ANONYMOUS:
+            if (name := match["name"].strip()) not in ("", "_", "scene"):
                 (names if numbers else absent).append(name)
     return ids or found, names, list(dict.fromkeys(absent))
+
+
+def _numbers(text: str) -> set[int]:
+    return set(map(int, re.findall(r"\d+", text)))

@@ -49,18 +49,18 @@ def hf(
     columns = columns or {}
     for key in columns:
         if key not in keys:
-            raise DataError(
-                f"--columns: no key {key!r}{did_you_mean(key, keys)}; there are {', '.join(keys)}"
-            )
+            advice = f"{did_you_mean(key, keys)}; there are {', '.join(keys)}"
+            raise DataError(f"--columns: no key {key!r}{advice}")
     dataset = _open(path, name, split, revision)
     from datasets import Image, List
 
     there = list(dataset.features)
+    names = {key: columns.get(key, key) for key in keys}
     for key in (*columns, *REQUIRED):
-        if (column := columns.get(key, key)) not in there:
+        if (column := names[key]) not in there:
             advice = f"{did_you_mean(column, there)}; there are {', '.join(there)}"
             raise DataError(f"{path}: --columns: no column {column!r} for {key!r}{advice}")
-    names = {key: columns.get(key, key) for key in keys if columns.get(key, key) in there}
+    names = {key: column for key, column in names.items() if column in there}
     dataset = dataset.select_columns(sorted(set(names.values())))
     for column, feature in dataset.features.items():
         # Images stay {bytes, path}: they are written as they are.
@@ -70,10 +70,10 @@ def hf(
             dataset = dataset.cast_column(column, List(Image(decode=False)))
     labels = {column: f.names for column, f in dataset.features.items() if hasattr(f, "names")}
     for row, values in enumerate(dataset):
+        for column, of_column in labels.items():
+            if isinstance(number := values[column], int):
+                values[column] = of_column[number] if number >= 0 else None
         record = {key: values[column] for key, column in names.items()}
-        for key, column in names.items():
-            if column in labels and isinstance(record[key], int):
-                record[key] = labels[column][record[key]] if record[key] >= 0 else None
         yield f"{path}: row {row}", partial(_query, row, record, answer_type)
 
 
@@ -119,7 +119,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _open(path: str, name: str | None, split: str | None, revision: str | None) -> Any:
-    """One split of a data set, whose rows are read one after another."""
+    """One split of a data set."""
     try:
         import datasets
     except ImportError as error:

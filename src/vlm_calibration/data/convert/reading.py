@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from vlm_calibration.files import json_lines
 from vlm_calibration.records import DataError, RecordError
 
 Queries: TypeAlias = Callable[[], list[dict[str, Any]]]
-"""Returns the queries of a record as objects with the keys of a query; `image` is the name of a file or its bytes. Raises a
-`RecordError` for a record that cannot be asked. A missing key or a value of another type needs no check: see `explained`."""
+"""Returns a record's queries as objects with the keys of a query, `image` the name of a file or its bytes; raises a `RecordError` for one
+that cannot be asked. A missing key or a value of another type needs no check: see `explained`."""
 Source: TypeAlias = Iterator[tuple[str, Queries]]
 """The place of each record, such as "FILE:7", and its queries."""
 
@@ -75,7 +76,7 @@ def json_members(path: Path) -> Iterator[tuple[str, Any]]:
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:
     """The place and value of each record of a JSON array, or the place and undecoded bytes of each of JSON lines."""
     first = next(json_lines(path), None)
-    if first is not None and first.content.lstrip().startswith(b"["):
+    if first and first.content.lstrip().startswith(b"["):
         yield from json_values(path, "item")
     else:
         yield from ((line.where, line.content) for line in json_lines(path))
@@ -86,7 +87,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """A file behind its byte order mark, if it has one."""
     try:
         with path.open("rb") as file:
-            if file.read(3) != b"\xef\xbb\xbf":
+            if file.read(3) != BOM_UTF8:
                 file.seek(0)
             yield file
     except OSError as error:

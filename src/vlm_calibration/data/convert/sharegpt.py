@@ -1,7 +1,7 @@
 """Conversations about an image: LLaVA's and ShareGPT's `conversations` of {from, value}, LLaMA-Factory's `messages` of {role, content}.
 
-The image is named by `image`, by `images` or in a part of a message, and its place in the text is marked by `<image>`, which is
-removed. Every question is asked alone, without the turns before it.
+The image is named by `image`, by `images` or in a part of a message; `<image>` marks its place in the text. Every question is asked
+alone, without the turns before it.
 """
 
 from __future__ import annotations

@@ -61,11 +61,5 @@ def _query(
     identifier = question["question_id"]
     if identifier not in answers:
         raise RecordError(f"question {identifier} has no annotation in {annotations}")
-    return [
-        {
-            "id": identifier,
-            "image": image(id=question["image_id"]),
-            "question": question["question"],
-            **answers[identifier],
-        }
-    ]
+    asked = {"id": identifier, "image": image(id=question["image_id"]), "question": question["question"]}
+    return [asked | answers[identifier]]

@@ -1,4 +1,4 @@
-"""Checks converted queries and writes them as JSON lines: the one place that decides which records of a published format are usable."""
+"""Checks converted queries, and writes the usable ones as JSON lines."""
 
 from __future__ import annotations
 
@@ -28,10 +28,8 @@ _DETAILS = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+")
 class QueryWriter:
     """Writes the usable queries of a published format, all or none; an output that may not be written is a DataError.
 
-    Images that a record embeds go to the folder OUT_images, each once, named by a digest of their content.
-
     Attributes:
-        root: the folder that image paths in the file are relative to: its own, or that of the images if it is not below that.
+        root: the folder that image paths in the file are relative to: its own, or that of the images if they are not below it.
         queries: number of queries written, `regions` of those with regions, and `answer_types` of each type.
         image_names: the images that they are about.
         skipped: kind of mistake -> how many records were left out, and the message about the first.
@@ -117,7 +115,7 @@ class QueryWriter:
 
 
 def _image_name(content: bytes) -> str:
-    """The path of an embedded image below the folder of all: "0f/0f3a....jpeg"."""
+    """The path of an embedded image, by a digest of its content: "0f/0f3a....jpeg"."""
     try:
         with Image.open(BytesIO(content)) as image:
             kind = str(image.format).lower()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,23 +30,22 @@ def opposite(query: Query) -> tuple[str, ...]:
     return ("No",) if grade("Yes", query.answer, "yes_no", ()).correct else ("Yes",)
 
 
-def with_regions(query: Query, image: np.ndarray) -> LoadedImage:
-    """Add the masks of a query's regions to its image, uint8 [H, W, 3]; boxes are clipped to the image.
+def with_masks(query: Query, image: np.ndarray, masks: Iterable[tuple[str, np.ndarray]]) -> LoadedImage:
+    """An image with the masks of its objects, given by the names of these."""
+    named = [(is_evidence(query, name), mask) for name, mask in masks]
+    evidence, distractors = (tuple(m for is_key, m in named if is_key == kind) for kind in (True, False))
+    return LoadedImage(image, evidence, distractors)
 
-    A mask of another size than the image, or a region outside it, is a RecordError.
-    """
+
+def with_regions(query: Query, image: np.ndarray) -> LoadedImage:
+    """Add the masks of a query's regions, clipped to the image; a RecordError for one outside it or a mask of another size."""
     height, width = image.shape[:2]
-    masks = [(is_evidence(query, r.label), region_to_mask(r, height, width)) for r in query.regions]
-    return LoadedImage(
-        image,
-        tuple(mask for evidence, mask in masks if evidence),
-        tuple(mask for evidence, mask in masks if not evidence),
-        any(leaves_image(r, height, width) for r in query.regions),
-    )
+    loaded = with_masks(query, image, ((r.label, region_to_mask(r, height, width)) for r in query.regions))
+    return loaded._replace(clipped=any(leaves_image(r, height, width) for r in query.regions))
 
 
 class BadRecords:
-    """The messages about a source's invalid records, one a skipped record; under the policy "raise" the first is raised."""
+    """The messages about a source's invalid records, one each; under the policy "raise" the first is raised."""
 
     def __init__(self, policy: OnBadRecord) -> None:
         self.policy = policy
@@ -59,9 +58,9 @@ class BadRecords:
         self.messages.append(message)
 
     def error(self, message: str) -> DataError:
-        """The error to raise about a record; recommends `skip` under the policy "raise"."""
-        advice = "; `on_bad_record: skip` leaves such records out"
-        return DataError(message + (advice if self.policy == "raise" else ""))
+        """The error to raise about a record."""
+        advice = "; `on_bad_record: skip` leaves such records out" if self.policy == "raise" else ""
+        return DataError(message + advice)
 
     def report(self, usable: int) -> None:
         """Warn about the skipped records, given the number of those that were not skipped."""
@@ -74,7 +73,7 @@ class BadRecords:
 
 
 class LazyQueries(Sequence[Query]):
-    """A sequence of `length` queries; `read` makes those at a range of indices on access, so that a million take no memory."""
+    """A sequence of `length` queries; `read` makes those at a range of indices on access."""
 
     def __init__(self, length: int, read: Callable[[range], Iterator[Query]]) -> None:
         self._indices = range(length)
@@ -97,8 +96,7 @@ class LazyQueries(Sequence[Query]):
 class QuerySource(ABC):
     """Base class of sources: queries, with the image and regions of each.
 
-    A source is built from plain settings, is cheap to pickle (data workers receive a copy), and does no work before `queries`
-    is called.
+    A source is built from plain settings, cheap to pickle (data workers get a copy), and idle until `queries` is called.
 
     Attributes:
         on_bad_record: "raise" stops the run at an invalid record or at an image that cannot be loaded; "skip" leaves such
@@ -115,7 +113,7 @@ class QuerySource(ABC):
         """All queries, in the same order on every call, ids unique; a DataError names an invalid file or record."""
 
     def scan(self, name: str) -> Iterator[Query]:
-        """The same in one pass, whose progress is shown under a name; a file that was not read before is checked in this pass."""
+        """The same in one pass, with its progress under a name; a file that was not read before is checked in this pass."""
         queries = self.queries()
         return track(queries, name, len(queries), "queries")
 
@@ -157,10 +155,9 @@ class QuerySource(ABC):
             return query.wrong_answers
         if query.answer_type != "short":
             return opposite(query)
-        others = dict.fromkeys(r.label for r in query.regions if not is_evidence(query, r.label))
-        return [
-            o for o in others if o.strip() and not grade(o, query.answer, "short", query.synonyms).correct
-        ]
+        labels = dict.fromkeys(r.label for r in query.regions if not is_evidence(query, r.label))
+        gold = query.answer, "short", query.synonyms
+        return [label for label in labels if label.strip() and not grade(label, *gold).correct]
 
     def labels(self, query: Query) -> Sequence[str]:
         """The labels of the image's regions; does not open the image."""

@@ -20,18 +20,12 @@ from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
 
 
 class BenchmarkSource(QuerySource):
-    """The questions of a benchmark in the order of its file, without regions.
-
-    Args:
-        path: the official question file.
-        root: folder that image names are relative to.
-    """
+    """The questions of a benchmark in the order of its file `path`, without regions; image names are relative to `root`."""
 
     counts: ClassVar[type[OfficialCounts]]
 
     def __init__(self, path: str, root: str) -> None:
-        self.path = path
-        self.root = root
+        self.path, self.root = path, root
         self.images = ImageFolder(Path(root))
 
     @abstractmethod
@@ -40,7 +34,7 @@ class BenchmarkSource(QuerySource):
 
     @abstractmethod
     def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
-        """Input files of the benchmark's own script for the text and confidence of all answers, in order: suffix of the name -> rows."""
+        """Files for the benchmark's own script, from text and confidence of all answers, in order: suffix of the name -> rows."""
 
     def count(self, texts: Sequence[str]) -> OfficialCounts:
         """Score the answers to all queries, in order, by the benchmark's own rule."""

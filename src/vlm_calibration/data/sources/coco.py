@@ -1,13 +1,12 @@
 """Source that generates queries from COCO's instance annotations, with exact masks of all annotated objects.
 
-POPE's rules (Li et al., arXiv 2305.10355, its official `utils.py`) choose an object that is not in the image: *random* any,
-*popular* the most frequent in the data set, *adversarial* the one that most often occurs together with the object asked about
-before. The first in the table wins a tie, and a rule without a candidate falls back to *random*.
+POPE's rules (arXiv 2305.10355, its official `utils.py`) choose an object that is not in the image: *random* any, *popular* the most
+frequent, *adversarial* the one most often together with the object asked about before; without a candidate, *random*.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import product
@@ -17,19 +16,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from vlm_calibration.data.sources.base import QuerySource, opposite
+from vlm_calibration.data.sources.base import QuerySource, opposite, with_masks
 from vlm_calibration.data.sources.images import ImageFolder, excluded_images
 from vlm_calibration.files import read_json
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.progress import track
-from vlm_calibration.records import DataError, LoadedImage, Query, RecordError
-from vlm_calibration.text.labels import is_evidence
+from vlm_calibration.records import AnswerType, DataError, LoadedImage, Query, RecordError
 
 Kind = Literal["existence", "counting", "spatial"]
 Negatives = Literal["random", "popular", "adversarial"]
 SIDES = ("to the left of", "to the right of", "above", "below")
-MAX_COUNT = 9
-"""Larger counts are not asked, since annotations of many objects are not exact."""
 IRREGULAR_PLURALS = {
     "person": "people",
     "sheep": "sheep",
@@ -58,7 +54,7 @@ class AnnotatedImage(NamedTuple):
 
 
 def read_instances(path: Path) -> list[AnnotatedImage]:
-    """The images of an annotation file that have annotations, in the order of their file names; another format is a DataError."""
+    """The images with annotations, in the order of their file names; a DataError if the file has another format."""
     content = read_json(path)
     try:
         names = {c["id"]: c["name"] for c in content["categories"]}
@@ -108,24 +104,19 @@ class AbsentObjects:
 
     def __init__(self, objects_of_images: Iterable[Sequence[str]]) -> None:
         frequency: Counter[str] = Counter()
-        cooccurrence: dict[str, Counter[str]] = {}
+        cooccurrence: dict[str, Counter[str]] = defaultdict(Counter)
         for objects in objects_of_images:
             frequency.update(objects)
             for name in objects:
-                cooccurrence.setdefault(name, Counter()).update(o for o in objects if o != name)
+                cooccurrence[name].update(o for o in objects if o != name)
         self.objects = list(frequency)
         self.popular = [name for name, _ in frequency.most_common()]
-        self.adversarial = {
-            name: [o for o, _ in counts.most_common()] for name, counts in cooccurrence.items()
-        }
+        self.adversarial = {name: [o for o, _ in c.most_common()] for name, c in cooccurrence.items()}
 
     def draw(
         self, rule: Negatives, present: str, taken: Sequence[str], rng: np.random.Generator
     ) -> str | None:
-        """Draw an absent object; None if there is none.
-
-        `present` is the object asked about before, `taken` the objects in the image and the absent ones already asked about.
-        """
+        """Draw an object that is not `taken`, None if there is none, after a question about one that is `present`."""
         excluded = set(taken)
         ranked = {"random": [], "popular": self.popular, "adversarial": self.adversarial.get(present, [])}
         for name in ranked[rule]:
@@ -138,8 +129,7 @@ class AbsentObjects:
 class CocoSource(QuerySource):
     """Existence, counting and spatial queries over annotated images, a pure function of the annotations and the seed.
 
-    Half of the existence queries are about absent objects. Spatial queries ask whether one object is left of, right of, above or
-    below another.
+    Half of the existence queries are about absent objects. Spatial queries ask for the relative position of two objects.
 
     Args:
         annotations: a file in the format of `instances_val2017.json`.
@@ -149,10 +139,10 @@ class CocoSource(QuerySource):
         per_image: maximum number per image of questions about present objects, about absent objects, of counting and of
             spatial questions, each.
         images: number of images, drawn at random; None: all annotated images.
-        first: position in the random order at which the images begin. Sources of one file, `exclude` and seed whose positions
-            do not overlap, e.g. 0 to 299 and 300 to 999, have no image in common.
-        exclude: text files, such as POPE's question files; an image is excluded if its twelve-digit number occurs in one.
-            POPE's images of val2014 are part of train2017 and val2017.
+        first: position in the random order at which the images begin. Sources of one file, `exclude` and seed have no image in
+            common if their positions do not overlap, e.g. 0 to 299 and 300 to 999.
+        exclude: text files, such as POPE's question files, whose images (of val2014) are part of train2017 and val2017; an image
+            is excluded if its twelve-digit number occurs in one.
         seed: seed of all random choices.
     """
 
@@ -174,15 +164,10 @@ class CocoSource(QuerySource):
             raise DataError(f"CocoSource: needs images >= 1 and first >= 0, found {images} and {first}")
         if not kinds or ("existence" in kinds and not negatives) or per_image < 1:
             raise DataError("CocoSource: needs one of `kinds` and of `negatives`, and per_image >= 1")
-        self.annotations = Path(annotations)
-        self.root = Path(root)
-        self.kinds = list(kinds)
-        self.negatives = list(negatives)
-        self.per_image = per_image
-        self.images = images
-        self.first = first
+        self.annotations, self.root = Path(annotations), Path(root)
+        self.kinds, self.negatives = list(kinds), list(negatives)
+        self.per_image, self.images, self.first, self.seed = per_image, images, first, seed
         self.exclude = [Path(path) for path in exclude or ()]
-        self.seed = seed
         self._files = ImageFolder(self.root)
 
     @cached_property
@@ -253,11 +238,7 @@ class CocoSource(QuerySource):
             masks = [(name, object_mask(annotated, name)) for name in annotated.objects]
         except (RecordError, ImageError) as error:
             raise DataError(f"{self.annotations}: record {query.id!r}: {error}") from error
-        return LoadedImage(
-            image,
-            tuple(m for name, m in masks if is_evidence(query, name) and m.any()),
-            tuple(m for name, m in masks if not is_evidence(query, name) and m.any()),
-        )
+        return with_masks(query, image, [(name, mask) for name, mask in masks if mask.any()])
 
     def labels(self, query: Query) -> Sequence[str]:
         return list(self._annotated[query.image].objects)
@@ -272,30 +253,23 @@ class CocoSource(QuerySource):
 def _query(
     image: AnnotatedImage, suffix: str, question: str, answer: str, objects: tuple[str, ...], category: str
 ) -> Query:
-    return Query(
-        id=f"{image.file}:{suffix}",
-        image=image.file,
-        question=question,
-        answer=answer,
-        answer_type="short" if category == "counting" else "yes_no",
-        objects=objects,
-        category=category,
-    )
+    kind: AnswerType = "short" if category == "counting" else "yes_no"
+    identifier = f"{image.file}:{suffix}"
+    return Query(identifier, image.file, question, answer, kind, objects, category=category)
 
 
 def _counting(image: AnnotatedImage) -> Iterator[Query]:
-    """Questions about the number of instances of every object that is not in a crowd."""
+    """Questions about the number of instances of every object that is not in a crowd; annotations of more than 9 are not exact."""
     for name, same in image.objects.items():
-        if len(same) <= MAX_COUNT and not any(i.crowd for i in same):
+        if len(same) <= 9 and not any(i.crowd for i in same):
             question = f"How many {_plural(name)} are there in the image?"
             yield _query(image, f"count-{name}", question, str(len(same)), (name,), "counting")
 
 
 def _spatial(image: AnnotatedImage, rng: np.random.Generator) -> Iterator[Query]:
     """Questions about the relative position of any two objects that occur once and do not overlap; half are false."""
-    boxes = {
-        name: same[0].box for name, same in image.objects.items() if len(same) == 1 and not same[0].crowd
-    }
+    single = {name: same[0] for name, same in image.objects.items() if len(same) == 1}
+    boxes = {name: instance.box for name, instance in single.items() if not instance.crowd}
     for a, b in product(boxes, boxes):
         for axis, (before, after) in enumerate((SIDES[:2], SIDES[2:])):
             first, second = sorted((boxes[i][axis], boxes[i][axis] + boxes[i][axis + 2]) for i in (a, b))

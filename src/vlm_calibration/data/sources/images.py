@@ -36,9 +36,8 @@ class ImageFolder:
 
     def check(self, name: str) -> None:
         """Raise a RecordError if there is no such image, or its path leaves the folder."""
-        path = self.path(name)
         # Unlike Path.is_file, this accepts names that are too long.
-        if not os.path.isfile(path):
+        if not os.path.isfile(path := self.path(name)):
             raise RecordError(f"no such image: {path}")
 
     def load(self, name: str) -> np.ndarray:
@@ -47,7 +46,7 @@ class ImageFolder:
 
 
 def excluded_images(paths: Sequence[Path]) -> Callable[[str], bool]:
-    """Whether the name of an image holds a number of COCO that occurs in text files, such as POPE's question files."""
+    """Whether an image's name holds a number of COCO that occurs in text files, such as POPE's question files."""
     numbers: set[str] = set()
     for path in paths:
         try:

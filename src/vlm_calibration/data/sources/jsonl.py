@@ -1,7 +1,4 @@
-"""Source for one's own data: queries in a JSONL file, images in a folder.
-
-Every record is checked once, and read again on access, so that a million take little memory.
-"""
+"""Queries in a JSONL file, with images in a folder; records are checked once and read again on access, so that they take little memory."""
 
 from __future__ import annotations
 
@@ -13,13 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_calibration.data.sources.base import (
-    BadRecords,
-    LazyQueries,
-    OnBadRecord,
-    QuerySource,
-    with_regions,
-)
+from vlm_calibration.data.sources.base import BadRecords, LazyQueries, OnBadRecord, QuerySource, with_regions
 from vlm_calibration.data.sources.images import ImageFolder
 from vlm_calibration.files import json_lines, name_some, parse_json
 from vlm_calibration.perturbation.images import ImageError, load_image
@@ -38,15 +29,12 @@ SPLITS = ("train", "validation", "calibration", "test")
 """Names of the files of a data root, without their suffix; the images that they name are beside them."""
 PRESETS = {".jsonl": "data/jsonl", ".parquet": "data/parquet"}
 """Suffix of the files -> the preset that reads them."""
-PARQUET = b"PAR1"
-"""The first bytes of a Parquet file."""
-MB = 1e6
 MAX_KNOWN = 100_000
 """Number of image names and of answers that are remembered as good."""
 
 
 class MissingFileError(DataError):
-    """A file of queries does not exist. The message says what the folder has instead and how to make the file."""
+    """A file of queries does not exist; the message says what the folder has instead and how to make the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,10 +55,7 @@ class MissingFileError(DataError):
 
 
 class RecordChecks:
-    """Checks of a file's records beyond their own fields: the answer can be graded, the image exists, no id occurs twice.
-
-    `place` is where a record is, followed by its number: "on line", "in row".
-    """
+    """Checks that answers can be graded, images exist, and no id occurs twice; `place`, "on line", precedes a record's number."""
 
     def __init__(self, images: ImageFolder, place: str) -> None:
         self._check_image = lru_cache(MAX_KNOWN)(images.check)
@@ -79,7 +64,7 @@ class RecordChecks:
         self._answers: set[tuple[str, str]] = set()
 
     def check(self, query: Query, number: int, has_file: bool = True) -> None:
-        """Raise a RecordError if the record with this number, whose image may be a file, fails a check."""
+        """A RecordError if the record with this number fails a check; `has_file`: its image is a file."""
         answer = query.answer, query.answer_type
         if answer not in self._answers:
             check_answer(query)
@@ -105,8 +90,7 @@ class JsonlSource(QuerySource):
 
     Attributes:
         bad: the records that were left out.
-        place: where a record is, followed by its number.
-        where: the same for the beginning of a message, with `path` and `number`.
+        place: where a record is, before its number; `where` is the same for the beginning of a message.
         numbers: the numbers of the usable records, empty until all have been read.
         has_image_files: whether images are files below `root`.
     """
@@ -121,14 +105,13 @@ class JsonlSource(QuerySource):
         self.images_below = ImageFolder(self.root)
         self.bad = BadRecords(on_bad_record)
         self.numbers = array("q")
-        # Where the JSON of each usable record begins and ends.
-        self._begins, self._ends = array("q"), array("q")
+        self._begins, self._ends = array("q"), array("q")  # of the JSON of each usable record
 
     def records(self) -> Iterator[tuple[int, int, bytes]]:
-        """The number, the place and the JSON of each record of the file."""
-        lines, size = json_lines(self.path), self.path.stat().st_size / MB
-        for line in track(lines, f"checking {self.path}", size, "MB", lambda line: len(line.content) / MB):
-            if line.number == 1 and line.content.startswith(PARQUET):
+        """The number, the offset and the JSON of each record of the file."""
+        lines, size = json_lines(self.path), self.path.stat().st_size / 1e6
+        for line in track(lines, f"checking {self.path}", size, "MB", lambda line: len(line.content) / 1e6):
+            if line.number == 1 and line.content.startswith(b"PAR1"):
                 source = "vlm_calibration.data.sources.parquet.ParquetSource"
                 raise DataError(f"{self.path}: a Parquet file, expected JSON lines: class_path: {source}")
             yield line.number, line.offset, line.content

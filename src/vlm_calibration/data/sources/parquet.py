@@ -1,7 +1,4 @@
-"""Source for Parquet files: the output of `vlm-calibration predict`, and large data of one's own.
-
-Embedded images do not stay in memory: a row group of them is read at a time.
-"""
+"""Source for Parquet files: the output of `vlm-calibration predict`, and large data of one's own."""
 
 from __future__ import annotations
 
@@ -44,8 +41,6 @@ OPTIONAL = {
 }
 NOTES = ("outcome", "rejected", "note")
 """Columns with the outcome of `predict`; not part of a query."""
-BATCH = 1000
-"""Rows that are decoded at once."""
 ROW = "row-"
 """Prefix of the name of an embedded image: "row-17"."""
 
@@ -72,10 +67,8 @@ class ParquetSource(JsonlSource):
     ) -> None:
         super().__init__(path, root, on_bad_record)
         self.images = images
-        # The JSON of all rows.
-        self._json = bytearray()
-        # The first row of a row group, and its embedded images.
-        self._row_group: tuple[int, Any] = (0, ())
+        self._json = bytearray()  # of all rows
+        self._row_group: tuple[int, Any] = (0, ())  # the first row of a row group, and its embedded images
 
     @cached_property
     def _is_embedded(self) -> bool:
@@ -96,7 +89,7 @@ class ParquetSource(JsonlSource):
         columns = [n for n in names if n in known and not (n == "image" and self._is_embedded)]
         try:
             file = pq.ParquetFile(self.path, pre_buffer=False)
-            rows = (row for batch in file.iter_batches(BATCH, columns=columns) for row in batch.to_pylist())
+            rows = (row for batch in file.iter_batches(1000, columns=columns) for row in batch.to_pylist())
             total, content = file.metadata.num_rows, bytearray()
             for number, row in enumerate(track(rows, f"checking {self.path}", total, "records")):
                 if self._is_embedded:
@@ -141,7 +134,7 @@ class ParquetSource(JsonlSource):
         return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
 
     def _embedded(self, query: Query) -> bytes:
-        """The encoded bytes of an embedded image; the last row group stays in memory."""
+        """The bytes of an embedded image; the last row group stays in memory."""
         row = int(query.image.removeprefix(ROW))
         begin, images = self._row_group
         if not begin <= row < begin + len(images):
@@ -157,7 +150,7 @@ class ParquetSource(JsonlSource):
 
 
 def _as_text(value: Any) -> Any:
-    """Bytes as text, such as the counts of a mask; any other value that JSON lacks as an object, which no key of a query takes."""
+    """Bytes as text, such as a mask's counts; any other value that JSON lacks as an object, which no key of a query takes."""
     try:
         return value.decode()
     except (AttributeError, UnicodeDecodeError):
