@@ -72,8 +72,8 @@ class AnswerLog(AppendLog):
         over = f"{self.folder}: starting over instead of resuming the interrupted run"
         ids: dict[str, list[str]] = {split: [] for split in self.queries}
         try:
-            for _, row in self._rows():
-                ids[row["split"]] += next(_ids(row))
+            for _, row, answered in self._rows():
+                ids[row["split"]] += answered
         except SettingsChangedError:
             return ResumeState(message=f"{over}: it had other settings or inputs")
         count, total = sum(map(len, ids.values())), sum(map(len, self.queries.values()))
@@ -90,14 +90,13 @@ class AnswerLog(AppendLog):
 
     def batches(self, split: str) -> Iterator[BatchAnswers]:
         """The batches of a split that any process has answered so far."""
-        for where, row in self._rows():
-            if row["split"] != split:
-                continue
-            try:
-                answers = {s: [*map(prediction_from_dict, rows)] for s, rows in row["answers"].items()}
-            except ValueError as error:
-                raise self.damaged(where, error) from error
-            yield BatchAnswers(answers=answers, passes=row["passes"])
+        for where, row, _ in self._rows():
+            if row["split"] == split:
+                try:
+                    answers = {s: [*map(prediction_from_dict, rows)] for s, rows in row["answers"].items()}
+                except ValueError as error:
+                    raise self.damaged(where, error) from error
+                yield BatchAnswers(answers=answers, passes=row["passes"])
 
     def add(self, split: str, batch: BatchAnswers) -> None:
         """Append a batch, unless it is empty; raises a DataError if it cannot be written."""
@@ -113,32 +112,28 @@ class AnswerLog(AppendLog):
         """
         lines: dict[int, str] = {}
         count = 0
-        for _, row in self._rows():
+        for _, row, _ in self._rows():
             for answer in row["answers"][system] if row["split"] == split else ():
                 lines[self._index[split][answer["id"]]] = json.dumps(answer, ensure_ascii=False) + "\n"
                 count += 1
         expected = len(lines) if total is None else total
         if not count == len(lines) == expected:
-            found = f"{count} answers of {system!r} to {len(lines)} queries, expected {expected}"
-            says = "does another evaluation write into this folder?"
-            raise DataError(f"{self.folder / self.pattern}: {found}: {says}")
+            raise DataError(
+                f"{self.folder / self.pattern}: {count} answers of {system!r} to {len(lines)} queries, expected {expected}: "
+                "does another evaluation write into this folder?"
+            )
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(lines[index] for index in sorted(lines))
 
-    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """File and line number of each line, and its row."""
+    def _rows(self) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+        """File and line number of each line, its row, and the ids of its queries."""
         for line, row in self.lines():
             try:
-                first, *others = _ids(row)
+                first, *others = ([answer["id"] for answer in rows] for rows in row["answers"].values())
                 if row["split"] not in self.queries or not isinstance(row["passes"], dict):
                     raise ValueError(f"not a batch of answers to {', '.join(self.queries)}")
                 if any(ids != first for ids in others):
                     raise ValueError("the systems answered different queries")
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 raise self.damaged(line.where, error) from error
-            yield line.where, row
-
-
-def _ids(row: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The queries of a batch, as each system answered them."""
-    return ([answer["id"] for answer in rows] for rows in row["answers"].values())
+            yield line.where, row, first

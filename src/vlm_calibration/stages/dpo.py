@@ -1,8 +1,7 @@
 """Stage 2: teach the stated confidence with several responses to one image and question, starting from the adapter of stage 1.
 
 A response that states the target confidence is preferred over responses that state others (CSP, arXiv 2504.14848; `losses.preference`),
-or the distribution over all confidences is taught (`losses.distribution`). A step: candidates and their target (`compare`), scores
-(`score`), loss.
+or the distribution over all confidences is taught (`losses.distribution`).
 """
 
 from __future__ import annotations
@@ -139,7 +138,6 @@ class DPOModule(TrainingStage):
         self.lora = lora
         self.loss = loss
         self.pairs = pairs
-        self.teacher = teacher
         self.reference = reference
         self.parts = parts
         self.nll_weight = nll_weight
@@ -153,7 +151,6 @@ class DPOModule(TrainingStage):
         self.target = TargetChooser(pairs.target, teacher)
 
     def title(self, data: PerturbedQueryDataModule) -> str:
-        """What is taught, and on which answers."""
         taught = "soft labels" if isinstance(self.loss, SoftLabel) else type(self.loss).__name__
         answers = "gold" if data.candidates is None else data.candidates.answers
         return f"stage 2: {taught} on {answers} answers"
@@ -203,10 +200,8 @@ class DPOModule(TrainingStage):
         """Fit the teacher on the reference's answers to the validation queries: all processes answer their share, and fit the same."""
         if self.target.is_ready:
             return
-        taught, held_out = (
-            {q.answer_type for q in self.data.sets[name].queries} for name in ("train", "validation")
-        )
-        if missing := sorted(taught - held_out):
+        types = {name: {q.answer_type for q in s.queries} for name, s in self.data.sets.items()}
+        if missing := sorted(types["train"] - types["validation"]):
             raise DataError(
                 f"data.validation has no {' and no '.join(missing)} question, but data.train has: `target: fitted` needs such questions"
             )
@@ -254,8 +249,7 @@ class DPOModule(TrainingStage):
 
     def compare(self, batch: CandidateBatch | PromptBatch) -> tuple[CandidateBatch, Comparison]:
         """The prompts with all their candidates, and what is compared of these. Call it within `shared_vision`."""
-        answered: AnsweredBatch | None = None
-        of_all: ResponseScores | None = None
+        answered = of_all = None
         needs_reference = self.loss.needs_reference or bool(self.drift_weight)
         is_used = needs_reference or isinstance(batch, PromptBatch) or self.pairs.target == "expected"
         with self.as_reference() if is_used else nullcontext():
@@ -267,12 +261,10 @@ class DPOModule(TrainingStage):
             targets = self.target(batch, of_all, answered)
             everything = isinstance(self.loss, DistributionLoss)
             picks = choose_candidates(self.pairs, batch, targets, everything=everything)
-            comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
+            comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, of_all=of_all)
             if needs_reference:
-                of_picked = (
-                    self.score(batch, comparison.compared) if of_all is None else picked(of_all, picks)
-                )
-                comparison = comparison._replace(reference=of_picked)
+                scores = picked(of_all, picks) if of_all else self.score(batch, comparison.compared)
+                comparison = comparison._replace(reference=scores)
         return batch, comparison
 
     def _answer(self, batch: PromptBatch) -> AnsweredBatch:
@@ -297,12 +289,10 @@ class DPOModule(TrainingStage):
         In train mode, gradient checkpointing would disable the cache of the prompts.
         """
         training = self.model.training
+        adapter = REFERENCE if self.reference == "adapter" else None
         self.model.eval()
         try:
-            with (
-                torch.no_grad(),
-                using_adapter(self.model, REFERENCE if self.reference == "adapter" else None),
-            ):
+            with torch.no_grad(), using_adapter(self.model, adapter):
                 yield
         finally:
             self.model.train(training)
@@ -351,10 +341,9 @@ class DPOModule(TrainingStage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        fitted = self.target.fitted
-        checkpoint["teacher"] = None if fitted is None else asdict(fitted)
+        checkpoint["teacher"] = self.target.fitted and asdict(self.target.fitted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["teacher"]
-        self.target.fitted = None if state is None else FittedTeacher.from_state(self.teacher, state)
+        self.target.fitted = state and FittedTeacher.from_state(self.target.settings, state)

@@ -44,10 +44,7 @@ class Comparison(NamedTuple):
 
     @property
     def correct(self) -> list[list[bool]]:
-        """For each query whether the answer of each picked candidate is correct.
-
-        A wrong candidate beside a gold answer is wrong, and one beside a wrong own answer is its opposite.
-        """
+        """For each query whether the answer of each picked candidate is correct; one beside a wrong own answer is its opposite."""
         rows = zip(self.compared, self.is_correct, strict=True)
         return [[c.wrong != correct for c in candidates] for candidates, correct in rows]
 
@@ -120,10 +117,9 @@ def chosen_nll(
 def shared_text_drift(policy: ResponseScores, comparison: Comparison) -> Tensor:
     """How far the policy is from keeping what the responses to a query share, averaged over queries.
 
-    They share the answer before the confidence: its term is the squared change of its log-likelihood since the reference. And
-    they share the ending after it ("%", the end of the turn), which must follow every number: its term is its negative
-    log-likelihood, averaged over a query's responses; the reference itself may end a number badly that it never states. A
-    preference between confidences can be satisfied by destroying them: by numbers without "%", or in place of the answer.
+    A preference between confidences can be satisfied by destroying this. The term of the answer before the confidence is the squared
+    change of its log-likelihood since the reference. That of the ending ("%", the end of the turn) is its negative log-likelihood,
+    averaged over a query's responses, since the reference may end a number badly that it never states.
     """
     assert comparison.reference is not None
     log_p, compared = policy.log_likelihood, comparison.compared
@@ -155,9 +151,8 @@ def answer_log_likelihood(policy: ResponseScores, comparison: Comparison) -> Ten
 @torch.no_grad()
 def kl_divergence(policy: Tensor, reference: Tensor, candidates: Candidates) -> Tensor:
     """KL divergence of the reference's distribution over levels from the policy's, in nats, averaged over queries."""
-    values = []
-    rows = zip(level_log_p(policy, candidates), level_log_p(reference, candidates), strict=True)
-    for (_, policy_log_p), (_, reference_log_p) in rows:
-        log_p, log_q = (torch.log_softmax(x.float(), -1) for x in (policy_log_p, reference_log_p))
-        values.append((log_p.exp() * (log_p - log_q)).sum())
-    return torch.stack(values).mean()
+    log_p, log_q = (
+        [torch.log_softmax(x.float(), -1) for _, x in level_log_p(total, candidates)]
+        for total in (policy, reference)
+    )
+    return torch.stack([(p.exp() * (p - q)).sum() for p, q in zip(log_p, log_q, strict=True)]).mean()

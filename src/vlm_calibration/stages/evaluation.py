@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypedDict
+from itertools import product
+from typing import Any, TypedDict, cast
 
 import lightning as L
 from torch import nn
@@ -47,8 +48,6 @@ class BatchAnswers(TypedDict):
 
 BASE = "base"
 ORACLE = "oracle"
-MOST_UNSCORED = 10
-"""Number of stated confidences that are not scored from which on a system is refused that mostly states such."""
 SCORED = TESTED[0]
 """The data set that scores include."""
 
@@ -94,15 +93,13 @@ class EvaluationModule(L.LightningModule):
     ) -> None:
         super().__init__()
         adapters, endpoints = adapters or {}, endpoints or {}
-        for setting, named, taken in (
-            ("adapters", [*adapters], (BASE, ORACLE)),
-            ("endpoints", [*endpoints], (BASE, ORACLE, *adapters)),
-        ):
-            for name in named:
-                # The name becomes a folder, and a key in peft's modules.
-                if name in taken or not re.fullmatch(r"[\w-]+", name):
-                    reason = "is taken" if name in taken else "must be of letters, digits, '_' and '-'"
-                    raise DataError(f"model.{setting}: the name {name!r} {reason}")
+        taken = {BASE, ORACLE}
+        for setting, name in [*product(["adapters"], adapters), *product(["endpoints"], endpoints)]:
+            # The name becomes a folder, and a key in peft's modules.
+            if name in taken or not re.fullmatch(r"[\w-]+", name):
+                reason = "is taken" if name in taken else "must be of letters, digits, '_' and '-'"
+                raise DataError(f"model.{setting}: the name {name!r} {reason}")
+            taken.add(name)
         if oracle_levels is not None and not with_base:
             raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
         if not adapters and not endpoints and not with_base:
@@ -146,7 +143,7 @@ class EvaluationModule(L.LightningModule):
             endpoint.close()
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
-        """Check, before a model is loaded, that the oracle's levels were measured for such data; compare image sizes."""
+        """Check, before a model is loaded, that the oracle's levels were measured for such data; warn of other prompts or image sizes."""
         if self.oracle is not None:
             assert self.base is not None
             if self.oracle.table.ranked:
@@ -180,12 +177,10 @@ class EvaluationModule(L.LightningModule):
     def data_needs(self) -> DataNeeds:
         """The copies of images that estimators and probes need, and whether endpoints are sent the images."""
         copies: dict[str, list[ImageCopy]] = {}
-        if self.local:
-            of_estimators = [copy for e in self.estimators for copy in e.copies]
+        for name in TESTED if self.local else ():
+            copies[name] = [copy for e in self.estimators for copy in e.copies]
             # No score includes the calibration set, so it is not probed.
-            copies = {
-                name: of_estimators + (copies_of(self.probes) if name == SCORED else []) for name in TESTED
-            }
+            copies[name] += copies_of(self.probes) if name == SCORED else []
         return DataNeeds(copies=copies, images=bool(self.endpoints))
 
     def on_test_start(self) -> None:
@@ -229,12 +224,12 @@ class EvaluationModule(L.LightningModule):
         return output
 
     def _check_scored(self, answers: Mapping[str, Sequence[EstimatedPrediction]]) -> None:
-        """Refuse a system that mostly states other confidences than whole percents, which alone are scored after its answers."""
+        """Refuse a system with 10 confidences that are not scored, and fewer whole percents, which alone are scored."""
         for system, counts in self._stated.items():
             stated = [p.confidence for p in answers[system] if p.confidence is not None]
             unscored = [c for c in stated if round(100 * c, 6) % 1]
             counts.update({True: len(stated) - len(unscored), False: len(unscored)})
-            if unscored and counts[False] >= MOST_UNSCORED and counts[False] > counts[True]:
+            if unscored and counts[False] >= 10 and counts[False] > counts[True]:
                 raise DataError(
                     f"model.estimators: {counts[False]} of the first {counts.total()} confidences that {system!r} states are not whole "
                     f"percents, such as {100 * unscored[0]:g}%, but only those are scored: ask for them in data.prompt, or leave out "
@@ -254,11 +249,8 @@ class EvaluationModule(L.LightningModule):
         return notes | {system: {"not as trained": text} for system, text in self.differences.items()}
 
     def _oracle(self, prediction: EstimatedPrediction) -> EstimatedPrediction:
-        assert self.oracle is not None
-        assert prediction.perturbation is not None
-        assert prediction.strength is not None
-        lost = Perturbation(prediction.perturbation, prediction.strength)
-        accuracy = self.oracle.accuracy(lost, prediction.answer_type)
+        lost = Perturbation(cast(str, prediction.perturbation), cast(float, prediction.strength))
+        accuracy = cast(AnchoredLevels, self.oracle).accuracy(lost, prediction.answer_type)
         return replace(prediction, confidence=accuracy, estimates={}, probes={})
 
     def on_test_epoch_end(self) -> None:
