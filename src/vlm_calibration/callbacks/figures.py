@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -21,10 +21,7 @@ from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.records import Prediction
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.table import plain_rows
-from vlm_calibration.stages.scoring import HasResults
 
-LARGEST_SIDE = 512
-"""Longest side of a logged photo, in pixels."""
 ANSWER_COLUMNS = ("text", "confidence", "correct")
 
 
@@ -48,20 +45,17 @@ class CalibrationFigures(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._log(trainer, module, trainer.datamodule.sets["validation"], "val")  # type: ignore[attr-defined]
+            self._log(trainer, module, "validation", "val")
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._log(trainer, module, trainer.datamodule.sets["test"], "test")  # type: ignore[attr-defined]
+        self._log(trainer, module, "test", "test")
 
-    def _log(
-        self, trainer: L.Trainer, module: L.LightningModule, dataset: PerturbedQueries, stage: str
-    ) -> None:
+    def _log(self, trainer: L.Trainer, module: Any, split: str, stage: str) -> None:
         logger = wandb_logger(trainer)
         if logger is None:
             return
-        folder = Path(trainer.default_root_dir)
-        systems = cast(HasResults, module).results
-        answers = {system: read_predictions(folder / system / PREDICTIONS) for system in systems}
+        folder, dataset = Path(trainer.default_root_dir), trainer.datamodule.sets[split]  # type: ignore[attr-defined]
+        answers = {system: read_predictions(folder / system / PREDICTIONS) for system in module.results}
         with staged(logger):
             media: dict[str, Any] = {}
             if stage == "test":
@@ -90,22 +84,19 @@ def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> di
             by_perturbation.setdefault((p.perturbation or "", p.strength or 0.0), []).append(p)
     if by_perturbation:
         tables = {key: _counted(answers) for key, answers in sorted(by_perturbation.items())}
-        shares = ("parsed_accuracy", "mean_confidence")
-        rows = [
-            [kind or "untouched", strength, table.parsed, *(float(METRICS[name](table)) for name in shares)]
-            for (kind, strength), table in tables.items()
-            if table.parsed
-        ]
+        rows = []
+        for (kind, strength), table in tables.items():
+            if table.parsed:
+                shares = (float(METRICS[name](table)) for name in ("parsed_accuracy", "mean_confidence"))
+                rows.append([kind or "untouched", strength, table.parsed, *shares])
         media["response_curve"] = _drawing(response_curve(tables))
         columns = ["kind", "strength", "answers", "accuracy", "mean_confidence"]
         media["response_table"] = _table(columns, rows)
     return media
 
 
-def _counted(predictions: Sequence[Prediction]) -> ConfidenceTable:
-    return ConfidenceTable.from_predictions(
-        [p.confidence for p in predictions], [p.correct for p in predictions]
-    )
+def _counted(answers: Sequence[Prediction]) -> ConfidenceTable:
+    return ConfidenceTable.from_predictions([a.confidence for a in answers], [a.correct for a in answers])
 
 
 def sample_table(
@@ -125,7 +116,7 @@ def sample_table(
         query, given = sample.query, [of_system.get(sample.query.id) for of_system in by_id.values()]
         if any(given):
             photo = Image.fromarray(np.ascontiguousarray(sample.image))
-            photo.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+            photo.thumbnail((512, 512))
             cells = [query.id, wandb.Image(photo, file_type="jpg"), query.question, query.answer]
             cells += [*sample.perturbation, *([sample.confidence] if taught else [])]
             rows.append([*cells, *(getattr(p, name, None) for p in given for name in ANSWER_COLUMNS)])

@@ -17,12 +17,10 @@ from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import METRICS, NOTES
 from vlm_calibration.stages.answer_log import VALIDATED, AnswerLog, ResumeState, asks_all
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
-from vlm_calibration.stages.scoring import HasResults
 
 TEST, HELD_OUT = TESTED
 VALIDATION = "validation"
 FILES = {TEST: PREDICTIONS, HELD_OUT: CALIBRATION, VALIDATION: PREDICTIONS}
-"""Split -> file of its predictions."""
 OFFICIAL = "official"
 """Folder of the answer files for benchmarks' scripts."""
 
@@ -41,7 +39,6 @@ class PredictionWriter(L.Callback):
         """Whether an evaluation asks all queries again, whatever an earlier one answered."""
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The metrics of each system of an evaluation."""
         systems = module.systems if isinstance(module, EvaluationModule) else ()
         return [folder / system / METRICS for system in systems]
 
@@ -64,7 +61,6 @@ class PredictionWriter(L.Callback):
         data.answered = self._state.answered or {}
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Begin or resume, now that the model is loaded."""
         # The other processes wait, since this may remove their files.
         broadcast_from_first(trainer, lambda: self._begin(trainer, cast(EvaluationModule, module)))
 
@@ -95,13 +91,12 @@ class PredictionWriter(L.Callback):
         self.on_validation_end(trainer, module)
         self._complete = True
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Write the files of all systems, in the first process."""
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         log = self._log
         log.close()
         trainer.strategy.barrier("answers")
         if trainer.is_global_zero:
-            for system, metrics in cast(HasResults, module).results.items():
+            for system, metrics in module.results.items():
                 folder = log.folder / system
                 if HELD_OUT not in log.queries and TEST in log.queries:
                     remove(folder / CALIBRATION)

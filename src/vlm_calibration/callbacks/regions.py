@@ -1,7 +1,7 @@
 """Writes extracted regions: a log line for each finished shard, and in the end a Parquet file for each source, with a summary.
 
-A line does not depend on the process that wrote it, so an interrupted run resumes with the missing shards and any number of
-processes. Several runs may share the shards (`data.parts`); the last one to end writes the files that are common to them.
+An interrupted run resumes with the missing shards and any number of processes. Several runs may share the shards (`data.parts`); the
+last one to end writes the files.
 """
 
 from __future__ import annotations
@@ -33,18 +33,9 @@ from vlm_calibration.stages.regions import RegionExtractor
 
 SHARDS, SUMMARY = "shards", "summary.json"
 """Folder of the logs of shards, `PART.RANK.jsonl`, and the file of the summary."""
-ROW_GROUP = 1024
-MAX_NOTES = 5
-"""Unreadable images that the summary names at most."""
-
 REJECTED = pa.struct([*REGION, pa.field("reason", pa.string())])
-SCHEMA = pa.schema(
-    [
-        *REQUIRED.items(),
-        *OPTIONAL.items(),
-        *zip(NOTES, (pa.string(), pa.list_(REJECTED), pa.string()), strict=True),
-    ]
-)
+NOTE_TYPES = (pa.string(), pa.list_(REJECTED), pa.string())
+SCHEMA = pa.schema([*REQUIRED.items(), *OPTIONAL.items(), *zip(NOTES, NOTE_TYPES, strict=True)])
 """The columns of a query, and notes about its extraction."""
 
 
@@ -63,7 +54,6 @@ class RegionWriter(L.Callback):
         """Whether all shards are extracted again, whatever an earlier run finished."""
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The files that the last part to end writes; reads the queries of all sources."""
         plan = data.plan_extraction(cast(RegionExtractor, module).keep_known)
         return [*(folder / extraction.file for extraction in plan.extractions), folder / SUMMARY]
 
@@ -92,9 +82,7 @@ class RegionWriter(L.Callback):
                 trainer, lambda: {row["shard"] for _, row in log.lines()}
             )
 
-    def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RawBatch, *_: Any
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: RawBatch, *_: Any) -> None:
         if batch.rows:
             self._log.append({"shard": batch.shard, "rows": [row_of(extracted) for extracted in outputs]})
 
@@ -109,8 +97,9 @@ class RegionWriter(L.Callback):
             shards = len(data.region_plan.shards)
             missing = sum(number not in lines for number in range(shards))
             if missing and data.parts == 1:
-                what = f"{missing} of {shards} shards are missing"
-                raise DataError(f"{folder / SHARDS}: {what}: run again without trainer.limit_predict_batches")
+                raise DataError(
+                    f"{folder / SHARDS}: {missing} of {shards} shards are missing: run again without trainer.limit_predict_batches"
+                )
             if missing:
                 print(
                     f"part {data.part} of {data.parts} is done; {missing} of {shards} shards are other parts': the "
@@ -167,7 +156,7 @@ def write_rows(
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for rows in parts:
             if rows:
-                writer.write_table(pa.Table.from_pylist(list(rows), schema=schema), row_group_size=ROW_GROUP)
+                writer.write_table(pa.Table.from_pylist(list(rows), schema=schema), row_group_size=1024)
 
 
 class RegionSummary:
@@ -181,7 +170,6 @@ class RegionSummary:
         self.notes: list[str] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Count one query."""
         self.outcomes[row["outcome"]] += 1
         self.reasons.update(r["reason"] for r in row["rejected"])
         if row["outcome"] in ("found", "rejected", "not detected"):
@@ -192,7 +180,7 @@ class RegionSummary:
             masks = [{**r["mask"], "counts": r["mask"]["counts"].encode()} for r in evidence if r["mask"]]
             pixels = np.prod(masks[0]["size"]) if masks else 1
             self.shares.append(float(coco.area(coco.merge(masks)) / pixels) if masks else 0.0)
-        if row["note"] and len(self.notes) < MAX_NOTES:
+        if row["note"] and len(self.notes) < 5:
             self.notes.append(row["note"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,9 +200,7 @@ def print_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Print a summary of all queries, in which `files` has that of each file in `folder`, and `complete` names settings."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if n := summary["queries"]:
-        rows = [
-            (name, str(count), f"{count / n:.1%}") for name, count in summary["outcomes"].items() if count
-        ]
+        rows = [(name, str(k), f"{k / n:.1%}") for name, k in summary["outcomes"].items() if k]
         console.print(text_table(f"Regions of {n} queries", ("", "queries", "share"), rows))
         phrases, share = summary["phrases"], summary["share_of_image"]
         if phrases["named"]:

@@ -38,16 +38,12 @@ PROGRESS = (f"{FOLDER}/*.ckpt", EVALUATED.format("*"), f"{SHARDS}/*.jsonl")
 """Files that are not empty where an interrupted run can resume."""
 ANOTHER_FOLDER = "another folder (--runs, or --trainer.default_root_dir) leaves it as it is"
 REMEDIES = f"--overwrite starts again in this folder, {ANOTHER_FOLDER}"
-SUBCOMMANDS: Any = {TrainerFn.FITTING: "fit", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict"}
-"""State of the Trainer -> subcommand with results; `validate` only reads a run."""
 
 
 @runtime_checkable
 class ResultWriter(Protocol):
-    """A callback or module that writes the results of a run."""
-
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The files and folders that a finished run has in its directory `folder`."""
+        """The files and folders that a finished run has; `folder` is its directory."""
 
 
 class Prior(NamedTuple):
@@ -70,7 +66,7 @@ def find_prior(cli: LightningCLI) -> Prior:
     resumes_own = is_own_checkpoint(folder, checkpoint)
     if resumes_own and config.overwrite:
         raise DataError(
-            f"--overwrite would remove {checkpoint}, from which --ckpt_path resumes: give one of the two"
+            f"--overwrite would remove {checkpoint}, from which --ckpt_path resumes: give one of them"
         )
     adapter = (config.model.get("init_args") or {}).get("adapter")
     if adapter is not None and Path(adapter).resolve() == (folder / ADAPTER).resolve():
@@ -110,9 +106,8 @@ def find_prior(cli: LightningCLI) -> Prior:
 
 def is_own_checkpoint(folder: Path, checkpoint: str | None) -> bool:
     """Whether starting from this checkpoint resumes the run in this directory."""
-    if checkpoint is None:
-        return False
-    return checkpoint in ("best", "hpc") or Path(checkpoint).resolve().is_relative_to(folder.resolve())
+    is_inside = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(folder.resolve())
+    return is_inside or checkpoint in ("best", "hpc")
 
 
 def outputs_of(trainer: L.Trainer, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
@@ -150,15 +145,15 @@ class SaveRunConfig(SaveConfigCallback):
         self._loggers, trainer.loggers = trainer.loggers, []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the record, by whose digest the module tells its own answers from those of another run."""
-        subcommand = SUBCOMMANDS.get(trainer.state.fn)
-        if subcommand is None:
+        """Make the record, by whose digest the module tells its own answers from those of another run; a validation has none."""
+        subcommand = trainer.state.fn
+        if subcommand is None or subcommand == TrainerFn.VALIDATING:
             return
 
         def digest() -> str:
             if self.record is None:
-                command, data = command_of(subcommand, pl_module), trainer.datamodule  # type: ignore[attr-defined]
                 config = self._repeating(Path(trainer.default_root_dir))
+                command, data = command_of(subcommand.value, pl_module), trainer.datamodule  # type: ignore[attr-defined]
                 self.record = new_record(command, self.parser, config, trainer, data)
             return self.record.digest
 

@@ -62,11 +62,7 @@ class AnswerLog(AppendLog):
         return {s: {q.id: index for index, q in enumerate(queries)} for s, queries in self.queries.items()}
 
     def find(self, *, complete: bool = True) -> ResumeState:
-        """Find the answers of an interrupted run; raises a DataError for a damaged file or answers to other queries.
-
-        Args:
-            complete: whether this run asks all queries; else it does not resume.
-        """
+        """The answers of an interrupted run, which only one that asks all queries (`complete`) resumes; raises a DataError if damaged."""
         if self.settings["run"] is None:
             return ResumeState()
         over = f"{self.folder}: starting over instead of resuming the interrupted run"
@@ -105,11 +101,7 @@ class AnswerLog(AppendLog):
             self.append({"split": split, "answers": answers, "passes": batch["passes"]})
 
     def write_predictions(self, system: str, split: str, path: Path, total: int | None = None) -> None:
-        """Write a system's answers to a split, one prediction a line, in the order of the data.
-
-        Raises:
-            DataError: there are not `total` answers (None: any number), each to another query.
-        """
+        """Write a system's answers to a split; a DataError unless there are `total` (None: any number), each to another query."""
         lines: dict[int, str] = {}
         count = 0
         for _, row, _ in self._rows():

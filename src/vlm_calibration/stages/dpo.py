@@ -115,12 +115,12 @@ class DPOModule(TrainingStage):
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 64,
     ) -> None:
-        super().__init__(
-            *(base, optimizer, gradient_checkpointing, max_new_tokens),
-            nll_weight=nll_weight,
-            confidence_weight=confidence_weight,
-            drift_weight=drift_weight,
-        )
+        weights = {
+            "nll_weight": nll_weight,
+            "confidence_weight": confidence_weight,
+            "drift_weight": drift_weight,
+        }
+        super().__init__(base, optimizer, gradient_checkpointing, max_new_tokens, **weights)
         without, name = reference == "none", type(loss).__name__
         if reference == "adapter" and adapter is None:
             raise DataError("model.reference: adapter, but model.adapter is not set: set it, or use `base`")
@@ -284,10 +284,7 @@ class DPOModule(TrainingStage):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Turn the model into the reference within a context, without gradients and in eval mode.
-
-        In train mode, gradient checkpointing would disable the cache of the prompts.
-        """
+        """Turn the model into the reference, without gradients and in eval mode, where gradient checkpointing keeps the prompts' cache."""
         training = self.model.training
         adapter = REFERENCE if self.reference == "adapter" else None
         self.model.eval()

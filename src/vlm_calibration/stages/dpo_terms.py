@@ -103,13 +103,10 @@ def chosen_nll(
     log_likelihood, tokens = policy.log_likelihood[:, 0], policy.tokens[:, 0]  # [B, T]
     chosen = [row[0] for row in comparison.compared]
     answer_lengths = torch.tensor([c.answer_length for c in chosen], device=tokens.device)
-    weights = token_weights(
-        torch.arange(tokens.shape[1], device=tokens.device) >= answer_lengths[:, None],
-        log_likelihood.new_tensor([[c.confidence] for c in chosen]),
-        torch.tensor(comparison.is_correct, device=tokens.device)[:, None],
-        answer_weight,
-        confidence_weight,
-    )
+    confidence_mask = torch.arange(tokens.shape[1], device=tokens.device) >= answer_lengths[:, None]
+    confidence = log_likelihood.new_tensor([[c.confidence] for c in chosen])
+    correct = torch.tensor(comparison.is_correct, device=tokens.device)[:, None]
+    weights = token_weights(confidence_mask, confidence, correct, answer_weight, confidence_weight)
     rows, _ = tokens.nonzero(as_tuple=True)
     return response_nll(log_likelihood[tokens], rows, weights[tokens], len(chosen))
 
@@ -117,9 +114,9 @@ def chosen_nll(
 def shared_text_drift(policy: ResponseScores, comparison: Comparison) -> Tensor:
     """How far the policy is from keeping what the responses to a query share, averaged over queries.
 
-    A preference between confidences can be satisfied by destroying this. The term of the answer before the confidence is the squared
-    change of its log-likelihood since the reference. That of the ending ("%", the end of the turn) is its negative log-likelihood,
-    averaged over a query's responses, since the reference may end a number badly that it never states.
+    The answer before the confidence: the squared change of its log-likelihood since the reference. The ending ("%", the end of the
+    turn): its negative log-likelihood, averaged over the responses, since the reference may end a number badly that it never states.
+    Numbers without "%", or in place of the answer, would satisfy a preference between confidences too.
     """
     assert comparison.reference is not None
     log_p, compared = policy.log_likelihood, comparison.compared
@@ -136,10 +133,7 @@ def shared_text_drift(policy: ResponseScores, comparison: Comparison) -> Tensor:
 
 @torch.no_grad()
 def answer_log_likelihood(policy: ResponseScores, comparison: Comparison) -> Tensor:
-    """Log-likelihood of the gold answers' tokens, averaged over the queries whose responses give one; NaN without such a query.
-
-    It falls when a model collapses: margins grow while all responses become unlikely.
-    """
+    """Log-likelihood of the gold answers' tokens, averaged over the queries whose responses give one; NaN without such a query."""
     values = [
         policy.log_likelihood[row, 0, : candidates[0].answer_length].sum()
         for row, candidates in enumerate(comparison.compared)

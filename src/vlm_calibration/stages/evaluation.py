@@ -49,7 +49,6 @@ class BatchAnswers(TypedDict):
 BASE = "base"
 ORACLE = "oracle"
 SCORED = TESTED[0]
-"""The data set that scores include."""
 
 
 class EvaluationModule(L.LightningModule):
@@ -175,7 +174,6 @@ class EvaluationModule(L.LightningModule):
 
     @property
     def data_needs(self) -> DataNeeds:
-        """The copies of images that estimators and probes need, and whether endpoints are sent the images."""
         copies: dict[str, list[ImageCopy]] = {}
         for name in TESTED if self.local else ():
             copies[name] = [copy for e in self.estimators for copy in e.copies]
@@ -224,7 +222,7 @@ class EvaluationModule(L.LightningModule):
         return output
 
     def _check_scored(self, answers: Mapping[str, Sequence[EstimatedPrediction]]) -> None:
-        """Refuse a system with 10 confidences that are not scored, and fewer whole percents, which alone are scored."""
+        """Refuse a system of whose confidences 10 or more, and most, are not whole percents, which alone are scored after its answers."""
         for system, counts in self._stated.items():
             stated = [p.confidence for p in answers[system] if p.confidence is not None]
             unscored = [c for c in stated if round(100 * c, 6) % 1]

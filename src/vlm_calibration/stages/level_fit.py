@@ -77,7 +77,6 @@ class LevelFitModule(L.LightningModule):
 
     @property
     def data_needs(self) -> DataNeeds:
-        """The queries whose levels are measured, and those whose likelihoods are written."""
         return DataNeeds((LEVELS,) if self.likelihoods is None else (LEVELS, INSTANCES), ())
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
@@ -206,12 +205,8 @@ def count_levels(
 ) -> dict[str, AnswerTypeCounts]:
     """Count the correct answers by answer type, kind, strength and bin of the likelihood; each query is once at each level.
 
-    Args:
-        answers: their ids are those of `level_id`; those to untouched images may have a likelihood.
-        perturbations: the levels; the first one leaves the image untouched.
-
-    Raises:
-        DataError: there is no answer of a type at a level.
+    The first of `perturbations` leaves the image untouched; answers to it may have a likelihood. Raises a DataError if there is no
+    answer of a type at a level.
     """
     level_of = {perturbation: index for index, perturbation in enumerate(perturbations)}
     rows = pd.DataFrame(

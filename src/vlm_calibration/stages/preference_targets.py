@@ -91,14 +91,7 @@ class TeacherSettings:
 
 
 class TaughtAnswer(NamedTuple):
-    """One answer that a teacher is fitted on.
-
-    Attributes:
-        features: confidences in [0, 1], in the order of the settings.
-        correct: whether the answer is correct.
-        answer_type: of the query.
-        image: of the query; answers about one image are not independent.
-    """
+    """One answer that a teacher is fitted on, with its confidences in [0, 1] in the order of the settings."""
 
     features: tuple[float, ...]
     correct: bool
@@ -110,11 +103,8 @@ class TaughtAnswer(NamedTuple):
 class FittedTeacher:
     """Maps from estimates of confidence to accuracy, one for each answer type.
 
-    Attributes:
-        settings: what was fitted.
-        maps: answer type -> its map.
-        scores: of the teacher on the answers that it was fitted on, each scored by maps that were fitted on other images: `n`,
-            `accuracy`, `brier`, `ece`, `auroc`; those that are undefined are left out, such as `auroc` if all answers are correct.
+    The `scores` of the answers, each by maps that were fitted on other images, are `n`, `accuracy`, `brier`, `ece` and `auroc`, without
+    those that are undefined, such as `auroc` if all answers are correct.
     """
 
     settings: TeacherSettings
@@ -252,7 +242,7 @@ def _log_odds(confidence: np.ndarray) -> np.ndarray:
 
 
 def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, float]:
-    """Scores of teachers on answers about images that they were not fitted on."""
+    """Scores of teachers on answers about images that they were not fitted on, in at most five folds."""
     images = [row.image for row in rows]
     folds = min(5, len(set(images)))
     correct = torch.tensor([row.correct for row in rows])

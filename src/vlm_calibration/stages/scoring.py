@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,12 +27,6 @@ from vlm_calibration.records import Prediction, category_groups
 Results = dict[str, dict[str, float]]
 """System name -> metrics by flat name; the system "" is the run itself."""
 REPORTED_FOR_ESTIMATORS = tuple(name for name in REPORTED if name != "n")
-
-
-class HasResults(Protocol):
-    """A module with the results of its last evaluation or validation."""
-
-    results: Results
 
 
 class Scorer(nn.Module):
@@ -73,12 +67,7 @@ class Scorer(nn.Module):
     def update(
         self, predictions: Sequence[Prediction], passes: Mapping[str, Sequence[int]] | None = None
     ) -> None:
-        """Count predictions, which have a confidence of each estimator and probe.
-
-        Args:
-            predictions: any number.
-            passes: estimator, or `PROBES` -> the forward passes of each prediction; None without estimators and probes.
-        """
+        """Count predictions; `passes` are the forward passes of each by estimator, or `PROBES`, and None without these."""
         if not predictions:
             return
         known = set(self.groups)

@@ -81,12 +81,9 @@ class SFTModule(TrainingStage):
         log_likelihood = token_log_likelihood(labelled.logits, labelled.targets)  # [N]
         confidence_mask = batch.confidence_mask[batch.labels != IGNORE]  # [N]
         is_correct = batch.is_correct[labelled.rows]  # [N]
+        confidence = batch.confidence[labelled.rows]  # [N]
         weights = token_weights(
-            confidence_mask,
-            batch.confidence[labelled.rows],
-            is_correct,
-            self.answer_weight,
-            self.confidence_weight,
+            confidence_mask, confidence, is_correct, self.answer_weight, self.confidence_weight
         )
         size = len(batch.queries)
         loss = response_nll(log_likelihood, labelled.rows, weights, size)
