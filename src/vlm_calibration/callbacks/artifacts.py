@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -118,8 +119,6 @@ def run_name(folder: Path) -> str:
 
 def adapter_artifact(location: str) -> Any:
     """The artifact of an adapter in a folder or on the Hugging Face Hub."""
-    import wandb
-
     folder = Path(location)
     if folder.is_dir():
         return folder_artifact(folder, run_name(folder.parent if folder.name == ADAPTER else folder), {})
@@ -129,8 +128,6 @@ def adapter_artifact(location: str) -> Any:
 
 
 def folder_artifact(folder: Path, name: str, metadata: dict[str, Any]) -> Any:
-    import wandb
-
     artifact = wandb.Artifact(name, type=ADAPTER, metadata=metadata)
     # One by one, since `add_dir` prints to the terminal.
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -140,8 +137,6 @@ def folder_artifact(folder: Path, name: str, metadata: dict[str, Any]) -> Any:
 
 def data_artifact(role: str, digests: dict[str, str]) -> Any:
     """The artifact of a training, validation or test set; another data set is another version."""
-    import wandb
-
     artifact = wandb.Artifact(f"{role}-data", type="dataset", metadata=digests)
     with artifact.new_file("data.json") as file:
         json.dump(digests, file)

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import wandb
 from PIL import Image
 
 from vlm_calibration.callbacks.logger import staged, wandb_logger
@@ -29,9 +30,8 @@ class CalibrationFigures(L.Callback):
     """Logs figures and tables to a W&B logger after every validation and evaluation. Place it after `PredictionWriter`.
 
     Names begin with `val/`, or with `test/` and the system's name. For each system: the figures `reliability`, `risk_coverage` and, if
-    images were perturbed, `response_curve`, with their numbers in `confidence_table` and `response_table`. For all systems: `samples`,
-    the answers to the same queries each time, with the image as the model saw it; in an evaluation `comparison`, the rows of
-    `reporting.report.table.plain_rows`.
+    images were perturbed, `response_curve`, with their numbers in `confidence_table` and `response_table`. For all systems: the answers
+    to the same `samples` each time, with the image as the model saw it; in an evaluation `comparison`, a row of metrics for each.
 
     Args:
         samples: number of queries in `samples`.
@@ -60,7 +60,7 @@ class CalibrationFigures(L.Callback):
             media: dict[str, Any] = {}
             if stage == "test":
                 rows = plain_rows([System(name, given, {}, folder, {}) for name, given in answers.items()])
-                media["test/comparison"] = _table([*rows.columns], rows.to_numpy().tolist())
+                media["test/comparison"] = wandb.Table([*rows.columns], rows.to_numpy().tolist())
             for system, predictions in answers.items():
                 prefix = f"{stage}/{system}" if system else stage
                 media |= {f"{prefix}/{name}": value for name, value in media_of(predictions, dataset).items()}
@@ -76,7 +76,7 @@ def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> di
     media: dict[str, Any] = {
         "reliability": _drawing(reliability_diagram(total)),
         "risk_coverage": _drawing(risk_coverage_figure(total)),
-        "confidence_table": _table(["confidence", "right", "wrong"], [*map(list, counts)]),
+        "confidence_table": wandb.Table(["confidence", "right", "wrong"], [*map(list, counts)]),
     }
     by_perturbation: dict[tuple[str, float], list[Prediction]] = {}
     for p in predictions:
@@ -91,7 +91,7 @@ def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> di
                 rows.append([kind or "untouched", strength, table.parsed, *shares])
         media["response_curve"] = _drawing(response_curve(tables))
         columns = ["kind", "strength", "answers", "accuracy", "mean_confidence"]
-        media["response_table"] = _table(columns, rows)
+        media["response_table"] = wandb.Table(columns, rows)
     return media
 
 
@@ -106,8 +106,6 @@ def sample_table(
 
     The image is perturbed again, which gives the same pixels. With `taught` it has the confidence that training assigns to it.
     """
-    import wandb
-
     by_id = {system: {p.id: p for p in predictions} for system, predictions in answers.items()}
     rows = []
     for place in np.linspace(0, len(dataset) - 1, num=min(size, len(dataset))):
@@ -123,18 +121,10 @@ def sample_table(
     columns = ["id", "image", "question", "answer", "perturbation", "strength"]
     columns += ["earned_confidence"] if taught else []
     columns += [f"{system}_{name}" if system else name for system in by_id for name in ANSWER_COLUMNS]
-    return _table(columns, rows)
-
-
-def _table(columns: list[str], rows: list[list[Any]]) -> Any:
-    import wandb
-
     return wandb.Table(columns, rows)
 
 
 def _drawing(figure: Any) -> Any:
-    import wandb
-
     # W&B draws a figure with pyplot, which would keep it in memory.
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

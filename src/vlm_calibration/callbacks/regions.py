@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,16 +43,14 @@ SCHEMA = pa.schema([*REQUIRED.items(), *OPTIONAL.items(), *zip(NOTES, NOTE_TYPES
 class RegionWriter(L.Callback):
     """Writes `shards/`, a Parquet file for each source and `summary.json` in the run directory.
 
-    A file holds every query of its source whose image could be read, in order, for
-    `vlm_calibration.data.sources.parquet.ParquetSource`. It is `queries.parquet` for `data.predict`; otherwise it is named after the
-    settings of its source, such as `train.parquet`, and `data.regions` names the folder.
+    A file holds every query of its source whose image could be read, in order, for `data.sources.parquet.ParquetSource`. It is
+    `queries.parquet` for `data.predict`; otherwise it is named after its setting, such as `train.parquet`, and `data.regions` names
+    the folder.
     """
 
     _log: AppendLog
-
-    def __init__(self) -> None:
-        self.start_over = False
-        """Whether all shards are extracted again, whatever an earlier run finished."""
+    start_over = False
+    """Whether all shards are extracted again, whatever an earlier run finished."""
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         plan = data.plan_extraction(cast(RegionExtractor, module).keep_known)
@@ -77,10 +76,8 @@ class RegionWriter(L.Callback):
         if self.start_over or run is None:
             broadcast_from_first(trainer, clear)
         if data.region_plan.extractions:
-            # The same in every process.
-            data.region_plan.finished = broadcast_from_first(
-                trainer, lambda: {row["shard"] for _, row in log.lines()}
-            )
+            finished = broadcast_from_first(trainer, lambda: {row["shard"] for _, row in log.lines()})
+            data.region_plan.finished = finished
 
     def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: RawBatch, *_: Any) -> None:
         if batch.rows:
@@ -96,17 +93,16 @@ class RegionWriter(L.Callback):
             lines = {row["shard"]: line._replace(content=b"") for line, row in self._log.lines()}
             shards = len(data.region_plan.shards)
             missing = sum(number not in lines for number in range(shards))
-            if missing and data.parts == 1:
-                raise DataError(
-                    f"{folder / SHARDS}: {missing} of {shards} shards are missing: run again without trainer.limit_predict_batches"
-                )
-            if missing:
+            if not missing:
+                self._merge(data, lines, folder)
+            elif data.parts == 1:
+                what = f"{missing} of {shards} shards are missing"
+                raise DataError(f"{folder / SHARDS}: {what}: run again without trainer.limit_predict_batches")
+            else:
                 print(
                     f"part {data.part} of {data.parts} is done; {missing} of {shards} shards are other parts': the "
                     f"last to end writes {', '.join(map(str, self.outputs(folder, pl_module, data)))}"
                 )
-            else:
-                self._merge(data, lines, folder)
         trainer.strategy.barrier("merged")
 
     def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, JsonLine], folder: Path) -> None:
@@ -114,19 +110,19 @@ class RegionWriter(L.Callback):
         total, plan = RegionSummary(), data.region_plan
         files: dict[str, RegionSummary] = {}
 
-        def usable(line: JsonLine, summary: RegionSummary) -> list[dict[str, Any]]:
+        def usable(line: JsonLine, *summaries: RegionSummary) -> list[dict[str, Any]]:
             """The rows of a shard that can be trained on; the summaries count all rows."""
-            rows: list[dict[str, Any]] = self._log.reread(line)["rows"]
-            for row in rows:
+            rows = self._log.reread(line)["rows"]
+            for row, summary in product(rows, summaries):
                 summary.add(row)
-                total.add(row)
             return [row for row in rows if row["outcome"] != "unreadable"]
 
         for index, extraction in enumerate(plan.extractions):
-            summary = files[extraction.file] = RegionSummary()
+            path, summary = folder / extraction.file, RegionSummary()
+            files[extraction.file] = summary
             own = [lines[number] for number, (of, _) in enumerate(plan.shards) if of == index]
-            tracked = track(own, f"writing {folder / extraction.file}", len(own), "shards")
-            write_rows(folder / extraction.file, (usable(line, summary) for line in tracked), extraction.note)
+            tracked = track(own, f"writing {path}", len(own), "shards")
+            write_rows(path, (usable(line, summary, total) for line in tracked), extraction.note)
         content = total.to_dict()
         content["files"] = {name: summary.to_dict() for name, summary in files.items()}
         content["complete"] = [f"data.{setting}" for setting in plan.complete]

@@ -1,11 +1,11 @@
-"""What a run directory holds for a command that is to run in it (nothing, the same run or another one), and the beginning of a run.
+"""What a run directory holds for a command that is to run in it, and the beginning of a run.
 
-Nothing is written and no logger starts before all checks have passed, the model is loaded and a checkpoint is read, so a run that fails
-earlier leaves the directory unchanged.
+A run that fails before its model is loaded and its checkpoint is read leaves the directory unchanged, and starts no logger.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -127,16 +127,15 @@ class SaveRunConfig(SaveConfigCallback):
     """Begins a run: writes its record, the full configuration to `config.yaml`, removes overwritten files, and starts the loggers.
 
     The first process holds `config.yaml` while the run goes on, from which `vlm-calibration runs` sees that it is running.
-
-    Attributes:
-        record: of the run, in the first process; of one that resumes, the record that it began with.
     """
+
+    record: RunRecord | None = None
+    """Of the run, in the first process; of one that resumes, the record that it began with."""
+    _lock: FileIO | None = None
+    _loggers: Sequence[Logger] = ()
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{**settings, "save_to_log_dir": False})
-        self.record: RunRecord | None = None
-        self._lock: FileIO | None = None
-        self._loggers: list[Logger] = []
 
     def hold(self, trainer: L.Trainer) -> None:
         """Keep the loggers from the trainer until the run begins, and make this the first callback."""

@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
-
 from vlm_calibration.append_log import AppendLog, SettingsChangedError
 from vlm_calibration.estimators.predictions import prediction_from_dict
 from vlm_calibration.files import replacing
@@ -27,20 +25,11 @@ class ResumeState(NamedTuple):
     message: str = ""
 
 
-def asks_all(trainer: L.Trainer) -> bool:
-    """Whether a `test` asks all queries: `trainer.limit_test_batches` is not set."""
-    return isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
-
-
 class AnswerLog(AppendLog):
-    """The answers to the queries of one or several splits, a line a batch.
+    """The answers to the queries of one or several splits, in the order of the data, a line a batch.
 
-    Args:
-        folder: the run directory.
-        rank: of this process, which appends to its own file.
-        queries: split -> its queries, in the order of the data.
-        run: digest of the record of the run, the only one to resume from; None: no run is resumed.
-        name: of the files, with a placeholder for the rank.
+    Each process appends to its own file, `name` with its `rank`, in the run directory `folder`. `run` is the digest of the record of
+    the run, the only one to resume from; None: no run is resumed.
     """
 
     def __init__(
@@ -61,8 +50,8 @@ class AnswerLog(AppendLog):
     def _index(self) -> dict[str, dict[str, int]]:
         return {s: {q.id: index for index, q in enumerate(queries)} for s, queries in self.queries.items()}
 
-    def find(self, *, complete: bool = True) -> ResumeState:
-        """The answers of an interrupted run, which only one that asks all queries (`complete`) resumes; raises a DataError if damaged."""
+    def find(self, limit: float = 1.0) -> ResumeState:
+        """The answers of an interrupted run, unless `trainer.limit_test_batches` is set; raises a DataError if they are damaged."""
         if self.settings["run"] is None:
             return ResumeState()
         over = f"{self.folder}: starting over instead of resuming the interrupted run"
@@ -75,7 +64,7 @@ class AnswerLog(AppendLog):
         count, total = sum(map(len, ids.values())), sum(map(len, self.queries.values()))
         if not count:
             return ResumeState()
-        if not complete:
+        if not (isinstance(limit, float) and limit == 1):
             return ResumeState(message=f"{over}: trainer.limit_test_batches is set")
         for split, answered in ids.items():
             if len(set(answered)) != len(answered) or not self._index[split].keys() >= set(answered):

@@ -51,7 +51,6 @@ from vlm_calibration.stages.dpo_terms import (
     shared_text_drift,
 )
 from vlm_calibration.stages.preference_targets import (
-    OF_GOLD_ANSWERS,
     FittedTeacher,
     PairPolicy,
     TargetChooser,
@@ -77,23 +76,18 @@ class DPOModule(TrainingStage):
             (SoftLabel, TokenizedBrier or ExpectedBrier) and over answers too (RLCR).
         pairs: which of a query's candidates is chosen and which are rejected.
         teacher: what `pairs.target: fitted` fits.
-        reference: the frozen reference of the loss: the given adapter ("adapter"), the model without adapter ("base"), or
-            "none" for losses that need no reference.
-        parts: train only the given adapter's layers in these parts of the model; None: all of them. A new adapter uses
-            `lora.parts`.
+        reference: the frozen reference of the loss: the given adapter, the model without it ("base"), or "none" if none is needed.
+        parts: train only the given adapter's layers in these parts of the model; None: all. A new adapter uses `lora.parts`.
         optimizer: AdamW and its schedule.
-        nll_weight: weight of the chosen responses' negative log-likelihood per token in the loss, at least 0
-            (arXiv 2404.19733).
+        nll_weight: weight in the loss, at least 0, of the chosen responses' negative log-likelihood per token (arXiv 2404.19733).
         confidence_weight: weight of the confidence's tokens in that likelihood, at least 0.
         answer_weight: weight of a correct answer's tokens in it: "constant" is 1, "confidence" the stated confidence. Tokens
             of a wrong answer have weight 0.
         drift_weight: weight in the loss, at least 0, of keeping what the responses share: of the squared change since the
             reference of the answer's log-likelihood, and of the negative log-likelihood of the ending. At 0, both can collapse.
-        scoring: "auto" shares the prefix between candidates if that is exact for the model, "shared" requires it, "plain" does
-            not share.
+        scoring: "auto" shares the prefix of candidates if that is exact for the model, "shared" requires it, "plain" does not share.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
-        max_new_tokens: length limit of the answers that are generated, in validation and as own answers. An own answer that it
-            cuts off is not rated.
+        max_new_tokens: length limit of generated answers, in validation and as own answers, which are not rated if it cuts them off.
     """
 
     def __init__(
@@ -175,7 +169,7 @@ class DPOModule(TrainingStage):
                 )
             if self.pairs.target == "fitted" and data.validation is None:
                 raise DataError("data.validation is not set: `target: fitted` fits its map on those queries")
-        elif self.pairs.target not in OF_GOLD_ANSWERS:
+        elif self.target.estimators:
             raise DataError(
                 f"model.pairs: `target: {self.pairs.target}` rates the model's own answers: set data.candidates.answers to own"
             )

@@ -62,16 +62,14 @@ class EvaluationModule(L.LightningModule):
         adapters: name -> a run directory, the folder of a peft adapter, or its name on the Hub.
         with_base: evaluate the base model too, as the system "base".
         endpoints: name -> a model behind an OpenAI-compatible address.
-        oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers with
-            the base model's measured accuracy at the true kind and strength of perturbation as their confidence. The oracle
-            uses these, which models are not given, but no other loss of evidence.
+        oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers with its
+            measured accuracy at the true kind and strength of perturbation, which models are not given, as their confidence.
         max_new_tokens: length limit of an answer.
         estimators: further estimators of the confidence in the models' answers. Each adds a key to `predictions.jsonl`, and
             to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as `forward_passes@ESTIMATOR`.
         probes: what is changed before the confidence in an answer is read again, to see what it listens to: "image", "object" and
             "distractor" blank the image, the key object or another object, and "answer" gives the opposite of yes or no. Each adds
-            a forward pass for each query of `data.test`, and `metrics.json` has its effect as `probe_NAME_change`. See
-            `estimators.probes`.
+            a forward pass for each query of `data.test`; `metrics.json` has its effect as `probe_NAME_change` (`estimators.probes`).
     """
 
     model: Any

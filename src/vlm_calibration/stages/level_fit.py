@@ -28,7 +28,7 @@ from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLev
 from vlm_calibration.progress import track
 from vlm_calibration.records import ANSWER_TYPES, DataError
 from vlm_calibration.settings import digest
-from vlm_calibration.stages.answer_log import AnswerLog, ResumeState, asks_all
+from vlm_calibration.stages.answer_log import AnswerLog, ResumeState
 from vlm_calibration.stages.evaluation import BASE, BatchAnswers
 from vlm_calibration.stages.provenance import provenance_of
 from vlm_calibration.stages.training import device_of, refuse_sharding
@@ -93,7 +93,7 @@ class LevelFitModule(L.LightningModule):
         answers = self.answers = AnswerLog(folder, self.global_rank, data.tested_queries, run)
         # Lightning tells callbacks alone of an error.
         self.trainer.callbacks.append(LambdaCallback(on_exception=lambda *_: answers.close()))  # type: ignore[attr-defined]
-        self._state = ResumeState() if self.start_over else self.answers.find(complete=asks_all(self.trainer))
+        self._state = ResumeState() if self.start_over else answers.find(self.trainer.limit_test_batches)
         data.answered = self._state.answered or {}
 
     def configure_model(self) -> None:

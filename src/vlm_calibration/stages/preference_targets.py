@@ -43,12 +43,10 @@ class PairPolicy:
 
     Args:
         target: the confidence that the chosen response states: the candidate nearest to it. "level": that of the perturbation, as
-            in the paper. "expected": the mean of the reference's distribution over the candidates' levels: greedy decoding
-            states the mode of that distribution, but its mean is what is calibrated. "likelihood", "p_true" and
-            "self_consistency": what the estimator of this name makes of the reference's own answer. "fitted": the accuracy
-            that `model.teacher` maps such estimates to. "correct": 1 for a correct answer and 0 for a wrong one, for losses whose
-            optimum is then the accuracy. Own answers (`data.candidates.answers: own`) have all of these, gold answers the
-            first two and the last.
+            in the paper. "expected": the mean of the reference's distribution over the candidates' levels, which is calibrated, unlike
+            its mode, which greedy decoding states. "likelihood", "p_true", "self_consistency": this estimate of the reference's own
+            answer. "fitted": the accuracy that `model.teacher` maps such estimates to. "correct": 1 for a correct answer, else 0, for
+            losses whose optimum is then the accuracy. Gold answers have "level", "expected" and "correct"; own answers have all.
         rejected: which other levels are rejected: "all" of them, or `n_rejected` drawn at random ("uniform").
         n_rejected: how many levels are rejected, 1 by default; not allowed with "all".
         seed: seed of the random draws.

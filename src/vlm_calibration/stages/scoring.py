@@ -1,9 +1,8 @@
 """Scores the predictions of a system as they come in, the same in one process as in many.
 
-Metrics have flat names, with `/group` behind them for each group of categories. Those of an estimator beside the stated
-confidence have "@" and its name before the group: `ece@expected`, `ece@expected/existence`. `forward_passes@expected` is the cost
-of the estimator a query, `forward_passes@verbalized` that of the answer. Those of probes are `probe_image_change`,
-`probe_image_change/existence`, ... (`metrics.probes`), and their cost `forward_passes@probes`.
+Metrics have flat names: `ece`, `ece/existence` for a group of categories, `ece@expected/existence` for an estimator beside the stated
+confidence, `probe_image_change/existence` for a probe. The cost of a query is `forward_passes@expected` for an estimator,
+`forward_passes@verbalized` for the answer and `forward_passes@probes` for all probes.
 """
 
 from __future__ import annotations

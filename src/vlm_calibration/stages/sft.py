@@ -1,7 +1,4 @@
-"""Stage 1: supervised fine-tuning on noised images with the confidence of their noise level.
-
-Maximises log p(response, confidence | noised image, question) (CSP, arXiv 2504.14848) over a LoRA adapter.
-"""
+"""Stage 1: supervised fine-tuning (CSP, arXiv 2504.14848) maximises log p(response, confidence | noised image, question)."""
 
 from __future__ import annotations
 
