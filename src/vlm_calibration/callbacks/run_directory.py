@@ -66,7 +66,7 @@ def find_prior(cli: LightningCLI) -> Prior:
     resumes_own = is_own_checkpoint(folder, checkpoint)
     if resumes_own and config.overwrite:
         raise DataError(
-            f"--overwrite would remove {checkpoint}, from which --ckpt_path resumes: give one of them"
+            f"--overwrite would remove {checkpoint}, from which --ckpt_path resumes: give one of the two"
         )
     adapter = (config.model.get("init_args") or {}).get("adapter")
     if adapter is not None and Path(adapter).resolve() == (folder / ADAPTER).resolve():
