@@ -109,12 +109,7 @@ class DPOModule(TrainingStage):
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 64,
     ) -> None:
-        weights = {
-            "nll_weight": nll_weight,
-            "confidence_weight": confidence_weight,
-            "drift_weight": drift_weight,
-        }
-        super().__init__(base, optimizer, gradient_checkpointing, max_new_tokens, **weights)
+        super().__init__(base, optimizer, gradient_checkpointing, max_new_tokens)
         without, name = reference == "none", type(loss).__name__
         if reference == "adapter" and adapter is None:
             raise DataError("model.reference: adapter, but model.adapter is not set: set it, or use `base`")
@@ -139,6 +134,7 @@ class DPOModule(TrainingStage):
         self.answer_weight = answer_weight
         self.drift_weight = drift_weight
         self.scoring = scoring
+        self.check_weights("nll_weight", "confidence_weight", "drift_weight")
         # A metric per name: a process need not have values for each.
         self.pair_means = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in PAIR_STATISTICS})
         self.cut_off = 0

@@ -205,11 +205,7 @@ class EvaluationModule(L.LightningModule):
                 for name, system in self.answering.items():
                     probes = self.probes if is_scored and name in self.local else ()
                     predictions, passes[name], _ = system.answer(batch, probes)
-                    # With as many digits as do not depend on the batch size.
-                    answers[name] = [
-                        replace(p, estimates=_rounded(p.estimates), probes=_rounded(p.probes))
-                        for p in predictions
-                    ]
+                    answers[name] = [*map(_rounded, predictions)]
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
         if self.probes or EXPECTED in (e.name for e in self.estimators):
@@ -256,5 +252,7 @@ class EvaluationModule(L.LightningModule):
             self.log_dict(overall, rank_zero_only=True)
 
 
-def _rounded(confidences: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {name: rounded(confidence) for name, confidence in confidences.items()}
+def _rounded(p: EstimatedPrediction) -> EstimatedPrediction:
+    """With as many digits of estimates and probes as do not depend on the batch size."""
+    estimates, probes = ({n: rounded(c) for n, c in values.items()} for values in (p.estimates, p.probes))
+    return replace(p, estimates=estimates, probes=probes)

@@ -47,12 +47,11 @@ class SFTModule(TrainingStage):
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 64,
     ) -> None:
-        super().__init__(
-            base, optimizer, gradient_checkpointing, max_new_tokens, confidence_weight=confidence_weight
-        )
+        super().__init__(base, optimizer, gradient_checkpointing, max_new_tokens)
         self.lora = lora
         self.confidence_weight = confidence_weight
         self.answer_weight = answer_weight
+        self.check_weights("confidence_weight")
 
     def title(self, data: PerturbedQueryDataModule) -> str:
         return "stage 1: supervised fine-tuning (SFT)"

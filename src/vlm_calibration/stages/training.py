@@ -117,7 +117,7 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 class TrainingStage(L.LightningModule, ABC):
-    """Base class of both training stages, with their arguments; `weights` are weights of the loss by the name of their setting.
+    """Base class of both training stages, with the arguments that they share.
 
     Attributes:
         skipped: number of samples that were too long, in this process.
@@ -127,17 +127,9 @@ class TrainingStage(L.LightningModule, ABC):
     results: Results
 
     def __init__(
-        self,
-        base: BaseModel,
-        optimizer: OptimizerSettings,
-        gradient_checkpointing: bool,
-        max_new_tokens: int,
-        **weights: float,
+        self, base: BaseModel, optimizer: OptimizerSettings, gradient_checkpointing: bool, max_new_tokens: int
     ) -> None:
         super().__init__()
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise DataError(f"model.{name} must be a finite number of at least 0, found {weight}")
         self.base = base
         self.optimizer_settings = optimizer
         self.gradient_checkpointing = gradient_checkpointing
@@ -146,6 +138,14 @@ class TrainingStage(L.LightningModule, ABC):
         self.skipped = 0
         # Checkpoints hold the trained weights alone; the frozen ones are loaded again.
         self.strict_loading = False
+
+    def check_weights(self, *names: str) -> None:
+        """Reject weights of the loss, by the names of their settings, that are not finite numbers of at least 0."""
+        for name in names:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise DataError(
+                    f"model.{name} must be a finite number of at least 0, found {getattr(self, name)}"
+                )
 
     @property
     def data(self) -> PerturbedQueryDataModule:
