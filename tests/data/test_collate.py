@@ -327,7 +327,7 @@ def test_a_prompt_that_ends_within_the_first_token_of_the_answer(processor: Any,
 @pytest.mark.parametrize("paired", [True, False])
 def test_validation_is_prompts_and_candidates(demo_chat: ChatFormat, samples: Samples, paired: bool) -> None:
     collator = CandidateCollator(demo_chat, LinearLevels(), CandidateSettings(), 400) if paired else None
-    batch = ValidationCollator(PromptCollator(demo_chat), collator)(samples)
+    batch = collate_validation(PromptCollator(demo_chat), collator, samples)
     assert batch.prompts.queries == tuple(s.query for s in samples)
     assert (batch.candidates and batch.candidates.queries) == (batch.prompts.queries if paired else None)
     moved = batch.to("meta")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 
@@ -19,11 +19,7 @@ from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 from vlm_calibration.reporting.runs import read_record
 from vlm_calibration.reporting.tables import COLUMNS
 from vlm_calibration.stages.dpo import DPOModule
-from vlm_calibration.stages.scoring import HasResults
 from vlm_calibration.stages.sft import SFTModule
-
-SECRETS = ("token", "password", "secret", "api_key")
-"""Suffixes of setting names that hold secrets."""
 
 
 class AdapterWriter(L.Callback):
@@ -53,18 +49,17 @@ class AdapterWriter(L.Callback):
         # Fail now rather than after training if the model card cannot be made.
         self.card(trainer, module)
 
-    def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_sanity_check_end(self, trainer: L.Trainer, module: Any) -> None:
         # Without validation queries there are none. A run resumed after its last step validates the trained model here.
-        results = getattr(module, "results", None)
-        if results is not None and trainer.num_sanity_val_steps == float("inf"):
-            self.validations.setdefault("before", dict(results[""]))
+        if hasattr(module, "results") and trainer.num_sanity_val_steps == float("inf"):
+            self.validations.setdefault("before", dict(module.results[""]))
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         if not trainer.sanity_checking:
-            self.validations["after"] = dict(cast(HasResults, module).results[""])
+            self.validations["after"] = dict(module.results[""])
 
-    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        weights = full_state_dict(cast(Any, module).model)
+    def on_fit_end(self, trainer: L.Trainer, module: Any) -> None:
+        weights = full_state_dict(module.model)
         if trainer.is_global_zero and not trainer.interrupted:
             self.write(trainer, module, Path(trainer.default_root_dir) / ADAPTER, weights)
         trainer.strategy.barrier("adapter")
@@ -111,7 +106,7 @@ class AdapterWriter(L.Callback):
             training["teacher"] = repr(module.target.fitted)
         record = read_record(folder)
         for name, value in record.settings.items() if record else ():
-            if value is not None and not name.endswith(SECRETS):
+            if value is not None and not name.endswith(("token", "password", "secret", "api_key")):
                 training[name] = str(value)
         # There are no answers of an evaluation yet, so these are no rows of `reporting.report.table`.
         results = {

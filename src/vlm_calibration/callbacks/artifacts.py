@@ -9,9 +9,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -22,8 +23,6 @@ from vlm_calibration.progress import stage_name
 from vlm_calibration.reporting.runs import read_record
 
 LATEST, BEST = "latest", "best"
-MONITOR = "brier"
-"""The validation metric whose lowest value is that of the best adapter."""
 
 
 class Artifacts(L.Callback):
@@ -51,12 +50,12 @@ class Artifacts(L.Callback):
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._log_inputs(trainer, module, ("test",))
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         writers = [c for c in trainer.callbacks if isinstance(c, AdapterWriter)]  # type: ignore[attr-defined]
         logging = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)
         if not (logging and writers) or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        score = float(cast(Any, module).results[""][MONITOR])
+        score = float(module.results[""]["brier"])
         improved = not math.isnan(score) and (self.best is None or score < self.best)
         # In all processes, which save the same state.
         self.best = score if improved else self.best
@@ -64,7 +63,7 @@ class Artifacts(L.Callback):
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name) / ADAPTER
                 writers[0].write(trainer, module, folder)
-                facts = {MONITOR: None if math.isnan(score) else score}
+                facts = {"brier": None if math.isnan(score) else score}
                 self._log(trainer, folder, [LATEST, *([BEST] if improved else [])], facts)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -84,14 +83,14 @@ class Artifacts(L.Callback):
                 logger.experiment.log_artifact(artifact, aliases=aliases)
                 self._digest = artifact.digest
 
-    def _log_inputs(self, trainer: L.Trainer, module: L.LightningModule, roles: Sequence[str]) -> None:
+    def _log_inputs(self, trainer: L.Trainer, module: Any, roles: Sequence[str]) -> None:
         logger = wandb_logger(trainer)
         if logger is None:
             return
         record, stage = read_record(Path(trainer.default_root_dir)), stage_name(type(module).__name__)
-        inputs, versions = ({}, {}) if record is None else (record.inputs, record.versions)
+        inputs, versions = (record.inputs, record.versions) if record else ({}, {})
         # The settings of an evaluation need not name its base model, since its adapters do.
-        base = asdict(cast(Any, module.base)) if getattr(module, "base", None) is not None else None
+        base = asdict(module.base) if getattr(module, "base", None) else None
         logger.log_hyperparams({"stage": stage, "base": base, "versions": versions, "inputs": inputs})
         run = logger.experiment
         run.tags = tuple(dict.fromkeys([*(run.tags or ()), stage]))
@@ -105,10 +104,7 @@ class Artifacts(L.Callback):
 
 
 def use(run: Any, artifact: Any, aliases: Sequence[str] = ()) -> None:
-    """Declare an artifact an input of the run without waiting for the server, which need not have it yet.
-
-    The server identifies artifacts by content, so it links the run that made an adapter with those that use it, even if all were offline.
-    """
+    """Declare an artifact, which the server identifies by its content, an input of the run without waiting for the server."""
     # `Run.use_artifact` does not work offline, waits for the server online, and makes every used artifact the latest
     # version. A disabled run has no interface.
     if run._interface is not None:
@@ -123,8 +119,6 @@ def run_name(folder: Path) -> str:
 
 def adapter_artifact(location: str) -> Any:
     """The artifact of an adapter in a folder or on the Hugging Face Hub."""
-    import wandb
-
     folder = Path(location)
     if folder.is_dir():
         return folder_artifact(folder, run_name(folder.parent if folder.name == ADAPTER else folder), {})
@@ -134,9 +128,6 @@ def adapter_artifact(location: str) -> Any:
 
 
 def folder_artifact(folder: Path, name: str, metadata: dict[str, Any]) -> Any:
-    """The artifact of the files in an adapter's folder."""
-    import wandb
-
     artifact = wandb.Artifact(name, type=ADAPTER, metadata=metadata)
     # One by one, since `add_dir` prints to the terminal.
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -146,8 +137,6 @@ def folder_artifact(folder: Path, name: str, metadata: dict[str, Any]) -> Any:
 
 def data_artifact(role: str, digests: dict[str, str]) -> Any:
     """The artifact of a training, validation or test set; another data set is another version."""
-    import wandb
-
     artifact = wandb.Artifact(f"{role}-data", type="dataset", metadata=digests)
     with artifact.new_file("data.json") as file:
         json.dump(digests, file)

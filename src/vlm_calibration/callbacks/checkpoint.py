@@ -41,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint to a temporary file and renames it; if e.g. the disk is full, an earlier checkpoint stays as it is."""
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -94,17 +94,14 @@ class RunCheckpoint(ModelCheckpoint):
         self._signal: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
-    @property
-    def last(self) -> Path:
-        return Path(str(self.dirpath)) / LAST
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.dirpath = str(Path(trainer.default_root_dir) / FOLDER)
+        folder = Path(trainer.default_root_dir) / FOLDER
+        self.dirpath, self.last = str(folder), folder / LAST
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero:
-            clear_leftovers(Path(self.dirpath))
+            clear_leftovers(folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -113,10 +110,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_before_optimizer_step(self, *_: Any) -> None:
         self._stepped = True
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, *arguments)
         stepped, self._stepped = self._stepped, False
         # Lightning skips an epoch's validation when it resumes after the epoch's last batch.
         if not stepped or trainer.is_last_batch:

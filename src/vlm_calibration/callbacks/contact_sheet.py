@@ -50,11 +50,8 @@ class ContactSheet(L.Callback):
 def contact_sheet(sources: Sequence[QuerySource], count: int, policy: NoisePolicy) -> Image.Image:
     """Draw `count` random queries: question and answer, regions, and a row of strengths for each kind of perturbation of `policy`.
 
-    The evidence is outlined in red, other regions in blue. The evidence is perturbed, by the transforms of training, or the other
-    regions if there is none.
-
-    Raises:
-        DataError: an image cannot be read.
+    The evidence is outlined in red, other regions in blue. The evidence is perturbed, or the other regions if there is none.
+    Raises a DataError if an image cannot be read.
     """
     queries = [(source, index) for source in sources for index in range(len(source.queries()))]
     chosen = np.sort(np.random.default_rng(0).permutation(len(queries))[:count])
@@ -83,9 +80,8 @@ def contact_sheet(sources: Sequence[QuerySource], count: int, policy: NoisePolic
         height, width = (max(1, round(side * scale)) for side in loaded.image.shape[:2])
         image = resize_image(loaded.image, (height, width))
         tinted = image.astype(np.float32)
-        evidence, distractors = (
-            [resize_mask(m, (height, width)) for m in ms] for ms in (loaded.evidence, loaded.distractors)
-        )
+        evidence = [resize_mask(mask, (height, width)) for mask in loaded.evidence]
+        distractors = [resize_mask(mask, (height, width)) for mask in loaded.distractors]
         for masks, colour in ((distractors, OTHER), (evidence, EVIDENCE)):
             for mask in masks:
                 tinted[mask] = 0.6 * tinted[mask] + 0.4 * np.array(colour, dtype=np.float32)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import numpy as np
+import wandb
 from PIL import Image
 
 from vlm_calibration.callbacks.logger import staged, wandb_logger
@@ -21,10 +22,7 @@ from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.records import Prediction
 from vlm_calibration.reporting.report.data import System
 from vlm_calibration.reporting.report.table import plain_rows
-from vlm_calibration.stages.scoring import HasResults
 
-LARGEST_SIDE = 512
-"""Longest side of a logged photo, in pixels."""
 ANSWER_COLUMNS = ("text", "confidence", "correct")
 
 
@@ -32,9 +30,8 @@ class CalibrationFigures(L.Callback):
     """Logs figures and tables to a W&B logger after every validation and evaluation. Place it after `PredictionWriter`.
 
     Names begin with `val/`, or with `test/` and the system's name. For each system: the figures `reliability`, `risk_coverage` and, if
-    images were perturbed, `response_curve`, with their numbers in `confidence_table` and `response_table`. For all systems: `samples`,
-    the answers to the same queries each time, with the image as the model saw it; in an evaluation `comparison`, the rows of
-    `reporting.report.table.plain_rows`.
+    images were perturbed, `response_curve`, with their numbers in `confidence_table` and `response_table`. For all systems: the answers
+    to the same `samples` each time, with the image as the model saw it; in an evaluation `comparison`, a row of metrics for each.
 
     Args:
         samples: number of queries in `samples`.
@@ -48,25 +45,22 @@ class CalibrationFigures(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._log(trainer, module, trainer.datamodule.sets["validation"], "val")  # type: ignore[attr-defined]
+            self._log(trainer, module, "validation", "val")
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._log(trainer, module, trainer.datamodule.sets["test"], "test")  # type: ignore[attr-defined]
+        self._log(trainer, module, "test", "test")
 
-    def _log(
-        self, trainer: L.Trainer, module: L.LightningModule, dataset: PerturbedQueries, stage: str
-    ) -> None:
+    def _log(self, trainer: L.Trainer, module: Any, split: str, stage: str) -> None:
         logger = wandb_logger(trainer)
         if logger is None:
             return
-        folder = Path(trainer.default_root_dir)
-        systems = cast(HasResults, module).results
-        answers = {system: read_predictions(folder / system / PREDICTIONS) for system in systems}
+        folder, dataset = Path(trainer.default_root_dir), trainer.datamodule.sets[split]  # type: ignore[attr-defined]
+        answers = {system: read_predictions(folder / system / PREDICTIONS) for system in module.results}
         with staged(logger):
             media: dict[str, Any] = {}
             if stage == "test":
                 rows = plain_rows([System(name, given, {}, folder, {}) for name, given in answers.items()])
-                media["test/comparison"] = _table([*rows.columns], rows.to_numpy().tolist())
+                media["test/comparison"] = wandb.Table([*rows.columns], rows.to_numpy().tolist())
             for system, predictions in answers.items():
                 prefix = f"{stage}/{system}" if system else stage
                 media |= {f"{prefix}/{name}": value for name, value in media_of(predictions, dataset).items()}
@@ -82,7 +76,7 @@ def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> di
     media: dict[str, Any] = {
         "reliability": _drawing(reliability_diagram(total)),
         "risk_coverage": _drawing(risk_coverage_figure(total)),
-        "confidence_table": _table(["confidence", "right", "wrong"], [*map(list, counts)]),
+        "confidence_table": wandb.Table(["confidence", "right", "wrong"], [*map(list, counts)]),
     }
     by_perturbation: dict[tuple[str, float], list[Prediction]] = {}
     for p in predictions:
@@ -90,22 +84,19 @@ def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> di
             by_perturbation.setdefault((p.perturbation or "", p.strength or 0.0), []).append(p)
     if by_perturbation:
         tables = {key: _counted(answers) for key, answers in sorted(by_perturbation.items())}
-        shares = ("parsed_accuracy", "mean_confidence")
-        rows = [
-            [kind or "untouched", strength, table.parsed, *(float(METRICS[name](table)) for name in shares)]
-            for (kind, strength), table in tables.items()
-            if table.parsed
-        ]
+        rows = []
+        for (kind, strength), table in tables.items():
+            if table.parsed:
+                shares = (float(METRICS[name](table)) for name in ("parsed_accuracy", "mean_confidence"))
+                rows.append([kind or "untouched", strength, table.parsed, *shares])
         media["response_curve"] = _drawing(response_curve(tables))
         columns = ["kind", "strength", "answers", "accuracy", "mean_confidence"]
-        media["response_table"] = _table(columns, rows)
+        media["response_table"] = wandb.Table(columns, rows)
     return media
 
 
-def _counted(predictions: Sequence[Prediction]) -> ConfidenceTable:
-    return ConfidenceTable.from_predictions(
-        [p.confidence for p in predictions], [p.correct for p in predictions]
-    )
+def _counted(answers: Sequence[Prediction]) -> ConfidenceTable:
+    return ConfidenceTable.from_predictions([a.confidence for a in answers], [a.correct for a in answers])
 
 
 def sample_table(
@@ -115,8 +106,6 @@ def sample_table(
 
     The image is perturbed again, which gives the same pixels. With `taught` it has the confidence that training assigns to it.
     """
-    import wandb
-
     by_id = {system: {p.id: p for p in predictions} for system, predictions in answers.items()}
     rows = []
     for place in np.linspace(0, len(dataset) - 1, num=min(size, len(dataset))):
@@ -125,25 +114,17 @@ def sample_table(
         query, given = sample.query, [of_system.get(sample.query.id) for of_system in by_id.values()]
         if any(given):
             photo = Image.fromarray(np.ascontiguousarray(sample.image))
-            photo.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+            photo.thumbnail((512, 512))
             cells = [query.id, wandb.Image(photo, file_type="jpg"), query.question, query.answer]
             cells += [*sample.perturbation, *([sample.confidence] if taught else [])]
             rows.append([*cells, *(getattr(p, name, None) for p in given for name in ANSWER_COLUMNS)])
     columns = ["id", "image", "question", "answer", "perturbation", "strength"]
     columns += ["earned_confidence"] if taught else []
     columns += [f"{system}_{name}" if system else name for system in by_id for name in ANSWER_COLUMNS]
-    return _table(columns, rows)
-
-
-def _table(columns: list[str], rows: list[list[Any]]) -> Any:
-    import wandb
-
     return wandb.Table(columns, rows)
 
 
 def _drawing(figure: Any) -> Any:
-    import wandb
-
     # W&B draws a figure with pyplot, which would keep it in memory.
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

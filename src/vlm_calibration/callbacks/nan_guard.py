@@ -28,7 +28,6 @@ class NanGuard(L.Callback):
         self._losses.append((loss.detach(), self._ids))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        """Check the losses and gradients of the step, with one device synchronisation and one reduction over processes."""
         batches, self._losses = self._losses, []
         finite = torch.stack([loss for loss, _ in batches]).isfinite()
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,7 +19,6 @@ from vlm_calibration.files import json_number, name_some, read_json, write_json,
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import METRICS
 from vlm_calibration.reporting.tables import official_table
-from vlm_calibration.stages.scoring import HasResults
 
 
 class OfficialScores(L.Callback):
@@ -32,22 +31,18 @@ class OfficialScores(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_writer(trainer, self)
         test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
-        if not any(isinstance(split.source, BenchmarkSource) for split in test.values()):
+        asked = {name: split for name, split in test.items() if isinstance(split.source, BenchmarkSource)}
+        self._sources: Any = {name: split.source for name, split in asked.items() if split.noise == "none"}
+        if not asked:
             raise DataError(
                 f"data.test asks no questions of POPE or AMBER, but {name_some(list(test), len(test))}: a preset of data after the "
                 "benchmark's replaces its questions, so leave it out"
             )
 
-    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
-            test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
-            splits = {
-                name: split.source
-                for name, split in test.items()
-                if isinstance(split.source, BenchmarkSource) and split.noise == "none"
-            }
             folder = Path(trainer.default_root_dir)
-            results = {system: _score(folder / system, splits) for system in cast(HasResults, module).results}
+            results = {system: _score(folder / system, self._sources) for system in module.results}
             if any(results.values()):
                 Console().print(official_table(results))
             for system, scores in results.items():

@@ -15,16 +15,13 @@ from vlm_calibration.files import clear_leftovers, json_number, remove, write_js
 from vlm_calibration.models.base import THRESHOLDS
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import METRICS, NOTES
-from vlm_calibration.stages.answer_log import VALIDATED, AnswerLog, ResumeState, asks_all
+from vlm_calibration.stages.answer_log import VALIDATED, AnswerLog, ResumeState
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
-from vlm_calibration.stages.scoring import HasResults
 
 TEST, HELD_OUT = TESTED
 VALIDATION = "validation"
 FILES = {TEST: PREDICTIONS, HELD_OUT: CALIBRATION, VALIDATION: PREDICTIONS}
-"""Split -> file of its predictions."""
 OFFICIAL = "official"
-"""Folder of the answer files for benchmarks' scripts."""
 
 
 class PredictionWriter(L.Callback):
@@ -35,21 +32,17 @@ class PredictionWriter(L.Callback):
     """
 
     _log: AnswerLog
-
-    def __init__(self) -> None:
-        self.start_over = False
-        """Whether an evaluation asks all queries again, whatever an earlier one answered."""
+    start_over = False
+    """Whether an evaluation asks all queries again, whatever an earlier one answered."""
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The metrics of each system of an evaluation."""
         systems = module.systems if isinstance(module, EvaluationModule) else ()
         return [folder / system / METRICS for system in systems]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder, rank = Path(trainer.default_root_dir), trainer.global_rank
         data: PerturbedQueryDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        self._complete = False
-        self._state = ResumeState()
+        self._complete, self._state = False, ResumeState()
         if stage != "test":
             queries = data.sets[VALIDATION].queries if VALIDATION in data.sets else ()
             self._log = AnswerLog(folder, rank, {VALIDATION: queries}, name=VALIDATED)
@@ -59,12 +52,10 @@ class PredictionWriter(L.Callback):
             return
         log = self._log = AnswerLog(folder, rank, data.tested_queries, pl_module.run_digest)  # type: ignore[arg-type]
         if not self.start_over:
-            complete = asks_all(trainer)
-            self._state = broadcast_from_first(trainer, lambda: log.find(complete=complete))
+            self._state = broadcast_from_first(trainer, lambda: log.find(trainer.limit_test_batches))
         data.answered = self._state.answered or {}
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Begin or resume, now that the model is loaded."""
         # The other processes wait, since this may remove their files.
         broadcast_from_first(trainer, lambda: self._begin(trainer, cast(EvaluationModule, module)))
 
@@ -95,13 +86,12 @@ class PredictionWriter(L.Callback):
         self.on_validation_end(trainer, module)
         self._complete = True
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Write the files of all systems, in the first process."""
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         log = self._log
         log.close()
         trainer.strategy.barrier("answers")
         if trainer.is_global_zero:
-            for system, metrics in cast(HasResults, module).results.items():
+            for system, metrics in module.results.items():
                 folder = log.folder / system
                 if HELD_OUT not in log.queries and TEST in log.queries:
                     remove(folder / CALIBRATION)

@@ -1,7 +1,7 @@
 """Writes extracted regions: a log line for each finished shard, and in the end a Parquet file for each source, with a summary.
 
-A line does not depend on the process that wrote it, so an interrupted run resumes with the missing shards and any number of
-processes. Several runs may share the shards (`data.parts`); the last one to end writes the files that are common to them.
+An interrupted run resumes with the missing shards and any number of processes. Several runs may share the shards (`data.parts`); the
+last one to end writes the files.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,37 +34,25 @@ from vlm_calibration.stages.regions import RegionExtractor
 
 SHARDS, SUMMARY = "shards", "summary.json"
 """Folder of the logs of shards, `PART.RANK.jsonl`, and the file of the summary."""
-ROW_GROUP = 1024
-MAX_NOTES = 5
-"""Unreadable images that the summary names at most."""
-
 REJECTED = pa.struct([*REGION, pa.field("reason", pa.string())])
-SCHEMA = pa.schema(
-    [
-        *REQUIRED.items(),
-        *OPTIONAL.items(),
-        *zip(NOTES, (pa.string(), pa.list_(REJECTED), pa.string()), strict=True),
-    ]
-)
+NOTE_TYPES = (pa.string(), pa.list_(REJECTED), pa.string())
+SCHEMA = pa.schema([*REQUIRED.items(), *OPTIONAL.items(), *zip(NOTES, NOTE_TYPES, strict=True)])
 """The columns of a query, and notes about its extraction."""
 
 
 class RegionWriter(L.Callback):
     """Writes `shards/`, a Parquet file for each source and `summary.json` in the run directory.
 
-    A file holds every query of its source whose image could be read, in order, for
-    `vlm_calibration.data.sources.parquet.ParquetSource`. It is `queries.parquet` for `data.predict`; otherwise it is named after the
-    settings of its source, such as `train.parquet`, and `data.regions` names the folder.
+    A file holds every query of its source whose image could be read, in order, for `data.sources.parquet.ParquetSource`. It is
+    `queries.parquet` for `data.predict`; otherwise it is named after its setting, such as `train.parquet`, and `data.regions` names
+    the folder.
     """
 
     _log: AppendLog
-
-    def __init__(self) -> None:
-        self.start_over = False
-        """Whether all shards are extracted again, whatever an earlier run finished."""
+    start_over = False
+    """Whether all shards are extracted again, whatever an earlier run finished."""
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The files that the last part to end writes; reads the queries of all sources."""
         plan = data.plan_extraction(cast(RegionExtractor, module).keep_known)
         return [*(folder / extraction.file for extraction in plan.extractions), folder / SUMMARY]
 
@@ -87,14 +76,10 @@ class RegionWriter(L.Callback):
         if self.start_over or run is None:
             broadcast_from_first(trainer, clear)
         if data.region_plan.extractions:
-            # The same in every process.
-            data.region_plan.finished = broadcast_from_first(
-                trainer, lambda: {row["shard"] for _, row in log.lines()}
-            )
+            finished = broadcast_from_first(trainer, lambda: {row["shard"] for _, row in log.lines()})
+            data.region_plan.finished = finished
 
-    def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: RawBatch, *_: Any
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: RawBatch, *_: Any) -> None:
         if batch.rows:
             self._log.append({"shard": batch.shard, "rows": [row_of(extracted) for extracted in outputs]})
 
@@ -108,16 +93,16 @@ class RegionWriter(L.Callback):
             lines = {row["shard"]: line._replace(content=b"") for line, row in self._log.lines()}
             shards = len(data.region_plan.shards)
             missing = sum(number not in lines for number in range(shards))
-            if missing and data.parts == 1:
+            if not missing:
+                self._merge(data, lines, folder)
+            elif data.parts == 1:
                 what = f"{missing} of {shards} shards are missing"
                 raise DataError(f"{folder / SHARDS}: {what}: run again without trainer.limit_predict_batches")
-            if missing:
+            else:
                 print(
                     f"part {data.part} of {data.parts} is done; {missing} of {shards} shards are other parts': the "
                     f"last to end writes {', '.join(map(str, self.outputs(folder, pl_module, data)))}"
                 )
-            else:
-                self._merge(data, lines, folder)
         trainer.strategy.barrier("merged")
 
     def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, JsonLine], folder: Path) -> None:
@@ -125,19 +110,19 @@ class RegionWriter(L.Callback):
         total, plan = RegionSummary(), data.region_plan
         files: dict[str, RegionSummary] = {}
 
-        def usable(line: JsonLine, summary: RegionSummary) -> list[dict[str, Any]]:
+        def usable(line: JsonLine, *summaries: RegionSummary) -> list[dict[str, Any]]:
             """The rows of a shard that can be trained on; the summaries count all rows."""
-            rows: list[dict[str, Any]] = self._log.reread(line)["rows"]
-            for row in rows:
+            rows = self._log.reread(line)["rows"]
+            for row, summary in product(rows, summaries):
                 summary.add(row)
-                total.add(row)
             return [row for row in rows if row["outcome"] != "unreadable"]
 
         for index, extraction in enumerate(plan.extractions):
-            summary = files[extraction.file] = RegionSummary()
+            path, summary = folder / extraction.file, RegionSummary()
+            files[extraction.file] = summary
             own = [lines[number] for number, (of, _) in enumerate(plan.shards) if of == index]
-            tracked = track(own, f"writing {folder / extraction.file}", len(own), "shards")
-            write_rows(folder / extraction.file, (usable(line, summary) for line in tracked), extraction.note)
+            tracked = track(own, f"writing {path}", len(own), "shards")
+            write_rows(path, (usable(line, summary, total) for line in tracked), extraction.note)
         content = total.to_dict()
         content["files"] = {name: summary.to_dict() for name, summary in files.items()}
         content["complete"] = [f"data.{setting}" for setting in plan.complete]
@@ -167,7 +152,7 @@ def write_rows(
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for rows in parts:
             if rows:
-                writer.write_table(pa.Table.from_pylist(list(rows), schema=schema), row_group_size=ROW_GROUP)
+                writer.write_table(pa.Table.from_pylist(list(rows), schema=schema), row_group_size=1024)
 
 
 class RegionSummary:
@@ -181,7 +166,6 @@ class RegionSummary:
         self.notes: list[str] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Count one query."""
         self.outcomes[row["outcome"]] += 1
         self.reasons.update(r["reason"] for r in row["rejected"])
         if row["outcome"] in ("found", "rejected", "not detected"):
@@ -192,7 +176,7 @@ class RegionSummary:
             masks = [{**r["mask"], "counts": r["mask"]["counts"].encode()} for r in evidence if r["mask"]]
             pixels = np.prod(masks[0]["size"]) if masks else 1
             self.shares.append(float(coco.area(coco.merge(masks)) / pixels) if masks else 0.0)
-        if row["note"] and len(self.notes) < MAX_NOTES:
+        if row["note"] and len(self.notes) < 5:
             self.notes.append(row["note"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,9 +196,7 @@ def print_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Print a summary of all queries, in which `files` has that of each file in `folder`, and `complete` names settings."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if n := summary["queries"]:
-        rows = [
-            (name, str(count), f"{count / n:.1%}") for name, count in summary["outcomes"].items() if count
-        ]
+        rows = [(name, str(k), f"{k / n:.1%}") for name, k in summary["outcomes"].items() if k]
         console.print(text_table(f"Regions of {n} queries", ("", "queries", "share"), rows))
         phrases, share = summary["phrases"], summary["share_of_image"]
         if phrases["named"]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from vlm_calibration.callbacks.adapter import AdapterWriter
 from vlm_calibration.models.base import ADAPTER
 from vlm_calibration.reporting.tables import print_results
-from vlm_calibration.stages.scoring import HasResults
 
 
 class ResultsTable(L.Callback):
@@ -28,16 +26,16 @@ class ResultsTable(L.Callback):
     def __init__(self, tolerance: float = 0.01) -> None:
         self.tolerance = tolerance
 
-    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_test_end(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
-            notes: Mapping[str, Mapping[str, str]] = getattr(module, "notes", {})
+            notes = getattr(module, "notes", {})
             lines = [f"{system}, {name}: {note}" for system in notes for name, note in notes[system].items()]
             files = {"answers": Path(trainer.default_root_dir)}
-            print_results(cast(HasResults, module).results, words="\n".join(lines), files=files)
+            print_results(module.results, words="\n".join(lines), files=files)
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.VALIDATING:
-            print_results({"validation": cast(HasResults, module).results[""]})
+            print_results({"validation": module.results[""]})
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         writers = [c for c in trainer.callbacks if isinstance(c, AdapterWriter)]  # type: ignore[attr-defined]

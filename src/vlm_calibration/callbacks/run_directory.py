@@ -1,11 +1,11 @@
-"""What a run directory holds for a command that is to run in it (nothing, the same run or another one), and the beginning of a run.
+"""What a run directory holds for a command that is to run in it, and the beginning of a run.
 
-Nothing is written and no logger starts before all checks have passed, the model is loaded and a checkpoint is read, so a run that fails
-earlier leaves the directory unchanged.
+A run that fails before its model is loaded and its checkpoint is read leaves the directory unchanged, and starts no logger.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -38,16 +38,12 @@ PROGRESS = (f"{FOLDER}/*.ckpt", EVALUATED.format("*"), f"{SHARDS}/*.jsonl")
 """Files that are not empty where an interrupted run can resume."""
 ANOTHER_FOLDER = "another folder (--runs, or --trainer.default_root_dir) leaves it as it is"
 REMEDIES = f"--overwrite starts again in this folder, {ANOTHER_FOLDER}"
-SUBCOMMANDS: Any = {TrainerFn.FITTING: "fit", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict"}
-"""State of the Trainer -> subcommand with results; `validate` only reads a run."""
 
 
 @runtime_checkable
 class ResultWriter(Protocol):
-    """A callback or module that writes the results of a run."""
-
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The files and folders that a finished run has in its directory `folder`."""
+        """The files and folders that a finished run has; `folder` is its directory."""
 
 
 class Prior(NamedTuple):
@@ -110,9 +106,8 @@ def find_prior(cli: LightningCLI) -> Prior:
 
 def is_own_checkpoint(folder: Path, checkpoint: str | None) -> bool:
     """Whether starting from this checkpoint resumes the run in this directory."""
-    if checkpoint is None:
-        return False
-    return checkpoint in ("best", "hpc") or Path(checkpoint).resolve().is_relative_to(folder.resolve())
+    is_inside = checkpoint is not None and Path(checkpoint).resolve().is_relative_to(folder.resolve())
+    return is_inside or checkpoint in ("best", "hpc")
 
 
 def outputs_of(trainer: L.Trainer, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
@@ -132,16 +127,15 @@ class SaveRunConfig(SaveConfigCallback):
     """Begins a run: writes its record, the full configuration to `config.yaml`, removes overwritten files, and starts the loggers.
 
     The first process holds `config.yaml` while the run goes on, from which `vlm-calibration runs` sees that it is running.
-
-    Attributes:
-        record: of the run, in the first process; of one that resumes, the record that it began with.
     """
+
+    record: RunRecord | None = None
+    """Of the run, in the first process; of one that resumes, the record that it began with."""
+    _lock: FileIO | None = None
+    _loggers: Sequence[Logger] = ()
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{**settings, "save_to_log_dir": False})
-        self.record: RunRecord | None = None
-        self._lock: FileIO | None = None
-        self._loggers: list[Logger] = []
 
     def hold(self, trainer: L.Trainer) -> None:
         """Keep the loggers from the trainer until the run begins, and make this the first callback."""
@@ -150,15 +144,15 @@ class SaveRunConfig(SaveConfigCallback):
         self._loggers, trainer.loggers = trainer.loggers, []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the record, by whose digest the module tells its own answers from those of another run."""
-        subcommand = SUBCOMMANDS.get(trainer.state.fn)
-        if subcommand is None:
+        """Make the record, by whose digest the module tells its own answers from those of another run; a validation has none."""
+        subcommand = trainer.state.fn
+        if subcommand is None or subcommand == TrainerFn.VALIDATING:
             return
 
         def digest() -> str:
             if self.record is None:
-                command, data = command_of(subcommand, pl_module), trainer.datamodule  # type: ignore[attr-defined]
                 config = self._repeating(Path(trainer.default_root_dir))
+                command, data = command_of(subcommand.value, pl_module), trainer.datamodule  # type: ignore[attr-defined]
                 self.record = new_record(command, self.parser, config, trainer, data)
             return self.record.digest
 

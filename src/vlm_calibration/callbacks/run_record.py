@@ -1,7 +1,4 @@
-"""What makes the record of a run, and in what two records differ.
-
-Two runs are the same if their records are: e.g. a level table that was measured again is another input at the same path.
-"""
+"""What makes the record of a run, and in what two records differ: a level table that was measured again is another input."""
 
 from __future__ import annotations
 

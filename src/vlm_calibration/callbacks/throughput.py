@@ -30,9 +30,6 @@ class Throughput(L.Callback):
     - `memory/peak_gib`: peak memory so far, of the GPU or else of this process.
     """
 
-    _tokens: Tensor | int
-    _norm: Tensor | None
-
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._last_end = time.perf_counter()
         self._begin()
@@ -57,9 +54,7 @@ class Throughput(L.Callback):
             # The norm of sharded gradients is gathered; all processes take part.
             self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self._samples += len(batch.queries)
         self._tokens = self._tokens + tokens_of(batch)
         if self._due:
@@ -80,16 +75,13 @@ class Throughput(L.Callback):
 
     def _begin(self) -> None:
         self._began = time.perf_counter()
-        self._samples, self._waited = 0, 0.0
-        self._tokens, self._norm = 0, None
-        self._due = False
+        self._samples, self._waited, self._due = 0, 0.0, False
+        self._tokens: Tensor | int = 0
+        self._norm: Tensor | None = None
 
 
 def tokens_of(batch: Any) -> Tensor | int:
-    """Tokens of a training batch that are not padding, on the batch's device; of a `CandidateBatch`, of all responses too.
-
-    Own answers, which the step generates, are not counted.
-    """
+    """Tokens of a training batch that are not padding, on its device, with all responses of a `CandidateBatch`; own answers do not count."""
     if not batch.inputs:
         return 0
     tokens: Tensor = batch.inputs["attention_mask"].sum()
@@ -107,11 +99,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class PeakMemory(L.Callback):
-    """Measures the peak from the first to the last training step, by the allocator of a GPU, or else as `LiveBytes`.
-
-    Attributes:
-        peak: bytes beside those that exist when training starts, the model's weights.
-    """
+    """Measures the `peak` of a training, in bytes beside the model's weights, by the allocator of a GPU, or else as `LiveBytes`."""
 
     peak = 0
 
@@ -121,8 +109,7 @@ class PeakMemory(L.Callback):
             torch.cuda.reset_peak_memory_stats()
             self._held = torch.cuda.memory_allocated()
         else:
-            self._live = LiveBytes([*pl_module.parameters(), *pl_module.buffers()])
-            self._live.__enter__()
+            self._live = LiveBytes([*pl_module.parameters(), *pl_module.buffers()]).__enter__()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._live is None:

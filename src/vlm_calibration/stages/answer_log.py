@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
-
 from vlm_calibration.append_log import AppendLog, SettingsChangedError
 from vlm_calibration.estimators.predictions import prediction_from_dict
 from vlm_calibration.files import replacing
@@ -27,20 +25,11 @@ class ResumeState(NamedTuple):
     message: str = ""
 
 
-def asks_all(trainer: L.Trainer) -> bool:
-    """Whether a `test` asks all queries: `trainer.limit_test_batches` is not set."""
-    return isinstance(trainer.limit_test_batches, float) and trainer.limit_test_batches == 1
-
-
 class AnswerLog(AppendLog):
-    """The answers to the queries of one or several splits, a line a batch.
+    """The answers to the queries of one or several splits, in the order of the data, a line a batch.
 
-    Args:
-        folder: the run directory.
-        rank: of this process, which appends to its own file.
-        queries: split -> its queries, in the order of the data.
-        run: digest of the record of the run, the only one to resume from; None: no run is resumed.
-        name: of the files, with a placeholder for the rank.
+    Each process appends to its own file, `name` with its `rank`, in the run directory `folder`. `run` is the digest of the record of
+    the run, the only one to resume from; None: no run is resumed.
     """
 
     def __init__(
@@ -61,25 +50,21 @@ class AnswerLog(AppendLog):
     def _index(self) -> dict[str, dict[str, int]]:
         return {s: {q.id: index for index, q in enumerate(queries)} for s, queries in self.queries.items()}
 
-    def find(self, *, complete: bool = True) -> ResumeState:
-        """Find the answers of an interrupted run; raises a DataError for a damaged file or answers to other queries.
-
-        Args:
-            complete: whether this run asks all queries; else it does not resume.
-        """
+    def find(self, limit: float = 1.0) -> ResumeState:
+        """The answers of an interrupted run, unless `trainer.limit_test_batches` is set; raises a DataError if they are damaged."""
         if self.settings["run"] is None:
             return ResumeState()
         over = f"{self.folder}: starting over instead of resuming the interrupted run"
         ids: dict[str, list[str]] = {split: [] for split in self.queries}
         try:
-            for _, row in self._rows():
-                ids[row["split"]] += next(_ids(row))
+            for _, row, answered in self._rows():
+                ids[row["split"]] += answered
         except SettingsChangedError:
             return ResumeState(message=f"{over}: it had other settings or inputs")
         count, total = sum(map(len, ids.values())), sum(map(len, self.queries.values()))
         if not count:
             return ResumeState()
-        if not complete:
+        if not (isinstance(limit, float) and limit == 1):
             return ResumeState(message=f"{over}: trainer.limit_test_batches is set")
         for split, answered in ids.items():
             if len(set(answered)) != len(answered) or not self._index[split].keys() >= set(answered):
@@ -90,14 +75,13 @@ class AnswerLog(AppendLog):
 
     def batches(self, split: str) -> Iterator[BatchAnswers]:
         """The batches of a split that any process has answered so far."""
-        for where, row in self._rows():
-            if row["split"] != split:
-                continue
-            try:
-                answers = {s: [*map(prediction_from_dict, rows)] for s, rows in row["answers"].items()}
-            except ValueError as error:
-                raise self.damaged(where, error) from error
-            yield BatchAnswers(answers=answers, passes=row["passes"])
+        for where, row, _ in self._rows():
+            if row["split"] == split:
+                try:
+                    answers = {s: [*map(prediction_from_dict, rows)] for s, rows in row["answers"].items()}
+                except ValueError as error:
+                    raise self.damaged(where, error) from error
+                yield BatchAnswers(answers=answers, passes=row["passes"])
 
     def add(self, split: str, batch: BatchAnswers) -> None:
         """Append a batch, unless it is empty; raises a DataError if it cannot be written."""
@@ -106,39 +90,31 @@ class AnswerLog(AppendLog):
             self.append({"split": split, "answers": answers, "passes": batch["passes"]})
 
     def write_predictions(self, system: str, split: str, path: Path, total: int | None = None) -> None:
-        """Write a system's answers to a split, one prediction a line, in the order of the data.
-
-        Raises:
-            DataError: there are not `total` answers (None: any number), each to another query.
-        """
+        """Write a system's answers to a split; a DataError unless there are `total` (None: any number), each to another query."""
         lines: dict[int, str] = {}
         count = 0
-        for _, row in self._rows():
+        for _, row, _ in self._rows():
             for answer in row["answers"][system] if row["split"] == split else ():
                 lines[self._index[split][answer["id"]]] = json.dumps(answer, ensure_ascii=False) + "\n"
                 count += 1
         expected = len(lines) if total is None else total
         if not count == len(lines) == expected:
-            found = f"{count} answers of {system!r} to {len(lines)} queries, expected {expected}"
-            says = "does another evaluation write into this folder?"
-            raise DataError(f"{self.folder / self.pattern}: {found}: {says}")
+            raise DataError(
+                f"{self.folder / self.pattern}: {count} answers of {system!r} to {len(lines)} queries, expected {expected}: "
+                "does another evaluation write into this folder?"
+            )
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(lines[index] for index in sorted(lines))
 
-    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """File and line number of each line, and its row."""
+    def _rows(self) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+        """File and line number of each line, its row, and the ids of its queries."""
         for line, row in self.lines():
             try:
-                first, *others = _ids(row)
+                first, *others = ([answer["id"] for answer in rows] for rows in row["answers"].values())
                 if row["split"] not in self.queries or not isinstance(row["passes"], dict):
                     raise ValueError(f"not a batch of answers to {', '.join(self.queries)}")
                 if any(ids != first for ids in others):
                     raise ValueError("the systems answered different queries")
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 raise self.damaged(line.where, error) from error
-            yield line.where, row
-
-
-def _ids(row: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The queries of a batch, as each system answered them."""
-    return ([answer["id"] for answer in rows] for rows in row["answers"].values())
+            yield line.where, row, first

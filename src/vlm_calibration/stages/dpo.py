@@ -1,8 +1,7 @@
 """Stage 2: teach the stated confidence with several responses to one image and question, starting from the adapter of stage 1.
 
 A response that states the target confidence is preferred over responses that state others (CSP, arXiv 2504.14848; `losses.preference`),
-or the distribution over all confidences is taught (`losses.distribution`). A step: candidates and their target (`compare`), scores
-(`score`), loss.
+or the distribution over all confidences is taught (`losses.distribution`).
 """
 
 from __future__ import annotations
@@ -52,7 +51,6 @@ from vlm_calibration.stages.dpo_terms import (
     shared_text_drift,
 )
 from vlm_calibration.stages.preference_targets import (
-    OF_GOLD_ANSWERS,
     FittedTeacher,
     PairPolicy,
     TargetChooser,
@@ -78,23 +76,18 @@ class DPOModule(TrainingStage):
             (SoftLabel, TokenizedBrier or ExpectedBrier) and over answers too (RLCR).
         pairs: which of a query's candidates is chosen and which are rejected.
         teacher: what `pairs.target: fitted` fits.
-        reference: the frozen reference of the loss: the given adapter ("adapter"), the model without adapter ("base"), or
-            "none" for losses that need no reference.
-        parts: train only the given adapter's layers in these parts of the model; None: all of them. A new adapter uses
-            `lora.parts`.
+        reference: the frozen reference of the loss: the given adapter ("adapter"), the model without it ("base"), or "none" without need.
+        parts: train only the given adapter's layers in these parts of the model; None: all. A new adapter uses `lora.parts`.
         optimizer: AdamW and its schedule.
-        nll_weight: weight of the chosen responses' negative log-likelihood per token in the loss, at least 0
-            (arXiv 2404.19733).
+        nll_weight: weight in the loss, at least 0, of the chosen responses' negative log-likelihood per token (arXiv 2404.19733).
         confidence_weight: weight of the confidence's tokens in that likelihood, at least 0.
         answer_weight: weight of a correct answer's tokens in it: "constant" is 1, "confidence" the stated confidence. Tokens
             of a wrong answer have weight 0.
         drift_weight: weight in the loss, at least 0, of keeping what the responses share: of the squared change since the
             reference of the answer's log-likelihood, and of the negative log-likelihood of the ending. At 0, both can collapse.
-        scoring: "auto" shares the prefix between candidates if that is exact for the model, "shared" requires it, "plain" does
-            not share.
+        scoring: "auto" shares the prefix of candidates if that is exact for the model, "shared" requires it, "plain" does not share.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
-        max_new_tokens: length limit of the answers that are generated, in validation and as own answers. An own answer that it
-            cuts off is not rated.
+        max_new_tokens: length limit of generated answers, in validation and as own answers, which are not rated if it cuts them off.
     """
 
     def __init__(
@@ -116,12 +109,7 @@ class DPOModule(TrainingStage):
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 64,
     ) -> None:
-        super().__init__(
-            *(base, optimizer, gradient_checkpointing, max_new_tokens),
-            nll_weight=nll_weight,
-            confidence_weight=confidence_weight,
-            drift_weight=drift_weight,
-        )
+        super().__init__(base, optimizer, gradient_checkpointing, max_new_tokens)
         without, name = reference == "none", type(loss).__name__
         if reference == "adapter" and adapter is None:
             raise DataError("model.reference: adapter, but model.adapter is not set: set it, or use `base`")
@@ -139,7 +127,6 @@ class DPOModule(TrainingStage):
         self.lora = lora
         self.loss = loss
         self.pairs = pairs
-        self.teacher = teacher
         self.reference = reference
         self.parts = parts
         self.nll_weight = nll_weight
@@ -147,13 +134,13 @@ class DPOModule(TrainingStage):
         self.answer_weight = answer_weight
         self.drift_weight = drift_weight
         self.scoring = scoring
+        self.check_weights("nll_weight", "confidence_weight", "drift_weight")
         # A metric per name: a process need not have values for each.
         self.pair_means = nn.ModuleDict({name: MeanMetric(nan_strategy="ignore") for name in PAIR_STATISTICS})
         self.cut_off = 0
         self.target = TargetChooser(pairs.target, teacher)
 
     def title(self, data: PerturbedQueryDataModule) -> str:
-        """What is taught, and on which answers."""
         taught = "soft labels" if isinstance(self.loss, SoftLabel) else type(self.loss).__name__
         answers = "gold" if data.candidates is None else data.candidates.answers
         return f"stage 2: {taught} on {answers} answers"
@@ -178,7 +165,7 @@ class DPOModule(TrainingStage):
                 )
             if self.pairs.target == "fitted" and data.validation is None:
                 raise DataError("data.validation is not set: `target: fitted` fits its map on those queries")
-        elif self.pairs.target not in OF_GOLD_ANSWERS:
+        elif self.target.estimators:
             raise DataError(
                 f"model.pairs: `target: {self.pairs.target}` rates the model's own answers: set data.candidates.answers to own"
             )
@@ -203,10 +190,8 @@ class DPOModule(TrainingStage):
         """Fit the teacher on the reference's answers to the validation queries: all processes answer their share, and fit the same."""
         if self.target.is_ready:
             return
-        taught, held_out = (
-            {q.answer_type for q in self.data.sets[name].queries} for name in ("train", "validation")
-        )
-        if missing := sorted(taught - held_out):
+        types = {name: {q.answer_type for q in s.queries} for name, s in self.data.sets.items()}
+        if missing := sorted(types["train"] - types["validation"]):
             raise DataError(
                 f"data.validation has no {' and no '.join(missing)} question, but data.train has: `target: fitted` needs such questions"
             )
@@ -254,8 +239,7 @@ class DPOModule(TrainingStage):
 
     def compare(self, batch: CandidateBatch | PromptBatch) -> tuple[CandidateBatch, Comparison]:
         """The prompts with all their candidates, and what is compared of these. Call it within `shared_vision`."""
-        answered: AnsweredBatch | None = None
-        of_all: ResponseScores | None = None
+        answered = of_all = None
         needs_reference = self.loss.needs_reference or bool(self.drift_weight)
         is_used = needs_reference or isinstance(batch, PromptBatch) or self.pairs.target == "expected"
         with self.as_reference() if is_used else nullcontext():
@@ -267,12 +251,10 @@ class DPOModule(TrainingStage):
             targets = self.target(batch, of_all, answered)
             everything = isinstance(self.loss, DistributionLoss)
             picks = choose_candidates(self.pairs, batch, targets, everything=everything)
-            comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, None, of_all)
+            comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, of_all=of_all)
             if needs_reference:
-                of_picked = (
-                    self.score(batch, comparison.compared) if of_all is None else picked(of_all, picks)
-                )
-                comparison = comparison._replace(reference=of_picked)
+                scores = picked(of_all, picks) if of_all else self.score(batch, comparison.compared)
+                comparison = comparison._replace(reference=scores)
         return batch, comparison
 
     def _answer(self, batch: PromptBatch) -> AnsweredBatch:
@@ -292,17 +274,12 @@ class DPOModule(TrainingStage):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Turn the model into the reference within a context, without gradients and in eval mode.
-
-        In train mode, gradient checkpointing would disable the cache of the prompts.
-        """
+        """Turn the model into the reference, without gradients and in eval mode, where gradient checkpointing keeps the prompts' cache."""
         training = self.model.training
+        adapter = REFERENCE if self.reference == "adapter" else None
         self.model.eval()
         try:
-            with (
-                torch.no_grad(),
-                using_adapter(self.model, REFERENCE if self.reference == "adapter" else None),
-            ):
+            with torch.no_grad(), using_adapter(self.model, adapter):
                 yield
         finally:
             self.model.train(training)
@@ -351,10 +328,9 @@ class DPOModule(TrainingStage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        fitted = self.target.fitted
-        checkpoint["teacher"] = None if fitted is None else asdict(fitted)
+        checkpoint["teacher"] = self.target.fitted and asdict(self.target.fitted)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["teacher"]
-        self.target.fitted = None if state is None else FittedTeacher.from_state(self.teacher, state)
+        self.target.fitted = state and FittedTeacher.from_state(self.target.settings, state)

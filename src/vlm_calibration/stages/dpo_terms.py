@@ -44,10 +44,7 @@ class Comparison(NamedTuple):
 
     @property
     def correct(self) -> list[list[bool]]:
-        """For each query whether the answer of each picked candidate is correct.
-
-        A wrong candidate beside a gold answer is wrong, and one beside a wrong own answer is its opposite.
-        """
+        """For each query whether the answer of each picked candidate is correct; one beside a wrong own answer is its opposite."""
         rows = zip(self.compared, self.is_correct, strict=True)
         return [[c.wrong != correct for c in candidates] for candidates, correct in rows]
 
@@ -106,13 +103,10 @@ def chosen_nll(
     log_likelihood, tokens = policy.log_likelihood[:, 0], policy.tokens[:, 0]  # [B, T]
     chosen = [row[0] for row in comparison.compared]
     answer_lengths = torch.tensor([c.answer_length for c in chosen], device=tokens.device)
-    weights = token_weights(
-        torch.arange(tokens.shape[1], device=tokens.device) >= answer_lengths[:, None],
-        log_likelihood.new_tensor([[c.confidence] for c in chosen]),
-        torch.tensor(comparison.is_correct, device=tokens.device)[:, None],
-        answer_weight,
-        confidence_weight,
-    )
+    confidence_mask = torch.arange(tokens.shape[1], device=tokens.device) >= answer_lengths[:, None]
+    confidence = log_likelihood.new_tensor([[c.confidence] for c in chosen])
+    correct = torch.tensor(comparison.is_correct, device=tokens.device)[:, None]
+    weights = token_weights(confidence_mask, confidence, correct, answer_weight, confidence_weight)
     rows, _ = tokens.nonzero(as_tuple=True)
     return response_nll(log_likelihood[tokens], rows, weights[tokens], len(chosen))
 
@@ -120,10 +114,9 @@ def chosen_nll(
 def shared_text_drift(policy: ResponseScores, comparison: Comparison) -> Tensor:
     """How far the policy is from keeping what the responses to a query share, averaged over queries.
 
-    They share the answer before the confidence: its term is the squared change of its log-likelihood since the reference. And
-    they share the ending after it ("%", the end of the turn), which must follow every number: its term is its negative
-    log-likelihood, averaged over a query's responses; the reference itself may end a number badly that it never states. A
-    preference between confidences can be satisfied by destroying them: by numbers without "%", or in place of the answer.
+    The answer before the confidence: the squared change of its log-likelihood since the reference. The ending ("%", the end of the
+    turn): its negative log-likelihood, averaged over the responses, since the reference may end a number badly that it never states.
+    Numbers without "%", or in place of the answer, would satisfy a preference between confidences too.
     """
     assert comparison.reference is not None
     log_p, compared = policy.log_likelihood, comparison.compared
@@ -140,10 +133,7 @@ def shared_text_drift(policy: ResponseScores, comparison: Comparison) -> Tensor:
 
 @torch.no_grad()
 def answer_log_likelihood(policy: ResponseScores, comparison: Comparison) -> Tensor:
-    """Log-likelihood of the gold answers' tokens, averaged over the queries whose responses give one; NaN without such a query.
-
-    It falls when a model collapses: margins grow while all responses become unlikely.
-    """
+    """Log-likelihood of the gold answers' tokens, averaged over the queries whose responses give one; NaN without such a query."""
     values = [
         policy.log_likelihood[row, 0, : candidates[0].answer_length].sum()
         for row, candidates in enumerate(comparison.compared)
@@ -155,9 +145,8 @@ def answer_log_likelihood(policy: ResponseScores, comparison: Comparison) -> Ten
 @torch.no_grad()
 def kl_divergence(policy: Tensor, reference: Tensor, candidates: Candidates) -> Tensor:
     """KL divergence of the reference's distribution over levels from the policy's, in nats, averaged over queries."""
-    values = []
-    rows = zip(level_log_p(policy, candidates), level_log_p(reference, candidates), strict=True)
-    for (_, policy_log_p), (_, reference_log_p) in rows:
-        log_p, log_q = (torch.log_softmax(x.float(), -1) for x in (policy_log_p, reference_log_p))
-        values.append((log_p.exp() * (log_p - log_q)).sum())
-    return torch.stack(values).mean()
+    log_p, log_q = (
+        [torch.log_softmax(x.float(), -1) for _, x in level_log_p(total, candidates)]
+        for total in (policy, reference)
+    )
+    return torch.stack([(p.exp() * (p - q)).sum() for p, q in zip(log_p, log_q, strict=True)]).mean()

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypedDict
+from itertools import product
+from typing import Any, TypedDict, cast
 
 import lightning as L
 from torch import nn
@@ -47,10 +48,7 @@ class BatchAnswers(TypedDict):
 
 BASE = "base"
 ORACLE = "oracle"
-MOST_UNSCORED = 10
-"""Number of stated confidences that are not scored from which on a system is refused that mostly states such."""
 SCORED = TESTED[0]
-"""The data set that scores include."""
 
 
 class EvaluationModule(L.LightningModule):
@@ -64,16 +62,14 @@ class EvaluationModule(L.LightningModule):
         adapters: name -> a run directory, the folder of a peft adapter, or its name on the Hub.
         with_base: evaluate the base model too, as the system "base".
         endpoints: name -> a model behind an OpenAI-compatible address.
-        oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers with
-            the base model's measured accuracy at the true kind and strength of perturbation as their confidence. The oracle
-            uses these, which models are not given, but no other loss of evidence.
+        oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers with its
+            measured accuracy at the true kind and strength of perturbation, which models are not given, as their confidence.
         max_new_tokens: length limit of an answer.
         estimators: further estimators of the confidence in the models' answers. Each adds a key to `predictions.jsonl`, and
             to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as `forward_passes@ESTIMATOR`.
         probes: what is changed before the confidence in an answer is read again, to see what it listens to: "image", "object" and
             "distractor" blank the image, the key object or another object, and "answer" gives the opposite of yes or no. Each adds
-            a forward pass for each query of `data.test`, and `metrics.json` has its effect as `probe_NAME_change`. See
-            `estimators.probes`.
+            a forward pass for each query of `data.test`; `metrics.json` has its effect as `probe_NAME_change` (`estimators.probes`).
     """
 
     model: Any
@@ -94,15 +90,13 @@ class EvaluationModule(L.LightningModule):
     ) -> None:
         super().__init__()
         adapters, endpoints = adapters or {}, endpoints or {}
-        for setting, named, taken in (
-            ("adapters", [*adapters], (BASE, ORACLE)),
-            ("endpoints", [*endpoints], (BASE, ORACLE, *adapters)),
-        ):
-            for name in named:
-                # The name becomes a folder, and a key in peft's modules.
-                if name in taken or not re.fullmatch(r"[\w-]+", name):
-                    reason = "is taken" if name in taken else "must be of letters, digits, '_' and '-'"
-                    raise DataError(f"model.{setting}: the name {name!r} {reason}")
+        taken = {BASE, ORACLE}
+        for setting, name in [*product(["adapters"], adapters), *product(["endpoints"], endpoints)]:
+            # The name becomes a folder, and a key in peft's modules.
+            if name in taken or not re.fullmatch(r"[\w-]+", name):
+                reason = "is taken" if name in taken else "must be of letters, digits, '_' and '-'"
+                raise DataError(f"model.{setting}: the name {name!r} {reason}")
+            taken.add(name)
         if oracle_levels is not None and not with_base:
             raise DataError("model.oracle_levels needs the base model's answers: set model.with_base")
         if not adapters and not endpoints and not with_base:
@@ -146,7 +140,7 @@ class EvaluationModule(L.LightningModule):
             endpoint.close()
 
     def check_data(self, data: PerturbedQueryDataModule) -> None:
-        """Check, before a model is loaded, that the oracle's levels were measured for such data; compare image sizes."""
+        """Check, before a model is loaded, that the oracle's levels were measured for such data; warn of other prompts or image sizes."""
         if self.oracle is not None:
             assert self.base is not None
             if self.oracle.table.ranked:
@@ -178,14 +172,11 @@ class EvaluationModule(L.LightningModule):
 
     @property
     def data_needs(self) -> DataNeeds:
-        """The copies of images that estimators and probes need, and whether endpoints are sent the images."""
         copies: dict[str, list[ImageCopy]] = {}
-        if self.local:
-            of_estimators = [copy for e in self.estimators for copy in e.copies]
+        for name in TESTED if self.local else ():
+            copies[name] = [copy for e in self.estimators for copy in e.copies]
             # No score includes the calibration set, so it is not probed.
-            copies = {
-                name: of_estimators + (copies_of(self.probes) if name == SCORED else []) for name in TESTED
-            }
+            copies[name] += copies_of(self.probes) if name == SCORED else []
         return DataNeeds(copies=copies, images=bool(self.endpoints))
 
     def on_test_start(self) -> None:
@@ -214,11 +205,7 @@ class EvaluationModule(L.LightningModule):
                 for name, system in self.answering.items():
                     probes = self.probes if is_scored and name in self.local else ()
                     predictions, passes[name], _ = system.answer(batch, probes)
-                    # With as many digits as do not depend on the batch size.
-                    answers[name] = [
-                        replace(p, estimates=_rounded(p.estimates), probes=_rounded(p.probes))
-                        for p in predictions
-                    ]
+                    answers[name] = [*map(_rounded, predictions)]
             if self.oracle:
                 answers[ORACLE] = [self._oracle(p) for p in answers[BASE]]
         if self.probes or EXPECTED in (e.name for e in self.estimators):
@@ -229,12 +216,12 @@ class EvaluationModule(L.LightningModule):
         return output
 
     def _check_scored(self, answers: Mapping[str, Sequence[EstimatedPrediction]]) -> None:
-        """Refuse a system that mostly states other confidences than whole percents, which alone are scored after its answers."""
+        """Refuse a system of whose confidences 10 or more, and most, are not whole percents, which alone are scored after its answers."""
         for system, counts in self._stated.items():
             stated = [p.confidence for p in answers[system] if p.confidence is not None]
             unscored = [c for c in stated if round(100 * c, 6) % 1]
             counts.update({True: len(stated) - len(unscored), False: len(unscored)})
-            if unscored and counts[False] >= MOST_UNSCORED and counts[False] > counts[True]:
+            if unscored and counts[False] >= 10 and counts[False] > counts[True]:
                 raise DataError(
                     f"model.estimators: {counts[False]} of the first {counts.total()} confidences that {system!r} states are not whole "
                     f"percents, such as {100 * unscored[0]:g}%, but only those are scored: ask for them in data.prompt, or leave out "
@@ -254,11 +241,8 @@ class EvaluationModule(L.LightningModule):
         return notes | {system: {"not as trained": text} for system, text in self.differences.items()}
 
     def _oracle(self, prediction: EstimatedPrediction) -> EstimatedPrediction:
-        assert self.oracle is not None
-        assert prediction.perturbation is not None
-        assert prediction.strength is not None
-        lost = Perturbation(prediction.perturbation, prediction.strength)
-        accuracy = self.oracle.accuracy(lost, prediction.answer_type)
+        lost = Perturbation(cast(str, prediction.perturbation), cast(float, prediction.strength))
+        accuracy = cast(AnchoredLevels, self.oracle).accuracy(lost, prediction.answer_type)
         return replace(prediction, confidence=accuracy, estimates={}, probes={})
 
     def on_test_epoch_end(self) -> None:
@@ -268,5 +252,7 @@ class EvaluationModule(L.LightningModule):
             self.log_dict(overall, rank_zero_only=True)
 
 
-def _rounded(confidences: Mapping[str, float | None]) -> dict[str, float | None]:
-    return {name: rounded(confidence) for name, confidence in confidences.items()}
+def _rounded(p: EstimatedPrediction) -> EstimatedPrediction:
+    """With as many digits of estimates and probes as do not depend on the batch size."""
+    estimates, probes = ({n: rounded(c) for n, c in values.items()} for values in (p.estimates, p.probes))
+    return replace(p, estimates=estimates, probes=probes)

@@ -22,13 +22,13 @@ from vlm_calibration.estimators.base import LocalSystem, grade_answers
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.models.loading import BaseModel, load_base
-from vlm_calibration.models.shared_prefix import score_responses
+from vlm_calibration.models.shared_prefix import Prompts, score_responses
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, Measured, write_likelihoods
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.progress import track
 from vlm_calibration.records import ANSWER_TYPES, DataError
 from vlm_calibration.settings import digest
-from vlm_calibration.stages.answer_log import AnswerLog, ResumeState, asks_all
+from vlm_calibration.stages.answer_log import AnswerLog, ResumeState
 from vlm_calibration.stages.evaluation import BASE, BatchAnswers
 from vlm_calibration.stages.provenance import provenance_of
 from vlm_calibration.stages.training import device_of, refuse_sharding
@@ -43,9 +43,8 @@ move an accuracy by a percent or two, less than the differences between bins."""
 class LevelFitModule(L.LightningModule):
     """Answers the queries of `data.levels` at every level of each kind of perturbation with the base model and writes a level table.
 
-    With `data.grading.rank_levels`, open queries need no generation, unless likelihoods are written: see `rank_answers`. Each process
-    appends its answers to an `AnswerLog` in the run directory, from which an interrupted run resumes, and which stays if the table is
-    refused.
+    The answers are in an `AnswerLog` in the run directory, from which an interrupted run resumes, and which stays if the table is refused.
+    With `data.grading.rank_levels`, open queries need no generation, unless likelihoods are written: see `rank_answers`.
 
     Args:
         base: the base model.
@@ -78,24 +77,12 @@ class LevelFitModule(L.LightningModule):
 
     @property
     def data_needs(self) -> DataNeeds:
-        """The queries whose levels are measured, and those whose likelihoods are written."""
         return DataNeeds((LEVELS,) if self.likelihoods is None else (LEVELS, INSTANCES), ())
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The files that a finished run has written."""
         return [Path(path) for path in (self.out, self.likelihoods) if path is not None]
 
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Close the answers after an error, of which Lightning tells callbacks alone."""
-
-        def close(*_: Any) -> None:
-            if hasattr(self, "answers"):
-                self.answers.close()
-
-        return [LambdaCallback(on_exception=close)]
-
     def setup(self, stage: str) -> None:
-        """Find out where to resume."""
         refuse_sharding(self)
         data, asked = self._data, (LEVELS,) if self.likelihoods is None else (LEVELS, "train")
         contents = {name: contents_of(data.read_splits(name), f"data.{name}") for name in asked}
@@ -103,8 +90,10 @@ class LevelFitModule(L.LightningModule):
         # The record leaves the bytes of images out; answers about other images are not counted with these.
         run = None if self.run_digest is None else digest([self.run_digest, repr(contents)])
         folder = Path(self.trainer.default_root_dir)
-        self.answers = AnswerLog(folder, self.global_rank, data.tested_queries, run)
-        self._state = ResumeState() if self.start_over else self.answers.find(complete=asks_all(self.trainer))
+        answers = self.answers = AnswerLog(folder, self.global_rank, data.tested_queries, run)
+        # Lightning tells callbacks alone of an error.
+        self.trainer.callbacks.append(LambdaCallback(on_exception=lambda *_: answers.close()))  # type: ignore[attr-defined]
+        self._state = ResumeState() if self.start_over else answers.find(self.trainer.limit_test_batches)
         data.answered = self._state.answered or {}
 
     def configure_model(self) -> None:
@@ -131,10 +120,7 @@ class LevelFitModule(L.LightningModule):
         self.answers.add(name, BatchAnswers(answers={BASE: answers}, passes={}))
 
     def _answer(self, batch: PromptBatch) -> list[EstimatedPrediction]:
-        """The model's own answers, those to untouched images with their likelihood if it is written.
-
-        A ranked answer is correct if the gold answer is the likeliest; it is not generated without need.
-        """
+        """The model's own answers, those to untouched images with their likelihood if it is written; a ranked one may be empty."""
         ranked = rank_answers(self.model, batch)
         untouched = [perturbation == CLEAN for perturbation in batch.perturbations]
         estimators = [AnswerLikelihood()] if any(untouched) and self.likelihoods is not None else []
@@ -200,23 +186,18 @@ def contents_of(splits: Mapping[str, EvalSplit], where: str) -> dict[str, int]:
 
 @torch.no_grad()
 def rank_answers(model: Any, batch: PromptBatch) -> list[bool | None]:
-    """Whether the gold answer is likelier, per token, than every wrong one; None for queries that are not ranked.
-
-    One forward pass scores all answers; nothing is generated.
-    """
+    """Whether the gold answer is likelier, per token, than every wrong one, by one forward pass; None for queries that are not ranked."""
     if not batch.ranked:
         return [None] * len(batch.queries)
-    prompts = right_padded(batch.inputs)
-    cut = torch.tensor([ranked.cut for ranked in batch.ranked], device=prompts.lengths.device)
+    inputs, lengths = right_padded(batch.inputs)
+    cut = torch.tensor([ranked.cut for ranked in batch.ranked], device=lengths.device)
     scores = score_responses(
-        model, prompts._replace(lengths=prompts.lengths - cut), [ranked.tokens for ranked in batch.ranked]
+        model, Prompts(inputs, lengths - cut), [ranked.tokens for ranked in batch.ranked]
     )
     mean = scores.total / scores.lengths.clamp(min=1)
     mean = mean.masked_fill(scores.lengths == 0, -torch.inf)
-    likeliest = (mean[:, :1] > mean[:, 1:]).all(1).tolist()
-    return [
-        rank if q.answer_type == "open" else None for rank, q in zip(likeliest, batch.queries, strict=True)
-    ]
+    likeliest = zip((mean[:, :1] > mean[:, 1:]).all(1).tolist(), batch.queries, strict=True)
+    return [is_likeliest if query.answer_type == "open" else None for is_likeliest, query in likeliest]
 
 
 def count_levels(
@@ -224,12 +205,8 @@ def count_levels(
 ) -> dict[str, AnswerTypeCounts]:
     """Count the correct answers by answer type, kind, strength and bin of the likelihood; each query is once at each level.
 
-    Args:
-        answers: their ids are those of `level_id`; those to untouched images may have a likelihood.
-        perturbations: the levels; the first one leaves the image untouched.
-
-    Raises:
-        DataError: there is no answer of a type at a level.
+    The first of `perturbations` leaves the image untouched; answers to it may have a likelihood. Raises a DataError if there is no
+    answer of a type at a level.
     """
     level_of = {perturbation: index for index, perturbation in enumerate(perturbations)}
     rows = pd.DataFrame(
@@ -250,7 +227,6 @@ def count_levels(
 
 
 def _count(answer_type: str, rows: pd.DataFrame, perturbations: Sequence[Perturbation]) -> AnswerTypeCounts:
-    """Count the answers of one type; their levels are indices into `perturbations`, and their likelihoods may be NaN."""
     own = rows.groupby("query")["likelihood"].transform("first")
     # Without an untouched image (its record could not be loaded then), a query has no bin.
     rows = rows.assign(likelihood=0.0 if own.isna().all() else own).dropna()
@@ -267,11 +243,8 @@ def _count(answer_type: str, rows: pd.DataFrame, perturbations: Sequence[Perturb
         np.add.at(counts, (bins, level), np.stack([np.ones(len(rows), dtype=np.int64), rows["correct"]], -1))
         if counts[:, :-1, 0].all():
             strengths = [*(strength for _, strength in perturbations), 0.0]
-            by_level = [
-                LevelCount(strength, *map(tuple, of_level.T.tolist()))
-                for strength, of_level in zip(strengths, counts.swapaxes(0, 1), strict=True)
-            ]
-            untouched, *perturbed, never_perturbed = by_level
+            by_level = zip(strengths, counts.transpose(1, 2, 0).tolist(), strict=True)
+            untouched, *perturbed, never_perturbed = (LevelCount(s, *map(tuple, c)) for s, c in by_level)
             by_kind: dict[str, tuple[LevelCount, ...]] = {}
             for (kind, _), count in zip(perturbations[1:], perturbed, strict=True):
                 by_kind[kind] = (*by_kind.get(kind, (untouched,)), count)

@@ -1,7 +1,4 @@
-"""Which response stage 2 prefers: the target confidence of each answer, the teacher that rates answers, and the candidates to compare.
-
-With gold answers a model would learn how confident to be of answers that it does not give.
-"""
+"""Which response stage 2 prefers: the target confidence of each answer, the teacher that rates answers, and the candidates to compare."""
 
 from __future__ import annotations
 
@@ -34,14 +31,8 @@ Target = Literal["level", "expected", "likelihood", "p_true", "self_consistency"
 OF_GOLD_ANSWERS: tuple[Target, ...] = ("level", "expected", "correct")
 """Targets that gold answers have."""
 Feature = Literal["expected", "likelihood", "p_true", "self_consistency"]
-ESTIMATORS: dict[str, type[Estimator]] = {
-    "expected": ExpectedConfidence,
-    "likelihood": AnswerLikelihood,
-    "p_true": PTrue,
-    "self_consistency": SelfConsistency,
-}
-FOLDS = 5
-"""Folds of the cross-validation that scores a fitted teacher."""
+RATING: tuple[type[Estimator], ...] = (ExpectedConfidence, AnswerLikelihood, PTrue, SelfConsistency)
+ESTIMATORS = {estimator.name: estimator for estimator in RATING}
 Map = tuple[Any, Any]
 """Logistic: the weights of the features' log-odds, and the intercept. Isotonic: rising confidences, and the accuracy at each."""
 
@@ -52,12 +43,10 @@ class PairPolicy:
 
     Args:
         target: the confidence that the chosen response states: the candidate nearest to it. "level": that of the perturbation, as
-            in the paper. "expected": the mean of the reference's distribution over the candidates' levels: greedy decoding
-            states the mode of that distribution, but its mean is what is calibrated. "likelihood", "p_true" and
-            "self_consistency": what the estimator of this name makes of the reference's own answer. "fitted": the accuracy
-            that `model.teacher` maps such estimates to. "correct": 1 for a correct answer and 0 for a wrong one, for losses whose
-            optimum is then the accuracy. Own answers (`data.candidates.answers: own`) have all of these, gold answers the
-            first two and the last.
+            in the paper. "expected": the mean of the reference's distribution over the candidates' levels, which is calibrated, unlike
+            its mode, which greedy decoding states. "likelihood", "p_true", "self_consistency": this estimate of the reference's own
+            answer. "fitted": the accuracy that `model.teacher` maps such estimates to. "correct": 1 for a correct answer, else 0, for
+            losses whose optimum is then the accuracy. Gold answers have "level", "expected" and "correct"; own answers have all.
         rejected: which other levels are rejected: "all" of them, or `n_rejected` drawn at random ("uniform").
         n_rejected: how many levels are rejected, 1 by default; not allowed with "all".
         seed: seed of the random draws.
@@ -100,14 +89,7 @@ class TeacherSettings:
 
 
 class TaughtAnswer(NamedTuple):
-    """One answer that a teacher is fitted on.
-
-    Attributes:
-        features: confidences in [0, 1], in the order of the settings.
-        correct: whether the answer is correct.
-        answer_type: of the query.
-        image: of the query; answers about one image are not independent.
-    """
+    """One answer that a teacher is fitted on, with its confidences in [0, 1] in the order of the settings."""
 
     features: tuple[float, ...]
     correct: bool
@@ -119,11 +101,8 @@ class TaughtAnswer(NamedTuple):
 class FittedTeacher:
     """Maps from estimates of confidence to accuracy, one for each answer type.
 
-    Attributes:
-        settings: what was fitted.
-        maps: answer type -> its map.
-        scores: of the teacher on the answers that it was fitted on, each scored by maps that were fitted on other images: `n`,
-            `accuracy`, `brier`, `ece`, `auroc`; those that are undefined are left out, such as `auroc` if all answers are correct.
+    The `scores` of the answers, each by maps that were fitted on other images, are `n`, `accuracy`, `brier`, `ece` and `auroc`, without
+    those that are undefined, such as `auroc` if all answers are correct.
     """
 
     settings: TeacherSettings
@@ -158,10 +137,7 @@ class FittedTeacher:
         return FittedTeacher(settings, state["maps"], state["scores"])
 
     def __repr__(self) -> str:
-        scores = ", ".join(
-            f"{name} {value:g}" if name == "n" else f"{name} {value:.3f}"
-            for name, value in self.scores.items()
-        )
+        scores = ", ".join(f"{k} {v:g}" if k == "n" else f"{k} {v:.3f}" for k, v in self.scores.items())
         return f"{self.settings.map} map of {' and '.join(self.settings.features)}, cross-validated: {scores}"
 
 
@@ -199,9 +175,7 @@ class TargetChooser:
         else:
             assert answered is not None
             assert self.is_ready
-            rate = (
-                self.fitted if self.fitted and self.target == "fitted" else (lambda features, _: features[0])
-            )
+            rate: Any = self.fitted if self.target == "fitted" else lambda features, _: features[0]
             rows = zip(self.features(answered), batch.queries, strict=True)
             targets = [math.nan if f is None else rate(f, query.answer_type) for f, query in rows]
         if answered is None:
@@ -218,11 +192,7 @@ class TargetChooser:
     def taught(self, answered: AnsweredBatch) -> list[TaughtAnswer]:
         """The rated answers of a batch, to fit on."""
         rows = zip(self.features(answered), answered.predictions, strict=True)
-        return [
-            TaughtAnswer(features, p.correct, p.answer_type, p.image or "")
-            for features, p in rows
-            if features is not None
-        ]
+        return [TaughtAnswer(f, p.correct, p.answer_type, p.image or "") for f, p in rows if f is not None]
 
     def fit(self, rows: list[TaughtAnswer]) -> None:
         """Fit the teacher on the answers of all processes, each of which gives its own; raises a DataError if there are none."""
@@ -253,8 +223,7 @@ def _fit_maps(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[s
         correct = np.array([row.correct for row in of_kind])
         n, n_correct = len(correct), int(correct.sum())
         if settings.map == "isotonic":
-            isotonic = IsotonicRegression(y_min=0.0, y_max=1.0)
-            isotonic.fit(features[:, 0], correct.astype(np.float64))
+            isotonic = IsotonicRegression(y_min=0.0, y_max=1.0).fit(features[:, 0], correct.astype(float))
             maps[kind] = tuple(isotonic.X_thresholds_.tolist()), tuple(isotonic.y_thresholds_.tolist())
         elif n_correct in (0, n):
             # One outcome has no finite fit: the rule of succession, whatever the features are.
@@ -271,9 +240,9 @@ def _log_odds(confidence: np.ndarray) -> np.ndarray:
 
 
 def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, float]:
-    """Scores of teachers on answers about images that they were not fitted on."""
+    """Scores of teachers on answers about images that they were not fitted on, in at most five folds."""
     images = [row.image for row in rows]
-    folds = min(FOLDS, len(set(images)))
+    folds = min(5, len(set(images)))
     correct = torch.tensor([row.correct for row in rows])
     scores = {"n": float(len(rows)), "accuracy": float(correct.double().mean())}
     if folds < 2:
@@ -316,11 +285,12 @@ def choose_candidates(
     for row, (query, candidates) in enumerate(zip(batch.queries, batch.candidates, strict=True)):
         target = nearest([c.confidence for c in candidates if not c.wrong], targets[row])
         if everything:
-            picks.append((target, *(i for i in range(len(candidates)) if i != target)))
-            continue
-        chosen = choose(policy, candidates, target, query, batch.epochs[row])
-        # A wrong answer is not preferred over its opposite, which is correct.
-        picks.append(tuple(i for i in chosen if batch.is_correct[row] or not candidates[i].wrong))
+            chosen = [target, *(i for i in range(len(candidates)) if i != target)]
+        else:
+            # A wrong answer is not preferred over its opposite, which is correct.
+            chosen = choose(policy, candidates, target, query, batch.epochs[row])
+            chosen = [i for i in chosen if batch.is_correct[row] or not candidates[i].wrong]
+        picks.append(tuple(chosen))
     return tuple(picks)
 
 
@@ -332,10 +302,7 @@ def nearest(levels: Sequence[float], confidence: float) -> int:
 def choose(
     policy: PairPolicy, candidates: Sequence[Candidate], target: int, query: Query, epoch: int
 ) -> list[int]:
-    """The index of the chosen candidate, which is `target`, then the indices of the rejected ones.
-
-    Which are drawn is a pure function of (seed, epoch, query id).
-    """
+    """The index of the chosen candidate, `target`, then those of the rejected ones, drawn by (seed, epoch, query id)."""
     rejected = [i for i, c in enumerate(candidates) if not c.wrong and i != target]
     if policy.rejected == "uniform":
         rng = query_rng(policy.seed, epoch, query.id, "rejected")

@@ -1,7 +1,4 @@
-"""Checks, before a model is loaded, that a level table or an adapter is used under the conditions that it was made under.
-
-A table holds the accuracies of one model with one prompt, one grading rule and one kind of noise, and is wrong for any others.
-"""
+"""Checks, before a model is loaded, that a level table or an adapter is used under the conditions that it was made under."""
 
 from __future__ import annotations
 
@@ -24,10 +21,7 @@ OF_NOISE = ("schedule", "resolution", "shape", "dilate", "absent")
 def provenance_of(
     base: BaseModel, data: PerturbedQueryDataModule, answer_types: Iterable[str]
 ) -> dict[str, Any]:
-    """The conditions that determine the base model's accuracy, as JSON values under the keys of a level table.
-
-    The seed is informative only: another seed draws other noise of the same kind.
-    """
+    """The conditions that determine the base model's accuracy, as JSON values under the keys of a level table; `seed` is informative."""
     return {
         "model": base.name_or_path,
         "revision": base.revision,
@@ -88,14 +82,9 @@ def _describe_model(side: Mapping[str, Any]) -> str:
 
 
 def differences_from_training(adapters: Mapping[str, str], data: PerturbedQueryDataModule) -> dict[str, str]:
-    """Warn of adapters that this run asks with another prompt than their training did, or shows images of another size.
+    """Warn of adapters (name -> folder) that are used with another prompt or image size than in training; name -> what differs.
 
-    Args:
-        adapters: name -> folder of an adapter or of a merged model; one without a model card is not compared.
-        data: the data of this run.
-
-    Returns:
-        Name of each such adapter -> what differs.
+    One without a model card is not compared; a merged model counts as an adapter.
     """
     template, max_pixels, differences = data.prompt.template, data.max_pixels, {}
     for name, folder in adapters.items():

@@ -1,4 +1,4 @@
-"""Region extraction as a LightningModule, so that the Trainer handles devices, processes and precision."""
+"""Region extraction as a LightningModule."""
 
 from __future__ import annotations
 
@@ -47,10 +47,8 @@ class RegionExtractor(L.LightningModule):
         self.on_bad_image = on_bad_image
 
     def configure_model(self) -> None:
-        """Load the models, unless this process has nothing to extract."""
-        if not self.trainer.datamodule.pending_shards:  # type: ignore[attr-defined]
-            return
-        for part in (self.pipeline.describer, self.pipeline.detector, self.pipeline.segmenter):
+        parts = (self.pipeline.describer, self.pipeline.detector, self.pipeline.segmenter)
+        for part in parts if self.trainer.datamodule.pending_shards else ():  # type: ignore[attr-defined]
             part.load(device_of(self))
 
     def predict_step(self, batch: RawBatch, batch_idx: int) -> list[Extracted]:

@@ -1,16 +1,15 @@
 """Scores the predictions of a system as they come in, the same in one process as in many.
 
-Metrics have flat names, with `/group` behind them for each group of categories. Those of an estimator beside the stated
-confidence have "@" and its name before the group: `ece@expected`, `ece@expected/existence`. `forward_passes@expected` is the cost
-of the estimator a query, `forward_passes@verbalized` that of the answer. Those of probes are `probe_image_change`,
-`probe_image_change/existence`, ... (`metrics.probes`), and their cost `forward_passes@probes`.
+Metrics have flat names: `ece`, `ece/existence` for a group of categories, `ece@expected/existence` for an estimator beside the stated
+confidence, `probe_image_change/existence` for a probe. The cost of a query is `forward_passes@expected` for an estimator,
+`forward_passes@verbalized` for the answer and `forward_passes@probes` for all probes.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,12 +26,6 @@ from vlm_calibration.records import Prediction, category_groups
 Results = dict[str, dict[str, float]]
 """System name -> metrics by flat name; the system "" is the run itself."""
 REPORTED_FOR_ESTIMATORS = tuple(name for name in REPORTED if name != "n")
-
-
-class HasResults(Protocol):
-    """A module with the results of its last evaluation or validation."""
-
-    results: Results
 
 
 class Scorer(nn.Module):
@@ -73,12 +66,7 @@ class Scorer(nn.Module):
     def update(
         self, predictions: Sequence[Prediction], passes: Mapping[str, Sequence[int]] | None = None
     ) -> None:
-        """Count predictions, which have a confidence of each estimator and probe.
-
-        Args:
-            predictions: any number.
-            passes: estimator, or `PROBES` -> the forward passes of each prediction; None without estimators and probes.
-        """
+        """Count predictions; `passes` are the forward passes of each by estimator, or `PROBES`, and None without these."""
         if not predictions:
             return
         known = set(self.groups)

@@ -1,7 +1,4 @@
-"""Stage 1: supervised fine-tuning on noised images with the confidence of their noise level.
-
-Maximises log p(response, confidence | noised image, question) (CSP, arXiv 2504.14848) over a LoRA adapter.
-"""
+"""Stage 1: supervised fine-tuning (CSP, arXiv 2504.14848) maximises log p(response, confidence | noised image, question)."""
 
 from __future__ import annotations
 
@@ -50,12 +47,11 @@ class SFTModule(TrainingStage):
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 64,
     ) -> None:
-        super().__init__(
-            base, optimizer, gradient_checkpointing, max_new_tokens, confidence_weight=confidence_weight
-        )
+        super().__init__(base, optimizer, gradient_checkpointing, max_new_tokens)
         self.lora = lora
         self.confidence_weight = confidence_weight
         self.answer_weight = answer_weight
+        self.check_weights("confidence_weight")
 
     def title(self, data: PerturbedQueryDataModule) -> str:
         return "stage 1: supervised fine-tuning (SFT)"
@@ -81,12 +77,9 @@ class SFTModule(TrainingStage):
         log_likelihood = token_log_likelihood(labelled.logits, labelled.targets)  # [N]
         confidence_mask = batch.confidence_mask[batch.labels != IGNORE]  # [N]
         is_correct = batch.is_correct[labelled.rows]  # [N]
+        confidence = batch.confidence[labelled.rows]  # [N]
         weights = token_weights(
-            confidence_mask,
-            batch.confidence[labelled.rows],
-            is_correct,
-            self.answer_weight,
-            self.confidence_weight,
+            confidence_mask, confidence, is_correct, self.answer_weight, self.confidence_weight
         )
         size = len(batch.queries)
         loss = response_nll(log_likelihood, labelled.rows, weights, size)

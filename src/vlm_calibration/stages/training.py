@@ -117,9 +117,7 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 class TrainingStage(L.LightningModule, ABC):
-    """Base class of both training stages: checks before the model is loaded, optimizer, validation, and checkpoints.
-
-    The arguments are those of the stages; `weights` are weights of the loss by the name of their setting.
+    """Base class of both training stages, with the arguments that they share.
 
     Attributes:
         skipped: number of samples that were too long, in this process.
@@ -129,17 +127,9 @@ class TrainingStage(L.LightningModule, ABC):
     results: Results
 
     def __init__(
-        self,
-        base: BaseModel,
-        optimizer: OptimizerSettings,
-        gradient_checkpointing: bool,
-        max_new_tokens: int,
-        **weights: float,
+        self, base: BaseModel, optimizer: OptimizerSettings, gradient_checkpointing: bool, max_new_tokens: int
     ) -> None:
         super().__init__()
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise DataError(f"model.{name} must be a finite number of at least 0, found {weight}")
         self.base = base
         self.optimizer_settings = optimizer
         self.gradient_checkpointing = gradient_checkpointing
@@ -148,6 +138,14 @@ class TrainingStage(L.LightningModule, ABC):
         self.skipped = 0
         # Checkpoints hold the trained weights alone; the frozen ones are loaded again.
         self.strict_loading = False
+
+    def check_weights(self, *names: str) -> None:
+        """Reject weights of the loss, by the names of their settings, that are not finite numbers of at least 0."""
+        for name in names:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise DataError(
+                    f"model.{name} must be a finite number of at least 0, found {getattr(self, name)}"
+                )
 
     @property
     def data(self) -> PerturbedQueryDataModule:
@@ -202,10 +200,8 @@ class TrainingStage(L.LightningModule, ABC):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed torch with (seed, epoch, batch, process), so that dropout is the same after a restart."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        words = np.random.SeedSequence(
-            [seed, self.trainer.current_epoch, batch_idx, self.trainer.global_rank]
-        )
-        torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
+        entropy = [seed, self.trainer.current_epoch, batch_idx, self.trainer.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
     def has_samples(self, batch: Any) -> bool:
         """Whether this process has samples in a batch; every process must call this, and with sharded weights needs some."""
@@ -253,13 +249,10 @@ class TrainingStage(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise a DataError unless a checkpoint holds exactly the trained weights of this module."""
-        expected = {(name, *p.shape) for name, p in self.named_parameters() if p.requires_grad}
-        saved = {(name, *weight.shape) for name, weight in checkpoint["state_dict"].items()}
-        if names := sorted({name for name, *_ in expected ^ saved}):
-            there, here = (
-                next((shape for name, *shape in weights if name == names[0]), "missing")
-                for weights in (saved, expected)
-            )
+        expected = {name: [*p.shape] for name, p in self.named_parameters() if p.requires_grad}
+        saved = {name: [*weight.shape] for name, weight in checkpoint["state_dict"].items()}
+        if names := sorted(n for n in expected.keys() | saved if expected.get(n) != saved.get(n)):
+            there, here = (shapes.get(names[0], "missing") for shapes in (saved, expected))
             raise DataError(
                 f"--ckpt_path: the checkpoint belongs to another model or adapter: {len(names)} trained weights differ, the "
                 f"first is {names[0]}, there {there}, here {here}; use the settings of the run that wrote the checkpoint"
