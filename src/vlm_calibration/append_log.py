@@ -25,8 +25,8 @@ class SettingsChangedError(DataError):
 class AppendLog:
     """JSON lines in one or several files, for results that must outlive the process that computes them.
 
-    Each process appends to a file of its own, under a lock, and reads the files of all. A last line without a newline was cut off
-    when its process ended: readers ignore it, and the next process that appends to the file removes it.
+    Each process appends to its own file, under a lock, and reads the files of all. A last line without a newline was cut off when its
+    process ended: readers ignore it, and the next `append` to the file removes it.
 
     Args:
         path: the file that this process appends to.

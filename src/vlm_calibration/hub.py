@@ -37,7 +37,6 @@ from vlm_calibration.files import first_line
 from vlm_calibration.progress import is_terminal, working
 from vlm_calibration.records import DataError
 
-CONNECT_SECONDS = 5
 CARD = "README.md"
 LICENSE = ("license", "license_name", "license_link")
 """Metadata of a model card that state its licence."""
@@ -54,16 +53,13 @@ def is_hub_name(name: str) -> bool:
 
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Context in which `what` is loaded from the folder or Hub name `name`; without a network only from the cache.
+    """Show that `what` is loaded from a folder or the Hub, without a network only from the cache; a DataError says why it failed.
 
-    It shows how long loading takes; on a terminal, downloads have the bars of `huggingface_hub` instead.
-
-    Raises:
-        DataError: loading failed; the message tells whether the Hub was unreachable.
+    On a terminal, downloads have the bars of `huggingface_hub`.
     """
     on_hub = is_hub_name(name)
     offline = _why_offline() if on_hub else None
-    is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str) if on_hub else True
+    is_cached = not on_hub or isinstance(try_to_load_from_cache(name, "config.json"), str)
     is_download = not is_cached and not constants.HF_HUB_OFFLINE
     bars = is_download and is_terminal()
     # transformers' switch, which is that of `huggingface_hub` too; it is imported where it is used.
@@ -94,12 +90,9 @@ def download(what: str, name: str, revision: str | None = None) -> Path:
 
 
 def base_license(name: str, revision: str | None = None, *, download: bool = False) -> dict[str, Any]:
-    """The licence in the card of a base model, by folder or name on the Hub, as the Hub's metadata; empty without one.
+    """The licence in the card of a base model, a folder or a name on the Hub, as the Hub's metadata; empty without one.
 
-    With `download` the card is downloaded if it is not in the cache.
-
-    Raises:
-        DataError: the card cannot be read, or not be downloaded.
+    A card on the Hub is taken from the cache, or with `download` downloaded. A DataError if it cannot be.
     """
     path = Path(name) / CARD
     if is_hub_name(name):
@@ -161,7 +154,7 @@ def _why_offline() -> str | None:
         return None  # The proxy may reach the Hub although this machine does not.
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
-        socket.create_connection((address.hostname, port), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((address.hostname, port), timeout=5).close()
     except OSError as error:
         constants.HF_HUB_OFFLINE = True
         return f"{constants.ENDPOINT} cannot be reached ({error.strerror or error})"

@@ -17,10 +17,6 @@ FIRST = 5.0
 """Seconds until the first line in a log file. Work of `track` and `working` that takes less leaves none."""
 EVERY = 30.0
 """Seconds between two lines in a log file."""
-BETWEEN = 0.1
-"""Minimum seconds between two updates of `track`, whose items may take microseconds."""
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-"""Variables that launchers set to the number of a process."""
 STAGES = {
     "SFTModule": "sft",
     "DPOModule": "dpo",
@@ -99,7 +95,9 @@ def working(
     Yields a function that is told how much is done.
     """
     name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    is_first = all(os.environ.get(rank, "0") in ("0", "") for rank in RANKS)
+    # Launchers set these to the number of a process.
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    is_first = all(rank in (None, "0", "") for rank in ranks)
     if multiprocessing.parent_process() is not None or not is_first:
         yield lambda done: None
     elif is_terminal():
@@ -139,7 +137,7 @@ def track(
             done += 1 if size is None else size(item)
             if (now := time.monotonic()) >= due:
                 update(done)
-                due = now + BETWEEN
+                due = now + 0.1  # items may take microseconds
         update(done)
 
 

@@ -40,9 +40,7 @@ BASE = "model.init_args.base.name_or_path"
 
 @dataclass(frozen=True)
 class Plan:
-    """What the stages share.
-
-    Without a model and data it is the embedded demo.
+    """What the stages share; without a model and data, the embedded demo.
 
     Attributes:
         model: base model: a preset of model/ or a file; several, separated by spaces, override each other in order

@@ -99,12 +99,11 @@ class KeyObjectFinder:
         # The answer does not change which objects are named.
         query = Query("question", "", question, "Yes", "yes_no")
         [described] = self.describer.describe([query], [subject.image])
-        boxes, mask = [], None
+        mask, detections = None, []
         if described.objects:
             [detections] = self.detector.detect([subject.image], [described.objects])
-            boxes = [detection.box for detection in detections]
-        if boxes:
-            [masks] = self.segmenter.segment([subject.image], [boxes])
+        if detections:
+            [masks] = self.segmenter.segment([subject.image], [[found.box for found in detections]])
             mask = np.logical_or.reduce(masks) if masks.any() else None
         subject.detected[question] = mask
         return mask

@@ -31,15 +31,13 @@ def _command(convert: Callable[..., Source]) -> Callable[..., None]:
             print(f"  {count} such as {first}")
         root = "" if writer.root == output.out.parent else f" --root {writer.root}"
         if root:
-            print(
-                f"image paths are relative to {writer.root}: set `root: {writer.root}` in every source that reads them"
-            )
+            advice = f"set `root: {writer.root}` in every source that reads them"
+            print(f"image paths are relative to {writer.root}: {advice}")
         print(f"next: vlm-calibration data split {output.out}{root}")
         if missing := writer.queries - writer.regions:
             print(f"{missing} queries have no regions; if they ask about objects, find them after the split:")
-            print(
-                f"  vlm-calibration predict --config regions --config data/jsonl --data-root {output.out.parent}"
-            )
+            command = "vlm-calibration predict --config regions --config data/jsonl"
+            print(f"  {command} --data-root {output.out.parent}")
 
     own = inspect.signature(convert, eval_str=True).parameters.values()
     shared = inspect.Parameter("output", inspect.Parameter.KEYWORD_ONLY, annotation=Output)

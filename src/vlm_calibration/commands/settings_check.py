@@ -21,9 +21,8 @@ FLAGS = {
 }
 NO_TABLE = {"--no_table": "do not print the results, which `report` prints"}
 """A flag of `test`."""
-OPTIONS = {"config", "help", "help-all", "print_config", "seed_everything", "verbose"}
-"""Options of all subcommands, beside those of Lightning and `SECTIONS`."""
-SECTIONS = {"trainer", "model", "data"}
+OPTIONS = ("config", "help", "help-all", "print_config", "seed_everything", "verbose")
+"""Options of all subcommands, beside sections and those of Lightning."""
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 DATA = "vlm_calibration.data.module.PerturbedQueryDataModule"
 TRAINED = ("vlm_calibration.stages.sft.SFTModule", "vlm_calibration.stages.dpo.DPOModule")
@@ -48,8 +47,9 @@ def check_settings(args: Sequence[str]) -> None:
         is_replaced = not {"--model", "--model.class_path"}.isdisjoint(typed)
         own = set() if is_replaced or not stages else parameters_in_source(stages[-1])
         lightnings = parameters_in_source(TRAINER, "fit", "validate", "test", "predict")
+        flags = (name[2:] for name in (*FLAGS, *NO_TABLE, *VARIABLES))
         known = {
-            "": lightnings.union(OPTIONS, SECTIONS, (name[2:] for name in (*FLAGS, *NO_TABLE, *VARIABLES))),
+            "": lightnings.union(OPTIONS, ("trainer", "model", "data"), flags),
             "trainer": parameters_in_source(TRAINER),
             "data": parameters_in_source(DATA),
             # Overlays may have settings of a training that another stage ignores.
@@ -79,9 +79,8 @@ def _check_name(name: str, known: dict[str, set[str]]) -> None:
     if section == "model":
         name, similar = f"model.init_args.{key}", did_you_mean(first, known["model"])
     else:
-        names = [
-            f"{group}.{each}".lstrip(".") for group in known if group != "model" for each in known[group]
-        ]
+        groups = {group: names for group, names in known.items() if group != "model"}
+        names = [f"{group}.{each}".lstrip(".") for group, names in groups.items() for each in names]
         similar = did_you_mean(name, [dashes + each for each in names])
     raise ArgumentError(None, f"unknown setting {name}{similar}")
 
