@@ -46,11 +46,9 @@ class AppendLog:
         self._is_trimmed = False
 
     def lines(self) -> Iterator[tuple[JsonLine, dict[str, Any]]]:
-        """The complete lines of all processes, file after file, each with its JSON object, settings included.
+        """The complete lines of all processes, file after file, with their objects; a DataError if one is damaged.
 
-        Raises:
-            SettingsChangedError: a line was written with other settings.
-            DataError: a line is damaged.
+        A SettingsChangedError if one was written with other settings.
         """
         for path in sorted(self.path.parent.glob(self.pattern)):
             for line in json_lines(path):

@@ -61,7 +61,7 @@ _EXPECTED = re.compile(
 
 
 def explained(message: str, parser: ArgumentParser) -> str:
-    """Reduce a message of argparse or jsonargparse to one line, with the nearest of the parser's names for one that it does not know.
+    """Reduce a message of argparse or jsonargparse to one line, with the nearest of the parser's names for an unknown one.
 
     jsonargparse nests messages, one for each type that a value might have had. The innermost one about the chosen class counts.
     """

@@ -53,10 +53,7 @@ def is_hub_name(name: str) -> bool:
 
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Show that `what` is loaded from a folder or the Hub, without a network only from the cache; a DataError says why it failed.
-
-    On a terminal, downloads have the bars of `huggingface_hub`.
-    """
+    """Show that `what` is loaded from a folder or the Hub, without a network from the cache alone; a DataError says why it is not."""
     on_hub = is_hub_name(name)
     offline = _why_offline() if on_hub else None
     is_cached = not on_hub or isinstance(try_to_load_from_cache(name, "config.json"), str)
@@ -120,9 +117,8 @@ def check_upload(name: str, base: str) -> None:
     except HFValidationError as error:
         raise DataError(f"--push-to-hub {name}: {first_line(error)}") from error
     if not is_hub_name(base):
-        raise DataError(
-            f"the base model {base} is a folder, which nobody else has: give its name on the Hub with --base"
-        )
+        advice = "give its name on the Hub with --base"
+        raise DataError(f"the base model {base} is a folder, which nobody else has: {advice}")
     if get_token() is None:
         raise DataError("not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
 

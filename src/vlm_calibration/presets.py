@@ -107,11 +107,7 @@ def resolve_configs(
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """The settings in a preset or a file, or in a text that is one itself, such as "{data: {workers: 0}}".
-
-    Raises:
-        ArgumentError: there is no such preset or file, it cannot be read, or it is not a mapping of settings.
-    """
+    """The settings in a preset, a file or a text such as "{data: {workers: 0}}"; an ArgumentError if it cannot be read."""
     from jsonargparse import get_loader
 
     if name.lstrip().startswith("{"):

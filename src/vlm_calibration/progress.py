@@ -41,10 +41,7 @@ def is_terminal() -> bool:
 class LogLines:
     """Plain lines about one piece of work: the first after `FIRST` seconds, the others at most every `every` seconds.
 
-    Args:
-        name: of the work.
-        total: how much there is, in units (`unit`, in the plural); None: unknown.
-        done: how much an earlier run has done; the time left is at the speed of this run.
+    The work is `total` units, None if unknown, of which an earlier run has `done` some; the time left is at the speed of this run.
     """
 
     def __init__(
@@ -90,10 +87,7 @@ class LogLines:
 def working(
     name: str, total: float | None = None, unit: str = "", *, done: float = 0
 ) -> Iterator[Callable[[float], None]]:
-    """Show work that takes more than a few seconds, as `LogLines` or as a bar, which leaves nothing on a terminal.
-
-    Yields a function that is told how much is done.
-    """
+    """Show work of more than a few seconds, as `LogLines` or as a passing bar; yields a function that is told how much is done."""
     name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     # Launchers set these to the number of a process.
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))

@@ -132,20 +132,12 @@ class LoadedImage(NamedTuple):
 
 
 def category_groups(category: str | None) -> tuple[str, ...]:
-    """The groups that a category counts in: its parts, in order and each once.
-
-    >>> category_groups("shifted/existence")
-    ('shifted', 'existence')
-    """
+    """The groups that a category counts in: its parts, in order and each once; "a/b" in ("a", "b")."""
     return tuple(dict.fromkeys(part for part in (category or "").split("/") if part))
 
 
 def query_from_dict(data: Any) -> Query:
-    """Check a decoded JSON object and convert it to a `Query`. An integer `id` becomes a string.
-
-    Raises:
-        RecordError: not an object, an unknown or missing key, or a value of the wrong type.
-    """
+    """Convert a decoded JSON object to a `Query`, an integer `id` to a string; a RecordError names what is wrong with it."""
     from pydantic_core import ValidationError
 
     try:
@@ -158,7 +150,7 @@ def query_from_dict(data: Any) -> Query:
 
 @cache
 def query_validator() -> SchemaValidator:
-    """Converts JSON, decoded or not, to a `Query`, or raises a ValueError; `query_from_dict` explains it."""
+    """Converts JSON, decoded or not, to a `Query`, or raises a ValueError, which `query_from_dict` explains."""
     from pydantic_core import SchemaValidator, core_schema  # slow, and most commands read no query
 
     def expect(words: str, schema: Any) -> Any:
@@ -186,8 +178,8 @@ def query_validator() -> SchemaValidator:
     phrases = expect("a list of non-empty strings of valid characters", phrases)
     box = core_schema.tuple_schema([core_schema.float_schema(strict=True, allow_inf_nan=False)] * 4)
     # A whole number stays one, since digests of queries depend on it.
-    scores = [kind(strict=True, ge=0, le=1) for kind in (core_schema.int_schema, core_schema.float_schema)]
-    score = core_schema.union_schema(scores, mode="left_to_right")
+    kinds: Any = (core_schema.int_schema, core_schema.float_schema)
+    score = core_schema.union_schema([kind(strict=True, ge=0, le=1) for kind in kinds], mode="left_to_right")
     region = record(
         Region,
         label=core_schema.str_schema(strict=True),
@@ -225,8 +217,9 @@ def _checked_region(region: Region) -> Region:
         # As Parquet stores a region without a mask beside one with a mask.
         mask, region = None, replace(region, mask=None)
     if mask is None and (x1 - x0) * (y1 - y0) < MIN_BOX:
+        question = "is it normalised to [0, 1], or in percent?"
         raise ValueError(
-            f"'box' {SMALL_BOX}, found {region.box}: boxes are in pixels of the image; is it normalised to [0, 1], or in percent?"
+            f"'box' {SMALL_BOX}, found {region.box}: boxes are in pixels of the image; {question}"
         )
     return region
 

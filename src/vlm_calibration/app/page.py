@@ -1,7 +1,4 @@
-"""The web page: an image, a question and a perturbation of the key object on the left, the answers of both models on the right.
-
-A visitor's data are kept in `gr.State` only, which is separate for every visit.
-"""
+"""The web page: an image, a question and a perturbation of the key object, and the answers of both models; data stay in the visit."""
 
 from __future__ import annotations
 

@@ -1,10 +1,6 @@
 """`vlm-calibration data fetch`: POPE or AMBER into a data root, where the presets read them.
 
-pope/coco_pope_{random,popular,adversarial}.json      POPE on COCO, from its data set on the Hub
-pope/aokvqa_pope_{random,popular,adversarial}.json    POPE on A-OKVQA: other images, for recalibration of both benchmarks
-coco/val2014/                                         the images of both
-amber/query/, amber/annotations.json                  AMBER
-amber/image/                                          its images, from Google Drive, where programs cannot download them reliably
+AMBER's images are on Google Drive, from where programs cannot download them reliably.
 """
 
 from __future__ import annotations

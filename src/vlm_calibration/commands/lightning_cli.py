@@ -172,9 +172,8 @@ class CalibrationCLI(LightningCLI):
             if not isinstance(split.source, DemoSource):
                 default = "the base model is the demo's by default, which knows its scenes alone"
                 yours = "--config model/qwen2_5_vl_7b or --model.init_args.base.name_or_path MODEL"
-                raise DataError(
-                    f"data.{name} is not the demo's, and {default}: give your model, e.g. {yours}"
-                )
+                advice = f"give your model, e.g. {yours}"
+                raise DataError(f"data.{name} is not the demo's, and {default}: {advice}")
 
     def _open_run_directory(self) -> None:
         """Decide whether there is something to do, where to start, and whether earlier results are replaced."""
@@ -244,10 +243,7 @@ def _within(content: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 @contextmanager
 def lightning_errors() -> Iterator[None]:
-    """Turn Lightning's ways of ending a run into a `CommandError` or `DataError`, which `main` reports.
-
-    Of several processes the first to fail reports its error; the others end silently.
-    """
+    """Turn Lightning's ways of ending a run into a `CommandError` or `DataError`; of several processes only the first to fail reports."""
     resumes = "; the same command with --resume resumes it" if sys.argv[1] in RESUMABLE else ""
     try:
         yield
