@@ -46,10 +46,7 @@ class AppendLog:
         self._is_trimmed = False
 
     def lines(self) -> Iterator[tuple[JsonLine, dict[str, Any]]]:
-        """The complete lines of all processes, file after file, with their objects; a DataError if one is damaged.
-
-        A SettingsChangedError if one was written with other settings.
-        """
+        """The complete lines of all files, with their objects; a DataError if one is damaged, or a SettingsChangedError."""
         for path in sorted(self.path.parent.glob(self.pattern)):
             for line in json_lines(path):
                 if line.content.endswith(b"\n"):

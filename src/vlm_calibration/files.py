@@ -143,14 +143,7 @@ def remove(path: Path) -> None:
 
 
 class JsonLine(NamedTuple):
-    """A line of a file of JSON lines, not decoded yet.
-
-    Attributes:
-        path: the file.
-        number: from 1.
-        offset: of its first byte in the file.
-        content: with its newline.
-    """
+    """A line of a file of JSON lines, not decoded yet: its number, from 1, the offset of its first byte, and its bytes."""
 
     path: Path
     number: int

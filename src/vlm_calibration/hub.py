@@ -87,10 +87,7 @@ def download(what: str, name: str, revision: str | None = None) -> Path:
 
 
 def base_license(name: str, revision: str | None = None, *, download: bool = False) -> dict[str, Any]:
-    """The licence in the card of a base model, a folder or a name on the Hub, as the Hub's metadata; empty without one.
-
-    A card on the Hub is taken from the cache, or with `download` downloaded. A DataError if it cannot be.
-    """
+    """The licence in the card of a base model, from its folder, the cache or, with `download`, the Hub, as metadata; or empty."""
     path = Path(name) / CARD
     if is_hub_name(name):
         with loading("the model card", name) if download else nullcontext():

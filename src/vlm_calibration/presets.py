@@ -78,14 +78,10 @@ def resolve_configs(
     args: Sequence[str],
     prepare: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda contents: contents,
 ) -> list[str]:
-    """Replace the file in each `--config FILE` by its content, with all variables replaced.
+    """Replace the file in each `--config FILE` by its content, which `prepare` may change, with all variables replaced.
 
-    Args:
-        args: of a command. Variables are set by options among them, or by keys at the top level of a file, as of a run's `config.yaml`.
-        prepare: applied to the contents of all files before their variables are replaced.
-
-    Raises:
-        ArgumentError: see `read_config`; or a variable of an endpoint is set and no file has it.
+    Options set variables, and so do keys at the top level of a file, as of a run's `config.yaml`. An ArgumentError as by `read_config`,
+    or if a variable of an endpoint is set and no file has it.
     """
     read = ("--config", "-c", *VARIABLES)
     resolved = [w for arg in args for w in (arg.split("=", 1) if arg.partition("=")[0] in read else [arg])]

@@ -59,7 +59,6 @@ class Query:
         answer_type: how the answer is graded.
         objects: phrases for the key objects. Regions with one of these labels are evidence (see `text.labels.is_evidence`), all
             others distractors; without `objects`, every region is evidence.
-        regions: where objects are in the image.
         category: group for breaking down results; "a/b" counts in a and in b (see `category_groups`).
         synonyms: further correct answers.
         absent: objects that the answer says are not in the image; if empty, `text.labels.absent_objects` reads them from the question.
@@ -84,14 +83,11 @@ class Prediction:
     """A model's answer to one query; the fields are the keys of `predictions.jsonl`.
 
     Attributes:
-        id: id of the query.
-        question: the question.
         answer: the gold answer.
         text: the generated text.
         predicted: the answer parsed from the text; None if there is none.
         confidence: the stated confidence in [0, 1]; None if it could not be parsed.
         correct: whether the prediction matches the gold answer.
-        category: category of the query.
         noise_step: diffusion step of noise, 0 for an untouched image; None for other kinds or if unknown.
         answer_type: how the answer was graded.
         perturbation: kind of perturbation of the evidence, "" for an untouched image; None if unknown.

@@ -40,7 +40,10 @@ BASE = "model.init_args.base.name_or_path"
 
 @dataclass(frozen=True)
 class Plan:
-    """What the stages share; without a model and data, the embedded demo.
+    """What the stages share.
+
+    Without a model and data it is the embedded demo. A DataError if a folder of data does not exist, or has no data to go with it; an
+    ArgumentError if there is no such preset or file.
 
     Attributes:
         model: base model: a preset of model/ or a file; several, separated by spaces, override each other in order
@@ -51,10 +54,6 @@ class Plan:
         runs: folder of the run directories regions, levels, sft, dpo and eval
         settings: further settings of every stage but `report`
         overwrite: replace earlier results instead of resuming
-
-    Raises:
-        DataError: there is a folder of data, but no data, or it does not exist.
-        ArgumentError: there is no such preset or file.
     """
 
     model: str | Sequence[str] = ""

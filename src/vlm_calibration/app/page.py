@@ -47,13 +47,7 @@ ANSWERS, CURVE = ({"concurrency_id": name, "concurrency_limit": 1} for name in (
 
 @dataclass(frozen=True, eq=False)
 class PageHandlers:
-    """Handlers of the page's events. They hold the models and no data of visitors.
-
-    Attributes:
-        model: the model that answers.
-        finder: finds key objects in uploaded images; None: visitors paint them.
-        report: page of the second tab; it may appear later.
-    """
+    """Handlers of the page's events, with no data of visitors, who paint key objects without a finder; the report may appear later."""
 
     model: CalibratedModel
     finder: KeyObjectFinder | None
@@ -202,9 +196,8 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                 interactive=False,
                 elem_id="scenes",
             )
-            upload = gr.UploadButton(
-                f"or upload an image (up to {MAX_UPLOAD >> 20} MB)", file_types=["image"], size="sm"
-            )
+            invitation = f"or upload an image (up to {MAX_UPLOAD >> 20} MB)"
+            upload = gr.UploadButton(invitation, file_types=["image"], size="sm")
             picture = gr.ImageEditor(
                 label="Image: paint over the key object",
                 sources=(),
@@ -234,9 +227,9 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
             )
             message = gr.Markdown()
             # Stated: the confidence in the answer; expected: the mean of all that might have been stated.
-            columns = ["model", "answer", "stated", "expected", "decision"]
+            names = ["model", "answer", "stated", "expected", "decision"]
             answers = gr.Dataframe(
-                headers=columns, datatype="str", label="Answers", interactive=False, wrap=True
+                headers=names, datatype="str", label="Answers", interactive=False, wrap=True
             )
             curve = gr.LinePlot(
                 x="strength",

@@ -1,7 +1,4 @@
-"""`vlm-calibration ask`: one question on the command line, or many from a file, with the confidence in each answer.
-
-With `--abstain` an answer that the model's thresholds do not allow is not printed.
-"""
+"""`vlm-calibration ask`: one question on the command line, or many from a file, with the confidence in each answer."""
 
 from __future__ import annotations
 

@@ -46,13 +46,8 @@ def _command(convert: Callable[..., Source]) -> Callable[..., None]:
     return command
 
 
+FORMATS: tuple[Any, ...] = (sharegpt, hf, vqav2, gqa, rlaif_v)
 CONVERT = Subcommands(
     "Convert published questions about images to a file of queries, as `data split` and all stages read it.",
-    {
-        "sharegpt": _command(sharegpt),
-        "hf": _command(hf),
-        "vqav2": _command(vqav2),
-        "gqa": _command(gqa),
-        "rlaif_v": _command(rlaif_v),
-    },
+    {convert.__name__: _command(convert) for convert in FORMATS},
 )

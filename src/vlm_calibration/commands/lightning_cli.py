@@ -183,11 +183,9 @@ class CalibrationCLI(LightningCLI):
         if self.is_done:
             announce(f"{folder}: finished with these settings: nothing to do")
         if self.subcommand == "fit" and prior.state == "interrupted":
-            checkpoints = (folder / FOLDER).glob("*.ckpt")
+            checkpoints = sorted((folder / FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
             last = folder / FOLDER / LAST
-            checkpoint = str(
-                last if last.exists() else max(checkpoints, key=lambda path: path.stat().st_mtime)
-            )
+            checkpoint = str(last if last.exists() else checkpoints[-1])
             config.ckpt_path = self.config_init.fit.ckpt_path = checkpoint
             announce(f"{folder}: interrupted: resuming from {checkpoint}")
         for writer in (self.model, *self.trainer.callbacks):  # type: ignore[attr-defined]

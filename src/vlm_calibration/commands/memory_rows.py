@@ -75,10 +75,7 @@ def _cache(config: Any, tokens: int | None) -> int:
 
 
 def training_rows(cli: ParsedCLI, tokens: int | None, measure: bool) -> Iterator[tuple[str, Memory]]:
-    """The memory of training as configured, with each usual choice (as arguments of the command line), and of validation.
-
-    `cli` has the settings of `fit`; a row has `tokens` tokens, by default `data.max_length`; `measure` runs training steps.
-    """
+    """The memory of training as configured, with each usual choice, as arguments, and of validation; `measure` runs training steps."""
     config = cli.config.fit
     length = tokens or config.data.max_length
     longest = longest_queries(_stage(cli, config).data, length) if measure else None

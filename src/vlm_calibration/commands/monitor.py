@@ -143,7 +143,7 @@ def _line(name: str, figures: Mapping[str, Any]) -> str:
 
 
 def _new_answer(data: Any, key: str, by: By | None) -> MonitoredAnswer:
-    """Check and convert a line of new answers; RecordError if it lacks the confidence or the group."""
+    """Convert a line of new answers; RecordError if it lacks the confidence or the group."""
     if not isinstance(data, Mapping):
         raise RecordError(f"expected an object with the key {key!r}, found {short_repr(data)}")
     for needed in filter(None, (key, by)):

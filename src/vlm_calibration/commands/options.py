@@ -65,10 +65,9 @@ class ModelOptions:
 def load_model(
     options: ModelOptions, check: Callable[[DecisionRule | None], None] | None = None
 ) -> CalibratedModel:
-    """Load the model that the options name, or else the demo's model with the adapter that was trained on it.
+    """Load the model that the options name, or the demo's with its trained adapter; `check` gets its decision rule before, and may raise.
 
-    `check` gets its decision rule before the model is loaded, and may raise. An ArgumentError if the options contradict each other,
-    a DataError as by `load_calibrated` and `served_model`.
+    An ArgumentError if the options contradict each other.
     """
     max_new_tokens = options.max_new_tokens
     if options.url is not None or options.served_model is not None:

@@ -1,7 +1,4 @@
-"""`vlm-calibration score`: score a file of answers without a model, under a benchmark's own rules and ours.
-
-Of the heavy libraries only torch is needed, and imported once the answers have been read.
-"""
+"""`vlm-calibration score`: score a file of answers under a benchmark's own rules and ours; torch is imported once it is read."""
 
 from __future__ import annotations
 

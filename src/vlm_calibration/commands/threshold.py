@@ -135,10 +135,8 @@ def _print(
     about = f" about {images} images, of which one each counts" if images else ""
     print(f"{path}: {rule.answers['n']} answers{about}; confidence: {rule.estimator}")
     if split == "predictions":
-        chosen = (
-            "so the threshold is chosen on the answers that it scores: they cannot check the promise as well"
-        )
-        print(f"The evaluation has no calibration split, {chosen}. Give data.calibration.")
+        scored = "the answers that it scores: they cannot check the promise as well. Give data.calibration."
+        print(f"The evaluation has no calibration split, so the threshold is chosen on {scored}")
     if left_out := rule.answers["without_group"]:
         print(f"{left_out} answers have no category and are left out.")
     print(rule.guarantee or "No threshold keeps the limits, so nothing is written.")
@@ -153,11 +151,8 @@ def _print(
         if choice.threshold is None or choice.scores is None:
             print(f"{name or 'Why'}: {choice.reason}.")
         else:
-            add(
-                f"{split} (chosen on)" + (f": {name}" if name else ""),
-                percent(choice.threshold),
-                choice.scores,
-            )
+            label = f"{split} (chosen on)" + (f": {name}" if name else "")
+            add(label, percent(choice.threshold), choice.scores)
     if not control.found:
         return
     for name, scores in tested.items():
