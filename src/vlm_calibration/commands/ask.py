@@ -168,6 +168,7 @@ def _ask_many(
     asked = [(question.where, question.query.category) for question in questions]
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
     folder = ImageFolder(many.root or path.parent)
+    repeated = ("id", "image", "question", "category")
     skipped: list[str] = []
     warnings: list[str] = []
     settings = {"model": model.name, "rule": None if model.rule is None else model.rule.guarantee}
@@ -201,10 +202,7 @@ def _ask_many(
                 answers = model.answers(list(samples.values()), [model.main])[model.main] if samples else []
                 rows = []
                 for question, answer in zip(samples, answers, strict=True):
-                    row = {
-                        key: getattr(question.query, key) for key in ("id", "image", "question", "category")
-                    }
-                    rows.append(row | answer.to_dict())
+                    rows.append({key: getattr(question.query, key) for key in repeated} | answer.to_dict())
                     to_review += answer.decision == "review"
                     warnings += [f"{question.where}: {answer.warning}"] if answer.warning else []
                 log.append(*rows, sync=True)

@@ -84,8 +84,8 @@ def monitor(
     has_drifted = any(figures["drift"] for figures in compared.values())
     without_reference = groups_of_new - known
     if json:
-        asked_for = {"reference": str(reference), "new": str(new), "estimator": estimator}
-        result = {**asked_for, "certainty": float(certainty), "drift": has_drifted}
+        result: dict[str, Any] = {"reference": str(reference), "new": str(new), "estimator": estimator}
+        result |= {"certainty": float(certainty), "drift": has_drifted}
         result |= {"without_reference": sorted(without_reference), "overall": compared.pop("overall")}
         print(json_format.dumps({**result, "groups": compared}))
     else:

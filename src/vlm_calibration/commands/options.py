@@ -83,10 +83,8 @@ def load_model(
         return served_model(Endpoint(options.url, options.served_model), max_new_tokens or 64)
     base, adapter = options.base, options.adapter
     if base is None and adapter is None:
-        # Where the demo's adapters are after training.
-        trained_runs = (
-            run for run in ("runs/dpo", "runs/sft") if Path(run, "adapter/adapter_config.json").is_file()
-        )
+        runs = ("runs/dpo", "runs/sft")  # where the demo's adapters are after training
+        trained_runs = (run for run in runs if Path(run, "adapter/adapter_config.json").is_file())
         base, adapter = str(DEMO_MODEL), next(trained_runs, None)
         trained = f"and the adapter in {adapter}" if adapter else "alone (`make train-sft` trains an adapter)"
         print(f"asking the demo's model {trained}", file=sys.stderr)

@@ -140,7 +140,7 @@ def _print(
     if left_out := rule.answers["without_group"]:
         print(f"{left_out} answers have no category and are left out.")
     print(rule.guarantee or "No threshold keeps the limits, so nothing is written.")
-    cells = []
+    cells: list[tuple[str, ...]] = []
 
     def add(label: str, from_on: str, scores: ThresholdScores) -> None:
         shares = (scores.coverage, scores.error, scores.sent_away_share)
