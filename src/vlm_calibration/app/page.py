@@ -1,4 +1,4 @@
-"""The web page: an image, a question and a perturbation of the key object, and the answers of both models; data stay in the visit."""
+"""The web page: an image, a question and a perturbation of the key object, and the answers of both models."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ LATEST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 ANSWERS, CURVE = ({"concurrency_id": name, "concurrency_limit": 1} for name in ("answers", "curve"))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PageHandlers:
-    """Handlers of the page's events, with no data of visitors, who paint key objects without a finder; the report may appear later."""
+    """Handlers of the page's events; they hold no data of visitors. Without a finder, visitors paint. The report may appear later."""
 
     model: CalibratedModel
     finder: KeyObjectFinder | None
@@ -183,6 +183,7 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
 
 def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     scenes = [demo_subject(i) for i in range(SCENES)]
+    # A visitor's data are here alone, separate for every visit.
     subject = gr.State(scenes[0], time_to_live=3600)
     with gr.Row():
         with gr.Column(min_width=320):

@@ -99,12 +99,12 @@ class KeyObjectFinder:
         # The answer does not change which objects are named.
         query = Query("question", "", question, "Yes", "yes_no")
         [described] = self.describer.describe([query], [subject.image])
-        mask, detections = None, []
+        mask = None
         if described.objects:
             [detections] = self.detector.detect([subject.image], [described.objects])
-        if detections:
-            [masks] = self.segmenter.segment([subject.image], [[found.box for found in detections]])
-            mask = np.logical_or.reduce(masks) if masks.any() else None
+            if boxes := [detection.box for detection in detections]:
+                [masks] = self.segmenter.segment([subject.image], [boxes])
+                mask = np.logical_or.reduce(masks) if masks.any() else None
         subject.detected[question] = mask
         return mask
 
