@@ -22,10 +22,8 @@ from vlm_calibration.progress import working
 from vlm_calibration.records import AnswerType, DataError, Query, RecordError, query_from_dict
 
 if TYPE_CHECKING:
-    from vlm_calibration.data.noise import Sample
-    from vlm_calibration.data.sources.images import ImageFolder
     from vlm_calibration.estimators.decision import DecisionRule
-    from vlm_calibration.inference.asking import Answer, CalibratedModel
+    from vlm_calibration.inference.asking import Answer
 
 
 @dataclass(frozen=True)
@@ -193,12 +191,16 @@ def _ask_many(
             for start in range(0, len(pending), size):
                 samples = {}
                 for question in pending[start : start + size]:
+                    where, query, kind = question
                     try:
-                        samples[question] = _sample(model, folder, question)
-                    except DataError as error:
+                        folder.check(query.image)
+                        about = folder.path(query.image), query.question, kind, query.category
+                        samples[question] = model.sample(*about, name=where)
+                    except (DataError, RecordError) as error:
+                        message = f"{where}: {error}" if isinstance(error, RecordError) else str(error)
                         if many.on_bad_image != "skip":
-                            raise
-                        skipped.append(str(error))
+                            raise DataError(message) from error
+                        skipped.append(message)
                 answers = model.answers(list(samples.values()), [model.main])[model.main] if samples else []
                 rows = []
                 for question, answer in zip(samples, answers, strict=True):
@@ -222,14 +224,3 @@ def _ask_many(
     parts += [f"{len(skipped)} left out"] if skipped else []
     parts += [] if review is None else [f"{review} for review"]
     print(f"{', '.join(parts)}: {out}")
-
-
-def _sample(model: CalibratedModel, folder: ImageFolder, question: _Question) -> Sample:
-    """The question as a sample for the model; raises a DataError that names its place if its image cannot be used."""
-    query = question.query
-    try:
-        folder.check(query.image)
-    except RecordError as error:
-        raise DataError(f"{question.where}: {error}") from error
-    path = folder.path(query.image)
-    return model.sample(path, query.question, question.answer_type, query.category, name=question.where)
