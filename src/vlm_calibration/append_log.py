@@ -25,8 +25,8 @@ class SettingsChangedError(DataError):
 class AppendLog:
     """JSON lines in one or several files, for results that must outlive the process that computes them.
 
-    Each process appends to a file of its own, under a lock, and reads the files of all. A last line without a newline was cut off
-    when its process ended: readers ignore it, and the next process that appends to the file removes it.
+    Each process appends to its own file, under a lock, and reads the files of all. A last line without a newline was cut off when its
+    process ended: readers ignore it, and the next `append` to the file removes it.
 
     Args:
         path: the file that this process appends to.
@@ -46,12 +46,7 @@ class AppendLog:
         self._is_trimmed = False
 
     def lines(self) -> Iterator[tuple[JsonLine, dict[str, Any]]]:
-        """The complete lines of all processes, file after file, each with its JSON object, settings included.
-
-        Raises:
-            SettingsChangedError: a line was written with other settings.
-            DataError: a line is damaged.
-        """
+        """The complete lines of all files, with their objects; a DataError if one is damaged, or a SettingsChangedError."""
         for path in sorted(self.path.parent.glob(self.pattern)):
             for line in json_lines(path):
                 if line.content.endswith(b"\n"):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 METAVARS = {int: "N", float: "X", Path: "PATH"}
-"""Type of an option -> how the help names its value; other values are named after the option."""
+"""Type of an option -> the name of its value in the help; others are named after the option."""
 
 
 class Subcommands(NamedTuple):
@@ -47,10 +47,7 @@ Command: TypeAlias = Callable[..., Any] | Subcommands | Lazy
 class Forwarded(NamedTuple):
     """Annotation of a command's `*settings`: arguments that are passed on unparsed, in the order given.
 
-    Attributes:
-        options: the common ones, which `--help` lists: "--name METAVAR", or "--name" of a flag -> description.
-        epilog: returns what stands below them.
-        usage: what follows the command in the usage line.
+    `--help` lists the common options ("--name METAVAR", or "--name" of a flag -> description), and the epilog below them.
     """
 
     options: Mapping[str, str]
@@ -67,11 +64,7 @@ def with_full_help(args: Sequence[str]) -> list[str]:
 
 
 def run_command(prog: str, command: Command, args: Sequence[str]) -> Any:
-    """Parse what follows a command, `prog`, on the command line, and call its function or subcommand; returns what that returns.
-
-    Raises:
-        ArgumentError: an argument is missing, unknown or wrong; in one line.
-    """
+    """Parse what follows a command, `prog`, and return what its function or subcommand does; an ArgumentError is one line."""
     if isinstance(command, Lazy):
         return run_command(prog, command.load(), args)
     if isinstance(command, Subcommands):
@@ -108,11 +101,10 @@ class _HelpFormatter(RawDescriptionHelpFormatter):
 
 
 def command_parser(prog: str, function: Callable[..., Any]) -> ArgumentParser:
-    """Build the parser of a command from its function.
+    """Build the parser of a command from its function, with help texts from docstrings.
 
-    Parameters become positional arguments, keyword-only parameters `--options` with hyphens, booleans flags (`--x`, or `--no-x` where
-    the default is true). The fields of a parameter that is a dataclass become a group of options under the first line of its
-    docstring, except those with a default factory, which are for Python. Help texts come from docstrings.
+    Parameters become positional arguments, keyword-only ones `--options` with hyphens, booleans flags (`--x`, or `--no-x` if true by
+    default). A dataclass becomes a group of options, except fields with a default factory, which are for Python.
     """
     from jsonargparse import ArgumentParser
 

@@ -17,17 +17,11 @@ if TYPE_CHECKING:
 
 
 class CommandError(Exception):
-    """The orderly end of a command that failed.
-
-    Attributes:
-        message: one line for the user; empty to print nothing.
-        status: exit status.
-    """
+    """The end of a command that failed: one line for the user, empty to print nothing, and the exit status."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
-        self.message = message
-        self.status = status
+        self.message, self.status = message, status
 
 
 def one_line(error: BaseException) -> str:
@@ -55,23 +49,19 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {similar[0]}?)" if similar else ""
 
 
-_KEY = re.compile(r'Parser key "(.+?)":?\s*(.*)')
-_CLASS = re.compile(r"Problem with given class_path '(.+?)':")
 _UNKNOWN = re.compile(
     r"unrecognized arguments: -*([^\s=]+)|(?:Group '(.+?)' does not|.*does not) accept option '(.+?)'|Option '(.+?)' is not accepted"
 )
 _NO_CLASS = re.compile(
     r"Expected a dot import path string: (.+)|module '.+' has no attribute '(.+)'|No module named '(.+)'"
 )
-_REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _EXPECTED = re.compile(
     r"(?:Expected an?|Not of type) (?!path but|<class 'NoneType'>)(.+?)(?:\. Got value: (.*)|: .*: '(.*)'|: (.*) does not .*)?$"
 )
-_GIVEN = re.compile(r"Given value: (.*)")
 
 
 def explained(message: str, parser: ArgumentParser) -> str:
-    """Reduce a message of argparse or jsonargparse to one line, with the nearest of the parser's names for one that it does not know.
+    """Reduce a message of argparse or jsonargparse to one line, with the nearest of the parser's names for an unknown one.
 
     jsonargparse nests messages, one for each type that a value might have had. The innermost one about the chosen class counts.
     """
@@ -80,10 +70,10 @@ def explained(message: str, parser: ArgumentParser) -> str:
     expected: list[str] = []
     found: str | None = None
     for line in (part.strip().removeprefix("- ") for part in message.splitlines()):
-        if match := _KEY.match(line):
+        if match := re.match(r'Parser key "(.+?)":?\s*(.*)', line):
             path.append(match[1])
             line = match[2]
-        if match := _CLASS.match(line):
+        if match := re.match(r"Problem with given class_path '(.+?)':", line):
             chosen = class_at(match[1])
             path += [] if chosen is None or is_dataclass(chosen) else ["init_args"]
         elif match := _NO_CLASS.match(line):
@@ -105,7 +95,7 @@ def explained(message: str, parser: ArgumentParser) -> str:
             options = [dashes + option.lstrip("-") for option in known._option_string_actions]
             similar = did_you_mean(dashes + name, options)
             return f"unknown setting {dashes}{_dotted([*path, name])}{similar}"
-        elif match := _REQUIRED.match(line):
+        elif match := re.match(r"the following arguments are required: (.+)", line):
             if path:
                 return f"{_dotted(path, parser)}: needs {match[1]}"
             names = ", ".join(_dotted([name], parser) for name in match[1].split(", "))
@@ -113,7 +103,7 @@ def explained(message: str, parser: ArgumentParser) -> str:
         elif match := _EXPECTED.match(line):
             expected.append(match[1])
             found = next((value for value in match.groups()[1:] if value is not None), None)
-        elif match := _GIVEN.match(line):
+        elif match := re.match(r"Given value: (.*)", line):
             found = match[1]
         if found is not None and expected:
             similar = did_you_mean(found, _literals(" ".join(expected)))

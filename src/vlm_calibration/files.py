@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -11,6 +10,7 @@ import shutil
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from errno import EACCES, EDQUOT, EEXIST, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS
 from io import FileIO
 from itertools import islice
 from pathlib import Path
@@ -22,13 +22,7 @@ T = TypeVar("T")
 
 MAX_NAMED = 5
 """Number of examples that a message names."""
-
-UNWRITABLE = frozenset(
-    {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-        *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST),
-    }
-)
+UNWRITABLE = (EACCES, EDQUOT, EEXIST, EFBIG, ENOSPC, ENOTDIR, EPERM, EROFS)
 """Error numbers of a file that cannot be written: no space, no permission, a file in place of a folder."""
 
 
@@ -54,11 +48,8 @@ def writing(path: Path, hint: str = "") -> Iterator[None]:
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path, and rename it to `path`, a file or folder, when the block ends without an error.
 
-    A reader sees the old content or the new, never a part. Permissions follow the umask. With `sync` the content is first flushed
-    to the disk, since some file systems report only then that they are full.
-
-    Raises:
-        DataError: the path cannot be written, e.g. the disk is full. The previous content stays.
+    A reader sees the old content or the new, never a part. Permissions follow the umask. `sync` first flushes the content to the
+    disk, since some file systems report only then that they are full. A DataError if the path cannot be written.
     """
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
@@ -111,7 +102,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], *, lines: bool) ->
 
 
 def hold(path: Path) -> FileIO:
-    """Lock a file until it is released or this process ends, as a sign that it is in use, where the file system has locks."""
+    """Lock a file, where its file system has locks, until `release` or the end of this process: it is in use."""
     file = FileIO(path)
     with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,14 +143,7 @@ def remove(path: Path) -> None:
 
 
 class JsonLine(NamedTuple):
-    """A line of a file of JSON lines, not decoded yet.
-
-    Attributes:
-        path: the file.
-        number: line number, from 1.
-        offset: of its first byte in the file.
-        content: the bytes of the line.
-    """
+    """A line of a file of JSON lines, not decoded yet: its number, from 1, the offset of its first byte, and its bytes."""
 
     path: Path
     number: int
@@ -184,7 +168,7 @@ class JsonLine(NamedTuple):
 
 
 def json_lines(path: Path) -> Iterator[JsonLine]:
-    """The lines of a file that are not blank, without its byte order mark; raises a DataError if it cannot be read."""
+    """The lines of a file that are not blank, without a byte order mark; raises a DataError if it cannot be read."""
     offset = 0
     try:
         with path.open("rb") as file:

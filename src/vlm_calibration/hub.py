@@ -37,7 +37,6 @@ from vlm_calibration.files import first_line
 from vlm_calibration.progress import is_terminal, working
 from vlm_calibration.records import DataError
 
-CONNECT_SECONDS = 5
 CARD = "README.md"
 LICENSE = ("license", "license_name", "license_link")
 """Metadata of a model card that state its licence."""
@@ -54,16 +53,10 @@ def is_hub_name(name: str) -> bool:
 
 @contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Context in which `what` is loaded from the folder or Hub name `name`; without a network only from the cache.
-
-    It shows how long loading takes; on a terminal, downloads have the bars of `huggingface_hub` instead.
-
-    Raises:
-        DataError: loading failed; the message tells whether the Hub was unreachable.
-    """
+    """Show that `what` is loaded from a folder or the Hub, without a network from the cache alone; a DataError says why it is not."""
     on_hub = is_hub_name(name)
     offline = _why_offline() if on_hub else None
-    is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str) if on_hub else True
+    is_cached = not on_hub or isinstance(try_to_load_from_cache(name, "config.json"), str)
     is_download = not is_cached and not constants.HF_HUB_OFFLINE
     bars = is_download and is_terminal()
     # transformers' switch, which is that of `huggingface_hub` too; it is imported where it is used.
@@ -94,13 +87,7 @@ def download(what: str, name: str, revision: str | None = None) -> Path:
 
 
 def base_license(name: str, revision: str | None = None, *, download: bool = False) -> dict[str, Any]:
-    """The licence in the card of a base model, by folder or name on the Hub, as the Hub's metadata; empty without one.
-
-    With `download` the card is downloaded if it is not in the cache.
-
-    Raises:
-        DataError: the card cannot be read, or not be downloaded.
-    """
+    """The licence in the card of a base model, from its folder, the cache or, with `download`, the Hub, as metadata; or empty."""
     path = Path(name) / CARD
     if is_hub_name(name):
         with loading("the model card", name) if download else nullcontext():
@@ -127,9 +114,8 @@ def check_upload(name: str, base: str) -> None:
     except HFValidationError as error:
         raise DataError(f"--push-to-hub {name}: {first_line(error)}") from error
     if not is_hub_name(base):
-        raise DataError(
-            f"the base model {base} is a folder, which nobody else has: give its name on the Hub with --base"
-        )
+        advice = "give its name on the Hub with --base"
+        raise DataError(f"the base model {base} is a folder, which nobody else has: {advice}")
     if get_token() is None:
         raise DataError("not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
 
@@ -161,7 +147,7 @@ def _why_offline() -> str | None:
         return None  # The proxy may reach the Hub although this machine does not.
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
-        socket.create_connection((address.hostname, port), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((address.hostname, port), timeout=5).close()
     except OSError as error:
         constants.HF_HUB_OFFLINE = True
         return f"{constants.ENDPOINT} cannot be reached ({error.strerror or error})"

@@ -8,6 +8,7 @@ import textwrap
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 CONFIGS = Path(__file__).with_name("configs")
-"""Folder of the presets: a link to the one at the top of the repository; a built package contains the files themselves."""
+"""Folder of the presets: a link to `configs` of the repository; a built package contains the files."""
 DEMO = Path(__file__).with_name("demo")
-"""Folder of the embedded demo, `${demo}` in a file: absolute, since the configuration of a run is read from other working folders."""
+"""Folder of the embedded demo, `${demo}` in a file: absolute, since other working folders read a run's configuration."""
 VARIABLE_OPTIONS = {
     "--data-root DIR": "folder of the data that the presets name, such as DIR/train.jsonl",
     "--runs DIR": "folder of the run directories that the presets name, such as DIR/sft",
@@ -41,7 +42,7 @@ VARIABLES = tuple(option.split()[0] for option in {**VARIABLE_OPTIONS, **ENDPOIN
 
 
 def add_variables(parser: ArgumentParser, *, endpoint: bool = False) -> None:
-    """Add the options that set variables to a parser of configurations, with `endpoint` those of `test`."""
+    """Add the options that set variables to a parser, with `endpoint` those of `test`."""
     for option, text in {**VARIABLE_OPTIONS, **(ENDPOINT_OPTIONS if endpoint else {})}.items():
         name, metavar = option.split()
         parser.add_argument(name, metavar=metavar, type=str | None, default=DEFAULTS.get(name), help=text)
@@ -59,37 +60,28 @@ def presets_by_folder(*stages: str) -> str:
     for folder in OVERLAYS:
         lasts = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
         lines.append(f"{folder}/: {', '.join(lasts)}")
-    folded = (
-        textwrap.fill(line, 79, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
-        for line in lines
-    )
+    fill = partial(textwrap.fill, width=79, subsequent_indent="    ", break_on_hyphens=False)
+    folded = [fill(line, initial_indent="  ") for line in lines]
     return "\n".join(["presets (`vlm-calibration config list` describes them):", *folded])
 
 
 def find_preset(name: str) -> Path:
     """The file of a preset; raises an ArgumentError if there is none of this name."""
     names = preset_names()
-    if name.removesuffix(".yaml") not in names:
-        raise ArgumentError(
-            None,
-            f"{name!r} is neither a file nor a preset{did_you_mean(name, names)}: `vlm-calibration config list` lists the presets",
-        )
-    return CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
+    if (plain := name.removesuffix(".yaml")) not in names:
+        similar = f"{did_you_mean(name, names)}: `vlm-calibration config list` lists the presets"
+        raise ArgumentError(None, f"{name!r} is neither a file nor a preset{similar}")
+    return CONFIGS / f"{plain}.yaml"
 
 
 def resolve_configs(
     args: Sequence[str],
     prepare: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda contents: contents,
 ) -> list[str]:
-    """Replace the file in each `--config FILE` by its content, with all variables replaced.
+    """Replace the file in each `--config FILE` by its content, which `prepare` may change, with all variables replaced.
 
-    Args:
-        args: arguments of a command. Options among them set variables; so do keys of these names at the top level of a file, as in
-            the `config.yaml` of a run.
-        prepare: applied to the contents of all files before their variables are replaced.
-
-    Raises:
-        ArgumentError: see `read_config`; or a variable of an endpoint is set and no file has it.
+    Options set variables, and so do keys at the top level of a file, as of a run's `config.yaml`. An ArgumentError as by `read_config`,
+    or if a variable of an endpoint is set and no file has it.
     """
     read = ("--config", "-c", *VARIABLES)
     resolved = [w for arg in args for w in (arg.split("=", 1) if arg.partition("=")[0] in read else [arg])]
@@ -111,11 +103,7 @@ def resolve_configs(
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """The settings in a preset or a file, or in a text that is one itself, such as "{data: {workers: 0}}".
-
-    Raises:
-        ArgumentError: there is no such preset or file, it cannot be read, or it is not a mapping of settings.
-    """
+    """The settings in a preset, a file or a text such as "{data: {workers: 0}}"; an ArgumentError if it cannot be read."""
     from jsonargparse import get_loader
 
     if name.lstrip().startswith("{"):

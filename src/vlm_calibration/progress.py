@@ -17,10 +17,6 @@ FIRST = 5.0
 """Seconds until the first line in a log file. Work of `track` and `working` that takes less leaves none."""
 EVERY = 30.0
 """Seconds between two lines in a log file."""
-BETWEEN = 0.1
-"""Minimum seconds between two updates of `track`, whose items may take microseconds."""
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-"""Variables that launchers set to the number of a process."""
 STAGES = {
     "SFTModule": "sft",
     "DPOModule": "dpo",
@@ -45,10 +41,7 @@ def is_terminal() -> bool:
 class LogLines:
     """Plain lines about one piece of work: the first after `FIRST` seconds, the others at most every `every` seconds.
 
-    Args:
-        name: of the work.
-        total: how much there is, in units (`unit`, in the plural); None: unknown.
-        done: how much an earlier run has done; the time left is at the speed of this run.
+    The work is `total` units, None if unknown, of which an earlier run has `done` some; the time left is at the speed of this run.
     """
 
     def __init__(
@@ -94,12 +87,11 @@ class LogLines:
 def working(
     name: str, total: float | None = None, unit: str = "", *, done: float = 0
 ) -> Iterator[Callable[[float], None]]:
-    """Show work that takes more than a few seconds, as `LogLines` or as a bar, which leaves nothing on a terminal.
-
-    Yields a function that is told how much is done.
-    """
+    """Show work of more than a few seconds, as `LogLines` or as a passing bar; yields a function that is told how much is done."""
     name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    is_first = all(os.environ.get(rank, "0") in ("0", "") for rank in RANKS)
+    # Launchers set these to the number of a process.
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    is_first = all(rank in (None, "0", "") for rank in ranks)
     if multiprocessing.parent_process() is not None or not is_first:
         yield lambda done: None
     elif is_terminal():
@@ -139,7 +131,7 @@ def track(
             done += 1 if size is None else size(item)
             if (now := time.monotonic()) >= due:
                 update(done)
-                due = now + BETWEEN
+                due = now + 0.1  # items may take microseconds
         update(done)
 
 

@@ -31,10 +31,7 @@ def quiet_libraries() -> None:
 
 
 def quiet_lightning() -> None:
-    """Hide what Lightning logs below a warning: tips, devices, what it loads; not what this package logs by its functions.
-
-    Call it after the import of Lightning, which adds the handlers.
-    """
+    """Hide what Lightning, which adds the handlers when it is imported, logs below a warning: tips, devices, what it loads."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_worth_reading)

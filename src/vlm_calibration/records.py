@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 AnswerType = Literal["yes_no", "short", "open"]
 ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
 MIN_BOX = 9
-"""Smallest area of a region's box, in pixels: a perturbation of less is not seen."""
+"""Smallest area of a region's box, in pixels; a perturbation of less is not seen."""
 ORIGINAL = "original"
 """Key of the confidence that all probed confidences are compared with."""
 SMALL_BOX = f"covers fewer than {MIN_BOX} pixels"
@@ -36,7 +36,7 @@ class Region:
 
     Attributes:
         label: name of the object in the region, e.g. "dog".
-        box: (x0, y0, x1, y1) in pixels of the original image, x1 and y1 exclusive; without a mask of at least `MIN_BOX` pixels.
+        box: (x0, y0, x1, y1) in pixels of the original image, x1 and y1 exclusive; at least `MIN_BOX` pixels without a mask.
         mask: COCO run-length encoding, {"size": [height, width], "counts": ...}; None: the whole box.
         score: the detector's confidence in [0, 1]; None for an annotated or rendered region.
     """
@@ -57,13 +57,11 @@ class Query:
         question: the question, which does not mention confidence.
         answer: the gold answer, which does not mention confidence.
         answer_type: how the answer is graded.
-        objects: phrases for the key objects, which the question is about. Regions with one of these labels are evidence
-            (see `text.labels.is_evidence`), all others are distractors; without `objects`, every region is evidence.
-        regions: where objects are in the image.
+        objects: phrases for the key objects. Regions with one of these labels are evidence (see `text.labels.is_evidence`), all
+            others distractors; without `objects`, every region is evidence.
         category: group for breaking down results; "a/b" counts in a and in b (see `category_groups`).
         synonyms: further correct answers.
-        absent: objects that the answer says are not in the image, repeated from `objects` or not. Without any, the form of the
-            question and its answer decide (see `text.labels.absent_objects`).
+        absent: objects that the answer says are not in the image; if empty, `text.labels.absent_objects` reads them from the question.
         wrong_answers: plausible wrong answers; empty if none is, None if the data does not say.
     """
 
@@ -85,18 +83,15 @@ class Prediction:
     """A model's answer to one query; the fields are the keys of `predictions.jsonl`.
 
     Attributes:
-        id: id of the query.
-        question: the question.
         answer: the gold answer.
         text: the generated text.
         predicted: the answer parsed from the text; None if there is none.
         confidence: the stated confidence in [0, 1]; None if it could not be parsed.
         correct: whether the prediction matches the gold answer.
-        category: category of the query.
-        perturbation: kind of perturbation of the evidence, "" for an untouched image; None where it is not known.
-        strength: of the perturbation, in [0, 1], 0 for an untouched image; None where it is not known.
-        noise_step: diffusion step of noise, 0 for an untouched image; None for other kinds and where it is not known.
+        noise_step: diffusion step of noise, 0 for an untouched image; None for other kinds or if unknown.
         answer_type: how the answer was graded.
+        perturbation: kind of perturbation of the evidence, "" for an untouched image; None if unknown.
+        strength: of the perturbation, in [0, 1], 0 for an untouched image; None if unknown.
     """
 
     id: str
@@ -133,20 +128,12 @@ class LoadedImage(NamedTuple):
 
 
 def category_groups(category: str | None) -> tuple[str, ...]:
-    """The groups that a category counts in: its parts, in order and each once.
-
-    >>> category_groups("shifted/existence")
-    ('shifted', 'existence')
-    """
+    """The groups that a category counts in: its parts, in order and each once; "a/b" in ("a", "b")."""
     return tuple(dict.fromkeys(part for part in (category or "").split("/") if part))
 
 
 def query_from_dict(data: Any) -> Query:
-    """Check a decoded JSON object and convert it to a `Query`. An integer `id` becomes a string.
-
-    Raises:
-        RecordError: not an object, an unknown or missing key, or a value of the wrong type.
-    """
+    """Convert a decoded JSON object to a `Query`, an integer `id` to a string; a RecordError names what is wrong with it."""
     from pydantic_core import ValidationError
 
     try:
@@ -159,7 +146,7 @@ def query_from_dict(data: Any) -> Query:
 
 @cache
 def query_validator() -> SchemaValidator:
-    """Converts JSON, decoded or not, to a `Query`, or raises a ValueError; `query_from_dict` explains it."""
+    """Converts JSON, decoded or not, to a `Query`, or raises a ValueError, which `query_from_dict` explains."""
     from pydantic_core import SchemaValidator, core_schema  # slow, and most commands read no query
 
     def expect(words: str, schema: Any) -> Any:
@@ -167,9 +154,6 @@ def query_validator() -> SchemaValidator:
 
     def converted(function: Any, schema: Any) -> Any:
         return core_schema.no_info_after_validator_function(function, schema)
-
-    def either(*schemas: Any) -> Any:
-        return core_schema.union_schema([*schemas], mode="left_to_right")
 
     def record(kind: type, **schemas: Any) -> Any:
         keys = []
@@ -183,16 +167,15 @@ def query_validator() -> SchemaValidator:
 
     # JSON allows null characters and halves of surrogate pairs, file names and UTF-8 files do not.
     string = core_schema.str_schema(strict=True, pattern=r"^[^\x00]*[^\s\x00\x1c-\x1f][^\x00]*$")
-    number_as_string = converted(str, core_schema.int_schema(strict=True))
+    identifier = core_schema.union_schema([string, converted(str, core_schema.int_schema(strict=True))])
     text = expect("a non-empty string of valid characters", string)
     phrases = core_schema.tuple_variable_schema(core_schema.str_schema(strict=True, pattern=r"^[^\x00]+$"))
     phrases = converted(lambda given: given or (), core_schema.nullable_schema(phrases))
     phrases = expect("a list of non-empty strings of valid characters", phrases)
     box = core_schema.tuple_schema([core_schema.float_schema(strict=True, allow_inf_nan=False)] * 4)
     # A whole number stays one, since digests of queries depend on it.
-    score = either(
-        core_schema.int_schema(strict=True, ge=0, le=1), core_schema.float_schema(strict=True, ge=0, le=1)
-    )
+    kinds: Any = (core_schema.int_schema, core_schema.float_schema)
+    score = core_schema.union_schema([kind(strict=True, ge=0, le=1) for kind in kinds], mode="left_to_right")
     region = record(
         Region,
         label=core_schema.str_schema(strict=True),
@@ -205,7 +188,7 @@ def query_validator() -> SchemaValidator:
     )
     query = record(
         Query,
-        id=expect("a non-empty string of valid characters", either(string, number_as_string)),
+        id=expect("a non-empty string of valid characters", identifier),
         image=text,
         question=text,
         answer=text,
@@ -227,11 +210,12 @@ def _checked_region(region: Region) -> Region:
     if mask is not None and not {"size", "counts"} <= set(mask):
         raise ValueError(f"'mask' must be a COCO RLE with 'size' and 'counts', found {short_repr(mask)}")
     if mask is not None and mask["size"] is mask["counts"] is None:
-        mask = None  # as Parquet stores a region without a mask beside one with a mask
-        region = replace(region, mask=None)
+        # As Parquet stores a region without a mask beside one with a mask.
+        mask, region = None, replace(region, mask=None)
     if mask is None and (x1 - x0) * (y1 - y0) < MIN_BOX:
+        question = "is it normalised to [0, 1], or in percent?"
         raise ValueError(
-            f"'box' {SMALL_BOX}, found {region.box}: boxes are in pixels of the image; is it normalised to [0, 1], or in percent?"
+            f"'box' {SMALL_BOX}, found {region.box}: boxes are in pixels of the image; {question}"
         )
     return region
 

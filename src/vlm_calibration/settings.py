@@ -12,7 +12,7 @@ from typing import Any
 
 
 def init_args(value: Any) -> dict[str, Any]:
-    """The constructor arguments that an object, built from YAML or in Python, keeps under their names, also with an underscore."""
+    """The constructor arguments that an object keeps under their names, with or without an underscore in front."""
     arguments = {}
     for name in inspect.signature(type(value)).parameters:
         attribute = name if hasattr(value, name) else f"_{name}"

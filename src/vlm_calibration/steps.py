@@ -1,7 +1,7 @@
 """A calibration: its stages, and the command line of each, for `vlm-calibration calibrate` and for Python (`train_sft(Plan(...))`).
 
-A step that has finished with the same settings is not repeated; one that was interrupted resumes. All raise a DataError for what cannot
-be used, an ArgumentError for a preset or setting that does not exist, and a CommandError if they are stopped.
+A finished step is not repeated with the same settings; an interrupted one resumes. A DataError is about what cannot be used, an
+ArgumentError about a preset or setting that does not exist, and a CommandError ends a step that was stopped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ BASE = "model.init_args.base.name_or_path"
 class Plan:
     """What the stages share.
 
-    Without a model and data it is the embedded demo.
+    Without a model and data it is the embedded demo. A DataError if a folder of data does not exist, or has no data to go with it; an
+    ArgumentError if there is no such preset or file.
 
     Attributes:
         model: base model: a preset of model/ or a file; several, separated by spaces, override each other in order
@@ -53,10 +54,6 @@ class Plan:
         runs: folder of the run directories regions, levels, sft, dpo and eval
         settings: further settings of every stage but `report`
         overwrite: replace earlier results instead of resuming
-
-    Raises:
-        DataError: there is a folder of data, but no data, or it does not exist.
-        ArgumentError: there is no such preset or file.
     """
 
     model: str | Sequence[str] = ""
@@ -92,28 +89,21 @@ class Plan:
         return Path(self.runs) / ("eval" if stage in ("evaluate", "report") else stage)
 
     def command(self, stage: str, *arguments: str, config: str | None = None) -> list[str]:
-        """What follows `vlm-calibration` on the command line of a stage.
+        """What follows `vlm-calibration` on the command line of a stage, with further arguments, or another full configuration.
 
-        Args:
-            stage: one of `STAGES`.
-            arguments: further ones of this stage alone.
-            config: a full configuration instead of the stage's own.
-
-        Raises:
-            DataError: data without a model, on which the demo's would be used unasked; or another run directory.
+        A DataError for data without a model, for which the demo's would be used unasked, or for another run directory.
         """
         if stage == "report":
             return ["report", str(self.folder(stage)), *arguments]
         further = [*_options(self.settings), *arguments]
         names = {argument.partition("=")[0] for argument in further}
         if "--trainer.default_root_dir" in names:
-            raise DataError(
-                f"--trainer.default_root_dir: the run directory of {stage} is {self.folder(stage)}"
-            )
+            here = f"the run directory of {stage} is {self.folder(stage)}"
+            raise DataError(f"--trainer.default_root_dir: {here}")
         if self.data and stage in ("levels", *TRAINED) and not (self.model or config or f"--{BASE}" in names):
+            advice = f"name one, e.g. qwen2_5_vl_7b, or set {BASE}"
             raise DataError(
-                f"{stage}: data {self.data!r} without a model, so the demo's would be used: name one, e.g. qwen2_5_vl_7b, or "
-                f"set {BASE}"
+                f"{stage}: data {self.data!r} without a model, so the demo's would be used: {advice}"
             )
         own = f"eval/{'jsonl' if self.data else 'demo'}" if stage == "evaluate" else stage
         command = [*STAGES[stage]]

@@ -1,12 +1,10 @@
-"""The web page: an image, a question and a perturbation of the key object on the left, the answers of both models on the right.
-
-A visitor's data are kept in `gr.State` only, which is separate for every visit.
-"""
+"""The web page: an image, a question and a perturbation of the key object, and the answers of both models."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -40,8 +38,6 @@ SCENES = 8
 EDITOR_SIDE = 480
 """Pixels of the longer side of the picture to paint on."""
 TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model", ENDPOINT: "Served model"}
-COLUMNS = ("model", "answer", "stated", "expected", "decision")
-"""Columns of the table of answers. Stated: the confidence in the answer; expected: the mean of all that might have been stated."""
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}
 LATEST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
@@ -49,19 +45,13 @@ LATEST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 ANSWERS, CURVE = ({"concurrency_id": name, "concurrency_limit": 1} for name in ("answers", "curve"))
 
 
+@dataclass(eq=False)
 class PageHandlers:
-    """Handlers of the page's events. They hold the models and no data of visitors.
+    """Handlers of the page's events; they hold no data of visitors. Without a finder, visitors paint. The report may appear later."""
 
-    Args:
-        model: the model that answers.
-        finder: finds key objects in uploaded images; None: visitors paint them.
-        report: page of the second tab; it may appear later.
-    """
-
-    def __init__(self, model: CalibratedModel, finder: KeyObjectFinder | None, report: Path) -> None:
-        self.model = model
-        self.finder = finder
-        self.report = report
+    model: CalibratedModel
+    finder: KeyObjectFinder | None
+    report: Path
 
     def begin(self, subject: Subject) -> list[Any]:
         """New values of subject, picture to paint on, question, key object and strength."""
@@ -148,16 +138,12 @@ class PageHandlers:
     def show_report(self) -> str:
         """Show the current report in a frame that is isolated from this page."""
         if not self.report.is_file():
-            return escape(
-                f"No report yet at {self.report}: make demo ends with one, and vlm-calibration report writes one for any run."
-            )
+            writers = "make demo ends with one, and vlm-calibration report writes one for any run"
+            return escape(f"No report yet at {self.report}: {writers}.")
         # A link to "#made" alone would lead to the address of this page. Texts in the report cannot hold a plain quotation mark.
         text = self.report.read_text(encoding="utf-8").replace('href="#', 'href="about:srcdoc#')
-        content = escape(text, quote=True)
-        return (
-            '<iframe title="Report" sandbox="allow-scripts" style="width: 100%; height: 85vh; border: 0" '
-            f'srcdoc="{content}"></iframe>'
-        )
+        frame = 'title="Report" sandbox="allow-scripts" style="width: 100%; height: 85vh; border: 0"'
+        return f'<iframe {frame} srcdoc="{escape(text, quote=True)}"></iframe>'
 
 
 def plain(text: str) -> str:
@@ -167,7 +153,7 @@ def plain(text: str) -> str:
 
 
 def answer_rows(answers: Mapping[str, Answer]) -> list[list[str]]:
-    """System -> its answer, as rows of the table `COLUMNS`, which shows texts as they are."""
+    """System -> its answer, as rows of the table, which shows texts as they are."""
     return [
         [
             TITLES[system],
@@ -185,10 +171,8 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
     with gr.Blocks(
         title="vlm-calibration", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     ) as page:
-        gr.Markdown(
-            "# How sure is it?\nPerturb the object that a question is about, and see which model's confidence falls. "
-            f"Model: {plain(name)}"
-        )
+        invitation = "Perturb the object that a question is about, and see which model's confidence falls."
+        gr.Markdown(f"# How sure is it?\n{invitation} Model: {plain(name)}")
         with gr.Tab("Ask"):
             _ask_tab(page, handlers)
         with gr.Tab("Report") as tab:
@@ -199,6 +183,7 @@ def build_page(handlers: PageHandlers) -> gr.Blocks:
 
 def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     scenes = [demo_subject(i) for i in range(SCENES)]
+    # A visitor's data are here alone, separate for every visit.
     subject = gr.State(scenes[0], time_to_live=3600)
     with gr.Row():
         with gr.Column(min_width=320):
@@ -212,9 +197,8 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                 interactive=False,
                 elem_id="scenes",
             )
-            upload = gr.UploadButton(
-                f"or upload an image (up to {MAX_UPLOAD >> 20} MB)", file_types=["image"], size="sm"
-            )
+            invitation = f"or upload an image (up to {MAX_UPLOAD >> 20} MB)"
+            upload = gr.UploadButton(invitation, file_types=["image"], size="sm")
             picture = gr.ImageEditor(
                 label="Image: paint over the key object",
                 sources=(),
@@ -243,8 +227,10 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                 label="What the models see", interactive=False, format="png", buttons=[], elem_id="seen"
             )
             message = gr.Markdown()
+            # Stated: the confidence in the answer; expected: the mean of all that might have been stated.
+            names = ["model", "answer", "stated", "expected", "decision"]
             answers = gr.Dataframe(
-                headers=list(COLUMNS), datatype="str", label="Answers", interactive=False, wrap=True
+                headers=names, datatype="str", label="Answers", interactive=False, wrap=True
             )
             curve = gr.LinePlot(
                 x="strength",

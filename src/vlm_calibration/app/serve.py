@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from vlm_calibration.inference.asking import CalibratedModel
 
 HOST = "127.0.0.1"
-POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; frame-ancestors 'self'"
-)
-"""Browsers load nothing from elsewhere. Gradio's pages use inline scripts and styles."""
 
 
 def serve(model: CalibratedModel, finder: KeyObjectFinder | None, report: Path, port: int) -> None:
@@ -46,9 +42,13 @@ def build(handlers: PageHandlers, port: int) -> tuple[Any, dict[str, Any]]:
 
     from vlm_calibration.app.page import build_page
 
+    # Browsers load nothing from elsewhere. Gradio's pages use inline scripts and styles.
+    sources = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+    policy = f"{sources}; object-src 'none'; frame-ancestors 'self'"
+
     async def add_policy(request: Any, call_next: Any) -> Any:
         response = await call_next(request)
-        response.headers.setdefault("content-security-policy", POLICY)
+        response.headers.setdefault("content-security-policy", policy)
         return response
 
     # Against DNS rebinding.
@@ -58,11 +58,8 @@ def build(handlers: PageHandlers, port: int) -> tuple[Any, dict[str, Any]]:
     return build_page(handlers), {
         "server_name": HOST,
         "server_port": port,
-        "share": False,
         "quiet": True,
-        "ssr_mode": False,
-        "run_history": False,
-        "enable_monitoring": False,
+        **dict.fromkeys(("share", "ssr_mode", "run_history", "enable_monitoring"), False),
         "footer_links": [],
         "max_file_size": MAX_UPLOAD,
         "theme": gr.themes.Base(primary_hue="blue", **fonts),

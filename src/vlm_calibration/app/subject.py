@@ -99,13 +99,12 @@ class KeyObjectFinder:
         # The answer does not change which objects are named.
         query = Query("question", "", question, "Yes", "yes_no")
         [described] = self.describer.describe([query], [subject.image])
-        boxes, mask = [], None
+        mask = None
         if described.objects:
             [detections] = self.detector.detect([subject.image], [described.objects])
-            boxes = [detection.box for detection in detections]
-        if boxes:
-            [masks] = self.segmenter.segment([subject.image], [boxes])
-            mask = np.logical_or.reduce(masks) if masks.any() else None
+            if boxes := [detection.box for detection in detections]:
+                [masks] = self.segmenter.segment([subject.image], [boxes])
+                mask = np.logical_or.reduce(masks) if masks.any() else None
         subject.detected[question] = mask
         return mask
 
@@ -113,10 +112,7 @@ class KeyObjectFinder:
 def key_object(
     subject: Subject, choice: str, editor: Editor, question: str, finder: KeyObjectFinder | None
 ) -> np.ndarray:
-    """The mask of the key object, bool [H, W], or a DataError that tells what to do.
-
-    `choice` is the name of an object, `DETECTED`, `DRAWN` or `WHOLE`.
-    """
+    """The mask, bool [H, W], of an object by its name, `DETECTED`, `DRAWN` or `WHOLE`; or a DataError that tells what to do."""
     if choice in subject.objects:
         return subject.objects[choice]
     if choice == WHOLE:
@@ -124,9 +120,8 @@ def key_object(
     if choice == DETECTED and finder is not None:
         mask = finder.find(subject, question)
         if mask is None:
-            raise DataError(
-                "The detector finds no object of this question: paint over it, or choose the whole image."
-            )
+            advice = "paint over it, or choose the whole image"
+            raise DataError(f"The detector finds no object of this question: {advice}.")
         return mask
     drawn = painted(editor, subject.image.shape)
     if drawn is None:

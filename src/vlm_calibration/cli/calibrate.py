@@ -43,9 +43,8 @@ def calibrate(
     """
     named = [*takewhile(lambda argument: not argument.startswith("--"), arguments)]
     if unknown := [stage for stage in named if stage not in STAGES]:
-        raise DataError(
-            f"no stage {unknown[0]!r}: expected {', '.join(STAGES)}, in any number, and then settings"
-        )
+        expected = f"{', '.join(STAGES)}, in any number, and then settings"
+        raise DataError(f"no stage {unknown[0]!r}: expected {expected}")
     stages = [stage for stage in STAGES if stage in (named or plan.stages)]
     if config and len(stages) != 1:
         raise DataError(f"--config is for one stage, not for {', '.join(stages)}")
@@ -63,13 +62,10 @@ def calibrate(
     if "report" in stages:
         further["evaluate"].append("--no_table")
 
-    def command(stage: str) -> list[str]:
-        return plan.command(stage, *further[stage], config=config)
-
     # Check all stages before the first one runs.
     lines = []
     for stage in stages:
-        words = command(stage)
+        words = plan.command(stage, *further[stage], config=config)
         if stage != "report":
             check_settings(words)
         lines.append(f"{stage}\t{plan.folder(stage)}\t{shlex.join([PROG, *words])}")
@@ -78,7 +74,7 @@ def calibrate(
         return
     for stage in stages:
         # Composed again: what earlier stages wrote, such as an adapter, is there only now.
-        words = command(stage)
+        words = plan.command(stage, *further[stage], config=config)
         print("+", shlex.join([PROG, *words]), flush=True)
         # A single stage is this process itself, which a scheduler signals and which starts the other processes of the stage.
         if status := main(words) if len(stages) == 1 else _run_apart(words):

@@ -12,8 +12,6 @@ from jsonargparse.typing import PositiveInt
 from vlm_calibration.commands.options import ModelOptions, load_model
 from vlm_calibration.records import DataError
 
-REPORTS = ("runs/demo/report.html", "runs/eval/report.html")
-
 
 @dataclass(frozen=True)
 class FinderOptions:
@@ -60,5 +58,5 @@ def app(
             part.load(loaded.device)
     from vlm_calibration.app.serve import serve
 
-    page = report or next((Path(r) for r in REPORTS if Path(r).is_file()), Path(REPORTS[0]))
-    serve(loaded, finder, page, port)
+    reports = (Path("runs/demo/report.html"), Path("runs/eval/report.html"))
+    serve(loaded, finder, report or next(filter(Path.is_file, reports), reports[0]), port)

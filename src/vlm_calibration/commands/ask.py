@@ -1,7 +1,4 @@
-"""`vlm-calibration ask`: one question on the command line, or many from a file, with the confidence in each answer.
-
-With `--abstain` an answer that the model's thresholds do not allow is not printed.
-"""
+"""`vlm-calibration ask`: one question on the command line, or many from a file, with the confidence in each answer."""
 
 from __future__ import annotations
 
@@ -25,18 +22,8 @@ from vlm_calibration.progress import working
 from vlm_calibration.records import AnswerType, DataError, Query, RecordError, query_from_dict
 
 if TYPE_CHECKING:
-    from vlm_calibration.data.noise import Sample
-    from vlm_calibration.data.sources.images import ImageFolder
     from vlm_calibration.estimators.decision import DecisionRule
-    from vlm_calibration.inference.asking import Answer, CalibratedModel
-
-MIN_PRINTED = 0.05
-"""Probability from which on a confidence is printed among those that the model might have stated."""
-BATCH_SIZE = 8
-REPEATED = ("id", "image", "question", "category")
-"""What an answer repeats of its question."""
-REVIEWED = 4
-"""Exit status if `--abstain` sends the question to a person."""
+    from vlm_calibration.inference.asking import Answer
 
 
 @dataclass(frozen=True)
@@ -108,21 +95,18 @@ def ask(
     else:
         print("review" if review else _as_text(answer))
     if review:
-        raise CommandError("", REVIEWED)
+        raise CommandError("", 4)
 
 
 def _check_decides(rule: DecisionRule | None, asked: Iterable[tuple[str, str | None]]) -> None:
     """Refuse `--abstain` if a rule does not decide about a question that is asked (its place, and its category)."""
     if rule is None:
-        raise DataError(
-            "--abstain: the model has no thresholds.json: choose thresholds with `vlm-calibration threshold RUN` on an evaluation of its adapter"
-        )
+        advice = "choose thresholds with `vlm-calibration threshold RUN` on an evaluation of its adapter"
+        raise DataError(f"--abstain: the model has no thresholds.json: {advice}")
     for where, category in asked:
         if rule.applied(None, category) is None:
-            groups = ", ".join(map(repr, rule.groups))
-            raise DataError(
-                f"{where}: the thresholds are by category, and there is none for {category!r}: give one of {groups}"
-            )
+            none = f"there is none for {category!r}: give one of {', '.join(map(repr, rule.groups))}"
+            raise DataError(f"{where}: the thresholds are by category, and {none}")
 
 
 def _as_text(answer: Answer) -> str:
@@ -130,7 +114,7 @@ def _as_text(answer: Answer) -> str:
     lines = [_printable(answer.answer) or "(no answer)"]
     for name, value in {"stated": answer.confidence, "expected": answer.expected}.items():
         lines.append(f"  {name + ' confidence':<21}{'none' if value is None else f'{value:.0%}':>5}")
-    likely = [f"{level:.0%} (p = {p:.2f})" for level, p in answer.distribution.items() if p >= MIN_PRINTED]
+    likely = [f"{level:.0%} (p = {p:.2f})" for level, p in answer.distribution.items() if p >= 0.05]
     if len(likely) > 1:
         lines.append(f"  might have stated    {', '.join(likely)}")
     if answer.rule is not None:
@@ -144,32 +128,26 @@ def _printable(text: str) -> str:
 
 
 class _Question(NamedTuple):
-    """A line of a file of questions.
-
-    Attributes:
-        where: file and line number, for messages.
-        query: the question without a gold answer; its id is the line number if the file gives none.
-        answer_type: None if the file does not give it.
-    """
+    """A question from a file, with its place for messages, and its type if given; by default the line number is its id."""
 
     where: str
     query: Query
     answer_type: AnswerType | None
 
 
-def _question(data: Any, where: str, number: int) -> _Question:
-    if not isinstance(data, Mapping):
-        raise RecordError("expected an object with 'image' and 'question'")
-    given = {key: value for key, value in data.items() if value is not None}
-    query = query_from_dict({"id": number, "answer": "?", "answer_type": "open", **given})
-    return _Question(where, query, given.get("answer_type"))
-
-
 def _read_questions(path: Path) -> list[_Question]:
     """The questions of a file; raises a DataError that names the line if one is not a question, or an id comes twice."""
+
+    def converted(data: Any) -> _Question:
+        if not isinstance(data, Mapping):
+            raise RecordError("expected an object with 'image' and 'question'")
+        given = {key: value for key, value in data.items() if value is not None}
+        query = query_from_dict({"id": line.number, "answer": "?", "answer_type": "open", **given})
+        return _Question(line.where, query, given.get("answer_type"))
+
     questions: dict[str, _Question] = {}
     for line in json_lines(path):
-        question = line.read(partial(_question, where=line.where, number=line.number))
+        question = line.read(converted)
         if question.query.id in questions:
             raise line.error(f"the id {question.query.id!r} comes twice")
         questions[question.query.id] = question
@@ -188,6 +166,7 @@ def _ask_many(
     asked = [(question.where, question.query.category) for question in questions]
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
     folder = ImageFolder(many.root or path.parent)
+    repeated = ("id", "image", "question", "category")
     skipped: list[str] = []
     warnings: list[str] = []
     settings = {"model": model.name, "rule": None if model.rule is None else model.rule.guarantee}
@@ -201,23 +180,31 @@ def _ask_many(
                 raise log.damaged(line.where, "not an answer that `ask` wrote")
             answered[row["id"]] = (row["image"], row["question"])
             to_review += row.get("decision") == "review"
-        pending = [question for question in questions if _is_pending(question, answered, out)]
+        for where, query, _ in questions:
+            if answered.get(query.id, (query.image, query.question)) != (query.image, query.question):
+                another = f"{out} holds an answer to another question under the id {query.id!r}"
+                raise DataError(f"{where}: {another}: choose another --out")
+        pending = [question for question in questions if question.query.id not in answered]
         total, before, now = len(questions), len(answered), 0
-        size = many.batch_size or BATCH_SIZE
+        size = many.batch_size or 8
         with working("ask", total, "questions", done=total - len(pending)) as update:
             for start in range(0, len(pending), size):
                 samples = {}
                 for question in pending[start : start + size]:
+                    where, query, kind = question
                     try:
-                        samples[question] = _sample(model, folder, question)
-                    except DataError as error:
+                        folder.check(query.image)
+                        about = folder.path(query.image), query.question, kind, query.category
+                        samples[question] = model.sample(*about, name=where)
+                    except (DataError, RecordError) as error:
+                        message = f"{where}: {error}" if isinstance(error, RecordError) else str(error)
                         if many.on_bad_image != "skip":
-                            raise
-                        skipped.append(str(error))
+                            raise DataError(message) from error
+                        skipped.append(message)
                 answers = model.answers(list(samples.values()), [model.main])[model.main] if samples else []
                 rows = []
                 for question, answer in zip(samples, answers, strict=True):
-                    rows.append({key: getattr(question.query, key) for key in REPEATED} | answer.to_dict())
+                    rows.append({key: getattr(question.query, key) for key in repeated} | answer.to_dict())
                     to_review += answer.decision == "review"
                     warnings += [f"{question.where}: {answer.warning}"] if answer.warning else []
                 log.append(*rows, sync=True)
@@ -237,24 +224,3 @@ def _ask_many(
     parts += [f"{len(skipped)} left out"] if skipped else []
     parts += [] if review is None else [f"{review} for review"]
     print(f"{', '.join(parts)}: {out}")
-
-
-def _is_pending(question: _Question, answered: Mapping[str, tuple[str, str]], out: Path) -> bool:
-    """Whether a question has no answer; an answer to another image or text under its id is a DataError."""
-    query = question.query
-    if query.id in answered and answered[query.id] != (query.image, query.question):
-        raise DataError(
-            f"{question.where}: {out} holds an answer to another question under the id {query.id!r}: choose another --out"
-        )
-    return query.id not in answered
-
-
-def _sample(model: CalibratedModel, folder: ImageFolder, question: _Question) -> Sample:
-    """The question as a sample for the model; raises a DataError that names its place if its image cannot be used."""
-    query = question.query
-    try:
-        folder.check(query.image)
-    except RecordError as error:
-        raise DataError(f"{question.where}: {error}") from error
-    path = folder.path(query.image)
-    return model.sample(path, query.question, question.answer_type, query.category, name=question.where)

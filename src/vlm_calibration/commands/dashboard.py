@@ -8,14 +8,12 @@ from collections.abc import Sequence
 
 from vlm_calibration.reporting.dashboard import PROJECT, build, outline, sections
 
-SYSTEMS = ("base", "sft", "dpo")
-
 
 def dashboard(
     *,
     entity: str | None = None,
     project: str = PROJECT,
-    systems: Sequence[str] = SYSTEMS,
+    systems: Sequence[str] = ("base", "sft", "dpo"),
     print: bool = False,
 ) -> None:
     """Build the W&B workspace and report of a project, or print an outline of them.
@@ -27,9 +25,8 @@ def dashboard(
         print: print the sections, and what each panel shows, and build nothing
     """
     if not entity and not print:
-        raise ArgumentError(
-            None, "missing: the team or user that owns the project; give --entity NAME, or --print"
-        )
+        owner = "the team or user that owns the project"
+        raise ArgumentError(None, f"missing: {owner}; give --entity NAME, or --print")
     content = sections(systems)
     if print:
         sys.stdout.write(f"{outline(content)}\n")

@@ -123,9 +123,7 @@ def read_sources(settings: Sequence[str]) -> dict[str, QuerySource]:
     add_variables(parser)
     parser.add_class_arguments(PerturbedQueryDataModule, "data")
     with explained_errors(parser):
-        only_data = resolve_configs(
-            settings, lambda contents: [{"data": content.get("data") or {}} for content in contents]
-        )
+        only_data = resolve_configs(settings, lambda files: [{"data": f.get("data") or {}} for f in files])
         parsed = parser.parse_args(with_full_help(only_data))
     try:
         data: PerturbedQueryDataModule = parser.instantiate_classes(parsed).data

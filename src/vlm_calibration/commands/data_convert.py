@@ -31,15 +31,13 @@ def _command(convert: Callable[..., Source]) -> Callable[..., None]:
             print(f"  {count} such as {first}")
         root = "" if writer.root == output.out.parent else f" --root {writer.root}"
         if root:
-            print(
-                f"image paths are relative to {writer.root}: set `root: {writer.root}` in every source that reads them"
-            )
+            advice = f"set `root: {writer.root}` in every source that reads them"
+            print(f"image paths are relative to {writer.root}: {advice}")
         print(f"next: vlm-calibration data split {output.out}{root}")
         if missing := writer.queries - writer.regions:
             print(f"{missing} queries have no regions; if they ask about objects, find them after the split:")
-            print(
-                f"  vlm-calibration predict --config regions --config data/jsonl --data-root {output.out.parent}"
-            )
+            command = "vlm-calibration predict --config regions --config data/jsonl"
+            print(f"  {command} --data-root {output.out.parent}")
 
     own = inspect.signature(convert, eval_str=True).parameters.values()
     shared = inspect.Parameter("output", inspect.Parameter.KEYWORD_ONLY, annotation=Output)
@@ -48,13 +46,8 @@ def _command(convert: Callable[..., Source]) -> Callable[..., None]:
     return command
 
 
+FORMATS: tuple[Any, ...] = (sharegpt, hf, vqav2, gqa, rlaif_v)
 CONVERT = Subcommands(
     "Convert published questions about images to a file of queries, as `data split` and all stages read it.",
-    {
-        "sharegpt": _command(sharegpt),
-        "hf": _command(hf),
-        "vqav2": _command(vqav2),
-        "gqa": _command(gqa),
-        "rlaif_v": _command(rlaif_v),
-    },
+    {convert.__name__: _command(convert) for convert in FORMATS},
 )

@@ -1,10 +1,6 @@
 """`vlm-calibration data fetch`: POPE or AMBER into a data root, where the presets read them.
 
-pope/coco_pope_{random,popular,adversarial}.json      POPE on COCO, from its data set on the Hub
-pope/aokvqa_pope_{random,popular,adversarial}.json    POPE on A-OKVQA: other images, for recalibration of both benchmarks
-coco/val2014/                                         the images of both
-amber/query/, amber/annotations.json                  AMBER
-amber/image/                                          its images, from Google Drive, where programs cannot download them reliably
+AMBER's images are on Google Drive, from where programs cannot download them reliably.
 """
 
 from __future__ import annotations
@@ -20,16 +16,13 @@ from vlm_calibration.files import first_line, name_some, replacing, write_rows
 from vlm_calibration.records import DataError
 
 KINDS = ("random", "popular", "adversarial")
-HUB = "lmms-lab/POPE"
 POPE = "https://raw.githubusercontent.com/AoiDragon/POPE/08d957b917e5a378a2f99d35b6293c536a66298b/output"
 AMBER = (
     "https://raw.githubusercontent.com/junyangwang0410/AMBER/534babf6bbfcce2e735c26289dedfb21cef3c939/data"
 )
 COCO = "http://images.cocodataset.org/val2014"
 """Without TLS: the server's certificate is for another name."""
-AMBER_ARCHIVE = "https://drive.google.com/file/d/1MaCHgtupcZUjf007anNl4_MV0o4DjXvl/view"
 COCO_IMAGES, AMBER_IMAGES = "coco/val2014", "amber/image"
-AMBER_FILES = ("annotations.json", "query/query_all.json", "query/query_discriminative.json")
 
 
 def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")) -> None:
@@ -52,33 +45,34 @@ def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")
     of_hub = {kind: data_root / f"pope/coco_pope_{kind}.json" for kind in KINDS}
     about_coco = [*addresses, *(of_hub.values() if benchmark == "pope" else ())]
     if benchmark == "amber":
-        addresses |= {data_root / f"amber/{name}": f"{AMBER}/{name}" for name in AMBER_FILES}
+        names = ("annotations.json", "query/query_all.json", "query/query_discriminative.json")
+        addresses |= {data_root / f"amber/{name}": f"{AMBER}/{name}" for name in names}
     images = data_root / COCO_IMAGES
     try:
         if benchmark == "pope" and not all(path.is_file() for path in of_hub.values()):
             _pope_of_hub(of_hub, images)
         _download(addresses)
-        names = sorted({name for path in about_coco for name in _images(path)})
-        _download({images / name: f"{COCO}/{name}" for name in names})
+        photos = {images / name: f"{COCO}/{name}" for name in sorted(set().union(*map(_images, about_coco)))}
+        _download(photos)
     except (OSError, RuntimeError) as error:
         places = ", ".join(str(path) for path in dict.fromkeys([*about_coco, *addresses]))
         advice = f"place the official files {places} and images of val2014 in {images}"
         raise DataError(f"{benchmark} cannot be downloaded: {first_line(error)}: {advice}") from error
-    print(f"{benchmark}: {len(names)} images of COCO and their questions are in {data_root}")
+    print(f"{benchmark}: {len(photos)} images of COCO and their questions are in {data_root}")
     if benchmark == "amber":
         folder = data_root / AMBER_IMAGES
         needed = sorted(_images(data_root / "amber/query/query_all.json"))
         if missing := [name for name in needed if not (folder / name).is_file()]:
             number, first = f"{len(missing)} of {len(needed)}", name_some(missing, len(missing))
-            advice = f"unpack {AMBER_ARCHIVE} there"
-            raise CommandError(f"{number} images are not in {folder} ({first}): {advice}", 1)
+            archive = "https://drive.google.com/file/d/1MaCHgtupcZUjf007anNl4_MV0o4DjXvl/view"
+            raise CommandError(f"{number} images are not in {folder} ({first}): unpack {archive} there", 1)
 
 
 def _pope_of_hub(paths: Mapping[str, Path], images: Path) -> None:
     """Write POPE's questions (kind -> file) and images from the Hub where they are missing; the questions come last."""
     from datasets import Image, load_dataset
 
-    rows = load_dataset(HUB, split="test").cast_column("image", Image(decode=False))
+    rows = load_dataset("lmms-lab/POPE", split="test").cast_column("image", Image(decode=False))
     questions: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for row in rows:
         name = f"{row['image_source']}.jpg"

@@ -67,13 +67,10 @@ def split(
     table.columns[0].overflow = "fold"
     Console().print(table)
     if len(largest) > 1:
-        print(
-            f"largest group of images that look nearly the same, kept in one file: {len(largest)}: "
-            f"{name_some(largest, len(largest))}"
-        )
+        group = f"{len(largest)}: {name_some(largest, len(largest))}"
+        print(f"largest group of images that look nearly the same, kept in one file: {group}")
     if bad:
         print("\n  ".join([f"left out {len(bad)} bad records or images:", *bad]))
     if out is not None and out.resolve() != folder.resolve():
-        print(
-            f"image paths are relative to {folder}: set `root: {folder}` in every source that reads these files"
-        )
+        advice = f"set `root: {folder}` in every source that reads these files"
+        print(f"image paths are relative to {folder}: {advice}")

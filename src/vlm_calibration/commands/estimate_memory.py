@@ -26,8 +26,6 @@ SETTINGS = Forwarded(
     },
     lambda: "Settings of the stages may follow; `fit --help-all` lists those of training.",
 )
-STAGES = ("sft", "dpo", "levels", "eval/jsonl")
-"""The stages where none is named."""
 TRAINING, ANSWERING = ("SFTModule", "DPOModule"), ("LevelFitModule", "EvaluationModule")
 COLUMNS = ("weights", "gradients", "optimizer", "cache", "activations", "total")
 NOTE = """\
@@ -56,7 +54,7 @@ def estimate(
     from vlm_calibration.commands.memory_rows import CONFIGURED, answer_memory, training_rows
 
     console = Console()
-    for stage in named or STAGES:
+    for stage in named or ("sft", "dpo", "levels", "eval/jsonl"):
         module = read_config(stage)["model"]["class_path"].rpartition(".")[2]
         if module not in TRAINING + ANSWERING:
             raise DataError(f"{stage}: no estimate for {module}, expected {', '.join(TRAINING + ANSWERING)}")
@@ -69,11 +67,9 @@ def estimate(
         console.print(_table(stage, rows))
         memory = rows[CONFIGURED]
         parts = " + ".join(f"{n} {_gib(getattr(memory, n))}" for n in COLUMNS[:-1] if getattr(memory, n))
-        counts = [
-            f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.1f} M"
-            for n in (memory.parameters, memory.trained)
-        ]
-        line = f"# {counts[0]} parameters, {counts[1]} trained: {parts} = {_gib(memory.total)} GiB"
+        sizes = (memory.parameters, memory.trained)
+        every, trained = (f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.1f} M" for n in sizes)
+        line = f"# {every} parameters, {trained} trained: {parts} = {_gib(memory.total)} GiB"
         console.print(line, soft_wrap=True, highlight=False)
     console.print(NOTE, highlight=False)
 
@@ -92,7 +88,6 @@ def _table(stage: str, rows: dict[str, Memory]) -> Table:
 
 
 def _gib(size: int) -> str:
-    value = size / 2**30
-    if not value:
+    if not (value := size / 2**30):
         return "-"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

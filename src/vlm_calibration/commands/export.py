@@ -66,9 +66,8 @@ def export(
     if out is None and push_to_hub is None:
         raise ArgumentError(None, "nowhere to export to: give --out FOLDER, --push-to-hub NAME, or both")
     if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
-        raise DataError(
-            f"--license {license}: not a name that the Hub has for a licence, such as apache-2.0, mit or cc-by-nc-4.0"
-        )
+        examples = "such as apache-2.0, mit or cc-by-nc-4.0"
+        raise DataError(f"--license {license}: not a name that the Hub has for a licence, {examples}")
     # Before the imports, which take seconds.
     source = find_adapter(adapter)
     from vlm_calibration.callbacks.adapter import shown_path
@@ -87,6 +86,7 @@ def export(
     card = load_card(source) or Card(model.name_or_path)
     evaluations = [read_evaluation(Path(folder), digest) for folder in evaluation]
     stated = {"license": license} if license else None
+    stated = stated or base_license(model.name_or_path, model.revision, download=push_to_hub is not None)
     card = replace(
         card,
         base=model.name_or_path,
@@ -96,9 +96,7 @@ def export(
         # An adapter may have been replaced below its card.
         evaluations=evaluations or [e for e in card.evaluations if e.adapter == digest],
         guarantee=rule.guarantee if rule is not None else "",
-        license=stated
-        or base_license(model.name_or_path, model.revision, download=push_to_hub is not None)
-        or card.license,
+        license=stated or card.license,
     )
     with tempfile.TemporaryDirectory() as temporary:
         folder = out or Path(temporary) / "export"
@@ -142,9 +140,8 @@ def _write_merged(adapter: Path, base: BaseModel, card: Card, dtype: Dtype, fold
     from vlm_calibration.reporting.card import TEXT, is_edited, save_card
 
     if is_edited(adapter):
-        print(
-            f"{adapter / TEXT} has been edited since training: the merged model gets a card without these edits"
-        )
+        consequence = "the merged model gets a card without these edits"
+        print(f"{adapter / TEXT} has been edited since training: {consequence}")
     merged, layers = merge_adapter(str(adapter), base, dtype)
     save_merged(merged, base, folder)
     processor = load_processor(processor_source(adapter, base), base.revision, base.trust_remote_code)
@@ -165,15 +162,14 @@ def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtyp
     stored = str(model_config(base).dtype).removeprefix("torch.")
     evaluated, written = (stored if kind == "auto" else kind for kind in (rule.dtype, dtype))
     if rule.weights != adapter_weights_digest(adapter):
-        reason = "they were chosen with other weights"
+        reason = "other weights"
     elif (rule.quantization, evaluated) != ("none", written):
-        reason = f"they were chosen with quantization {rule.quantization}, dtype {evaluated}, and here it is none, {written}"
+        reason = f"quantization {rule.quantization}, dtype {evaluated}, and here it is none, {written}"
     else:
         weights = weights_digest(BaseModel(str(folder)))
         assert weights is not None, "the merged model has just been written"
         write_rule(replace(rule, base=base.name_or_path, weights=weights), folder)
         return True
-    print(
-        f"left out the thresholds of {adapter}: {reason}; choose them again on an evaluation of the merged model"
-    )
+    advice = "choose them again on an evaluation of the merged model"
+    print(f"left out the thresholds of {adapter}: they were chosen with {reason}; {advice}")
     return False

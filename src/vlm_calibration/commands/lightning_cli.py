@@ -50,13 +50,10 @@ announce = rank_zero_only(partial(print, flush=True))
 
 
 class CalibrationCLI(LightningCLI):
-    """LightningCLI for any LightningModule and the one data module.
-
-    Attributes:
-        is_done: whether `--resume` found that the run directory holds this run, finished, so that nothing ran.
-    """
+    """LightningCLI for any LightningModule and the one data module."""
 
     is_done = False
+    """Whether `--resume` found that the run directory holds this run, finished, so that nothing ran."""
     _written = ""
 
     def __init__(self) -> None:
@@ -78,10 +75,14 @@ class CalibrationCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        def of_base(name: str, module: L.LightningModule) -> Any:
+            default = False if name == "trust_remote_code" else None
+            return getattr(getattr(module, "base", None), name, default)
+
         # From the instantiated module: an evaluation may take its base model from the adapters.
-        for setting, target in BASE_TO_DATA.items():
-            of_base = partial(_setting_of_base, setting)
-            parser.link_arguments("model", f"data.{target}", compute_fn=of_base, apply_on="instantiate")
+        for name, target in BASE_TO_DATA.items():
+            compute = partial(of_base, name)
+            parser.link_arguments("model", f"data.{target}", compute_fn=compute, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         subcommand, *_ = words = sys.argv[1:]
@@ -99,12 +100,11 @@ class CalibrationCLI(LightningCLI):
             super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.subcommand].trainer
-        checkpoint = self.config[self.subcommand].get("ckpt_path")
+        config = self.config[self.subcommand]
+        trainer, checkpoint = config.trainer, config.get("ckpt_path")
         if checkpoint == "last":
             # Without a checkpoint Lightning would only warn and start from the beginning.
-            checkpoint = str(Path(trainer.default_root_dir or ".") / FOLDER / LAST)
-            self.config[self.subcommand].ckpt_path = checkpoint
+            checkpoint = config.ckpt_path = str(Path(trainer.default_root_dir or ".") / FOLDER / LAST)
         # Lightning itself resolves keywords and addresses.
         is_file = checkpoint and checkpoint not in ("best", "hpc") and ":" not in checkpoint
         if is_file and not Path(checkpoint).exists():
@@ -123,7 +123,7 @@ class CalibrationCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             # Lightning's table lists every metric of every group; `ResultsTable` prints the main ones.
             parser.set_defaults({"verbose": False})
-        flags = {**(FLAGS if subcommand in RESUMABLE else {}), **(NO_TABLE if subcommand == "test" else {})}
+        flags = (FLAGS if subcommand in RESUMABLE else {}) | (NO_TABLE if subcommand == "test" else {})
         for flag, text in flags.items():
             parser.add_argument(flag, action="store_true", help=text)
         return parser
@@ -140,13 +140,12 @@ class CalibrationCLI(LightningCLI):
         accelerator = config.trainer.accelerator
         has_gpu = torch.cuda.is_available() or (accelerator != "cuda" and torch.backends.mps.is_available())
         if accelerator in ("gpu", "cuda") and not has_gpu:
-            raise DataError(
-                f"trainer.accelerator: {accelerator}, but this PyTorch ({torch.__version__}) finds no GPU here: use a machine "
-                "with one, or --trainer.accelerator cpu (configs/trainer/cpu_ddp.yaml for several processes on a CPU)"
-            )
-        other = next((name for name in ("overwrite", "ckpt_path") if config.get(name)), None)
-        if config.get("resume") and other:
-            raise DataError(f"--resume finds out itself where to start: leave out --{other}, or --resume")
+            here = f"{accelerator}, but this PyTorch ({torch.__version__}) finds no GPU here"
+            cpu = "--trainer.accelerator cpu (configs/trainer/cpu_ddp.yaml for several processes on a CPU)"
+            raise DataError(f"trainer.accelerator: {here}: use a machine with one, or {cpu}")
+        for other in ("overwrite", "ckpt_path"):
+            if config.get("resume") and config.get(other):
+                raise DataError(f"--resume finds out itself where to start: leave out --{other}, or --resume")
         try:
             super().instantiate_classes()
         except (ValueError, OSError) as error:
@@ -171,10 +170,10 @@ class CalibrationCLI(LightningCLI):
             return
         for name, split in self.datamodule.settings.items():
             if not isinstance(split.source, DemoSource):
-                raise DataError(
-                    f"data.{name} is not the demo's, and the base model is the demo's by default, which knows its scenes alone: give "
-                    "your model, e.g. --config model/qwen2_5_vl_7b or --model.init_args.base.name_or_path MODEL"
-                )
+                default = "the base model is the demo's by default, which knows its scenes alone"
+                yours = "--config model/qwen2_5_vl_7b or --model.init_args.base.name_or_path MODEL"
+                advice = f"give your model, e.g. {yours}"
+                raise DataError(f"data.{name} is not the demo's, and {default}: {advice}")
 
     def _open_run_directory(self) -> None:
         """Decide whether there is something to do, where to start, and whether earlier results are replaced."""
@@ -210,13 +209,10 @@ class CalibrationCLI(LightningCLI):
 
 
 def shared_overlays(contents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave settings that a stage cannot have out of overlays that all stages share.
+    """Leave settings that a stage cannot have out of overlays, the contents behind that with the class of a model.
 
     A model's overlay sets LoRA, which only training has; `experiment/anchored` names the level table, which is not measured yet when
     regions are extracted and levels are fitted. A setting that no stage has stays, for the parser to refuse.
-
-    Args:
-        contents: of configuration files, in order; one that names the class of a model is of a stage, those behind it are overlays.
     """
     stage: type | None = None
     fitted = deepcopy([*contents])
@@ -243,18 +239,9 @@ def _within(content: dict[str, Any], *keys: str) -> dict[str, Any]:
     return content
 
 
-def _setting_of_base(name: str, module: L.LightningModule) -> Any:
-    """A setting of the module's base model, or its default for a module without one."""
-    default = False if name == "trust_remote_code" else None
-    return getattr(getattr(module, "base", None), name, default)
-
-
 @contextmanager
 def lightning_errors() -> Iterator[None]:
-    """Turn Lightning's ways of ending a run into a `CommandError` or `DataError`, which `main` reports.
-
-    Of several processes the first to fail reports its error; the others end silently.
-    """
+    """Turn Lightning's ways of ending a run into a `CommandError` or `DataError`; of several processes only the first to fail reports."""
     resumes = "; the same command with --resume resumes it" if sys.argv[1] in RESUMABLE else ""
     try:
         yield

@@ -25,16 +25,8 @@ from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import render_response
 
 CONFIGURED = "as configured"
-CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-"""trainer.precision -> the dtype that the Trainer converts all weights to."""
 STEPS = 2
 """Steps that are measured: in the second, the optimizer has its states."""
-ROOM = 64
-"""Tokens above the measured row's that its other responses may take."""
-SIDE, SMALLEST = 2048, 32
-"""Sides in pixels of an image without `data.max_pixels`, and of the smallest one that is tried."""
-WORDS = 32
-"""Words of which the tokens are counted."""
 
 
 def answer_memory(config: Any, tokens: int | None) -> Memory:
@@ -47,12 +39,14 @@ def answer_memory(config: Any, tokens: int | None) -> Memory:
 def training_memory(config: Any) -> Memory:
     """The states of training, of which FSDP2 gives each GPU its share. A continued adapter is assumed to be as `model.lora` says."""
     settings, trainer = config.model.init_args, config.trainer
+    # To these dtypes the Trainer converts all weights.
+    casts = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
     memory = model_memory(
         _base(config),
         LoraSettings(**settings.lora.as_dict()),
         adapters=1 + (settings.get("reference") == "adapter"),
         trained=settings.get("parts"),
-        cast=CASTS.get(str(trainer.precision)),
+        cast=casts.get(str(trainer.precision)),
     )
     sharding = {} if isinstance(trainer.strategy, str) else trainer.strategy.get("init_args") or {}
     size = sharding.get("data_parallel_size")
@@ -81,13 +75,7 @@ def _cache(config: Any, tokens: int | None) -> int:
 
 
 def training_rows(cli: ParsedCLI, tokens: int | None, measure: bool) -> Iterator[tuple[str, Memory]]:
-    """The memory of training as configured, with each usual choice (as arguments of the command line), and of validation.
-
-    Args:
-        cli: with the parsed settings of `fit`.
-        tokens: of a row; None: `data.max_length`.
-        measure: whether to run training steps.
-    """
+    """The memory of training as configured, with each usual choice, as arguments, and of validation; `measure` runs training steps."""
     config = cli.config.fit
     length = tokens or config.data.max_length
     longest = longest_queries(_stage(cli, config).data, length) if measure else None
@@ -112,9 +100,9 @@ def _choices(config: Any, *, measured: bool) -> list[dict[str, Any]]:
     if base.quantization == "none" and not why_not_nf4(empty_vlm(base)):
         changes.append({"model.init_args.base.quantization": "nf4"})
     if measured and data.batch_size > 1:
-        accumulated = 2 * (config.trainer.accumulate_grad_batches or 1)
-        halved = {"data.batch_size": data.batch_size // 2}
-        changes.append({**halved, "trainer.accumulate_grad_batches": accumulated})
+        batches = 2 * (config.trainer.accumulate_grad_batches or 1)
+        size = data.batch_size // 2
+        changes.append({"data.batch_size": size, "trainer.accumulate_grad_batches": batches})
     if measured and data.max_pixels:
         changes.append({"data.max_pixels": data.max_pixels // 2})
     if len(changes) > 1:
@@ -123,10 +111,7 @@ def _choices(config: Any, *, measured: bool) -> list[dict[str, Any]]:
 
 
 def _stage(cli: ParsedCLI, config: Any) -> Any:
-    """The module and the data of a training stage, as `model` and `data`, without what other stages write.
-
-    There are no queries yet, levels are evenly spaced, and stage 2 begins with a new adapter.
-    """
+    """The `model` and `data` of a training stage, without queries, and with even levels and a new adapter, as if no other stage had run."""
     whole = cli.config.clone()
     whole.fit = config.clone()
     for name in ("train", "validation", "regions"):
@@ -150,7 +135,7 @@ def _measured(cli: ParsedCLI, config: Any, memory: Memory, longest: LongestQueri
     trainer, stage, peak = config.trainer, _stage(cli, config), PeakMemory()
     accumulated = min(2, trainer.accumulate_grad_batches or 1)
     data = stage.data
-    data.workers, data.max_length = 0, tokens + ROOM
+    data.workers, data.max_length = 0, tokens + 64  # other responses than the measured one may be longer
     side = min(longest.side, math.isqrt(data.max_pixels or longest.side**2))
     data.train = replace(longest, n=STEPS * accumulated * data.batch_size, side=side)
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -200,11 +185,7 @@ class LongestQueries(QuerySource):
 
 
 def longest_queries(data: PerturbedQueryDataModule, tokens: int) -> LongestQueries:
-    """The largest image that fits into a row of `tokens` tokens with its response, and text that fills the rest.
-
-    Raises:
-        DataError: even the smallest image takes more.
-    """
+    """The largest image that fits into a row of `tokens` tokens with its response, and text for the rest; DataError if none fits."""
 
     def length(words: int) -> int:
         queries = LongestQueries(1, side, words)
@@ -212,12 +193,11 @@ def longest_queries(data: PerturbedQueryDataModule, tokens: int) -> LongestQueri
         text = data.chat.render(query.question, render_response("Yes", 1.0))
         return int(data.chat.inputs([text], [queries.load(query).image], "right")["input_ids"].shape[1])
 
-    side = math.isqrt(data.max_pixels or SIDE**2)
+    side = math.isqrt(data.max_pixels or 2048**2)
     while (shortest := length(1)) > tokens:
         side = side * 7 // 8
-        if side < SMALLEST:
-            raise DataError(
-                f"a row of {tokens} tokens is too short: an image and a question take {shortest}; raise --tokens or data.max_length"
-            )
-    of_a_word = (length(1 + WORDS) - shortest) / WORDS
+        if side < 32:
+            taken = f"an image and a question take {shortest}; raise --tokens or data.max_length"
+            raise DataError(f"a row of {tokens} tokens is too short: {taken}")
+    of_a_word = (length(33) - shortest) / 32
     return LongestQueries(1, side, 1 + math.floor((tokens - shortest) / of_a_word))

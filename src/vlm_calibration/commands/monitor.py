@@ -17,22 +17,15 @@ from vlm_calibration.files import json_lines
 from vlm_calibration.records import DataError, RecordError, category_groups, short_repr
 
 By = Literal["category", "answer_type"]
-DRIFT_STATUS = 3
-"""Exit status if the answers have changed."""
 
 
 class MonitoredAnswer(NamedTuple):
-    """An answer without its correctness, with its confidence in [0, 1], NaN if unparsed, and the groups that it counts in."""
+    """An answer without its correctness, with the groups that it counts in; none without `--by`."""
 
     id: str
     image: str | None
-    confidence: float
+    confidence: float | None
     groups: tuple[str, ...]
-
-    @classmethod
-    def of(cls, id: str, image: str | None, confidence: float | None, group: str | None) -> MonitoredAnswer:
-        """An answer with the category or type that it is compared by, None without `--by`."""
-        return cls(id, image, math.nan if confidence is None else float(confidence), category_groups(group))
 
 
 def monitor(
@@ -66,14 +59,13 @@ def monitor(
 
     systems = read_systems([str(reference)])
     if system is None and len(systems) > 1:
-        raise DataError(
-            f"{reference}: several systems: give --system, one of {', '.join(s.name for s in systems)}"
-        )
+        names = ", ".join(s.name for s in systems)
+        raise DataError(f"{reference}: several systems: give --system, one of {names}")
     chosen = systems[0] if system is None else system_named(systems, system)
     known_answers = chosen.predictions if chosen.calibration is None else chosen.calibration
     check_estimator(estimator, known_answers, reference)
     answers = [
-        MonitoredAnswer.of(a.id, a.image, a.confidence_of(estimator), getattr(a, by) if by else None)
+        MonitoredAnswer(a.id, a.image, a.confidence_of(estimator), category_groups(by and getattr(a, by)))
         for a in known_answers
     ]
     key = "confidence" if estimator == "verbalized" else estimator
@@ -98,13 +90,12 @@ def monitor(
         print(json_format.dumps({**result, "groups": compared}))
     else:
         print("\n".join(_line(*item) for item in compared.items()))
-        print(
-            f"Without drift an alarm has a probability of at most {1 - certainty:.3g}: p of at most {error:.2g}."
-        )
+        probability = f"{1 - certainty:.3g}: p of at most {error:.2g}"
+        print(f"Without drift an alarm has a probability of at most {probability}.")
         if without_reference:
             print(f"without reference, counted overall alone: {_listed(without_reference)}")
     if has_drifted:
-        raise CommandError("", DRIFT_STATUS)
+        raise CommandError("", 3)
 
 
 def _listed(groups: set[str]) -> str:
@@ -121,7 +112,8 @@ def _compare(
     from vlm_calibration.reporting.report.thresholds import one_an_image
 
     # Sorted, so that not even the last digit of a mean depends on the order of the lines.
-    before, after = (np.sort([a.confidence for a in one_an_image(answers)]) for answers in (reference, new))
+    chosen = ([a.confidence for a in one_an_image(answers)] for answers in (reference, new))
+    before, after = (np.sort(np.array(confidences, float)) for confidences in chosen)  # None becomes NaN
     figures: dict[str, Any] = {}
     for name, values in (("reference", before), ("new", after)):
         parsed = values[~np.isnan(values)]
@@ -151,7 +143,7 @@ def _line(name: str, figures: Mapping[str, Any]) -> str:
 
 
 def _new_answer(data: Any, key: str, by: By | None) -> MonitoredAnswer:
-    """Check and convert a line of new answers; RecordError if it lacks the confidence or the group."""
+    """Convert a line of new answers; RecordError if it lacks the confidence or the group."""
     if not isinstance(data, Mapping):
         raise RecordError(f"expected an object with the key {key!r}, found {short_repr(data)}")
     for needed in filter(None, (key, by)):
@@ -165,4 +157,4 @@ def _new_answer(data: Any, key: str, by: By | None) -> MonitoredAnswer:
         if not isinstance(data.get(name), str | None):
             raise RecordError(f"{name!r} must be a string or null, found {short_repr(data[name])}")
     identifier = str(data.get("id", json_format.dumps(data, sort_keys=True)))
-    return MonitoredAnswer.of(identifier, data.get("image"), value, data[by] if by else None)
+    return MonitoredAnswer(identifier, data.get("image"), value, category_groups(by and data[by]))

@@ -18,18 +18,12 @@ if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
     from vlm_calibration.inference.asking import CalibratedModel
 
-DEMO_RUNS = ("runs/dpo", "runs/sft")
-"""Where the demo's adapters are after training, in order of preference."""
-SERVED_MAX_NEW_TOKENS = 64
-"""Length limit of an answer through an address."""
-
 
 def check_folder(folder: Path | str) -> None:
     """Refuse the folder of an evaluation that does not exist, before torch is imported to read it; raises a DataError."""
     if not Path(folder).is_dir():
-        raise DataError(
-            f"no predictions.jsonl in {folder}, which is no folder: evaluate first, or name another folder"
-        )
+        advice = "evaluate first, or name another folder"
+        raise DataError(f"no predictions.jsonl in {folder}, which is no folder: {advice}")
 
 
 def refuse(options: Mapping[str, Any], why: str) -> None:
@@ -71,13 +65,9 @@ class ModelOptions:
 def load_model(
     options: ModelOptions, check: Callable[[DecisionRule | None], None] | None = None
 ) -> CalibratedModel:
-    """Load the model that the options name, or else the demo's model with the adapter that was trained on it.
+    """Load the model that the options name, or the demo's with its trained adapter; `check` gets its decision rule before, and may raise.
 
-    `check` takes its decision rule before the model is loaded, and raises if the rule is not enough.
-
-    Raises:
-        ArgumentError: an address without a model, or with options of a model that is loaded here.
-        DataError: see `load_calibrated` and `served_model`.
+    An ArgumentError if the options contradict each other.
     """
     max_new_tokens = options.max_new_tokens
     if options.url is not None or options.served_model is not None:
@@ -90,11 +80,11 @@ def load_model(
         from vlm_calibration.endpoint.client import Endpoint
         from vlm_calibration.inference.asking import served_model
 
-        endpoint = Endpoint(options.url, options.served_model)
-        return served_model(endpoint, max_new_tokens or SERVED_MAX_NEW_TOKENS)
+        return served_model(Endpoint(options.url, options.served_model), max_new_tokens or 64)
     base, adapter = options.base, options.adapter
     if base is None and adapter is None:
-        trained_runs = (run for run in DEMO_RUNS if (Path(run) / "adapter/adapter_config.json").is_file())
+        runs = ("runs/dpo", "runs/sft")  # where the demo's adapters are after training
+        trained_runs = (run for run in runs if Path(run, "adapter/adapter_config.json").is_file())
         base, adapter = str(DEMO_MODEL), next(trained_runs, None)
         trained = f"and the adapter in {adapter}" if adapter else "alone (`make train-sft` trains an adapter)"
         print(f"asking the demo's model {trained}", file=sys.stderr)

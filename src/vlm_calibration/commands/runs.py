@@ -8,14 +8,7 @@ from pathlib import Path
 
 from vlm_calibration.reporting.runs import find_runs
 
-LABELS = {
-    "n": "{:.0f} answers",
-    "accuracy": "accuracy {:.3f}",
-    "ece": "ECE {:.3f}",
-    "brier": "Brier {:.3f}",
-    "auroc": "AUROC {:.3f}",
-}
-"""Figure -> its format."""
+LABELS = {"accuracy": "accuracy", "ece": "ECE", "brier": "Brier", "auroc": "AUROC"}
 
 
 def runs(folder: Path = Path("runs"), *, json: bool = False) -> None:
@@ -38,7 +31,8 @@ def runs(folder: Path = Path("runs"), *, json: bool = False) -> None:
         print("  ".join(filter(None, parts)))
         for system, figures in run.figures.items():
             values = {name: float("nan") if value is None else value for name, value in figures.items()}
-            texts = [form.format(values[name]) for name, form in LABELS.items() if name in values]
+            texts = [f"{values['n']:.0f} answers"] if "n" in values else []
+            texts += [f"{label} {values[name]:.3f}" for name, label in LABELS.items() if name in values]
             print("    " + f"{system}  ".lstrip() + ", ".join(texts))
         if run.command:
             print(f"    next: {run.command}")

@@ -1,7 +1,4 @@
-"""`vlm-calibration score`: score a file of answers without a model, under a benchmark's own rules and ours.
-
-Of the heavy libraries only torch is needed, and imported once the answers have been read.
-"""
+"""`vlm-calibration score`: score a file of answers under a benchmark's own rules and ours; torch is imported once it is read."""
 
 from __future__ import annotations
 
@@ -35,14 +32,14 @@ def score_pope(
         write_official: write what the benchmark's own script scores to the same numbers: a file, or an existing folder
     """
     queries, replies = pope.read_answers(answers, labels)
-    counts = pope.PopeCounts.of(queries, [r.text for r in replies])
+    scores = pope.PopeCounts.of(queries, [r.text for r in replies]).scores()
     graded = _grade(queries, replies)
     if write_official:
         pairs = [(r.text, r.confidence) for r in replies]
         path = _write(write_official, "answers.jsonl", pope.official_answers(queries, pairs))
         beside = path.with_name(f"{path.stem}.labels.jsonl")
         _write(beside, beside.name, pope.official_labels(queries))
-    _print_scores(answers, graded, counts.scores(), json)
+    _print_scores(answers, graded, scores, json)
 
 
 def score_amber(

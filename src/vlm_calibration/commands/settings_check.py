@@ -21,9 +21,8 @@ FLAGS = {
 }
 NO_TABLE = {"--no_table": "do not print the results, which `report` prints"}
 """A flag of `test`."""
-OPTIONS = {"config", "help", "help-all", "print_config", "seed_everything", "verbose"}
-"""Options of all subcommands, beside those of Lightning and `SECTIONS`."""
-SECTIONS = {"trainer", "model", "data"}
+OPTIONS = ("config", "help", "help-all", "print_config", "seed_everything", "verbose")
+"""Options of all subcommands, beside sections and those of Lightning."""
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 DATA = "vlm_calibration.data.module.PerturbedQueryDataModule"
 TRAINED = ("vlm_calibration.stages.sft.SFTModule", "vlm_calibration.stages.dpo.DPOModule")
@@ -32,13 +31,10 @@ STRUCTURE = {"", "class_path", "init_args", "dict_kwargs", "help"}
 
 
 def check_settings(args: Sequence[str]) -> None:
-    """Refuse a preset or file that does not exist, and a misspelt setting, among the arguments of a subcommand of LightningCLI.
+    """Refuse, by an ArgumentError, a preset or file that does not exist, and a misspelt setting, of a subcommand of LightningCLI.
 
     Names directly below `trainer`, `data` and `model` are compared with the parameters in the source of their classes. The parser
     checks the others, and all values.
-
-    Raises:
-        ArgumentError: see `resolve_configs`; or a setting is unknown.
     """
 
     def check(contents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,8 +44,9 @@ def check_settings(args: Sequence[str]) -> None:
         is_replaced = not {"--model", "--model.class_path"}.isdisjoint(typed)
         own = set() if is_replaced or not stages else parameters_in_source(stages[-1])
         lightnings = parameters_in_source(TRAINER, "fit", "validate", "test", "predict")
+        flags = (name[2:] for name in (*FLAGS, *NO_TABLE, *VARIABLES))
         known = {
-            "": lightnings.union(OPTIONS, SECTIONS, (name[2:] for name in (*FLAGS, *NO_TABLE, *VARIABLES))),
+            "": lightnings.union(OPTIONS, ("trainer", "model", "data"), flags),
             "trainer": parameters_in_source(TRAINER),
             "data": parameters_in_source(DATA),
             # Overlays may have settings of a training that another stage ignores.
@@ -63,10 +60,7 @@ def check_settings(args: Sequence[str]) -> None:
 
 
 def _check_name(name: str, known: dict[str, set[str]]) -> None:
-    """Refuse a setting, typed with dashes or in a file without, if its first name below its section is not among the known ones.
-
-    A section whose names cannot be told is not in `known`.
-    """
+    """Refuse a setting, with dashes if typed, whose first name below its section is unknown; sections not in `known` pass."""
     option = name.removeprefix("--")
     dashes = name[: len(name) - len(option)]
     section, _, key = option.partition(".")
@@ -79,29 +73,22 @@ def _check_name(name: str, known: dict[str, set[str]]) -> None:
     if section == "model":
         name, similar = f"model.init_args.{key}", did_you_mean(first, known["model"])
     else:
-        names = [
-            f"{group}.{each}".lstrip(".") for group in known if group != "model" for each in known[group]
-        ]
+        groups = {group: names for group, names in known.items() if group != "model"}
+        names = [f"{group}.{each}".lstrip(".") for group, names in groups.items() for each in names]
         similar = did_you_mean(name, [dashes + each for each in names])
     raise ArgumentError(None, f"unknown setting {name}{similar}")
 
 
 def parameters_in_source(class_path: str, *methods: str) -> set[str]:
-    """The parameters of methods, by default the constructor, read from the source of a class, which is not imported.
-
-    Empty if the class or a method is not there, or takes further keywords.
-    """
+    """The parameters of methods, by default the constructor, in the source of a class; empty if it is not there or takes any."""
     module, _, name = class_path.rpartition(".")
     package, *inner = module.split(".")
     spec = find_spec(package) if package else None
     path = Path(spec.origin or "").parent.joinpath(*inner).with_suffix(".py") if spec else Path()
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
-    parameters: set[str] = set()
-    for node in tree.body:
-        functions = node.body if isinstance(node, ast.ClassDef) and node.name == name else []
-        for function in functions:
-            if isinstance(function, ast.FunctionDef) and function.name in (methods or ("__init__",)):
-                if function.args.kwarg:
-                    return set()
-                parameters |= {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
-    return parameters - {"self"}
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    functions = [f for node in classes for f in node.body if isinstance(f, ast.FunctionDef)]
+    taken = [f.args for f in functions if f.name in (methods or ("__init__",))]
+    if any(arguments.kwarg for arguments in taken):
+        return set()
+    return {a.arg for arguments in taken for a in (*arguments.args, *arguments.kwonlyargs)} - {"self"}

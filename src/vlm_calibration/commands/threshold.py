@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from vlm_calibration.estimators.decision import DecisionRule
     from vlm_calibration.metrics.risk_control import Choice, RiskControl, ThresholdScores
 
-NOT_FOUND = 3
-"""Exit status if no threshold keeps the limits."""
-
 
 def threshold(
     run: str,
@@ -65,7 +62,7 @@ def threshold(
     about = systems[-1] if system is None else system_named(systems, system)
     fields, folder, has_adapter = model_of(about)
     has_split = about.calibration is not None
-    answers = about.calibration if about.calibration is not None else about.predictions
+    answers = about.predictions if about.calibration is None else about.calibration
     path = about.folder / about.name / (CALIBRATION if has_split else PREDICTIONS)
     check_estimator(estimator, answers, path)
     groups = grouped(answers, by)
@@ -91,8 +88,9 @@ def threshold(
         questions=KnownQuestions.of([answer.question for answer in answers]),
     )
     tested = realised(control, estimator, about.predictions) if has_split else {}
-    written = str(write_rule(rule, folder)) if control.found else None
+    written = None
     if control.found:
+        written = str(write_rule(rule, folder))
         state_guarantee(folder, rule.guarantee)
     if json:
         test = {name: _plain(scores) for name, scores in tested.items()} or None
@@ -105,11 +103,10 @@ def threshold(
         elif earlier := read_rule(folder):
             print(f"The thresholds of an earlier run stay in {folder}: {earlier.guarantee}")
         if written and not has_adapter:
-            print(
-                "No adapter belongs to this model: the file is read where it lies beside a model's weights."
-            )
+            place = "where it lies beside a model's weights"
+            print(f"No adapter belongs to this model: the file is read {place}.")
     if not control.found:
-        raise CommandError("", NOT_FOUND)
+        raise CommandError("", 3)
 
 
 def _figures(choice: Choice) -> dict[str, Any]:
@@ -138,29 +135,28 @@ def _print(
     about = f" about {images} images, of which one each counts" if images else ""
     print(f"{path}: {rule.answers['n']} answers{about}; confidence: {rule.estimator}")
     if split == "predictions":
-        print(
-            "The evaluation has no calibration split, so the threshold is chosen on the answers that it scores: they cannot check the "
-            "promise as well. Give data.calibration."
-        )
+        scored = "the answers that it scores: they cannot check the promise as well. Give data.calibration."
+        print(f"The evaluation has no calibration split, so the threshold is chosen on {scored}")
     if left_out := rule.answers["without_group"]:
         print(f"{left_out} answers have no category and are left out.")
     print(rule.guarantee or "No threshold keeps the limits, so nothing is written.")
-    rows = []
-    for name, choice in control.choices.items():
-        if choice.threshold is None:
-            print(f"{name or 'Why'}: {choice.reason}.")
-        else:
-            label = f"{split} (chosen on)" + (f": {name}" if name else "")
-            rows.append((label, percent(choice.threshold), choice.scores))
-    if not control.found:
-        return
-    rows += [("test" if name == "all" else f"test: {name}", "", scores) for name, scores in tested.items()]
-    cells = []
-    for label, from_on, scores in rows:
-        assert scores is not None, "a threshold has scores"
+    cells: list[tuple[str, ...]] = []
+
+    def add(label: str, from_on: str, scores: ThresholdScores) -> None:
         shares = (scores.coverage, scores.error, scores.sent_away_share)
         texts = [f"{v:.1%} [{low:.1%}, {high:.1%}]" if v == v else "-" for v, low, high in shares]
         cells.append((label, from_on, *texts))
+
+    for name, choice in control.choices.items():
+        if choice.threshold is None or choice.scores is None:
+            print(f"{name or 'Why'}: {choice.reason}.")
+        else:
+            label = f"{split} (chosen on)" + (f": {name}" if name else "")
+            add(label, percent(choice.threshold), choice.scores)
+    if not control.found:
+        return
+    for name, scores in tested.items():
+        add("test" if name == "all" else f"test: {name}", "", scores)
     headings = ("answers", "threshold", "answered", "wrong of those", "correct, but sent away")
     Console().print(text_table(f"Intervals at {percent(control.limits.certainty)}", headings, cells))
     print(rule.questions.described())
@@ -168,9 +164,8 @@ def _print(
         max_error, scores = control.limits.max_error, tested["all"]
         verdict = ": within the promise" if scores.answers else ""
         if scores.error.low > max_error:
-            verdict = (
-                ": more than promised, so these questions are not like those that the threshold was chosen on"
-            )
+            unlike = "these questions are not like those that the threshold was chosen on"
+            verdict = f": more than promised, so {unlike}"
         elif scores.error.value > max_error:
             verdict = ": above it, but no more than chance explains"
         given = f"on the test answers {scores.wrong} of {scores.answers} given are wrong"

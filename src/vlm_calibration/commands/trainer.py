@@ -9,20 +9,18 @@ from vlm_calibration.arguments import ALL_SETTINGS, Forwarded, Subcommands
 from vlm_calibration.commands.settings_check import FLAGS, check_settings
 from vlm_calibration.presets import CONFIG, ENDPOINT_OPTIONS, VARIABLE_OPTIONS, presets_by_folder
 
-OVERLAYS = {CONFIG: "a stage, then overlays: presets (see below) or files of your own (may be repeated)"}
 BASE = {"--model.init_args.base.name_or_path MODEL": "base model: its name on the Hub, or a folder"}
 TRAINED = BASE | {"--model.init_args.adapter DIR": "stage dpo: the adapter to start from"}
 ANSWERED = {"--data.eval_batch_size N": "queries answered together"}
 DEVICES = {"--trainer.devices N": "GPUs or processes"}
-FOLDER = {
-    "--trainer.default_root_dir DIR": "run directory (default: in the folder of --runs, as the preset names it)"
-}
-RUN = DEVICES | FOLDER | FLAGS
+ROOT = "run directory (default: in the folder of --runs, as the preset names it)"
+RUN = DEVICES | {"--trainer.default_root_dir DIR": ROOT} | FLAGS
 
 
 def _settings(module: str, stages: Sequence[str], options: dict[str, str]) -> Forwarded:
     """The common settings of a command, by the class of a module and the configurations that it runs."""
-    first = ALL_SETTINGS | OVERLAYS | VARIABLE_OPTIONS
+    overlays = {CONFIG: "a stage, then overlays: presets (see below) or files of your own (may be repeated)"}
+    first = ALL_SETTINGS | overlays | VARIABLE_OPTIONS
     last = {"--print_config": "print the configuration that results, and exit"}
     further = f"All settings: --help-all; those of a model: --model.help {module}."
     return Forwarded(first | options | last, lambda: f"{presets_by_folder(*stages)}\n\n{further}")
@@ -33,8 +31,9 @@ OF_TRAINING = {
     "--data.batch_size N": "queries of a training step on each device",
     "--trainer.max_steps N": "steps of the optimizer; -1: as many as --trainer.max_epochs takes",
     "--trainer.max_epochs N": "passes over the training data",
+    **RUN,
+    "--ckpt_path FILE": 'checkpoint to resume from, or "last"',
 }
-RESUMED = {"--ckpt_path FILE": 'checkpoint to resume from, or "last"'}
 VALIDATED = {"--ckpt_path FILE": "checkpoint of the model to validate"}
 ADAPTERS = {"--model.init_args.adapters '{NAME:DIR,...}'": "adapters to compare with the base model, by name"}
 PARTS = {
@@ -47,7 +46,7 @@ OF_LEVELS = {
     "--model.init_args.likelihoods FILE": "where to write how likely the model holds its answers to the training queries; null: "
     "not at all",
 }
-FIT = _settings("SFTModule", ("sft", "dpo"), TRAINED | OF_TRAINING | RUN | RESUMED)
+FIT = _settings("SFTModule", ("sft", "dpo"), TRAINED | OF_TRAINING)
 VALIDATE = _settings("SFTModule", ("sft", "dpo"), TRAINED | ANSWERED | DEVICES | VALIDATED)
 TEST = _settings(
     "EvaluationModule", ("eval/*", "system/*"), ENDPOINT_OPTIONS | BASE | ADAPTERS | ANSWERED | RUN
