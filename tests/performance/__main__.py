@@ -22,7 +22,6 @@ BENCHMARKS = {
     "serving": "Answers a second, in process and from servers (vLLM needs tests/serving/setup)",
     "long_rows": "Long packed rows, dense masks and block masks",
     "preference": "Training steps, against TRL's",
-    "intervals": "Coverage of 95% intervals",
     "thresholds": "Thresholds: broken promises, and power beside MAPIE's",
     "drift": "Drift: false alarms, and the demo's questions (needs an evaluation of the demo)",
     "demo_seeds": "The method on the demo, three seeds (about two hours)",
