@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from vlm_calibration.cli import main
-from vlm_calibration.commands.dashboard import SYSTEMS
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.dashboard import report, sections, workspace
 
 from ..command_line import Ended, Server
 from ..graphql_server import ENTITY, GraphQLServer
 from ..wandb_log import OfflineRun
+
+SYSTEMS = ("base", "sft", "dpo")
 
 KINDS = {"Run History Line Plot", "Bar Chart", "Media Browser", "Weave"}
 
