@@ -31,9 +31,7 @@ class OfficialScores(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_writer(trainer, self)
         test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
-        asked = {name: split for name, split in test.items() if isinstance(split.source, BenchmarkSource)}
-        self._sources: Any = {name: split.source for name, split in asked.items() if split.noise == "none"}
-        if not asked:
+        if not any(isinstance(split.source, BenchmarkSource) for split in test.values()):
             raise DataError(
                 f"data.test asks no questions of POPE or AMBER, but {name_some(list(test), len(test))}: a preset of data after the "
                 "benchmark's replaces its questions, so leave it out"
@@ -41,8 +39,14 @@ class OfficialScores(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
+            test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
+            splits = {
+                name: split.source
+                for name, split in test.items()
+                if isinstance(split.source, BenchmarkSource) and split.noise == "none"
+            }
             folder = Path(trainer.default_root_dir)
-            results = {system: _score(folder / system, self._sources) for system in module.results}
+            results = {system: _score(folder / system, splits) for system in module.results}
             if any(results.values()):
                 Console().print(official_table(results))
             for system, scores in results.items():

@@ -163,7 +163,8 @@ class CandidateCollator:
         if skipped:
             return self(fitting)._replace(skipped=skipped)
         facts = [(s.confidence, s.wrong_answer is None, s.epoch, s.query) for s in samples]
-        return CandidateBatch(inputs, lengths, candidates, *zip(*facts, strict=True))
+        levels, is_correct, epochs, queries = zip(*facts, strict=True)
+        return CandidateBatch(inputs, lengths, candidates, levels, is_correct, epochs, queries)
 
     def _tokenize(self, sample: Sample) -> tuple[int, tuple[Candidate, ...]]:
         wrong = [w for w in sample.wrong if w != sample.query.answer] if self.settings.wrong_answer else []

@@ -155,9 +155,8 @@ class QuerySource(ABC):
             return query.wrong_answers
         if query.answer_type != "short":
             return opposite(query)
-        labels = dict.fromkeys(r.label for r in query.regions if not is_evidence(query, r.label))
-        gold = query.answer, "short", query.synonyms
-        return [label for label in labels if label.strip() and not grade(label, *gold).correct]
+        names = dict.fromkeys(r.label for r in query.regions if not is_evidence(query, r.label))
+        return [n for n in names if n.strip() and not grade(n, query.answer, "short", query.synonyms).correct]
 
     def labels(self, query: Query) -> Sequence[str]:
         """The labels of the image's regions; does not open the image."""
