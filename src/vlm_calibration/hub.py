@@ -19,16 +19,11 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     constants,
+    errors,
     get_token,
     hf_hub_download,
     snapshot_download,
     try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
@@ -46,7 +41,7 @@ def is_hub_name(name: str) -> bool:
     """Whether this is a valid name on the Hub, `owner/model`, and not a local path."""
     try:
         validate_repo_id(name)
-    except HFValidationError:
+    except errors.HFValidationError:
         return False
     return not Path(name).exists()
 
@@ -68,12 +63,12 @@ def loading(what: str, name: str) -> Iterator[None]:
             yield
     except DataError:
         raise
-    except (OSError, ValueError, ImportError, HTTPError) as error:
+    except (OSError, ValueError, ImportError, errors.HTTPError) as error:
         if offline is not None and isinstance(error, OSError):
             cause = f"there is no such folder, {offline}, and it is not in the cache {constants.HF_HUB_CACHE}"
         elif isinstance(error, OSError) and not on_hub and not Path(name).exists():
             cause = "there is no such folder, and a name on the Hub has the form owner/model"
-        elif isinstance(error, HTTPError):
+        elif isinstance(error, errors.HTTPError):
             cause = shorten_message(error)  # The first line has only the status.
         else:
             cause = first_line(error)
@@ -93,9 +88,9 @@ def base_license(name: str, revision: str | None = None, *, download: bool = Fal
         with loading("the model card", name) if download else nullcontext():
             try:
                 path = Path(hf_hub_download(name, CARD, revision=revision, local_files_only=not download))
-            except RemoteEntryNotFoundError:
+            except errors.RemoteEntryNotFoundError:
                 return {}
-            except LocalEntryNotFoundError:
+            except errors.LocalEntryNotFoundError:
                 if download:
                     raise
     if not path.is_file():
@@ -111,7 +106,7 @@ def check_upload(name: str, base: str) -> None:
     """Raise a DataError unless `name` and `base`, as the card names it, are names on the Hub, and somebody is logged in."""
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise DataError(f"--push-to-hub {name}: {first_line(error)}") from error
     if not is_hub_name(base):
         advice = "give its name on the Hub with --base"
@@ -126,7 +121,7 @@ def upload(folder: Path, name: str, private: bool = False) -> None:
         api = HfApi()
         api.create_repo(name, repo_type="model", private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload the model and its card")
-    except (OSError, ValueError, HTTPError) as error:
+    except (OSError, ValueError, errors.HTTPError) as error:
         # The Hub lists its objections to the card on separate lines.
         raise DataError(f"cannot push to {name}: {' '.join(str(error).split())}") from error
 

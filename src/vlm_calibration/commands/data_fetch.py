@@ -22,7 +22,6 @@ AMBER = (
 )
 COCO = "http://images.cocodataset.org/val2014"
 """Without TLS: the server's certificate is for another name."""
-COCO_IMAGES, AMBER_IMAGES = "coco/val2014", "amber/image"
 
 
 def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")) -> None:
@@ -47,7 +46,7 @@ def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")
     if benchmark == "amber":
         names = ("annotations.json", "query/query_all.json", "query/query_discriminative.json")
         addresses |= {data_root / f"amber/{name}": f"{AMBER}/{name}" for name in names}
-    images = data_root / COCO_IMAGES
+    images = data_root / "coco/val2014"
     try:
         if benchmark == "pope" and not all(path.is_file() for path in of_hub.values()):
             _pope_of_hub(of_hub, images)
@@ -60,7 +59,7 @@ def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")
         raise DataError(f"{benchmark} cannot be downloaded: {first_line(error)}: {advice}") from error
     print(f"{benchmark}: {len(photos)} images of COCO and their questions are in {data_root}")
     if benchmark == "amber":
-        folder = data_root / AMBER_IMAGES
+        folder = data_root / "amber/image"
         needed = sorted(_images(data_root / "amber/query/query_all.json"))
         if missing := [name for name in needed if not (folder / name).is_file()]:
             number, first = f"{len(missing)} of {len(needed)}", name_some(missing, len(missing))
