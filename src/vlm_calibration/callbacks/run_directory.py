@@ -164,7 +164,7 @@ class SaveRunConfig(SaveConfigCallback):
             return
         self.already_saved = True
         broadcast_from_first(trainer, lambda: self.save_config(trainer, pl_module, ""))
-        trainer.loggers = self._loggers
+        trainer.loggers = [*self._loggers]
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / CONFIG
             self._lock = hold(path)
