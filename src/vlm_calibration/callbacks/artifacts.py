@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -122,12 +121,16 @@ def adapter_artifact(location: str) -> Any:
     folder = Path(location)
     if folder.is_dir():
         return folder_artifact(folder, run_name(folder.parent if folder.name == ADAPTER else folder), {})
+    import wandb  # here: see `callbacks.figures`
+
     artifact = wandb.Artifact(run_name(folder), type=ADAPTER)
     artifact.add_reference(f"https://huggingface.co/{location}", checksum=False)
     return artifact
 
 
 def folder_artifact(folder: Path, name: str, metadata: dict[str, Any]) -> Any:
+    import wandb  # here: see `callbacks.figures`
+
     artifact = wandb.Artifact(name, type=ADAPTER, metadata=metadata)
     # One by one, since `add_dir` prints to the terminal.
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -137,6 +140,8 @@ def folder_artifact(folder: Path, name: str, metadata: dict[str, Any]) -> Any:
 
 def data_artifact(role: str, digests: dict[str, str]) -> Any:
     """The artifact of a training, validation or test set; another data set is another version."""
+    import wandb  # here: see `callbacks.figures`
+
     artifact = wandb.Artifact(f"{role}-data", type="dataset", metadata=digests)
     with artifact.new_file("data.json") as file:
         json.dump(digests, file)

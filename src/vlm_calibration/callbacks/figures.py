@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import wandb
 from PIL import Image
 
 from vlm_calibration.callbacks.logger import staged, wandb_logger
@@ -60,7 +59,7 @@ class CalibrationFigures(L.Callback):
             media: dict[str, Any] = {}
             if stage == "test":
                 rows = plain_rows([System(name, given, {}, folder, {}) for name, given in answers.items()])
-                media["test/comparison"] = wandb.Table([*rows.columns], rows.to_numpy().tolist())
+                media["test/comparison"] = _table([*rows.columns], rows.to_numpy().tolist())
             for system, predictions in answers.items():
                 prefix = f"{stage}/{system}" if system else stage
                 media |= {f"{prefix}/{name}": value for name, value in media_of(predictions, dataset).items()}
@@ -76,7 +75,7 @@ def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> di
     media: dict[str, Any] = {
         "reliability": _drawing(reliability_diagram(total)),
         "risk_coverage": _drawing(risk_coverage_figure(total)),
-        "confidence_table": wandb.Table(["confidence", "right", "wrong"], [*map(list, counts)]),
+        "confidence_table": _table(["confidence", "right", "wrong"], [*map(list, counts)]),
     }
     by_perturbation: dict[tuple[str, float], list[Prediction]] = {}
     for p in predictions:
@@ -91,7 +90,7 @@ def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> di
                 rows.append([kind or "untouched", strength, table.parsed, *shares])
         media["response_curve"] = _drawing(response_curve(tables))
         columns = ["kind", "strength", "answers", "accuracy", "mean_confidence"]
-        media["response_table"] = wandb.Table(columns, rows)
+        media["response_table"] = _table(columns, rows)
     return media
 
 
@@ -106,6 +105,8 @@ def sample_table(
 
     The image is perturbed again, which gives the same pixels. With `taught` it has the confidence that training assigns to it.
     """
+    import wandb
+
     by_id = {system: {p.id: p for p in predictions} for system, predictions in answers.items()}
     rows = []
     for place in np.linspace(0, len(dataset) - 1, num=min(size, len(dataset))):
@@ -121,10 +122,19 @@ def sample_table(
     columns = ["id", "image", "question", "answer", "perturbation", "strength"]
     columns += ["earned_confidence"] if taught else []
     columns += [f"{system}_{name}" if system else name for system in by_id for name in ANSWER_COLUMNS]
+    return _table(columns, rows)
+
+
+def _table(columns: list[str], rows: list[list[Any]]) -> Any:
+    # W&B makes a temporary folder when it is imported, and a fork deletes it at its end: import it in the process that logs.
+    import wandb
+
     return wandb.Table(columns, rows)
 
 
 def _drawing(figure: Any) -> Any:
+    import wandb
+
     # W&B draws a figure with pyplot, which would keep it in memory.
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
