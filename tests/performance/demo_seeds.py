@@ -25,11 +25,12 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from vlm_calibration.estimators.predictions import VERBALIZED, read_predictions
+from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, read_predictions
 from vlm_calibration.estimators.recalibration import recalibrated
 from vlm_calibration.metrics import functional
 from vlm_calibration.reporting.report.data import read_systems
 from vlm_calibration.reporting.report.table import ImageBootstrap, Measured, p_value
+from vlm_calibration.stages.preference_targets import FittedTeacher, TaughtAnswer, TeacherSettings
 
 PREFERENCE = "vlm_calibration.losses.preference."
 DISTRIBUTION = "vlm_calibration.losses.distribution."
@@ -100,7 +101,7 @@ ALONE = [
 STAGE_2_ALONE = {"alone": ALONE, "alone-untouched": [*ALONE, "--data.noise.clean_fraction", "1.0"]}
 UNTRAINED = ("base", "oracle")
 REPORTED = ("base", "sft", "dpo", "oracle")
-STATED = ("alone-untouched", "alone", "sft-paper", "dpo-paper")
+STATED = ("alone-untouched", "alone", "sft-paper", "dpo-paper", "opposites")
 """The systems that answer the test scenes, once their settings are chosen; of the second, only what they state."""
 PARTS_OF_EVALUATION = yaml.safe_load(Path("configs/eval/demo.yaml").read_text())["data"]["test"]
 NO_PROBES = ["--model.init_args.probes", "[]"]
@@ -343,7 +344,7 @@ CONFIDENCES = {
     Confidence("base", recalibration="platt"): "base, as stated, Platt",
     Confidence("base", "likelihood"): "base, likelihood of its answer",
     Confidence("base", "likelihood", "platt"): "base, likelihood, Platt",
-    Confidence("oracle"): "level oracle",
+    Confidence("oracle"): "level oracle, which is told the perturbation",
     Confidence("alone-untouched"): "stage 2 alone on untouched images, as stated",
     Confidence("alone"): "stage 2 alone, as stated",
     Confidence("sft-paper"): "paper's preset, stage 1, as stated",
@@ -352,9 +353,12 @@ CONFIDENCES = {
     Confidence("sft", "expected"): "stage 1, expected",
     Confidence("dpo"): "**both stages, as stated**",
     Confidence("dpo", "expected"): "both stages, expected",
+    Confidence("opposites"): "both stages, soft labels for both answers, as stated",
+    Confidence("sft", "teacher"): "the teacher of stage 2, of stage 1's likelihood and expected confidence",
 }
 """The rows of the README's table."""
-LIKELIHOOD = Confidence("base", "likelihood", "platt")
+TEACHER_SETTINGS = TeacherSettings()
+AGAINST = (Confidence("base", "likelihood", "platt"), Confidence("sft", "teacher"))
 
 
 def measure(root: Path, seed: int) -> dict[Confidence, Measured]:
@@ -367,7 +371,11 @@ def measure(root: Path, seed: int) -> dict[Confidence, Measured]:
     measured = {}
     for confidence in CONFIDENCES:
         system, estimator = systems[confidence.system], confidence.estimator
-        if confidence.recalibration is None:
+        values: list[float | None]
+        if estimator == "teacher":
+            assert system.calibration is not None
+            values = taught(system.predictions, system.calibration)
+        elif confidence.recalibration is None:
             values = [p.confidence_of(estimator) for p in system.predictions]
         else:
             assert system.calibration is not None
@@ -376,6 +384,25 @@ def measure(root: Path, seed: int) -> dict[Confidence, Measured]:
             )
         measured[confidence] = ImageBootstrap(system.predictions).measure(values)
     return measured
+
+
+def taught(
+    predictions: Sequence[EstimatedPrediction], calibration: Sequence[EstimatedPrediction]
+) -> list[float | None]:
+    """What the teacher of stage 2 makes of the estimates in each answer, fitted on the calibration answers."""
+
+    def features(p: EstimatedPrediction) -> tuple[float, ...] | None:
+        estimates = [p.confidence_of(name) for name in TEACHER_SETTINGS.features]
+        return None if None in estimates else tuple(c for c in estimates if c is not None)
+
+    rows = [
+        TaughtAnswer(rated, p.correct, p.answer_type, p.image or "")
+        for p in calibration
+        if (rated := features(p)) is not None
+    ]
+    teacher = FittedTeacher.fit(TEACHER_SETTINGS, rows)
+    rated_predictions = ((features(p), p.answer_type) for p in predictions)
+    return [None if rated is None else teacher(rated, kind) for rated, kind in rated_predictions]
 
 
 def as_a_table(seeds: list[dict[Confidence, Measured]]) -> str:
@@ -389,15 +416,18 @@ def as_a_table(seeds: list[dict[Confidence, Measured]]) -> str:
     return "\n".join(lines)
 
 
-def against_likelihood(seeds: list[dict[Confidence, Measured]]) -> str:
-    """What stage 2 states, less the base model's likelihood after Platt scaling, with paired p-values, for each seed."""
-    lines = ["| stage 2 less base likelihood (Platt) | Brier | p | AUROC | p |", "|---|---|---|---|---|"]
+def against(other: Confidence, seeds: list[dict[Confidence, Measured]]) -> str:
+    """What stage 2 states, less another confidence, with p-values of a paired bootstrap over images, for each seed."""
+    lines = [
+        f"| stage 2, as stated, less {CONFIDENCES[other]} | Brier | p | AUROC | p |",
+        "|---|---|---|---|---|",
+    ]
     for seed, measured in enumerate(seeds):
-        stated, likelihood = measured[Confidence("dpo")], measured[LIKELIHOOD]
+        stated, less = measured[Confidence("dpo")], measured[other]
         cells = []
         for name in ("brier", "auroc"):
-            difference = stated.intervals[name].value - likelihood.intervals[name].value
-            cells += [f"{difference:+.3f}", f"{p_value(stated, likelihood, name):.3f}"]
+            difference = stated.intervals[name].value - less.intervals[name].value
+            cells += [f"{difference:+.3f}", f"{p_value(stated, less, name):.3f}"]
         lines.append(f"| run {seed + 1} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -441,7 +471,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{left_out([evaluation(args.out, seed, test=False) for seed in args.seeds])}\n")
     else:
         seeds = [measure(args.out, seed) for seed in args.seeds]
-        print(f"{as_a_table(seeds)}\n\n{against_likelihood(seeds)}")
+        print("\n\n".join([as_a_table(seeds), *(against(other, seeds) for other in AGAINST)]))
 
 
 if __name__ == "__main__":
