@@ -257,7 +257,7 @@ def test_a_resumed_run_keeps_its_teacher(
 
 
 @pytest.mark.parametrize(
-    ("data", "settings", "match"),
+    ("given", "settings", "match"),
     [
         (
             {"candidates": CandidateSettings()},
@@ -275,11 +275,11 @@ def test_a_resumed_run_keeps_its_teacher(
     ],
 )
 def test_data_that_does_not_fit_the_module_is_rejected(
-    make_module: MakeModule, candidates: Data, data: dict[str, Any], settings: dict[str, Any], match: str
+    make_module: MakeModule, candidates: Data, given: dict[str, Any], settings: dict[str, Any], match: str
 ) -> None:
     module = make_module(**{"pairs": PairPolicy(target="correct"), **settings})
     with pytest.raises(DataError, match=match):
-        module.check_data(candidates(**{"candidates": OWN, **data}))
+        module.check_data(candidates(**{"candidates": OWN, **given}))
 
 
 def test_a_teacher_needs_every_answer_type_in_the_validation_set(
