@@ -116,6 +116,7 @@ def test_both_stages(offline_runs: dict[str, OfflineRun], root: Path) -> None:
     weights = []
     for stage in ("sft", "dpo"):
         folder = offline_runs[stage].directory
+        assert [p.name for p in (folder / "adapter").rglob("*.safetensors")] == ["adapter_model.safetensors"]
         assert {"metrics.json", "predictions.jsonl", "config.yaml"} <= {p.name for p in folder.iterdir()}
         base = load_base(BaseModel(str(root / "src/vlm_calibration/demo/model")))
         model = PeftModel.from_pretrained(base, str(folder / "adapter"))

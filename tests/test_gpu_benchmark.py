@@ -74,6 +74,7 @@ def test_losses_that_differ_and_what_was_not_measured_cannot_be_missed() -> None
     text, agree = _page(_cell(OURS), _cell(TRL))
     assert agree
     assert "2.00x" in text
+    assert "DISAGREE" not in text
     text, agree = _page(_cell(OURS), _cell(TRL, losses=[0.7, 0.6, 0.53]))
     assert not agree
     assert "**LOSSES DISAGREE: m, bf16, SFT: TRL's" in text
