@@ -102,8 +102,8 @@ def metric(
     """Enter the decorated formula in `METRICS`, and put its function of raw values in its place."""
 
     def declare(formula: Callable[[ConfidenceTable], Tensor]) -> Callable[..., Tensor]:
-        fields = {"heading": heading, "undefined": undefined, **declaration}
-        METRICS[name] = CalibrationMetric(function=formula, **fields)
+        spec = CalibrationMetric(heading=heading, undefined=undefined, function=formula, **declaration)
+        METRICS[name] = spec
         return of_values(formula, undefined)
 
     return declare
