@@ -189,7 +189,7 @@ def save_card(folder: Path, card: Card) -> None:
 
 
 def renew_card(folder: Path, card: Card) -> None:
-    """Write a card; if a person has edited its `README.md`, write the facts alone and print the results on stderr. DataError as below."""
+    """Write a card; if a person has edited its `README.md`, write the facts alone and print the results on stderr."""
     if not is_edited(folder):
         save_card(folder, card)
         return
