@@ -68,12 +68,10 @@ class ScoredAnswers(NamedTuple):
         log_p, total = self.scores.log_likelihood.float().cpu(), self.scores.total.float().cpu()
         results = []
         for row, answer in enumerate(self.answers):
-            levels, words = answer.levels, len(answer.candidates)
+            levels, words, own = answer.levels, len(answer.candidates), total[row]
             of_answer = log_p[row, 0, answer.offset : answer.offset + answer.candidates[0].answer_length]
-            yes_no = total[row, words : words + 2] if len(answer.tokens) > words else None
-            results.append(
-                ResponsePass(levels, total[row, : len(levels)], of_answer, yes_no, self.passes[row])
-            )
+            yes_no = own[words : words + 2] if len(answer.tokens) > words else None
+            results.append(ResponsePass(levels, own[: len(levels)], of_answer, yes_no, self.passes[row]))
         return results
 
     @property
@@ -113,9 +111,8 @@ class TokenizedAnswer(NamedTuple):
 
     def without_levels(self) -> TokenizedAnswer:
         """With one confidence after the answer instead of all, for scores that do not depend on them."""
-        return self._replace(
-            tokens=[self.tokens[0], *self.tokens[len(self.candidates) :]], candidates=self.candidates[:1]
-        )
+        words = self.tokens[len(self.candidates) :]
+        return self._replace(tokens=[self.tokens[0], *words], candidates=self.candidates[:1])
 
 
 def right_padded(inputs: Mapping[str, Tensor]) -> Prompts:
@@ -144,10 +141,7 @@ def score_counted(
     cache: PromptCache | None = None,
     shared_lengths: Tensor | None = None,
 ) -> tuple[ResponseScores, list[int]]:
-    """`score_responses`, from the cache of the prompts if that is exact (`score_cached`).
-
-    Also the number of forward passes for each query: one, or one per response if they cannot share a prefix.
-    """
+    """`score_responses`, from the cache of the prompts if that is exact, and the number of forward passes for each query."""
     if cache is not None:
         cached = score_cached(model, cache, prompts, responses, shared_lengths)
         if cached is not None:
@@ -170,7 +164,7 @@ def score_answers(
 class AnswerTokenizer:
     """Tokenizes answers with every confidence that can be stated after them; keeps what several systems ask for.
 
-    `levels` and `grid` are as for `stated_levels`. `opposite`: also the opposite answer to a yes/no question, with every confidence.
+    `levels` and `grid` are as for `stated_levels`; `opposite` adds the opposite answer to a yes/no question.
     """
 
     def __init__(

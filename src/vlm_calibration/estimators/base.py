@@ -1,8 +1,7 @@
 """How a model answers: a `System` takes a batch of questions, and estimators rate its answers.
 
-A model in this process is here; `endpoint.system` has the model behind an address. An estimator rates the given answer and does not
-change it. Its cost is the number of forward passes of the language model per query, as if it ran alone: responses that are scored
-together are one pass, and so is each generated token.
+An estimator rates the given answer and does not change it. Its cost is the number of forward passes of the language model per query, as
+if it ran alone: responses that are scored together are one pass, and so is each generated token.
 """
 
 from __future__ import annotations
@@ -71,8 +70,8 @@ class SystemAnswers(NamedTuple):
     Attributes:
         predictions: B graded answers, with the estimates of the system's estimators and the probes that were asked for.
         passes: estimator, or `PROBES` -> the forward passes of each query; for an address the generated tokens.
-        distributions: for each query confidence -> probability that the system states it, highest confidence first, if
-            `ExpectedConfidence` is one of its estimators; empty where it cannot be had.
+        distributions: for each query confidence -> probability that the system states it, highest confidence first; empty without
+            `ExpectedConfidence`, and where it cannot be had.
     """
 
     predictions: list[EstimatedPrediction]
@@ -85,7 +84,6 @@ class SystemAnswers(NamedTuple):
         estimates: Mapping[str, Estimate],
         distributions: Iterable[Mapping[float, float]],
     ) -> SystemAnswers:
-        """Graded answers, with the estimates of their confidence by the name of the estimator."""
         columns = {name: e.confidence for name, e in estimates.items() if name != VERBALIZED}
         predictions = [
             replace(answer, estimates={name: column[row] for name, column in columns.items()})
@@ -96,11 +94,7 @@ class SystemAnswers(NamedTuple):
 
 
 class System(ABC):
-    """Answers questions about images.
-
-    Attributes:
-        notes: estimator, or another part of the results, that lacks values -> why.
-    """
+    """Answers questions about images. `notes`: estimator, or another part of the results, that lacks values -> why."""
 
     notes: Mapping[str, str] = {}
 
@@ -114,10 +108,7 @@ class System(ABC):
 
 @dataclass(eq=False)
 class LocalSystem(System):
-    """A transformers or peft model in this process, in eval mode, with one of its adapters; None: without any.
-
-    The other arguments are as in `AnsweredBatch`, and the estimators that rate its answers.
-    """
+    """A transformers or peft model in this process, in eval mode, with one of its adapters; None: without any."""
 
     model: Any
     adapter: str | None
@@ -156,10 +147,8 @@ class AnsweredBatch:
     Attributes:
         model: a transformers or peft model; the adapter that gave the answers is active.
         batch: B prompts, padded on the left.
-        predictions: B answers.
         answer_passes: number of forward passes for each answer.
         tokenizer: tokenizes answers with the confidences that can be stated.
-        max_new_tokens: length limit of an answer.
         cache: keys and values of the prompts from generation, or None.
         complete: for each answer whether it ends before the limit cuts it off; empty if that is not known.
     """
@@ -181,10 +170,7 @@ class AnsweredBatch:
         max_new_tokens: int,
         keep_cache: bool = True,
     ) -> AnsweredBatch:
-        """The greedy answers of the active adapter. Call it in eval mode and under `torch.no_grad`.
-
-        Generation stops after the confidence. `keep_cache` keeps what it computed of the prompts, for estimators.
-        """
+        """The greedy answers of the active adapter, up to the confidence. Call it in eval mode and under `torch.no_grad`."""
         if not batch.queries:
             return AnsweredBatch(model, batch, [], [], tokenizer, max_new_tokens)
         of_model = tokenizer.chat.processor.tokenizer
@@ -228,16 +214,10 @@ class AnsweredBatch:
         return [s if answer is not None else None for s, answer in scores]
 
     def score_copy(self, copy: ImageCopy, *, with_levels: bool) -> dict[int, ResponsePass]:
-        """Score each answer with a perturbed copy of its image, in one pass.
+        """Row -> the scores of the answer with a perturbed copy of its image, in one pass, for the queries that have the copy.
 
-        With every level after the answer, or with one, for scores that do not depend on them. Queries without an answer are scored with
-        the gold answer.
-
-        Returns:
-            Row -> scores, for the queries whose image has the copy.
-
-        Raises:
-            ValueError: the copies were not made, which `PerturbedQueryDataModule` does for an `EvaluationModule`.
+        With every level after the answer, or with one, for scores that do not depend on them; of the gold answer for a query without an
+        answer. ValueError if the copies were not made, which `PerturbedQueryDataModule` does for an `EvaluationModule`.
         """
         copied = self.batch.copies.get(copy)
         if copied is None:
@@ -268,14 +248,9 @@ class AnsweredBatch:
         return {row: by_answer[row] for row in opposite}
 
     def read_probes(self, probes: Sequence[Probe]) -> tuple[list[dict[str, float | None]], list[int]]:
-        """Read the likeliest confidence in each answer after every probe; see `estimators.probes`.
+        """The original confidence in each answer and the likeliest after every probe, and B numbers of forward passes.
 
-        Returns:
-            For each answer the original confidence and that of every probe, None where it does not apply, and for a text without an
-            answer; and B numbers of forward passes, as if the probes ran alone.
-
-        Raises:
-            ValueError: the copies of the images were not made, see `score_copy`.
+        None where a probe does not apply, and for a text without an answer. ValueError as in `score_copy`.
         """
         passes = [scores.passes if scores else 1 for scores in self.scored]
         original = [scores.likeliest_level if scores else None for scores in self.scored]

@@ -25,24 +25,15 @@ from vlm_calibration.models.shared_prefix import (
 
 
 class _Tree(NamedTuple):
-    """The tokens to compute: each row is a tree, in an order in which parents come first.
+    """The tokens to compute: each row is a tree, in an order in which parents come first."""
 
-    Attributes:
-        ids: int64 [B, W], the tokens, 0 for padding.
-        parent: int64 [B, W], the column of the previous token, -1 for the first token and for padding.
-        rows, columns: int64 [M], place of each token that predicts another.
-        predictor: int64 [N], index among the M of the token that makes each distinct prediction.
-        targets: int64 [N], the predicted token.
-        predictions: int64 [B, K, T], index among the N of token t of response k; -1 for padding.
-    """
-
-    ids: Tensor
-    parent: Tensor
-    rows: Tensor
+    ids: Tensor  # int64 [B, W], the tokens, 0 for padding
+    parent: Tensor  # int64 [B, W], the column of the previous token, -1 for the first token and for padding
+    rows: Tensor  # int64 [M], with `columns` the place of each token that predicts another
     columns: Tensor
-    predictor: Tensor
-    targets: Tensor
-    predictions: Tensor
+    predictor: Tensor  # int64 [N], index among the M of the token that makes each distinct prediction
+    targets: Tensor  # int64 [N], the predicted token
+    predictions: Tensor  # int64 [B, K, T], index among the N of token t of response k; -1 for padding
 
     def attended(self) -> Tensor:
         """bool [B, W, W]: which tokens of its tree each token attends to, itself and its ancestors."""

@@ -17,16 +17,14 @@ from vlm_calibration.text.grading import EXACT, Grading, grade
 def inverse_transform_sampler(temperature: float, numbers: Tensor, prompt_length: int) -> Sampler:
     """A logits processor that samples one token per row, so that a row's tokens do not depend on the rest of the batch.
 
-    Token t is the one at which the cumulative distribution exceeds the row's t-th number, float64 [B, T] in [0, 1), behind a padded
-    prompt of `prompt_length` tokens. The temperature is above 0.
+    Token t is the one at which the cumulative distribution exceeds the row's t-th number, float64 [B, T] in [0, 1).
     """
 
     def sample(input_ids: Tensor, scores: Tensor) -> Tensor:
         dtype = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
         cumulative = torch.softmax(scores.to(dtype) / temperature, -1).cumsum(-1)
         number = numbers[:, input_ids.shape[1] - prompt_length].to(scores.device, dtype)
-        # Rounding keeps the total from being exactly 1, so numbers are scaled by it, and no token after the last one with
-        # any probability is sampled.
+        # The total is not exactly 1: numbers are scaled by it, and no token after the last one with any probability is sampled.
         token = torch.searchsorted(cumulative, (number * cumulative[:, -1])[:, None], right=True)
         token = torch.minimum(token, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()))
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
@@ -37,9 +35,8 @@ def inverse_transform_sampler(temperature: float, numbers: Tensor, prompt_length
 class SelfConsistency(Estimator):
     """The share of sampled answers that agree with the one given (Wang et al., arXiv 2203.11171).
 
-    The paper answers with the majority of its samples; here the greedy answer stays, and its confidence is the share of samples
-    that grading takes for the same answer. An unparsed sample disagrees, and an unparsed answer has no confidence. The samples
-    are a function of (seed, query id) alone.
+    The paper answers with the majority of its samples; here the greedy answer stays. An unparsed sample disagrees, and an unparsed answer
+    has no confidence. The samples are a function of (seed, query id) alone.
 
     Args:
         samples: number of sampled answers per query.
@@ -52,14 +49,11 @@ class SelfConsistency(Estimator):
     def __init__(
         self, samples: PositiveInt = 10, temperature: PositiveFloat = 0.7, seed: NonNegativeInt = 0
     ) -> None:
-        self.samples = samples
-        self.temperature = temperature
-        self.seed = seed
+        self.samples, self.temperature, self.seed = samples, temperature, seed
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
-        inputs, limit = answered.batch.inputs, answered.max_new_tokens
+        inputs, limit, n = answered.batch.inputs, answered.max_new_tokens, len(answered.predictions)
         tokenizer = answered.chat.processor.tokenizer
-        n = len(answered.predictions)
         agreeing, passes = [0] * n, [0] * n
         for sample in range(self.samples):
             rngs = [query_rng(self.seed, sample, query.id, self.name) for query in answered.batch.queries]

@@ -1,7 +1,4 @@
-"""The decision rule of a model, in `thresholds.json`: answer from a confidence on, else send the question to a person.
-
-This module imports neither torch nor a model, so that a rule can be checked before one is loaded.
-"""
+"""The decision rule of a model, in `thresholds.json`: answer from a confidence on, else send the question to a person; without torch."""
 
 from __future__ import annotations
 
@@ -32,10 +29,8 @@ class AppliedRule(NamedTuple):
 
     Attributes:
         threshold: the lowest confidence that is answered; None: no answer of the group is given.
-        estimator: estimator of the confidence.
-        confidence: the confidence that was compared, in [0, 1]; None if there is none.
+        confidence: the estimator's confidence that was compared, in [0, 1]; None if there is none.
         group: the category that the threshold is for; empty if it is for all questions.
-        guarantee: what the rule promises, as a sentence.
         unfamiliar: how the question differs from those that the rule was chosen on; None: it is like them.
     """
 
@@ -57,18 +52,12 @@ class DecisionRule:
     """A rule with its guarantee and what it was chosen on; the fields are the keys of `thresholds.json`, beside "schema".
 
     Attributes:
-        base: name or folder of the base model.
-        quantization: of the base model in the evaluation.
-        dtype: of the base model in the evaluation.
+        base, quantization, dtype: name or folder of the base model, and how the evaluation loaded it.
         weights: digest of the adapter's weights, or of the whole model if nothing is to be added to it.
-        prompt: template of the prompt.
-        estimator: estimator of the confidence that is compared.
         by: what the groups are; None: one group of all questions.
         groups: group -> "threshold" (None: none was found), and what it does on the answers that it was chosen on.
         limits: "max_error", "max_sent_away" (None: no limit) and "certainty".
         correction: how several tests share the error probability.
-        guarantee: what the rule promises, as a sentence.
-        assumptions: what the guarantee rests on.
         answers: that the rule was chosen on: "split", "digest" of their file, "n", "images" and "without_group".
         questions: their words and forms. A question with others goes to a person.
     """
@@ -89,7 +78,6 @@ class DecisionRule:
     questions: KnownQuestions = field(default_factory=KnownQuestions)
 
     def __post_init__(self) -> None:
-        """Check what decisions depend on; ValueError for a value of the wrong type or range."""
         if self.by not in (None, "category"):
             raise ValueError(f"'by' must be null or \"category\", found {self.by!r}")
         if not isinstance(self.groups, Mapping) or not self.groups:

@@ -20,8 +20,7 @@ TEMPLATE = (
 class PTrue(Estimator):
     """The probability of "True" against "False" as the answer to a question about the answer (Kadavath et al., arXiv 2207.05221).
 
-    The image is the same, the prompt another. It is meaningful for models that follow instructions; a model that was trained on
-    one form of question only answers at random.
+    It is meaningful for models that follow instructions; a model that was trained on one form of question answers at random.
 
     Args:
         template: the question about the answer, with the placeholders `{question}` and `{answer}`, see `check_template`.
@@ -38,9 +37,7 @@ class PTrue(Estimator):
         check_template(template, "PTrue.template", "question", "answer")
         if not true.strip() or not false.strip() or true.strip() == false.strip():
             raise DataError(f"PTrue needs two different answers, found {true!r} and {false!r}")
-        self.template = template
-        self.true = true
-        self.false = false
+        self.template, self.true, self.false = template, true, false
 
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         pairs = zip(answered.batch.queries, answered.answers, strict=True)
@@ -60,9 +57,7 @@ class PTrue(Estimator):
     ) -> tuple[int, list[int], int, tuple[list[int], list[int]]]:
         """The prompt about an answer, as an edit of the prompt that was answered.
 
-        Returns:
-            How many tokens at its end are replaced, by which token ids, how many of these the responses replace (mostly 0), and
-            the token ids of true and of false.
+        How many tokens at its end are replaced, by which, how many of these the responses replace (mostly 0), and the tokens of both.
         """
         plain_chat = ChatFormat(chat.processor, ElicitationPrompt("{question}"))
         text = self.template.format(question=query.question, answer=answer)

@@ -106,10 +106,9 @@ CHECKS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 def read_predictions(path: Path) -> list[EstimatedPrediction]:
-    """The predictions of a `predictions.jsonl`; blank lines are passed over.
+    """The predictions of a `predictions.jsonl`.
 
-    Raises:
-        DataError: the file cannot be read, holds no prediction, repeats an id, or has a line that is none.
+    DataError if the file cannot be read, holds no prediction, repeats an id, or has a line that is none and not blank.
     """
     predictions: dict[str, EstimatedPrediction] = {}
     for line in json_lines(path):
@@ -123,11 +122,7 @@ def read_predictions(path: Path) -> list[EstimatedPrediction]:
 
 
 def prediction_from_dict(data: Any) -> EstimatedPrediction:
-    """Convert a decoded JSON object to a prediction; unknown keys are estimators.
-
-    Raises:
-        RecordError: the value is not an object, lacks a key, or has a value of the wrong type.
-    """
+    """Convert a decoded JSON object to a prediction; unknown keys are estimators. RecordError if it is none."""
     if not isinstance(data, Mapping):
         raise RecordError("expected an object with the keys of a prediction")
     if missing := [key for key in REQUIRED if key not in data]:

@@ -8,9 +8,8 @@ A calibrated confidence may ignore the image (arXiv 2609.18453). The answer is h
 - "answer": the opposite of a yes/no answer is given.
 
 A confidence that listens falls without the image and without the key object, hardly moves without a distractor, and adds up to 1 with
-that in the opposite answer. Nothing is generated: it is the likeliest of the confidences that can be stated after the answer, and so is
-the original one. Each probe, and the original reading, which is that of `ExpectedConfidence`, is one forward pass
-(`AnsweredBatch.read_probes`).
+that in the opposite answer. Nothing is generated: it is the likeliest of those that can be stated after the answer, and so is the original
+one. Each probe, and the original reading, which is that of `ExpectedConfidence`, is one forward pass.
 """
 
 from __future__ import annotations

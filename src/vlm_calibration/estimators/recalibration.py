@@ -4,8 +4,8 @@ Maps from confidence to accuracy are fitted on the answers of a calibration set 
 image with it, since the correctness of answers about one image is correlated. Each answer type has its own map: the likelihood of yes
 against no and that of a text's tokens are not comparable. All but histogram binning are monotone: they fix calibration, not ranking.
 
-Each method is a function that takes confidences, float64 [N] in [0, 1], their correctness, bool [N], N at least 1, and the `epsilon` of
-`logit`. It returns the fitted map, from confidences to recalibrated ones, float64 [M] in [0, 1].
+A method takes confidences, float64 [N] in [0, 1], their correctness, bool [N], N at least 1, and the `epsilon` of `logit`. It returns the
+fitted map, from confidences to recalibrated ones, float64 [M] in [0, 1].
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPredicti
 from vlm_calibration.records import DataError
 
 HALF_PERCENT, SMALLEST = 0.005, 1e-6
-"""Distance from 0 and 1 within which log-odds are not taken as they are: half of the step between stated percentages, and that for all
-other confidences."""
+"""`epsilon` of `logit`: half of the step between stated percentages, and that for all other confidences."""
 MIN_SLOPE = 1e-6
 """Slope of a Platt map, at least: confidences keep their order."""
 UNREGULARISED = 1e6
@@ -34,10 +33,9 @@ Map = Callable[[np.ndarray], np.ndarray]
 
 
 def platt(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
-    """Platt scaling (1999), of the logit of the confidence: sigmoid(a logit(c) + b), a > 0.
+    """Platt scaling (1999), of the logit of the confidence: sigmoid(a logit(c) + b), a > 0, so AUROC does not change.
 
-    It is strictly increasing, so AUROC does not change. If accuracy falls with confidence, a is `MIN_SLOPE`, and all
-    confidences map to about the overall accuracy.
+    If accuracy falls with confidence, a is `MIN_SLOPE`, and all confidences map to about the overall accuracy.
     """
     return _logistic(confidence, correct, epsilon, intercept=True)
 
@@ -71,10 +69,7 @@ def isotonic(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALL
 
 
 def histogram(confidence: np.ndarray, correct: np.ndarray, epsilon: float = SMALLEST) -> Map:
-    """Histogram binning (Zadrozny & Elkan, 2001): the accuracy of each of ten bins with equally many answers.
-
-    Fewer distinct confidences give fewer bins.
-    """
+    """Histogram binning (Zadrozny & Elkan, 2001): the accuracy of each of at most ten bins with equally many answers."""
     regression = LinearRegression()
     if len(np.unique(confidence)) > 1:  # a single one has no quantiles
         # Least squares on bin indicators gives the mean of each bin.
@@ -104,23 +99,20 @@ def recalibrated(
 ) -> list[float | None]:
     """For each prediction the confidence of an estimator, recalibrated by one of `METHODS`; None without a confidence.
 
-    Raises:
-        DataError: an image is in both sets or unknown, or no calibration answer of a type has a confidence.
+    DataError if an image is in both sets or unknown, or no calibration answer of a type has a confidence.
     """
     for p in (*calibration, *predictions):
         if p.image is None:
-            raise DataError(
-                f"prediction {p.id!r} has no 'image', so answers cannot be split by image: evaluate again"
-            )
-    if shared := sorted({p.image or "" for p in calibration} & {p.image or "" for p in predictions}):
+            reason = "has no 'image', so answers cannot be split by image: evaluate again"
+            raise DataError(f"prediction {p.id!r} {reason}")
+    if shared := sorted({str(p.image) for p in calibration} & {str(p.image) for p in predictions}):
         raise DataError(
             f"{len(shared)} images are in the calibration split and in the test split, {shared[0]!r} among them: a map must "
             "be fitted on other images than it is applied to"
         )
     if missing := unrated_types(predictions, estimator, calibration):
-        raise DataError(
-            f"{method}: no {missing[0]} answer of the calibration split has a confidence to fit on"
-        )
+        answers = f"no {missing[0]} answer of the calibration split"
+        raise DataError(f"{method}: {answers} has a confidence to fit on")
     epsilon = HALF_PERCENT if estimator == VERBALIZED else SMALLEST
     values: list[float | None] = [None] * len(predictions)
     for kind, rows in _rated(predictions, estimator).items():

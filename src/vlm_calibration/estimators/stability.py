@@ -21,9 +21,9 @@ STRENGTHS: Mapping[str, Sequence[float]] = {"blur": (0.02,), "noise": (0.1, 0.1,
 class Stability(Estimator):
     r"""The mean likelihood of the answer on perturbed copies of the image.
 
-    :math:`\frac{1}{n} \sum_i p(a \mid v_i, q)` with p as in `AnswerLikelihood`: each copy is one forward pass. VL-Uncertainty (Zhang
-    et al., arXiv 2411.11919) instead samples an answer to each copy and takes the entropy over their meanings, which ranks the demo's
-    answers worse, at seven times the passes. The copies are a function of (seed, query id) alone.
+    :math:`\frac{1}{n} \sum_i p(a \mid v_i, q)` with p as in `AnswerLikelihood`: each copy is one forward pass. The entropy over sampled
+    answers (VL-Uncertainty, Zhang et al., arXiv 2411.11919) ranks the demo's answers worse, at seven times the passes. The copies are a
+    function of (seed, query id) alone.
 
     Args:
         strengths: kind of perturbation -> the strength of each copy, in (0, 1]; None: `STRENGTHS`.
@@ -45,8 +45,7 @@ class Stability(Estimator):
     ) -> None:
         given = STRENGTHS if strengths is None else strengths
         self.strengths = {kind: list(own) for kind, own in given.items()}
-        self.region = region
-        self.seed = seed
+        self.region, self.seed = region, seed
         if unknown := sorted(set(self.strengths) - set(KIND_NAMES)):
             raise DataError(
                 f"Stability.strengths: there is no kind {unknown[0]!r}: expected {', '.join(KIND_NAMES)}"

@@ -28,8 +28,7 @@ class ExpectedConfidence(Estimator):
 
     .. math:: \sum_k c_k \, p(c_k \mid v, q, a) \quad\text{with}\quad p(c_k \mid v, q, a) \propto p(a, c_k \mid v, q)
 
-    They are every whole percent, or stage 2's candidates in its training, and all are scored in one pass. Greedy decoding states the
-    mode of this distribution; the calibrated statement is its mean.
+    They are every whole percent, or stage 2's candidates in its training, and all are scored in one pass.
     """
 
     name = EXPECTED

@@ -1,7 +1,6 @@
 """Calibration metrics: one table of integer counts, every metric an exact function of it.
 
-`functional` declares every metric, as a function of raw values and of tables; figures are in `figures`. The torchmetrics classes are
-imported on first use: importing torchmetrics takes seconds, and scoring a file does not need it.
+The torchmetrics classes are imported on first use: importing torchmetrics takes seconds, and scoring a file does not need it.
 """
 
 from typing import TYPE_CHECKING, Any

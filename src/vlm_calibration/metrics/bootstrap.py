@@ -37,21 +37,16 @@ class Interval(NamedTuple):
 def bootstrap_replicates(table: ConfidenceTable, function: Callable[[ConfidenceTable], Tensor]) -> Tensor:
     """A function of a table on every replicate, float64 [B], in batches of bounded memory."""
     step = max(1, _BATCH_CELLS // max(len(table.value), 512))
-    batches = [
-        function(table._replace(counts=table.counts[i : i + step], unparsed=table.unparsed[i : i + step]))
-        for i in range(0, len(table.counts), step)
-    ]
-    return torch.cat(batches)
+    batches = zip(table.counts.split(step), table.unparsed.split(step), strict=True)
+    return torch.cat([function(table._replace(counts=c, unparsed=unparsed)) for c, unparsed in batches])
 
 
 def interval_of(
     metric: CalibrationMetric, table: ConfidenceTable, draws: ConfidenceTable, replicates: Tensor, rarer: int
 ) -> Interval:
-    """95% confidence interval of one metric from given resamples.
+    """95% confidence interval of one metric of the answers in `table`.
 
     Args:
-        metric: the metric.
-        table: the answers.
         draws: B resamples of the answers, drawn one by one or in clusters: counts [B, L, 2] over the same confidences.
         replicates: the metric of the draws, float [B].
         rarer: see `percentile_interval`.
@@ -71,8 +66,7 @@ def percentile_interval(value: float, replicates: Tensor, rarer: int) -> Interva
     Args:
         value: the metric of the answers, which the interval is extended to contain.
         replicates: float [B]; NaN replicates are left out.
-        rarer: the number of sampling units (answers or images) with a correct answer or with a wrong one, whichever is
-            smaller. It is the effective sample size of accuracy and rank, and sets the degrees of freedom.
+        rarer: the number of images with a correct answer or with a wrong one, whichever is smaller; sets the degrees of freedom.
     """
     tail = 0.0
     if rarer > 1:
@@ -140,8 +134,7 @@ def _gaps_and_noise(
     gaps = total / n
     noise = (total_drawn - gaps * n_drawn) / n
     variance = noise.square().mean(0)
-    # A bin whose answers are all correct or all wrong shows no variance. Half of what it falls short of the variance of a calibrated
-    # model, which follows from the confidences, is added.
+    # A bin whose answers are all correct or all wrong shows no variance: half of what it lacks to that of a calibrated model is added.
     calibrated = (table.answers * table.value * (1 - table.value)) @ weights.square() / n.square()
     missing = (calibrated - variance).clamp_min(0) / 2
     generator = torch.Generator().manual_seed(0)

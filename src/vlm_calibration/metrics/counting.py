@@ -1,7 +1,6 @@
 """The metrics as torchmetrics, each kind with one int64 tensor of counts as its whole state.
 
-The state is O(1) in the number of predictions, is not changed by autocast or by `half()` and its like, and is reduced across
-processes by a single all-reduce sum, however many metrics are computed from it.
+The state is O(1) in the number of predictions, is not changed by autocast or `half()`, and is reduced by one all-reduce sum.
 """
 
 import math
@@ -30,14 +29,11 @@ def sum_across_processes(counts: Tensor, group: Any = None) -> list[Tensor]:
 
 
 class CountingMetric(Metric):
-    """Metrics whose whole state is one int64 tensor `counts`.
-
-    Row 0 counts all answers, each further row those of one category; an answer may be in several categories.
+    """Metrics whose whole state is one int64 tensor `counts`: row 0 of all answers, each further row of one category.
 
     Args:
         shape: of the counts of one row.
-        categories: different names to break the metrics down by, fixed so that every process has the same state; None for
-            no breakdown, in which case the categories of an update are not used.
+        categories: different names to break the metrics down by; None: the categories of an update are not used.
     """
 
     is_differentiable = False
@@ -48,11 +44,8 @@ class CountingMetric(Metric):
         # With the cache, a process without new answers would return its last value and leave the others waiting for its counts.
         super().__init__(dist_sync_fn=sum_across_processes, compute_with_cache=False)
         self.categories = tuple(categories or ())
-        if (
-            isinstance(categories, str)
-            or "" in self.categories
-            or len({*self.categories}) < len(self.categories)
-        ):
+        names = {*self.categories}
+        if isinstance(categories, str) or "" in names or len(names) < len(self.categories):
             raise ValueError(f"categories must be different names, not empty, got {categories!r}")
         rows = torch.zeros(1 + len(self.categories), *shape, dtype=torch.int64)
         self.add_state("counts", rows, dist_reduce_fx="sum")
@@ -74,7 +67,7 @@ class CountingMetric(Metric):
 
     @property
     def update_called(self) -> bool:
-        """True: no answers are a state like any other, and no reason for a warning of torchmetrics."""
+        """True: torchmetrics need not warn of metrics without answers."""
         return True
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
@@ -107,13 +100,7 @@ class CalibrationCounts(CountingMetric):
         self.names = tuple(metrics)
 
     def update(self, confidence: Tensor, correct: Tensor, category: Categories | None = None) -> None:
-        """Count N answers; ValueError on what is no confidence or correctness.
-
-        Args:
-            confidence: float [N] in [0, 1], NaN where it could not be parsed.
-            correct: bool [N].
-            category: those of each answer, if there are any.
-        """
+        """Count N answers, with the categories of each if there are any; see `check_predictions`."""
         check_predictions(confidence, correct)
         level = to_level(confidence.detach(), self.grid_steps)
         self.count(level * 2 + correct.to(level.device), category)
@@ -165,7 +152,7 @@ class TaskMetrics(CountingMetric):
         correct: Tensor,
         category: Categories | None = None,
     ) -> None:
-        """Count N answers, see `answer_cells`; `category` as for `CalibrationCounts.update`."""
+        """Count N answers, with the categories of each if there are any; see `answer_cells`."""
         self.count(answer_cells(predicted, answer, correct), category)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:

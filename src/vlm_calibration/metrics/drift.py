@@ -21,12 +21,7 @@ def drift_test(reference: npt.ArrayLike, new: npt.ArrayLike, permutations: int =
 
     The p-value is the share of random divisions of all answers into two sides of these sizes with at least this difference, so it is exact
     for a few tied percents too; it is at least 1 / (permutations + 1). It assumes independent answers: give one of those about an image.
-    The order of the answers does not matter. A confidence that could not be parsed is a level of its own below all others.
-
-    Args:
-        reference: float64 [M], confidences in [0, 1] or NaN.
-        new: float64 [N], likewise.
-        permutations: number of random divisions.
+    Confidences are float64 [M] and [N] in [0, 1]; NaN, one that could not be parsed, is a level of its own below all others.
     """
     sides = [np.asarray(side, dtype=np.float64) for side in (reference, new)]
     values = np.concatenate(sides)

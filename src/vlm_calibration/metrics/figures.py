@@ -1,7 +1,7 @@
 """Figures of tables for reports and W&B: reliability, histogram, risk and coverage, response to perturbation.
 
-Each function takes tables and returns a matplotlib `Figure`, 800 x 600 pixels unless it is told where to draw. Figures are built
-without pyplot, so that they need no display and are safe in threads. Colours are those of Okabe & Ito (2008); elements that differ in colour also differ in shape, line style or hatching.
+Each function returns a matplotlib `Figure`, 800 x 600 pixels unless it is told where to draw. Figures are built without pyplot, so that
+they need no display and are safe in threads. Elements that differ in colour (Okabe & Ito, 2008) also differ in shape, line style or hatching.
 """
 
 import math
@@ -27,17 +27,13 @@ ResponseTables = dict[tuple[str, float], ConfidenceTable]
 
 
 def new_figure() -> "Figure":
-    """A figure of 800 x 600 pixels that is not registered with pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(8, 6), dpi=100, layout="constrained")
 
 
 def wilson_interval(correct: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower and upper bound of Wilson's 95% score interval (1927) of an accuracy, from numbers of answers, float64 of any shape.
-
-    It is [0, 1] where there is no answer.
-    """
+    """Lower and upper bound of Wilson's 95% score interval (1927) of an accuracy, float64 of any shape; [0, 1] without answers."""
     z, n = _Z95, answers.clamp_min(1e-12)
     rate = correct / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
@@ -50,7 +46,7 @@ def reliability_diagram(
 ) -> "Figure":
     """Accuracy against mean confidence of ten bins of equal width, those of the ECE, with bin counts and a 95% Wilson band.
 
-    Bins with fewer than `FEW` answers are faint, and neither the line nor the band leads to them. `title` replaces the default one.
+    Bins with fewer than `FEW` answers are faint, and neither the line nor the band leads to them.
     """
     title = title or _title(table, "Reliability: ECE", "ece", ".1%")
     figure, ax = _axes(table, title, "Stated confidence (%)", "Accuracy (%)", ax)
@@ -78,8 +74,7 @@ def reliability_diagram(
     ax.legend(loc="upper left", frameon=False)
 
     # A strip under 0% has the number of answers in each bin, as bars.
-    floor = -38.0
-    centre = 10 * torch.arange(10) + 5.0
+    floor, centre = -38.0, 10 * torch.arange(10) + 5.0
     size = 20 * sums.answers / sums.answers.max()
     ax.bar(centre.numpy(), size.numpy(), 9.0, bottom=floor, color=GREY, alpha=0.6)
     ax.axhline(-5, color="black", linewidth=0.8)
@@ -129,14 +124,14 @@ def confidence_histogram(table: ConfidenceTable, *, ax: "Axes | None" = None) ->
 def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
     """Risk-coverage curve: error rate of the answered questions against their share, most confident first.
 
-    Points are the thresholds that can be set; between them equally confident answers come in random order. The best
-    possible ranking of the same answers and a random ranking are drawn for comparison.
+    Points are the thresholds that can be set; between them equally confident answers come in random order.
     """
-    title, x_label = (
-        _title(table, "Risk and coverage: AURC", "aurc"),
+    title = _title(table, "Risk and coverage: AURC", "aurc")
+    x_label, y_label = (
         "Coverage: most confident answers given (%)",
+        "Risk: error rate of the answers given (%)",
     )
-    figure, ax = _axes(table, title, x_label, "Risk: error rate of the answers given (%)")
+    figure, ax = _axes(table, title, x_label, y_label)
     if not table.parsed:
         return figure
     answers, wrong = table.answers.flip(-1), table.wrong.flip(-1)
@@ -162,11 +157,9 @@ def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
 def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) -> "Figure":
     """Mean stated confidence and accuracy against the strength of the perturbation, with a panel for each kind.
 
-    A calibrated model's two curves coincide. The band is the 95% Wilson interval of the accuracy. The answers to untouched images are in
-    every panel.
+    A calibrated model's two curves coincide. The band is the 95% Wilson interval of the accuracy. Untouched images are in every panel.
     """
-    if figure is None:
-        figure = new_figure()
+    figure = figure or new_figure()
     n = sum(table.n for table in tables.values())
     figure.suptitle(f"Response to perturbation: {n:,} answer{'' if n == 1 else 's'}", fontsize="large")
     answered = {key: table for key, table in tables.items() if table.parsed}
@@ -203,7 +196,6 @@ def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) ->
 
 
 def _title(table: ConfidenceTable, heading: str, name: str, format: str = ".3f") -> str:
-    """A heading with a metric and the number of answers."""
     value = float(METRICS[name](table))
     shown = "undefined" if math.isnan(value) else f"{value:{format}}"
     unparsed = f" ({table.unparsed:,} unparsed)" if table.unparsed else ""

@@ -47,10 +47,10 @@ class MetricSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationMetric(MetricSpec):
-    """The declaration of a metric of confidence.
+    """The declaration of a metric of confidence; called with a table or a batch of replicates, it returns its value.
 
     Attributes:
-        function: from a `ConfidenceTable` to float64 [...], NaN where undefined.
+        function: from a `ConfidenceTable` to float64 [...], NaN where undefined, without a warning.
         gaps: the metric as a norm of gaps, for its confidence interval; None if it is no calibration error.
     """
 
@@ -58,7 +58,6 @@ class CalibrationMetric(MetricSpec):
     gaps: GapNorm | None = None
 
     def __call__(self, table: ConfidenceTable) -> Tensor:
-        """The value on a table or a batch of replicates, float64, NaN where undefined, without a warning."""
         return self.function(table)
 
 
@@ -93,23 +92,18 @@ def of_values(formula: Callable[[ConfidenceTable], Any], undefined: str = UNPARS
         moved = [to_device_of(part, confidence) for part in parts]
         return type(value)(*moved) if isinstance(value, tuple) else moved[0]
 
-    # The signature is that of this function, and not that of the formula.
-    del function.__wrapped__
+    del function.__wrapped__  # else `inspect.signature` shows that of the formula
     return function
 
 
 def metric(
     name: str, heading: str, undefined: str = UNPARSED, **declaration: Any
 ) -> Callable[[Callable[[ConfidenceTable], Tensor]], Callable[..., Tensor]]:
-    """Declare the decorated formula: enter it in `METRICS` and put its function of raw values in its place.
-
-    `declaration` has further fields of `CalibrationMetric`.
-    """
+    """Enter the decorated formula in `METRICS`, and put its function of raw values in its place."""
 
     def declare(formula: Callable[[ConfidenceTable], Tensor]) -> Callable[..., Tensor]:
-        METRICS[name] = CalibrationMetric(
-            heading=heading, undefined=undefined, function=formula, **declaration
-        )
+        spec = CalibrationMetric(heading=heading, undefined=undefined, function=formula, **declaration)
+        METRICS[name] = spec
         return of_values(formula, undefined)
 
     return declare
@@ -139,9 +133,7 @@ def expected_calibration_error(table: ConfidenceTable) -> Tensor:
     r"""Expected calibration error (ECE), Naeini et al. (AAAI 2015) and Guo et al. (arXiv 1706.04599).
 
     :math:`\sum_b w_b |acc_b - conf_b|`, with the share of answers `w_b`, mean confidence `conf_b` and accuracy `acc_b` of each
-    of ten bins of equal width. An edge belongs to the bin above it, and 1 to the last bin.
-
-    Bins [0.3, 0.4) and [0.9, 1] give 2/3 * |0.5 - 0.9| + 1/3 * |0 - 0.3|:
+    of ten bins of equal width. An edge belongs to the bin above it, and 1 to the last bin. Here 2/3 * |0.5 - 0.9| + 1/3 * |0 - 0.3|:
 
     >>> expected_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.3667, dtype=torch.float64)
@@ -264,8 +256,7 @@ def area_under_risk_coverage(table: ConfidenceTable) -> Tensor:
     answers_before = answers.cumsum(-1) - answers
     wrong_before = wrong.cumsum(-1) - wrong
     rate = wrong / answers.clamp_min(1)
-    # E[risk after k answers] = (wrong_before + (k - answers_before) * rate) / k, summed over the k of one confidence: a sum of 1 / k is a
-    # difference of digamma functions.
+    # E[risk after k answers] = (wrong_before + (k - answers_before) * rate) / k; a sum of 1 / k is a difference of digamma functions.
     reciprocals = torch.digamma(answers_before + answers + 1) - torch.digamma(answers_before + 1)
     area = wrong + (wrong_before - answers_before * rate) * reciprocals
     return area.sum(-1) / table.total

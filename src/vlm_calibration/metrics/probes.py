@@ -21,10 +21,9 @@ Probed = Mapping[str, float | None]
 
 
 def count_probes(probed: Iterable[Probed], probes: Sequence[str]) -> Tensor:
-    """Count N answers at P probes, int64 [P, 5].
+    """For each of P probes the answers whose confidence fell, stayed and rose; in millionths the sum of all changes and of all sums of both.
 
-    Of each probe the answers whose confidence fell, stayed and rose; in millionths the sum of all changes, probed minus original, and of all
-    sums of both.
+    int64 [P, 5]; a change is the probed confidence minus the original one.
     """
     probed = list(probed)
     counts = torch.zeros(len(probes), 5, dtype=torch.int64)
@@ -47,13 +46,8 @@ def probe_values(counts: Tensor, probes: Sequence[str], suffix: str = "") -> dic
     values: dict[str, float] = {}
     for probe, (fell, stayed, rose, change, total) in zip(probes, counts.double(), strict=True):
         n = fell + stayed + rose
-        named = {
-            "n": n,
-            "change": change / (n * MILLION),
-            "fell": fell / n,
-            "stayed": stayed / n,
-            "rose": rose / n,
-        }
+        named = {"n": n, "change": change / (n * MILLION)}
+        named |= {"fell": fell / n, "stayed": stayed / n, "rose": rose / n}
         if probe == SWAPPED:
             named["sum"] = total / (n * MILLION)
         values |= {f"probe_{probe}_{name}{suffix}": float(value) for name, value in named.items()}

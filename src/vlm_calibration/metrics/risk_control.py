@@ -46,11 +46,9 @@ class Limits:
 
 
 class GradedAnswers(NamedTuple):
-    """Independent answers, at most one about an image.
+    """N independent answers, at most one about an image.
 
-    Attributes:
-        confidence: float64 [N], the highest threshold that gives each answer; NaN without a readable confidence: none does.
-        correct: bool [N].
+    `confidence` is the highest threshold that gives an answer; NaN without a readable confidence.
     """
 
     confidence: npt.NDArray[np.float64]
@@ -62,8 +60,7 @@ class ThresholdScores(NamedTuple):
 
     Attributes:
         n: all answers.
-        answers: answers given.
-        wrong: wrong answers among those given.
+        answers, wrong: answers given, and wrong ones among them.
         correct: correct answers, given or not.
         sent_away: correct answers that are not given.
         coverage: share of all answers that are given.
@@ -87,9 +84,10 @@ class ThresholdScores(NamedTuple):
         """The scores of N answers, of which some are given; `certainty` is that of each interval, in (0, 1)."""
         n, answers, n_correct = len(correct), int(given.sum()), int(correct.sum())
         right = int((given & correct).sum())
-        shares = ((answers, n), (answers - right, answers), (n_correct - right, n_correct))
-        intervals = (exact_interval(events, trials, certainty) for events, trials in shares)
-        return cls(n, answers, answers - right, n_correct, n_correct - right, *intervals)
+        wrong, sent_away = answers - right, n_correct - right
+        shares = ((answers, n), (wrong, answers), (sent_away, n_correct))
+        intervals = (exact_interval(*share, certainty) for share in shares)
+        return cls(n, answers, wrong, n_correct, sent_away, *intervals)
 
 
 class Choice(NamedTuple):
@@ -98,9 +96,9 @@ class Choice(NamedTuple):
     Attributes:
         threshold: lowest confidence that is answered; None if no threshold keeps all limits.
         scores: what the threshold does on the answers that it was chosen on; None without a threshold.
-        p_error: p-value of "the error exceeds its limit" at the threshold.
-        p_sent_away: p-value of "the share sent away exceeds its limit" at the threshold; None without such a limit.
-        reason: why there is no threshold, as a sentence; empty with a threshold.
+        p_error: p-value of "the error exceeds its limit".
+        p_sent_away: p-value of "the share sent away exceeds its limit"; None without such a limit.
+        reason: why there is no threshold; empty with a threshold.
     """
 
     threshold: float | None
@@ -113,9 +111,7 @@ class Choice(NamedTuple):
 class RiskControl(NamedTuple):
     """Thresholds with one guarantee for all of them together.
 
-    Attributes:
-        limits: what is promised.
-        choices: group -> its threshold; the key of all answers as one group is "".
+    `choices`: group -> its threshold; the key of all answers as one group is "".
     """
 
     limits: Limits
@@ -123,7 +119,6 @@ class RiskControl(NamedTuple):
 
     @property
     def found(self) -> bool:
-        """Whether any group has a threshold."""
         return any(choice.threshold is not None for choice in self.choices.values())
 
     @property
@@ -203,14 +198,12 @@ def _steps(answers: GradedAnswers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskControl:
     """Choose a threshold for each group of answers, so that all limits hold for all groups at once with the certainty asked for.
 
-    Args:
-        answers: group -> its answers; one group "" for all answers.
-        limits: what is promised. Each of the G groups is tested at (1 - certainty) / G, and with two limits each limit at half of it.
+    `answers`: group -> its answers; one group "" for all answers. Each of the G groups is tested at (1 - certainty) / G, and with two
+    limits each limit at half of it.
 
-    Example:
-        >>> control = control_risk({"": graded_answers([0.9] * 100 + [0.4] * 20, [True] * 100 + [False] * 20)}, Limits(0.05))
-        >>> control.choices[""].threshold
-        0.9
+    >>> control = control_risk({"": graded_answers([0.9] * 100 + [0.4] * 20, [True] * 100 + [False] * 20)}, Limits(0.05))
+    >>> control.choices[""].threshold
+    0.9
     """
     level = (1 - limits.certainty) / len(answers) / (1 if limits.max_sent_away is None else 2)
     return RiskControl(limits, {name: _choose(part, limits, level) for name, part in answers.items()})
@@ -224,8 +217,7 @@ def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
     p_error = float(binom.cdf(scores.wrong, scores.answers, limits.max_error))
     if limits.max_sent_away is None:
         return Choice(threshold, scores, p_error)
-    # A sequence of tests from the lowest threshold upwards passes this one if and only if its own test does, since each test has the
-    # same number of trials and not fewer events than the one before it.
+    # Tests from the lowest threshold upwards pass this one if and only if its own test does: trials stay, and events do not get fewer.
     p_sent_away = float(binom.cdf(scores.sent_away, scores.correct, limits.max_sent_away))
     if p_sent_away <= level:
         return Choice(threshold, scores, p_error, p_sent_away)
@@ -247,10 +239,8 @@ def _why_none(answers: GradedAnswers, max_error: float, level: float) -> str:
     fewest = fewest_answers(max_error, level if len(given) == 1 else level / 2)
     if not len(given):
         return "no answer has a confidence"
-    if given[-1] < fewest:
-        return (
-            f"{given[-1]} answers with a confidence are too few: even without a wrong one it takes {fewest}"
-        )
+    if (n := given[-1]) < fewest:
+        return f"{n} answers with a confidence are too few: even without a wrong one it takes {fewest}"
     rates = np.where(given >= fewest, wrong / given, np.inf)
     best = int(rates.argmin())
     lowest = f"{percent(rates[best])} of {given[best]} answers, from {percent(thresholds[best])} on"
@@ -258,12 +248,7 @@ def _why_none(answers: GradedAnswers, max_error: float, level: float) -> str:
 
 
 def guarantee(control: RiskControl, questions: str = "those of the calibration split") -> str:
-    """The promise as a sentence; empty if no group has a threshold.
-
-    Args:
-        control: thresholds of one or several groups.
-        questions: which questions the promise is for, after "questions like".
-    """
+    """The promise as a sentence; empty if no group has a threshold. `questions` says for which, after "questions like"."""
     if not control.found:
         return ""
     limits, several = control.limits, list(control.choices) != [""]

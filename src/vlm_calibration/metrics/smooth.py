@@ -1,8 +1,7 @@
 """Smooth calibration error (Błasiok & Nakkiran, arXiv 2309.12236), without bins.
 
-The residuals (confidence - correctness), placed on [0, 1] at their confidences, are smoothed with a Gaussian
-reflected at 0 and 1. This is the heat kernel of the interval, so smoothing is a product in the cosine basis. The
-computation is one cosine transform and a search for the bandwidth that equals the error at that bandwidth.
+The residuals (confidence - correctness), placed on [0, 1] at their confidences, are smoothed with a Gaussian reflected at 0 and 1. This
+is the heat kernel of the interval, so smoothing is a product in the cosine basis.
 """
 
 import math
@@ -24,11 +23,9 @@ _GAP_NODES, _NARROWEST_GAP = 64, 1 / 48
 def smooth_calibration_error(table: ConfidenceTable) -> Tensor:
     r"""Smooth ECE: :math:`\int_0^1 |\frac{1}{N} \sum_i K_\sigma(t, c_i) (c_i - y_i)| dt` at :math:`\sigma = smECE_\sigma`.
 
-    `K` is the Gaussian of standard deviation :math:`\sigma` reflected at 0 and 1. Unlike a binned error it has no edges:
-    a small change of a confidence changes it little. It lies between `|overconfidence|` and the l1 ECE over distinct confidences.
-
-    The fixed point is searched down to a bandwidth of `MIN_BANDWIDTH`, and the integral is accurate to about
-    1e-5 (also above 4,096 distinct confidences, where residuals are first split linearly over a grid of 65,536 cells).
+    `K` is the Gaussian of standard deviation :math:`\sigma` reflected at 0 and 1. It has no edges, and lies between `|overconfidence|` and
+    the l1 ECE over distinct confidences. The fixed point is searched down to a bandwidth of `MIN_BANDWIDTH`, and the integral is accurate
+    to about 1e-5 (also above 4,096 distinct confidences, where residuals are first split linearly over a grid of 65,536 cells).
 
     >>> from vlm_calibration.metrics.functional import smooth_calibration_error
     >>> smooth_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([False, False, False]))
@@ -63,10 +60,8 @@ def _cosines(residual: Tensor, value: Tensor, terms: int) -> Tensor:
 
 
 def _smoothed_error(waves: Tensor, sigma: Tensor) -> Tensor:
-    """`integral |h|` of the smoothed residual, for each row at its own bandwidth, from [B, M] and [B] to [B].
-
-    A wide kernel needs few nodes, so rows are batched by octave of their bandwidth.
-    """
+    """`integral |h|` of the smoothed residual, for each row at its own bandwidth, from [B, M] and [B] to [B]."""
+    # A wide kernel needs few nodes, so rows are batched by octave of their bandwidth.
     octave = sigma.clamp_min(MIN_BANDWIDTH).log2().floor()
     error = torch.empty_like(sigma)
     for value in octave.unique():
@@ -83,15 +78,13 @@ def _smoothed_error(waves: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _integral_of_absolute(height: Tensor) -> Tensor:
-    """Trapezoid rule for |h| on [0, 1] from nodes [B, G + 1], exact to third order at sign changes.
-
-    In a cell where h changes sign the absolute value of the straight line has area `(a^2 + b^2) / (2 (|a| + |b|))` instead of
-    `(|a| + |b|) / 2`, and the jump of the slope of |h| adds the Euler-Maclaurin term `|b - a| / 6`.
-    """
+    """Trapezoid rule for |h| on [0, 1] from nodes [B, G + 1], exact to third order at sign changes."""
     nodes = height.shape[1] - 1
     size = height.abs()
     area = size.sum(1) - (size[:, 0] + size[:, -1]) / 2
     start, end = height[:, :-1], height[:, 1:]
+    # In a cell where h changes sign the absolute value of the straight line has area (a^2 + b^2) / (2 (|a| + |b|)) instead of
+    # (|a| + |b|) / 2, and the jump of the slope of |h| adds the Euler-Maclaurin term |b - a| / 6.
     row, cell = ((start < 0) != (end < 0)).nonzero(as_tuple=True)
     a, b = start[row, cell].abs(), end[row, cell].abs()
     span = a + b
@@ -100,11 +93,8 @@ def _integral_of_absolute(height: Tensor) -> Tensor:
 
 
 def _fixed_point(residual: Tensor, value: Tensor) -> Tensor:
-    """Solve `error(sigma) = sigma` for each row of [B, L]; the error does not rise with sigma.
-
-    `|sum of residuals| <= error <= sum of |residuals|` brackets the solution, and the error at the upper end is a
-    tighter lower end. `_search` narrows brackets that are still wider than the tolerance.
-    """
+    """Solve `error(sigma) = sigma` for each row of [B, L]; the error does not rise with sigma."""
+    # |sum of residuals| <= error <= sum of |residuals|, and the error at the upper end is a tighter lower end.
     high = residual.abs().sum(1).clamp_min(MIN_BANDWIDTH)
     at_high = _smoothed_error(_cosines(residual, value, _terms(float(high.min()))), high)
     low = torch.maximum(residual.sum(1).abs(), at_high).clamp_min(MIN_BANDWIDTH)

@@ -1,7 +1,4 @@
-"""ConfidenceTable: the distinct confidences of a set of answers, with the number of correct and of wrong answers at each.
-
-Every metric is an exact function of it. Binning lives here too, so that bin edges are defined once.
-"""
+"""The distinct confidences of a set of answers with their counts, of which every metric is an exact function; and their bins."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -37,10 +34,8 @@ def as_confidence_tensor(confidence: Tensor | Sequence[float | None]) -> Tensor:
 
 
 def to_level(confidence: Tensor, grid_steps: int) -> Tensor:
-    """The nearest grid level of each confidence, int64 [N], halves to even; NaN becomes `grid_steps + 1`.
-
-    It is computed in float64, so 0.29 is level 29 in any dtype, and no confidence moves by more than `1 / (2 * grid_steps)`.
-    """
+    """The nearest grid level of each confidence, int64 [N], halves to even; NaN becomes `grid_steps + 1`."""
+    # In float64, 0.29 is level 29 in any dtype.
     if confidence.device.type != "mps":
         confidence = confidence.to(torch.float64)
     return (confidence * grid_steps).round_().nan_to_num_(nan=grid_steps + 1).long()
@@ -51,10 +46,8 @@ class ConfidenceTable(NamedTuple):
 
     Attributes:
         value: float64 [L], the confidences, ascending and distinct, in [0, 1].
-        counts: int64 [..., L, 2]; `[..., 0]` counts wrong answers, `[..., 1]` correct ones. Leading dimensions are
-            bootstrap replicates.
-        unparsed: int64 [...], answers whose confidence could not be read. Only `n` and `parse_failure_rate` count them;
-            nothing is imputed.
+        counts: int64 [..., L, 2], wrong and correct answers; leading dimensions are bootstrap replicates.
+        unparsed: int64 [...], answers whose confidence could not be read; only `n` and `parse_failure_rate` count them.
         dtype: of the confidences as they were given, in which they are compared with the edges of bins.
 
     Example:
@@ -78,13 +71,9 @@ class ConfidenceTable(NamedTuple):
         correct: Tensor | Sequence[bool],
         grid_steps: int | None = 100,
     ) -> "ConfidenceTable":
-        """Count predictions.
+        """Count N predictions; a confidence is NaN, or None in a list, where it could not be parsed. ValueError if one is not in [0, 1].
 
-        Args:
-            confidence: [N] in [0, 1]; NaN (or None in a list) where it could not be parsed. ValueError for others.
-            correct: bool [N].
-            grid_steps: each confidence goes to the nearest of this number of steps from 0 to 1; None: they are grouped by value,
-                exactly for any float.
+        Each confidence goes to the nearest of `grid_steps` steps from 0 to 1; None: they are grouped by value, exactly for any float.
         """
         confidence = as_confidence_tensor(confidence).detach()
         if not isinstance(correct, Tensor):
@@ -136,7 +125,7 @@ class ConfidenceTable(NamedTuple):
 
 
 class BinSums(NamedTuple):
-    """Numbers of answers and correct answers, and the sum of confidences, in each bin, float64 [..., B]; an empty bin holds zeros."""
+    """Answers, correct answers and the sum of confidences in each bin, float64 [..., B]; an empty bin holds zeros."""
 
     answers: Tensor
     correct: Tensor
@@ -170,9 +159,9 @@ class GapNorm(NamedTuple):
 def bin_index(table: ConfidenceTable, n_bins: int, binning: Binning) -> Tensor:
     """The bin of each distinct confidence, int64 [L] in [0, n_bins - 1]; [..., L] for `quantile`, which depends on counts.
 
-    Bin `b` of equal width (`uniform`) holds the confidences in `[b / n_bins, (b + 1) / n_bins)`; the last bin also holds 1. An edge belongs
-    to the bin above it, as in `numpy.histogram`, netcal and torchmetrics. It is the number nearest to `b / n_bins` in the dtype of the
-    given confidences, as are the literal 0.3 and the level 30 / 100: none of them falls on the wrong side.
+    Bin `b` of equal width (`uniform`) holds the confidences in `[b / n_bins, (b + 1) / n_bins)`, as in `numpy.histogram`, netcal and
+    torchmetrics; the last bin also holds 1. An edge is the number nearest to `b / n_bins` in the dtype of the given confidences, as are the
+    literal 0.3 and the level 30 / 100: none of them falls on the wrong side.
 
     Bins of equal mass (`quantile`) equal binning at the edges `numpy.quantile(confidences, b / n_bins)`, an edge in the bin above it, in
     integers: `(rank of the last answer with this confidence - 1) * n_bins // (N - 1)`. Equal confidences share a bin.

@@ -21,15 +21,8 @@ TASK_SHAPE = (3, 3, 2)
 def answer_cells(predicted: Sequence[str | None], answer: Sequence[str], correct: Tensor) -> Tensor:
     """The cell of the flattened counts that each of N answers is in, int64 [N] on the device of `correct`.
 
-    Case, outer spaces and a final period of yes and no do not matter.
-
-    Args:
-        predicted: N parsed answers, None where none could be parsed.
-        answer: N gold answers.
-        correct: bool [N].
-
-    Raises:
-        ValueError: if the lengths differ.
+    `predicted` has parsed answers, None where none could be parsed, and `answer` the gold ones; case, outer spaces and a final period of
+    yes and no do not matter. ValueError if the lengths differ.
     """
     if not len(predicted) == len(answer) == len(correct):
         raise ValueError(f"got {len(predicted)} predicted, {len(answer)} answers and {len(correct)} correct")

@@ -26,7 +26,6 @@ TEXT = "README.md"
 DIGEST = "readme_sha256"
 EXAMPLE = "Is there a dog in the image?"
 """The question in the examples of cards."""
-TAGS = ("vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848")
 TASK = "image-text-to-text"
 """The task of such a model on the Hub."""
 HUB_METRICS = {
@@ -43,12 +42,10 @@ class Evaluation:
     """The results of one evaluation.
 
     Attributes:
-        adapter: digest of the evaluated adapter that the card describes.
-        system: its name in the evaluation.
+        adapter, system: digest of the evaluated adapter that the card describes, and its name in the evaluation.
         dataset: the kinds of its sources, e.g. "demo" or "jsonl".
         split: the split that the source reads; "test" for sources without splits.
         revision: the digest of the queries.
-        parts: the parts of the test set by name.
         results: "base" and the name of each adapter -> `n` and the metrics that tables show, None if undefined.
     """
 
@@ -62,7 +59,6 @@ class Evaluation:
 
     @property
     def n(self) -> int:
-        """The number of queries."""
         return int(self.results[self.system]["n"] or 0)
 
 
@@ -71,21 +67,18 @@ class Card:
     """The facts about an adapter; only the base model must be known.
 
     Attributes:
-        base: name on the Hub (`base_on_hub`) or folder of the base model.
-        revision: commit or branch of the base model.
+        base, revision: name on the Hub (`base_on_hub`) or folder of the base model, and its commit or branch.
         location: where the weights are: a folder, or a name on the Hub.
         merged: whether the weights are those of the whole model, with the adapter merged in.
         trust_remote_code, dtype, quantization: of the base model in training, as in `BaseModel`.
         training: stage, steps and adapter, and setting -> value.
         levels: answer type -> kind of perturbation, strength and the confidence in [0, 1] that was taught for it, on average.
         results: "before" and "after" training -> metrics of the validation queries, None if undefined.
-        evaluations: results on test data.
         guarantee: what the thresholds beside the weights promise, as a sentence; empty without thresholds.
         license: metadata of the licence (`hub.LICENSE`).
         template: the prompt, with `{question}` in it.
         conversation: the prompt with `EXAMPLE`, as the chat template formats it.
         has_chat_template: whether the processor has a chat template; PaliGemma's processor formats the prompt itself.
-        max_new_tokens: length limit of an answer.
         parts: the parts of the model that the adapter changes, as in `lora.parts`; empty if they are not known.
         max_pixels: limit of an image's pixels in training, as in `data.max_pixels`; the saved processor has it too.
     """
@@ -133,6 +126,7 @@ def card_text(card: Card) -> str:
         if (value := evaluation.results[evaluation.system].get(name)) is not None
     ]
     relation = "finetune" if card.merged else "adapter"
+    tags = ["vlm-calibration", "calibration", "verbalized-confidence", "arxiv:2504.14848"]
     metadata = ModelCardData(
         **card.license,
         base_model=card.base if card.base_on_hub else None,
@@ -140,7 +134,7 @@ def card_text(card: Card) -> str:
         base_model_revision=card.revision if card.base_on_hub else None,
         library_name="transformers" if card.merged else "peft",
         pipeline_tag=TASK,
-        tags=[*TAGS, *([] if card.merged else ["lora"])],
+        tags=tags if card.merged else [*tags, "lora"],
         model_name=title if results else None,
         eval_results=results or None,
     )
@@ -163,7 +157,7 @@ def card_text(card: Card) -> str:
 
 
 def results_text(card: Card) -> str:
-    """The part of the card with the results on test data and the guarantee; empty if it has neither."""
+    """The results on test data and the guarantee; empty without either."""
     return _render("card_results.md.j2", card)
 
 
@@ -195,10 +189,7 @@ def save_card(folder: Path, card: Card) -> None:
 
 
 def renew_card(folder: Path, card: Card) -> None:
-    """Write a card; if a person has edited its `README.md`, write the facts alone and print the results and guarantee on stderr.
-
-    DataError if the card in the folder cannot be read.
-    """
+    """Write a card; if a person has edited its `README.md`, write the facts alone and print the results on stderr."""
     if not is_edited(folder):
         save_card(folder, card)
         return

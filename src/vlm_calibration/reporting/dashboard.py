@@ -24,7 +24,6 @@ NAME = "Calibration"
 RUNS = {"training": ["sft", "dpo"], "evaluation": ["evaluation"]}
 """Runs of a section of the report -> the tags that `Artifacts` gives these runs."""
 Section = dict[str, Any]
-"""A section as in `dashboard.yaml`."""
 
 
 def logged_in() -> bool:
@@ -55,7 +54,7 @@ def sections(systems: Sequence[str]) -> list[Section]:
 
 
 def outline(sections: Sequence[Section]) -> str:
-    """The sections as text: the runs of each, its note, and the kind, the logged keys and the unit of each panel."""
+    """The sections and their panels as text."""
     lines = []
     for section in sections:
         lines += ["", f"{section['question']} ({section['runs']} runs)", f"  {section['note']}"]
@@ -77,9 +76,8 @@ def build(entity: str, project: str, sections: Sequence[Section]) -> dict[str, s
     try:
         return {name: view(entity, project, sections).save().url for name, view in views.items()}
     except (wandb.errors.Error, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"W&B does not take the dashboard of {entity}/{project}: {first_line(error)}"
-        ) from error
+        what = f"the dashboard of {entity}/{project}"
+        raise DataError(f"W&B does not take {what}: {first_line(error)}") from error
 
 
 def workspace(entity: str, project: str, sections: Sequence[Section]) -> Any:

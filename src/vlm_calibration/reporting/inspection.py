@@ -16,16 +16,13 @@ from vlm_calibration.records import SMALL_BOX, DataError, Query
 from vlm_calibration.text.grading import parse_answer
 
 MAX_VALUES = 8
-"""Values that a line of the table names at most."""
+"""Values that a line of the table names."""
 
 
 class Inspection(NamedTuple):
-    """What a source holds.
+    """What a source holds: the table's rows of heading and text, and a message for each record that cannot be used.
 
-    Attributes:
-        rows: the rows of the table, each a heading and its text.
-        bad: one message for each record that cannot be used.
-        unloadable: what cannot be loaded -> the message about it: `image_id` of a broken image, or id of a query with wrong regions.
+    `unloadable`: `image_id` of a broken image, or id of a query with wrong regions -> the message about it.
     """
 
     rows: list[tuple[str, str]]
@@ -59,7 +56,6 @@ def inspect_source(source: QuerySource, sample: int) -> Inspection:
 
 
 def _bad(source: QuerySource) -> list[str]:
-    """The messages about the records that a source has left out."""
     bad = getattr(source, "bad", None)
     return list(bad.messages) if isinstance(bad, BadRecords) else []
 
@@ -88,12 +84,13 @@ def _query_rows(source: QuerySource, queries: Sequence[Query]) -> Iterator[tuple
     if categories:
         yield "categories", _most_common(categories, "others")
     yield "with a region of their object", f"{len(ids['present']) / max(1, len(queries)):.1%}"
-    for presence, heading in (
-        ("absent", "about an absent object"),
-        ("unlocated", "without a region, and stay untouched"),
-    ):
-        if named := ids[presence]:
-            yield heading, f"{len(named)}: {name_some(named, len(named))}"
+    if absent := ids["absent"]:
+        yield "about an absent object", f"{len(absent)}: {name_some(absent, len(absent))}"
+    if unlocated := ids["unlocated"]:
+        yield (
+            "without a region, and stay untouched",
+            f"{len(unlocated)}: {name_some(unlocated, len(unlocated))}",
+        )
 
 
 def _image_rows(
@@ -118,11 +115,9 @@ def _image_rows(
             shares.append(float(np.logical_or.reduce(loaded.evidence).mean()))
     if sizes:
         widths, heights = zip(*sizes, strict=True)
-        yield (
-            f"image sizes ({len(queries)} opened)",
-            f"{min(widths)}..{max(widths)} x {min(heights)}..{max(heights)}, "
-            f"median {np.median(widths):.0f} x {np.median(heights):.0f}",
-        )
+        sides = f"{min(widths)}..{max(widths)} x {min(heights)}..{max(heights)}"
+        median = f"median {np.median(widths):.0f} x {np.median(heights):.0f}"
+        yield f"image sizes ({len(queries)} opened)", f"{sides}, {median}"
     if shares:
         low, middle, high = np.quantile(shares, (0.1, 0.5, 0.9))
         yield "regions' share of the image", f"median {middle:.1%}, 80% within {low:.1%} to {high:.1%}"

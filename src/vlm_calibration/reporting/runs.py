@@ -32,7 +32,6 @@ class RunRecord:
     Attributes:
         command: "fit", "test", "predict" or "levels fit".
         stage: class of the module.
-        finished: whether the run has ended and all its results are written.
         settings: dotted name -> value, of every setting that can change the result.
         inputs: setting -> digest of the content that it names.
         results: path of each result outside the run directory -> digest of its content when the run ended.
@@ -53,7 +52,7 @@ class RunRecord:
         return digest([json.dumps([self.command, self.settings, self.inputs, self.versions])])
 
     def write(self, folder: Path) -> None:
-        """Write the record into a run directory, atomically; raises a DataError if it cannot be written."""
+        """Write the record into a run directory, atomically; DataError if it cannot be written."""
         write_json(folder / RECORD, asdict(self))
 
 
@@ -65,9 +64,8 @@ def read_record(folder: Path) -> RunRecord | None:
     try:
         return RunRecord(**read_object(path))
     except TypeError as error:
-        raise DataError(
-            f"{path}: not the record of a run ({error}): remove the folder to start again"
-        ) from error
+        again = "remove the folder to start again"
+        raise DataError(f"{path}: not the record of a run ({error}): {again}") from error
 
 
 @dataclass

@@ -20,7 +20,7 @@ Results = Mapping[str, Mapping[str, float]]
 COLUMNS = ("accuracy", "ece", "brier", "auroc", "mean_confidence", "overconfidence", "parse_failure_rate")
 """The headline metrics by flat name."""
 PRINTED = ("mean_confidence", "accuracy", "ece", "auroc")
-"""Those of them that fit beside each other on a terminal of 80 columns."""
+"""Those of them that fit on a terminal of 80 columns."""
 BROKEN_DOWN = ("accuracy", "ece", "auroc")
 SHARES = ("accuracy", "ece", "smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate")
 """Metrics that the report page shows in percent."""
@@ -52,15 +52,7 @@ def print_results(
     files: Mapping[str, Path] | None = None,
     commands: Sequence[str] = (),
 ) -> None:
-    """Print the result of a command, which ends its output.
-
-    Args:
-        results: of the systems; empty prints no table.
-        by_group: print tables of the main metrics by group of answers as well.
-        words: a sentence on the results.
-        files: what was written -> its path, which a terminal links to.
-        commands: what to try next.
-    """
+    """Print the result of a command: tables of results, if there are any, `words` on them, the files that it wrote, and what to try next."""
     console = Console(highlight=False)
     if results:
         first = next(iter(results.values()))
@@ -111,11 +103,9 @@ def official_table(results: Results) -> Table:
         texts = [format(scores.get(key, math.nan), form).replace("nan", "-") for key in columns]
         cells.append((system, part, *texts))
     table = text_table("Official scores", ["system", "part", *map(heading, columns)], cells)
-    table.columns[1].justify = "left"
-    table.caption_justify = "left"
-    table.caption = (
-        "Under the benchmark's own rules, without the stated confidence. -: its script divides by zero."
-    )
+    table.columns[1].justify = table.caption_justify = "left"
+    rules = "Under the benchmark's own rules, without the stated confidence."
+    table.caption = f"{rules} -: its script divides by zero."
     return table
 
 

@@ -43,11 +43,8 @@ class System:
     """A model that answered the questions: the base model, an adapter, or a run.
 
     Attributes:
-        name: its name in tables.
-        predictions: its answers.
-        metrics: those that the evaluation wrote beside them; may be empty.
-        folder: of the whole evaluation.
-        config: of the evaluation; empty if there is none.
+        metrics: those that the evaluation wrote beside the predictions; may be empty.
+        folder, config: of the whole evaluation; the configuration is empty if there is none.
         calibration: its answers to the calibration set; None if there are none.
         label: how it was trained, in a few words; empty if that is not known.
         facts: heading -> text: base model, adapter, training, guarantee of the thresholds, and the notes of the evaluation.
@@ -96,7 +93,6 @@ def read_systems(folders: Sequence[str]) -> list[System]:
 
 
 def system_named(systems: Sequence[System], name: str) -> System:
-    """The system of this name; DataError if there is none."""
     by_name = {system.name: system for system in systems}
     if name not in by_name:
         similar = did_you_mean(name, by_name)
@@ -121,9 +117,8 @@ def _read_folder(folder: Path) -> list[System]:
         paths.sort(key=lambda p: (p.name == ORACLE, p.name != BASE))
     paths = [p for p in paths if (p / PREDICTIONS).is_file()]
     if not paths:
-        raise DataError(
-            f"no {PREDICTIONS} in {folder} or a folder in it: evaluate first, or name another folder"
-        )
+        where = f"{folder} or a folder in it"
+        raise DataError(f"no {PREDICTIONS} in {where}: evaluate first, or name another folder")
     return [
         System(
             path.resolve().name,
@@ -143,18 +138,15 @@ def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
     """Give each system its answers in another evaluation as those to the calibration set; DataError if it has answers of none."""
     by_name = {s.name: s.predictions for s in read_systems([folder])}
     if not by_name.keys() & {s.name for s in systems}:
-        raise DataError(
-            f"--calibration {folder}: holds answers of {', '.join(by_name)}, but of none of "
-            f"{', '.join(s.name for s in systems)}"
-        )
+        known, asked = ", ".join(by_name), ", ".join(s.name for s in systems)
+        raise DataError(f"--calibration {folder}: holds answers of {known}, but of none of {asked}")
     return [replace(s, calibration=by_name.get(s.name)) for s in systems]
 
 
 def origin_of(path: Path, folder: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """Read label and facts of a `System`. Its adapter may be gone, or on the Hub; then only its name is known.
+    """Label and facts of the `System` whose predictions lie in `path`: a run if that is `folder`, else a system of the evaluation there.
 
-    `path` is the folder of its predictions, `folder` with the configuration that of the evaluation, or of the run if both are the same.
-    DataError if a file on it cannot be read.
+    Its adapter may be gone, or on the Hub; then only its name is known. DataError if a file cannot be read.
     """
     adapters: Mapping[str, str] = model_settings(config, "adapters")
     base = model_settings(config, "base").get("name_or_path")
@@ -223,10 +215,9 @@ def model_settings(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
-    """Compute every metric over all predictions, and as `METRIC/GROUP` over each part of their categories; NaN if undefined.
+    """Every metric over all predictions, and as `METRIC/GROUP` over each part of their categories; NaN if undefined.
 
-    Further estimators that all predictions have are scored as `METRIC@ESTIMATOR`, their probes as `probe_NAME_change` and others.
-    Confidences are not rounded to a grid.
+    Further estimators that all predictions have are scored as `METRIC@ESTIMATOR`, their probes as in `probe_values`.
     """
     groups: dict[str, list[EstimatedPrediction]] = {"": list(predictions)}
     for prediction in predictions:
@@ -253,11 +244,9 @@ def metrics_of(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
 def probe_values_of(
     predictions: Sequence[EstimatedPrediction], probes: Sequence[str], suffix: str = ""
 ) -> dict[str, float]:
-    """The metrics of some probes, see `probe_values`."""
     return probe_values(count_probes((p.probes for p in predictions), probes), probes, suffix)
 
 
 def table_of(predictions: Sequence[EstimatedPrediction], estimator: str = VERBALIZED) -> ConfidenceTable:
-    """The distinct confidences of an estimator with their counts."""
     confidences = [p.confidence_of(estimator) for p in predictions]
     return ConfidenceTable.from_predictions(confidences, [p.correct for p in predictions], None)

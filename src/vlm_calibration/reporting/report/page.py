@@ -43,17 +43,12 @@ def render_page(
     replicates: int,
     seed: int,
 ) -> str:
-    """Render the page as HTML.
+    """The page about the comparison of `compare`, as HTML.
 
     Args:
-        systems: all systems are compared with the first one.
-        frame: their comparison, see `compare`.
-        notes: why rows are missing in it.
         about: the system that the summary and the examples describe.
         csv: file of all numbers, which lies beside the page.
         images: whether to show images.
-        replicates: number of bootstrap draws of the comparison.
-        seed: seed of the draws.
     """
     ordered = sorted(systems, key=lambda s: (s is not about, s is not systems[0]))
     examples = examples_of(about)
@@ -65,9 +60,7 @@ def render_page(
     grouped = {s.name: table.parts_of_system(frame, s.name, table.GROUP).to_dict("records") for s in ordered}
     grouped = {name: rows for name, rows in grouped.items() if rows}
     values = {s.name: probe_values_of(s.predictions, probes_of(s.predictions)) for s in ordered}
-    probed = {
-        name: said for name, of_probes in values.items() if (said := summary.probe_sentences(of_probes))
-    }
+    probed = {name: said for name, v in values.items() if (said := summary.probe_sentences(v))}
     contents = {
         "confidence": "What it says, and how often that is right" if bands else "",
         "systems": "The systems",
@@ -138,8 +131,5 @@ def _fitted_on(system: System) -> str:
     )
     counts = ", ".join(f"{n:,} {split}" for split, n in fitted.items())
     unseen = " or ".join(split for split in scored if split not in fitted)
-    return (
-        f"{len(calibration):,} answers"
-        + (f" ({counts})" if counts else "")
-        + (f", none of them {unseen}" if unseen else "")
-    )
+    text = f"{len(calibration):,} answers" + (f" ({counts})" if counts else "")
+    return text + (f", none of them {unseen}" if unseen else "")

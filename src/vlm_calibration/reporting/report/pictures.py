@@ -1,6 +1,6 @@
-"""The report's pictures in data URIs that the page embeds: figures of each system, and examples with the images as the model saw them.
+"""The report's pictures in data URIs: figures of each system, and examples with the images as the model saw them.
 
-Images are loaded from the data of the run. The perturbation is a function of (seed, epoch, query id), so the configuration reproduces it.
+The perturbation of an image is a function of (seed, epoch, query id), so the configuration of the run reproduces it.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def _draw(draw: Callable[..., Any], data: Any) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(
-        {"svg.hashsalt": "report", "font.size": 10, "axes.titlesize": 11, "legend.fontsize": 8.5}
-    ):
+    style = {"svg.hashsalt": "report", "font.size": 10, "axes.titlesize": 11, "legend.fontsize": 8.5}
+    with rc_context(style):
         figure = Figure(figsize=SIZE, layout="constrained")
         draw(data, figure=figure)
         out = io.BytesIO()

@@ -1,6 +1,6 @@
 """What the report says in words: a verdict on the stated confidence, its largest error, and what confidence listens to.
 
-The verdict follows a rule (`verdict_of`) with thresholds that the page prints. They are this project's choice; there are no established ones.
+The thresholds of the verdict (`verdict_of`), which the page prints, are this project's choice; there are no established ones.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from vlm_calibration.reporting.report.table import BAND, GROUP, TOLERANCE, parts
 Verdict = Literal["yes", "partly", "no", "unknown"]
 TRUSTED, ROUGH = (0.05, 0.70), (0.10, 0.60)
 """Largest ECE and smallest AUROC of a confidence that can be trusted, and of one that can be trusted in part."""
-MIN_CHECKED = 100
-"""Answers of the smallest group or band that can be checked."""
-MIN_ANSWERS = 30
-"""Smallest group of answers that the summary may name."""
+MIN_CHECKED, MIN_ANSWERS = 100, 30
+"""Answers of the smallest group or band that is checked, and of the smallest group that the summary may name."""
 MAX_PLACES = 3
-"""Number of groups and bands that the verdict names; the tables have the rest."""
+"""Number of groups and bands that the verdict names."""
 PROBES = {
     "image": "Without the image",
     "object": "Without the key object",
@@ -42,10 +40,8 @@ def largest_error(frame: pd.DataFrame, system: str) -> str:
     """The weakest group of a system, in words; empty without one."""
     if (worst := weakest_group(frame, system)) is None:
         return ""
-    return (
-        f"largest error is on “{worst.group}”: it says {worst.says:.0%} and is right "
-        f"{worst.is_right:.0%} of the time ({worst.parsed:,} answers)."
-    )
+    says = f"it says {worst.says:.0%} and is right {worst.is_right:.0%} of the time"
+    return f"largest error is on “{worst.group}”: {says} ({worst.parsed:,} answers)."
 
 
 def weakest_group(frame: pd.DataFrame, system: str) -> Any:
@@ -56,10 +52,7 @@ def weakest_group(frame: pd.DataFrame, system: str) -> Any:
 
 
 def checked(parts: pd.DataFrame) -> pd.DataFrame:
-    """The bands and groups of at least `MIN_CHECKED` answers that the verdict depends on, without those that have too few to tell.
-
-    An interval wider than `TOLERANCE` would leave it open for most calibrated models.
-    """
+    """The bands and groups of at least `MIN_CHECKED` answers, without unclear ones whose interval is wider than `TOLERANCE`."""
     is_narrow = parts.is_right_high - parts.is_right_low <= TOLERANCE
     return parts[(parts.parsed >= MIN_CHECKED) & (is_narrow | (parts.agrees != "unclear"))]
 
@@ -67,8 +60,8 @@ def checked(parts: pd.DataFrame) -> pd.DataFrame:
 def verdict_of(row: Any, checks: pd.DataFrame) -> Verdict:
     """Judge a stated confidence by its row over all answers and the rows of its checked groups and bands.
 
-    What counts are 95% intervals, so that chance decides nothing: a limit is kept if the whole interval is within it, and broken if all
-    of the interval is beyond it. The limit of groups and bands is a difference of `TOLERANCE` between stated confidence and accuracy.
+    A limit is kept if the whole 95% interval is within it, and broken if all of the interval is beyond it. The limit of groups and bands is
+    a difference of `TOLERANCE` between stated confidence and accuracy.
 
     - "no": no answer states a confidence, every checked band breaks its limit, the ECE breaks 10% or the AUROC 0.60 (`ROUGH`)
     - "partly": else, a checked group or band breaks its limit, the ECE breaks 5% or the AUROC 0.70 (`TRUSTED`)
@@ -135,12 +128,9 @@ def verdict_sentence(verdict: Verdict, row: Any, checks: pd.DataFrame) -> str:
 
 
 def _places(checks: pd.DataFrame, agrees: str) -> str:
-    """The first checked groups and bands that agree, do not, or are unclear, in words; empty if there are none.
-
-    Those that do not agree come with their numbers, coarse groups first, since they explain their parts.
-    """
+    """The first checked groups and bands that agree, do not, or are unclear, in words; empty if there are none."""
     places = list(checks[checks.agrees == agrees].itertuples())
-    if agrees == "no":
+    if agrees == "no":  # coarse groups first, since they explain their parts
         places.sort(key=lambda p: (p.kind == BAND, p.group.count("/"), -abs(p.says - p.is_right)))
     parts = []
     for kind, start, joint in ((GROUP, "on", "and"), (BAND, "where it says", "or")):

@@ -1,8 +1,7 @@
 """The comparison of all systems as one frame: every confidence with intervals and p-values, and the stated one in groups and bands.
 
-The terminal, the page, the CSV file beside it, model cards and W&B take their numbers from it. Intervals come from a bootstrap over
-images: answers about one image are correlated, so images are drawn with replacement, each with all its answers. Systems that answered the
-same questions are measured on the same draws, which pairs them.
+Intervals come from a bootstrap over images: answers about one image are correlated, so images are drawn with replacement, each with all
+its answers. Systems that answered the same questions are measured on the same draws, which pairs them.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
 ENDS = ("", "_low", "_high", "_p")
 """Of the columns of a metric: its value, 95% interval and p-value."""
 KEYS = ("system", "estimator", "recalibration", "kind", "group")
-"""The columns that say what a row is about."""
 MATCH = ("parsed", "says", "is_right", "is_right_low", "is_right_high", "agrees")
 COLUMNS = (
     *(*KEYS, "n", "parsed", "forward_passes"),
@@ -47,17 +45,15 @@ COLUMNS = (
 )
 """The columns of the frame. Shares are in [0, 1]; what is undefined or does not apply to a kind of row is NaN.
 
-`forward_passes` are those for each query. Each metric has its 95% interval, and the p-value of its difference from the first row, which
-holds the stated confidence of the first system. `says` is the mean stated confidence of the answers whose confidence was parsed,
-`is_right` the share of these that are correct, with its 95% interval; `agrees` is "yes", "no" or "unclear", see `agreement`."""
+`forward_passes` are those for each query. Each metric has its 95% interval, and the p-value of its difference from the first row. `says`
+is the mean stated confidence of the answers whose confidence was parsed, `is_right` the share of these that are correct, with its 95%
+interval; `agrees` is "yes", "no" or "unclear", see `agreement`."""
 EDGES = (0, 20, 40, 60, 80, 90, 100)
 """Edges of the bands of stated confidence, in percent; a band includes its lower edge, the last band both."""
 TOLERANCE = 0.05
 """The difference between stated confidence and accuracy that is small enough."""
 GROUPED = ("accuracy", "mean_confidence", "overconfidence", "parse_failure_rate", "ece", "auroc")
-"""Metrics of each group."""
 TYPES = {"yes_no": "yes-or-no answers", "short": "short answers", "open": "open answers"}
-"""Answer type -> the name of its group."""
 
 
 class Measured(NamedTuple):
@@ -82,13 +78,7 @@ def p_value(first: Measured, second: Measured, name: str) -> float:
 
 
 class ImageBootstrap:
-    """Bootstrap draws of the images behind some answers.
-
-    Args:
-        predictions: the answers; an answer without an image name counts as an image of its own.
-        replicates: number of draws, B.
-        seed: the draws are a function of the seed and the names of the images.
-    """
+    """B draws of the images behind some answers, a function of the seed and the images' names; an unnamed image is one of its own."""
 
     def __init__(
         self, predictions: Sequence[EstimatedPrediction], replicates: int = 1000, seed: int = 0
@@ -145,9 +135,8 @@ def compare(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Measure every confidence of every system with a number of bootstrap draws, and compare it with the first system's stated one.
 
-    Returns:
-        The frame with `COLUMNS`: the confidences of all systems, the stated one of each first; then for each system its groups, and its
-        bands from the highest down. And why recalibrated confidences are missing.
+    The frame has `COLUMNS`: the confidences of all systems, the stated one of each first; then for each system its groups, and its bands
+    from the highest down. Also why recalibrated confidences are missing.
     """
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
@@ -210,12 +199,10 @@ def stated_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def parts_of_system(frame: pd.DataFrame, system: str, *kinds: str) -> pd.DataFrame:
-    """The rows of a system's groups or bands."""
     return frame[(frame.system == system) & frame.kind.isin(kinds)]
 
 
 def confidence_name(system: str, estimator: str) -> str:
-    """The name of a system, with the estimator if it is not the stated confidence."""
     return system if estimator == VERBALIZED else f"{system}, {estimator}"
 
 
@@ -230,7 +217,7 @@ def agreement(says: float, low: float, high: float) -> str:
 def match_of(system: System, bootstrap: ImageBootstrap, belongs: Sequence[bool]) -> dict[str, Any]:
     """The columns `parsed` and, if there are any such answers, `says` to `agrees` of the answers that belong to a row.
 
-    The interval is over images, and at least the Wilson interval of independent answers, which stays wide where all are correct.
+    The interval is over images, and at least the Wilson interval, which stays wide where all are correct.
     """
     gaps = [
         p.confidence - p.correct if p.confidence is not None and chosen else None
@@ -260,10 +247,7 @@ def bands_of(system: System, bootstrap: ImageBootstrap) -> list[dict[str, Any]]:
 
 
 def groups_of(system: System, bootstrap: ImageBootstrap) -> list[dict[str, Any]]:
-    """The rows of a system's groups: answer types if there are several, parts of categories, and pairs of these.
-
-    A pair that has as many answers as one of its parts is omitted.
-    """
+    """The rows of a system's groups: answer types if there are several, parts of categories, and pairs that are smaller than both parts."""
     by_type: dict[str, list[EstimatedPrediction]] = {name: [] for name in TYPES.values()}
     by_category: dict[str, list[EstimatedPrediction]] = {}
     for prediction in system.predictions:

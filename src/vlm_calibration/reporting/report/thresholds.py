@@ -1,7 +1,6 @@
 """What to send to a person: thresholds that are chosen on the calibration answers, and what they do on each part of the test answers.
 
-Of several answers about one image one counts, since they are not independent: whether one is wrong says something about the others. The
-report and `vlm-calibration threshold` both compute with these functions.
+Of several answers about one image one counts, since they are not independent: whether one is wrong says something about the others.
 """
 
 from __future__ import annotations
@@ -39,18 +38,14 @@ from vlm_calibration.settings import digest
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 A = TypeVar("A")
-MAX_ERRORS = (0.01, 0.02, 0.05, 0.10)
-"""The limits of the error in the tables of the report."""
-CERTAINTY = 0.95
+MAX_ERRORS, CERTAINTY = (0.01, 0.02, 0.05, 0.10), 0.95
+"""The limits of the error in the report, and the certainty of each."""
 ALL = "all"
 """The name of all test answers beside their parts."""
 
 
 class Promise(NamedTuple):
-    """One limit of the error, its threshold on the calibration answers or why there is none, and what it does in the test.
-
-    `tested`: `ALL` and each part of the test answers -> what the threshold does there; empty without a threshold.
-    """
+    """One limit of the error, its threshold on the calibration answers, and what that does on `ALL` and each part of the test answers."""
 
     limits: Limits
     choice: Choice
@@ -97,13 +92,10 @@ def grouped(answers: Sequence[EstimatedPrediction], by: By | None) -> dict[str, 
 
 
 def one_an_image(answers: Sequence[A]) -> list[A]:
-    """One of the answers about each image, the one whose id has the smallest digest; all answers that name no image.
-
-    Answers have the attributes `id` and `image`, str and str or None.
-    """
+    """One of the answers about each image, the one whose id has the smallest digest; all answers that name no image."""
     chosen: dict[str | int, tuple[str, A]] = {}
     for place, answer in enumerate(answers):
-        about: Any = answer
+        about: Any = answer  # with the attributes `id` and `image`, str and str or None
         drawn = (digest([about.id]), answer)
         image = place if about.image is None else about.image
         chosen[image] = min(drawn, chosen.get(image, drawn), key=lambda candidate: candidate[0])
@@ -131,14 +123,14 @@ def realised(
     """
     is_one = EVERYTHING in control.choices
     parts = {ALL: answers, **parts_of(answers), **({} if is_one else grouped(answers, "category"))}
+    thresholds = {group: choice.threshold for group, choice in control.choices.items()}
     scores = {}
     for name, part in parts.items():
         counted = one_an_image(part)
         given = []
         for answer in counted:
-            choice = control.choices.get(EVERYTHING if is_one else category_of(answer) or "")
-            threshold = None if choice is None else choice.threshold
-            given.append(may_answer(answer.confidence_of(estimator), threshold))
+            group = EVERYTHING if is_one else category_of(answer) or ""
+            given.append(may_answer(answer.confidence_of(estimator), thresholds.get(group)))
         correct = np.array([answer.correct for answer in counted])
         scores[name] = ThresholdScores.of(np.array(given), correct, control.limits.certainty)
     return scores
@@ -189,9 +181,8 @@ def model_of(system: System) -> tuple[dict[str, Any], Path, bool]:
     """
     config = system.config
     if system.name not in systems_of(config):
-        raise DataError(
-            f"{system.folder}: not an evaluation of `vlm-calibration test` whose configuration names {system.name!r}"
-        )
+        evaluation = "an evaluation of `vlm-calibration test`"
+        raise DataError(f"{system.folder}: not {evaluation} whose configuration names {system.name!r}")
     settings = config["model"].get("init_args") or {}
     adapters, endpoints = (settings.get(kind) or {} for kind in ("adapters", "endpoints"))
     template = ((config.get("data") or {}).get("prompt") or {}).get("template")
@@ -205,9 +196,8 @@ def model_of(system: System) -> tuple[dict[str, Any], Path, bool]:
             adapter, record = find_adapter(adapters[system.name]), read_record(system.folder)
             recorded = record.inputs.get(f"model.init_args.adapters.{system.name}") if record else None
             if recorded not in (None, adapter_digest(adapter)):
-                raise DataError(
-                    f"{adapter}: not the adapter that {system.folder} evaluated: evaluate it first"
-                )
+                evaluated = f"the adapter that {system.folder} evaluated"
+                raise DataError(f"{adapter}: not {evaluated}: evaluate it first")
             weights = adapter_weights_digest(adapter)
             # A download in the Hub's cache belongs to the cache.
             folder = adapter if Path(adapters[system.name]).exists() else folder
