@@ -14,13 +14,9 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from vlm_calibration.records import DataError
 
-SHOWN = 300
-"""Number of characters of a server's message in an error."""
 DECIDING = ("model", "parameters")
 """The settings of an endpoint that decide its answers; a server may move to another address within a run."""
 DEFAULT_KEY = "OPENAI_API_KEY"
-UNKEYED = "none"
-"""Sent as the key if none is set; the `openai` client does not work without one."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +62,7 @@ class Endpoint:
 
 
 class Token(NamedTuple):
-    """A generated token, as bytes since it may be a part of a character, with its log-probability.
-
-    `alternatives` has the log-probabilities of the listed tokens at its position, itself included.
-    """
+    """A generated token, as bytes since it may be a part of a character; and the log-probabilities of it and of all listed there."""
 
     text: bytes
     log_p: float
@@ -77,7 +70,7 @@ class Token(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A generated text, its tokens (empty if the server lists none), and their number (0 if the server does not count them)."""
+    """A generated text, its tokens (empty if the server lists none), and their number (0 if it does not count them)."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -89,14 +82,11 @@ class RefusedError(DataError):
 
 
 class Client:
-    """Asks one endpoint; thread-safe. The `openai` client repeats failed requests.
+    """Asks one endpoint; thread-safe. DataError: the client library is not installed, or the key is not set.
 
     Attributes:
         name: of the system, for messages.
         used: number of tokens of prompts and responses that the server has counted.
-
-    Raises:
-        DataError: the client library is not installed, or the key is not set.
     """
 
     def __init__(self, endpoint: Endpoint, name: str) -> None:
@@ -108,23 +98,20 @@ class Client:
         self.name = name
         self.used = 0
         self._lock = threading.Lock()
-        key = os.environ.get(endpoint.key_variable, "").strip()
-        if not key and endpoint.key_variable != DEFAULT_KEY:
+        self._key = os.environ.get(endpoint.key_variable, "").strip()
+        if not self._key and endpoint.key_variable != DEFAULT_KEY:
             raise DataError(
                 f"endpoint.key_variable: the environment variable {endpoint.key_variable} is not set"
             )
-        self._key = key or UNKEYED
         self._api = OpenAI(
-            base_url=endpoint.url, api_key=self._key, timeout=endpoint.timeout, max_retries=endpoint.retries
+            base_url=endpoint.url,
+            api_key=self._key or "none",  # the client does not work without one
+            timeout=endpoint.timeout,
+            max_retries=endpoint.retries,
         )
 
     def ask(self, messages: Sequence[Mapping[str, Any]], max_tokens: int, **body: Any) -> Response:
-        """The likeliest response to messages of the chat completions API; `Endpoint.parameters` take precedence over `body`.
-
-        Raises:
-            RefusedError: the server does not understand the request.
-            DataError: it failed for good.
-        """
+        """The likeliest response to messages of the chat completions API; raises a RefusedError, or a DataError if it failed for good."""
         import openai
 
         body = {"max_tokens": max_tokens, "temperature": 0, **body, **self.endpoint.parameters}
@@ -135,7 +122,7 @@ class Client:
         except openai.APIStatusError as error:
             said = f"status {error.status_code}"
             if error.status_code in (401, 403):
-                state = "is not set" if self._key == UNKEYED else "holds the key that was sent"
+                state = "holds the key that was sent" if self._key else "is not set"
                 said += f" (the environment variable {self.endpoint.key_variable} {state})"
             kind = RefusedError if error.status_code in (400, 422) else DataError
             # Some servers repeat the key, so their message is in no traceback either.
@@ -148,13 +135,12 @@ class Client:
             raise DataError(self._about(f"answers with something other than JSON ({error})")) from error
         try:
             choice, usage = answer.choices[0], answer.usage
+            content = (choice.logprobs and choice.logprobs.content) or ()
             tokens = tuple(
                 Token(
-                    _bytes(t),
-                    t.logprob,
-                    {_bytes(other): float(other.logprob) for other in (t, *(t.top_logprobs or ()))},
+                    _bytes(t), t.logprob, {_bytes(a): float(a.logprob) for a in (t, *(t.top_logprobs or ()))}
                 )
-                for t in (choice.logprobs and choice.logprobs.content) or ()
+                for t in content
             )
             generated = usage.completion_tokens or 0 if usage else 0
             response = Response(choice.message.content or "", tokens, generated)
@@ -173,9 +159,9 @@ class Client:
     def _about(self, message: str) -> str:
         """An error in one line, without the key."""
         line = " ".join(message.split())
-        if self._key != UNKEYED:
+        if self._key:
             line = line.replace(self._key, "***")
-        return f"{self.name} ({self.endpoint.model!r} at {self.endpoint.url}): {line[:SHOWN]}"
+        return f"{self.name} ({self.endpoint.model!r} at {self.endpoint.url}): {line[:300]}"
 
 
 def _bytes(entry: Any) -> bytes:

@@ -28,10 +28,9 @@ from vlm_calibration.settings import digest, file_digest
 
 
 def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load the model in eval mode. It generates greedily, whatever its `generation_config.json` says.
+    """Load the model in eval mode; it generates greedily, whatever its `generation_config.json` says.
 
-    Args:
-        device: that the model runs on. A quantised model is loaded there and must not be moved later, others onto the CPU.
+    A quantised model is loaded onto the device and must not be moved later; others are loaded onto the CPU.
 
     Raises:
         DataError: the model does not exist, or cannot be loaded with these settings.
@@ -52,8 +51,7 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
         model = AutoModelForImageTextToText.from_pretrained(
             base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code, **settings
         )
-    # `generate` takes every setting that it is not given from here; the checkpoint's, such as `repetition_penalty`, would change
-    # what is generated, but not the scores of the same tokens.
+    # Settings of the checkpoint such as `repetition_penalty` would change what is generated, but not the scores of the same tokens.
     config = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -65,8 +63,7 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
     if flex:
         use_in_language_model(model, FLEX)
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in the first pass in eval mode, after which gradients through
-        # them are wrong.
+        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in eval mode, after which their gradients are wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -120,9 +117,8 @@ def weights_digest(base: BaseModel) -> str | None:
     if folder is None or weights is None or not (folder / "config.json").is_file():
         return None
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    parts: list[str | bytes] = [
-        json.dumps({k: v for k, v in settings.items() if k not in UNSTABLE}, sort_keys=True)
-    ]
+    kept = {key: value for key, value in settings.items() if key not in UNSTABLE}
+    parts: list[str | bytes] = [json.dumps(kept, sort_keys=True)]
     for path in weights:
         size = path.stat().st_size
         is_small = size <= SPANS * SPAN
@@ -137,8 +133,7 @@ def weights_digest(base: BaseModel) -> str | None:
 def model_identity(name_or_path: str, revision: str | None = None) -> str | None:
     """What identifies the content of a model with its processor: of a folder a digest, of a name on the Hub the commit.
 
-    The digest covers `weights_digest` and the other files that are read from the folder, but neither its name nor dates. None if the
-    model is not on this machine.
+    None if the model is not on this machine.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
