@@ -62,7 +62,7 @@ class Endpoint:
 
 
 class Token(NamedTuple):
-    """A generated token, as bytes since it may be a part of a character; and the log-probabilities of it and of all listed there."""
+    """A generated token as bytes, since it may be a part of a character; `alternatives` are the listed tokens, itself included."""
 
     text: bytes
     log_p: float
@@ -95,8 +95,7 @@ class Client:
         from openai import OpenAI
 
         self.endpoint = endpoint
-        self.name = name
-        self.used = 0
+        self.name, self.used = name, 0
         self._lock = threading.Lock()
         self._key = os.environ.get(endpoint.key_variable, "").strip()
         if not self._key and endpoint.key_variable != DEFAULT_KEY:
@@ -135,13 +134,7 @@ class Client:
             raise DataError(self._about(f"answers with something other than JSON ({error})")) from error
         try:
             choice, usage = answer.choices[0], answer.usage
-            content = (choice.logprobs and choice.logprobs.content) or ()
-            tokens = tuple(
-                Token(
-                    _bytes(t), t.logprob, {_bytes(a): float(a.logprob) for a in (t, *(t.top_logprobs or ()))}
-                )
-                for t in content
-            )
+            tokens = tuple(map(_token, (choice.logprobs and choice.logprobs.content) or ()))
             generated = usage.completion_tokens or 0 if usage else 0
             response = Response(choice.message.content or "", tokens, generated)
         except (AttributeError, TypeError, IndexError) as error:
@@ -162,6 +155,11 @@ class Client:
         if self._key:
             line = line.replace(self._key, "***")
         return f"{self.name} ({self.endpoint.model!r} at {self.endpoint.url}): {line[:300]}"
+
+
+def _token(entry: Any) -> Token:
+    listed = {_bytes(e): float(e.logprob) for e in (entry, *(entry.top_logprobs or ()))}
+    return Token(_bytes(entry), entry.logprob, listed)
 
 
 def _bytes(entry: Any) -> bytes:
