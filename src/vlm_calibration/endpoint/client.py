@@ -21,7 +21,7 @@ DEFAULT_KEY = "OPENAI_API_KEY"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind an OpenAI-compatible address (vLLM, SGLang, llama.cpp, OpenAI and others).
+    """A model behind an OpenAI-compatible address (vLLM, SGLang, llama.cpp, OpenAI and others); a DataError if one cannot be used.
 
     Args:
         url: address of the API, mostly ending in /v1.
@@ -32,9 +32,6 @@ class Endpoint:
         retries: how often a failed request is sent again, after growing waits or as the header `Retry-After` says.
         parameters: further keys of each request's body; null removes a key. Reasoning models of OpenAI need
             `{temperature: null, max_tokens: null, max_completion_tokens: 2000}`.
-
-    Raises:
-        DataError: no address or model, or an address that may contain a key.
     """
 
     url: str

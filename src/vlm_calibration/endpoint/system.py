@@ -53,11 +53,7 @@ class EndpointSystem(System):
         self.notes: dict[str, str] = dict.fromkeys(others, not_scored)
 
     def answer(self, batch: PromptBatch, probes: Sequence[Probe] = ()) -> SystemAnswers:
-        """Answer a batch that has its images, several queries at the same time, without probes.
-
-        Raises:
-            DataError: a request failed for good; no query is begun after it.
-        """
+        """Answer a batch that has its images, several queries at once, without probes; a DataError if a request failed for good."""
         n = len(batch.queries)
         with ThreadPoolExecutor(self.client.endpoint.concurrency) as threads:
             asked = list(threads.map(partial(self._ask, batch), range(n)))

@@ -266,9 +266,7 @@ def answer_type_of(question: str) -> AnswerType:
 def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None) -> ImageArray:
     """Convert an image, `name` in messages, to uint8 [H, W, 3], by the rules of `load_image`.
 
-    Raises:
-        DataError: the image cannot be used.
-        TypeError, ValueError: an array that is not uint8 [H, W, 3].
+    A DataError if it cannot be used; a TypeError or ValueError for an array of another form.
     """
     if isinstance(image, np.ndarray):
         check_image(image)

@@ -62,11 +62,7 @@ def layer_parts(model: PreTrainedModel) -> dict[str, ModelPart]:
 
 
 def attach_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Freeze the model and add a LoRA adapter to the linear layers of `settings.parts`.
-
-    Raises:
-        DataError: the model has no linear layer in one of the parts.
-    """
+    """Freeze the model and add a LoRA adapter to the linear layers of `settings.parts`; a DataError if one has none."""
     parts = layer_parts(model)
     for part in settings.parts:
         if part not in parts.values():
@@ -90,11 +86,7 @@ def adapted_parts(model: PeftModel) -> list[ModelPart]:
 
 
 def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTrainedModel | PeftModel:
-    """Load adapters (name -> location, as for `find_adapter`) into one model; returns the model itself if there are none.
-
-    Raises:
-        DataError: an adapter does not exist or does not fit the model.
-    """
+    """Load adapters (name -> location, as for `find_adapter`); a DataError if one does not exist, or does not fit the model."""
     wrapped, base = model, model.name_or_path
     for name, adapter in adapters.items():
         folder = find_adapter(adapter)
@@ -156,14 +148,11 @@ def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Itera
 def continue_adapter(
     model: PreTrainedModel, folder: str, parts: Sequence[ModelPart] | None = None, reference: bool = True
 ) -> PeftModel:
-    """Load a saved adapter (as for `find_adapter`) for further training without dropout.
+    """Load a saved adapter, as `load_adapters`, for further training without dropout.
 
     Args:
-        parts: parts of the model whose layers are trained; None: all that have an adapter.
+        parts: parts of the model whose layers are trained; None: all that have an adapter. A DataError if none has one.
         reference: also load a frozen copy, as the adapter `REFERENCE`.
-
-    Raises:
-        DataError: the adapter does not exist, does not fit the model, or has no layer in `parts`.
     """
     layers, names = layer_parts(model), ["default", REFERENCE] if reference else ["default"]
     wrapped = load_adapters(model, dict.fromkeys(names, folder))

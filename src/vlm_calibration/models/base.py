@@ -64,8 +64,7 @@ class BaseModel:
 def find_adapter(run: str | Path) -> Path:
     """The folder of an adapter: that of a run, of the adapter itself, or downloaded from the Hub, `owner/name[@revision]`.
 
-    Raises:
-        DataError: there is no adapter, or the file of its weights is truncated.
+    A DataError if there is none, or the file of its weights is truncated.
     """
     missing = f"no adapter at {run} (expected {CONFIG} there or in its folder {ADAPTER!r}): train one first"
     folders = [Path(run), Path(run) / ADAPTER]
@@ -106,12 +105,9 @@ def adapter_weights_digest(folder: Path) -> str:
 
 
 def base_of_adapter(adapter: str | Path) -> BaseModel:
-    """The base model of an adapter (as for `find_adapter`), with the dtype and quantisation of its training.
+    """The base model of an adapter (as for `find_adapter`), with the dtype and quantisation of its training if its card has them.
 
-    Without this project's model card the dtype is that of the base's checkpoint.
-
-    Raises:
-        DataError: there is no adapter, or its configuration names no base model.
+    A DataError if there is no adapter, or its configuration names no base model.
     """
     folder = find_adapter(adapter)
     config = read_object(folder / CONFIG)
@@ -128,11 +124,7 @@ def base_of_adapter(adapter: str | Path) -> BaseModel:
 
 
 def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
-    """The common base model of several adapters: name -> adapter, as for `find_adapter`.
-
-    Raises:
-        DataError: there is no adapter, or two adapters differ in base model, dtype or quantisation.
-    """
+    """The common base model of several adapters (name -> adapter, as for `find_adapter`); a DataError without one."""
     if not adapters:
         raise DataError(
             "no base model: give model.init_args.base.name_or_path, or model.init_args.adapters, which name one"

@@ -34,11 +34,10 @@ def merge_adapter(
         dtype: of the merged weights; "auto": that of the base's checkpoint.
 
     Returns:
-        The merged model in eval mode, and the names of the layers that the adapter changed.
+        The merged model in eval mode, and the names of the adapter's layers.
 
     Raises:
-        DataError: the base cannot be loaded or is stored quantised, the adapter does not fit it, or merging did not change every layer
-            for which the adapter has an update.
+        DataError: the base cannot be loaded or is stored quantised, the adapter does not fit it, or an update of it changes nothing.
     """
     config = model_config(base)
     if getattr(config, "quantization_config", None) is not None:

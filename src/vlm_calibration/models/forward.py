@@ -35,8 +35,7 @@ class LabelledLogits(NamedTuple):
 def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> LabelledLogits:
     """Logits that predict the labelled tokens; `labels` are int64 [B, L], IGNORE where there is none.
 
-    Raises:
-        ValueError: the first token of a sequence has a label, which no position predicts.
+    A ValueError if the first token of a sequence has a label, which no position predicts.
     """
     if bool((labels[:, 0] != IGNORE).any()):
         raise ValueError("the first token of a sequence has a label, but no earlier position predicts it")

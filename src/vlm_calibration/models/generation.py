@@ -61,14 +61,11 @@ def generate(
 
     Args:
         model: a transformers or peft model from `load_base`, which decodes greedily.
-        inputs: left-padded prompts, input_ids int64 [B, L].
+        inputs: left-padded prompts, input_ids int64 [B, L]; a ValueError if they are right-padded.
         max_new_tokens: length limit of an answer.
         end_of: the position at which a text with a percent sign is complete, or None; an answer ends there.
         sampler: samples the tokens; None: greedy decoding.
         keep_cache: keep the prompts' keys and values.
-
-    Raises:
-        ValueError: prompts are padded on the right.
     """
     mask, prompts = inputs["attention_mask"], inputs["input_ids"]
     if bool((mask[:, -1] == 0).any()):

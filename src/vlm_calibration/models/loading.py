@@ -28,12 +28,9 @@ from vlm_calibration.settings import digest, file_digest
 
 
 def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load the model in eval mode; it generates greedily, whatever its `generation_config.json` says.
+    """Load the model in eval mode; it generates greedily, whatever its `generation_config.json` says. A DataError if it cannot be loaded.
 
     A quantised model is loaded onto the device and must not be moved later; others are loaded onto the CPU.
-
-    Raises:
-        DataError: the model does not exist, or cannot be loaded with these settings.
     """
     flex = base.attn_implementation == FLEX
     if flex and torch.device(device).type in ("cpu", "mps"):
@@ -98,8 +95,6 @@ def empty_vlm(base: BaseModel) -> PreTrainedModel:
 
 
 SPANS, SPAN = 16, 1 << 20
-UNSTABLE = ("_name_or_path", "_commit_hash", "transformers_version")
-"""Keys of a model's configuration that describe its origin instead of the model."""
 BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".py")
 """Suffixes of the files of processor, generation settings and code in a model's folder."""
 
@@ -107,17 +102,16 @@ BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".py")
 def weights_digest(base: BaseModel) -> str | None:
     """A digest of a model's configuration and weights, independent of name and location.
 
-    Of each weights file it covers the size and 16 evenly spread spans of 1 MiB, or the full content if smaller.
-
-    Returns:
-        32 hexadecimal digits, or None if files of the model are missing on this machine.
+    Of each weights file it covers the size and 16 evenly spread spans of 1 MiB, or the full content if smaller. None if files of the
+    model are missing on this machine.
     """
     folder = local_folder(base)
     weights = weight_files(folder) if folder is not None else None
     if folder is None or weights is None or not (folder / "config.json").is_file():
         return None
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = {key: value for key, value in settings.items() if key not in UNSTABLE}
+    origin = ("_name_or_path", "_commit_hash", "transformers_version")
+    kept = {key: value for key, value in settings.items() if key not in origin}
     parts: list[str | bytes] = [json.dumps(kept, sort_keys=True)]
     for path in weights:
         size = path.stat().st_size

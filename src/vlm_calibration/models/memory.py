@@ -52,14 +52,11 @@ def model_memory(
     """The weights of a model, and the gradients and number of its trained parameters.
 
     Args:
-        lora: settings of each adapter.
+        lora: settings of each adapter; a DataError if the model has no linear layer in one of its parts.
         adapters: how many are loaded, with the reference.
         trained: parts of the model whose adapter is trained; None: all that have one.
         training: whether the model is loaded for training, where peft converts what is not quantised to float32.
         cast: dtype that the Trainer converts all weights to; None: as loaded.
-
-    Raises:
-        DataError: the model does not exist, or has no linear layer in one of the parts.
     """
     model: Any = empty_vlm(base)
     dtype = (model.config.dtype or torch.float32) if base.dtype == "auto" else getattr(torch, base.dtype)

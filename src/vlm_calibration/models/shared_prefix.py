@@ -132,10 +132,7 @@ class Packed(NamedTuple):
 
 def pack(prompts: Prompts, responses: Responses) -> Packed:
     """Pack the candidates of each query into one row."""
-    ids: list[list[int]] = []  # behind the prompt
-    segments: list[list[int]] = []
-    shifts: list[list[int]] = []
-    index: list[list[list[int]]] = []
+    packed = []
     # (row, position, target) -> number of the prediction. Suffixes with the same first token share its prediction.
     numbers: dict[tuple[int, int, int], int] = {}
     for row, (length, candidates) in enumerate(zip(prompts.lengths.tolist(), responses, strict=True)):
@@ -152,10 +149,8 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
             behind += candidate[shared:-1]
             segment += [k] * own
             shift += [start - end] * own
-        ids.append(behind)
-        segments.append(segment)
-        shifts.append(shift)
-        index.append(of_row)
+        packed.append((behind, segment, shift, of_row))
+    ids, segments, shifts, index = (list(column) for column in zip(*packed, strict=True))
     device = prompts.lengths.device
     rows, at, targets = torch.tensor(list(numbers), device=device).unbind(-1)
     return Packed(
@@ -226,13 +221,12 @@ def _score_plain(model: Any, prompts: Prompts, responses: Responses) -> Response
     for k in range(max(map(len, responses))):
         # A query with fewer candidates repeats its first, whose score is masked.
         packed = pack(prompts, [[r[k] if k < len(r) else r[0]] for r in responses])
-        scores = _score_rows(model, packed, prompts.lengths)
-        mask = torch.tensor([k < len(r) for r in responses], device=scores.tokens.device)[:, None]
-        columns.append((scores.log_likelihood[:, 0] * mask, scores.tokens[:, 0] & mask))
+        columns.append(_score_rows(model, packed, prompts.lengths))
     log_likelihood, tokens = (
-        pad_sequence([c[i].T for c in columns], batch_first=True).permute(2, 0, 1) for i in (0, 1)
+        pad_sequence([c[i][:, 0].T for c in columns], batch_first=True).permute(2, 0, 1) for i in (0, 1)
     )
-    return ResponseScores(log_likelihood, tokens)
+    mask = torch.tensor([[k < len(r) for k in range(len(columns))] for r in responses], device=tokens.device)
+    return ResponseScores(log_likelihood * mask[..., None], tokens & mask[..., None])
 
 
 def append_tokens(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
