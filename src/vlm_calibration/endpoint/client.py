@@ -21,7 +21,7 @@ DEFAULT_KEY = "OPENAI_API_KEY"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind an OpenAI-compatible address (vLLM, SGLang, llama.cpp, OpenAI and others); a DataError if one cannot be used.
+    """A model behind an OpenAI-compatible address (vLLM, SGLang, llama.cpp, OpenAI and others).
 
     Args:
         url: address of the API, mostly ending in /v1.
@@ -43,12 +43,12 @@ class Endpoint:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Raise a DataError without an address or a model, or for an address that may contain a key."""
         for value, option in ((self.url, "--url"), (self.model, "--served-model")):
             if not value or value.startswith("${"):
                 raise DataError(f"an endpoint needs an address and a model: {option} is not given")
         address = urlsplit(self.url)
-        # Without what may be a key.
-        shown = self.url.partition("?")[0].partition("#")[0].rpartition("@")[2]
+        shown = self.url.partition("?")[0].partition("#")[0].rpartition("@")[2]  # without what may be a key
         if address.scheme not in ("http", "https") or not address.hostname:
             raise DataError(f"--url: expected an address such as http://127.0.0.1:8000/v1, found {shown!r}")
         if address.username or address.password or address.query or address.fragment:
@@ -91,8 +91,8 @@ class Client:
             raise DataError("an endpoint needs the package openai: pip install 'vlm-calibration[endpoint]'")
         from openai import OpenAI
 
-        self.endpoint = endpoint
-        self.name, self.used = name, 0
+        self.endpoint, self.name = endpoint, name
+        self.used = 0
         self._lock = threading.Lock()
         self._key = os.environ.get(endpoint.key_variable, "").strip()
         if not self._key and endpoint.key_variable != DEFAULT_KEY:

@@ -19,13 +19,7 @@ from vlm_calibration.losses.sequence import IGNORE
 
 
 class LabelledLogits(NamedTuple):
-    """Logits at the N positions that predict a label.
-
-    Attributes:
-        logits: float [N, V].
-        targets: int64 [N], the labels.
-        rows: int64 [N], their rows in the batch.
-    """
+    """Logits at the N positions that predict a label, float [N, V]; the labels, int64 [N], and their rows in the batch, int64 [N]."""
 
     logits: Tensor
     targets: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -167,8 +167,7 @@ def weight_files(folder: Path) -> list[Path] | None:
 
 def language_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Full name -> linear layer of the language model; quantisation replaces these."""
-    layers = {name: model.get_submodule(name) for name, p in layer_parts(model).items() if p == "language"}
-    return cast(dict[str, nn.Linear], layers)
+    return {name: model.get_submodule(name) for name, p in layer_parts(model).items() if p == "language"}
 
 
 def why_not_nf4(model: PreTrainedModel) -> str | None:
@@ -183,13 +182,12 @@ def _quantization(base: BaseModel) -> BitsAndBytesConfig:
     model = empty_vlm(base)
     if base.quantization == "nf4" and (reason := why_not_nf4(model)):
         raise DataError(f"{base.name_or_path}: {reason}")
-    quantised = language_layers(model)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return BitsAndBytesConfig(
         load_in_8bit=base.quantization == "int8",
         load_in_4bit=base.quantization == "nf4",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if base.dtype == "auto" else getattr(torch, base.dtype),
-        llm_int8_skip_modules=[name for name in linear if name not in quantised],
+        llm_int8_skip_modules=sorted(linear - language_layers(model).keys()),
     )

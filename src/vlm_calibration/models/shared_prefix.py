@@ -37,12 +37,7 @@ BLOCK = 128
 
 
 class Prompts(NamedTuple):
-    """Arguments of the model's forward for B prompts, padded on the right.
-
-    Attributes:
-        inputs: the arguments.
-        lengths: int64 [B], tokens of each row before the responses; the rest of a row is ignored.
-    """
+    """Arguments of a forward for B prompts, padded on the right; and the length of each, int64 [B]: the rest of a row is ignored."""
 
     inputs: Mapping[str, Tensor]
     lengths: Tensor
@@ -112,12 +107,10 @@ class Packed(NamedTuple):
     """Rows `[prefix, suffix 1, suffix 2, ...]` and the N distinct predictions made in them.
 
     Attributes:
-        inputs: arguments of the model's forward.
+        inputs: arguments of a forward.
         segment: int64 [B, L], 0 for the prefix, k for suffix k, -1 for padding.
         shift: int64 [B, L], distance of a token from its position without the preceding suffixes.
-        rows: int64 [N], the row of each prediction.
-        positions: int64 [N], the position in the row.
-        targets: int64 [N], the predicted token.
+        rows, positions, targets: int64 [N], place of each prediction, and the predicted token.
         predictions: int64 [B, K, T], the number of the prediction of token t of candidate k; -1 where there is no token.
     """
 
@@ -200,7 +193,7 @@ def additive_mask(segment: Tensor, mask: Tensor | None, dtype: torch.dtype) -> T
 
 
 def _block_mask(segment: Tensor, mask: Any) -> BlockMask:
-    """The mask of packed rows for FlexAttention. The model's own mask of the row is causal if it is no BlockMask."""
+    """As `additive_mask`, for FlexAttention. The model's own mask is causal if it is no BlockMask."""
     inner = mask.mask_mod if isinstance(mask, BlockMask) else causal_mask_function
     path = segment.to(torch.int32)
 
