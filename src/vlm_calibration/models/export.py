@@ -77,9 +77,8 @@ def merge_adapter(
 @torch.no_grad()
 def _merge_layers(layers: dict[str, LoraLayer], dtype: torch.dtype) -> None:
     """Merge each layer; raise a ValueError if an update does not change its weight in the dtype, or there is none."""
-    is_changed: dict[
-        str, bool
-    ] = {}  # by the layers with an update; one behind the last that a model uses has none
+    # Of each layer with an update; one behind the last that a model uses has none.
+    is_changed: dict[str, bool] = {}
     for name, layer in layers.items():
         before = layer.get_base_layer().weight.detach().clone()
         updates = [*layer.lora_B.parameters(), *layer.lora_embedding_B.parameters()]

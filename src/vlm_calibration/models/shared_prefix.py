@@ -125,7 +125,7 @@ class Packed(NamedTuple):
 
 def pack(prompts: Prompts, responses: Responses) -> Packed:
     """Pack the candidates of each query into one row."""
-    packed = []
+    packed = []  # of each query: tokens behind the prompt, their segments and shifts, and the predictions
     # (row, position, target) -> number of the prediction. Suffixes with the same first token share its prediction.
     numbers: dict[tuple[int, int, int], int] = {}
     for row, (length, candidates) in enumerate(zip(prompts.lengths.tolist(), responses, strict=True)):
