@@ -14,13 +14,9 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from vlm_calibration.records import DataError
 
-SHOWN = 300
-"""Number of characters of a server's message in an error."""
 DECIDING = ("model", "parameters")
 """The settings of an endpoint that decide its answers; a server may move to another address within a run."""
 DEFAULT_KEY = "OPENAI_API_KEY"
-UNKEYED = "none"
-"""Sent as the key if none is set; the `openai` client does not work without one."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,6 @@ class Endpoint:
         retries: how often a failed request is sent again, after growing waits or as the header `Retry-After` says.
         parameters: further keys of each request's body; null removes a key. Reasoning models of OpenAI need
             `{temperature: null, max_tokens: null, max_completion_tokens: 2000}`.
-
-    Raises:
-        DataError: no address or model, or an address that may contain a key.
     """
 
     url: str
@@ -50,12 +43,12 @@ class Endpoint:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Raise a DataError without an address or a model, or for an address that may contain a key."""
         for value, option in ((self.url, "--url"), (self.model, "--served-model")):
             if not value or value.startswith("${"):
                 raise DataError(f"an endpoint needs an address and a model: {option} is not given")
         address = urlsplit(self.url)
-        # Without what may be a key.
-        shown = self.url.partition("?")[0].partition("#")[0].rpartition("@")[2]
+        shown = self.url.partition("?")[0].partition("#")[0].rpartition("@")[2]  # without what may be a key
         if address.scheme not in ("http", "https") or not address.hostname:
             raise DataError(f"--url: expected an address such as http://127.0.0.1:8000/v1, found {shown!r}")
         if address.username or address.password or address.query or address.fragment:
@@ -66,10 +59,7 @@ class Endpoint:
 
 
 class Token(NamedTuple):
-    """A generated token, as bytes since it may be a part of a character, with its log-probability.
-
-    `alternatives` has the log-probabilities of the listed tokens at its position, itself included.
-    """
+    """A generated token as bytes, since it may be a part of a character; `alternatives` are the listed tokens, itself included."""
 
     text: bytes
     log_p: float
@@ -77,7 +67,7 @@ class Token(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A generated text, its tokens (empty if the server lists none), and their number (0 if the server does not count them)."""
+    """A generated text, its tokens (empty if the server lists none), and their number (0 if it does not count them)."""
 
     text: str
     tokens: tuple[Token, ...]
@@ -89,14 +79,11 @@ class RefusedError(DataError):
 
 
 class Client:
-    """Asks one endpoint; thread-safe. The `openai` client repeats failed requests.
+    """Asks one endpoint; thread-safe. DataError: the client library is not installed, or the key is not set.
 
     Attributes:
         name: of the system, for messages.
         used: number of tokens of prompts and responses that the server has counted.
-
-    Raises:
-        DataError: the client library is not installed, or the key is not set.
     """
 
     def __init__(self, endpoint: Endpoint, name: str) -> None:
@@ -104,27 +91,23 @@ class Client:
             raise DataError("an endpoint needs the package openai: pip install 'vlm-calibration[endpoint]'")
         from openai import OpenAI
 
-        self.endpoint = endpoint
-        self.name = name
+        self.endpoint, self.name = endpoint, name
         self.used = 0
         self._lock = threading.Lock()
-        key = os.environ.get(endpoint.key_variable, "").strip()
-        if not key and endpoint.key_variable != DEFAULT_KEY:
+        self._key = os.environ.get(endpoint.key_variable, "").strip()
+        if not self._key and endpoint.key_variable != DEFAULT_KEY:
             raise DataError(
                 f"endpoint.key_variable: the environment variable {endpoint.key_variable} is not set"
             )
-        self._key = key or UNKEYED
         self._api = OpenAI(
-            base_url=endpoint.url, api_key=self._key, timeout=endpoint.timeout, max_retries=endpoint.retries
+            base_url=endpoint.url,
+            api_key=self._key or "none",  # the client does not work without one
+            timeout=endpoint.timeout,
+            max_retries=endpoint.retries,
         )
 
     def ask(self, messages: Sequence[Mapping[str, Any]], max_tokens: int, **body: Any) -> Response:
-        """The likeliest response to messages of the chat completions API; `Endpoint.parameters` take precedence over `body`.
-
-        Raises:
-            RefusedError: the server does not understand the request.
-            DataError: it failed for good.
-        """
+        """The likeliest response to messages of the chat completions API; raises a RefusedError, or a DataError if it failed for good."""
         import openai
 
         body = {"max_tokens": max_tokens, "temperature": 0, **body, **self.endpoint.parameters}
@@ -135,7 +118,7 @@ class Client:
         except openai.APIStatusError as error:
             said = f"status {error.status_code}"
             if error.status_code in (401, 403):
-                state = "is not set" if self._key == UNKEYED else "holds the key that was sent"
+                state = "holds the key that was sent" if self._key else "is not set"
                 said += f" (the environment variable {self.endpoint.key_variable} {state})"
             kind = RefusedError if error.status_code in (400, 422) else DataError
             # Some servers repeat the key, so their message is in no traceback either.
@@ -148,14 +131,7 @@ class Client:
             raise DataError(self._about(f"answers with something other than JSON ({error})")) from error
         try:
             choice, usage = answer.choices[0], answer.usage
-            tokens = tuple(
-                Token(
-                    _bytes(t),
-                    t.logprob,
-                    {_bytes(other): float(other.logprob) for other in (t, *(t.top_logprobs or ()))},
-                )
-                for t in (choice.logprobs and choice.logprobs.content) or ()
-            )
+            tokens = tuple(map(_token, (choice.logprobs and choice.logprobs.content) or ()))
             generated = usage.completion_tokens or 0 if usage else 0
             response = Response(choice.message.content or "", tokens, generated)
         except (AttributeError, TypeError, IndexError) as error:
@@ -173,9 +149,14 @@ class Client:
     def _about(self, message: str) -> str:
         """An error in one line, without the key."""
         line = " ".join(message.split())
-        if self._key != UNKEYED:
+        if self._key:
             line = line.replace(self._key, "***")
-        return f"{self.name} ({self.endpoint.model!r} at {self.endpoint.url}): {line[:SHOWN]}"
+        return f"{self.name} ({self.endpoint.model!r} at {self.endpoint.url}): {line[:300]}"
+
+
+def _token(entry: Any) -> Token:
+    listed = {_bytes(e): float(e.logprob) for e in (entry, *(entry.top_logprobs or ()))}
+    return Token(_bytes(entry), entry.logprob, listed)
 
 
 def _bytes(entry: Any) -> bytes:

@@ -17,26 +17,20 @@ from vlm_calibration.text.confidence import end_of_confidence, parse_confidence,
 PERCENTS = range(101)
 FOLLOWED = 0.01
 """Probability from which on the beginning of a percentage is followed by another request."""
-CONTINUED = 0.5
-"""Least probability of what continues a percentage; with less the server has begun a new answer."""
 
 
 def complete_statement(text: str) -> str:
     """A generated text up to the end of the first complete statement of a confidence, where local generation stops."""
-    for match in re.finditer(r"[%％﹪٪]", text):
-        # Local generation sees the character that the token of the percent sign ends with, or the next token.
-        for seen in (match.end(), match.end() + 1):
-            end = end_of_confidence(text[:seen])
-            if end is not None:
-                return text[:end].strip()
-    return text[: end_of_confidence(text)].strip()
+    # Local generation sees the character that the token of the percent sign ends with, or the next token.
+    seen = [m.end() + more for m in re.finditer(r"[%％﹪٪]", text) for more in (0, 1)]
+    for length in (*seen, len(text)):
+        if (end := end_of_confidence(text[:length])) is not None:
+            return text[:end].strip()
+    return text.strip()
 
 
 def p_yes(tokens: Sequence[Token]) -> float | None:
-    """P(yes) / (P(yes) + P(no)) at the first token of a response; None if it does not begin with one of the words.
-
-    A listed token counts for the word that it is, or that it begins, whatever its case.
-    """
+    """P(yes) / (P(yes) + P(no)) at the first token of a response; None if it does not begin with one of the words."""
     # Some tokenizers have white space as a token of its own.
     first = next((t for t in tokens if t.text.strip()), None)
     if first is None or _verdict(first.text) is None:
@@ -48,17 +42,14 @@ def p_yes(tokens: Sequence[Token]) -> float | None:
 
 
 def _verdict(token: bytes) -> str | None:
-    """The word, yes or no, that a token is, begins, or begins with."""
+    """The word, yes or no, that a token is, begins, or begins with, in any case."""
     text = token.decode("utf-8", "replace").strip().casefold().lstrip("*\"'`")
     words = [w for w in ("yes", "no") if text and (w.startswith(text) or re.match(rf"{w}(?!\w)", text))]
     return words[0] if words else None
 
 
 def answer_likelihood(tokens: Sequence[Token], answer: str) -> float | None:
-    """The geometric mean of the probabilities of the generated tokens of an answer, its text without the stated confidence.
-
-    None if the response does not begin with the answer, or has no tokens.
-    """
+    """The geometric mean of the probabilities of the tokens of an answer; None if the response does not begin with it, or has no tokens."""
     content = _text(tokens)
     start = len(content) - len(content.lstrip())
     if not answer or not content[start:].startswith(answer):
@@ -80,13 +71,13 @@ def percent_distribution(
 
     The tokens that the server lists at the stated percentage are its pieces: whole numbers ("80"), or beginnings ("8"). A
     beginning that is likelier than `FOLLOWED` is continued by the response itself if it was generated, else by another request.
-    The probabilities are normalised to 1.
 
-    `ask_after` takes the beginning of the response and gives the listed next tokens -> log-probability; None if the server cannot.
+    Args:
+        ask_after: the beginning of a response -> the listed next tokens and their log-probabilities; None if the server cannot.
 
     Returns:
-        Confidence -> probability, in falling order; empty if the response states no labelled percentage, has no tokens, or a
-        beginning that is not continued.
+        Confidence -> probability, highest confidence first, summing to 1; empty if the response states no labelled percentage, has no
+        tokens, or a beginning that is not continued.
     """
     content = _text(tokens)
     statement = complete_statement(content)
@@ -126,8 +117,8 @@ def percent_distribution(
                 mass[percent] += p * math.exp(log_p)
             elif begins and p * math.exp(log_p) >= FOLLOWED:
                 unfinished.append((text, p * math.exp(log_p)))
-        if piece not in listed and likely < CONTINUED:
-            return {}
+        if piece not in listed and likely < 0.5:
+            return {}  # the server has begun a new answer
     total = sum(mass.values())
     return {n / 100: mass.get(n, 0.0) / total for n in reversed(PERCENTS)} if total > 0 else {}
 

@@ -28,8 +28,6 @@ from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.prompts import ElicitationPrompt
 
 LIKELIHOOD = AnswerLikelihood.name
-NOT_SCORED = "an endpoint does not score a given answer, which this estimator needs"
-NO_TOKENS = "the server gives no log-probabilities (logprobs)"
 NO_CONTINUATION = "the server does not continue a given answer (continue_final_message): no value where a percentage is several tokens"
 LISTED = {"logprobs": True, "top_logprobs": 20}
 """Lists as many tokens at each position as OpenAI and vLLM allow by default."""
@@ -40,9 +38,6 @@ class EndpointSystem(System):
 
     The stated confidence is read from the text; the expected confidence and the likelihood of the answer from the tokens that the
     server lists. Other estimators, and all probes, need the scores of texts that we choose, which no server gives.
-
-    Attributes:
-        prompt: how a question is put.
     """
 
     def __init__(
@@ -53,21 +48,18 @@ class EndpointSystem(System):
         self.of_tokens = [e for e in self.estimators if e in (EXPECTED, LIKELIHOOD)]
         self.max_new_tokens = max_new_tokens
         self.prompt = ElicitationPrompt()
-        given = (VERBALIZED, EXPECTED, LIKELIHOOD)
-        self.notes: dict[str, str] = {name: NOT_SCORED for name in self.estimators if name not in given}
+        others = [name for name in self.estimators if name not in (VERBALIZED, EXPECTED, LIKELIHOOD)]
+        not_scored = "an endpoint does not score a given answer, which this estimator needs"
+        self.notes: dict[str, str] = dict.fromkeys(others, not_scored)
 
     def answer(self, batch: PromptBatch, probes: Sequence[Probe] = ()) -> SystemAnswers:
-        """Answer a batch that has its images, several queries at the same time, without probes.
-
-        Raises:
-            DataError: a request failed for good; no query is begun after it.
-        """
+        """Answer a batch that has its images, several queries at once, without probes; a DataError if a request failed for good."""
         n = len(batch.queries)
         with ThreadPoolExecutor(self.client.endpoint.concurrency) as threads:
             asked = list(threads.map(partial(self._ask, batch), range(n)))
         responses, distributions, continued = (list(column) for column in zip(*asked, strict=True))
         if not all(response.tokens for response in responses):
-            self.notes |= dict.fromkeys(self.of_tokens, NO_TOKENS)
+            self.notes |= dict.fromkeys(self.of_tokens, "the server gives no log-probabilities (logprobs)")
         answers = grade_answers(batch, [complete_statement(response.text) for response in responses])
         likelihoods = [_likelihood(a, r.tokens) for a, r in zip(answers, responses, strict=True)]
         means = [sum(level * p for level, p in d.items()) if d else None for d in distributions]
@@ -110,8 +102,7 @@ class EndpointSystem(System):
             continued += 1
             return tokens[0].alternatives if tokens else {}
 
-        distribution = percent_distribution(response.tokens, after)
-        return response, distribution, continued
+        return response, percent_distribution(response.tokens, after), continued
 
     def close(self) -> None:
         self.client.close()

@@ -38,8 +38,6 @@ BASE, CALIBRATED, ENDPOINT = "base", "calibrated", "endpoint"
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 """A path, the bytes of a file, a Pillow image, or uint8 [H, W, 3]."""
 
-_AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -49,14 +47,11 @@ class Answer:
         text: the output as generated.
         answer: the output without the statement of confidence.
         confidence: the stated confidence in [0, 1]; None if it could not be parsed.
-        expected: mean of the confidences that the model might have stated after its answer, in [0, 1]; None without an
-            answer. Greedy decoding states the most probable one.
+        expected: mean of the confidences that the model might have stated after its answer, in [0, 1]; None without an answer.
         distribution: confidence -> probability that the model states it, highest confidence first; sums to 1.
         answer_type: the kind of question that the model was asked.
-        rule: the threshold that the confidence was compared with, and its guarantee; None if the model has no thresholds, or has them
-            by category and none for this question's.
-        warning: why answer and confidence mean nothing: what the model does not know in the question. None if it knows the
-            question, and for any model but the demo's, since what others know is not known.
+        rule: the threshold that the confidence was compared with, and its guarantee; None if the model has none for this question.
+        warning: what the demo's model does not know in the question, so that answer and confidence mean nothing; None for other models.
     """
 
     text: str
@@ -76,17 +71,18 @@ class Answer:
     @property
     def reason(self) -> str:
         """Why `decision` is what it is, as a clause; empty without a rule."""
-        if self.rule is None:
+        rule = self.rule
+        if rule is None:
             return ""
-        name = "stated" if self.rule.estimator == VERBALIZED else self.rule.estimator
-        if self.rule.unfamiliar is not None:
-            return self.rule.unfamiliar
-        if self.rule.confidence is None:
+        if rule.unfamiliar is not None:
+            return rule.unfamiliar
+        name = "stated" if rule.estimator == VERBALIZED else rule.estimator
+        if rule.confidence is None:
             return f"no {name} confidence"
-        if self.rule.threshold is None:
+        if rule.threshold is None:
             return "no threshold keeps the limits"
-        relation = "at least" if self.decision == "answer" else "below"
-        return f"{name} {percent(self.rule.confidence)}, {relation} {percent(self.rule.threshold)}"
+        relation = "at least" if rule.decision == "answer" else "below"
+        return f"{name} {percent(rule.confidence)}, {relation} {percent(rule.threshold)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as plain values; the distribution as pairs of confidence and probability, without those below 0.1%."""
@@ -106,9 +102,7 @@ class Answer:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CalibratedModel:
-    """A model in this process, with or without an adapter, or behind an address, that answers questions about images.
-
-    It is thread-safe: one batch is answered at a time.
+    """Answers questions about images with a model in this process or behind an address; thread-safe, one batch at a time.
 
     Attributes:
         name: for messages.
@@ -116,9 +110,9 @@ class CalibratedModel:
         collate: makes the batch that the systems answer.
         noise: how `sample` perturbs images.
         device: where models run that work beside it.
-        model: the transformers or peft model, whose vision tower runs once for all systems; None behind an address.
+        model: the transformers or peft model; None behind an address.
         image_processor: defines the size at which the model sees an image; None: it is not known.
-        is_demo: whether the base model is the demo's, of which it is known what it knows.
+        is_demo: whether the base model is the demo's.
         rule: decides about the answers of the last system; None: nothing does.
     """
 
@@ -134,7 +128,7 @@ class CalibratedModel:
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def answers(self, samples: Sequence[Sample], systems: Iterable[str] = ()) -> dict[str, list[Answer]]:
-        """Answer one batch of samples from `sample` with some systems, or else all; returns system -> its answers in their order."""
+        """Answer one batch of samples from `sample` with some systems, or else all; returns system -> its answers."""
         answers = {}
         shared = nullcontext() if self.model is None else shared_vision(self.model)
         with self._one_at_a_time, shared:
@@ -168,7 +162,7 @@ class CalibratedModel:
 
     @property
     def main(self) -> str:
-        """The system whose answers count: the last."""
+        """The last system, whose answers count."""
         return list(self.systems)[-1]
 
     def unknown_part(self, question: str) -> str | None:
@@ -208,12 +202,11 @@ class CalibratedModel:
     def ask_many(
         self, questions: Iterable[tuple[Any, ...]], batch_size: int = 8, *, as_base: bool = False
     ) -> Iterator[Answer]:
-        """Ask many questions; yields their answers in the same order, and raises as `ask`.
+        """Ask many questions as by `ask`; yields their answers in the same order.
 
         Args:
             questions: image, question and optionally answer type and category, as for `ask`; consumed one batch at a time.
             batch_size: questions answered together, at least 1; the answers do not depend on it.
-            as_base: answer without the adapter.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
@@ -234,9 +227,9 @@ class CalibratedModel:
         mask: Any = None,
         perturbation: Perturbation = CLEAN,
     ) -> Sample:
-        """Prepare a question about an image for the model; arguments and errors as for `ask`.
+        """Prepare a question, `name` in messages, as for `ask`.
 
-        The perturbation of the region `mask`, bool [H, W], is seeded by the question's `name` in messages; None: the image stays untouched.
+        The perturbation, seeded by the name, acts on the region `mask`, bool [H, W]; None: the image stays untouched.
         """
         if not question.strip():
             raise DataError(f"{name}: the question is empty")
@@ -259,30 +252,21 @@ def served_model(endpoint: Endpoint, max_new_tokens: int) -> CalibratedModel:
     )
 
 
-_BEGINS_YES_NO = re.compile(
-    r"\W*(?:is|are|was|were|am|do|does|did|can|could|has|have|had|will|would|should|must|may|might)(?:n't)?\b",
-    re.IGNORECASE,
-)
-
-
 def answer_type_of(question: str) -> AnswerType:
     """The kind of answer that an English question asks for: yes/no if it begins with a verb and has no "or".
 
     >>> answer_type_of("Is there a dog?"), answer_type_of("Is it a dog or a cat?"), answer_type_of("What is it?")
     ('yes_no', 'short', 'short')
     """
-    begins = _BEGINS_YES_NO.match(question) is not None
+    verbs = "is|are|was|were|am|do|does|did|can|could|has|have|had|will|would|should|must|may|might"
+    begins = re.match(rf"\W*(?:{verbs})(?:n't)?\b", question, re.IGNORECASE)
     return "yes_no" if begins and not re.search(r"\bor\b", question, re.IGNORECASE) else "short"
 
 
 def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None) -> ImageArray:
-    """Convert an image to uint8 [H, W, 3], by the rules of `load_image`.
+    """Convert an image, `name` in messages, to uint8 [H, W, 3], by the rules of `load_image`.
 
-    Files and Pillow images of more than `max_pixels` are refused; `name` is that of the image in messages.
-
-    Raises:
-        DataError: the image cannot be used.
-        TypeError, ValueError: an array that is not uint8 [H, W, 3].
+    A DataError if it cannot be used; a TypeError or ValueError for an array of another form.
     """
     if isinstance(image, np.ndarray):
         check_image(image)
@@ -299,9 +283,9 @@ def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str 
                 )
             # Encoded as a file, it is read like any other, whatever its mode and transparency.
             upright, file = ImageOps.exif_transpose(image), io.BytesIO()
-            (upright if upright.mode in _AS_PNG else upright.convert("RGB")).save(
-                file, "PNG", compress_level=1
-            )
+            if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
+                upright = upright.convert("RGB")
+            upright.save(file, "PNG", compress_level=1)
             image, name = file.getvalue(), name or "image"
         return load_image(image, max_pixels=max_pixels, name=name)
     except (ImageError, OSError) as error:

@@ -53,9 +53,8 @@ def load_calibrated(
 ) -> CalibratedModel:
     """Load a base model, with or without an adapter, to ask it questions.
 
-    Prompt and length of answers default to those of the training, from the adapter's card; images are shrunk as in the training
-    (`data.max_pixels`). `thresholds.json` beside the weights, which `vlm-calibration threshold` writes, decides for each answer whether it may
-    be given (`Answer.decision`).
+    Images are shrunk as in the training (`data.max_pixels`). `thresholds.json` beside the weights, which `vlm-calibration threshold` writes,
+    decides for each answer whether it may be given (`Answer.decision`).
 
     Args:
         base: name or folder of the base model, or its loading settings; None: the model that the adapter names, with the
@@ -63,12 +62,11 @@ def load_calibrated(
         adapter: a run directory, the folder of an adapter, or its name on the Hub, `owner/name` or `owner/name@revision`;
             None: the base model alone, which may have an adapter merged in.
         device: device of the model; None: a GPU if there is one.
-        prompt: the prompt, with `{question}` in it.
-        max_new_tokens: length limit of an answer.
+        prompt: the prompt, with `{question}` in it; None: that of the training, from the adapter's card.
+        max_new_tokens: length limit of an answer; None: that of the training.
 
     Raises:
-        DataError: there is no such model or adapter, neither is given, they do not fit each other, or the thresholds were chosen with
-            other weights or another prompt.
+        DataError: model or adapter cannot be loaded, neither is given, or the thresholds were chosen with other weights or prompts.
     """
     device = _usable_device(device)
     folder = None if adapter is None else find_adapter(adapter)

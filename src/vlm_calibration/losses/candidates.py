@@ -1,4 +1,4 @@
-"""The argument of the losses of stage 2, scores of the candidate responses to each query, and the base class of these losses."""
+"""Scores of the candidate responses to each query, and the base class of the losses of stage 2, which take them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from vlm_calibration.records import DataError
 class CandidateScores(NamedTuple):
     """Log-likelihoods of K candidate responses to each of B queries; column 0 is the one nearest to the target, the chosen one.
 
-    A response is an answer, then a confidence. `policy` and `answer` must come from the same token log-likelihoods, with
-    gradient: in `policy - answer` the answer's tokens cancel, in the value and in the gradient.
+    A response is an answer, then a confidence. `policy` and `answer` come from the same token log-likelihoods: in
+    `policy - answer` the answer's tokens cancel, also in the gradient.
 
     Attributes:
-        policy: float [B, K], sum of log p over the response's tokens.
+        policy: float [B, K], log p of the response.
         reference: float [B, K], the same under the frozen reference, or None.
         lengths: [B, K], number of tokens, at least 1.
         distance: float [B, K] in [0, 1], |stated level - target level|; 0 for the chosen response, 1 for another answer.
         valid: bool [B, K], False for padding, whose numbers may be anything; column 0 is always valid.
-        answer: float [B, K], sum of log p over the answer's tokens; `policy - answer` is the log p of the confidence with its
-            format, and of the end of the turn.
+        answer: float [B, K], log p of the answer; `policy - answer` is that of the confidence, its format and the end of the turn.
         confidence: float [B, K] in [0, 1], the stated confidence.
         target: float [B] in [0, 1], the confidence to learn.
         correct: bool [B, K], whether the response's answer is correct.
@@ -47,19 +46,18 @@ class CandidateScores(NamedTuple):
 def fill_padding(scores: CandidateScores) -> CandidateScores:
     """Convert scores to at least float32, and replace padding by finite numbers and by False.
 
-    Padding is replaced before any arithmetic, because the gradient of an inf or nan that is masked afterwards is nan.
+    The gradient of an inf or nan that is only masked after the arithmetic is nan.
     """
     valid, dtype = scores.valid, torch.promote_types(scores.policy.dtype, torch.float32)
 
     def fill(values: Tensor, padding: float = 0.0) -> Tensor:
         return torch.where(valid, values.to(dtype), padding)
 
-    return CandidateScores(
+    return scores._replace(
         policy=fill(scores.policy),
         reference=None if scores.reference is None else fill(scores.reference),
         lengths=fill(scores.lengths, 1.0),
         distance=fill(scores.distance),
-        valid=valid,
         answer=fill(scores.answer),
         confidence=fill(scores.confidence),
         target=scores.target.to(dtype),

@@ -6,11 +6,9 @@ For one query with the target t, over the candidates k that give the query's own
     pi  = softmax_k(s), the policy's distribution over these confidences
     Z   = logsumexp_k(s), the log-probability that any of their texts follows the answer; at most 0
 
-The text of a confidence includes its format and the end of the turn. pi does not change when all its texts become unlikely, so
-each loss adds -Z, which is least at Z = 0, where every answer is followed by a readable confidence. All probabilities are relative
-to the candidates compared: give all confidences that can be stated (`pairs.rejected: all`).
-
-The answer's tokens cancel in s: `SoftLabel`, `TokenizedBrier` and `ExpectedBrier` teach the confidence, not the answer.
+The text of a confidence includes its format and the end of the turn. Each loss adds -Z: pi stays the same when all its texts become
+unlikely. Give all confidences that can be stated as candidates (`pairs.rejected: all`), since pi is relative to them. The answer's
+tokens cancel in s, so that only `RLCR` teaches the answer.
 """
 
 from __future__ import annotations
@@ -39,13 +37,11 @@ class SoftLabel(DistributionLoss):
 
         -sum_k q_k s_k = -sum_k q_k log pi_k - Z,   q_k proportional to exp(-((c_k - t) / width)^2 / 2)
 
-    Optimum: pi = q and Z = 0; for targets that vary at the same input, pi is the mean of their q. Of two answers of which exactly
-    one is correct, the opposite is correct with probability 1 - t: the same term with this target, over the candidates that give
-    the opposite answer, is added with a weight. It teaches that confidence is about the answer, not about the evidence alone.
+    Optimum: pi = q and Z = 0; for targets that vary at the same input, pi is the mean of their q. The opposite answer is correct with
+    probability 1 - t: its term teaches that confidence is about the answer, not about the evidence alone.
 
     Args:
-        width: standard deviation of q before it is restricted to the candidates, in [0.001, 1]; far below the
-            distance between confidences, q is the one nearest to t.
+        width: standard deviation of q, in [0.001, 1]; far below the distance between confidences, q is the one nearest to t.
         opposite_weight: weight of the opposite answer's term, at least 0.
     """
 
@@ -72,8 +68,8 @@ class TokenizedBrier(DistributionLoss):
 
         sum_k pi_k (c_k - t)^2 - Z
 
-    It is a proper score of t = 1 for a correct answer and t = 0 for a wrong one, as in the paper, where a confidence is one token
-    and -Z is not needed. Optimum: all of pi on the confidence nearest to E[t] at the same input, and Z = 0.
+    In the paper t is 1 for a correct answer and 0 for a wrong one, and a confidence is one token, which needs no -Z. Optimum: all of
+    pi on the confidence nearest to E[t] at the same input, and Z = 0.
     """
 
     def forward(self, scores: CandidateScores) -> Tensor:
@@ -102,20 +98,17 @@ class ExpectedBrier(DistributionLoss):
 class RLCR(DistributionLoss):
     """Reinforcement learning with calibration rewards (RLCR, arXiv 2507.16806), enumerated instead of sampled.
 
-    The reward of a response is that of the paper, of its answer's correctness y_k (0 or 1) and the stated confidence:
+    With the answer's correctness y_k (0 or 1), the log p of the whole response L_k, and P = softmax(L), over all candidates,
+    whatever their answer, the paper's reward and the loss are
 
         R_k = y_k - (c_k - y_k)^2
-
-    With L_k the log p of the whole response and P = softmax(L), both over all candidates, whatever their answer, the loss is
-
         -sum_k P_k R_k - logsumexp_k(L_k)
 
-    The gradient of the first term is exactly the expectation, over a response k drawn from P, of REINFORCE's estimate
-    -R_k grad log P_k: the policy gradient of one on-policy step, restricted to the candidates, without sampling noise, clipping,
-    division by the reward's deviation or a KL penalty. The second term is -log p(any candidate is written) and teaches the format.
+    The gradient of the first term is exactly the policy gradient of one on-policy step, E_P[-R_k grad log P_k], without sampling
+    noise, clipping, division by the reward's deviation or a KL penalty. The second term, -log p(any candidate), teaches the format.
 
-    A query whose candidates all give its own answer (an open question) has nothing to choose an answer from. There L_k is
-    s_k = log p(text of c_k | answer): P is the same, and the answer's tokens get no gradient. `target` is not used.
+    If all candidates give the own answer (an open question), L_k is s_k: P is the same, and the answer's tokens get no gradient.
+    `target` is not used.
 
     Optimum: all of P on the confidence nearest to p, after the answer with the highest probability p of being correct (if the
     confidences are dense enough to tell its p from that of the next answer).

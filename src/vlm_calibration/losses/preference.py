@@ -34,16 +34,14 @@ class PreferenceLoss(CandidateLoss):
     """Base class of the losses that prefer responses to others.
 
     A query with nothing to compare does not contribute; if no query does, the loss is 0 with a gradient of 0.
-
-    Attributes:
-        beta: scale of the implicit reward.
     """
 
     beta: float
+    """Scale of the implicit reward."""
     needs_reference = True
 
     def rewards(self, scores: CandidateScores) -> Tensor:
-        """Implicit reward of each candidate, float [B, K]: beta times its log-ratio; 0 for padding, which is filled."""
+        """Implicit reward of each candidate, float [B, K]: beta times its log-ratio."""
         return self.beta * self.log_ratios(scores)
 
     def log_ratios(self, scores: CandidateScores) -> Tensor:
@@ -83,8 +81,7 @@ class DPO(PairwiseLoss):
 class SimPO(PairwiseLoss):
     """Simple preference optimisation (arXiv 2405.14734, equation 6): -log sigmoid(beta h - gamma), per token, no reference.
 
-    The paper tunes beta and gamma for each model (2 to 2.5 and 0.3 to 1.6). The defaults are its setting for
-    Llama-3-Base; the authors recommend its ratio of 0.5 to start from.
+    The paper tunes both for each model (beta 2 to 2.5, gamma 0.3 to 1.6); the defaults are its setting for Llama-3-Base.
 
     Args:
         beta: scale of the reward; much larger than DPO's, because rewards are per token.
@@ -93,7 +90,6 @@ class SimPO(PairwiseLoss):
 
     beta: float = 2.0
     gamma: float = 1.0
-
     needs_reference = False
 
     def log_ratios(self, scores: CandidateScores) -> Tensor:
@@ -122,8 +118,7 @@ class IPO(PairwiseLoss):
 class Ordinal(PairwiseLoss):
     """DPO with an offset (ODPO, arXiv 2402.10571): -log sigmoid(beta h - offset * distance).
 
-    The margin grows with the rejected response's distance to the target. The paper's offset is alpha times the log of a
-    difference of scores; here it is linear in the distance, which is in [0, 1] and may be 0.
+    The paper's offset is alpha times the log of a difference of scores; here it is linear in the distance, which may be 0.
 
     Args:
         beta: as in `DPO`.
@@ -142,12 +137,11 @@ class Listwise(PreferenceLoss):
     """The Plackett-Luce likelihood of ranking all candidates by distance (arXiv 2305.18290, appendix A.3; 2402.01878).
 
     With the rewards s and distances d, the term of candidate i is the negative log-probability of picking it among itself and
-    all candidates that are strictly further away:
+    all candidates that are strictly further away (by more than `TIE`):
 
         log( exp s_i + sum_{j: d_j > d_i} exp s_j ) - s_i
 
-    Equally distant candidates (see `TIE`) are never in each other's denominator: the order of two levels just above and
-    just below the target is unknown. A query's loss is the mean of its terms; with two candidates it is DPO.
+    A query's loss is the mean of its terms; with two candidates it is DPO.
 
     Args:
         beta: as in `DPO`.
@@ -168,9 +162,7 @@ class Listwise(PreferenceLoss):
 def preference_statistics(loss: CandidateLoss, scores: CandidateScores) -> dict[str, Tensor]:
     """Statistics to log beside the loss: means over a query's pairs, then over the queries with a pair; nan if there is none.
 
-    Returns:
-        `reward_margin`: reward of the chosen response minus that of the rejected one; `reward_accuracy`: the share of
-        margins above 0; `logp_chosen` and `logp_rejected`: log-likelihood of the whole responses.
+    `reward_margin` is chosen minus rejected, `reward_accuracy` the share of margins above 0.
     """
     filled = fill_padding(scores)
     rewards, policy, pairs = loss.rewards(filled), filled.policy, filled.valid[:, 1:]

@@ -32,8 +32,8 @@ def token_weights(
 
     Args:
         confidence_mask: bool, whether the token belongs to the stated confidence; else it belongs to the answer.
-        confidence: float32 in [0, 1], the target confidence; like `correct`, it broadcasts to `confidence_mask`.
-        correct: bool, whether the answer is correct.
+        confidence: float32 in [0, 1], the target confidence, which broadcasts to `confidence_mask`.
+        correct: bool, whether the answer is correct; it broadcasts too.
         answer_weight, confidence_weight: weights of the tokens of a correct answer and of a confidence.
     """
     answer = torch.ones_like(confidence) if answer_weight == "constant" else confidence
@@ -43,8 +43,7 @@ def token_weights(
 def response_nll(log_likelihood: Tensor, rows: Tensor, weights: Tensor, n_rows: int) -> Tensor:
     """Weighted negative log-likelihood per response token, averaged over responses.
 
-    Every response has the same weight, whatever its length and batch, so that processes and accumulation steps with
-    equally many responses average to the loss of one large batch:
+    Every response has the same weight, so that processes and accumulation steps with equally many average to the loss of one batch:
 
         1 / B * sum_b [ sum_{t in b} -w_t log p_t / |b| ]
 

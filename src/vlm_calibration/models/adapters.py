@@ -45,11 +45,7 @@ class LoraSettings:
 
 
 def layer_parts(model: PreTrainedModel) -> dict[str, ModelPart]:
-    """Full name of each linear layer -> the part of the model that it belongs to; the output head is excluded.
-
-    The language model is the result of `get_decoder`. Other layers belong to the projector if their name contains one of
-    transformers' names for it, else to the tower.
-    """
+    """Full name of each linear layer, except for the output head -> the part of the model that it belongs to."""
     inside = {id(module) for module in model.get_decoder().modules()}
     parts: dict[str, ModelPart] = {}
     for name, module in model.named_modules():
@@ -57,6 +53,7 @@ def layer_parts(model: PreTrainedModel) -> dict[str, ModelPart]:
             continue
         if id(module) in inside:
             parts[name] = "language"
+        # transformers' names for it
         elif any(word in name for word in ("projector", "connector", "merger", "aligner")):
             parts[name] = "projector"
         else:
@@ -65,11 +62,7 @@ def layer_parts(model: PreTrainedModel) -> dict[str, ModelPart]:
 
 
 def attach_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Freeze the model and add a LoRA adapter to the linear layers of `settings.parts`.
-
-    Raises:
-        DataError: the model has no linear layer in one of the parts.
-    """
+    """Freeze the model and add a LoRA adapter to the linear layers of `settings.parts`; a DataError if one has none."""
     parts = layer_parts(model)
     for part in settings.parts:
         if part not in parts.values():
@@ -93,11 +86,7 @@ def adapted_parts(model: PeftModel) -> list[ModelPart]:
 
 
 def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTrainedModel | PeftModel:
-    """Load adapters (name -> location, as for `find_adapter`) into one model; returns the model itself if there are none.
-
-    Raises:
-        DataError: an adapter does not exist or does not fit the model.
-    """
+    """Load adapters (name -> location, as for `find_adapter`); a DataError if one does not exist, or does not fit the model."""
     wrapped, base = model, model.name_or_path
     for name, adapter in adapters.items():
         folder = find_adapter(adapter)
@@ -109,18 +98,15 @@ def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTraine
                 else:
                     wrapped = PeftModel.from_pretrained(wrapped, str(folder), adapter_name=name)
             # peft leaves out layers that only the model or only the file has.
-            saved = {
-                unwrapped_name(k) for k in load_peft_weights(str(folder), device="cpu") if ".lora_A." in k
-            }
+            weights = load_peft_weights(str(folder), device="cpu")
+            saved = {unwrapped_name(n) for n in weights if ".lora_A." in n}
             loaded = {unwrapped_name(n) for n, _ in wrapped.named_parameters() if f".lora_A.{name}." in n}
-            if missing := loaded - saved:
-                raise ValueError(
-                    f"its file lacks {len(missing)} layers of the model, the first is {min(missing)}"
-                )
-            if left_out := saved - loaded:
-                raise ValueError(
-                    f"the model lacks {len(left_out)} layers of its file, the first is {min(left_out)}"
-                )
+            sides = (("its file", "the model", loaded - saved), ("the model", "its file", saved - loaded))
+            for one, other, lacking in sides:
+                if lacking:
+                    raise ValueError(
+                        f"{one} lacks {len(lacking)} layers of {other}, the first is {min(lacking)}"
+                    )
         except (OSError, ValueError, TypeError, RuntimeError) as error:
             trained = read_object(folder / CONFIG).get("base_model_name_or_path")
             advice = f"its base model is {trained}: use that one, or an adapter of {base}"
@@ -134,10 +120,7 @@ def load_adapters(model: PreTrainedModel, adapters: dict[str, str]) -> PreTraine
 
 @contextmanager
 def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Iterator[None]:
-    """Activate an adapter in the block, or the base model alone (None); restore the previous adapter on exit.
-
-    `requires_grad` of all parameters is restored too: peft unfreezes the adapter that it activates.
-    """
+    """Activate an adapter in the block, or the base model alone (None); restore the previous one and all `requires_grad` on exit."""
     if not isinstance(model, PeftModel):
         if name is not None:
             raise ValueError(f"the model has no adapter {name!r}")
@@ -165,18 +148,15 @@ def using_adapter(model: PreTrainedModel | PeftModel, name: str | None) -> Itera
 def continue_adapter(
     model: PreTrainedModel, folder: str, parts: Sequence[ModelPart] | None = None, reference: bool = True
 ) -> PeftModel:
-    """Load a saved adapter for further training without dropout, with a frozen copy of it as the adapter `REFERENCE`.
+    """Load a saved adapter, as `load_adapters`, for further training without dropout.
 
-    Only its layers in `parts` of the model are trained, by default all of them. Without `reference` there is no copy. `folder` is as for
-    `find_adapter`.
-
-    Raises:
-        DataError: the adapter does not exist, does not fit the model, or has no layer in `parts`.
+    Args:
+        parts: parts of the model whose layers are trained; None: all that have an adapter. A DataError if none has one.
+        reference: also load a frozen copy, as the adapter `REFERENCE`.
     """
     layers, names = layer_parts(model), ["default", REFERENCE] if reference else ["default"]
     wrapped = load_adapters(model, dict.fromkeys(names, folder))
     assert isinstance(wrapped, PeftModel)
-    # A difference between the two is one of their weights.
     for layer in wrapped.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.lora_dropout = nn.ModuleDict({name: nn.Identity() for name in layer.lora_dropout})
@@ -192,5 +172,5 @@ def continue_adapter(
 
 
 def unwrapped_name(name: str) -> str:
-    """Name in the base model of an adapted layer or of the layer of an adapter's parameter, without peft's prefix."""
+    """The name in the base model of an adapted layer, from peft's name of it or of a parameter of its adapter."""
     return name.removeprefix("base_model.model.").split(".lora_", 1)[0]

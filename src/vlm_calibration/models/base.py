@@ -1,7 +1,4 @@
-"""Locate base models and adapters by name, by folder, or from an adapter's files, without loading them.
-
-This module imports neither torch nor transformers, so that command help stays fast.
-"""
+"""Locate base models and adapters without loading them; imports neither torch nor transformers, so that command help stays fast."""
 
 from __future__ import annotations
 
@@ -31,7 +28,6 @@ WEIGHTS = "adapter_model.safetensors"
 THRESHOLDS = "thresholds.json"
 """The decision rule beside an adapter's or a merged model's weights."""
 DEMO_MODEL = DEMO / "model"
-"""The embedded demo's model."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,7 @@ class BaseModel:
 def find_adapter(run: str | Path) -> Path:
     """The folder of an adapter: that of a run, of the adapter itself, or downloaded from the Hub, `owner/name[@revision]`.
 
-    Raises:
-        DataError: there is no adapter, or the file of its weights is truncated.
+    A DataError if there is none, or the file of its weights is truncated.
     """
     missing = f"no adapter at {run} (expected {CONFIG} there or in its folder {ADAPTER!r}): train one first"
     folders = [Path(run), Path(run) / ADAPTER]
@@ -100,10 +95,8 @@ def find_adapter(run: str | Path) -> Path:
 
 def adapter_digest(folder: Path, *left_out: str) -> str:
     """The digest of the files that peft reads from an adapter's folder, without those that are `left_out`."""
-    files = [
-        path for path in sorted(folder.glob("adapter_*")) if path.is_file() and path.name not in left_out
-    ]
-    return digest([json.dumps({path.name: file_digest(path) for path in files})])
+    files = [f for f in sorted(folder.glob("adapter_*")) if f.is_file() and f.name not in left_out]
+    return digest([json.dumps({f.name: file_digest(f) for f in files})])
 
 
 def adapter_weights_digest(folder: Path) -> str:
@@ -112,12 +105,9 @@ def adapter_weights_digest(folder: Path) -> str:
 
 
 def base_of_adapter(adapter: str | Path) -> BaseModel:
-    """The base model of an adapter (as for `find_adapter`), with the dtype and quantisation of its training.
+    """The base model of an adapter (as for `find_adapter`), with the dtype and quantisation of its training if its card has them.
 
-    Without this project's model card the dtype is that of the base's checkpoint.
-
-    Raises:
-        DataError: there is no adapter, or its configuration names no base model.
+    A DataError if there is no adapter, or its configuration names no base model.
     """
     folder = find_adapter(adapter)
     config = read_object(folder / CONFIG)
@@ -125,9 +115,8 @@ def base_of_adapter(adapter: str | Path) -> BaseModel:
     if not name:
         raise DataError(f"{folder / CONFIG}: the configuration names no base model: give one")
     card = read_object(folder / FACTS) if (folder / FACTS).is_file() else {}
-    base = BaseModel(
-        name, card.get("dtype", "auto"), card.get("quantization", "none"), revision=config.get("revision")
-    )
+    settings = {key: card[key] for key in ("dtype", "quantization") if key in card}
+    base = BaseModel(name, revision=config.get("revision"), **settings)
     for key, choices in {"dtype": get_args(Dtype), "quantization": get_args(Quantization)}.items():
         if (value := getattr(base, key)) not in choices:
             raise DataError(f"{folder / FACTS}: {key} must be one of {', '.join(choices)}, found {value!r}")
@@ -135,19 +124,14 @@ def base_of_adapter(adapter: str | Path) -> BaseModel:
 
 
 def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
-    """The common base model of several adapters: name -> adapter, as for `find_adapter`.
-
-    Raises:
-        DataError: there is no adapter, or two adapters differ in base model, dtype or quantisation.
-    """
+    """The common base model of several adapters (name -> adapter, as for `find_adapter`); a DataError without one."""
     if not adapters:
         raise DataError(
             "no base model: give model.init_args.base.name_or_path, or model.init_args.adapters, which name one"
         )
     bases = {name: base_of_adapter(adapter) for name, adapter in adapters.items()}
-    # Without a card, the dtype of an adapter's training is unknown.
-    first = next((name for name, base in bases.items() if base.dtype != "auto"), next(iter(bases)))
-    one = bases[first]
+    # Without a card, the dtype of an adapter's training is unknown. `min` takes the first of equal ones.
+    first, one = min(bases.items(), key=lambda item: item[1].dtype == "auto")
     for name, base in bases.items():
         one_key, key = ((os.path.realpath(b.name_or_path), b.revision, b.quantization) for b in (one, base))
         if key != one_key or base.dtype not in (one.dtype, "auto"):

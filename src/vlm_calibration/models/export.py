@@ -1,8 +1,4 @@
-"""Merge an adapter into its base model, write it as transformers writes the base, and verify the result.
-
-Merging can fail silently: if the names in an adapter do not match the model, peft merges nothing and the result is the base
-model. Therefore each layer is compared before and after, and the written model is read back.
-"""
+"""Merge an adapter into its base model, write it as transformers writes the base, and verify the result: merging can fail silently."""
 
 from __future__ import annotations
 
@@ -34,16 +30,14 @@ def merge_adapter(
 
     Args:
         folder: the adapter, as peft saves it.
-        base: its base model; dtype, quantisation and attention kernel are ignored. An adapter trained on a quantised base is merged into the
-            base in full precision.
+        base: its base model, which is loaded in full precision whatever its dtype, quantisation and attention kernel.
         dtype: of the merged weights; "auto": that of the base's checkpoint.
 
     Returns:
-        The merged model in eval mode, and the names of the layers that the adapter changed.
+        The merged model in eval mode, and the names of the adapter's layers.
 
     Raises:
-        DataError: the base cannot be loaded or is stored quantised, the adapter does not fit it, or merging did not change every layer
-            for which the adapter has an update.
+        DataError: the base cannot be loaded or is stored quantised, the adapter does not fit it, or an update of it changes nothing.
     """
     config = model_config(base)
     if getattr(config, "quantization_config", None) is not None:
@@ -83,30 +77,24 @@ def merge_adapter(
 @torch.no_grad()
 def _merge_layers(layers: dict[str, LoraLayer], dtype: torch.dtype) -> None:
     """Merge each layer; raise a ValueError if an update does not change its weight in the dtype, or there is none."""
-    lost: list[str] = []
-    has_update = False
+    # Of each layer with an update; one behind the last that a model uses has none.
+    is_changed: dict[str, bool] = {}
     for name, layer in layers.items():
         before = layer.get_base_layer().weight.detach().clone()
         updates = [*layer.lora_B.parameters(), *layer.lora_embedding_B.parameters()]
         layer.merge(safe_merge=True)
-        # A layer behind the last one that a model uses has no update.
         if any(bool(update.any()) for update in updates):
-            has_update = True
-            if torch.equal(before.to(dtype), layer.get_base_layer().weight.to(dtype)):
-                lost.append(name)
-    if not has_update:
+            is_changed[name] = not torch.equal(before.to(dtype), layer.get_base_layer().weight.to(dtype))
+    if not is_changed:
         raise ValueError("all its updates are zero: it was never trained")
-    if lost:
+    if lost := [name for name, changed in is_changed.items() if not changed]:
         raise ValueError(
             f"the updates of {len(lost)} of {len(layers)} layers change nothing in {dtype}, the first is {lost[0]}: merge in float32"
         )
 
 
 def save_merged(model: PreTrainedModel, base: BaseModel, folder: Path) -> None:
-    """Write a merged model under the tensor names and with the configuration of its base, and check that both can be read.
-
-    transformers writes the names of the checkpoint that it has loaded, which others such as vLLM know, but its own form of the
-    configuration; so that is copied, with the model's dtype.
+    """Write a merged model under the tensor names and with the configuration of its base, which vLLM knows; check that it can be read.
 
     Raises:
         DataError: the model cannot be written, has weights that the base's checkpoint lacks, or other weights are read back.
@@ -116,6 +104,7 @@ def save_merged(model: PreTrainedModel, base: BaseModel, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
+        # transformers has written its own form of the configuration.
         shutil.copyfile(source / "config.json", folder / "config.json")
         if (model_config(base).dtype or torch.float32) != model.dtype:
             config = {"dtype": "", **read_object(folder / "config.json")}

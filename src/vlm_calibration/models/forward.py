@@ -1,8 +1,7 @@
 """Forward passes that compute no more than is needed: the output head at some positions, and frozen vision modules once.
 
-With a vocabulary of 150k tokens the logits of a conversation are by far its largest tensor, and only the dozen at the response
-are needed. A pre-hook of the head selects those hidden states, so that a family's operations behind the head (scaling,
-soft-capping) still apply. Policy and reference, or a base model and its adapters, encode the same images with the same frozen tower.
+With a vocabulary of 150k tokens the logits of a conversation are by far its largest tensor. A pre-hook of the head selects hidden
+states, so that a family's operations behind the head (scaling, soft-capping) still apply.
 """
 
 from __future__ import annotations
@@ -20,13 +19,7 @@ from vlm_calibration.losses.sequence import IGNORE
 
 
 class LabelledLogits(NamedTuple):
-    """Logits at the N positions that predict a label.
-
-    Attributes:
-        logits: float [N, V].
-        targets: int64 [N], the labels.
-        rows: int64 [N], their rows in the batch.
-    """
+    """Logits at the N positions that predict a label, float [N, V]; the labels, int64 [N], and their rows in the batch, int64 [N]."""
 
     logits: Tensor
     targets: Tensor
@@ -34,12 +27,9 @@ class LabelledLogits(NamedTuple):
 
 
 def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) -> LabelledLogits:
-    """Logits that predict the labelled tokens.
+    """Logits that predict the labelled tokens; `labels` are int64 [B, L], IGNORE where there is none.
 
-    `labels` are int64 [B, L], IGNORE where there is no label; label t is predicted at position t - 1.
-
-    Raises:
-        ValueError: the first token of a sequence has a label, which no position predicts.
+    A ValueError if the first token of a sequence has a label, which no position predicts.
     """
     if bool((labels[:, 0] != IGNORE).any()):
         raise ValueError("the first token of a sequence has a label, but no earlier position predicts it")
@@ -49,7 +39,7 @@ def labelled_logits(model: Any, inputs: Mapping[str, Tensor], labels: Tensor) ->
 
 
 def logits_at(model: Any, inputs: Mapping[str, Tensor], rows: Tensor, positions: Tensor) -> Tensor:
-    """Logits at N positions of a batch, float [N, V]; `rows` and `positions` are int64 [N], and a position may repeat."""
+    """Logits at N positions of a batch, float [N, V]; `rows` and `positions` are int64 [N]."""
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][rows, positions][None], *args[1:])
@@ -99,7 +89,6 @@ def shared_vision(model: Any) -> Iterator[None]:
 
 
 def _run_once(forward: Any) -> Any:
-    """A forward that returns the result of its first call again for equal inputs."""
     cached: list[Any] = []  # the inputs and the result of the first call
 
     def run(*args: Any, **kwargs: Any) -> Any:

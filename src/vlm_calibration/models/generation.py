@@ -7,11 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from vlm_calibration.models.forward import unwrap_peft
 
@@ -23,7 +19,7 @@ class PromptCache(NamedTuple):
     """The cache of a generation from B prompts, padded on the left.
 
     Attributes:
-        key_values: keys and values of the prompts, and of the generated tokens.
+        key_values: of the prompts, and of the generated tokens.
         mask: int64 [B, P], 1 at the tokens of the prompts.
         positions: int64 [..., B, P], position ids of the prompts, with leading axes for positions of several axes.
         keyword: name of `key_values` among the arguments of the model's forward.
@@ -65,15 +61,11 @@ def generate(
 
     Args:
         model: a transformers or peft model from `load_base`, which decodes greedily.
-        inputs: left-padded prompts, input_ids int64 [B, L].
+        inputs: left-padded prompts, input_ids int64 [B, L]; a ValueError if they are right-padded.
         max_new_tokens: length limit of an answer.
-        end_of: returns the position at which a text with a percent sign is complete, or None. Generation stops there, and text behind it
-            is dropped.
+        end_of: the position at which a text with a percent sign is complete, or None; an answer ends there.
         sampler: samples the tokens; None: greedy decoding.
         keep_cache: keep the prompts' keys and values.
-
-    Raises:
-        ValueError: prompts are padded on the right.
     """
     mask, prompts = inputs["attention_mask"], inputs["input_ids"]
     if bool((mask[:, -1] == 0).any()):
@@ -93,8 +85,7 @@ def generate(
                 complete_texts[row] = text[:end], len(answer)
         return torch.tensor([row in complete_texts for row in range(len(input_ids))], device=input_ids.device)
 
-    # The position ids of each pass of the language model; None for a pass in which it counts them itself.
-    positions: list[Tensor | None] = []
+    positions: list[Tensor | None] = []  # of each pass of the language model; None: it counts them itself
 
     def record(module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         positions.append(kwargs.get("position_ids"))
@@ -122,8 +113,7 @@ def generate(
 
 def _prompt_cache(output: Any, mask: Tensor, positions: Tensor | None) -> PromptCache | None:
     """The cache in the dictionary that `generate` returned; positions that are not given count from the first column."""
-    # transformers renames it.
-    keyword = "cache" if "cache" in output else "past_key_values"
+    keyword = "cache" if "cache" in output else "past_key_values"  # transformers renames it
     cache = output.get(keyword)
     if not isinstance(cache, DynamicCache):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -28,13 +28,9 @@ from vlm_calibration.settings import digest, file_digest
 
 
 def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load the model in eval mode. It generates greedily, whatever its `generation_config.json` says.
+    """Load the model in eval mode; it generates greedily, whatever its `generation_config.json` says. A DataError if it cannot be loaded.
 
-    Args:
-        device: that the model runs on. A quantised model is loaded there and must not be moved later, others onto the CPU.
-
-    Raises:
-        DataError: the model does not exist, or cannot be loaded with these settings.
+    A quantised model is loaded onto the device and must not be moved later; others are loaded onto the CPU.
     """
     flex = base.attn_implementation == FLEX
     if flex and torch.device(device).type in ("cpu", "mps"):
@@ -52,8 +48,7 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
         model = AutoModelForImageTextToText.from_pretrained(
             base.name_or_path, revision=base.revision, trust_remote_code=base.trust_remote_code, **settings
         )
-    # `generate` takes every setting that it is not given from here; the checkpoint's, such as `repetition_penalty`, would change
-    # what is generated, but not the scores of the same tokens.
+    # Settings of the checkpoint such as `repetition_penalty` would change what is generated, but not the scores of the same tokens.
     config = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -65,8 +60,7 @@ def load_base(base: BaseModel, device: torch.device | str = "cpu") -> PreTrained
     if flex:
         use_in_language_model(model, FLEX)
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in the first pass in eval mode, after which gradients through
-        # them are wrong.
+        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in eval mode, after which their gradients are wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -101,8 +95,6 @@ def empty_vlm(base: BaseModel) -> PreTrainedModel:
 
 
 SPANS, SPAN = 16, 1 << 20
-UNSTABLE = ("_name_or_path", "_commit_hash", "transformers_version")
-"""Keys of a model's configuration that describe its origin instead of the model."""
 BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".py")
 """Suffixes of the files of processor, generation settings and code in a model's folder."""
 
@@ -110,19 +102,17 @@ BESIDE_WEIGHTS = (".json", ".jinja", ".txt", ".model", ".py")
 def weights_digest(base: BaseModel) -> str | None:
     """A digest of a model's configuration and weights, independent of name and location.
 
-    Of each weights file it covers the size and 16 evenly spread spans of 1 MiB, or the full content if smaller.
-
-    Returns:
-        32 hexadecimal digits, or None if files of the model are missing on this machine.
+    Of each weights file it covers the size and 16 evenly spread spans of 1 MiB, or the full content if smaller. None if files of the
+    model are missing on this machine.
     """
     folder = local_folder(base)
     weights = weight_files(folder) if folder is not None else None
     if folder is None or weights is None or not (folder / "config.json").is_file():
         return None
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    parts: list[str | bytes] = [
-        json.dumps({k: v for k, v in settings.items() if k not in UNSTABLE}, sort_keys=True)
-    ]
+    origin = ("_name_or_path", "_commit_hash", "transformers_version")
+    kept = {key: value for key, value in settings.items() if key not in origin}
+    parts: list[str | bytes] = [json.dumps(kept, sort_keys=True)]
     for path in weights:
         size = path.stat().st_size
         is_small = size <= SPANS * SPAN
@@ -137,8 +127,7 @@ def weights_digest(base: BaseModel) -> str | None:
 def model_identity(name_or_path: str, revision: str | None = None) -> str | None:
     """What identifies the content of a model with its processor: of a folder a digest, of a name on the Hub the commit.
 
-    The digest covers `weights_digest` and the other files that are read from the folder, but neither its name nor dates. None if the
-    model is not on this machine.
+    None if the model is not on this machine.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -178,8 +167,7 @@ def weight_files(folder: Path) -> list[Path] | None:
 
 def language_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Full name -> linear layer of the language model; quantisation replaces these."""
-    layers = {name: model.get_submodule(name) for name, p in layer_parts(model).items() if p == "language"}
-    return cast(dict[str, nn.Linear], layers)
+    return {name: model.get_submodule(name) for name, p in layer_parts(model).items() if p == "language"}
 
 
 def why_not_nf4(model: PreTrainedModel) -> str | None:
@@ -194,13 +182,12 @@ def _quantization(base: BaseModel) -> BitsAndBytesConfig:
     model = empty_vlm(base)
     if base.quantization == "nf4" and (reason := why_not_nf4(model)):
         raise DataError(f"{base.name_or_path}: {reason}")
-    quantised = language_layers(model)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return BitsAndBytesConfig(
         load_in_8bit=base.quantization == "int8",
         load_in_4bit=base.quantization == "nf4",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if base.dtype == "auto" else getattr(torch, base.dtype),
-        llm_int8_skip_modules=[name for name in linear if name not in quantised],
+        llm_int8_skip_modules=sorted(linear - language_layers(model).keys()),
     )

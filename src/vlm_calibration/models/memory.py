@@ -20,16 +20,11 @@ STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 
 
 class Memory(NamedTuple):
-    """Bytes on one GPU.
+    """Bytes on one GPU; and the number of all parameters, adapters included, and of the trained ones.
 
     Attributes:
-        weights: of the model with its adapters.
-        gradients: of the trained adapter.
-        optimizer: its states.
         cache: keys and values of a batch of answers at their longest.
         activations: measured, with all else that a step allocates; 0: not measured.
-        parameters: number of parameters, adapters included.
-        trained: number of trained ones.
     """
 
     weights: int
@@ -57,14 +52,11 @@ def model_memory(
     """The weights of a model, and the gradients and number of its trained parameters.
 
     Args:
-        lora: the adapters, which are assumed to be alike.
-        adapters: how many are loaded; a reference is one.
+        lora: settings of each adapter; a DataError if the model has no linear layer in one of its parts.
+        adapters: how many are loaded, with the reference.
         trained: parts of the model whose adapter is trained; None: all that have one.
         training: whether the model is loaded for training, where peft converts what is not quantised to float32.
         cast: dtype that the Trainer converts all weights to; None: as loaded.
-
-    Raises:
-        DataError: the model does not exist, or has no linear layer in one of the parts.
     """
     model: Any = empty_vlm(base)
     dtype = (model.config.dtype or torch.float32) if base.dtype == "auto" else getattr(torch, base.dtype)
@@ -92,14 +84,11 @@ def model_memory(
 
 
 def quantised_bytes(shape: Sequence[int], quantization: Quantization) -> int:
-    """Bytes of a quantised weight [out, in].
-
-    int8: one byte per value and a float32 scale per row. nf4 with double quantisation: 4 bits per value, an 8-bit scale per
-    64 values, and a float32 scale per 256 of these; each layer's tables of about 1 KiB are not counted.
-    """
+    """Bytes of a quantised weight [out, in], without each layer's tables of about 1 KiB."""
     n = math.prod(shape)
     if quantization == "int8":
-        return n + 4 * shape[0]
+        return n + 4 * shape[0]  # a float32 scale per row
+    # Double quantisation: an 8-bit scale per 64 values, and a float32 scale per 256 of these.
     blocks = math.ceil(n / 64)
     return math.ceil(n / 2) + blocks + 4 * math.ceil(blocks / 256)
 

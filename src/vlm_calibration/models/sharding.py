@@ -1,7 +1,7 @@
 """Fully sharded data parallelism (FSDP2, arXiv 2304.11277): each process stores a shard of every weight.
 
-A pass gathers one unit at a time, a transformer block or what is outside the blocks, and all processes take part. So each of them must run
-the same passes: a training step on given responses does, the generation of answers does not, since their lengths differ.
+A pass gathers one transformer block at a time, and all processes take part. So each of them must run the same passes: a training step on
+given responses does, the generation of answers does not, since their lengths differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from vlm_calibration.models.forward import unwrap_peft
 def shard(model: Any, mesh: DeviceMesh) -> None:
     """Shard the model over a mesh of processes, in place. Every process must then run the same passes."""
     base = unwrap_peft(model)
-    # The modules that transformers never splits between devices.
     blocks = {name for m in base.modules() for name in getattr(m, "_no_split_modules", None) or ()}
     for unit in [*(m for m in base.modules() if type(m).__name__ in blocks), base]:
         # The rest of the model too: every unit is sharded between passes.

@@ -1,13 +1,11 @@
 """Log-likelihoods of several responses to one prompt, with image and prompt computed once.
 
 Each query becomes one row `[prefix, suffix 1, suffix 2, ...]`. The prefix ends before the first token in which two responses differ, and
-suffixes do not attend to each other. The model builds its attention mask and positions for the row; a pre-hook of its language model then
-masks other suffixes and makes each suffix's positions continue the prefix. This is independent of the model family and exact under
-gradient checkpointing, where an expanded key-value cache is silently wrong. The plain path, one forward per candidate, is the reference.
+suffixes do not attend to each other: a pre-hook of the language model changes the mask and the positions that the model has built for the
+row. This works for every model family, and under gradient checkpointing, where an expanded key-value cache is silently wrong.
 
-Eager attention and sdpa take a dense mask, of a number for each pair of tokens. FlexAttention (arXiv 2412.05496) takes a function of two
-tokens and a table of the blocks of tokens in which any attend: its kernels skip other blocks. The dense mask of 4,200 tokens takes
-34 MiB in bfloat16, their tables 18 KiB.
+Eager attention and sdpa take a dense mask. The kernels of FlexAttention (arXiv 2412.05496) skip blocks of tokens in which none attend:
+for 4,200 tokens a dense mask takes 34 MiB in bfloat16, the tables of blocks 18 KiB.
 """
 
 from __future__ import annotations
@@ -34,31 +32,19 @@ Scoring = Literal["auto", "shared", "plain"]
 Responses = Sequence[Sequence[Sequence[int]]]
 """For each query its candidates, each a sequence of token ids behind the query's prompt."""
 
-ATTENTION = ("eager", "sdpa", FLEX)
-LAYER_TYPES = ("full_attention", "sliding_attention")
 BLOCK = 128
 """Tokens of a block of FlexAttention's mask."""
 
 
 class Prompts(NamedTuple):
-    """A batch of prompts to which responses are appended.
-
-    Attributes:
-        inputs: arguments of the model's forward, padded on the right.
-        lengths: int64 [B], tokens of each row before the responses; the rest of a row is ignored.
-    """
+    """Arguments of a forward for B prompts, padded on the right; and the length of each, int64 [B]: the rest of a row is ignored."""
 
     inputs: Mapping[str, Tensor]
     lengths: Tensor
 
 
 class ResponseScores(NamedTuple):
-    """Log-likelihoods of the tokens of B x K candidates.
-
-    Attributes:
-        log_likelihood: float32 [B, K, T], 0 where there is no token.
-        tokens: bool [B, K, T], the mask of tokens.
-    """
+    """The log-likelihoods of the tokens of B x K candidates, float32 [B, K, T], 0 where there is no token; and the mask of tokens."""
 
     log_likelihood: Tensor
     tokens: Tensor
@@ -77,10 +63,7 @@ class ResponseScores(NamedTuple):
 def score_responses(
     model: Any, prompts: Prompts, responses: Responses, scoring: Scoring = "auto"
 ) -> ResponseScores:
-    """Log-likelihoods of every candidate's tokens.
-
-    The scoring "shared" packs candidates into rows, "plain" runs one forward per candidate, and "auto" packs if that is exact, else it
-    logs the reason once.
+    """Score packed rows ("shared"), or each candidate in a forward of its own ("plain"); "auto" packs if that is exact, else logs why not.
 
     Raises:
         ValueError: a query without candidates, a candidate without tokens, or "shared" where the prefix cannot be shared.
@@ -94,7 +77,7 @@ def score_responses(
     if reason is None:
         hook = partial(isolate_suffixes, segment=packed.segment, shift=packed.shift)
         with unwrap_peft(model).get_decoder().register_forward_pre_hook(hook, with_kwargs=True):
-            return _score_rows(model, packed)
+            return _score_rows(model, packed, prompts.lengths)
     if scoring == "shared":
         raise ValueError(f"the prefix cannot be shared: {reason}; use `scoring: plain`")
     _warn_once(f"scoring each response separately, which is slower: {reason}")
@@ -105,10 +88,10 @@ def why_not_shared(model: Any, row_length: int) -> str | None:
     """The reason why packed rows of at most `row_length` tokens are wrong for the model, or None."""
     config = unwrap_peft(model).config.get_text_config()
     attention = config._attn_implementation
-    if attention not in ATTENTION:
+    if attention not in ("eager", "sdpa", FLEX):
         return f"attention {attention!r} takes no custom mask (use `attn_implementation: sdpa` or `{FLEX}`)"
     kinds = getattr(config, "layer_types", None)
-    if unsupported := sorted(set(kinds or ()) - set(LAYER_TYPES)):
+    if unsupported := sorted(set(kinds or ()) - {"full_attention", "sliding_attention"}):
         return f"{type(unwrap_peft(model)).__name__} has {unsupported[0]} layers, which process a row sequentially"
     window = getattr(config, "sliding_window", None)
     slides = kinds is None or "sliding_attention" in kinds
@@ -117,22 +100,17 @@ def why_not_shared(model: Any, row_length: int) -> str | None:
     return None
 
 
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+_warn_once = cache(logger.warning)
 
 
 class Packed(NamedTuple):
     """Rows `[prefix, suffix 1, suffix 2, ...]` and the N distinct predictions made in them.
 
     Attributes:
-        inputs: arguments of the model's forward.
+        inputs: arguments of a forward.
         segment: int64 [B, L], 0 for the prefix, k for suffix k, -1 for padding.
         shift: int64 [B, L], distance of a token from its position without the preceding suffixes.
-        rows: int64 [N], the row of each prediction.
-        positions: int64 [N], the position in the row.
-        targets: int64 [N], the predicted token.
-        lengths: int64 [B], tokens of each prompt.
+        rows, positions, targets: int64 [N], place of each prediction, and the predicted token.
         predictions: int64 [B, K, T], the number of the prediction of token t of candidate k; -1 where there is no token.
     """
 
@@ -142,16 +120,12 @@ class Packed(NamedTuple):
     rows: Tensor
     positions: Tensor
     targets: Tensor
-    lengths: Tensor
     predictions: Tensor
 
 
 def pack(prompts: Prompts, responses: Responses) -> Packed:
     """Pack the candidates of each query into one row."""
-    ids: list[list[int]] = []  # behind the prompt
-    segments: list[list[int]] = []
-    shifts: list[list[int]] = []
-    index: list[list[list[int]]] = []
+    packed = []  # of each query: tokens behind the prompt, their segments and shifts, and the predictions
     # (row, position, target) -> number of the prediction. Suffixes with the same first token share its prediction.
     numbers: dict[tuple[int, int, int], int] = {}
     for row, (length, candidates) in enumerate(zip(prompts.lengths.tolist(), responses, strict=True)):
@@ -168,10 +142,8 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
             behind += candidate[shared:-1]
             segment += [k] * own
             shift += [start - end] * own
-        ids.append(behind)
-        segments.append(segment)
-        shifts.append(shift)
-        index.append(of_row)
+        packed.append((behind, segment, shift, of_row))
+    ids, segments, shifts, index = (list(column) for column in zip(*packed, strict=True))
     device = prompts.lengths.device
     rows, at, targets = torch.tensor(list(numbers), device=device).unbind(-1)
     return Packed(
@@ -179,7 +151,6 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
         padded(segments, -1, device),
         padded(shifts, 0, device),
         *(rows, at, targets),
-        prompts.lengths,
         padded_table(index, device),
     )
 
@@ -187,16 +158,13 @@ def pack(prompts: Prompts, responses: Responses) -> Packed:
 def isolate_suffixes(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, segment: Tensor, shift: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pre-hook of the language model: mask other suffixes, and make positions of each suffix continue the prefix.
-
-    `segment` and `shift`, int64 [B, L], are as in `Packed`.
-    """
+    """Pre-hook of the language model: mask other suffixes, and make positions of each suffix continue the prefix."""
 
     def restrict(mask: Any) -> Any:
         if isinstance(mask, dict):
             return {kind: restrict(of_kind) for kind, of_kind in mask.items()}
         if module.config._attn_implementation == FLEX:
-            return _block_mask(segment, mask if isinstance(mask, BlockMask) else None)
+            return _block_mask(segment, mask)
         return additive_mask(segment, mask, kwargs["inputs_embeds"].dtype)
 
     positions = kwargs.get("position_ids")
@@ -224,9 +192,9 @@ def additive_mask(segment: Tensor, mask: Tensor | None, dtype: torch.dtype) -> T
     return torch.zeros(blocked.shape, dtype=dtype, device=device).masked_fill(blocked, torch.finfo(dtype).min)
 
 
-def _block_mask(segment: Tensor, mask: BlockMask | None = None) -> BlockMask:
-    """The mask of packed rows for FlexAttention. The model's own mask of the row is causal if it is None."""
-    inner = causal_mask_function if mask is None else mask.mask_mod
+def _block_mask(segment: Tensor, mask: Any) -> BlockMask:
+    """As `additive_mask`, for FlexAttention. The model's own mask is causal if it is no BlockMask."""
+    inner = mask.mask_mod if isinstance(mask, BlockMask) else causal_mask_function
     path = segment.to(torch.int32)
 
     def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -245,13 +213,13 @@ def _score_plain(model: Any, prompts: Prompts, responses: Responses) -> Response
     columns = []
     for k in range(max(map(len, responses))):
         # A query with fewer candidates repeats its first, whose score is masked.
-        scores = _score_rows(model, pack(prompts, [[r[k] if k < len(r) else r[0]] for r in responses]))
-        mask = torch.tensor([k < len(r) for r in responses], device=scores.tokens.device)[:, None]
-        columns.append((scores.log_likelihood[:, 0] * mask, scores.tokens[:, 0] & mask))
+        packed = pack(prompts, [[r[k] if k < len(r) else r[0]] for r in responses])
+        columns.append(_score_rows(model, packed, prompts.lengths))
     log_likelihood, tokens = (
-        pad_sequence([c[i].T for c in columns], batch_first=True).permute(2, 0, 1) for i in (0, 1)
+        pad_sequence([c[i][:, 0].T for c in columns], batch_first=True).permute(2, 0, 1) for i in (0, 1)
     )
-    return ResponseScores(log_likelihood, tokens)
+    mask = torch.tensor([[k < len(r) for k in range(len(columns))] for r in responses], device=tokens.device)
+    return ResponseScores(log_likelihood * mask[..., None], tokens & mask[..., None])
 
 
 def append_tokens(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
@@ -270,13 +238,13 @@ def append_tokens(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
     return inputs
 
 
-def _score_rows(model: Any, packed: Packed) -> ResponseScores:
+def _score_rows(model: Any, packed: Packed, prompt_lengths: Tensor) -> ResponseScores:
     inputs = packed.inputs
     if "token_type_ids" in inputs and unwrap_peft(model).config.model_type.startswith("paligemma"):
         # PaliGemma attends to tokens of type 0 in both directions; responses are of type 1.
         types = inputs["token_type_ids"]
-        response = torch.arange(types.shape[1], device=types.device)[None] >= packed.lengths[:, None]
-        inputs = {**inputs, "token_type_ids": torch.where(response, torch.ones_like(types), types)}
+        response = torch.arange(types.shape[1], device=types.device)[None] >= prompt_lengths[:, None]
+        inputs = {**inputs, "token_type_ids": types.masked_fill(response, 1)}
     logits = logits_at(model, inputs, packed.rows, packed.positions)
     return scores_at(token_log_likelihood(logits, packed.targets), packed.predictions)
 
@@ -289,14 +257,12 @@ def scores_at(log_likelihood: Tensor, predictions: Tensor) -> ResponseScores:
 
 def padded(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
     """Pad ragged rows on the right with `value`, int64 [B, L]."""
-    return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value).to(device)
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
 
 
 def padded_table(index: list[list[list[int]]], device: torch.device) -> Tensor:
     """Pad nested ragged lists with -1, int64 [B, K, T]."""
-    longest = max(len(candidate) for row in index for candidate in row)
-    table = torch.full((len(index), max(map(len, index)), longest), -1)
-    for b, row in enumerate(index):
-        for k, candidate in enumerate(row):
-            table[b, k, : len(candidate)] = torch.tensor(candidate, dtype=torch.int64)
-    return table.to(device)
+    candidates = padded([candidate for row in index for candidate in row], -1, device)
+    rows = list(candidates.split([len(row) for row in index]))
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
