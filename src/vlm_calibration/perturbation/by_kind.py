@@ -30,7 +30,7 @@ KIND_NAMES = (
 
 @lru_cache(maxsize=32)
 def region_perturbation(kind: str, schedule: Schedule) -> RegionPerturbation:
-    """The transform of a kind in `KIND_NAMES`, ValueError for another; `schedule` is that of noise. The first call imports albumentations."""
+    """The transform of a kind in `KIND_NAMES`, ValueError for another; `schedule` is that of noise."""
     if kind not in KIND_NAMES:
         raise ValueError(f"unknown kind of perturbation {kind!r}; known: {', '.join(KIND_NAMES)}")
     from vlm_calibration.perturbation.kinds import RegionPerturbation  # deferred: slow to import
@@ -52,8 +52,7 @@ def perturb(
     Args:
         image: uint8 [H, W, 3].
         mask: bool [H, W], or uint8 of 0 and 1; the region.
-        confidence: in [0, 1]; 1 leaves the image unchanged, 0 leaves nothing of the region: the last step of the schedule, or
-            strength 1 of another kind.
+        confidence: in [0, 1]; 1 leaves the image unchanged, 0 nothing of the region.
         schedule: the schedule of noise, or its name with 1000 steps: "linear", "cosine" or "sigmoid".
         seed: a non-negative integer, or several such as (seed, epoch, query).
         kind: one of `KIND_NAMES`.
@@ -77,5 +76,4 @@ def perturb_region(
     kind, strength = perturbation
     if kind == NOISE:
         return add_region_noise(image, mask, round(strength * schedule.steps), schedule, seed)
-    transform = region_perturbation(kind, schedule)
-    return transform(image=image, mask=mask, strength=strength, seed=seed)["image"]
+    return region_perturbation(kind, schedule)(image=image, mask=mask, strength=strength, seed=seed)["image"]

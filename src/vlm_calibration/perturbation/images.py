@@ -13,8 +13,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from vlm_calibration.perturbation.masks import BoolMask, bounding_box, check_mask
 from vlm_calibration.perturbation.noise import ImageArray, check_image
 
-DEFAULT_MAX_PIXELS = 80_000_000
-"""Slightly below the size at which Pillow warns of decompression bombs."""
+DEFAULT_MAX_PIXELS = 80_000_000  # slightly below the size at which Pillow warns of decompression bombs
 
 # EXIF orientation -> transposition that undoes it (the table of `PIL.ImageOps.exif_transpose`).
 _TRANSPOSITIONS = {
@@ -29,7 +28,7 @@ _TRANSPOSITIONS = {
 
 
 class ImageError(ValueError):
-    """An image that cannot be used. The message names it, the problem and what to do."""
+    """An image that cannot be used."""
 
 
 def load_image(
@@ -56,11 +55,10 @@ def load_image(
         source: a path, or the bytes of a file.
         max_pixels: larger images are refused by their header, before they are decoded.
         name: name of the image in messages; by default the path.
-        least: read a JPEG at a half, a quarter or an eighth of its size, which is several times faster, if both sides still have as
-            many pixels as this; None: at its size.
+        least: read a JPEG at a half, a quarter or an eighth of its size, several times faster, if both sides keep as many pixels.
 
     Raises:
-        ImageError: the file is missing, not an image, truncated, damaged or too large, or its pixels have no unique conversion.
+        ImageError: the file is missing, damaged, too large or no image, or its pixels have no unique conversion.
     """
     if name is None:
         name = f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)

@@ -26,38 +26,25 @@ from vlm_calibration.perturbation.noise import (
 )
 from vlm_calibration.perturbation.schedules import LinearSchedule, Schedule
 
-FADE_POWER = 8
-"""A kind that fades is mixed with the surroundings by `strength ** FADE_POWER`: 0.4% at 0.5, 43% at 0.9, all at 1."""
-
-OCCLUDER = (0.2, 0.5)
-"""Range of the sides of an occluding rectangle as a share of those of the region's bounding box."""
 ELECTRONS = 1000.0
 """Electrons of a white pixel."""
 READ_NOISE = 4.0
 """Standard deviation of the noise of reading out, in electrons."""
-MAX_GAIN = 32.0
-
-_QUANTILES = ndtri((np.arange(256, dtype=np.float32) + 0.5) / 256)
-"""256 equally probable values of a standard normal variable."""
-
-_LONGEST_KERNEL = 31
-"""In pixels; a wider kernel is applied to a smaller image, which takes less time and looks the same."""
-
 
 GREY = 128
-"""What surroundings are assumed to be if there is no pixel outside the region."""
+"""Value of the surroundings if there is no pixel outside the region."""
 
-_CELLS = 64  # the estimate is smooth: it is computed on a grid of at most so many cells a side, and enlarged
-_LEAST_KNOWN = 0.05  # a smaller share of known pixels is averaged in floating point, which takes longer
+# 256 equally probable values of a standard normal variable.
+_QUANTILES = ndtri((np.arange(256, dtype=np.float32) + 0.5) / 256)
 
 
 class Crop(NamedTuple):
-    """A region with its context, cut off at the image's border; functions do not change it.
+    """A region with its context; functions do not change it.
 
     Attributes:
         image: uint8 [h, w, 3], C-contiguous.
         region: bool [h, w], not empty.
-        size: square root of the number of the region's pixels; what a kind does to the region is proportional to it.
+        size: square root of the number of the region's pixels, to which a kind's effect is proportional.
     """
 
     image: ImageArray
@@ -74,7 +61,8 @@ def blur(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray
         rest = np.sqrt((sigma / scale) ** 2 - 0.25) if scale > 1 else sigma
         return pixels.separable_convolve(image, blurs.create_gaussian_kernel_1d(rest))
 
-    return _at_size(crop.image, 7 * sigma / _LONGEST_KERNEL, blurred)
+    # A kernel of more than 31 pixels is applied to a smaller image, which takes less time and looks the same.
+    return _at_size(crop.image, 7 * sigma / 31, blurred)
 
 
 def motion_blur(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
@@ -107,7 +95,8 @@ def pixelation(crop: Crop, strength: float, generator: np.random.Generator) -> N
 def occlusion(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """Opaque rectangles of random colours that cover the share `strength` of the region's pixels, to the pixel.
 
-    With the same seed, a stronger occlusion contains the weaker ones.
+    The sides have 0.2 to 0.5 times the length of those of the region's bounding box. With the same seed, a stronger occlusion
+    contains the weaker ones.
     """
     result = crop.image.copy()
     uncovered = crop.region.copy()
@@ -123,7 +112,7 @@ def occlusion(crop: Crop, strength: float, generator: np.random.Generator) -> ND
             if uncovered.flat[index]:
                 break
         place = np.array(divmod(index, uncovered.shape[1]))
-        sides = np.maximum(1, np.rint(generator.uniform(*OCCLUDER, 2) * shape)).astype(int)
+        sides = np.maximum(1, np.rint(generator.uniform(0.2, 0.5, 2) * shape)).astype(int)
         start = np.maximum(0, place - (generator.random(2) * sides).astype(int))
         colour = generator.integers(0, 256, 3, dtype=np.uint8)
         box = tuple(slice(a, a + n) for a, n in zip(start, sides, strict=True))
@@ -157,11 +146,10 @@ def darkness(crop: Crop, strength: float, generator: np.random.Generator) -> NDA
 
     A pixel of value `v` has collected `ELECTRONS * (v / 255) ** 2` electrons. Each is kept with the probability
     `exposure = (1 - strength) ** 3`; reading out adds noise; and the camera multiplies what is left by `exposure ** -0.75`, three
-    quarters of the stops, up to `MAX_GAIN`. Nothing but amplified noise is left at strength 1. The noise is independent for each
-    pixel, so that a large object bears more of it, as with diffusion noise.
+    quarters of the stops, up to 32. Nothing but amplified noise is left at strength 1.
     """
     exposure = (1 - strength) ** 3
-    gain = min(exposure**-0.75, MAX_GAIN) if exposure else MAX_GAIN
+    gain = min(exposure**-0.75, 32.0) if exposure else 32.0
     light = (np.arange(256, dtype=np.float32)[:, None] / 255) ** 2
     electrons = ELECTRONS * exposure * light
     # The variance of light that is lost (binomial), not of all light: nothing changes where nothing is lost.
@@ -184,10 +172,11 @@ class Kind(NamedTuple):
     """A kind of perturbation, scaled so that the evidence is lost over the whole range of strengths and not by 0.2.
 
     Attributes:
-        perturb: function of a crop, a strength in (0, 1] and the only source of randomness that returns uint8 [h, w, 3]; what it
-            returns outside the region is not used.
+        perturb: function of a crop, a strength in (0, 1] and the only source of randomness; of the uint8 [h, w, 3] that it returns,
+            the region is used.
         context: width of the context around the region's bounding box, as a multiple of `Crop.size`.
-        fades: whether the result fades into the surroundings, because the kind alone leaves a trace of the object at strength 1.
+        fades: whether the result is mixed with the surroundings by `strength ** 8` (0.4% at 0.5, 43% at 0.9, all at 1), because the
+            kind alone leaves a trace of the object at strength 1.
     """
 
     perturb: Callable[[Crop, float, np.random.Generator], NDArray[Any]]
@@ -217,7 +206,7 @@ class RegionPerturbation(A.ImageOnlyTransform):
         A.Compose([RegionPerturbation("blur")])(image=image, mask=mask, strength=0.3, seed=(seed, epoch, query))
 
     Strength 0 leaves the image unchanged; at strength 1 the result does not depend on the pixels under the mask, except for what the
-    schedule of noise leaves: nothing visible with "linear" and "cosine", more with "sigmoid".
+    schedule of noise leaves.
 
     Args:
         kind: "noise" of step `round(strength * schedule.steps)`, see `add_region_noise`; or one of `KINDS`.
@@ -257,20 +246,20 @@ class RegionPerturbation(A.ImageOnlyTransform):
         box = bounding_box(region).grown(int(np.ceil(kind.context * size)), img.shape).slices
         crop = Crop(np.ascontiguousarray(img[box]), region[box], size)
         perturbed = kind.perturb(crop, strength, generator)
-        weight = strength**FADE_POWER
+        weight = strength**8
         if kind.fades and 255 * weight >= 0.5:  # less changes no value
             faded = surroundings(crop.image, crop.region)
             perturbed = cv2.addWeighted(perturbed, 1 - weight, faded, weight, 0)
-        perturbed = np.ascontiguousarray(perturbed)
         # As one three-byte item per pixel, boolean indexing is several times faster than on rows of three.
-        result.view("V3")[..., 0][box][crop.region] = perturbed.view("V3")[..., 0][crop.region]
+        new = np.ascontiguousarray(perturbed).view("V3")[..., 0]
+        result.view("V3")[..., 0][box][crop.region] = new[crop.region]
         return result
 
 
 def _at_size(
     image: ImageArray, shrink: float, function: Callable[[NDArray[Any], float], NDArray[Any]]
 ) -> NDArray[Any]:
-    """Apply a function of an image and its scale to the image shrunk by the factor `shrink`, if above 1, and enlarge it again."""
+    """Apply a function of an image and its scale to the image shrunk by the factor `shrink`, if above 1; and enlarge the result."""
     if shrink <= 1:
         return function(image, 1.0)
     height, width = image.shape[:2]
@@ -293,8 +282,7 @@ def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:
     a place ("push-pull" interpolation; Gortler et al., The Lumigraph, 1996).
 
     Returns:
-        uint8 [H, W, 3], the same whatever the region's pixels are; uniformly `GREY` if the region is the whole image. Outside
-        the region it is a smoothed image.
+        uint8 [H, W, 3], the same whatever the region's pixels are: smoothed outside it; `GREY` if the region is the whole image.
     """
     height, width = region.shape
     outside = (~region).view(np.uint8) * np.uint8(255)
@@ -302,9 +290,13 @@ def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:
     if not count:
         return np.full_like(image, GREY)
     known = cv2.bitwise_and(image, image, mask=outside)
-    if count < _LEAST_KNOWN * outside.size:
+    if (
+        count < 0.05 * outside.size
+    ):  # bytes would be too coarse for so few known pixels, and floats take longer
         known, outside = known.astype(np.float32), outside.astype(np.float32)
-    cell = -(-max(height, width) // _CELLS)
+    cell = -(
+        -max(height, width) // 64
+    )  # the estimate is smooth: a grid of at most 64 cells a side is enlarged
     # Whole cells: OpenCV averages them several times faster. The last ones of each row and column are the region's.
     bottom, right = -height % cell, -width % cell
     size = ((width + right) // cell, (height + bottom) // cell)
@@ -315,7 +307,7 @@ def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:
 
 
 def _push_pull(known: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Fill in what is unknown: float32 [h, w, 3], from values multiplied by their weights, the known share of each cell in [0, 1]."""
+    """Fill in float32 [h, w, 3], from values multiplied by their weights, the known share of each cell in [0, 1]."""
     height, width = weight.shape
     if height == width == 1:
         return known / weight[..., None]

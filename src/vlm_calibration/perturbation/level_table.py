@@ -1,4 +1,4 @@
-"""What `levels fit` measures, and the two files that it writes for `AnchoredLevels`; pyarrow, slow to import, is imported where it is used."""
+"""What `levels fit` measures, and the two files that it writes for `AnchoredLevels`."""
 
 import json
 import math
@@ -20,8 +20,6 @@ COMPARED = ("weights", "prompt", "max_pixels")
 """Keys of the provenance that likelihoods and their level table must share."""
 
 SIGNIFICANCE = 0.05
-FREE_GUESS = 0.05
-"""Assumed accuracy of a blind guess for answers other than yes/no; our choice."""
 MEASURE_AGAIN = "measure it again with `vlm-calibration levels fit`"
 
 
@@ -40,7 +38,6 @@ class LevelCount(NamedTuple):
 
     @property
     def pooled(self) -> "LevelCount":
-        """The counts of all bins as one."""
         return LevelCount(self.strength, (sum(self.n),), (sum(self.n_correct),))
 
 
@@ -49,11 +46,10 @@ class AnswerTypeCounts:
     """The counts of one answer type. A bin has the same queries at every strength.
 
     Args:
-        kinds: kind of perturbation -> a `LevelCount` for each strength, of which the lowest is 0, the untouched image, and the same for all
-            kinds. A single bin may be given as numbers: (strength, n, n_correct).
+        kinds: kind of perturbation -> a `LevelCount` for each strength; that of 0, the untouched image, is the same for all kinds.
+            A single bin may be given as numbers: (strength, n, n_correct).
         edges: likelihoods in [0, 1] between the bins; a likelihood equal to an edge belongs to the bin above it.
-        never_perturbed: further queries, asked untouched alone, as are those about absent objects under `absent: clean`; None: there
-            are none.
+        never_perturbed: further queries, asked untouched alone (`absent: clean`); None: there are none.
 
     Raises:
         ValueError: no counts, impossible counts, strengths that do not begin at 0, are repeated or above 1, or edges that do not rise
@@ -88,7 +84,7 @@ class AnswerTypeCounts:
 
     @property
     def strengths(self) -> dict[str, list[float]]:
-        """Kind of perturbation -> the strengths at which it was measured."""
+        """Kind of perturbation -> the measured strengths."""
         return {kind: [row.strength for row in rows] for kind, rows in self.kinds.items()}
 
     @property
@@ -132,7 +128,7 @@ class LevelTable:
 
     @cached_property
     def strengths(self) -> dict[str, list[float]]:
-        """Kind of perturbation -> the strengths at which it was measured."""
+        """Kind of perturbation -> the measured strengths."""
         return next(iter(self.counts.values())).strengths
 
     @property
@@ -146,16 +142,15 @@ class LevelTable:
         return "ranking" in self.provenance.get("grading", {}).values()
 
     def check_usable(self) -> None:
-        """Refuse counts from which no useful confidence can be learned, with a ValueError that says what to do.
+        """Raise a ValueError for counts from which no useful confidence can be learned.
 
         Every answer type must pass two one-sided tests at the 5% level: a binomial test that the accuracy on untouched images
         exceeds a blind guess (1/2 for yes/no and ranking, 1/20 for other answers, our choice), and for each kind of
-        perturbation a Cochran-Armitage test that accuracy falls with the strength. The second test is conservative, since the
-        same queries are asked at every strength.
+        perturbation a Cochran-Armitage test that accuracy falls with the strength, conservative for repeated queries.
         """
         for answer_type, counts in self.counts.items():
             has_two_answers = answer_type == "yes_no" or (self.ranked and answer_type == "open")
-            guess = 0.5 if has_two_answers else FREE_GUESS
+            guess = 0.5 if has_two_answers else 0.05
             n, n_correct = map(int, counts.untouched.sum(axis=1))
             for kind, rows in counts.kinds.items():
                 if guess**n > SIGNIFICANCE:
@@ -182,7 +177,7 @@ class LevelTable:
                 )
 
     def save(self, path: Path) -> None:
-        """Write the table as JSON, atomically; a DataError if the file cannot be written."""
+        """Write the table as JSON, atomically."""
         answer_types = {
             answer_type: {
                 "likelihood_edges": counts.edges,
@@ -208,13 +203,13 @@ def trend_p_value(rows: Sequence[LevelCount]) -> float:
 
 
 def read_table(path: Path) -> LevelTable:
-    """Read a level table that `LevelTable.save` wrote; a ValueError if it is none, or not a usable one (`LevelTable.check_usable`)."""
+    """Read a level table; a ValueError if the file is none, or not a usable one (`LevelTable.check_usable`)."""
     if not path.is_file():
         raise FileNotFoundError(f"no level table at {path}; write one with `vlm-calibration levels fit`")
     try:
         content = parse_json(path.read_bytes())
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        if found != FORMAT:
             raise ValueError(
                 f"expected a JSON object with format {FORMAT!r}, found {found!r}: {MEASURE_AGAIN}"
             )
@@ -256,7 +251,7 @@ class Measured(NamedTuple):
 
 def write_likelihoods(path: Path, likelihoods: Mapping[str, Measured], provenance: Mapping[str, Any]) -> None:
     """Write likelihoods by query id as Parquet, atomically: the columns `id`, `likelihood` and `content`, the provenance as metadata."""
-    import pyarrow as pa
+    import pyarrow as pa  # deferred: slow to import
     import pyarrow.parquet as pq
 
     metadata = {"format": LIKELIHOODS_FORMAT, "provenance": json.dumps({k: provenance[k] for k in COMPARED})}
@@ -272,8 +267,7 @@ def write_likelihoods(path: Path, likelihoods: Mapping[str, Measured], provenanc
 def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> dict[str, Measured]:
     """Read a file of `write_likelihoods`: query id -> what was measured.
 
-    A ValueError if it is none, or was measured with another model or prompt than the level table that has this provenance and is called
-    `table` in messages.
+    A ValueError if it is none, or was measured with another model or prompt than the level table `table` with this provenance.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

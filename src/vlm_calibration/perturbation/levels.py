@@ -1,8 +1,4 @@
-"""Confidence levels: the mapping from a perturbation to the confidence to state.
-
-The second half of the file makes it from the counts of a level table: monotone fits of the accuracies, evenly spread strengths, and
-groups of similar accuracies.
-"""
+"""Confidence levels: the mapping from a perturbation to the confidence to state, and its fit to the counts of a level table."""
 
 import copy
 import math
@@ -56,24 +52,18 @@ class ConfidenceLevels(ABC):
 
     @abstractmethod
     def strengths(self, kind: str) -> tuple[float, ...]:
-        """The strengths of a kind in rising order; the first is 0, the untouched image. ValueError for an unknown kind."""
+        """The strengths of a kind in rising order, from 0, the untouched image; ValueError for an unknown kind."""
 
     @abstractmethod
     def confidence(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
-        """The confidence in [0, 1] after a perturbation of any strength; a ValueError if it is not known.
-
-        `query_id` is the query, for levels that depend on it; None: the average over queries.
-        """
+        """The confidence in [0, 1] after a perturbation, of a query or the average (None); a ValueError if it is not known."""
 
     @abstractmethod
     def confidences(self, answer_type: str) -> tuple[float, ...]:
         """All confidences at `strengths`, over all kinds and queries, in falling order."""
 
     def check_content(self, query_id: str, content: Callable[[], int]) -> None:  # noqa: B027  (optional)
-        """ValueError if levels that depend on the query were not measured on its question and image.
-
-        `content` gives the digest of question and image, `QuerySource.content_digest`.
-        """
+        """ValueError if the query's levels were measured on another question or image than `QuerySource.content_digest` tells."""
 
     @property
     def averaged(self) -> "ConfidenceLevels":
@@ -101,7 +91,7 @@ class LinearLevels(ConfidenceLevels):
     def confidence(
         self, perturbation: Perturbation, answer_type: str = "", query_id: str | None = None
     ) -> float:
-        """`1 - strength`, exactly for the levels' own strengths; the same for all kinds, answer types and queries."""
+        """`1 - strength`, exactly for the levels' own strengths."""
         check_share("strength", perturbation.strength)
         last = self.n_levels - 1
         step = round(perturbation.strength * last)
@@ -114,28 +104,25 @@ class LinearLevels(ConfidenceLevels):
 class AnchoredLevels(ConfidenceLevels):
     """Levels with the base model's measured accuracy, per answer type, kind and strength of perturbation.
 
-    A fit makes the accuracies fall with the strength of each kind (`fit_kinds`); between measured strengths they are
-    interpolated linearly. The levels' own strengths are chosen so that these accuracies are evenly spread (`spread_strengths`).
-    `accuracy` is the fit; `confidence` rounds it to a grid, ties up: a model learns few, round targets more easily.
+    A fit makes the accuracies fall with the strength of each kind (`fit_kinds`), linearly between the measured strengths; at the
+    levels' own strengths they are evenly spread (`spread_strengths`). `confidence` rounds the fit to a grid, ties up: a model learns
+    few, round targets more easily. `groups` reduces the targets further: similar accuracies at the levels' strengths state their
+    mean (`group_means`).
 
-    `groups` reduces the number of targets without rounding: the accuracies at the levels' strengths, and as often those of
-    untouched images, are split into groups that differ least from their means (`group_means`), and each states its mean.
-
-    A clean image is not a certain one. With `likelihoods` the accuracy is that of queries whose own answer the base model holds
-    similarly likely on the untouched image, so a hard untouched image gets a low confidence. Where other queries are asked
-    untouched alone (`absent: clean`), an untouched image has the accuracy of both together.
+    With `likelihoods` the accuracy is that of queries whose own answer the base model holds similarly likely on the untouched
+    image, so a hard untouched image gets a low confidence. Where other queries are asked untouched alone (`absent: clean`), an
+    untouched image has the accuracy of both together.
 
     Args:
         path: a JSON file written by `save`; alternative to `table`.
         table: the measurements; alternative to `path`.
         grid: percent between two confidences; divides 100.
         groups: maximum number of confidences per answer type; None: as many as the grid allows.
-        likelihoods: the file of the training queries' likelihoods that `vlm-calibration levels fit` writes beside the table; None:
-            levels do not depend on the query.
+        likelihoods: the file of likelihoods that `vlm-calibration levels fit` writes beside the table; None: all queries are alike.
 
     Raises:
-        ValueError: neither or both of `path` and `table` are given, a file cannot be used (see `LevelTable.check_usable`),
-            `grid` does not divide 100, `groups` is below 1, or the likelihoods are those of another model or prompt.
+        ValueError: an invalid `grid` or `groups`, neither or both of `path` and `table`, or a file that cannot be used, such as a
+            table that is not usable (`LevelTable.check_usable`) or likelihoods of another model or prompt.
         FileNotFoundError: there is no such file.
     """
 
@@ -180,11 +167,11 @@ class AnchoredLevels(ConfidenceLevels):
     def fit(
         cls, counts: Mapping[str, AnswerTypeCounts], provenance: Mapping[str, Any] | None = None
     ) -> "AnchoredLevels":
-        """Create levels from measurements by answer type, see `LevelTable`."""
+        """Create levels from measurements by answer type."""
         return cls(table=LevelTable(counts, provenance or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, atomically; see `LevelTable.save`."""
+        """Write the table as JSON, atomically."""
         self.table.save(Path(path))
 
     @property
@@ -194,7 +181,7 @@ class AnchoredLevels(ConfidenceLevels):
 
     @property
     def averaged(self) -> "AnchoredLevels":
-        """The same levels without likelihoods. They state the same groups, so each of their `confidences` is one of these levels."""
+        """The same levels without likelihoods, with the same groups: each of their `confidences` is one of these levels."""
         averaged = copy.copy(self)
         averaged.likelihoods = averaged._likelihoods = None
         return averaged
@@ -203,7 +190,7 @@ class AnchoredLevels(ConfidenceLevels):
         return self._measured(self._strengths, kind, repr(kind))
 
     def accuracy(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
-        """The fitted accuracy in [0, 1], unrounded, interpolated linearly; a ValueError for what was not measured."""
+        """The fitted accuracy in [0, 1], unrounded; a ValueError for what was not measured."""
         curves = self._measured(self._pooled, answer_type, f"answer type {answer_type!r}")
         if query_id is not None and self._likelihoods is not None:
             if query_id not in self._likelihoods:
@@ -241,23 +228,20 @@ class AnchoredLevels(ConfidenceLevels):
         return math.floor(value * cells + 0.5 + 1e-9) / cells
 
     def _values(self, answer_type: str, balanced: bool = False) -> list[float]:
-        """The accuracies at the levels' strengths, over all kinds, of all queries together and, with likelihoods, of all bins.
-
-        Rounded, so that accuracies that are equal but for floating-point errors are one. If `balanced`, untouched images count
-        as often as perturbed ones, as in our presets.
-        """
+        """The accuracies at the levels' strengths, of all kinds and bins; if `balanced`, with those of untouched images as often."""
         values = []
         pooled = self._measured(self._pooled, answer_type, f"answer type {answer_type!r}")
         bins = [] if self._likelihoods is None else self._bins[answer_type]
         for kind, strengths in self._strengths.items():
             for curves in (pooled, *bins):
                 perturbed = np.interp(strengths[1:], self.table.strengths[kind], curves.perturbed[kind])
+                # Rounded, so that accuracies that are equal but for floating-point errors are one.
                 curve = [round(float(v), 9) for v in (curves.untouched, *perturbed)]
                 values += curve + curve[:1] * (len(curve) - 2 if balanced else 0)
         return values
 
     def _measured(self, values: Mapping[str, T], key: str, name: str) -> T:
-        """The value of a kind or answer type, which messages call `name`; a ValueError if it was not measured."""
+        """The value of a kind or answer type, called `name` in the ValueError if it was not measured."""
         if key not in values:
             raise ValueError(
                 f"{self.source} has no levels for {name}; measured: {', '.join(values)}: measure it with `vlm-calibration levels fit`"
@@ -282,11 +266,10 @@ class AccuracyCurves(NamedTuple):
 
 
 def fit_kinds(accuracy: Accuracies, n: Accuracies) -> dict[str, np.ndarray]:
-    """Accuracies that fall with the strength of each kind, all from the same value of untouched images.
+    """Accuracies that fall with the strength of each kind, all from the same value of untouched images: the least-squares fit.
 
-    The weighted least-squares fit under these order constraints. For a given value at strength 0, the best fit of a kind is its
-    isotonic regression cut off at that value; so that value pools with all blocks above it, as in the pool-adjacent-violators
-    algorithm. With one kind this is isotonic regression.
+    For a given value at strength 0, the best fit of a kind is its isotonic regression cut off at that value; so that value pools
+    with all blocks above it, as in the pool-adjacent-violators algorithm.
 
     Args:
         accuracy: measured accuracies by kind; the first value is the same for all kinds.
@@ -312,7 +295,7 @@ def fit_kinds(accuracy: Accuracies, n: Accuracies) -> dict[str, np.ndarray]:
 
 
 def fit_bins(counts: AnswerTypeCounts) -> list[dict[str, np.ndarray]]:
-    """`fit_kinds` in each bin of the likelihood, after accuracies were made to rise with the likelihood at every strength."""
+    """`fit_kinds` in each bin, after accuracies were made to rise with the likelihood at every strength."""
     accuracy: dict[str, np.ndarray] = {}
     n: dict[str, np.ndarray] = {}
     for kind, rows in counts.kinds.items():
@@ -327,7 +310,7 @@ def fit_bins(counts: AnswerTypeCounts) -> list[dict[str, np.ndarray]]:
 
 
 def fit_curves(counts: AnswerTypeCounts) -> list[AccuracyCurves]:
-    """The fits of all bins with the accuracy on untouched images, to which queries that are never perturbed contribute as measured."""
+    """The fits of all bins, and the accuracy on untouched images, to which queries that are never perturbed contribute as measured."""
     fits = fit_bins(counts)
     untouched = np.array([next(iter(fit.values()))[0] for fit in fits])
     _, others, others_correct = counts.never_perturbed
@@ -343,10 +326,10 @@ def spread_strengths(strengths: Sequence[float], accuracies: Sequence[np.ndarray
 
     Args:
         strengths: the measured strengths of a kind, rising from 0.
-        accuracies: the fitted accuracies of each answer type at these strengths. Each is scaled to [0, 1], and their mean counts.
+        accuracies: the fitted accuracies of each answer type at these strengths; the mean counts, of each scaled to [0, 1].
 
     Returns:
-        Strengths in rising order, the first 0; rounded to a thousandth, and fewer where several coincide.
+        Strengths, rising from 0; rounded to a thousandth, and fewer where several coincide.
     """
     scaled = [(a - a[-1]) / (a[0] - a[-1]) for a in accuracies if a[0] > a[-1]]
     if not scaled:
@@ -370,8 +353,7 @@ def group_means(values: Sequence[float], groups: int) -> list[tuple[float, float
     Exact dynamic programming over the distinct values in falling order.
 
     Returns:
-        The lower boundary and the mean of each group, in falling order. The boundary between two groups is midway between their
-        nearest members; the last one is 0.
+        The lower boundary and the mean of each group, in falling order. A boundary is midway between the nearest members; the last is 0.
     """
     distinct, repeats = (part[::-1] for part in np.unique(values, return_counts=True))
     n = len(distinct)

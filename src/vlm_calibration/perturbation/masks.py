@@ -45,14 +45,12 @@ class MaskBox(NamedTuple):
 def check_mask(mask: NDArray[Any], image_shape: tuple[int, ...], *, allow_empty: bool = False) -> BoolMask:
     """A mask as bool [H, W], not a copy; a TypeError or ValueError unless it is one of an image of `image_shape`, [H, W, ...].
 
-    It may be bool, or uint8 with values 0 and 1 as pycocotools decodes. Values 0 and 255 are refused: the meaning of grey values is
-    ambiguous, so the caller must apply a threshold.
+    It may be bool, or uint8 of 0 and 1 as pycocotools decodes; the meaning of other values is ambiguous.
     """
     if not isinstance(mask, np.ndarray) or mask.dtype not in (np.bool_, np.uint8):
         found = f"dtype {mask.dtype}" if isinstance(mask, np.ndarray) else type(mask).__name__
         raise TypeError(f"mask must be a bool array, or uint8 with values 0 and 1, got {found}")
-    if mask.shape != tuple(image_shape[:2]):
-        expected = tuple(image_shape[:2])
+    if mask.shape != (expected := tuple(image_shape[:2])):
         raise ValueError(f"mask has shape {mask.shape}, but the image has {expected} (height, width)")
     if mask.dtype == np.uint8:
         if mask.size and mask.max() > 1:
@@ -76,7 +74,7 @@ def bounding_box(mask: BoolMask) -> MaskBox:
 
 
 def region_to_mask(region: Region, height: int, width: int) -> np.ndarray:
-    """The mask of a region, bool [height, width]: without one its box, clipped to the image. A RecordError if none of it is inside."""
+    """The mask of a region, or else its box: bool [height, width]. A RecordError if none of it is inside."""
     if region.mask is None:
         x0, y0, x1, y1 = region.box
         mask = np.zeros((height, width), dtype=bool)

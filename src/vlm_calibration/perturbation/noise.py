@@ -18,8 +18,8 @@ def add_region_noise(
 ) -> ImageArray:
     """Add noise of diffusion step `step` to the masked pixels: `sqrt(abar) * x_0 + sqrt(1 - abar) * eps`, with `x_0` in [-1, 1].
 
-    The noise is a pure function of the seed and the mask: the same in every call, process and machine, with the same `eps` at
-    every step. Values are rounded to the nearest integer and clipped to [0, 255].
+    `eps` is a pure function of the seed and the mask: the same at every step and on every machine. Values are rounded to the nearest
+    integer and clipped to [0, 255].
 
     Args:
         image: uint8 [H, W, 3].
@@ -84,6 +84,5 @@ def seeded(seed: Seed) -> np.random.Generator:
             raise TypeError("no integer")
         return np.random.Generator(np.random.PCG64(seed))
     except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"seed must be a non-negative integer or a sequence of them, got {seed!r}"
-        ) from error
+        message = f"seed must be a non-negative integer or a sequence of them, got {seed!r}"
+        raise type(error)(message) from error

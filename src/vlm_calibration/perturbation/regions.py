@@ -11,8 +11,7 @@ from vlm_calibration.perturbation.images import resize_mask
 from vlm_calibration.perturbation.masks import BoolMask, bounding_box, check_mask
 
 PLAUSIBLE_AREA = (0.02, 0.25)
-"""Range of the area of a random region, as a share of the image, if there is no object to take the size from."""
-
+"""Range of the area of a random region, as a share of the image."""
 PLAUSIBLE_ASPECT = (0.5, 2.0)
 """Range of width over height of a random region."""
 
@@ -23,8 +22,7 @@ def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilat
     Args:
         mask: bool [H, W], not empty.
         shape: "mask" keeps the outline; "box" fills the bounding box of the whole mask.
-        dilate: growth in each direction, by a square, as a fraction of the longer side of the bounding box, hence independent of the
-            image size; at least one pixel if positive.
+        dilate: growth in each direction, by a square, as a fraction of the longer side of the bounding box; at least one pixel if > 0.
 
     Returns:
         A new mask, bool [H, W], that contains the given mask.
@@ -59,10 +57,9 @@ def choose_region(
 ) -> tuple[BoolMask | None, bool]:
     """Choose the region to perturb for one query.
 
-    With key objects, the region is their union, or with `distractor_probability` a region that the question is not about: a random
-    distractor that does not touch the target, or if there is none a box of the target's size, or its silhouette, at a random position
-    off the target (smaller if it does not fit). If the target covers the whole image, it is perturbed. Without key objects, it is a
-    random distractor or, if there is none, a random box of plausible size.
+    With key objects, the region is their union, the target, or with `distractor_probability` a random distractor that does not touch
+    it, or if there is none the target's box, or its silhouette, at a random position off the target (smaller if it does not fit). A
+    target that covers the whole image is perturbed. Without key objects, it is a random distractor or else a random box.
 
     Args:
         targets: masks of the key objects, bool [H, W], not empty; none for an absent object.
@@ -74,8 +71,7 @@ def choose_region(
         silhouette: off the target, perturb the target's silhouette instead of its box, so that the shape does not tell them apart.
 
     Returns:
-        The region, bool [H, W], or None for an image that stays clean; and whether the confidence to state is that of the perturbation,
-        since the region has, or could hide, a key object.
+        The region, bool [H, W], or None for an image that stays clean; and whether the region has, or could hide, a key object.
     """
     if targets:
         target = np.logical_or.reduce(targets)

@@ -7,19 +7,15 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-REFERENCE_STEPS = 1000
-"""Number of steps of the published beta ranges."""
-
-MAX_BETA = 0.999
-"""Largest share of the variance that one step may remove (Nichol & Dhariwal, section 3.2)."""
+REFERENCE_STEPS = 1000  # of the published beta ranges
+MAX_BETA = 0.999  # Nichol & Dhariwal, section 3.2
 
 
 @dataclass(frozen=True)
 class Schedule(ABC):
     """Variance-preserving forward process `x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * eps`.
 
-    Step 0 is the clean image, `steps` the noisiest. Step `t` is `t - 1` in libraries that index an array of betas from 0
-    (diffusers, visual contrastive decoding).
+    Step 0 is the clean image, `steps` the noisiest. Step `t` is `t - 1` in libraries that index betas from 0 (diffusers).
 
     Args:
         steps: number of steps `T`.
@@ -62,8 +58,8 @@ def _alpha_bars(schedule: Schedule) -> NDArray[np.float64]:
 class LinearSchedule(Schedule):
     """The linear schedule of DDPM (Ho et al., arXiv 2006.11239): betas increase linearly.
 
-    `alpha_bar(T) = 4.0e-5`, an amplitude of 0.6% of the image, which is invisible. With another number of steps than 1000 both betas
-    are scaled by `1000 / steps`, as in Nichol & Dhariwal's implementation, so that the last step has the same amount of noise.
+    `alpha_bar(T) = 4.0e-5`, an invisible amplitude of 0.6%. Both betas are scaled by `1000 / steps`, as in Nichol & Dhariwal's
+    implementation, so that the last step has the same amount of noise.
 
     Args:
         steps: number of steps `T`.
@@ -113,9 +109,8 @@ class CosineSchedule(Schedule):
 class SigmoidSchedule(Schedule):
     """The sigmoid schedule of visual contrastive decoding (Leng et al., arXiv 2311.16922; `vcd_add_noise.py`).
 
-    `beta = sigmoid(linspace(-6, 6, T)) * (0.5e-2 - 1e-5) + 1e-5`, scaled as in `LinearSchedule`, for at least 6 steps. The last step
-    leaves signal: `alpha_bar(T) = 0.081`, an amplitude of 28% of the image, so large objects stay faintly visible at "0%". Use it to
-    compare with that work.
+    `beta = sigmoid(linspace(-6, 6, T)) * (0.5e-2 - 1e-5) + 1e-5`, scaled as in `LinearSchedule`, for at least 6 steps.
+    `alpha_bar(T) = 0.081`, an amplitude of 28%: large objects stay faintly visible at "0%". Use it to compare with that work.
     """
 
     def betas(self) -> NDArray[np.float64]:

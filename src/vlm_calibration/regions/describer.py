@@ -34,7 +34,7 @@ class Describer(ABC):
         self.max_phrases = max_phrases
 
     def load(self, device: torch.device) -> None:  # noqa: B027  (optional)
-        """Load the model onto the device; a describer without a model loads nothing."""
+        """Load the model onto the device."""
 
     @abstractmethod
     def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:

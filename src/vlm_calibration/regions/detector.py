@@ -1,8 +1,4 @@
-"""Open-vocabulary detection of phrases with transformers' detectors (Grounding DINO, OWLv2 and variants).
-
-Phrases are assigned by the scores of each box for each of them: Grounding DINO's processor joins all tokens with a high score into a
-label, which may be half a phrase or two phrases.
-"""
+"""Open-vocabulary detection of phrases with transformers' detectors (Grounding DINO, OWLv2 and variants)."""
 
 from __future__ import annotations
 
@@ -24,7 +20,7 @@ Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels, inside the image."""
 
 GROUNDING_DINO = ("grounding-dino", "mm-grounding-dino")
-SEPARATOR = ". "
+SEPARATOR = ". "  # of phrases in Grounding DINO's text: "dog. red cup."
 
 
 class Detection(NamedTuple):
@@ -70,8 +66,6 @@ class ZeroShotDetector(Detector):
             raise DataError(
                 f"detector: needs 0 <= threshold < 1 and max_boxes >= 1, found {self.threshold} and {self.max_boxes}"
             )
-        self.model: Any = None
-        self.processor: Any = None
 
     def load(self, device: torch.device) -> None:
         known = (*GROUNDING_DINO, "owlv2", "owlvit")
@@ -107,7 +101,10 @@ class ZeroShotDetector(Detector):
         return detections
 
     def _phrase_scores(self, probabilities: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score of each box for each phrase, float32 [boxes, phrases]: the maximum over the phrase's tokens."""
+        """Score of each box for each phrase, float32 [boxes, phrases]: the maximum over the phrase's tokens.
+
+        Grounding DINO's processor joins tokens with a high score into a label, which may be half a phrase or two phrases.
+        """
         if not self._is_grounding_dino:
             return probabilities[:, : len(prompts)]  # further columns pad the batch
         encoded = self.processor.tokenizer(_join_prompts(prompts), return_offsets_mapping=True)
@@ -138,16 +135,11 @@ class ZeroShotDetector(Detector):
 
 
 def _join_prompts(prompts: Sequence[str]) -> str:
-    """The phrases in Grounding DINO's text format: "dog. red cup."."""
     return SEPARATOR.join(prompts) + "."
 
 
 def load_pair(kind: Any, known: Sequence[str], settings: Any, device: torch.device) -> tuple[Any, Any]:
-    """Load the model of a detector or segmenter, of the AutoModel class `kind`, in eval mode on the device, and its processor.
-
-    Raises:
-        DataError: the model does not exist, or is not of this class and one of the `known` types.
-    """
+    """Load a model of the AutoModel class `kind` and its processor; a DataError if it does not exist or is of no `known` type."""
     name, revision = settings.name_or_path, settings.revision
     with loading(kind.__name__, name):
         model = kind.from_pretrained(name, dtype=settings.dtype, revision=revision)

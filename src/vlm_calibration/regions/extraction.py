@@ -23,6 +23,9 @@ OUTCOMES: tuple[str, ...] = get_args(Outcome)
 according to the answer. no phrase: the describer named no object. not detected: no box. rejected: no region passed the
 checks. unreadable: the image cannot be read."""
 
+Instance = tuple[Detection, np.ndarray]
+"""A box with its mask, bool [H, W]."""
+
 Reason = Literal["score", "small", "large", "empty"]
 """Why a region is rejected: its score, its share of the image (small, large), or a mask without a pixel in its box."""
 
@@ -48,7 +51,6 @@ class RegionGates:
             )
 
     def reason(self, score: float, share: float) -> Reason | None:
-        """Why a region with this score and share of the image is rejected; None if it passes."""
         if score < self.min_score:
             return "score"
         if share < self.min_area:
@@ -91,8 +93,7 @@ class Pipeline:
         images = [raw.image for raw in rows if raw.image is not None]  # of each row
         described = self._describe(queries, images)
         detected = self._detect(images, described)
-        segmented = self._segment(queries, images, detected)
-        extracted = map(self._result, queries, described, detected, segmented)
+        extracted = map(self._result, queries, described, self._segment(queries, images, detected))
         return [result or next(extracted) for result in ready]
 
     def _without_models(self, raw: RawQuery) -> Extracted | None:
@@ -124,8 +125,8 @@ class Pipeline:
 
     def _segment(
         self, queries: Sequence[Query], images: Sequence[np.ndarray], detected: Sequence[Sequence[Detection]]
-    ) -> list[np.ndarray]:
-        """The masks of all boxes, bool [boxes, H, W] per query. An image shared by several queries is encoded once."""
+    ) -> list[list[Instance]]:
+        """The boxes of each query with their masks. An image shared by several queries is encoded once."""
         images_of: dict[str, np.ndarray] = {}
         boxes_of: dict[str, list[Box]] = {}
         for query, image, boxes in zip(queries, images, detected, strict=True):
@@ -135,37 +136,33 @@ class Pipeline:
         segmented = self.segmenter.segment(list(images_of.values()), list(boxes_of.values()))
         masks = dict(zip(boxes_of, map(iter, segmented), strict=True))
         return [
-            np.array([next(masks[query.image]) for _ in boxes])
+            [(box, next(masks[query.image])) for box in boxes]
             for query, boxes in zip(queries, detected, strict=True)
         ]
 
-    def _result(
-        self, query: Query, description: Description, boxes: Sequence[Detection], masks: np.ndarray
-    ) -> Extracted:
+    def _result(self, query: Query, description: Description, instances: Sequence[Instance]) -> Extracted:
         """Unite the instances of each phrase, and check the regions."""
-        known = query.regions if self.keep_known else ()
-        united = [
-            self._unite([i for i, box in enumerate(boxes) if box.label == phrase], boxes, masks)
-            for phrase in description.objects
-            if any(box.label == phrase for box in boxes)
-        ]
+        by_phrase: dict[str, list[Instance]] = {}
+        for detection, mask in instances:
+            by_phrase.setdefault(detection.label, []).append((detection, mask))
+        united = [self._unite(by_phrase[phrase]) for phrase in description.objects if phrase in by_phrase]
         regions = tuple(region for region, reason in united if reason is None)
         rejected = tuple(Rejected(region, reason) for region, reason in united if reason is not None)
         outcome: Outcome = "found" if regions else "rejected" if rejected else "not detected"
         if not description.objects:
             outcome = "absent" if description.absent else "no phrase"
         objects, absent = (*description.objects, *description.absent), description.absent
+        known = query.regions if self.keep_known else ()
         named = replace(query, objects=objects, absent=absent, regions=(*regions, *known))
         return Extracted(named, outcome, rejected)
 
-    def _unite(
-        self, own: Sequence[int], boxes: Sequence[Detection], masks: np.ndarray
-    ) -> tuple[Region, Reason | None]:
+    def _unite(self, instances: Sequence[Instance]) -> tuple[Region, Reason | None]:
         """The union of these instances of a phrase, and the reason if it is rejected."""
-        best = max((boxes[i] for i in own), key=lambda d: d.score)
+        best = max((detection for detection, _ in instances), key=lambda d: d.score)
         score = min(1.0, best.score)
         touching = []  # the masks with a pixel in their box
-        for mask, (x0, y0, x1, y1) in ((masks[i], boxes[i].box) for i in own):
+        for detection, mask in instances:
+            x0, y0, x1, y1 = detection.box
             if mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))].any():
                 touching.append(mask)
         if not touching:

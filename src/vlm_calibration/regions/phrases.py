@@ -117,7 +117,7 @@ def _of(words: Sequence[Word], first: NounPhrase, second: NounPhrase) -> bool:
 def _existence_subject(
     question: str, words: Sequence[Word], phrases: Sequence[NounPhrase]
 ) -> NounPhrase | None:
-    """The object whose presence the question asks for; None for a question about a number or about "direct contact"."""
+    """The object whose presence the question asks for, if it asks for one that can be seen."""
     if asked_existence(question) is None or not phrases:
         return None
     first = next(p for p in noun_phrases(words) if p.head not in PICTURE)

@@ -24,8 +24,6 @@ Put the word "absent" before each object that the answer says is not there. If t
 
 _MARKER = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s*")
 _ABSENT = re.compile(r"^(?:absent|no|not)\b[\s:]*|\s*\((?:absent|not there|not present)\)$")
-LONGEST_PHRASE = 8
-"""Maximum words of a phrase; detectors are not trained on longer ones, which are sentences."""
 
 
 class PromptedDescriber(Describer):
@@ -81,6 +79,7 @@ class PromptedDescriber(Describer):
         for part in re.split(r"[,;\n]", answer):
             phrase = _MARKER.sub("", part).strip(" .\"'`*").lower()
             name = re.sub(r"^(?:an?|the)\s+", "", _ABSENT.sub("", phrase).strip())
-            if name and name not in ("none", "nothing") and len(name.split()) <= LONGEST_PHRASE:
+            # Detectors are not trained on more than eight words, which are a sentence.
+            if name and name not in ("none", "nothing") and len(name.split()) <= 8:
                 (absent if _ABSENT.search(phrase) else objects).append(name)
         return self.build_description(objects, absent)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ class Segmenter(ABC):
 
 @dataclass(eq=False)
 class PromptedSegmenter(Segmenter):
-    """A promptable segmenter from the Hub. Each image is encoded once for all its boxes. A pixel of a mask has a probability above 1/2.
+    """A promptable segmenter from the Hub. A pixel of a mask has a probability above 1/2.
 
     Args:
         name_or_path: SAM (arXiv 2304.02643) or SAM 2 (arXiv 2408.00714): a name on the Hub or a folder.
@@ -40,10 +39,6 @@ class PromptedSegmenter(Segmenter):
     name_or_path: str = "facebook/sam2.1-hiera-large"
     dtype: Dtype = "float32"
     revision: str | None = None
-
-    def __post_init__(self) -> None:
-        self.model: Any = None
-        self.processor: Any = None
 
     def load(self, device: torch.device) -> None:
         known = ("sam", "sam2", "sam2_video")

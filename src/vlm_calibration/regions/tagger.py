@@ -24,10 +24,7 @@ _CONTENT = (*_NOUN, *_ADJECTIVE, *_PARTICIPLE, *_PRESENT)
 # Tags of words after which a participle describes the following noun: "the stuffed animals".
 _OPENS = ("AT", "DPS", "DT", "CRD", "AJ", "PRP", "PRF", "CJ", "POS", "PU")
 _SPECIFIERS = ("AT", "CRD", "DPS", "DT", "PRF", "XX")
-# Log-probability at or below which the tagger guesses a word from its ending, and how much less likely than another tag is possible.
-UNKNOWN, MARGIN = -25.0, 0.95
-# Log-probability of the words that hardly any English sentence lacks, such as "is", "the", "in".
-FREQUENT = -8.0
+UNKNOWN = -25.0  # log-probability at or below which the tagger guesses a word from its ending
 
 
 class Word(NamedTuple):
@@ -64,7 +61,7 @@ def load_tagger() -> Any:
 
 @lru_cache(maxsize=4096)
 def tag(text: str) -> tuple[tuple[Word, ...], bool]:
-    """Split a text into words and tag them; and whether the rules can tell its noun phrases, which is not so in another language."""
+    """Tag the words of a text; and whether the rules can tell its noun phrases, which is not so in another language."""
     texts = _WORD.findall(text)
     # A capital at the start of a sentence would tag any noun as a name.
     for i, word in enumerate(texts):
@@ -76,9 +73,8 @@ def tag(text: str) -> tuple[tuple[Word, ...], bool]:
         Word(w.lower(), TAGS.get(w.lower(), "NN1" if kind == "UNC" else kind))
         for w, _, kind in load_tagger().tag_sent(texts)
     ]
-    is_english = any(
-        w.text.isalpha() and max(_scores(w.text).values(), default=UNKNOWN) > FREQUENT for w in words
-    )
+    # Hardly any English sentence lacks words of this log-probability, such as "is", "the", "in".
+    is_english = any(w.text.isalpha() and max(_scores(w.text).values(), default=UNKNOWN) > -8 for w in words)
     known = _repair_question(words) and (is_english or len(words) <= 3 or words[-1].text != "?")
     return tuple(words), known
 
@@ -90,7 +86,8 @@ def _scores(word: str) -> dict[str, float]:
     return scores if max(scores.values(), default=UNKNOWN) > UNKNOWN else {}
 
 
-def _may_be(word: str, kinds: tuple[str, ...], margin: float = MARGIN) -> bool:
+def _may_be(word: str, kinds: tuple[str, ...], margin: float = 0.95) -> bool:
+    """Whether a tag of these kinds is at most by `margin` less likely (in log-probability) than the likeliest one."""
     scores = _scores(word)
     return any(s > max(scores.values()) - margin for kind, s in scores.items() if kind.startswith(kinds))
 

@@ -31,9 +31,9 @@ PICTURE = _with_plurals("""
 """)
 """The picture itself and positions in it."""
 
-COLOURS = _words(
-    "black white red green blue yellow brown grey gray pink purple beige tan maroon turquoise silver gold"
-)
+COLOURS = _words("""
+    black white red green blue yellow brown grey gray pink purple beige tan maroon turquoise silver gold
+""")
 """The tagger reads these as nouns when they stand alone. "Orange" is missing because it is also a fruit."""
 
 LOOKS = COLOURS | _words("""

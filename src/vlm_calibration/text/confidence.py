@@ -1,8 +1,6 @@
 """Render a stated confidence into a response, and parse it from one.
 
-Parsing never raises and never guesses: a confidence that is missing, a range, or outside [0, 1] is None and counts as a
-parse failure. Every pattern has bounded or possessive repetition, so time is linear in the length of the text.
-
+Parsing never guesses. Every pattern has bounded or possessive repetition, so time is linear in the length of the text.
 What `parse_confidence` reads:
 
 | text | value | rule |
@@ -35,7 +33,7 @@ from typing import NamedTuple
 
 
 def parse_confidence(text: str) -> float | None:
-    """Parse the confidence in [0, 1] that a text states, or None; see the table above. Never raises on a string."""
+    """Parse the confidence in [0, 1] that a text states, or None, by the table above. Never raises on a string."""
     plain = _replace_variants(text)
     stated = _labelled(plain) or _worded(plain) or _bare(plain)
     return stated[-1].value if stated else None
@@ -44,8 +42,8 @@ def parse_confidence(text: str) -> float | None:
 def end_of_confidence(text: str) -> int | None:
     """Position at which generation may stop: the end of a complete statement in percent behind an answer; else None.
 
-    A statement is complete when no continuation can change its number: "Yes. Confidence: 80%" may continue as "to 90%", a
-    range, while "Yes. Confidence: 80%." and "Yes. Confidence: 80% to be" are complete, both at the percent sign.
+    Complete means that no continuation can change the number: "Yes. Confidence: 80%" may continue as "to 90%", a range, while
+    "Yes. Confidence: 80%." ends at the percent sign.
     """
     plain = _replace_variants(text)
     stated = _labelled(plain)
@@ -66,8 +64,7 @@ def render_answer(answer: str) -> str:
 def render_response(answer: str, confidence: float) -> str:
     """Render any answer with its confidence in [0, 1]: `("Yes", 0.8)` becomes `"Yes. Confidence: 80%"`.
 
-    The confidence's shortest decimal form is rounded to the nearest whole percent, ties up (0.125 is 13%), which
-    `parse_confidence` reads back.
+    The confidence's shortest decimal form is rounded to the nearest whole percent, ties up (0.125 is 13%).
 
     Raises:
         ValueError: the confidence is NaN or outside [0, 1].
@@ -104,8 +101,6 @@ def strip_confidence(text: str) -> str:
 
 
 class _Statement(NamedTuple):
-    """Characters of the text and the confidence that they state."""
-
     start: int
     end: int
     value: float | None
@@ -228,13 +223,12 @@ _ENDS_IN_PERCENT = re.compile(rf"{_PERCENT}\s{{0,3}}\Z", _FLAGS)
 
 
 def _beginnings(*words: str) -> str:
-    """A pattern that matches every prefix of the words, longest first, including the empty one."""
+    """A pattern of every prefix of the words, longest first, including the empty one."""
     return "|".join(sorted({word[:end] for word in words for end in range(len(word) + 1)}, reverse=True))
 
 
 _UNIT = rf"(?:\\?|{_beginnings('percent', 'pct')}|per\s(?:{_beginnings('cent')}))"
-# What may follow "80%" at the end of a text that can continue as "80% to 90%"; see `_RANGE`. U+FFFD is a dash of which
-# only the first byte was generated.
+# What may follow "80%" in a text that can continue as `_RANGE`. U+FFFD is a dash of which only the first byte was generated.
 _MAY_BECOME_RANGE = re.compile(
     rf"""\s{{0,3}}(?:{_beginnings("to", "or", "through")}|(?:[-–—~\ufffd]|to|or|through)\s{{0,3}}(?:[\d.,]++(?:e[+-]?\d*)?)?+\s{{0,3}}{_UNIT})\Z""",
     _FLAGS,
@@ -265,17 +259,15 @@ def _labelled(text: str) -> list[_Statement]:
 def _worded(text: str) -> list[_Statement]:
     """Statements in other words: `I am 80% sure`, `with 90% confidence`, `certainty: 0.9`, `quite sure (80%)`."""
     statements = [
-        _statement(match, match.start())
-        for match in _NUMBER_FIRST.finditer(text)
-        if _has_unit(match) and not _is_negated(text, match.start())
+        _statement(match, match.start()) for match in _NUMBER_FIRST.finditer(text) if _has_unit(match)
     ]
     for label in _OTHER_LABEL.finditer(text):
         match = _AFTER_LABEL.match(text, label.end())
-        if match is None or not _FIRM_GAP.search(match["gap"]) or not _has_unit(match):
-            continue
-        if not _is_negated(text, label.start()):
+        if match is not None and _FIRM_GAP.search(match["gap"]) and _has_unit(match):
             statements.append(_statement(match, label.start(), _scale(match)))
-    return sorted(statements, key=lambda statement: statement.start)
+    # "not 100% sure" and "can't be 100% certain" state nothing.
+    stated = (s for s in statements if not _NEGATED.search(text[max(0, s.start - 40) : s.start]))
+    return sorted(stated, key=lambda statement: statement.start)
 
 
 def _bare(text: str) -> list[_Statement]:
@@ -294,11 +286,6 @@ def _bare(text: str) -> list[_Statement]:
 
 def _statement(match: re.Match[str], start: int, scale: float | None = None) -> _Statement:
     return _Statement(start, match.end(), _amount(match, scale))
-
-
-def _is_negated(text: str, start: int) -> bool:
-    """Whether a negation precedes: "not 100% sure", "can't be 100% certain"."""
-    return _NEGATED.search(text[max(0, start - 40) : start]) is not None
 
 
 def _scale(match: re.Match[str]) -> float | None:

@@ -12,9 +12,6 @@ from vlm_calibration.text.matching import match_key
 AnswerTypeChoice = Literal["infer", "yes_no", "short", "open"]
 """An answer type for all answers of a source, or `infer`: see `infer_answer_type`."""
 
-MAX_SHORT_WORDS = 4
-ANNOTATORS = 10
-"""Number of annotators that answer a question of VQAv2 and of the data sets that follow it."""
 MIN_AGREEING = 3
 """Number of annotators from which VQA's metric counts an answer as fully correct (Antol et al., arXiv 1505.00468)."""
 
@@ -37,16 +34,16 @@ def strip_format_request(question: str) -> str:
 
 
 def infer_answer_type(answer: str) -> AnswerType:
-    """The type by form: "yes_no" for yes or no, explained or not; "short" up to `MAX_SHORT_WORDS` words; else "open"."""
+    """The type by form: "yes_no" for yes or no, explained or not; "short" up to four words; else "open"."""
     if _YES_NO.match(answer) and parse_answer(answer, "yes_no") is not None:
         return "yes_no"
-    return "short" if len(answer.split()) <= MAX_SHORT_WORDS else "open"
+    return "short" if len(answer.split()) <= 4 else "open"
 
 
 def combine_answers(answers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """The gold answer of a question with several answers, and the other correct ones.
 
-    Fewer answers than VQA's ten are variants that are all correct, the first is the gold answer. Ten or more are those of annotators:
+    Fewer than ten are variants that are all correct, the first is the gold answer. Ten or more are those of annotators, as in VQAv2:
     the most frequent is the gold answer, and others count if at least `MIN_AGREEING` annotators give them.
 
     Raises:
@@ -55,7 +52,7 @@ def combine_answers(answers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     given = [answer.strip() for answer in answers if answer and answer.strip()]
     if not given:
         raise RecordError("the list of answers is empty")
-    if len(answers) < ANNOTATORS:
+    if len(answers) < 10:
         return given[0], tuple(dict.fromkeys(a for a in given[1:] if match_key(a) != match_key(given[0])))
     gold = Counter(given).most_common(1)[0][0]
     return gold, agreed_answers(given, gold)

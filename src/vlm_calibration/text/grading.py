@@ -72,9 +72,8 @@ class Grading:
 
     def __post_init__(self) -> None:
         for name, rule in (("short", self.short), ("open", self.open)):
-            if rule not in get_args(TextGrader):
-                known = ", ".join(get_args(TextGrader))
-                raise ValueError(f"grading.{name} must be one of {known}, found {rule!r}")
+            if rule not in (known := get_args(TextGrader)):
+                raise ValueError(f"grading.{name} must be one of {', '.join(known)}, found {rule!r}")
         if not 0 < self.min_f1 <= 1:
             raise ValueError(f"grading.min_f1 must be in (0, 1], found {self.min_f1}")
 
@@ -92,7 +91,7 @@ EXACT = Grading()
 
 
 def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str | None:
-    """Parse the answer from a reply, with or without a stated confidence, by the rules above; None if there is none.
+    """Parse the answer from a reply, with or without a stated confidence, by the rules above.
 
     Args:
         text: the reply.
@@ -100,7 +99,7 @@ def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str 
         question: what a yes/no reply answers; without it, every clause of a reply counts (rule 5).
 
     Returns:
-        "yes" or "no"; for other answer types the lower-case answer after VQA normalisation, without lead-in.
+        "yes" or "no"; for other answer types the answer after VQA normalisation, without lead-in; None if there is none.
     """
     if answer_type not in ANSWER_TYPES:
         raise ValueError(f"unknown answer type {answer_type!r}; known: {', '.join(ANSWER_TYPES)}")
@@ -118,10 +117,9 @@ def grade(
     grading: Grading = EXACT,
     question: str = "",
 ) -> Grade:
-    """Grade a reply against the gold answer.
+    """Grade a reply against the gold answer; `text`, `answer_type` and `question` as in `parse_answer`.
 
     Args:
-        text, answer_type, question: as in `parse_answer`.
         answer: the gold answer; for yes/no, a text that itself parses as yes or no.
         synonyms: other correct answers (not used for yes/no).
         grading: the rules.
@@ -238,7 +236,7 @@ _PLACES = _stems(
 
 
 def _yes_or_no(answer: str, question: str = "") -> Verdict | None:
-    """Apply rules 1 to 6 of the module in order."""
+    """Rules 1 to 6 of the module in order."""
     text = _without_lead_ins(_plain(answer))
     yes, no = _YES.match(text), _NO.match(text)
     cannot_tell = _CANNOT_TELL.search(text)

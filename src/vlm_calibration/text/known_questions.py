@@ -30,9 +30,9 @@ class KnownQuestions:
 
     @classmethod
     def of(cls, questions: Sequence[str]) -> KnownQuestions:
-        """Collect the words and forms of N questions; new ones are not checked where further questions would often have some.
+        """Collect the words and forms of questions; new ones are not checked if further questions would often have some.
 
-        The questions whose word or form occurs in no other one estimate that share (Good, Biometrika 1953).
+        The share of questions with a word or form that no other one has estimates that (Good, Biometrika 1953).
 
         >>> known = KnownQuestions.of(["Is there a dog?", "Is there a cat?", "Is there a mat?"] * 20)
         >>> known.unfamiliar("Is there a zebra?")

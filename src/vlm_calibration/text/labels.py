@@ -19,12 +19,12 @@ _NOT_EXISTENCE = re.compile(
 )
 """After one of these forms: a number, or nothing that can be seen."""
 
-FORM_WORDS = 4
-"""Questions that begin with as many equal words, key objects apart, are of one form."""
-STATES_CONFIDENCE = "confiden|certain|sure|probabilit|likelihood|置信|信心|可信|確信"
-"""A pattern, whatever the case, of every statement of confidence that is no bare number."""
-COORDINATES = r"\s*[\[(](?:\s*-?\d*\.?\d+\s*,){3}\s*-?\d*\.?\d+\s*[\])]\.?\s*"
-"""A pattern of a box of coordinates, as in the grounding parts of LLaVA-1.5's mix."""
+# Every statement of confidence that is no bare number.
+_STATES_CONFIDENCE = re.compile(
+    "confiden|certain|sure|probabilit|likelihood|置信|信心|可信|確信", re.IGNORECASE
+)
+# As in the grounding parts of LLaVA-1.5's mix.
+_COORDINATES = re.compile(r"\s*[\[(](?:\s*-?\d*\.?\d+\s*,){3}\s*-?\d*\.?\d+\s*[\])]\.?\s*")
 
 
 def asked_existence(question: str) -> str | None:
@@ -57,11 +57,11 @@ def unlocated_objects(query: Query, labels: Collection[str]) -> list[str]:
 
 
 def question_form(query: Query) -> str:
-    """The first words of a question without articles, its key objects replaced: "what colour is _", "how many _ are"."""
+    """The first four words of a question without articles, its key objects replaced: "what colour is _", "how many _ are"."""
     words = f" {match_key(query.question)} "
     for name in sorted(query.objects, key=len, reverse=True):
         words = words.replace(f" {match_key(name)} ", " _ ")
-    return " ".join(words.split()[:FORM_WORDS])
+    return " ".join(words.split()[:4])
 
 
 def is_evidence(query: Query, label: str) -> bool:
@@ -87,9 +87,9 @@ def check_answer(query: Query) -> None:
             (a bare percentage is an answer), or is a box of coordinates.
     """
     answer, problem = query.answer.strip(), ""
-    if re.search(STATES_CONFIDENCE, answer, re.IGNORECASE) and strip_confidence(answer) != answer:
+    if _STATES_CONFIDENCE.search(answer) and strip_confidence(answer) != answer:
         problem = "states a confidence; remove it"
-    elif re.fullmatch(COORDINATES, answer):
+    elif _COORDINATES.fullmatch(answer):
         problem = "is a box of coordinates, which cannot be graded"
     if problem:
         raise RecordError(f"record {query.id!r}: the answer {answer[-60:]!r} {problem}")

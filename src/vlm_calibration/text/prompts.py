@@ -12,11 +12,7 @@ DEFAULT_TEMPLATE = (
 
 
 def check_template(template: str, name: str, *placeholders: str) -> None:
-    """Check that a template has the placeholders and no other; literal braces are doubled, as in `str.format`.
-
-    Raises:
-        DataError: it does not; `name` is what the message calls it.
-    """
+    """DataError unless the template, called `name`, has the placeholders and no other; literal braces are doubled."""
     try:
         parsed = string.Formatter().parse(template)
         fields = {tuple(field) for _, *field in parsed if field[0] is not None}
