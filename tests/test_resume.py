@@ -125,7 +125,7 @@ def test_the_middle_of_an_epoch_needs_the_same_queries_and_batches(model_folder:
     data = PerturbedQueryDataModule(model_folder, train=DemoSource(scenes=5), batch_size=3)
     data.load_state_dict({"epoch": 0, "batch": 3, "queries": 15, "batch_size": 2})
     data.setup("fit")
-    with pytest.raises(DataError, match="of 15 queries in batches of 2, found 15 and 3: "):
+    with pytest.raises(DataError, match="of 15 queries in batches of 2, found 15 queries in batches of 3: "):
         data.train_dataloader()
 
 

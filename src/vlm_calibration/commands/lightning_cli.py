@@ -49,6 +49,10 @@ BASE_TO_DATA = {"name_or_path": "processor", "revision": "revision", "trust_remo
 announce = rank_zero_only(partial(print, flush=True))
 
 
+def _of_base(name: str, module: L.LightningModule) -> Any:
+    return getattr(getattr(module, "base", None), name, False if name == "trust_remote_code" else None)
+
+
 class CalibrationCLI(LightningCLI):
     """LightningCLI for any LightningModule and the one data module."""
 
@@ -75,13 +79,9 @@ class CalibrationCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        def of_base(name: str, module: L.LightningModule) -> Any:
-            default = False if name == "trust_remote_code" else None
-            return getattr(getattr(module, "base", None), name, default)
-
         # From the instantiated module: an evaluation may take its base model from the adapters.
         for name, target in BASE_TO_DATA.items():
-            compute = partial(of_base, name)
+            compute = partial(_of_base, name)
             parser.link_arguments("model", f"data.{target}", compute_fn=compute, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

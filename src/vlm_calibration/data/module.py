@@ -63,7 +63,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         test: named splits that `vlm-calibration test` answers.
         calibration: named splits about other images, answered by `vlm-calibration test` for recalibration; no score includes them.
         predict: queries whose regions `vlm-calibration predict` extracts; None: those of all sources above that are noised.
-        regions: folder of regions that `vlm-calibration predict` extracted for the sources above, which are then read with them.
+        regions: folder of regions that `vlm-calibration predict` extracted for the sources above, which are then read with them. A
+            source whose queries have all the regions that they need has no file in it.
         noise: the perturbation of a query, and the confidence to state after it.
         augment: albumentations transforms of training images, which come before the perturbation; regions move with the pixels.
             Answers do not, so leave out what would make them wrong, such as flips where questions ask for left and right.
