@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_calibration.estimators.decision import DecisionRule, write_rule
 from vlm_calibration.models.base import DEMO_MODEL, adapter_weights_digest
-from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
+from vlm_calibration.text.confidence import DEFAULT_TEMPLATE
 
 
 def write_decision_rule(folder: Path, threshold: float | None = 0.5, **changed: Any) -> DecisionRule:

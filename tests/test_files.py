@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vlm_calibration.append_log import AppendLog, SettingsChangedError
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.base import Estimator
 from vlm_calibration.files import (
+    AppendLog,
+    SettingsChangedError,
     clear_leftovers,
     first_line,
     json_lines,
@@ -39,8 +40,8 @@ from vlm_calibration.models.base import BaseModel
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, LinearLevels
 from vlm_calibration.records import DataError
-from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector
+from vlm_calibration.regions.extraction import Describer
 from vlm_calibration.regions.segmenter import Segmenter
 from vlm_calibration.settings import digest, file_digest, init_args, settings_digest
 

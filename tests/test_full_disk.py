@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from vlm_calibration.append_log import AppendLog
 from vlm_calibration.callbacks import logger as logging
 from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
+from vlm_calibration.files import AppendLog
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError
 

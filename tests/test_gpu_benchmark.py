@@ -16,7 +16,7 @@ from tests.performance.gpu_steps import LIGER, OURS, REAL, TASKS, TRL, Cell, ali
 
 from vlm_calibration.data.collate import ChatFormat, SFTCollator
 from vlm_calibration.losses.sequence import IGNORE
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt
 
 NAME = "tiny qwen2_5_vl"
 

@@ -128,7 +128,7 @@ def test_nothing_is_imported_in_a_circle() -> None:
 @pytest.mark.parametrize(
     ("module", "code", "expected"),
     [
-        ("records.py", "import vlm_calibration.text.prompts", ["records imports text, which is higher"]),
+        ("records.py", "import vlm_calibration.text.confidence", ["records imports text, which is higher"]),
         ("metrics/a.py", "def f():\n    import lightning.pytorch as pl", ["metrics imports lightning"]),
         ("models/a.py", "from vlm_calibration import text", []),
         ("data/a.py", "from vlm_calibration.models.loading import load_base", ["data imports models"]),
@@ -139,7 +139,7 @@ def test_nothing_is_imported_in_a_circle() -> None:
 def test_a_violation_is_found(tmp_path: Path, module: str, code: str, expected: list[str]) -> None:
     folders = ("", "text/", "data/", "models/", "stages/")
     written = {f"{folder}__init__.py": "" for folder in folders}
-    written |= {"text/prompts.py": "", "models/loading.py": "", module: code}
+    written |= {"text/confidence.py": "", "models/loading.py": "", module: code}
     for name, content in written.items():
         (tmp_path / PACKAGE / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / PACKAGE / name).write_text(content, encoding="utf-8")

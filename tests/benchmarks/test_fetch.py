@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 from vlm_calibration.cli import main
-from vlm_calibration.commands import data_fetch
-from vlm_calibration.commands.data_fetch import KINDS
+from vlm_calibration.commands import data as data_commands
+from vlm_calibration.commands.data import KINDS
 from vlm_calibration.data.sources.benchmark import AmberSource, PopeSource
 from vlm_calibration.records import DataError
 
@@ -54,7 +54,7 @@ def _servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served["amber/annotations.json"] = truths
     served |= {f"amber/query/query_{name}.json": queries for name in ("all", "discriminative")}
     for name in ("POPE", "AMBER", "COCO"):
-        monkeypatch.setattr(data_fetch, name, str(tmp_path / "served" / name.lower()))
+        monkeypatch.setattr(data_commands, name, str(tmp_path / "served" / name.lower()))
     for path, content in served.items():
         (tmp_path / "served" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "served" / path).write_text(json.dumps(content))

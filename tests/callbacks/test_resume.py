@@ -16,7 +16,7 @@ import torch
 
 from vlm_calibration.callbacks.checkpoint import reading
 from vlm_calibration.callbacks.regions import write_rows
-from vlm_calibration.callbacks.run_record import BATCH, deciding_settings, differences, run_inputs
+from vlm_calibration.callbacks.run_directory import BATCH, deciding_settings, differences, run_inputs
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.regions import RegionPlan

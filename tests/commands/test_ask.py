@@ -16,10 +16,9 @@ from PIL import Image
 from vlm_calibration.commands.ask import _as_text
 from vlm_calibration.demo.questions import unknown_part
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.decision import AppliedRule
+from vlm_calibration.estimators.decision import AppliedRule, KnownQuestions
 from vlm_calibration.inference.asking import Answer
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
-from vlm_calibration.text.known_questions import KnownQuestions
 
 from ..command_line import Ended
 from ..decision_rules import write_decision_rule

@@ -23,7 +23,7 @@ from vlm_calibration.inference.model import load_calibrated
 from vlm_calibration.models.base import BaseModel, adapter_digest
 from vlm_calibration.models.loading import weights_digest
 from vlm_calibration.reporting.card import Card, load_card, save_card
-from vlm_calibration.reporting.evaluation import read_evaluation
+from vlm_calibration.reporting.report.summary import read_evaluation
 
 from ..command_line import Ended
 from ..decision_rules import write_decision_rule

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from vlm_calibration.estimators.decision import DecisionRule, read_rule
+from vlm_calibration.estimators.decision import DecisionRule, KnownQuestions, read_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
 from vlm_calibration.metrics.risk_control import Limits
 from vlm_calibration.models.base import adapter_digest, adapter_weights_digest
@@ -30,8 +30,7 @@ from vlm_calibration.reporting.report.thresholds import (
 )
 from vlm_calibration.reporting.runs import RunRecord
 from vlm_calibration.settings import file_digest
-from vlm_calibration.text.known_questions import KnownQuestions
-from vlm_calibration.text.prompts import DEFAULT_TEMPLATE
+from vlm_calibration.text.confidence import DEFAULT_TEMPLATE
 
 from ..command_line import Ended
 from ..decision_rules import write_decision_rule

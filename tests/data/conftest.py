@@ -19,7 +19,7 @@ from vlm_calibration.data.noise import Sample
 from vlm_calibration.data.sources.base import QuerySource, with_regions
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, LoadedImage, Query
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt
 
 Samples = Sequence[Sample]
 Capture = pytest.CaptureFixture[str]

@@ -27,8 +27,12 @@ from vlm_calibration.data.collate import IGNORE, ChatFormat, PromptCollator, SFT
 from vlm_calibration.perturbation.level_table import LevelTable
 from vlm_calibration.perturbation.levels import CLEAN, NOISE, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.records import DataError
-from vlm_calibration.text.confidence import parse_confidence, render_answer, render_response
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import (
+    ElicitationPrompt,
+    parse_confidence,
+    render_answer,
+    render_response,
+)
 
 from ..demo.architecture import CHAT_TEMPLATE, IMAGE_TOKENS
 from ..level_tables import noise_counts

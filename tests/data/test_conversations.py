@@ -22,8 +22,7 @@ from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
-from vlm_calibration.text.confidence import render_answer, render_response
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt, render_answer, render_response
 
 from ..demo.architecture import CHAT_TEMPLATE
 from ..models.families import FOUR

@@ -14,11 +14,9 @@ import pytest
 from PIL import Image
 
 from vlm_calibration.cli import main
-from vlm_calibration.data.convert.gqa import gqa
+from vlm_calibration.data.convert.formats import gqa, sharegpt, vqav2
 from vlm_calibration.data.convert.hf import hf, rlaif_v
 from vlm_calibration.data.convert.reading import Output, Queries
-from vlm_calibration.data.convert.sharegpt import sharegpt
-from vlm_calibration.data.convert.vqav2 import vqav2
 from vlm_calibration.data.convert.writing import QueryWriter
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.records import DataError, Query

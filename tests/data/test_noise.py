@@ -23,7 +23,7 @@ from vlm_calibration.demo.source import DemoSource, scene_index
 from vlm_calibration.perturbation.by_kind import KIND_NAMES
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelTable, write_likelihoods
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
-from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule, SigmoidSchedule
+from vlm_calibration.perturbation.noise import CosineSchedule, LinearSchedule, SigmoidSchedule
 from vlm_calibration.records import DataError, LoadedImage, Query, Region
 from vlm_calibration.text.grading import grade
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_calibration.commands.data_split import split
+from vlm_calibration.commands.data import split
 from vlm_calibration.data.sources.jsonl import SPLITS, JsonlSource
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.data.split import assign_queries

@@ -37,13 +37,12 @@ from vlm_calibration.demo.questions import (
     scene_seed,
 )
 from vlm_calibration.demo.scenes import CLASSES, CORNERS, Scene, render_scene
-from vlm_calibration.demo.shifts import Change, jpeg, low_contrast, shrink
+from vlm_calibration.demo.source import Change, jpeg, low_contrast, shrink
 from vlm_calibration.files import replacing
 from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.models.shared_prefix import additive_mask, padded
-from vlm_calibration.text.confidence import render_response
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt, render_response
 
 from .architecture import IMAGE_TOKENS, PATCH, build_model, build_processor, publish_tower_names
 

@@ -17,8 +17,7 @@ from scipy.stats import fisher_exact
 
 from vlm_calibration.callbacks.regions import write_rows
 from vlm_calibration.demo.scenes import HARD_KINDS
-from vlm_calibration.demo.shifts import SHIFTS
-from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.demo.source import SHIFTS, DemoSource
 from vlm_calibration.perturbation.level_table import read_table
 from vlm_calibration.perturbation.masks import bounding_box, mask_to_rle
 from vlm_calibration.records import Region

@@ -34,8 +34,7 @@ from vlm_calibration.demo.scenes import (
     render_scene,
     scene_layout,
 )
-from vlm_calibration.demo.shifts import SHIFTS, draw_shift
-from vlm_calibration.demo.source import DemoSource, scene_index
+from vlm_calibration.demo.source import SHIFTS, DemoSource, draw_shift, scene_index
 from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.records import DataError

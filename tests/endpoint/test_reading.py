@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from vlm_calibration.endpoint.client import Token
-from vlm_calibration.endpoint.reading import (
+from vlm_calibration.endpoint.system import (
     answer_likelihood,
     complete_statement,
     p_yes,

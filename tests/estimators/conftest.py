@@ -18,7 +18,7 @@ from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch, grade_answers
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, ConfidenceLevels, LinearLevels
 from vlm_calibration.records import LoadedImage, Query
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt
 
 from ..level_tables import noise_counts
 from ..models.families import FOUR

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from vlm_calibration.data.collate import ChatFormat
-from vlm_calibration.text.confidence import render_answer, render_response
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt, render_answer, render_response
 
 
 @dataclass

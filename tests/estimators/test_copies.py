@@ -38,8 +38,8 @@ from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation import perturb
 from vlm_calibration.perturbation.by_kind import region_perturbation
-from vlm_calibration.perturbation.images import resize_mask
 from vlm_calibration.perturbation.levels import Perturbation
+from vlm_calibration.perturbation.masks import resize_mask
 from vlm_calibration.records import ORIGINAL, DataError, LoadedImage, Query
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.text.confidence import render_response

@@ -13,9 +13,8 @@ from torch import nn
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.estimators import answer_scoring, consistency
-from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
+from vlm_calibration.estimators.answer_scoring import AnswerTokenizer, reads_both_ways
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.cached import reads_both_ways
 from vlm_calibration.estimators.consistency import SelfConsistency, inverse_transform_sampler
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
 from vlm_calibration.estimators.p_true import TEMPLATE, PTrue
@@ -24,9 +23,8 @@ from vlm_calibration.models import shared_prefix
 from vlm_calibration.models.generation import Generated
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError, Query
-from vlm_calibration.text.confidence import render_response
+from vlm_calibration.text.confidence import ElicitationPrompt, render_response
 from vlm_calibration.text.grading import Grading
-from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..demo.architecture import CHAT_TEMPLATE
 from .conftest import ASKED, LEVELS, UNANSWERED, Answering, logits, samples_of, scenes

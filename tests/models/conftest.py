@@ -12,7 +12,7 @@ from vlm_calibration.data.noise import Sample
 from vlm_calibration.demo.scenes import render_scene
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import Query
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt
 
 
 @pytest.fixture(scope="session")

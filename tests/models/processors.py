@@ -22,8 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 
 from vlm_calibration.data.collate import ChatFormat
-from vlm_calibration.text.confidence import render_response
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt, render_response
 
 from . import families
 from .families import PINPOINTS, Spec

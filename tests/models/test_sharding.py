@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from vlm_calibration.models.adapters import LoraSettings, attach_lora, using_adapter
-from vlm_calibration.models.forward import shared_vision
+from vlm_calibration.models.forward import full_state_dict, shard, shared_vision
 from vlm_calibration.models.loading import BaseModel, load_for_training
-from vlm_calibration.models.sharding import full_state_dict, shard
 from vlm_calibration.models.shared_prefix import Prompts, score_responses
 
 from .families import randomize_adapters

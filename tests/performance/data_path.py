@@ -35,9 +35,10 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import Sample
 from vlm_calibration.data.resolution import resize_to_model
 from vlm_calibration.perturbation.by_kind import KIND_NAMES, region_perturbation
-from vlm_calibration.perturbation.images import load_image, resize_mask
+from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.perturbation.levels import CLEAN, LinearLevels
-from vlm_calibration.perturbation.schedules import CosineSchedule
+from vlm_calibration.perturbation.masks import resize_mask
+from vlm_calibration.perturbation.noise import CosineSchedule
 from vlm_calibration.records import Query
 
 SIZES = {"1 MP": (900, 1120), "12 MP": (3000, 4000)}

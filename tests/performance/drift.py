@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlm_calibration.demo.shifts import SHIFTS
+from vlm_calibration.demo.source import SHIFTS
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS, read_predictions
 from vlm_calibration.metrics.drift import drift_test
 from vlm_calibration.reporting.report.thresholds import one_an_image

@@ -43,8 +43,7 @@ from vlm_calibration.data.noise import Sample
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import load_for_training
-from vlm_calibration.text.confidence import end_of_confidence
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt, end_of_confidence
 
 STEPS = {"cuda": (2, 5), "cpu": (1, 1)}
 """Steps to warm up and measured steps of a side."""

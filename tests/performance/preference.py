@@ -62,8 +62,7 @@ from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.preference_targets import PairPolicy, choose, nearest
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.stages.training import OptimizerSettings
-from vlm_calibration.text.confidence import render_response
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt, render_response
 
 from ..demo.architecture import CHAT_TEMPLATE, IMAGE, build_processor
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_calibration.perturbation.images import ImageError, load_image, resize_image, resize_mask
+from vlm_calibration.perturbation.images import ImageError, load_image, resize_image
+from vlm_calibration.perturbation.masks import resize_mask
 
 
 @pytest.fixture

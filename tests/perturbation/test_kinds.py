@@ -17,8 +17,7 @@ from vlm_calibration.perturbation.kinds import (
     RegionPerturbation,
     surroundings,
 )
-from vlm_calibration.perturbation.noise import add_region_noise
-from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule
+from vlm_calibration.perturbation.noise import CosineSchedule, LinearSchedule, add_region_noise
 
 # isort: split
 import albumentations as A

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from vlm_calibration.perturbation.by_kind import perturb
-from vlm_calibration.perturbation.noise import add_region_noise
-from vlm_calibration.perturbation.schedules import (
+from vlm_calibration.perturbation.noise import (
     CosineSchedule,
     LinearSchedule,
     SigmoidSchedule,
+    add_region_noise,
     schedule_by_name,
 )
 

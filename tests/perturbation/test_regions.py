@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 from scipy import ndimage
 
-from vlm_calibration.perturbation.masks import bounding_box, check_mask, mask_to_rle, region_to_mask
-from vlm_calibration.perturbation.regions import PLAUSIBLE_AREA, PLAUSIBLE_ASPECT, choose_region, region_mask
+from vlm_calibration.perturbation.masks import (
+    PLAUSIBLE_AREA,
+    PLAUSIBLE_ASPECT,
+    bounding_box,
+    check_mask,
+    choose_region,
+    mask_to_rle,
+    region_mask,
+    region_to_mask,
+)
 from vlm_calibration.records import RecordError, Region
 
 SHAPE = (40, 60)

@@ -37,10 +37,10 @@ from vlm_calibration.reporting.card import (
     save_card,
     state_guarantee,
 )
-from vlm_calibration.reporting.evaluation import read_evaluation
+from vlm_calibration.reporting.report.summary import read_evaluation
 from vlm_calibration.reporting.runs import RunRecord
 from vlm_calibration.reporting.tables import COLUMNS, heading
-from vlm_calibration.text.prompts import DEFAULT_TEMPLATE, ElicitationPrompt
+from vlm_calibration.text.confidence import DEFAULT_TEMPLATE, ElicitationPrompt
 
 from ..models.families import FOUR
 from ..models.processors import cached_family

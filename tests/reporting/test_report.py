@@ -32,9 +32,9 @@ from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
-from vlm_calibration.reporting.report import pictures
+from vlm_calibration.reporting.report import page
 from vlm_calibration.reporting.report.data import System, read_calibration, read_systems
-from vlm_calibration.reporting.report.pictures import examples_of, perturbation_of, thumbnail
+from vlm_calibration.reporting.report.page import examples_of, perturbation_of, thumbnail
 from vlm_calibration.reporting.report.summary import (
     Verdict,
     checked,
@@ -380,14 +380,14 @@ def test_figures_hold_the_confidences_of_the_table_and_the_response_of_perturbed
 ) -> None:
     drawn: list[Any] = []
     curves: list[Any] = []
-    monkeypatch.setattr(pictures, "reliability_diagram", lambda table, ax: drawn.append(table))
-    monkeypatch.setattr(pictures, "response_curve", lambda tables, figure: curves.append(tables))
+    monkeypatch.setattr(page, "reliability_diagram", lambda table, ax: drawn.append(table))
+    monkeypatch.setattr(page, "response_curve", lambda tables, figure: curves.append(tables))
     rows = [replace(p, category="clean") if p.strength == 0 else p for p in answers(0)]
     rows += [replace(p, id=f"n{p.id}", category="noised") for p in rows[:8:2]]
     # A level oracle's confidences are not whole percents.
     rows = [replace(p, confidence=(p.confidence or 0.5) * 0.991) for p in rows]
     oracle = system("oracle", rows)
-    pictures.figures_of([oracle, system("base", [p for p in rows if p.category == "clean"])])
+    page.figures_of([oracle, system("base", [p for p in rows if p.category == "clean"])])
     assert float(METRICS["ece"](drawn[0])) == compare([oracle], replicates=20)[0].iloc[0].ece
     [tables] = curves
     counts = {("", 0.0): 4, ("motion_blur", 0.5): 15, ("noise", 0.5): 15}

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt
 
 from ..models.processors import cached_family
 

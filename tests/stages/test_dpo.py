@@ -149,8 +149,14 @@ def test_the_title_says_what_is_taught_on_which_answers(make_module: MakeModule,
             {"folder": None, "reference": "base", "parts": ["projector"]},
             r"model\.parts needs a given adapter",
         ),
-        ({"nll_weight": -0.1, "reference": "base"}, r"model\.nll_weight must be a finite number of at least 0"),
-        ({"confidence_weight": math.nan, "reference": "base"}, r"model\.confidence_weight must be a finite number"),
+        (
+            {"nll_weight": -0.1, "reference": "base"},
+            r"model\.nll_weight must be a finite number of at least 0",
+        ),
+        (
+            {"confidence_weight": math.nan, "reference": "base"},
+            r"model\.confidence_weight must be a finite number",
+        ),
         ({"drift_weight": math.inf, "reference": "base"}, r"model\.drift_weight must be a finite number"),
     ],
 )

@@ -20,7 +20,7 @@ from vlm_calibration.files import write_json
 from vlm_calibration.models import loading
 from vlm_calibration.models.loading import BaseModel, weights_digest
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels
-from vlm_calibration.perturbation.schedules import CosineSchedule, LinearSchedule
+from vlm_calibration.perturbation.noise import CosineSchedule, LinearSchedule
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report.data import origin_of
@@ -29,8 +29,8 @@ from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.provenance import check_levels, differences_from_training
 from vlm_calibration.stages.scoring import Scorer
 from vlm_calibration.stages.sft import SFTModule
+from vlm_calibration.text.confidence import ElicitationPrompt
 from vlm_calibration.text.grading import Grading
-from vlm_calibration.text.prompts import ElicitationPrompt
 
 from ..level_tables import FALLING, measured
 from .conftest import Data, MakeTrainer

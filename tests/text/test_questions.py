@@ -14,16 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlm_calibration.data.convert.reading import combine_answers, infer_answer_type, strip_format_request
 from vlm_calibration.demo.questions import scene_queries
 from vlm_calibration.demo.scenes import CLASSES
+from vlm_calibration.estimators.decision import KnownQuestions
 from vlm_calibration.records import Query, RecordError
 from vlm_calibration.text import labels
-from vlm_calibration.text.confidence import render_response
-from vlm_calibration.text.conventions import combine_answers, infer_answer_type, strip_format_request
-from vlm_calibration.text.known_questions import KnownQuestions
+from vlm_calibration.text.confidence import ElicitationPrompt, render_response
 from vlm_calibration.text.labels import absent_objects, check_answer, is_evidence, unlocated_objects
 from vlm_calibration.text.matching import same_phrase
-from vlm_calibration.text.prompts import ElicitationPrompt
 
 
 def test_the_default_asks_for_the_answer_and_then_a_percentage_and_plants_no_number() -> None:

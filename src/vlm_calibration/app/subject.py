@@ -13,10 +13,11 @@ import numpy as np
 from vlm_calibration.demo.questions import right_answer, scene_queries, scene_seed
 from vlm_calibration.demo.scenes import CORNERS, render_scene
 from vlm_calibration.inference.asking import pixels_of
-from vlm_calibration.perturbation.images import resize_image, resize_mask
+from vlm_calibration.perturbation.images import resize_image
+from vlm_calibration.perturbation.masks import resize_mask
 from vlm_calibration.records import DataError, Query
-from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector
+from vlm_calibration.regions.extraction import Describer
 from vlm_calibration.regions.segmenter import Segmenter
 
 Editor: TypeAlias = Mapping[str, Any] | None

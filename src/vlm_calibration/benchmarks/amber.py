@@ -14,8 +14,14 @@ from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
-from vlm_calibration.benchmarks.files import Reply, in_order_of, read_records, reply, without_confidence
-from vlm_calibration.benchmarks.official import OfficialCounts
+from vlm_calibration.benchmarks.files import (
+    OfficialCounts,
+    Reply,
+    in_order_of,
+    read_records,
+    reply,
+    without_confidence,
+)
 from vlm_calibration.records import DataError, Query
 
 CATEGORIES = {

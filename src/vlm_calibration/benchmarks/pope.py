@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_calibration.benchmarks.files import (
+    OfficialCounts,
     Record,
     Reply,
     in_order_of,
@@ -21,7 +22,6 @@ from vlm_calibration.benchmarks.files import (
     reply,
     without_confidence,
 )
-from vlm_calibration.benchmarks.official import OfficialCounts
 from vlm_calibration.records import DataError, Query
 
 _OBJECT = re.compile(r"is there an? (.+?) in the image", re.IGNORECASE)

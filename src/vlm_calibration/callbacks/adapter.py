@@ -13,7 +13,7 @@ from vlm_calibration.files import json_number, replacing
 from vlm_calibration.hub import base_license, is_hub_name
 from vlm_calibration.models.adapters import adapted_parts
 from vlm_calibration.models.base import ADAPTER
-from vlm_calibration.models.sharding import full_state_dict
+from vlm_calibration.models.forward import full_state_dict
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.reporting.card import EXAMPLE, Card, save_card
 from vlm_calibration.reporting.runs import read_record

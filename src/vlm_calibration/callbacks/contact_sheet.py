@@ -16,7 +16,8 @@ from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.files import replacing
 from vlm_calibration.perturbation.by_kind import region_perturbation
-from vlm_calibration.perturbation.images import resize_image, resize_mask
+from vlm_calibration.perturbation.images import resize_image
+from vlm_calibration.perturbation.masks import resize_mask
 from vlm_calibration.records import DataError
 
 THUMB = 168

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from vlm_calibration.benchmarks.official import OfficialCounts, official_scores
+from vlm_calibration.benchmarks.files import OfficialCounts, official_scores
 from vlm_calibration.callbacks.predictions import OFFICIAL, require_writer
 from vlm_calibration.data.dataset import EvalSplit, with_split_name
 from vlm_calibration.data.sources.benchmark import BenchmarkSource

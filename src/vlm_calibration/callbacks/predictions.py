@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from vlm_calibration.callbacks.distributed import broadcast_from_first
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
 from vlm_calibration.files import clear_leftovers, json_number, remove, write_json
@@ -17,6 +17,23 @@ from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import METRICS, NOTES
 from vlm_calibration.stages.answer_log import VALIDATED, AnswerLog, ResumeState
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
+
+T = TypeVar("T")
+
+
+def broadcast_from_first(trainer: L.Trainer, compute: Callable[[], T]) -> T:
+    """The value that the first process computes, in all processes, or the DataError or OSError that it raises; every process must call this."""
+    value: T | DataError | OSError | None = None
+    if trainer.is_global_zero:
+        try:
+            value = compute()
+        except (DataError, OSError) as error:
+            value = error
+    value = trainer.strategy.broadcast(value)
+    if isinstance(value, DataError | OSError):
+        raise value
+    return value  # type: ignore[return-value]
+
 
 TEST, HELD_OUT = TESTED
 VALIDATION = "validation"

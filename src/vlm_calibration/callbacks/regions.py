@@ -20,12 +20,11 @@ import pyarrow.parquet as pq
 from pycocotools import mask as coco
 from rich.console import Console
 
-from vlm_calibration.append_log import AppendLog
-from vlm_calibration.callbacks.distributed import broadcast_from_first
+from vlm_calibration.callbacks.predictions import broadcast_from_first
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.regions import RawBatch
 from vlm_calibration.data.sources.parquet import NOTES, OPTIONAL, REGION, REQUIRED
-from vlm_calibration.files import JsonLine, replacing, write_json
+from vlm_calibration.files import AppendLog, JsonLine, replacing, write_json
 from vlm_calibration.progress import track
 from vlm_calibration.records import DataError
 from vlm_calibration.regions.extraction import OUTCOMES, Extracted

@@ -52,7 +52,7 @@ COMMANDS = Subcommands(
             "GPU memory that stages take, by arithmetic and measured", "commands.estimate_memory:estimate"
         ),
         "completion": Lazy(
-            "a script that completes commands and settings in bash or zsh", "cli.completion:completion"
+            "a script that completes commands and settings in bash or zsh", "cli.calibrate:completion"
         ),
     },
 )

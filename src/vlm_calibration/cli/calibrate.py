@@ -7,11 +7,14 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from itertools import takewhile
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from vlm_calibration.arguments import Forwarded
-from vlm_calibration.cli import PROG, main
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from vlm_calibration.arguments import Command, Forwarded, Lazy, Subcommands, command_parser, description
+from vlm_calibration.cli import COMMANDS, PROG, main
 from vlm_calibration.commands.settings_check import check_settings
 from vlm_calibration.errors import CommandError
 from vlm_calibration.presets import presets_by_folder
@@ -99,3 +102,43 @@ def _run_apart(words: list[str]) -> int:
         signal.signal(number, handler)
     status = int(child.exitcode or 0)
     return 128 - status if status < 0 else status
+
+
+def completion(shell: Literal["bash", "zsh"]) -> None:
+    """Print a script that completes commands and settings.
+
+    For bash save it as ~/.local/share/bash-completion/completions/vlm-calibration, for zsh as _vlm-calibration in a folder of
+    $fpath.
+
+    Args:
+        shell: shell of the script
+    """
+    from vlm_calibration.commands.lightning_cli import CalibrationCLI
+
+    class AllCommands(CalibrationCLI):
+        """LightningCLI's subcommands and the others in one parser, which prints its completion and exits."""
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            for name, command in COMMANDS.commands.items():
+                if name not in self._subcommand_parsers:
+                    _add_command(parser._subcommands_action, name, command)
+            parser.parse_args(["--print_completion", f"shtab-{shell}"])
+
+    set_parsing_settings(add_print_completion_argument=True)
+    with suppress(SystemExit):
+        AllCommands()
+
+
+def _add_command(group: Any, name: str, command: Command) -> None:
+    """Add a command, and then its subcommands, to a group of them."""
+    text = description(command).split(". ")[0]
+    command = command.load() if isinstance(command, Lazy) else command
+    if not isinstance(command, Subcommands):
+        group.add_subcommand(name, command_parser(f"{PROG} {name}", command), help=text)
+        return
+    # jsonargparse wants a parser to be added before its own subcommands are.
+    parser = ArgumentParser(exit_on_error=False)
+    group.add_subcommand(name, parser, help=text)
+    inner = parser.add_subcommands()
+    for subcommand, function in command.commands.items():
+        _add_command(inner, subcommand, function)

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jsonargparse.typing import PositiveInt
 
-from vlm_calibration.append_log import AppendLog
 from vlm_calibration.commands.options import ModelOptions, load_model, refuse
 from vlm_calibration.errors import CommandError
-from vlm_calibration.files import json_lines
+from vlm_calibration.files import AppendLog, json_lines
 from vlm_calibration.progress import working
 from vlm_calibration.records import AnswerType, DataError, Query, RecordError, query_from_dict
 
@@ -161,7 +160,7 @@ def _ask_many(
 ) -> None:
     # Check all questions before a model is loaded.
     questions = _read_questions(path)
-    from vlm_calibration.data.sources.images import ImageFolder
+    from vlm_calibration.data.sources.base import ImageFolder
 
     asked = [(question.where, question.query.category) for question in questions]
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)

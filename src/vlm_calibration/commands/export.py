@@ -74,7 +74,7 @@ def export(
     from vlm_calibration.estimators.decision import rule_of_adapter
     from vlm_calibration.hub import base_license, check_upload, is_hub_name, upload
     from vlm_calibration.reporting.card import Card, load_card, renew_card
-    from vlm_calibration.reporting.evaluation import read_evaluation
+    from vlm_calibration.reporting.report.summary import read_evaluation
 
     model = base_of_adapter(source) if base is None else BaseModel(base)
     model = replace(model, revision=base_revision or model.revision, trust_remote_code=trust_remote_code)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlm_calibration.arguments import Subcommands
 from vlm_calibration.benchmarks import amber, pope
-from vlm_calibration.benchmarks.files import Reply, in_order_of, read_records, reply
-from vlm_calibration.benchmarks.official import OFFICIAL
+from vlm_calibration.benchmarks.files import OFFICIAL, Reply, in_order_of, read_records, reply
 from vlm_calibration.files import json_number, write_rows
 from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
 

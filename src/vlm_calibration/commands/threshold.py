@@ -46,14 +46,13 @@ def threshold(
     """
     check_folder(run)
     # These import torch, which the help does not need.
-    from vlm_calibration.estimators.decision import DecisionRule, read_rule, write_rule
+    from vlm_calibration.estimators.decision import DecisionRule, KnownQuestions, read_rule, write_rule
     from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
     from vlm_calibration.metrics.risk_control import ASSUMPTIONS, Limits, guarantee
     from vlm_calibration.reporting.card import state_guarantee
     from vlm_calibration.reporting.report.data import ORACLE, check_estimator, read_systems, system_named
     from vlm_calibration.reporting.report.thresholds import choose, grouped, model_of, realised
     from vlm_calibration.settings import file_digest
-    from vlm_calibration.text.known_questions import KnownQuestions
 
     limits = Limits(max_error, certainty, max_sent_away)
     systems = [s for s in read_systems([run]) if s.name != ORACLE]

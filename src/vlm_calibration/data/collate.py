@@ -16,9 +16,8 @@ from vlm_calibration.data.noise import ImageCopy, Sample
 from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError, Query
-from vlm_calibration.text.confidence import render_answer, render_response
+from vlm_calibration.text.confidence import ElicitationPrompt, render_answer, render_response
 from vlm_calibration.text.grading import EXACT, Grading
-from vlm_calibration.text.prompts import ElicitationPrompt
 
 TooLong = Literal["raise", "skip"]
 Side = Literal["left", "right"]

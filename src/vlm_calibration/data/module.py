@@ -15,19 +15,18 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
-from vlm_calibration.data.augment import Augmentation, BasicTransform
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, collate_validation
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries, accept
 from vlm_calibration.data.loading import EpochSampler, LoadingLog, QueryLoader
-from vlm_calibration.data.noise import ImageCopy, NoisePolicy
+from vlm_calibration.data.noise import Augmentation, BasicTransform, ImageCopy, NoisePolicy
 from vlm_calibration.data.regions import RegionPlan, read_with_regions
 from vlm_calibration.data.resolution import check_resolution, limit_pixels
 from vlm_calibration.data.sources.base import QuerySource
 from vlm_calibration.hub import loading
 from vlm_calibration.records import DataError, Query
+from vlm_calibration.text.confidence import ElicitationPrompt
 from vlm_calibration.text.grading import EXACT, Grading
-from vlm_calibration.text.prompts import ElicitationPrompt
 
 TESTED = ("test", "calibration")
 """The data sets of an evaluation, in order."""

@@ -9,7 +9,7 @@ from vlm_calibration.estimators.answer_scoring import score_counted, strip_commo
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
 from vlm_calibration.models.shared_prefix import Prompts, append_tokens
 from vlm_calibration.records import DataError, Query
-from vlm_calibration.text.prompts import ElicitationPrompt, check_template
+from vlm_calibration.text.confidence import ElicitationPrompt, check_template
 
 TEMPLATE = (
     "Question: {question}\nProposed answer: {answer}\nIs the proposed answer true or false?\n"

@@ -38,7 +38,7 @@ from vlm_calibration.models.loading import load_base, weights_digest
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
 from vlm_calibration.settings import digest, file_digest
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt
 
 logger = logging.getLogger(__name__)
 

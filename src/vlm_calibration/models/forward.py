@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from vlm_calibration.losses.sequence import IGNORE
 
@@ -104,3 +107,23 @@ def _run_once(forward: Any) -> Any:
         return copy(cached[1])
 
     return run
+
+
+def shard(model: Any, mesh: DeviceMesh) -> None:
+    """Shard the model over a mesh of processes, in place. Every process must then run the same passes."""
+    base = unwrap_peft(model)
+    blocks = {name for m in base.modules() for name in getattr(m, "_no_split_modules", None) or ()}
+    for unit in [*(m for m in base.modules() if type(m).__name__ in blocks), base]:
+        # The rest of the model too: every unit is sharded between passes.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """Gather all trained and adapter weights; every process must call it. None if the model is not sharded."""
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        return None
+    return {
+        name: p.full_tensor() if isinstance(p, DTensor) else p.detach()
+        for name, p in model.named_parameters()
+        if p.requires_grad or "lora_" in name
+    }

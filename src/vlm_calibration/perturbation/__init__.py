@@ -1,10 +1,10 @@
 """Semantic perturbation: kinds and strengths, levels (the confidence after a perturbation), noise schedules, and regions."""
 
 from vlm_calibration.perturbation.by_kind import KIND_NAMES, perturb, region_perturbation
-from vlm_calibration.perturbation.images import load_image, resize_image, resize_mask
+from vlm_calibration.perturbation.images import load_image, resize_image
 from vlm_calibration.perturbation.levels import AnchoredLevels, LinearLevels, Perturbation
-from vlm_calibration.perturbation.regions import region_mask
-from vlm_calibration.perturbation.schedules import (
+from vlm_calibration.perturbation.masks import region_mask, resize_mask
+from vlm_calibration.perturbation.noise import (
     CosineSchedule,
     LinearSchedule,
     SigmoidSchedule,

@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from vlm_calibration.perturbation.levels import NOISE, Perturbation
-from vlm_calibration.perturbation.noise import ImageArray, Seed, add_region_noise, check_share
-from vlm_calibration.perturbation.schedules import Schedule, schedule_by_name
+from vlm_calibration.perturbation.noise import (
+    ImageArray,
+    Schedule,
+    Seed,
+    add_region_noise,
+    check_share,
+    schedule_by_name,
+)
 
 if TYPE_CHECKING:
     from vlm_calibration.perturbation.kinds import RegionPerturbation

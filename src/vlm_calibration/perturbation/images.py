@@ -3,14 +3,10 @@
 import io
 import os
 import struct
-from typing import Any
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from vlm_calibration.perturbation.masks import BoolMask, bounding_box, check_mask
 from vlm_calibration.perturbation.noise import ImageArray, check_image
 
 DEFAULT_MAX_PIXELS = 80_000_000  # slightly below the size at which Pillow warns of decompression bombs
@@ -94,36 +90,6 @@ def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
     """Resize an image, uint8 [H, W, 3], to `size = (height, width)`, bicubic with antialiasing; always a copy."""
     check_image(image)
     return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
-
-
-def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> BoolMask:
-    """Resize a mask, bool or uint8 [H, W], to `size = (height, width)`: a pixel is marked if the mask covers at least half of its area.
-
-    If a non-empty mask covers half of no pixel, the pixels with the largest coverage are marked, so that no object vanishes.
-    """
-    mask = check_mask(mask, getattr(mask, "shape", ()), allow_empty=True)
-    if mask.shape == size:
-        return mask.copy()
-    resized = np.zeros(size, dtype=np.bool_)
-    if not mask.any():
-        return resized
-    box = bounding_box(mask).slices
-    sums: NDArray[Any] = cv2.integral(np.ascontiguousarray(mask[box]).view(np.uint8))
-    touched = []
-    for axis, (old, length, n) in enumerate(zip(box, mask.shape, size, strict=True)):
-        new = slice(old.start * n // length, -(-old.stop * n // length))
-        borders = np.arange(new.start, new.stop + 1) * (length / n) - old.start
-        borders = borders.clip(0, old.stop - old.start)
-        # A pixel's value is the same everywhere within it, so cumulative sums at borders within pixels are interpolated exactly.
-        whole = np.minimum(borders.astype(np.int64), sums.shape[axis] - 2)
-        before, after = sums.take(whole, axis), sums.take(whole + 1, axis)
-        part = np.expand_dims(borders - whole, 1 - axis)
-        sums = np.diff(before + part * (after - before), axis=axis)
-        touched.append(new)
-    coverage = sums * (size[0] * size[1] / mask.size)
-    # The factor allows for rounding errors where the coverage is exactly half, or tied.
-    resized[tuple(touched)] = coverage >= min(0.5, float(coverage.max())) * (1 - 1e-5)
-    return resized
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -18,13 +18,14 @@ from vlm_calibration.perturbation.levels import NOISE
 from vlm_calibration.perturbation.masks import BoolMask, bounding_box, check_mask
 from vlm_calibration.perturbation.noise import (
     ImageArray,
+    LinearSchedule,
+    Schedule,
     Seed,
     add_region_noise,
     check_image,
     check_share,
     seeded,
 )
-from vlm_calibration.perturbation.schedules import LinearSchedule, Schedule
 
 ELECTRONS = 1000.0
 """Electrons of a white pixel."""

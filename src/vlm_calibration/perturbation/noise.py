@@ -1,13 +1,143 @@
 """The paper's perturbation: diffusion noise on the pixels of a region (Zhao et al., arXiv 2504.14848)."""
 
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm_calibration.perturbation.masks import bounding_box, check_mask
-from vlm_calibration.perturbation.schedules import Schedule
+
+REFERENCE_STEPS = 1000  # of the published beta ranges
+MAX_BETA = 0.999  # Nichol & Dhariwal, section 3.2
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """Variance-preserving forward process `x_t = sqrt(abar_t) * x_0 + sqrt(1 - abar_t) * eps`.
+
+    Step 0 is the clean image, `steps` the noisiest. Step `t` is `t - 1` in libraries that index betas from 0 (diffusers).
+
+    Args:
+        steps: number of steps `T`.
+
+    Raises:
+        ValueError: `steps` is not a positive integer, or a beta is outside (0, 0.999].
+    """
+
+    steps: int = REFERENCE_STEPS
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be a positive integer, got {self.steps!r}")
+        betas = self.betas()
+        if not 0 < betas.min() <= betas.max() <= MAX_BETA:
+            raise ValueError(
+                f"{self}: betas must be in (0, {MAX_BETA}], got {betas.min():g} to {betas.max():g}; use more steps"
+            )
+
+    @abstractmethod
+    def betas(self) -> NDArray[np.float64]:
+        """The share of variance that each step replaces by noise, float64 [steps] in (0, 0.999]."""
+
+    def alpha_bar(self, step: int) -> float:
+        """Share of the signal's variance left after `step` steps, an integer in [0, steps]: exactly 1.0 at 0, strictly decreasing."""
+        if isinstance(step, bool) or not isinstance(step, int | np.integer):
+            raise TypeError(f"step must be an integer, got {step!r}")
+        if not 0 <= step <= self.steps:
+            raise ValueError(f"step must be in [0, {self.steps}], got {step!r}")
+        return float(_alpha_bars(self)[step])
+
+
+@lru_cache(maxsize=32)
+def _alpha_bars(schedule: Schedule) -> NDArray[np.float64]:
+    """The values of all steps, float64 [steps + 1]; cached by value, so schedules have no state."""
+    return np.concatenate([[1.0], np.cumprod(1.0 - schedule.betas())])
+
+
+@dataclass(frozen=True)
+class LinearSchedule(Schedule):
+    """The linear schedule of DDPM (Ho et al., arXiv 2006.11239): betas increase linearly.
+
+    `alpha_bar(T) = 4.0e-5`, an invisible amplitude of 0.6%. Both betas are scaled by `1000 / steps`, as in Nichol & Dhariwal's
+    implementation, so that the last step has the same amount of noise.
+
+    Args:
+        steps: number of steps `T`.
+        beta_start: variance replaced by the first step, *for 1000 steps*.
+        beta_end: variance replaced by the last step, *for 1000 steps*.
+    """
+
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"betas must not fall, got {self.beta_start:g} to {self.beta_end:g}")
+
+    def betas(self) -> NDArray[np.float64]:
+        scale = REFERENCE_STEPS / self.steps
+        return np.linspace(self.beta_start * scale, self.beta_end * scale, self.steps, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class CosineSchedule(Schedule):
+    """The cosine schedule of Nichol & Dhariwal (arXiv 2102.09672, equation 17).
+
+    `alpha_bar(t) = f(t) / f(0)` with `f(t) = cos(pi/2 * (t/T + offset) / (1 + offset))^2`, betas clipped at 0.999.
+    `alpha_bar(T) = 2.4e-9`.
+
+    Args:
+        steps: number of steps `T`.
+        offset: keeps the first betas from vanishing, >= 0.
+    """
+
+    offset: float = 0.008
+
+    def __post_init__(self) -> None:
+        if not self.offset >= 0:
+            raise ValueError(f"offset must be at least 0, got {self.offset}")
+        super().__post_init__()
+
+    def betas(self) -> NDArray[np.float64]:
+        t = np.arange(self.steps + 1, dtype=np.float64) / self.steps
+        f = np.cos(np.pi / 2 * (t + self.offset) / (1 + self.offset)) ** 2
+        return np.minimum(1 - f[1:] / f[:-1], MAX_BETA)
+
+
+@dataclass(frozen=True)
+class SigmoidSchedule(Schedule):
+    """The sigmoid schedule of visual contrastive decoding (Leng et al., arXiv 2311.16922; `vcd_add_noise.py`).
+
+    `beta = sigmoid(linspace(-6, 6, T)) * (0.5e-2 - 1e-5) + 1e-5`, scaled as in `LinearSchedule`, for at least 6 steps.
+    `alpha_bar(T) = 0.081`, an amplitude of 28%: large objects stay faintly visible at "0%". Use it to compare with that work.
+    """
+
+    def betas(self) -> NDArray[np.float64]:
+        ramp = 1 / (1 + np.exp(-np.linspace(-6, 6, self.steps, dtype=np.float64)))
+        return (ramp * (0.5e-2 - 1e-5) + 1e-5) * (REFERENCE_STEPS / self.steps)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "linear": LinearSchedule,
+    "cosine": CosineSchedule,
+    "sigmoid": SigmoidSchedule,
+}
+"""Name -> schedule."""
+
+
+def schedule_by_name(name: str, steps: int = REFERENCE_STEPS) -> Schedule:
+    """Create a schedule by its name: "linear", "cosine" or "sigmoid"; ValueError if there is no such schedule."""
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown noise schedule {name!r}; known: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name](steps=steps)
+
 
 ImageArray = NDArray[np.uint8]
 Seed = int | Sequence[int] | np.random.SeedSequence

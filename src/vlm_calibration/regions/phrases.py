@@ -14,9 +14,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlm_calibration.records import Query
-from vlm_calibration.regions.describer import Describer, Description
-from vlm_calibration.regions.tagger import NounPhrase, Word, load_tagger, noun_phrases, tag
-from vlm_calibration.regions.words import ATTRIBUTES, GENERIC, NO_OBJECT, PICTURE, VAGUE
+from vlm_calibration.regions.extraction import Describer, Description
+from vlm_calibration.regions.tagger import (
+    ATTRIBUTES,
+    GENERIC,
+    NO_OBJECT,
+    PICTURE,
+    VAGUE,
+    NounPhrase,
+    Word,
+    load_tagger,
+    noun_phrases,
+    tag,
+)
 from vlm_calibration.text.labels import asked_existence
 
 if TYPE_CHECKING:

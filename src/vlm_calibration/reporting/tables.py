@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlm_calibration.benchmarks.official import OFFICIAL, blocks_of
+from vlm_calibration.benchmarks.files import OFFICIAL, blocks_of
 
 Results = Mapping[str, Mapping[str, float]]
 """Name of a system or of a file of answers -> its metrics by flat name."""

@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_calibration.append_log import AppendLog, SettingsChangedError
 from vlm_calibration.estimators.predictions import prediction_from_dict
-from vlm_calibration.files import replacing
+from vlm_calibration.files import AppendLog, SettingsChangedError, replacing
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages.evaluation import BatchAnswers
 

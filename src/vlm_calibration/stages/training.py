@@ -22,9 +22,8 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.predictions import EstimatedPrediction
-from vlm_calibration.models.forward import unwrap_peft
+from vlm_calibration.models.forward import shard, unwrap_peft
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.models.sharding import shard
 from vlm_calibration.records import DataError
 from vlm_calibration.stages.scoring import Results, Scorer
 

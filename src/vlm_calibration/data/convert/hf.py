@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_calibration.data.convert.reading import Source
-from vlm_calibration.errors import did_you_mean
-from vlm_calibration.files import first_line
-from vlm_calibration.hub import is_hub_name
-from vlm_calibration.records import DataError, RecordError, id_text
-from vlm_calibration.text.conventions import (
+from vlm_calibration.data.convert.reading import (
     AnswerTypeChoice,
+    Source,
     combine_answers,
     infer_answer_type,
     strip_format_request,
 )
+from vlm_calibration.errors import did_you_mean
+from vlm_calibration.files import first_line
+from vlm_calibration.hub import is_hub_name
+from vlm_calibration.records import DataError, RecordError, id_text
 
 REQUIRED = ("question", "answer", "image")
 OPTIONAL = ("id", "answer_type", "objects", "regions", "category", "synonyms", "absent", "wrong_answers")

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from PIL import Image
 
 from vlm_calibration.data.convert.reading import Output, Queries, explained
-from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.data.sources.base import ImageFolder
 from vlm_calibration.data.sources.jsonl import RecordChecks
 from vlm_calibration.files import replacing
 from vlm_calibration.records import DataError, RecordError, query_from_dict

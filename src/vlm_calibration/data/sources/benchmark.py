@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 from lightning.pytorch.utilities import rank_zero_warn
 
 from vlm_calibration.benchmarks import amber, pope
-from vlm_calibration.benchmarks.official import OfficialCounts
-from vlm_calibration.data.sources.base import QuerySource
-from vlm_calibration.data.sources.images import ImageFolder, excluded_images
+from vlm_calibration.benchmarks.files import OfficialCounts
+from vlm_calibration.data.sources.base import ImageFolder, QuerySource, excluded_images
 from vlm_calibration.files import name_some
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import DataError, LoadedImage, Query, RecordError

@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from vlm_calibration.data.sources.base import QuerySource, opposite, with_masks
-from vlm_calibration.data.sources.images import ImageFolder, excluded_images
+from vlm_calibration.data.sources.base import ImageFolder, QuerySource, excluded_images, opposite, with_masks
 from vlm_calibration.files import read_json
 from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.progress import track

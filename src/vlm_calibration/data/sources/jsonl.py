@@ -10,8 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_calibration.data.sources.base import BadRecords, LazyQueries, OnBadRecord, QuerySource, with_regions
-from vlm_calibration.data.sources.images import ImageFolder
+from vlm_calibration.data.sources.base import (
+    BadRecords,
+    ImageFolder,
+    LazyQueries,
+    OnBadRecord,
+    QuerySource,
+    with_regions,
+)
 from vlm_calibration.files import json_lines, name_some, parse_json
 from vlm_calibration.perturbation.images import ImageError, load_image
 from vlm_calibration.progress import track

@@ -35,7 +35,7 @@ from vlm_calibration.reporting.report.data import BASE, System
 from vlm_calibration.reporting.report.summary import listed
 from vlm_calibration.reporting.runs import read_record, systems_of
 from vlm_calibration.settings import digest
-from vlm_calibration.text.prompts import ElicitationPrompt
+from vlm_calibration.text.confidence import ElicitationPrompt
 
 A = TypeVar("A")
 MAX_ERRORS, CERTAINTY = (0.01, 0.02, 0.05, 0.10), 0.95
