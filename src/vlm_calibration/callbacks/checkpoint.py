@@ -96,8 +96,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = Path(trainer.default_root_dir) / FOLDER
-        self.dirpath, self.last = str(folder), folder / LAST
+        self.dirpath = str(folder)
         super().setup(trainer, pl_module, stage)
+        self.last = Path(self.dirpath) / LAST  # the path that the first process has
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero:

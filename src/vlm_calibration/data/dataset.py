@@ -207,7 +207,9 @@ class _Part:
         if only or 2 * unlocated > len(asked):
             counts = f"{unlocated} of {len(asked)} queries have no region of what they ask about"
             alone = f", and all others of their type have the answer {' or '.join(only)}" if only else ""
-            raise DataError(f"{self.where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out")
+            raise DataError(
+                f"{self.where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out of the data"
+            )
 
     def nothing_perturbed(self, what: str) -> DataError:
         return DataError(

@@ -76,7 +76,7 @@ class DPOModule(TrainingStage):
             (SoftLabel, TokenizedBrier or ExpectedBrier) and over answers too (RLCR).
         pairs: which of a query's candidates is chosen and which are rejected.
         teacher: what `pairs.target: fitted` fits.
-        reference: the frozen reference of the loss: the given adapter ("adapter"), the model without it ("base"), or "none" without need.
+        reference: the frozen reference: the given adapter ("adapter"), the model without it ("base"), or "none" if the loss needs none.
         parts: train only the given adapter's layers in these parts of the model; None: all. A new adapter uses `lora.parts`.
         optimizer: AdamW and its schedule.
         nll_weight: weight in the loss, at least 0, of the chosen responses' negative log-likelihood per token (arXiv 2404.19733).

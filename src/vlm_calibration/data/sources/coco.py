@@ -1,7 +1,7 @@
 """Source that generates queries from COCO's instance annotations, with exact masks of all annotated objects.
 
 POPE's rules (arXiv 2305.10355, its official `utils.py`) choose an object that is not in the image: *random* any, *popular* the most
-frequent, *adversarial* the one most often together with the object asked about before; without a candidate, *random*.
+frequent, *adversarial* the one most often together with the object asked about before. The first in the table wins a tie; without a candidate, *random*.
 """
 
 from __future__ import annotations
