@@ -24,6 +24,7 @@ BENCHMARKS = {
     "preference": "Training steps, against TRL's",
     "thresholds": "Thresholds: broken promises, and power beside MAPIE's",
     "drift": "Drift: false alarms, and the demo's questions (needs an evaluation of the demo)",
+    "ceiling": "What hidden states say of the demo's answers",
     "demo_seeds": "The method on the demo, three seeds (about two hours)",
 }
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "numpy")
