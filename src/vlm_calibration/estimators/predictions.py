@@ -33,7 +33,7 @@ class EstimatedPrediction(Prediction):
 
     Attributes:
         image: the query's image, as its source names it; None if a file lacks it.
-        estimates: estimator name -> confidence in [0, 1], or None. Each is a key of its own in `predictions.jsonl`.
+        estimates: estimator -> confidence in [0, 1], or None; each is a key of its own in `predictions.jsonl`.
         probes: probe, or `ORIGINAL` -> the confidence read after it, in [0, 1], or None; without probes no key of the file.
     """
 
@@ -47,7 +47,7 @@ class EstimatedPrediction(Prediction):
         return {**own, **self.estimates, **probes}
 
     def confidence_of(self, estimator: str) -> float | None:
-        """The confidence of an estimator; KeyError for an unknown one."""
+        """KeyError for an unknown estimator."""
         return self.confidence if estimator == VERBALIZED else self.estimates[estimator]
 
 
@@ -58,12 +58,9 @@ def graded_prediction(
     noise_step: int | None,
     grading: Grading | None = EXACT,
 ) -> EstimatedPrediction:
-    """Parse and grade a text that answers a query.
+    """Parse and grade a text that answers a query; with None for `grading` it is not correct.
 
-    Args:
-        perturbation: what happened to the query's image; None if that is not known.
-        noise_step: diffusion step of its noise; None for other kinds.
-        grading: the rule; None: the answer is not graded, and not correct.
+    `perturbation` happened to the image, None if that is not known; `noise_step` is the diffusion step of its noise, None for other kinds.
     """
     kind, question = query.answer_type, query.question
     if grading is None:

@@ -51,10 +51,9 @@ class CountingMetric(Metric):
         self.add_state("counts", rows, dist_reduce_fx="sum")
 
     def count(self, cell: Tensor, categories: Categories | None) -> None:
-        """Count each of N answers once in row 0 and once in the row of each of its categories, with one `bincount`.
+        """Count N answers in row 0 and the rows of their categories; `cell`, int64 [N], is the place of each in the flattened counts of a row.
 
-        `cell` is int64 [N], the place of each answer in the flattened counts of a row. KeyError on a category that was not declared,
-        ValueError on another number of categories than answers.
+        KeyError on a category that was not declared, ValueError on another number of categories than answers.
         """
         if self.categories and categories is not None:
             row_of = {name: row for row, name in enumerate(self.categories, start=1)}
@@ -71,7 +70,7 @@ class CountingMetric(Metric):
         return True
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
-        """The metrics of the counts of one row on the CPU, NaN where undefined, with `suffix` behind their names."""
+        """The metrics of the counts of one row on the CPU, NaN where undefined; `suffix` is behind their names."""
         raise NotImplementedError
 
     def compute(self) -> dict[str, Tensor]:

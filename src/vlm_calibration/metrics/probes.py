@@ -39,9 +39,9 @@ def count_probes(probed: Iterable[Probed], probes: Sequence[str]) -> Tensor:
 def probe_values(counts: Tensor, probes: Sequence[str], suffix: str = "") -> dict[str, float]:
     """The metrics of `count_probes`.
 
-    For each probe `probe_NAME_n`, the number of answers that it applies to; `probe_NAME_change`, the mean change of the
-    confidence in [-1, 1]; `probe_NAME_fell`, `_stayed` and `_rose`, shares of answers; and for the swapped answer
-    `probe_answer_sum`, the mean sum of both confidences in [0, 2]. NaN without answers. `suffix` is behind every name.
+    For each probe `probe_NAME_n`, the number of answers that it applies to; `_change`, the mean change of the confidence in [-1, 1];
+    `_fell`, `_stayed` and `_rose`, shares of answers; and for the swapped answer `_sum`, the mean sum of both confidences in [0, 2].
+    NaN without answers.
     """
     values: dict[str, float] = {}
     for probe, (fell, stayed, rose, change, total) in zip(probes, counts.double(), strict=True):

@@ -49,6 +49,7 @@ class ConfidenceTable(NamedTuple):
         counts: int64 [..., L, 2], wrong and correct answers; leading dimensions are bootstrap replicates.
         unparsed: int64 [...], answers whose confidence could not be read; only `n` and `parse_failure_rate` count them.
         dtype: of the confidences as they were given, in which they are compared with the edges of bins.
+        wrong, correct, answers: float64 [..., L], of each confidence; `total` is float64 [...], of all readable ones.
 
     Example:
         >>> import torch
@@ -95,32 +96,26 @@ class ConfidenceTable(NamedTuple):
 
     @property
     def wrong(self) -> Tensor:
-        """Wrong answers at each confidence, float64 [..., L]."""
         return self.counts[..., 0].double()
 
     @property
     def correct(self) -> Tensor:
-        """Correct answers at each confidence, float64 [..., L]."""
         return self.counts[..., 1].double()
 
     @property
     def answers(self) -> Tensor:
-        """Answers at each confidence, float64 [..., L]."""
         return self.counts.sum(-1).double()
 
     @property
     def total(self) -> Tensor:
-        """Answers with a readable confidence, float64 [...]."""
         return self.counts.sum((-1, -2)).double()
 
     @property
     def parsed(self) -> int:
-        """`total` of a single table."""
         return int(self.total)
 
     @property
     def n(self) -> int:
-        """All answers of a single table."""
         return self.parsed + int(self.unparsed)
 
 

@@ -23,7 +23,7 @@ PRINTED = ("mean_confidence", "accuracy", "ece", "auroc")
 """Those of them that fit on a terminal of 80 columns."""
 BROKEN_DOWN = ("accuracy", "ece", "auroc")
 SHARES = ("accuracy", "ece", "smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate")
-"""Metrics that the report page shows in percent."""
+"""Metrics in percent on the report page."""
 OFFICIAL_COLUMNS = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 
