@@ -189,7 +189,10 @@ def save_card(folder: Path, card: Card) -> None:
 
 
 def renew_card(folder: Path, card: Card) -> None:
-    """Write a card; if a person has edited its `README.md`, write the facts alone and print the results on stderr."""
+    """Write a card; if a person has edited its `README.md`, write the facts alone and print `results_text` on stderr.
+
+    DataError if the card in the folder cannot be read.
+    """
     if not is_edited(folder):
         save_card(folder, card)
         return

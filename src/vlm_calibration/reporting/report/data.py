@@ -93,6 +93,7 @@ def read_systems(folders: Sequence[str]) -> list[System]:
 
 
 def system_named(systems: Sequence[System], name: str) -> System:
+    """The system of this name; DataError if there is none."""
     by_name = {system.name: system for system in systems}
     if name not in by_name:
         similar = did_you_mean(name, by_name)
