@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from vlm_calibration.progress import LogLines, duration, stage_name, track, work
 from vlm_calibration.quiet import quiet_libraries, quiet_lightning
 from vlm_calibration.reporting.tables import print_results
 
-from .command_line import Ended
+from .command_line import Ended, callback
 from .trainers import plain_trainer
 from .wandb_log import OfflineRun
 
@@ -77,6 +77,13 @@ def test_an_evaluation_ends_with_its_table(offline_runs: dict[str, OfflineRun]) 
     rows = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
     assert rows == ["base", "sft", "dpo", "oracle"]
     assert lines[-1] == f"answers: {evaluated.directory}"
+
+
+@pytest.mark.slow
+def test_a_validation_prints_its_result(run: Callable[..., Ended], fit: Callable[..., list[str]]) -> None:
+    settings = fit(trainer={"callbacks": [callback("results_table.ResultsTable")]})[1:]
+    lines = quiet(run("validate", *settings))
+    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["validation"]
 
 
 def test_other_warnings_of_the_same_places_are_not_hidden() -> None:

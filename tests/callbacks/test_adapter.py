@@ -26,11 +26,12 @@ from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.models.adapters import LoraSettings, attach_lora
-from vlm_calibration.models.base import DEMO_MODEL
+from vlm_calibration.models.base import DEMO_MODEL, adapter_digest
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation.levels import CLEAN
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.reporting.card import EXAMPLE, card_text, load_card
+from vlm_calibration.reporting.report.summary import read_evaluation
 from vlm_calibration.reporting.runs import RunRecord
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.stages.training import OptimizerSettings
@@ -148,11 +149,14 @@ def test_the_cards_program_says_what_we_say(sft: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_card_of_stage_2(offline_runs: dict[str, OfflineRun]) -> None:
-    card = load_card(offline_runs["dpo"].directory / "adapter")
+def test_the_card_of_stage_2_and_its_evaluation(offline_runs: dict[str, OfflineRun]) -> None:
+    adapter = offline_runs["dpo"].directory / "adapter"
+    card = load_card(adapter)
     assert card is not None
     assert card.training["stage"] == "stage 2: soft labels on own answers"
     assert card.training["adapter"] == "LoRA, r=16, alpha=32, dropout=0.0", "of the adapter it starts from"
+    found = read_evaluation(offline_runs["eval"].directory, adapter_digest(adapter))
+    assert (found.system, found.dataset, found.split) == ("dpo", "demo", "test")
 
 
 # --- Whole or not at all ----------------------------------------------------------------------------------------

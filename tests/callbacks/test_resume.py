@@ -193,6 +193,7 @@ def test_inputs_count_by_content(
     (tmp_path / "image.png").write_bytes(b"")
     query = {"id": "1", "image": "image.png", "question": "?", "answer": "Yes", "answer_type": "yes_no"}
     files = {"path": "levels.json", "likelihoods": "likelihoods.parquet"}
+    adapters = {"model.init_args.adapter", "model.init_args.adapters.one"}
 
     def inputs(question: str = "?", adapter: str = new_adapter(1), n: int = 0) -> dict[str, str]:
         (tmp_path / "train.jsonl").write_text(json.dumps({**query, "question": question}) + "\n\n" * n)
@@ -203,7 +204,7 @@ def test_inputs_count_by_content(
         settings = {
             BASE: model_folder,
             BASE.replace("name_or_path", "revision"): None,
-            "model.init_args.adapter": adapter,
+            **dict.fromkeys(adapters, adapter),
             "data.train": {},
             **{f"{LEVELS}.{name}": str(tmp_path / file) for name, file in files.items()},
         }
@@ -212,14 +213,14 @@ def test_inputs_count_by_content(
 
     before = inputs()
     of_levels = {f"{LEVELS}.{name}" for name in files}
-    assert set(before) == {BASE, "model.init_args.adapter", "data.train", *of_levels}
+    assert set(before) == {BASE, *adapters, "data.train", *of_levels}
     assert inputs() == before
 
     def changed(after: dict[str, str]) -> set[str]:
         return {name for name in before if before[name] != after[name]}
 
     assert changed(inputs(question="why")) == {"data.train"}
-    assert changed(inputs(adapter=new_adapter(2))) == {"model.init_args.adapter"}
+    assert changed(inputs(adapter=new_adapter(2))) == adapters
     assert changed(inputs(n=1)) == of_levels, "blank lines are no queries"
 
 

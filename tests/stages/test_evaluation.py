@@ -142,18 +142,23 @@ def test_systems_side_by_side(evaluated: Evaluated, load_model: LoadModel) -> No
 
 @pytest.mark.slow
 def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
-    model_folder: str, new_adapter: NewAdapter, data: Data, trainer: MakeTrainer
+    model_folder: str, new_adapter: NewAdapter, data: Data, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     adapters = {"one": new_adapter(1), "two": new_adapter(2)}
-    module = EvaluationModule(BaseModel(model_folder, dtype="float32"), adapters, max_new_tokens=5)
-    module.configure_model()
-    runs: list[int] = []
-    # A hook inside the tower; one on the shared module would run even if its output is reused.
-    tower = module.model.get_base_model().model.vision_tower
-    tower.encoder.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    (logged,) = trainer().test(module, datamodule=data(), verbose=False)
-    assert {name.split("/")[1] for name in logged} == {"base", "one", "two"}
-    assert len(runs) == 4, "15 queries in batches of 4"
+    found: dict[str, list[dict[str, Any]]] = {}
+    for chosen, with_base in ((adapters, True), ({"two": adapters["two"]}, False)):
+        base = BaseModel(model_folder, dtype="float32")
+        module = EvaluationModule(base, chosen, with_base=with_base, max_new_tokens=5)
+        module.configure_model()
+        runs: list[int] = []
+        # A hook inside the tower; one on the shared module would run even if its output is reused.
+        tower = module.model.get_base_model().model.vision_tower
+        tower.encoder.layers[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        (logged,) = trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
+        assert {name.split("/")[1] for name in logged} == {*chosen, *(["base"] if with_base else [])}
+        assert len(runs) == 4, "15 queries in batches of 4"
+        found[str(with_base)] = _lines(tmp_path / "run/two/predictions.jsonl")
+    assert found["True"] == found["False"]
 
 
 @pytest.mark.parametrize(

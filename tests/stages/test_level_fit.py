@@ -154,11 +154,16 @@ def test_without_queries_nothing_is_loaded(data: Data, trainer: MakeTrainer) -> 
 def fit_levels(model_folder: str, data: Data, trainer: MakeTrainer, tmp_path: Path) -> FitLevels:
     """Measures with a new module and returns what it wrote."""
 
-    def fit(name: str = "run", *callbacks: L.Callback, start_over: bool = False) -> dict[str, bytes]:
+    def fit(
+        name: str = "run",
+        *callbacks: L.Callback,
+        start_over: bool = False,
+        digest: str = "of these settings",
+    ) -> dict[str, bytes]:
         out, likelihoods = tmp_path / name / "levels.json", tmp_path / name / "likelihoods.parquet"
         base = BaseModel(model_folder, dtype="float32")
         module = LevelFitModule(base, str(out), str(likelihoods), max_new_tokens=3)
-        module.start_over, module.run_digest = start_over, "of these settings"
+        module.start_over, module.run_digest = start_over, digest
         policy = NoisePolicy(levels=LinearLevels(n_levels=3))
         run = trainer(*callbacks, default_root_dir=tmp_path / name)
         run.test(module, datamodule=data(levels=FOUR, noise=policy), verbose=False)
@@ -186,17 +191,25 @@ def test_an_interrupted_measurement_resumes_and_ends_as_an_uninterrupted_one(
         assert len(answers) == len({p.id for p in answers}) == TOTAL
 
 
-@pytest.mark.parametrize("start_over", [True, False])
-def test_a_measurement_of_other_images_or_with_overwrite_starts_over(
-    fit_levels: FitLevels, answers: list[Prediction], monkeypatch: pytest.MonkeyPatch, start_over: bool
+@pytest.mark.parametrize(
+    ("edited", "settings"),
+    [(False, {"start_over": True}), (True, {}), (False, {"digest": "of other settings"})],
+    ids=["overwrite", "other images", "other settings"],
+)
+def test_a_measurement_of_other_images_or_settings_or_with_overwrite_starts_over(
+    fit_levels: FitLevels,
+    answers: list[Prediction],
+    monkeypatch: pytest.MonkeyPatch,
+    edited: bool,
+    settings: dict[str, Any],
 ) -> None:
     """An image may be edited after the interruption, under the same name."""
     with pytest.raises(RuntimeError):
         fit_levels("run", Stop(4, RuntimeError))
     answers.clear()
-    if not start_over:
+    if edited:
         monkeypatch.setattr(DemoSource, "image_digest", lambda self, query: "edited")
-    fit_levels(start_over=start_over)
+    fit_levels(**settings)
     assert len(answers) == TOTAL
 
 
