@@ -54,10 +54,11 @@ WHOLE = "expected a whole number"
     ("arguments", "says"),
     [
         ("--model.lora.rank 3", "unknown setting model.init_args.lora.rank (did you mean lora.r?)"),
+        ("--data.train.scene 3", "unknown setting data.train.init_args.scene (did you mean scenes?)"),
         ('--config {"data":{"bach_size":3}}', "unknown setting data.bach_size (did you mean data.batch"),
         ("--data.noise.levels AnchoredLevel", "there is no 'AnchoredLevel' (did you mean AnchoredLevels?)"),
         ("--model.optimizer.lr fast", "model.init_args.optimizer.lr: expected a number, found 'fast'"),
-        ("--model.lora.parts [langage]", "parts: expected one of language, tower, projector, found 'lang"),
+        ("--model.lora.parts [langage]", "projector, found 'langage' (did you mean language?)"),
         ("--model DPOModule --model.pairs.n_rejected x", f"init_args.pairs.n_rejected: {WHOLE}, found 'x'"),
         ("--trainer.precision bf17", "or one of 64, 32, 16, bf16, found 'bf17'"),
         ("--data.train.class_path no.Source", "data.train: there is no 'no"),
@@ -77,7 +78,7 @@ def test_a_mistake_in_the_configuration(parse: Parse, arguments: str, says: str)
         (
             "--data.noise.levels AnchoredLevels --data.noise.levels.path=none.json",
             1,
-            "no level table at none",
+            "no level table at none.json; write one with `vlm-calibration levels fit`",
         ),
         ("--ckpt_path last", 1, "no checkpoint at {}/checkpoints/last.ckpt"),
         # Without a logger there is nothing to log learning rates to.

@@ -21,11 +21,12 @@ from vlm_calibration.callbacks import logger as logging
 from vlm_calibration.callbacks.logger import RunLogger, staged
 from vlm_calibration.callbacks.regions import SCHEMA, write_rows
 from vlm_calibration.files import AppendLog
+from vlm_calibration.perturbation.level_table import write_likelihoods
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError
 
 from .command_line import LIMIT, Arguments, Run, Server, callback, inherited_environment
-from .level_tables import noise_counts
+from .level_tables import measured_likelihoods, noise_counts
 
 LARGEST = 20_000
 """Limit of a file's size in bytes."""
@@ -68,6 +69,12 @@ def _levels(folder: Path) -> None:
     AnchoredLevels.fit({"yes_no": noise_counts(*rows)}).save(folder / "levels.json")
 
 
+def _likelihoods(folder: Path) -> None:
+    provenance = {"weights": "w", "prompt": "p", "max_pixels": None}
+    likelihoods = measured_likelihoods({os.urandom(8).hex(): 0.5 for _ in range(5_000)})
+    write_likelihoods(folder / "likelihoods.parquet", likelihoods, provenance)
+
+
 def _regions(folder: Path) -> None:
     noise = os.urandom(50_000).hex()
     row: dict[str, Any] = {**dict.fromkeys(SCHEMA.names), "id": "one", "question": noise}
@@ -80,6 +87,7 @@ def _asked(folder: Path) -> None:
 
 WRITTEN: dict[str, tuple[Callable[[Path], None], bool]] = {
     "levels.json": (_levels, True),
+    "likelihoods.parquet": (_likelihoods, True),
     "queries.parquet": (_regions, True),
     "answers.jsonl": (_asked, False),
 }

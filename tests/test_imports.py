@@ -131,6 +131,7 @@ def test_nothing_is_imported_in_a_circle() -> None:
         ("records.py", "import vlm_calibration.text.confidence", ["records imports text, which is higher"]),
         ("metrics/a.py", "def f():\n    import lightning.pytorch as pl", ["metrics imports lightning"]),
         ("models/a.py", "from vlm_calibration import text", []),
+        ("models/a.py", "from vlm_calibration import stages", ["models imports stages, which is higher"]),
         ("data/a.py", "from vlm_calibration.models.loading import load_base", ["data imports models"]),
         ("data/a.py", "from vlm_calibration import load_calibrated", ["data imports the root package"]),
         ("helpers/a.py", "x = 1", ["helpers is in no layer"]),

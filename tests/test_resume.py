@@ -164,9 +164,11 @@ def test_training_on_other_inputs_is_refused(
     run(*command).checked()
     before = files_of(folder)
     assert "leave out --overwrite" in run(*command, "--overwrite").error()
+    assert "leave out --ckpt_path" in run(*command, "--ckpt_path", "last").error()
     counts = noise_counts((0, 100, 90), (1, 100, 50))
     measured(model_folder, {"yes_no": counts, "short": counts}).save(table)
-    _assert_refused(run(*command), folder, "data.noise.levels.init_args.path", "levels.json")
+    changed = "the content of data.noise.levels.init_args.path has changed (levels.json)"
+    _assert_refused(run(*command), folder, changed)
     assert files_of(folder) == before
     measured(model_folder).save(tmp_path / "same.json")
     table.write_text(json.dumps(json.loads((tmp_path / "same.json").read_text())))

@@ -115,6 +115,7 @@ def test_what_does_not_exist_is_named(arguments: tuple[str, ...], call: Callable
     ended = call("config", *arguments)
     assert ended.status == 2
     assert "qlorra" in ended.error()
+    assert arguments[0] == "list" or "did you mean model/qlora" in ended.error()
 
 
 @pytest.mark.slow

@@ -154,6 +154,7 @@ def test_names_in_two_folders_are_no_shared_images(model_folder: str, tmp_path: 
         splits[name] = {"x": EvalSplit(JsonlSource(str(tmp_path / name / "q.jsonl")))}
     _module(model_folder, **splits).setup("test")
     splits["calibration"] = splits["test"]
+    splits["test"] = {"first": EvalSplit(DemoSource("test", scenes=1)), **splits["test"]}
     with pytest.raises(DataError, match=r"share 1 images, .*test/a\.png"):
         _module(model_folder, **splits).setup("test")
 

@@ -94,6 +94,7 @@ def test_perturb_goes_to_the_linear_level_of_the_confidence(image, mask):
         ({"schedule": "exponential"}, ValueError, "unknown noise schedule 'exponential'"),
         ({"seed": -1}, ValueError, "seed must be a non-negative integer or a sequence of them, got -1"),
         ({"seed": ()}, TypeError, "seed must be"),
+        ({"seed": None}, TypeError, "seed must be"),
         ({"seed": (1, -1)}, ValueError, "seed must be"),
         ({"seed": 0.5}, TypeError, "seed must be a non-negative integer"),
     ],

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import combinations
 from typing import Any
 from unittest.mock import Mock
 
@@ -18,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
@@ -138,6 +141,15 @@ def test_the_chosen_one_comes_first_and_is_never_rejected(
     assert len(levels) == n_rejected
     assert not any(candidates[i].wrong for i in levels)
     assert wrong == ([target + n_levels] if len(candidates) > n_levels else []), "last, and at the same level"
+
+
+def test_uniform_is_uniform_and_draws_one_by_default() -> None:
+    candidates = _candidates((1.0, 0.8, 0.4, 0.1, 0.0))
+    for n, sets in ((None, [(0,), (1,), (3,), (4,)]), (2, list(combinations([0, 1, 3, 4], 2)))):
+        policy = PairPolicy(rejected="uniform", n_rejected=n)
+        drawn = Counter(tuple(sorted(choose(policy, candidates, 2, QUERY, e)[1:])) for e in range(2000))
+        assert sorted(drawn) == sets
+        assert chisquare(list(drawn.values())).pvalue > 1e-3
 
 
 def test_what_is_drawn_is_a_pure_function_of_seed_epoch_and_id() -> None:

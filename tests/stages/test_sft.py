@@ -179,6 +179,8 @@ def test_a_loss_or_gradient_that_is_no_number_names_the_records_and_leaves_the_l
 def test_settings_that_do_not_fit_are_refused(model_folder: str, data: Data, trainer: MakeTrainer) -> None:
     with pytest.raises(DataError, match=r"data\.candidates is set, but SFT learns one response"):
         trainer(max_steps=1).fit(_module(model_folder), datamodule=data(candidates=CandidateSettings()))
+    with pytest.raises(DataError, match=r"model\.confidence_weight must be a finite number of at least 0"):
+        _module(model_folder, confidence_weight=-1.0)
     run = trainer(max_epochs=-1, limit_val_batches=0)
     with pytest.raises(DataError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
         run.fit(_module(model_folder), datamodule=data())
