@@ -85,6 +85,7 @@ NO_COMPLETION = "something other than a chat completion"
         (_json({"error": "boom"}, 500), "500", 2),
         (_json({"detail": "too large"}, 413), "too large", 1),
         (_json({}, 400), "status 400", 1),
+        (_json({}, 422), "status 422", 1),
     ],
 )
 def test_a_request_that_fails_is_one_line(reply: Reply, says: str, requests: int) -> None:
@@ -94,7 +95,7 @@ def test_a_request_that_fails_is_one_line(reply: Reply, says: str, requests: int
     assert str(caught.value).startswith(f"served ('m' at {url}): ")
     assert "\n" not in str(caught.value)
     assert len(script.bodies) == requests
-    assert isinstance(caught.value, RefusedError) == (says == "status 400")
+    assert isinstance(caught.value, RefusedError) == (says in ("status 400", "status 422"))
 
 
 def test_a_rate_limit_and_a_timeout_are_waited_for() -> None:

@@ -115,6 +115,7 @@ def one(*rows, others=(0, 0)):
         (one({"n": [10], "n_correct": [9]}), "'strength'"),
         (one({**ROW, "n": [10.5]}), "correct of [10.5]"),
         (one(ROW, {**ROW, "strength": "strong"}), "strong"),
+        (one(ROW, {**ROW, "strength": float("nan")}), "nan"),
     ],
 )
 def test_a_file_that_is_no_level_table_is_named(text, message, tmp_path):

@@ -275,6 +275,18 @@ def test_scores_are_sums_over_tokens() -> None:
             assert bool(scores.own[row, k]) != candidate.wrong
 
 
+def test_the_tokens_of_the_answer_get_no_gradient() -> None:
+    policy = _response_scores(0)
+    SoftLabel(width=0.5)(candidate_scores(policy, COMPARED)).backward()
+    gradient = policy.log_likelihood.grad
+    assert gradient is not None
+    for row, candidates in enumerate(CANDIDATES):
+        for k, candidate in enumerate(candidates):
+            length, answer = len(candidate.tokens), candidate.answer_length
+            taught = [not candidate.wrong and i >= answer for i in range(length)]
+            assert (gradient[row, k, :length] != 0).tolist() == taught
+
+
 @pytest.mark.parametrize(("answer_weight", "confidence_weight"), [("constant", 2.5), ("confidence", 1.0)])
 def test_the_likelihood_of_the_chosen_responses_has_the_weights_of_stage_1(
     answer_weight: AnswerWeight, confidence_weight: float
