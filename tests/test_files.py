@@ -40,8 +40,8 @@ from vlm_calibration.models.base import BaseModel
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts
 from vlm_calibration.perturbation.levels import AnchoredLevels, ConfidenceLevels, LinearLevels
 from vlm_calibration.records import DataError
+from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector
-from vlm_calibration.regions.extraction import Describer
 from vlm_calibration.regions.segmenter import Segmenter
 from vlm_calibration.settings import digest, file_digest, init_args, settings_digest
 

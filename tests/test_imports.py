@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 LAYERS = [
     set(names.split())
     for names in (
-        "records files append_log settings arguments errors hub presets quiet progress",
+        "records files settings arguments errors hub presets quiet progress",
         "text perturbation losses metrics",
         "data models benchmarks",
         "regions estimators",

@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from PIL import Image
 
+from vlm_calibration.data.augment import Augmentation
 from vlm_calibration.data.candidates import CandidateSettings, ValidationBatch
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
 from vlm_calibration.data.loading import EpochSampler
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.noise import Augmentation, NoisePolicy
+from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.levels import LinearLevels

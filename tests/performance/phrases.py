@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm_calibration.regions.extraction import Description
+from vlm_calibration.regions.describer import Description
 from vlm_calibration.regions.phrases import RuleDescriber
 
 PARTS = ("development", "held out")

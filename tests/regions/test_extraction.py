@@ -23,8 +23,9 @@ from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.perturbation.masks import mask_to_rle, region_to_mask
 from vlm_calibration.records import DataError, Query, Region
+from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.detector import Box, Detection, Detector
-from vlm_calibration.regions.extraction import Describer, Description, Pipeline, RegionGates
+from vlm_calibration.regions.extraction import Pipeline, RegionGates
 from vlm_calibration.regions.phrases import RuleDescriber
 from vlm_calibration.regions.segmenter import Segmenter
 from vlm_calibration.stages.regions import RegionExtractor

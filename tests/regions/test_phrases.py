@@ -16,7 +16,7 @@ from tests.performance.phrases import FORMS, PARTS, filled, measure, misses, rea
 
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.records import DataError, Query
-from vlm_calibration.regions.extraction import Describer, Description
+from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.phrases import RuleDescriber
 from vlm_calibration.regions.prompted import PromptedDescriber
 from vlm_calibration.regions.tagger import load_tagger

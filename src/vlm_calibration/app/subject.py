@@ -16,8 +16,8 @@ from vlm_calibration.inference.asking import pixels_of
 from vlm_calibration.perturbation.images import resize_image
 from vlm_calibration.perturbation.masks import resize_mask
 from vlm_calibration.records import DataError, Query
+from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector
-from vlm_calibration.regions.extraction import Describer
 from vlm_calibration.regions.segmenter import Segmenter
 
 Editor: TypeAlias = Mapping[str, Any] | None

@@ -30,7 +30,7 @@ from vlm_calibration.text.grading import grade
 from vlm_calibration.text.labels import answer_is_no, asked_existence, question_form
 
 if TYPE_CHECKING:
-    from vlm_calibration.data.noise import Augmentation  # imports albumentations, which is slow
+    from vlm_calibration.data.augment import Augmentation  # imports albumentations, which is slow
 
 Check = Callable[[Query, Sequence[str]], None]
 """Raises a DataError if a query, or one of the wrong answers to it, cannot be put to the model."""

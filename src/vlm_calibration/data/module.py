@@ -15,11 +15,12 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
+from vlm_calibration.data.augment import Augmentation, BasicTransform
 from vlm_calibration.data.candidates import CandidateCollator, CandidateSettings, collate_validation
 from vlm_calibration.data.collate import ChatFormat, PromptCollator, SFTCollator
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries, accept
 from vlm_calibration.data.loading import EpochSampler, LoadingLog, QueryLoader
-from vlm_calibration.data.noise import Augmentation, BasicTransform, ImageCopy, NoisePolicy
+from vlm_calibration.data.noise import ImageCopy, NoisePolicy
 from vlm_calibration.data.regions import RegionPlan, read_with_regions
 from vlm_calibration.data.resolution import check_resolution, limit_pixels
 from vlm_calibration.data.sources.base import QuerySource

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -12,46 +11,14 @@ import numpy as np
 from vlm_calibration.data.regions import RawQuery
 from vlm_calibration.perturbation.masks import bounding_box, mask_to_rle
 from vlm_calibration.records import DataError, Query, Region
+from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.detector import Box, Detection, Detector
 from vlm_calibration.regions.segmenter import Segmenter
 from vlm_calibration.text.labels import is_evidence, unlocated_objects
 from vlm_calibration.text.matching import same_phrase
 
 if TYPE_CHECKING:
-    import torch
-
-
-class Description(NamedTuple):
-    """The key objects of a query, as phrases in lower case, and those that the response says are not in the image."""
-
-    objects: tuple[str, ...]
-    absent: tuple[str, ...] = ()
-
-
-class Describer(ABC):
-    """Names the key objects of queries. The constructor takes settings only; call `load` before `describe`.
-
-    Args:
-        max_phrases: maximum number of objects per query; the first ones mentioned are taken.
-    """
-
-    def __init__(self, max_phrases: int = 8) -> None:
-        if max_phrases < 1:
-            raise DataError(f"max_phrases must be at least 1, found {max_phrases}")
-        self.max_phrases = max_phrases
-
-    def load(self, device: torch.device) -> None:  # noqa: B027  (optional)
-        """Load the model onto the device."""
-
-    @abstractmethod
-    def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
-        """The key objects of each query. images: uint8 [H, W, 3], one per query."""
-
-    def build_description(self, objects: Iterable[str], absent: Iterable[str] = ()) -> Description:
-        """Remove duplicates and objects that are also absent, and keep the first `max_phrases` objects."""
-        absent = tuple(dict.fromkeys(absent))
-        present = [phrase for phrase in dict.fromkeys(objects) if phrase not in absent]
-        return Description(tuple(present[: self.max_phrases]), absent)
+    pass
 
 
 Outcome = Literal["found", "known", "absent", "no phrase", "not detected", "rejected", "unreadable"]

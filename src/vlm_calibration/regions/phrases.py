@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlm_calibration.records import Query
-from vlm_calibration.regions.extraction import Describer, Description
+from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.regions.tagger import (
     ATTRIBUTES,
     GENERIC,

@@ -14,7 +14,7 @@ from vlm_calibration.data.module import load_processor
 from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError, Query
-from vlm_calibration.regions.extraction import Describer, Description
+from vlm_calibration.regions.describer import Describer, Description
 from vlm_calibration.text.confidence import ElicitationPrompt
 
 DEFAULT_TEMPLATE = """Question about the image: {question}

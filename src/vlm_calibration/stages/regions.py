@@ -9,8 +9,9 @@ import lightning as L
 from vlm_calibration.data.module import DataNeeds
 from vlm_calibration.data.regions import RawBatch
 from vlm_calibration.records import DataError
+from vlm_calibration.regions.describer import Describer
 from vlm_calibration.regions.detector import Detector
-from vlm_calibration.regions.extraction import Describer, Extracted, Pipeline, RegionGates
+from vlm_calibration.regions.extraction import Extracted, Pipeline, RegionGates
 from vlm_calibration.regions.segmenter import Segmenter
 from vlm_calibration.stages.training import device_of
 
