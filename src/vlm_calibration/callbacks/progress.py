@@ -17,6 +17,8 @@ from vlm_calibration.records import DataError
 class Progress(ProgressBar):
     """Prints steps or batches done, the time left and the loss once in a while; on a terminal it is Lightning's `RichProgressBar` instead.
 
+    The time left is at the speed so far, validations included.
+
     Args:
         every: seconds between two lines in a log file.
     """

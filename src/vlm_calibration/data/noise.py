@@ -69,8 +69,8 @@ class NoisePolicy:
             mapping, `AnchoredLevels` states the base model's measured accuracy.
         kinds: kind of perturbation -> its relative frequency, e.g. {noise: 2, blur: 1, occlusion: 1}; the paper's is noise alone.
             All strengths of a kind are equally frequent, untouched images among them.
-        schedule: noise schedule of the forward process. Cosine spreads the loss of evidence over most of the levels; with the
-            linear schedule it is complete by the fourth level.
+        schedule: noise schedule of the forward process. Cosine, our choice, spreads the loss of evidence over most of the levels;
+            with the linear schedule it is complete by the fourth level.
         clean_fraction: share of samples in [0, 1] that stay untouched, besides those of strength 0.
         absent: what to perturb if the question is about an absent object: another object, or a region with the shape of another
             query's key object ("distractor"), nothing ("clean"), or leave such queries out ("skip"). An object is absent if the

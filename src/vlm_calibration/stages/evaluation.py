@@ -63,7 +63,8 @@ class EvaluationModule(L.LightningModule):
         with_base: evaluate the base model too, as the system "base".
         endpoints: name -> a model behind an OpenAI-compatible address.
         oracle_levels: file written by `vlm-calibration levels fit`. Adds the system "oracle": the base model's answers with its
-            measured accuracy at the true kind and strength of perturbation, which models are not given, as their confidence.
+            measured accuracy at the true kind and strength of perturbation, which models are not given, as their confidence; no
+            other loss of evidence counts.
         max_new_tokens: length limit of an answer.
         estimators: further estimators of the confidence in the models' answers. Each adds a key to `predictions.jsonl`, and
             to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as `forward_passes@ESTIMATOR`.
