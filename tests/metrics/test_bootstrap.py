@@ -13,6 +13,8 @@ from vlm_calibration.metrics.bootstrap import bootstrap_replicates, interval_of,
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
 
+from ..performance.intervals import POPULATIONS, coverage
+
 
 def resample(table, replicates, seed):
     """Groups of tables of N answers, drawn from the N answers of a table with replacement, unparsed ones included."""
@@ -69,51 +71,28 @@ def test_an_interval_holds_its_estimate(answers, seed):
             assert METRICS[name].lower <= low <= value <= high <= METRICS[name].upper, name
 
 
-TENS = range(0, 101, 10)
-POPULATIONS = {
-    "calibrated, 11 levels": (TENS, [1] * 11, [t / 100 for t in TENS]),
-    "calibrated, 90 to 100%": ([90, 95, 100], [1, 2, 3], [0.9, 0.95, 1.0]),
-    "one level off": (TENS, [1] * 10 + [10], [*(t / 100 for t in TENS[:10]), 0.85]),
-    "overconfident, 11 levels": (TENS, range(1, 12), [0.3 + 0.004 * t for t in TENS]),
-    "always 95%": ([95], [1], [0.7]),
-}
-"""Stated confidences in percent, their shares, and the accuracy at each."""
-
-
-def of_counts(percent, counts):
-    """The table of int64 [levels, 2] wrong and correct answers."""
-    occupied = counts.sum(1) > 0
-    value = torch.from_numpy(np.array(percent)[occupied] / 100)
-    return ConfidenceTable(value, torch.from_numpy(counts[occupied]), torch.tensor(0))
-
-
-def cells_of(population):
-    """The share of wrong and correct answers at each level, float64 [levels, 2]."""
-    _, share, accuracy = map(np.array, POPULATIONS[population])
-    return np.stack([share * (1 - accuracy), share * accuracy], axis=1) / share.sum()
-
-
 @pytest.mark.parametrize(
     ("population", "metric"),
     [
         ("calibrated, 11 levels", "ece"),
+        ("calibrated, 11 levels", "brier"),
         ("calibrated, 11 levels", "auroc"),
         ("calibrated, 90 to 100%", "ece"),
         ("one level off", "ece"),
+        ("overconfident, 11 levels", "ece"),
         ("overconfident, 11 levels", "auroc"),
         ("always 95%", "ece"),
         ("always 95%", "brier"),
+        ("calibrated, 4 an image", "ece"),
     ],
 )
-@pytest.mark.parametrize("n", [200, pytest.param(2000, marks=pytest.mark.nightly)])
-def test_intervals_cover(population, metric, n):
+@pytest.mark.parametrize("answers", [200, pytest.param(2000, marks=pytest.mark.nightly)])
+def test_intervals_cover(population, metric, answers):
     """At least 135 of 150 intervals contain the truth; at a coverage of 95% fewer do with a probability of 1/200."""
-    percent, cells, rng = POPULATIONS[population][0], cells_of(population), np.random.default_rng(0)
-    truth = float(METRICS[metric](of_counts(percent, (cells * 1e12).round().astype(np.int64))))
-    tables = (of_counts(percent, rng.multinomial(n, cells.reshape(-1)).reshape(-1, 2)) for _ in range(150))
-    intervals = [intervals_of(table, [metric], 200, rng)[metric] for table in tables]
-    assert sum(low - 1e-6 <= truth <= high + 1e-6 for _, low, high in intervals) >= 135
-    assert np.mean([high - low for _, low, high in intervals]) < 0.2, "a wide interval is no use"
+    counted = coverage(POPULATIONS[population], answers, [metric], samples=150, replicates=200)[metric]
+    assert counted.samples == 150
+    assert counted.samples - counted.below - counted.above >= 135
+    assert counted.width < 0.2, "a wide interval is no use"
 
 
 def test_bins_whose_answers_are_all_right_still_leave_a_doubt():

@@ -15,6 +15,7 @@ from vlm_calibration.files import write_text
 # Name -> title of its section. Benchmarks that need the whole machine come first, the longest one last.
 BENCHMARKS = {
     "perturbation": "Perturbation of a region, by kind",
+    "intervals": "Coverage of 95% intervals",
     "data_path": "A query on its way to the model",
     "startup": "Start-up time of help pages and of mistakes",
     "streaming": "A million records in the data module",
