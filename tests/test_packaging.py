@@ -57,7 +57,7 @@ EXTRAS = {
     "app": "app.",
     "demo": "demo.pictures",
     "dashboard": "reporting.dashboard",
-    "datasets": ("data.convert.hf", "commands.data_fetch"),
+    "datasets": ("data.convert.hf", "commands.data"),
     "endpoint": "endpoint.client",
     "regions": "regions.tagger",
 }
