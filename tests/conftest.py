@@ -281,6 +281,7 @@ def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Arg
                 "max_length": 400,
                 "train": instance("demo.source.DemoSource", scenes=100),
                 "validation": instance("demo.source.DemoSource", scenes=1),
+                **({"teacher": None} if stage == "dpo" else {}),
                 **sections.get("data", {}),
             },
         }

@@ -159,7 +159,8 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
     further = yaml.safe_load((root / "configs/eval/demo_estimators.yaml").read_text(encoding="utf-8"))
     estimating = {**further["model"]["init_args"], "adapters": adapters}
     splits = {"clean": {"source": test}, "perturbed": {"source": test, "noise": "drawn"}}
-    validation, later = demo("calibration", 8), {"train": demo("train", 4, first=50)}
+    validation = demo("calibration", 8, first=10_000)
+    later = {"train": demo("train", 4, first=50), "teacher": demo("calibration", 8, first=10_100)}
     stages: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "sft": ("fit", "sft.yaml", {}, {"train": demo("train", 4), "validation": validation}),
         "dpo": ("fit", "dpo.yaml", {"adapter": adapters["sft"]}, {**later, "validation": validation}),

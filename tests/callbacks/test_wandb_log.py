@@ -187,7 +187,8 @@ def test_lineage_leads_from_data_through_the_stages_to_the_evaluation(offline_ru
     assert evaluation.used("adapter")["sft-adapter"].digest == sft.logged("adapter")[-1].digest
     assert evaluation.used("adapter")["dpo-adapter"].digest == dpo.logged("adapter")[-1].digest
     assert list(evaluation.used("adapter")["sft-adapter"].aliases) == [], "using moves no alias"
-    assert sorted(sft.used("dataset")) == sorted(dpo.used("dataset")) == ["train-data", "validation-data"]
+    assert sorted(sft.used("dataset")) == ["train-data", "validation-data"]
+    assert sorted(dpo.used("dataset")) == ["teacher-data", "train-data", "validation-data"]
     assert sft.used("dataset")["validation-data"].digest == dpo.used("dataset")["validation-data"].digest
     assert sft.used("dataset")["train-data"].digest != dpo.used("dataset")["train-data"].digest
     assert list(evaluation.used("dataset")) == ["test-data"]

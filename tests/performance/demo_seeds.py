@@ -25,12 +25,12 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, read_predictions
+from vlm_calibration.estimators.predictions import VERBALIZED, read_predictions
 from vlm_calibration.estimators.recalibration import recalibrated
+from vlm_calibration.estimators.teacher import taught_confidences
 from vlm_calibration.metrics import functional
 from vlm_calibration.reporting.report.data import read_systems
 from vlm_calibration.reporting.report.table import ImageBootstrap, Measured, p_value
-from vlm_calibration.stages.preference_targets import FittedTeacher, TaughtAnswer, TeacherSettings
 
 PREFERENCE = "vlm_calibration.losses.preference."
 DISTRIBUTION = "vlm_calibration.losses.distribution."
@@ -357,7 +357,6 @@ CONFIDENCES = {
     Confidence("sft", "teacher"): "the teacher of stage 2, of stage 1's likelihood and expected confidence",
 }
 """The rows of the README's table."""
-TEACHER_SETTINGS = TeacherSettings()
 AGAINST = (Confidence("base", "likelihood", "platt"), Confidence("sft", "teacher"))
 
 
@@ -374,7 +373,9 @@ def measure(root: Path, seed: int) -> dict[Confidence, Measured]:
         values: list[float | None]
         if estimator == "teacher":
             assert system.calibration is not None
-            values = taught(system.predictions, system.calibration)
+            taught = taught_confidences(system.predictions, system.calibration)
+            assert taught is not None
+            values = taught
         elif confidence.recalibration is None:
             values = [p.confidence_of(estimator) for p in system.predictions]
         else:
@@ -384,25 +385,6 @@ def measure(root: Path, seed: int) -> dict[Confidence, Measured]:
             )
         measured[confidence] = ImageBootstrap(system.predictions).measure(values)
     return measured
-
-
-def taught(
-    predictions: Sequence[EstimatedPrediction], calibration: Sequence[EstimatedPrediction]
-) -> list[float | None]:
-    """What the teacher of stage 2 makes of the estimates in each answer, fitted on the calibration answers."""
-
-    def features(p: EstimatedPrediction) -> tuple[float, ...] | None:
-        estimates = [p.confidence_of(name) for name in TEACHER_SETTINGS.features]
-        return None if None in estimates else tuple(c for c in estimates if c is not None)
-
-    rows = [
-        TaughtAnswer(rated, p.correct, p.answer_type, p.image or "")
-        for p in calibration
-        if (rated := features(p)) is not None
-    ]
-    teacher = FittedTeacher.fit(TEACHER_SETTINGS, rows)
-    rated_predictions = ((features(p), p.answer_type) for p in predictions)
-    return [None if rated is None else teacher(rated, kind) for rated, kind in rated_predictions]
 
 
 def as_a_table(seeds: list[dict[Confidence, Measured]]) -> str:

@@ -18,6 +18,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss
 
 from vlm_calibration.commands.report import report
 from vlm_calibration.data.dataset import EvalSplit
@@ -25,7 +27,8 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
-from vlm_calibration.estimators.recalibration import METHODS
+from vlm_calibration.estimators.recalibration import METHODS, logit
+from vlm_calibration.estimators.teacher import taught_confidences
 from vlm_calibration.files import write_rows
 from vlm_calibration.metrics.bootstrap import percentile_interval
 from vlm_calibration.metrics.functional import METRICS
@@ -181,6 +184,51 @@ def test_every_system_estimator_and_recalibration_has_a_row_with_the_metrics_of_
             assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], name
         assert row.accuracy == pytest.approx(np.mean(correct))
     assert rows.iloc[0].filter(regex="_p$").isna().all(), "the row that all others are compared with"
+
+
+def test_distances_are_differences_of_two_rows_on_the_same_draws() -> None:
+    """The teacher's row is that of scikit-learn's logistic regression, fitted on the calibration answers."""
+
+    def rated(predictions: list[EstimatedPrediction]) -> list[EstimatedPrediction]:
+        given = ({**p.estimates, "expected": 0.9 * (p.confidence or 0.5)} for p in predictions)
+        return [replace(p, estimates=estimates) for p, estimates in zip(predictions, given, strict=True)]
+
+    systems = [
+        system(name, rated(answers(0, honest=honest)), rated(held_out(5, honest)))
+        for name, honest in (("base", False), ("tuned", True))
+    ]
+    frame, _ = compare(systems, replicates=50)
+    distances = frame[frame.kind == "distance"].set_index(["system", "group"])
+    base, own = (
+        [("base", "base, likelihood, platt")],
+        [("tuned", "tuned, expected"), ("tuned", "tuned, teacher")],
+    )
+    assert list(distances.index) == [
+        ("base", "base, expected"), ("base", "base, teacher"), *base, *own, ("tuned", "base, likelihood, platt"),
+    ]  # fmt: skip
+    rows = frame[frame.kind == "all"].set_index(["system", "estimator", "recalibration"])
+    others = {
+        "tuned, teacher": ("tuned", "teacher", "raw"),
+        "base, likelihood, platt": ("base", "likelihood", "platt"),
+    }
+    for group, other in others.items():
+        distance = distances.loc["tuned", group]
+        for name in ("brier", "auroc"):
+            expected = rows.loc["tuned", "verbalized", "raw"][name] - rows.loc[other][name]
+            assert distance[name] == pytest.approx(expected)
+            assert distance[f"{name}_low"] < expected < distance[f"{name}_high"]
+
+    def log_odds(predictions: Sequence[EstimatedPrediction]) -> np.ndarray:
+        return logit(np.array([[p.estimates["likelihood"], p.estimates["expected"]] for p in predictions]))
+
+    predictions, calibration = systems[1].predictions, systems[1].calibration or ()
+    teacher = LogisticRegression(max_iter=1000).fit(log_odds(calibration), [p.correct for p in calibration])
+    accuracy = teacher.predict_proba(log_odds(predictions))[:, 1]
+    brier = brier_score_loss([p.correct for p in predictions], accuracy)
+    assert rows.loc["tuned", "teacher", "raw"].brier == pytest.approx(brier, abs=1e-6)
+    assert taught_confidences(predictions, ()) is None
+    others_type = [replace(p, answer_type="short") for p in predictions[:2]]
+    assert taught_confidences(others_type, calibration) == [None, None], "no short answer was fitted"
 
 
 def test_intervals_and_p_values_are_those_of_whole_images_drawn_one_by_one() -> None:
@@ -438,7 +486,8 @@ def test_page_and_table_of_an_evaluation(evaluation: Path, capsys: pytest.Captur
     [row] = [r for r in rows if (r["system"], r["group"]) == ("tuned", "clean")]
     assert float(row["says"]) == pytest.approx(np.mean([p.confidence for p in clean]))
     assert float(row["is_right"]) == pytest.approx(np.mean([p.correct for p in clean]))
-    assert [r["group"] for r in rows if r["system"] == "base"][-1] == "90–100%"
+    of_base = [(r["kind"], r["group"]) for r in rows if r["system"] == "base"]
+    assert of_base[-2:] == [("band", "90–100%"), ("distance", "base, likelihood, platt")]
 
 
 def test_the_page_says_what_a_system_is_where_it_is_weakest_and_what_ran_it(evaluation: Path) -> None:

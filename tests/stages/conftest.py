@@ -17,12 +17,12 @@ from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.teacher import FittedTeacher, TeacherSettings
 from vlm_calibration.models.adapters import LoraSettings
 from vlm_calibration.models.loading import BaseModel
 from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.evaluation import EvaluationModule
-from vlm_calibration.stages.preference_targets import FittedTeacher, TeacherSettings
 from vlm_calibration.stages.sft import SFTModule
 from vlm_calibration.stages.training import OptimizerSettings, trained_parameters
 

@@ -27,6 +27,7 @@ from vlm_calibration.estimators.p_true import PTrue
 from vlm_calibration.estimators.predictions import prediction_from_dict, read_predictions
 from vlm_calibration.estimators.probes import PROBES
 from vlm_calibration.estimators.stability import Stability
+from vlm_calibration.estimators.teacher import taught_confidences
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
 from vlm_calibration.metrics.functional import brier_score, expected_calibration_error, overconfidence
 from vlm_calibration.models.adapters import load_adapters, using_adapter
@@ -241,6 +242,14 @@ def test_every_estimator_has_its_key_and_its_metrics(evaluated: Evaluated) -> No
         assert [metrics[f"forward_passes@{n}"] for n in (*NAMES[:3], "stability")] == [1, 1, 1, 4]
         assert 1 <= metrics["forward_passes@verbalized"] <= 5
         assert 2 <= metrics["forward_passes@self_consistency"] <= 10
+        taught = taught_confidences(predictions, read_predictions(folder / system / "calibration.jsonl"))
+        if taught is None:
+            assert not any("@teacher" in name for name in metrics)
+        else:
+            pairs = [(c, p.correct) for c, p in zip(taught, predictions, strict=True) if c is not None]
+            assert metrics["brier@teacher"] == pytest.approx(
+                float(brier_score(*map(torch.tensor, zip(*pairs, strict=True))))
+            )
     assert estimates["base"] != estimates["one"]
 
 

@@ -21,18 +21,12 @@ from vlm_calibration.data.candidates import CandidateSettings
 from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.p_true import TEMPLATE
+from vlm_calibration.estimators.teacher import FittedTeacher, TeacherSettings
 from vlm_calibration.losses.distribution import RLCR, SoftLabel
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages.dpo import DPOModule
-from vlm_calibration.stages.preference_targets import (
-    ESTIMATORS,
-    FittedTeacher,
-    PairPolicy,
-    Target,
-    TargetChooser,
-    TeacherSettings,
-)
+from vlm_calibration.stages.preference_targets import ESTIMATORS, PairPolicy, Target, TargetChooser
 from vlm_calibration.stages.training import trained_parameters
 
 from .conftest import LEVELS, OWN, WITH_OPPOSITE, Data, MakeModule, MakeTrainer, Steps, adapter_weights
@@ -270,7 +264,7 @@ def test_a_resumed_run_keeps_its_teacher(
         (
             {"validation": None},
             {"pairs": PairPolicy("fitted")},
-            r"data\.validation is not set: `target: fitted`",
+            r"data\.teacher is not set, nor data\.validation: `target: fitted`",
         ),
     ],
 )
@@ -282,13 +276,31 @@ def test_data_that_does_not_fit_the_module_is_rejected(
         module.check_data(candidates(**{"candidates": OWN, **given}))
 
 
+class YesNo(DemoSource):
+    def queries(self) -> Sequence[Query]:
+        return [query for query in super().queries() if query.answer_type == "yes_no"]
+
+
+def test_a_teacher_of_other_data_is_refused(make_module: MakeModule, candidates: Data) -> None:
+    data = candidates(OWN, teacher=YesNo("calibration", scenes=1))
+    with pytest.raises(DataError, match=r"data\.teacher is a YesNo, unlike"):
+        make_module(pairs=PairPolicy(target="fitted")).check_data(data)
+
+
+def test_the_teacher_s_queries_are_not_those_of_the_validation(
+    make_module: MakeModule, candidates: Data, trainer: MakeTrainer
+) -> None:
+    module = make_module(pairs=PairPolicy(target="fitted"), loss=SoftLabel())
+    data = candidates(OWN, teacher=DemoSource("calibration", scenes=2, first=50))
+    trainer(max_steps=1).fit(module, datamodule=data)
+    assert module.target.fitted is not None
+    assert module.target.fitted.scores["n"] == len(data.sets["teacher"].queries) == 6
+    assert len(data.sets["validation"].queries) == 3
+
+
 def test_a_teacher_needs_every_answer_type_in_the_validation_set(
     make_module: MakeModule, candidates: Data, trainer: MakeTrainer
 ) -> None:
-    class YesNo(DemoSource):
-        def queries(self) -> Sequence[Query]:
-            return [query for query in super().queries() if query.answer_type == "yes_no"]
-
     module = make_module(pairs=PairPolicy(target="fitted"))
     data = candidates(OWN, validation=YesNo("calibration", scenes=1))
     with pytest.raises(DataError, match=r"data\.validation has no short question, but data\.train has"):

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vlm_calibration.data.candidates import Candidate, CandidateSettings
 from vlm_calibration.demo.source import DemoSource
+from vlm_calibration.estimators.teacher import FittedTeacher, TaughtAnswer, TeacherSettings
 from vlm_calibration.estimators.verbal import expected_confidence
 from vlm_calibration.losses.preference import SimPO
 from vlm_calibration.models.adapters import load_adapters
@@ -37,16 +38,7 @@ from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages import preference_targets
 from vlm_calibration.stages.dpo_terms import kl_divergence
-from vlm_calibration.stages.preference_targets import (
-    FittedTeacher,
-    PairPolicy,
-    TargetChooser,
-    TaughtAnswer,
-    TeacherSettings,
-    choose,
-    level_log_p,
-    nearest,
-)
+from vlm_calibration.stages.preference_targets import PairPolicy, TargetChooser, choose, level_log_p, nearest
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.grading import grade
 

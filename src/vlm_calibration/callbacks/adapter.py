@@ -103,7 +103,7 @@ class AdapterWriter(L.Callback):
             # Ranked levels do not say how often an answer is correct.
             training["levels"] = "open answers by ranking"
         if isinstance(module, DPOModule) and module.target.fitted is not None:
-            training["teacher"] = repr(module.target.fitted)
+            training["teacher"] = f"{module.target.fitted!r}, fitted on data.{data.taught_on}"
         record = read_record(folder)
         for name, value in record.settings.items() if record else ():
             if value is not None and not name.endswith(("token", "password", "secret", "api_key")):

@@ -44,7 +44,7 @@ class Artifacts(L.Callback):
         self.best, self._digest = state_dict["best"], state_dict["digest"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._log_inputs(trainer, module, ("train", "validation"))
+        self._log_inputs(trainer, module, ("train", "validation", "teacher"))
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._log_inputs(trainer, module, ("test",))

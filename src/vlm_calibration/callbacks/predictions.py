@@ -10,8 +10,11 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
-from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS
+from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS, read_predictions
+from vlm_calibration.estimators.teacher import TEACHER, taught_confidences
 from vlm_calibration.files import clear_leftovers, json_number, remove, write_json
+from vlm_calibration.metrics.functional import REPORTED, table_values
+from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.models.base import THRESHOLDS
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.runs import METRICS, NOTES
@@ -116,6 +119,8 @@ class PredictionWriter(L.Callback):
                     total = int(metrics["n"]) if split == TEST else None
                     log.write_predictions(system, split, folder / FILES[split], total)
                 if not trainer.sanity_checking:
+                    if HELD_OUT in log.queries:
+                        metrics = {**metrics, **teacher_metrics(folder)}
                     write_json(folder / METRICS, {k: json_number(k, v) for k, v in metrics.items()})
                     if notes := getattr(module, "notes", {}).get(system):
                         write_json(folder / NOTES, dict(notes))
@@ -134,6 +139,16 @@ class PredictionWriter(L.Callback):
             self._log.close()
             if VALIDATION in self._log.queries:
                 self._log.path.unlink(missing_ok=True)
+
+
+def teacher_metrics(folder: Path) -> dict[str, float]:
+    """Metrics, as `METRIC@teacher`, of what a teacher that is fitted on a system's calibration answers makes of those to the test set."""
+    predictions, calibration = (read_predictions(folder / FILES[split]) for split in TESTED)
+    confidences = taught_confidences(predictions, calibration)
+    if confidences is None:
+        return {}
+    table = ConfidenceTable.from_predictions(confidences, [p.correct for p in predictions], None)
+    return table_values(table, REPORTED[1:], f"@{TEACHER}")
 
 
 def require_writer(trainer: L.Trainer, callback: L.Callback) -> None:

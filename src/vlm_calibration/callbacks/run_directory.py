@@ -40,7 +40,7 @@ from vlm_calibration.settings import digest, file_digest, flat
 from vlm_calibration.stages.answer_log import EVALUATED
 from vlm_calibration.stages.level_fit import LevelFitModule
 
-SOURCES = ("train", "validation", "test", "calibration", "levels", "predict")
+SOURCES = ("train", "validation", "teacher", "test", "calibration", "levels", "predict")
 """Settings of `data` that are sources, or named splits of them."""
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "scikit-learn", "numpy")
 """Packages whose versions are recorded."""
@@ -56,7 +56,7 @@ TESTING = r"limit_test_batches|overfit_batches"
 LOADING = "batch_size|parts|part|workers|regions"
 TRAINING = "augment|candidates|max_length|on_too_long"
 COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "fit": (("train", "validation"), STEPS, f"{LOADING}|eval_batch_size"),
+    "fit": (("train", "validation", "teacher"), STEPS, f"{LOADING}|eval_batch_size"),
     "test": (("test", "calibration"), TESTING, f"{LOADING}|eval_batch_size|{TRAINING}"),
     "levels fit": (("levels", "train"), TESTING, f"{LOADING}|eval_batch_size|{TRAINING}"),
     "predict": (SOURCES, "", f"{LOADING}|{TRAINING}|noise|prompt|grading"),

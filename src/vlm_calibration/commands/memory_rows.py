@@ -114,7 +114,7 @@ def _stage(cli: ParsedCLI, config: Any) -> Any:
     """The `model` and `data` of a training stage, without queries, and with even levels and a new adapter, as if no other stage had run."""
     whole = cli.config.clone()
     whole.fit = config.clone()
-    for name in ("train", "validation", "regions"):
+    for name in ("train", "validation", "teacher", "regions"):
         whole.fit.data[name] = None
     whole.fit.data.noise.levels = Namespace(
         class_path="vlm_calibration.perturbation.levels.LinearLevels", init_args=Namespace(n_levels=11)

@@ -31,6 +31,7 @@ from vlm_calibration.text.grading import EXACT, Grading
 
 TESTED = ("test", "calibration")
 """The data sets of an evaluation, in order."""
+TEACHER = "teacher"
 LEVELS, INSTANCES = "levels", "instances"
 """The data sets that `levels fit` asks; the second, the untouched queries of `train`, only if it writes their likelihoods."""
 
@@ -59,6 +60,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         processor: Hub name or folder of the model whose processor is used; the command line sets it.
         train: training queries.
         validation: queries that are perturbed in the same way and answered during training.
+        teacher: queries, perturbed in the same way, on whose answers stage 2 fits its teacher before training; None:
+            those of `validation`.
         levels: held-out queries that `vlm-calibration levels fit` asks at every level of each kind of `noise`.
         test: named splits that `vlm-calibration test` answers.
         calibration: named splits about other images, answered by `vlm-calibration test` for recalibration; no score includes them.
@@ -93,6 +96,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         processor: str | None = None,
         train: QuerySource | None = None,
         validation: QuerySource | None = None,
+        teacher: QuerySource | None = None,
         levels: QuerySource | None = None,
         test: dict[str, EvalSplit] | None = None,
         calibration: dict[str, EvalSplit] | None = None,
@@ -120,7 +124,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             raise DataError(f"data: needs 0 <= part < parts, {found}")
         self.processor_name = processor
         self.revision, self.trust_remote_code = revision, trust_remote_code
-        self.train, self.validation, self.levels = train, validation, levels
+        self.train, self.validation, self.teacher, self.levels = train, validation, teacher, levels
         self.test, self.calibration, self.predict = test, calibration, predict
         self.regions, self.noise, self.augment, self.candidates = regions, noise, augment, candidates
         self.prompt, self.grading = prompt, grading
@@ -155,6 +159,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         splits = {
             "train": {} if self.train is None else {"": EvalSplit(self.train, "drawn")},
             "validation": {} if self.validation is None else {"": EvalSplit(self.validation, "drawn")},
+            TEACHER: {} if self.teacher is None else {"": EvalSplit(self.teacher, "drawn")},
             # The ids of its queries, on which the perturbations depend, begin with "calibration".
             LEVELS: {} if self.levels is None else {"calibration": EvalSplit(self.levels, "every_level")},
             "test": self.test,
@@ -174,7 +179,9 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if stage == "predict":
             self.plan_extraction(self._needs.keep_known)
             return
-        of_stage = {"fit": DataNeeds(("train",), ("validation",)), "validate": DataNeeds(("validation",), ())}
+        # Stage 1, which compares no candidates, has no teacher.
+        held_out = ("validation",) if self.candidates is None else ("validation", TEACHER)
+        of_stage = {"fit": DataNeeds(("train",), held_out), "validate": DataNeeds(("validation",), ())}
         needs = of_stage.get(stage, self._needs)
         for name in map(setting_of, needs.asked):
             if name not in self.splits:
@@ -283,6 +290,14 @@ class PerturbedQueryDataModule(L.LightningDataModule):
             return []
         prompts = PromptCollator(self.chat, self.grading)
         return self._loader("validation", partial(collate_validation, prompts, self.candidate_collator))
+
+    @property
+    def taught_on(self) -> str:
+        """The data set that the teacher of stage 2 is fitted on."""
+        return TEACHER if self.teacher is not None else "validation"
+
+    def teacher_dataloader(self) -> DataLoader:
+        return self._loader(self.taught_on, PromptCollator(self.chat, self.grading))
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         """A loader for each data set of the queries that are not answered yet; a process without any gets an empty batch."""

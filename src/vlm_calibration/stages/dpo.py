@@ -24,6 +24,7 @@ from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
 from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.estimators.teacher import FittedTeacher, TaughtAnswer, TeacherSettings
 from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import DistributionLoss, SoftLabel
 from vlm_calibration.losses.preference import DPO, preference_statistics
@@ -51,11 +52,8 @@ from vlm_calibration.stages.dpo_terms import (
     shared_text_drift,
 )
 from vlm_calibration.stages.preference_targets import (
-    FittedTeacher,
     PairPolicy,
     TargetChooser,
-    TaughtAnswer,
-    TeacherSettings,
     choose_candidates,
     own_candidates,
 )
@@ -163,8 +161,19 @@ class DPOModule(TrainingStage):
                 raise DataError(
                     "data.candidates: `answers: own` are the reference's, but model.reference is none: set it, or use `answers: gold`"
                 )
-            if self.pairs.target == "fitted" and data.validation is None:
-                raise DataError("data.validation is not set: `target: fitted` fits its map on those queries")
+            if data.teacher is not None and type(data.teacher) not in (
+                type(data.train),
+                type(data.validation),
+            ):
+                # `configs/dpo.yaml` asks about the demo's scenes, and a configuration of other data may not have replaced them.
+                raise DataError(
+                    f"data.teacher is a {type(data.teacher).__name__}, unlike data.train and data.validation: "
+                    "give it queries like those, or set it to null for those of data.validation"
+                )
+            if self.pairs.target == "fitted" and data.taught_on not in data.splits:
+                raise DataError(
+                    "data.teacher is not set, nor data.validation: `target: fitted` fits its map on those queries"
+                )
         elif self.target.estimators:
             raise DataError(
                 f"model.pairs: `target: {self.pairs.target}` rates the model's own answers: set data.candidates.answers to own"
@@ -187,24 +196,24 @@ class DPOModule(TrainingStage):
         return AnswerTokenizer(data.chat, data.noise.levels, candidates.grid, candidates.wrong_answer)
 
     def on_fit_start(self) -> None:
-        """Fit the teacher on the reference's answers to the validation queries: all processes answer their share, and fit the same."""
+        """Fit the teacher on the reference's answers to `data.teacher`: all processes answer their share, and fit the same."""
         if self.target.is_ready:
             return
         types = {name: {q.answer_type for q in s.queries} for name, s in self.data.sets.items()}
-        if missing := sorted(types["train"] - types["validation"]):
+        if missing := sorted(types["train"] - types[self.data.taught_on]):
             raise DataError(
-                f"data.validation has no {' and no '.join(missing)} question, but data.train has: `target: fitted` needs such questions"
+                f"data.{self.data.taught_on} has no {' and no '.join(missing)} question, but data.train has: `target: fitted` needs such questions"
             )
         rows: list[TaughtAnswer] = []
-        for batch in self.data.val_dataloader():
-            if not batch.prompts.queries:
+        for batch in self.data.teacher_dataloader():
+            if not batch.queries:
                 continue
             with (
                 self.trainer.precision_plugin.val_step_context(),  # as in the steps, which use the features
                 shared_vision(self.model),
                 self.as_reference(),
             ):
-                rows += self.target.taught(self._answer(batch.prompts.to(self.device)))
+                rows += self.target.taught(self._answer(batch.to(self.device)))
         self.target.fit(rows)
         rank_zero_info(f"teacher: {self.target.fitted!r}")
 

@@ -18,8 +18,9 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, estimators_of
+from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction, estimators_of
 from vlm_calibration.estimators.recalibration import METHODS, recalibrated, unrated_types
+from vlm_calibration.estimators.teacher import TEACHER, taught_confidences
 from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates, interval_of, percentile_interval
 from vlm_calibration.metrics.figures import wilson_interval
 from vlm_calibration.metrics.functional import METRICS, REPORTED
@@ -30,8 +31,9 @@ from vlm_calibration.reporting.report.data import ORACLE, System, metrics_of
 from vlm_calibration.reporting.tables import COLUMNS as HEADLINE
 
 RAW = "raw"
-ALL, GROUP, BAND = "all", "group", "band"
-"""Kinds of rows: all answers of a system, those of a category, part of a category or answer type, those of a range of confidence."""
+ALL, GROUP, BAND, DISTANCE = "all", "group", "band", "distance"
+"""Kinds of rows: all answers of a system, those of a category, part of a category or answer type, those of a range of confidence, and
+the stated confidence of a system less another one in the same answers, or in the first system's."""
 MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
 """Metrics of every confidence: the accuracy over all answers, and the calibration metrics of `metrics.json`."""
 ENDS = ("", "_low", "_high", "_p")
@@ -48,6 +50,8 @@ COLUMNS = (
 `forward_passes` are those for each query. Each metric has its 95% interval, and the p-value of its difference from the first row. `says`
 is the mean stated confidence of the answers whose confidence was parsed, `is_right` the share of these that are correct, with its 95%
 interval; `agrees` is "yes", "no" or "unclear", see `agreement`."""
+LIKELIHOOD = ("likelihood", "platt")
+"""Estimator and recalibration of the first system that stated confidence is compared with: the baseline that needs token probabilities."""
 EDGES = (0, 20, 40, 60, 80, 90, 100)
 """Edges of the bands of stated confidence, in percent; a band includes its lower edge, the last band both."""
 TOLERANCE = 0.05
@@ -136,22 +140,26 @@ def compare(
     """Measure every confidence of every system with a number of bootstrap draws, and compare it with the first system's stated one.
 
     The frame has `COLUMNS`: the confidences of all systems, the stated one of each first; then for each system its groups, and its bands
-    from the highest down. Also why recalibrated confidences are missing.
+    from the highest down, and its distances to `EXPECTED`, `TEACHER` and the first system's `LIKELIHOOD`. Also why recalibrated confidences are missing.
     """
     rows: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []
     notes: list[str] = []
     base: Measured | None = None
+    known: dict[tuple[str, str, str], Measured] = {}
     for system in systems:
         bootstrap = ImageBootstrap(system.predictions, replicates, seed)
         planned = list(_planned(system, notes))
         name = f"bootstrap intervals of {system.name}"
         for estimator, method in track(planned, name, len(planned), "confidences"):
-            confidences = [p.confidence_of(estimator) for p in system.predictions]
-            if method != RAW:
+            if estimator == TEACHER:
+                confidences = taught_confidences(system.predictions, system.calibration or ()) or []
+            elif method == RAW:
+                confidences = [p.confidence_of(estimator) for p in system.predictions]
+            else:
                 assert system.calibration is not None
                 confidences = recalibrated(method, system.predictions, estimator, system.calibration)
-            measured = bootstrap.measure(confidences)
+            measured = known[system.name, estimator, method] = bootstrap.measure(confidences)
             base = base or measured
             about = (system.name, estimator, method, ALL, "")
             row: dict[str, Any] = dict(zip(KEYS, about, strict=True)) | {"n": len(confidences)}
@@ -164,6 +172,16 @@ def compare(
             rows.append(row)
         keys = {"system": system.name, "estimator": VERBALIZED, "recalibration": RAW}
         parts += [keys | part for part in (*groups_of(system, bootstrap), *bands_of(system, bootstrap))]
+        compared = ((system.name, EXPECTED, RAW), (system.name, TEACHER, RAW), (systems[0].name, *LIKELIHOOD))
+        stated = known[system.name, VERBALIZED, RAW]
+        parsed = sum(p.confidence is not None for p in system.predictions)
+        whole = {**keys, "kind": DISTANCE, "n": len(system.predictions), "parsed": parsed}
+        for other in compared if system.name != ORACLE else ():
+            if other in known:
+                name = ", ".join(word for word in other if word != RAW)
+                parts.append(
+                    {**whole, "group": name, **distance_between(stated, known[other], bootstrap.rarer)}
+                )
     return pd.DataFrame(rows + parts, columns=COLUMNS), notes
 
 
@@ -183,13 +201,28 @@ def _planned(system: System, notes: list[str]) -> Iterator[tuple[str, str]]:
             yield from ((estimator, method) for method in METHODS)
             continue
         notes.append(f"{system.name}: {estimator} is not recalibrated: {reason}.")
+    if system.name != ORACLE and taught_confidences(system.predictions, system.calibration or ()) is not None:
+        yield TEACHER, RAW
+
+
+def distance_between(stated: Measured, other: Measured, rarer: int) -> dict[str, float]:
+    """The Brier score and AUROC of one confidence less those of another, with 95% intervals over the same draws, and p-values."""
+    row: dict[str, float] = {}
+    for name in ("brier", "auroc"):
+        difference = stated.intervals[name].value - other.intervals[name].value
+        if difference == difference:
+            interval = percentile_interval(difference, stated.drawn[name] - other.drawn[name], rarer)
+            row |= dict(
+                zip((f"{name}{end}" for end in ENDS), (*interval, p_value(stated, other, name)), strict=True)
+            )
+    return row
 
 
 def plain_rows(systems: Sequence[System]) -> pd.DataFrame:
     """The rows of `compare` but bands and recalibrated confidences: `KEYS`, `n` and the headline metrics, None where undefined."""
     # One draw, since intervals are left out.
     frame, _ = compare([replace(system, calibration=None) for system in systems], replicates=1)
-    rows = frame.loc[frame.kind != BAND, [*KEYS, "n", *HEADLINE]]
+    rows = frame.loc[frame.kind.isin((ALL, GROUP)), [*KEYS, "n", *HEADLINE]]
     return rows.astype(object).where(rows.notna(), None)
 
 
