@@ -41,14 +41,13 @@ STAGE_1 = {
     "sft": [],
     "without-likelihoods": ["--data.noise.levels.init_args.likelihoods", "null"],
 }
-# Stage 1 with one setting of the paper's preset each.
+# Stage 1 with one setting of the paper's preset each, but `resolution: native`: the demo's files have the model's resolution.
 ABLATIONS = {
     "linear-levels": ["--data.noise.levels", LINEAR],
     "noise-alone": ["--data.noise.kinds", '{"noise": 1}'],
     "fewer-untouched": ["--data.noise.clean_fraction", "0.0"],
     "no-wrong-answers": ["--data.noise.wrong_answer_rate", "0.0"],
     "no-distractors": ["--data.noise.distractor_probability", "0.0"],
-    "native-resolution": ["--data.noise.resolution", "native"],
     "constant-answer-weight": ["--model.init_args.answer_weight", "constant"],
     "confidence-weight-1": ["--model.init_args.confidence_weight", "1.0"],
 }
@@ -101,7 +100,10 @@ ALONE = [
 STAGE_2_ALONE = {"alone": ALONE, "alone-untouched": [*ALONE, "--data.noise.clean_fraction", "1.0"]}
 UNTRAINED = ("base", "oracle")
 REPORTED = ("base", "sft", "dpo", "oracle")
-STATED = ("alone-untouched", "alone", "sft-paper", "dpo-paper", "opposites")
+STATED = (
+    *("alone-untouched", "alone", "sft-paper", "dpo-paper", "opposites"),
+    *("without-likelihoods", *ABLATIONS),
+)
 """The systems that answer the test scenes, once their settings are chosen; of the second, only what they state."""
 PARTS_OF_EVALUATION = yaml.safe_load(Path("configs/eval/demo.yaml").read_text())["data"]["test"]
 NO_PROBES = ["--model.init_args.probes", "[]"]
@@ -147,7 +149,6 @@ ABLATED = {
     "fewer-untouched": "fewer untouched images (`clean_fraction: 0`)",
     "no-wrong-answers": "no wrong answers (`wrong_answer_rate: 0`)",
     "no-distractors": "no distractors (`distractor_probability: 0`)",
-    "native-resolution": "noise at the file's resolution (`resolution: native`)",
     "constant-answer-weight": "`answer_weight: constant`",
     "confidence-weight-1": "`confidence_weight: 1`",
     "without-likelihoods": "levels without likelihoods",
@@ -442,13 +443,13 @@ def main(arguments: list[str] | None = None) -> None:
     systems = (*REPORTED, *STATED) if args.test else compared
     runs = [run_seed(seed, args.out, systems, resume=args.resume, test=args.test) for seed in args.seeds]
     print(markdown(runs, SYSTEMS))
+    print("SFT with one thing as in the paper's preset:\n")
+    print(markdown(runs, ABLATED))
+    print(f"{against_sft(runs, {name: ABLATED[name] for name in ('without-likelihoods', *ABLATIONS)})}\n")
     if not args.test:
         print(f"{against_sft(runs, {name: SYSTEMS[name] for name in STAGE_2})}\n")
         candidates = [name for name in (*STAGE_2, *STAGE_2_ALONE) if name in runs[0]]
         print(f"Chosen of {', '.join(candidates)}, with {len(runs)} seeds: {chosen(runs, candidates)}\n")
-        print("SFT with one thing as in the paper's preset:\n")
-        print(markdown(runs, ABLATED))
-        print(f"{against_sft(runs, {name: ABLATED[name] for name in ABLATIONS})}\n")
         if {"noise-alone", *LEFT_OUT} <= {*systems}:
             print(f"{left_out([evaluation(args.out, seed, test=False) for seed in args.seeds])}\n")
     else:

@@ -1,0 +1,189 @@
+r"""A base model for pictures and questions of somebody else: `python -m tests.performance.easy_vqa --out runs/easy`.
+
+The data are those of the package `easy-vqa` 1.0 (PyPI, MIT): 5,000 pictures of one shape on a plain ground, and questions in 107 wordings,
+negations among them. The script writes two folders of JSON lines, about different pictures: `base`, on which the demo's model is fine-tuned
+to answer without any confidence, by `vlm-calibration fit` and `export --merge`, and `data`, which `own_data.py` calibrates.
+
+    pip install easy-vqa
+    python -m tests.performance.easy_vqa --out runs/easy
+    python -m tests.performance.own_data runs/easy/data --model runs/easy/model.yaml --out runs/easy/calibrated \
+      --dpo.model.init_args.optimizer.lr 1.0e-3 --dpo.trainer.max_steps 300
+
+Questions of a wording are drawn so that as many answers are yes as no: else a base model answers from the wording alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from vlm_calibration.files import write_rows
+from vlm_calibration.models.base import DEMO_MODEL
+
+BASE_IMAGES = 2000
+"""The first pictures of the training split, which the base model is fine-tuned on; all others are for calibration."""
+NEGATED = ("not", "no")
+STEPS = 800
+
+
+def shape_box(image: Image.Image) -> list[int]:
+    """The box of what differs from the ground, the colour of the corner."""
+    pixels = np.asarray(image.convert("RGB")).astype(int)
+    rows, columns = np.nonzero(np.abs(pixels - pixels[0, 0]).sum(-1) > 60)
+    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+
+
+def kind_of(question: str) -> str:
+    words = question.rstrip("?").split()
+    if words[0] != "what":
+        return "negated" if set(words) & {*NEGATED} else "affirmed"
+    return "colour" if "color" in words else "form"
+
+
+def records(folder: Path, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number of the picture and record of each question, in order; the image is relative to `split`."""
+    boxes: dict[int, list[int]] = {}
+    questions = json.loads((folder / split / "questions.json").read_text())
+    for number, (question, answer, picture) in enumerate(questions):
+        name = f"{split}/images/{picture}.png"
+        if picture not in boxes:
+            with Image.open(folder / name) as image:
+                boxes[picture] = shape_box(image)
+        kind = kind_of(question)
+        yield (
+            picture,
+            {
+                "id": f"{split}-{number}",
+                "image": name,
+                "question": question.capitalize(),
+                "answer": answer.capitalize(),
+                "answer_type": "yes_no" if answer in ("yes", "no") else "short",
+                "category": kind,
+                "objects": ["shape"],
+                "regions": [{"label": "shape", "box": boxes[picture]}],
+            },
+        )
+
+
+def balanced(rows: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """As many of each wording with yes as with no, and all others, in a random order."""
+    by_wording: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        by_wording[row["question"]][row["answer"]].append(row)
+    kept: list[dict[str, Any]] = []
+    for answers in by_wording.values():
+        is_yes_no = answers.keys() <= {"Yes", "No"}
+        n = min(len(answers["Yes"]), len(answers["No"])) if is_yes_no else None
+        kept += [row for of_answer in answers.values() for row in of_answer[:n]]
+    random.Random(seed).shuffle(kept)
+    return kept
+
+
+def write_data(out: Path) -> None:
+    """Write `base/{train,validation}.jsonl` and `data/queries.jsonl`, with links to the pictures beside them."""
+    spec = importlib.util.find_spec("easy_vqa")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the package easy-vqa is missing: pip install easy-vqa")
+    folder = Path(spec.origin).parent / "data"
+    train, test = list(records(folder, "train")), list(records(folder, "test"))
+    base = balanced([row for picture, row in train if picture < BASE_IMAGES])
+    own = balanced([row for picture, row in train if picture >= BASE_IMAGES] + [row for _, row in test])
+    for name, files in {
+        "base": {"train": base[300:], "validation": base[:300]},
+        "data": {"queries": own},
+    }.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        for split in ("train", "test"):
+            shutil.copytree(folder / split / "images", out / name / split / "images", dirs_exist_ok=True)
+        for file, rows in files.items():
+            write_rows(out / name / f"{file}.jsonl", rows, lines=True)
+
+
+def command(*arguments: str) -> None:
+    """Run `vlm-calibration` on two threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    subprocess.run([sys.executable, "-m", "vlm_calibration.cli", *arguments], env=environment, check=True)
+
+
+def train_base(out: Path, steps: int) -> None:
+    """Fine-tune the demo's model to answer, whatever it states, and merge the adapter into `base_model`; `model.yaml` names it."""
+    # A copy: the demo's own model is refused on other data.
+    shutil.copytree(DEMO_MODEL, out / "start", dirs_exist_ok=True)
+    source = "vlm_calibration.data.sources.jsonl.JsonlSource"
+    settings = {
+        "trainer": {"max_epochs": -1, "max_steps": steps},
+        "model": {
+            "init_args": {
+                "base": {"name_or_path": str(out / "start")},
+                "lora": {"r": 64, "alpha": 128, "dropout": 0.0, "parts": ["language", "projector", "tower"]},
+                "answer_weight": "constant",
+                "confidence_weight": 0.0,
+                "optimizer": {"lr": 1.0e-3},
+            }
+        },
+        "data": {
+            "train": {"class_path": source, "init_args": {"path": str(out / "base/train.jsonl")}},
+            "validation": {"class_path": source, "init_args": {"path": str(out / "base/validation.jsonl")}},
+            "noise": {
+                "clean_fraction": 1.0,
+                "wrong_answer_rate": 0.0,
+                "levels": {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"},
+            },
+            "batch_size": 64,
+        },
+    }
+    path = out / "base.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    runs = str(out / "base_run")
+    command(
+        "fit",
+        "--config",
+        "configs/sft.yaml",
+        "--config",
+        str(path),
+        "--trainer.default_root_dir",
+        runs,
+        "--overwrite",
+    )
+    command("export", runs, "--merge", "--out", str(out / "base_model"), "--overwrite")
+
+
+def write_model(out: Path) -> None:
+    """Write `model.yaml`, the settings for a model as small as this one."""
+    model = {
+        "base": {"name_or_path": str(out / "base_model"), "dtype": "float32"},
+        "optimizer": {"lr": 1.0e-3},
+        "max_new_tokens": 16,
+    }
+    data = {"batch_size": 12, "eval_batch_size": 128, "workers": 1, "max_length": 256}
+    trainer = {"max_epochs": -1, "max_steps": 600, "num_sanity_val_steps": 0}
+    settings = {"trainer": trainer, "model": {"init_args": model}, "data": data}
+    (out / "model.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/easy"))
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of the base model")
+    args = parser.parse_args(arguments)
+    write_data(args.out)
+    train_base(args.out, args.steps)
+    write_model(args.out)
+
+
+if __name__ == "__main__":
+    main()
