@@ -267,25 +267,6 @@ def test_the_model_answers_as_it_learnt(run: Run) -> None:
         assert predictions[number].confidence == 0.5
 
 
-def test_generation_finds_tokens_as_likely_as_training(run: Run) -> None:
-    """One continues an answer token by token from a cache, the other reads prompt and answer in one pass."""
-    prompts, pairs = run.batch("prompts"), run.batch("candidates")
-    output = run.dpo.model.generate(
-        **prompts.inputs,
-        do_sample=False,
-        max_new_tokens=6,
-        min_new_tokens=6,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    answers = output.sequences[:, prompts.inputs["input_ids"].shape[1] :]
-    generated = torch.stack(output.logits, dim=1).log_softmax(-1).gather(-1, answers[..., None])[..., 0]
-    with torch.no_grad():
-        prefix = Prompts(pairs.inputs, pairs.lengths)
-        scores = score_responses(run.dpo.model, prefix, [[a] for a in answers.tolist()])
-    assert torch.allclose(scores.log_likelihood[:, 0], generated, atol=run.tolerance)
-
-
 def test_a_step_on_own_answers_equals_that_of_each_query_and_each_response_alone(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
