@@ -274,14 +274,6 @@ def test_an_endpoint_may_move() -> None:
     assert _names(before, other) == ["model.init_args.endpoints.e.parameters.temperature"]
 
 
-def test_a_record_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    assert read_record(tmp_path) is None
-    for content in ("[]", "{", '{"command": "fit"}'):
-        (tmp_path / "run.json").write_text(content)
-        with pytest.raises(DataError, match=r"run\.json"):
-            read_record(tmp_path)
-
-
 @pytest.mark.parametrize("size", [0, 2, 10, 2000, -1])
 @pytest.mark.parametrize("others", [0, 2])
 def test_a_truncated_checkpoint_names_what_to_resume_from(tmp_path: Path, size: int, others: int) -> None:
