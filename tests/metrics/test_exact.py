@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from itertools import permutations, product
 from math import gcd
 
 import numpy as np
@@ -60,16 +59,6 @@ def test_random_cases(kind):
 def test_edge_cases(name):
     percent, correct = EDGE_CASES[name]
     check(np.array(percent), np.array(correct, dtype=bool))
-
-
-def test_aurc_is_the_mean_over_all_orders_of_ties():
-    """Three answers at 90% and two at 40%, in every order that keeps the levels apart."""
-    orders = product(permutations([0, 1, 0]), permutations([1, 0]))  # errors of each level
-    areas = [np.mean(np.cumsum(first + second) / np.arange(1, 6)) for first, second in orders]
-    confidence = torch.tensor([0.9] * 3 + [0.4] * 2, dtype=torch.float64)
-    correct = torch.tensor([True, False, True, False, True])
-    aurc = float(functional.area_under_risk_coverage(confidence, correct))
-    assert aurc == pytest.approx(np.mean(areas), abs=1e-14)
 
 
 def test_aurc_of_many_answers_is_stable():
