@@ -28,14 +28,11 @@ def mask():
     return ((y - 30) / 20) ** 2 + ((x - 35) / 25) ** 2 < 1
 
 
-def normal(seed, n):
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))).standard_normal(n, np.float32)
-
-
 def reference(image, mask, step, schedule, seed):
     """The formula in float64, in the order of the noise."""
     alpha_bar = schedule.alpha_bar(step)
-    noise = normal(seed, 3 * int(mask.sum())).reshape(-1, 3).astype(np.float64)
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+    noise = rng.standard_normal((int(mask.sum()), 3), np.float32).astype(np.float64)
     result = image.astype(np.float64)
     value = math.sqrt(alpha_bar) * (result[mask] / 127.5 - 1) + math.sqrt(1 - alpha_bar) * noise
     result[mask] = np.clip((value + 1) * 127.5, 0, 255)
