@@ -25,14 +25,13 @@ from vlm_calibration.models.loading import model_identity
 from vlm_calibration.records import DataError, Query, Region
 from vlm_calibration.reporting.runs import RunRecord, read_record
 
+from ..command_line import instance
+
 COMMANDS = ("fit", "test", "predict", "levels fit")
 
 
 def _source(path: str) -> dict[str, Any]:
-    return {
-        "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
-        "init_args": {"path": path, "root": None},
-    }
+    return instance("data.sources.jsonl.JsonlSource", path=path, root=None)
 
 
 SETTINGS: dict[str, Any] = {

@@ -36,7 +36,7 @@ from vlm_calibration.losses.distribution import RLCR, SoftLabel
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.adapters import LoraSettings, using_adapter
-from vlm_calibration.models.base import BaseModel, Quantization
+from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.forward import labelled_logits, unwrap_peft
 from vlm_calibration.models.generation import generate
 from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
@@ -168,8 +168,22 @@ class Run:
         return collators[kind]([dataset[0, i] for i in range(len(SIZES))])  # type: ignore[operator]
 
 
-def run_through(family: Family, quantization: Quantization, records: str, folder: Path) -> Run:
-    """Run SFT, then DPO from its adapter; save both adapters."""
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(case, id="-".join(case), marks=[] if case in EVERY_TIME else pytest.mark.nightly)
+        for case in CASES
+    ],
+)
+def run(request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """SFT, then DPO from its adapter; both adapters are saved."""
+    name, quantization = request.param
+    family, folder = cached_family(name), tmp_path_factory.mktemp(name)
     base = BaseModel(family.save(folder / "base"), dtype="float32", quantization=quantization)
     watched, adapters = {}, {stage: str(folder / stage) for stage in ("sft", "dpo")}
     torch.manual_seed(0)
@@ -187,23 +201,6 @@ def run_through(family: Family, quantization: Quantization, records: str, folder
     dpo.model.save_pretrained(adapters["dpo"], selected_adapters=["default"])
     dpo.model.eval()
     return Run(family, base, records, data, sft, dpo, watched, adapters)
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_records(tmp_path_factory.mktemp("records"))
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(case, id="-".join(case), marks=[] if case in EVERY_TIME else pytest.mark.nightly)
-        for case in CASES
-    ],
-)
-def run(request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    name, quantization = request.param
-    return run_through(cached_family(name), quantization, records, tmp_path_factory.mktemp(name))
 
 
 def _lora(parameters: Iterable[str], adapter: str = "default") -> set[str]:

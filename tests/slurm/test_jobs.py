@@ -65,14 +65,11 @@ def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp
     log = (runs["limited"] / f"logs/{limited}.log").read_text()
     for text in ("received USR1", "SIGUSR1", "requeued", "SFT is done", "wandb sync"):
         assert text in log
-    ids = {name: _wandb_ids(run) for name, run in runs.items()}
+    logged = {name: run.glob("wandb/offline-run-*") for name, run in runs.items()}
+    ids = {name: [path.name.rsplit("-", 1)[1] for path in paths] for name, paths in logged.items()}
     assert [len(segments) for segments in ids.values()] == [1, 2, 2]
     assert {len(set(segments)) for segments in ids.values()} == {1}, "one W&B run, however often interrupted"
     assert len({segments[0] for segments in ids.values()}) == 3
-
-
-def _wandb_ids(run: Path) -> list[str]:
-    return [path.name.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*")]
 
 
 def test_all_stages_one_after_the_other(

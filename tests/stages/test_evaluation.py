@@ -39,16 +39,13 @@ from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.scoring import Scorer
 
+from ..command_line import read_lines
 from ..level_tables import measured, noise_counts
 from ..trainers import plain_trainer
 from .conftest import Data, Evaluate, LoadModel, MakeTrainer, NewAdapter
 
 SYSTEMS = ("base", "one", "two", "oracle")
 NAMES = ("expected", "likelihood", "p_true", "self_consistency", "stability")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _metrics(folder: Path, further: bool) -> dict[str, Any]:
@@ -94,7 +91,7 @@ def evaluated(
 @pytest.mark.slow
 def test_systems_side_by_side(evaluated: Evaluated, load_model: LoadModel) -> None:
     module, queries, folder = evaluated
-    lines = {system: _lines(folder / system / "predictions.jsonl") for system in SYSTEMS}
+    lines = {system: read_lines(folder / system / "predictions.jsonl") for system in SYSTEMS}
 
     # Every query once and in order, whoever answers.
     loader, _ = queries.test_dataloader()
@@ -158,7 +155,7 @@ def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
         (logged,) = trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
         assert {name.split("/")[1] for name in logged} == {*chosen, *(["base"] if with_base else [])}
         assert len(runs) == 4, "15 queries in batches of 4"
-        found[str(with_base)] = _lines(tmp_path / "run/two/predictions.jsonl")
+        found[str(with_base)] = read_lines(tmp_path / "run/two/predictions.jsonl")
     assert found["True"] == found["False"]
 
 
@@ -221,7 +218,7 @@ def test_every_estimator_has_its_key_and_its_metrics(evaluated: Evaluated) -> No
     folder = evaluated.folder
     estimates: dict[str, list[Any]] = {}
     for system in ("base", "one"):
-        lines = _lines(folder / system / "predictions.jsonl")
+        lines = read_lines(folder / system / "predictions.jsonl")
         assert [tuple(line)[-7:] for line in lines] == [("image", *NAMES, "probes")] * 9
         predictions = [prediction_from_dict(line) for line in lines]
         estimates[system] = [p.estimates for p in predictions]
