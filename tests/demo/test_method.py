@@ -32,12 +32,10 @@ MODEL = "src/vlm_calibration/demo/model"
 
 NOISE_ALONE = {
     "kinds": {"noise": 1},
-    "levels": instance(
-        "perturbation.levels.AnchoredLevels",
-        path="src/vlm_calibration/demo/levels.json",
-        likelihoods=None,
-        groups=3,
-    ),
+    "levels": {
+        "class_path": "vlm_calibration.perturbation.levels.AnchoredLevels",
+        "init_args": {"path": "src/vlm_calibration/demo/levels.json", "likelihoods": None, "groups": 3},
+    },
 }
 """Few steps teach one kind of perturbation on easy scenes, and not three on all."""
 

@@ -122,20 +122,12 @@ def test_an_oracle_is_at_the_better_bound(name):
 
 
 @pytest.mark.parametrize("kind", ["few", "continuous"])
-def test_sklearn(kind):
-    compared = 0
+def test_the_log_loss_is_that_of_sklearn(kind):
     for confidence, correct in cases(25, kind, seed=11, largest=300):
         confidence = confidence if kind == "continuous" else confidence / 100
-        values, y = (torch.tensor(confidence), torch.tensor(correct)), correct.astype(int)
-        brier = sklearn_metrics.brier_score_loss(y, confidence, pos_label=1)
-        assert float(functional.brier_score(*values)) == pytest.approx(brier, abs=1e-12)
-        log_loss = sklearn_metrics.log_loss(y, confidence, labels=[0, 1])
-        assert float(functional.log_loss(*values)) == pytest.approx(log_loss, rel=1e-9)
-        if 0 < y.sum() < len(y):
-            compared += 1
-            auroc = sklearn_metrics.roc_auc_score(y, confidence)
-            assert float(functional.auroc(*values)) == pytest.approx(auroc, abs=1e-12)
-    assert compared > 15
+        log_loss = sklearn_metrics.log_loss(correct.astype(int), confidence, labels=[0, 1])
+        value = functional.log_loss(torch.tensor(confidence), torch.tensor(correct))
+        assert float(value) == pytest.approx(log_loss, rel=1e-9)
 
 
 def test_netcal():
