@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -93,6 +94,22 @@ def test_without_a_pair_the_loss_is_0_with_a_gradient(loss: PreferenceLoss, n_ca
     assert policy.grad is not None
     assert policy.grad.tolist() == [[0.0] * n_candidates] * 2
     assert all(math.isnan(x) for x in preference_statistics(loss, scores).values())
+
+
+def test_listwise_is_plackett_luce() -> None:
+    scores = table([[-1, -2.5, -0.5, -4]], reference=[[-2, -2, -1.5, -1]], distance=[[0, 0.6, 0.2, 1.0]])
+    rewards = [0.8 * x for x in (1, -0.5, 1, -3)]
+
+    def probability(order: tuple[int, ...]) -> float:
+        remaining, total = list(order), 1.0
+        for i in order:
+            total *= math.exp(rewards[i]) / sum(math.exp(rewards[j]) for j in remaining)
+            remaining.remove(i)
+        return total
+
+    assert sum(probability(order) for order in itertools.permutations(range(4))) == pytest.approx(1)
+    # nearest first: 0, 2, 1, 3; the last is no choice, which leaves three terms
+    assert float(Listwise(beta=0.8)(scores)) == pytest.approx(-math.log(probability((0, 2, 1, 3))) / 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
