@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +33,10 @@ from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoi
 from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
 from vlm_calibration.reporting.dashboard import logged_in
 
+from ..command_line import LIMIT, inherited_environment
+from ..graphql_server import GraphQLServer
 from ..trainers import fake_trainer
+from ..wandb_log import read_run
 
 LOGIN = "machine api.wandb.ai\n  login user\n  password 0123456789\n"
 
@@ -98,6 +103,14 @@ def test_offline_unless_logged_in(
     assert not (tmp_path / "run").exists(), "only the first process begins"
 
 
+PROGRAM = """
+from vlm_calibration.callbacks.logger import RunLogger
+logger = RunLogger(save_dir="run", settings={"init_timeout": 1.0})
+logger.log_metrics({"train/loss": 1.5}, step=0)
+print("offline:", logger.experiment.offline)
+"""
+
+
 def test_a_run_that_the_server_refuses_goes_on_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +128,21 @@ def test_a_run_that_the_server_refuses_goes_on_offline(
     with pytest.warns(UserWarning, match="permission denied.*this run is logged offline"):
         assert logger.experiment.url is None
     assert len(begun) == 2
+
+
+@pytest.mark.nightly
+def test_a_run_goes_on_offline_where_nobody_listens(tmp_path: Path) -> None:
+    server = GraphQLServer()
+    server.close()
+    place: dict[str, Any] = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, "timeout": LIMIT}
+    place["env"] = {**inherited_environment(), **server.environment, "HOME": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, **place
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "offline: True" in ran.stdout
+    assert "this run is logged offline, and `wandb sync` uploads it" in ran.stderr
+    assert [row["train/loss"] for row in read_run(tmp_path / "run").history] == [1.5]
 
 
 def test_what_is_to_be_uploaded_stays_in_the_run_directory(
