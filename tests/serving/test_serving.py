@@ -12,7 +12,7 @@ from vlm_calibration import load_calibrated
 from vlm_calibration.inference.model import DEMO_MODEL
 
 from ..endpoint.test_evaluation import lines, metrics
-from .served import VLLM, ask_served, questions, serving, transformers_serve, vllm_serve
+from .served import VLLM, ask_served, questions, save_qwen, serving, transformers_serve, vllm_serve
 
 pytestmark = pytest.mark.slow
 NAME = "calibrated"
@@ -52,6 +52,13 @@ def test_vllm_serves_the_merged_demo(
             assert its["expected"] == pytest.approx(mine["expected"], abs=0.05)
         else:
             assert its["expected"] is None
+
+
+@with_vllm
+def test_vllm_serves_a_random_qwen(evaluate_served: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    folder = save_qwen(tmp_path / "qwen")
+    with serving(vllm_serve(folder, "--served-model-name", NAME), tmp_path / "log") as url:
+        evaluate_served(folder, url, NAME)
 
 
 @with_vllm
