@@ -147,6 +147,11 @@ def callback(name: str, **settings: Any) -> dict[str, Any]:
     return {**named, "class_path": name} if name.startswith("disasters") else named
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def write_evaluation(
     path: Path,
     runs: str,

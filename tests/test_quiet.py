@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from vlm_calibration.progress import LogLines, duration, stage_name, track, work
 from vlm_calibration.quiet import quiet_libraries, quiet_lightning
 from vlm_calibration.reporting.tables import print_results
 
-from .command_line import Ended, callback
+from .callbacks.test_throughput import Clock
+from .callbacks.test_throughput import clock as clock
+from .command_line import Ended
 from .trainers import plain_trainer
 from .wandb_log import OfflineRun
 
@@ -77,13 +79,6 @@ def test_an_evaluation_ends_with_its_table(offline_runs: dict[str, OfflineRun]) 
     rows = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
     assert rows == ["base", "sft", "dpo", "oracle"]
     assert lines[-1] == f"answers: {evaluated.directory}"
-
-
-@pytest.mark.slow
-def test_a_validation_prints_its_result(run: Callable[..., Ended], fit: Callable[..., list[str]]) -> None:
-    settings = fit(trainer={"callbacks": [callback("results_table.ResultsTable")]})[1:]
-    lines = quiet(run("validate", *settings))
-    assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["validation"]
 
 
 def test_other_warnings_of_the_same_places_are_not_hidden() -> None:
@@ -158,20 +153,6 @@ def test_a_command_is_named_as_the_shell_finds_it(
         monkeypatch.setenv("PATH", search)
         print_results({}, commands=["vlm-calibration runs"])
         assert capsys.readouterr().out == f"what to try next:\n  {expected} runs\n"
-
-
-class Clock:
-    now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
-    return clock
 
 
 def test_a_log_has_a_line_after_some_seconds_then_seldom_and_at_the_end(

@@ -11,8 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_calibration.records import (
-    ANSWER_TYPES,
-    Prediction,
     Query,
     RecordError,
     category_groups,
@@ -113,10 +111,3 @@ def test_whatever_a_file_holds_is_a_query_or_a_record_error(key: str, value: Any
 def test_category_groups() -> None:
     groups = {None: (), "": (), "a/a": ("a",), "/a//b/": ("a", "b"), "a/b/c": ("a", "b", "c")}
     assert {category: category_groups(category) for category in groups} == groups
-
-
-def test_predictions_have_the_keys_of_the_file_format() -> None:
-    prediction = Prediction("a", "q", "Yes", "Yes. Confidence: 80%", "yes", 0.8, True, None, 0, "yes_no")
-    keys = "id question answer text predicted confidence correct category noise_step answer_type perturbation strength"
-    assert list(prediction.to_dict()) == keys.split()
-    assert ANSWER_TYPES == ("yes_no", "short", "open")

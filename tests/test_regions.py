@@ -119,6 +119,7 @@ def test_all_sources_are_extracted_in_one_run(
     files = {"train.parquet", "validation.parquet", "levels.parquet"}
     assert set(one) == {*files, "summary.json", "run.json", *range(6)}
     summary = one["summary.json"]
+    assert one["run.json"]["finished"], "all files that it is to write are there"
     assert [row["id"] for name in summary["files"] for row in one[name]] == _readable_ids(queries)
     assert (summary["queries"], [f["queries"] for f in summary["files"].values()]) == (17, [9, 3, 5])
     for name in files:

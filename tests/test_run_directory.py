@@ -63,14 +63,6 @@ def test_a_run_that_fails_leaves_the_directory_as_it_was(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_finished_run_is_refused_and_left_as_it_was(run: Run, fit: Arguments, finished: Path) -> None:
-    before = files_of(finished)
-    refused = run(*fit(trainer=LOGGED)).checked(1).error()
-    remedies = ("--resume", "--overwrite", "--trainer.default_root_dir")
-    assert all(text in refused for text in (str(finished), *remedies))
-    assert files_of(finished) == before
-
-
 def test_an_overwritten_run_stands_until_the_new_one_trains_and_leaves_nothing_behind(
     run: Run, start: Arguments, finished: Path
 ) -> None:

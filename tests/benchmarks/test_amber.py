@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from vlm_calibration.records import DataError, Query
 
 from ..data.conftest import refused
 from . import official_rules
+from .test_pope import Written
+from .test_pope import written as written
 
 TYPES = tuple(CATEGORIES)
 ODD = (
@@ -49,10 +50,6 @@ def _queries(annotations: Rows) -> list[Query]:
         Query(str(a["id"]), "", "", a["truth"].capitalize(), "yes_no", category=CATEGORIES[a["type"]])
         for a in annotations
     ]
-
-
-def _scores(annotations: Rows, answers: Rows) -> dict[str, float]:
-    return AmberCounts.of(_queries(annotations), [a["response"] for a in answers]).scores(DIMENSIONS)
 
 
 def test_scores_of_answer_files_are_those_of_the_script(tmp_path: Path) -> None:
@@ -96,9 +93,10 @@ def test_scores_of_answer_files_are_those_of_the_script(tmp_path: Path) -> None:
 )
 def test_by_hand(block: str, expected: tuple[float, ...]) -> None:
     existence, state, number = TYPES[:3]
-    answers = [(state, "no", "No"), (state, "no", "Yes"), (state, "yes", "No")]
-    answers += [(number, "yes", "Yes"), (number, "no", "No."), (existence, "no", "No")]
-    scores = _scores(*_file(answers))
+    rows = [(state, "no", "No"), (state, "no", "Yes"), (state, "yes", "No")]
+    rows += [(number, "yes", "Yes"), (number, "no", "No."), (existence, "no", "No")]
+    annotations, answers = _file(rows)
+    scores = AmberCounts.of(_queries(annotations), [a["response"] for a in answers]).scores(DIMENSIONS)
     assert tuple(scores[block + key] for key in ("accuracy", "precision", "recall", "f1")) == expected
 
 
@@ -137,22 +135,9 @@ ANNOTATIONS: Rows = [
 ANSWERS = [{"id": a["id"], "response": "No"} for a in ANNOTATIONS[1:]]
 
 
-Written = Callable[..., Path]
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Written:
-    def write(name: str, value: Any) -> Path:
-        path = tmp_path / name
-        path.write_text(value if isinstance(value, str) else json.dumps(value, indent=1), encoding="utf-8")
-        return path
-
-    return write
-
-
 def test_official_files(written: Written) -> None:
-    annotations = written("annotations.json", ANNOTATIONS)
-    path = written("answers.json", [{"id": 1, "response": "A sky."}, *ANSWERS[::-1]])
+    annotations = written("annotations.json", ANNOTATIONS, False)
+    path = written("answers.json", [{"id": 1, "response": "A sky."}, *ANSWERS[::-1]], False)
     queries, replies, generative, others = read_answers(path, annotations)
     assert [q.category for q in queries] == list(CATEGORIES.values())
     assert [r.id for r in replies] == [q.id for q in queries] == ["2", "3", "4", "5", "6", "7"]
@@ -161,12 +146,12 @@ def test_official_files(written: Written) -> None:
     assert [r.id for r in replies] == ["2"]
     assert (generative, others) == (1, 5)
     rows = [{"id": i, "image": f"AMBER_{i}.jpg", "query": "Is it?"} for i in (1, 2)]
-    [query], generative = read_queries(written("query_all.json", rows), annotations)
+    [query], generative = read_queries(written("query_all.json", rows, False), annotations)
     assert (query.id, query.image, query.answer, query.category) == ("2", "AMBER_2.jpg", "No", "existence")
     assert generative == 1
     for wrong, says in (([*rows, rows[1]], "duplicate id 2"), ([*rows, {"id": 99}], "99 is no id in")):
         with pytest.raises(DataError, match=f"q.json: record 3: {says}"):
-            read_queries(written("q.json", wrong), annotations)
+            read_queries(written("q.json", wrong, False), annotations)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +171,9 @@ def test_official_files(written: Written) -> None:
     ],
 )
 def test_a_mistake_is_named(written: Written, annotations: Any, answers: Any, says: str) -> None:
-    paths = {"annotations": written("t.json", annotations), "answers": written("a.json", answers)}
+    paths = {
+        "annotations": written("t.json", annotations, False),
+        "answers": written("a.json", answers, False),
+    }
     with refused(f"{paths['answers'].parent}/{says.format(**paths)}"):
         read_answers(paths["answers"], paths["annotations"])

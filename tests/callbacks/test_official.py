@@ -28,7 +28,7 @@ from vlm_calibration.files import write_rows
 from vlm_calibration.records import DataError
 
 from ..benchmarks import official_rules
-from ..command_line import Ended
+from ..command_line import Ended, instance, read_lines
 from ..trainers import fake_trainer
 
 SPLITS = ("random", "popular", "adversarial")
@@ -80,14 +80,8 @@ def evaluation(root: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def _source(kind: str, **settings: Path) -> dict[str, Any]:
-    init_args = {name: str(path) for name, path in settings.items()}
-    return {
-        "source": {"class_path": f"vlm_calibration.data.sources.benchmark.{kind}", "init_args": init_args}
-    }
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    paths = {name: str(path) for name, path in settings.items()}
+    return {"source": instance(f"data.sources.benchmark.{kind}", **paths)}
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
@@ -128,7 +122,7 @@ def _check_pope(folder: Path) -> None:
     together: tuple[list[Any], list[Any]] = ([], [])
     for split in SPLITS:
         files = (folder / f"official/{split}.{what}.jsonl" for what in ("labels", "answers"))
-        labels, answers = map(_lines, files)
+        labels, answers = map(read_lines, files)
         assert [x["question_id"] for x in labels] == [x["question_id"] for x in answers] == [1, 2, 3, 4, 5]
         _same(metrics, f"official/{split}/", labels, answers)
         together[0].extend(labels)
@@ -158,7 +152,7 @@ def test_amber(
     assert ended.status == 0, ended.err
     assert "1 generative records (descriptions) are left out: AMBER's own script scores them" in ended.err
     folder = tmp_path / "eval/base"
-    metrics, predictions = _metrics(folder), _lines(folder / "predictions.jsonl")
+    metrics, predictions = _metrics(folder), read_lines(folder / "predictions.jsonl")
     categories = [f"amber/{c}" for c in CATEGORIES.values() for _ in range(2)]
     assert [p["category"] for p in predictions] == categories
     assert (metrics["n"], metrics["n/attribute"], metrics["n/relation"]) == (12, 6, 4)

@@ -125,11 +125,7 @@ def test_tokens_of_pairs_count_the_prompt_once_and_every_response() -> None:
 
 
 def test_memory_of_the_process_where_there_is_no_gpu() -> None:
-    before = peak_memory(torch.device("cpu"))
-    assert before > 100 * 2**20
-    held = torch.ones(2**27, dtype=torch.uint8) + torch.ones(1, dtype=torch.uint8)
-    assert peak_memory(torch.device("cpu")) >= before
-    assert int(held[0]) == 2
+    assert peak_memory(torch.device("cpu")) > 100 * 2**20
 
 
 # --- Progress ---

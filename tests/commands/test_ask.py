@@ -20,7 +20,7 @@ from vlm_calibration.estimators.decision import AppliedRule, KnownQuestions
 from vlm_calibration.inference.asking import Answer
 from vlm_calibration.inference.model import DEMO_MODEL, CalibratedModel
 
-from ..command_line import Ended
+from ..command_line import Ended, read_lines
 from ..decision_rules import write_decision_rule
 
 SOURCE = DemoSource("test", scenes=4)
@@ -50,7 +50,7 @@ def questions(tmp_path: Path) -> Path:
 @pytest.fixture
 def asked(questions: Path) -> Options:
     """Image and question of the first of them."""
-    row = _rows(questions)[0]
+    row = read_lines(questions)[0]
     return row["image"], row["question"]
 
 
@@ -67,10 +67,6 @@ def call_many(call: Call, questions: Path) -> Call:
 @pytest.fixture
 def adapter(adapter_run: Path) -> Options:
     return ("--adapter", str(adapter_run), "--device", "cpu", "--max-new-tokens", "16")
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_one_question(call: Call, asked: Options, adapter: Options, calibrated: CalibratedModel) -> None:
@@ -91,7 +87,7 @@ def test_one_question(call: Call, asked: Options, adapter: Options, calibrated: 
 
 def test_what_the_demo_model_does_not_know_is_a_warning(call: Call, questions: Path, tmp_path: Path) -> None:
     """The same weights in a folder of the user are not the demo's model."""
-    known = _rows(questions)[0]
+    known = read_lines(questions)[0]
     zebra = {**known, "id": "z", "question": "Is there a zebra?"}
     questions.write_text("".join(json.dumps(row) + "\n" for row in (known, zebra)))
     own = shutil.copytree(DEMO_MODEL, tmp_path / "own")
@@ -101,7 +97,7 @@ def test_what_the_demo_model_does_not_know_is_a_warning(call: Call, questions: P
         assert ended.err == (f"warning: {warnings[1]}\n" if warnings[1] else "")
         ended = call("--questions", str(questions), "--out", f"{model.name}.jsonl", *base)
         assert (f"warning: {questions}:2: {warnings[1]}" in ended.err) == (model == DEMO_MODEL)
-        assert [row["warning"] for row in _rows(tmp_path / f"{model.name}.jsonl")] == warnings
+        assert [row["warning"] for row in read_lines(tmp_path / f"{model.name}.jsonl")] == warnings
 
 
 def test_an_answer_as_text() -> None:
@@ -197,14 +193,14 @@ def test_a_run_that_was_cut_off_resumes_where_it_was(
 ) -> None:
     call = partial(call, "--questions", str(questions), "--batch-size", "5", *decides(0.97), "--abstain")
     assert call("--out", "a/whole.jsonl").status == 0
-    whole, given = questions.parent / "a/whole.jsonl", _rows(questions)
+    whole, given = questions.parent / "a/whole.jsonl", read_lines(questions)
     expected = calibrated.ask_many((questions.parent / q["image"], q["question"]) for q in given)
-    for row, question, answer in zip(_rows(whole), given, expected, strict=True):
+    for row, question, answer in zip(read_lines(whole), given, expected, strict=True):
         assert {key: row[key] for key in question} == question
         assert (row["text"], row["confidence"]) == (answer.text, answer.confidence)
         assert row["expected"] == pytest.approx(answer.expected, abs=2e-4)
-    below = [row["confidence"] is None or row["confidence"] < 0.97 for row in _rows(whole)]
-    assert [row["decision"] for row in _rows(whole)] == ["review" if b else "answer" for b in below]
+    below = [row["confidence"] is None or row["confidence"] < 0.97 for row in read_lines(whole)]
+    assert [row["decision"] for row in read_lines(whole)] == ["review" if b else "answer" for b in below]
     out = questions.parent / "cut.jsonl"
     out.write_text("".join(whole.read_text().splitlines(keepends=True)[:5]) + '{"id": "torn')
     asked: list[str] = []
@@ -220,7 +216,7 @@ def test_a_run_that_was_cut_off_resumes_where_it_was(
         f"7 of 12 questions answered, 5 answered before, {sum(below)} for review: cut.jsonl\n"
     )
     assert asked == [q["question"] for q in given[5:]]
-    assert [r["text"] for r in _rows(out)] == [r["text"] for r in _rows(whole)]
+    assert [r["text"] for r in read_lines(out)] == [r["text"] for r in read_lines(whole)]
     counts = {"questions": 12, "answered_now": 0, "answered_before": 12, "skipped": 0}
     ended = call("--out", "cut.jsonl", "--json")
     assert json.loads(ended.out) == {**counts, "review": sum(below), "out": "cut.jsonl"}
@@ -262,7 +258,7 @@ def test_bad_images_stop_the_run_or_are_counted(call_many: Call, questions: Path
     questions.write_text("\n".join([first, *bad, second]) + "\n")
     call = partial(call_many, *adapter, "--batch-size", "1")
     assert f"{questions}:2: no such image: " in call().error()
-    assert len(_rows(questions.parent / "answers.jsonl")) == 1, "what was answered stays"
+    assert len(read_lines(questions.parent / "answers.jsonl")) == 1, "what was answered stays"
     ended = call("--on-bad-image", "skip")
     assert ended.out == "1 of 5 questions answered, 1 answered before, 3 left out: answers.jsonl\n"
     for reason in (":2: no such image", ":3: the image path '../x.png' leaves", "torn.png: damaged"):

@@ -16,7 +16,7 @@ from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.inspection import inspect_source
 
-from ..command_line import Ended
+from ..command_line import Ended, instance
 
 
 @pytest.fixture
@@ -95,11 +95,8 @@ def test_a_source_of_only_bad_records_names_the_first(tmp_path: Path) -> None:
 
 @pytest.fixture
 def config(jsonl: Path, tmp_path: Path) -> Path:
-    source = {
-        "class_path": "vlm_calibration.data.sources.jsonl.JsonlSource",
-        "init_args": {"path": str(jsonl)},
-    }
-    demo = {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": {"scenes": 3}}
+    source = instance("data.sources.jsonl.JsonlSource", path=str(jsonl))
+    demo = instance("demo.source.DemoSource", scenes=3)
     data = {"train": source, "levels": demo, "test": {"clean": {"source": demo}}, "predict": demo}
     other = {"trainer": {"max_steps": 3}, "model": {"class_path": "no.such.Model"}}
     path = tmp_path / "config.yaml"

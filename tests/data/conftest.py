@@ -65,7 +65,7 @@ def pattern(seed: int) -> Image.Image:
     return Image.fromarray(coarse).resize((64, 48), Image.Resampling.BICUBIC)
 
 
-def encode(image: Image.Image, kind: str = "PNG", **settings: int) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **settings)
     return file.getvalue()

@@ -329,10 +329,11 @@ def located(outlined: Sequence[bool], others: bool) -> list[Query]:
     queries = []
     for i, has_mask in enumerate(outlined):
         dog = _region("dog", 4 + 3 * i, 12 - i, outlined=has_mask)
+        sky = _region("sky", 2, 30 + i, outlined=False)  # no question about existence asks for it
         queries += [
             Query(f"yes {i}", "x", "Is there a dog?", "Yes", "yes_no", ("dog",), (dog, *cats)),
             Query(f"no {i}", "x", "Is there a dog?", "No", "yes_no", ("dog",), cats),
-            Query(f"red {i}", "x", "What colour is it?", "red", "short", ("sky",), (_sky(i),)),
+            Query(f"red {i}", "x", "What colour is it?", "red", "short", ("sky",), (sky,)),
         ]
     return queries
 
@@ -348,11 +349,6 @@ def _shaped(
     source.on_bad_record = rule
     noise_policy = NoisePolicy(levels=OnlyAt(), resolution="native", **policy)
     return _dataset(noise_policy, **{"": EvalSplit(source, noise)})
-
-
-def _sky(i: int) -> Region:
-    """A region of what no question about existence asks for."""
-    return _region("sky", 2, 30 + i, outlined=False)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from vlm_calibration.errors import CommandError
 from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.records import DataError
 
+from ..command_line import instance
 from .conftest import Capture, Write, encode, pattern, record
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
@@ -302,11 +303,8 @@ def config(tmp_path: Path, write: WriteSource) -> str:
     """train and test share image 1."""
     write("train", "1.png", "2.png")
     write("test", "1.png", "3.png")
-    jsonl = "vlm_calibration.data.sources.jsonl.JsonlSource"
-    train, test = (
-        {"class_path": jsonl, "init_args": {"path": str(tmp_path / f"{name}.jsonl")}}
-        for name in ("train", "test")
-    )
+    paths = (str(tmp_path / f"{name}.jsonl") for name in ("train", "test"))
+    train, test = (instance("data.sources.jsonl.JsonlSource", path=path) for path in paths)
     data = {"train": train, "validation": test, "test": {"x": {"source": test}}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     return str(tmp_path / "config.yaml")

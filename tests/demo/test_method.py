@@ -22,7 +22,7 @@ from vlm_calibration.perturbation.level_table import read_table
 from vlm_calibration.perturbation.masks import bounding_box, mask_to_rle
 from vlm_calibration.records import Region
 
-from ..command_line import Server, callback
+from ..command_line import Server, callback, instance
 from ..wandb_log import demo, short
 
 pytestmark = pytest.mark.nightly
@@ -187,14 +187,13 @@ def _with_own_masks_alone(path: Path, split: str, scenes: int, **settings: Any) 
             regions.append(Region(query.objects[0], (left, top, right, bottom), mask_to_rle(mask)))
         rows.append(asdict(replace(query, regions=tuple(regions))))
     write_rows(path, [rows])
-    arguments = {"path": str(path), "images": demo(split, scenes, **settings)}
-    return {"class_path": "vlm_calibration.data.sources.parquet.ParquetSource", "init_args": arguments}
+    images = demo(split, scenes, **settings)
+    return instance("data.sources.parquet.ParquetSource", path=str(path), images=images)
 
 
 def test_the_shape_of_the_noise_does_not_teach_the_answer(call: Caller) -> None:
     """Of an object that is pure noise, nothing is left to answer by: whether it was there is answered at chance."""
-    linear = "vlm_calibration.perturbation.levels.LinearLevels"
-    few, many = ({"class_path": linear, "init_args": {"n_levels": n}} for n in (2, 11))
+    few, many = (instance("perturbation.levels.LinearLevels", n_levels=n) for n in (2, 11))
     noise = {"kinds": {"noise": 1}, "clean_fraction": 0, "wrong_answer_rate": 0, "distractor_probability": 0}
     train = _with_own_masks_alone(call.folder / "train.parquet", "train", 1800)
     weights = {"answer_weight": "constant", "confidence_weight": 1.0}

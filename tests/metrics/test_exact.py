@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from itertools import permutations, product
 from math import gcd
 
 import numpy as np
@@ -12,7 +11,7 @@ from netcal.metrics import ACE, ECE, MCE
 from sklearn import metrics as sklearn_metrics
 
 from vlm_calibration.metrics import CalibrationMetrics, functional
-from vlm_calibration.metrics.functional import METRICS, REPORTED
+from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.smooth import MIN_BANDWIDTH
 from vlm_calibration.metrics.table import ConfidenceTable
 
@@ -60,16 +59,6 @@ def test_random_cases(kind):
 def test_edge_cases(name):
     percent, correct = EDGE_CASES[name]
     check(np.array(percent), np.array(correct, dtype=bool))
-
-
-def test_aurc_is_the_mean_over_all_orders_of_ties():
-    """Three answers at 90% and two at 40%, in every order that keeps the levels apart."""
-    orders = product(permutations([0, 1, 0]), permutations([1, 0]))  # errors of each level
-    areas = [np.mean(np.cumsum(first + second) / np.arange(1, 6)) for first, second in orders]
-    confidence = torch.tensor([0.9] * 3 + [0.4] * 2, dtype=torch.float64)
-    correct = torch.tensor([True, False, True, False, True])
-    aurc = float(functional.area_under_risk_coverage(confidence, correct))
-    assert aurc == pytest.approx(np.mean(areas), abs=1e-14)
 
 
 def test_aurc_of_many_answers_is_stable():
@@ -129,28 +118,16 @@ def test_an_oracle_is_at_the_better_bound(name):
     assert (best > worst) == METRICS[name].higher_is_better
 
 
-def test_the_reported_ones_come_first():
-    assert tuple(METRICS)[: len(REPORTED)] == REPORTED
-
-
 # --- published packages, where they are correct
 
 
 @pytest.mark.parametrize("kind", ["few", "continuous"])
-def test_sklearn(kind):
-    compared = 0
+def test_the_log_loss_is_that_of_sklearn(kind):
     for confidence, correct in cases(25, kind, seed=11, largest=300):
         confidence = confidence if kind == "continuous" else confidence / 100
-        values, y = (torch.tensor(confidence), torch.tensor(correct)), correct.astype(int)
-        brier = sklearn_metrics.brier_score_loss(y, confidence, pos_label=1)
-        assert float(functional.brier_score(*values)) == pytest.approx(brier, abs=1e-12)
-        log_loss = sklearn_metrics.log_loss(y, confidence, labels=[0, 1])
-        assert float(functional.log_loss(*values)) == pytest.approx(log_loss, rel=1e-9)
-        if 0 < y.sum() < len(y):
-            compared += 1
-            auroc = sklearn_metrics.roc_auc_score(y, confidence)
-            assert float(functional.auroc(*values)) == pytest.approx(auroc, abs=1e-12)
-    assert compared > 15
+        log_loss = sklearn_metrics.log_loss(correct.astype(int), confidence, labels=[0, 1])
+        value = functional.log_loss(torch.tensor(confidence), torch.tensor(correct))
+        assert float(value) == pytest.approx(log_loss, rel=1e-9)
 
 
 def test_netcal():

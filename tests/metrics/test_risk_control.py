@@ -32,16 +32,12 @@ from ..performance.thresholds import LEVEL, LIMIT, POPULATIONS, Population, brok
 DRAWS = 300
 
 
-def _random_answers(seed: int, n: int = 600) -> tuple[np.ndarray, np.ndarray]:
-    """Confidences at whole percents and correctness; confident answers are more often correct."""
-    rng = np.random.default_rng(seed)
-    confidence = np.round(rng.beta(4, 1, n), (1, 2)[seed % 2])
-    return confidence, rng.random(n) < 1 - (1 - confidence) * 0.4
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_the_threshold_is_that_of_a_loop_over_the_answers(seed: int) -> None:
-    confidence, correct = _random_answers(seed)
+    """Confidences are whole percents; confident answers are more often correct."""
+    rng = np.random.default_rng(seed)
+    confidence = np.round(rng.beta(4, 1, 600), (1, 2)[seed % 2])
+    correct = rng.random(600) < 1 - (1 - confidence) * 0.4
     limit, level = (0.05, 0.1)[seed % 2], 0.1
     falling = np.unique(confidence)[::-1]
     fewest = fewest_answers(limit, level)

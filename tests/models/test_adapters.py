@@ -49,12 +49,6 @@ def _expected(part: str) -> set[str]:
     return {stem.format(i) + name for i in numbers for group in groups for name in group}
 
 
-def _adapted(model: PeftModel) -> set[str]:
-    """Names of the adapted layers, without peft's prefix."""
-    base = model.get_base_model()
-    return {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
-
-
 def _logits(model: Any, prompts: PromptBatch) -> torch.Tensor:
     with torch.no_grad():
         return model(**prompts.inputs).logits[:, -1]
@@ -75,7 +69,8 @@ def test_adapters_go_where_they_are_asked_to(load_model: Callable[..., Any], par
     assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (3, 12, 0.25, True)
     scaling = next(m for m in model.modules() if hasattr(m, "lora_A")).scaling["default"]
     assert scaling == pytest.approx(12 / 3**0.5)
-    assert _adapted(model) == set().union(*(_expected(p) for p in parts))
+    adapted = {name for name, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert adapted == set().union(*(_expected(p) for p in parts))
     assert adapted_parts(model) == parts
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained

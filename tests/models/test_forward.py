@@ -38,19 +38,16 @@ def _loss(labelled: LabelledLogits, n_rows: int) -> Tensor:
     return response_nll(log_likelihood, labelled.rows, torch.ones_like(log_likelihood), n_rows)
 
 
-def _with_lora(model: Any, checkpointing: bool) -> Any:
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    settings = LoraSettings(r=4, alpha=8, dropout=0.0, parts=["language", "tower", "projector"])
-    return randomize_adapters(attach_lora(model, settings)).train()
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_loss_and_gradients_are_those_of_the_plain_path(
     load_model: Callable[..., Any], batch: SFTBatch, attention: str, checkpointing: bool
 ) -> None:
-    model = _with_lora(load_model(attention), checkpointing)
+    base = load_model(attention)
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = LoraSettings(r=4, alpha=8, dropout=0.0, parts=["language", "tower", "projector"])
+    model = randomize_adapters(attach_lora(base, settings)).train()
     assert model.get_base_model().config._attn_implementation == attention
     results = []
     for logits_of in (plain_logits, labelled_logits):

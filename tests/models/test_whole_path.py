@@ -36,7 +36,7 @@ from vlm_calibration.losses.distribution import RLCR, SoftLabel
 from vlm_calibration.losses.preference import DPO
 from vlm_calibration.losses.sequence import token_log_likelihood
 from vlm_calibration.models.adapters import LoraSettings, using_adapter
-from vlm_calibration.models.base import BaseModel, Quantization
+from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.forward import labelled_logits, unwrap_peft
 from vlm_calibration.models.generation import generate
 from vlm_calibration.models.shared_prefix import Prompts, Scoring, score_responses, why_not_shared
@@ -168,8 +168,22 @@ class Run:
         return collators[kind]([dataset[0, i] for i in range(len(SIZES))])  # type: ignore[operator]
 
 
-def run_through(family: Family, quantization: Quantization, records: str, folder: Path) -> Run:
-    """Run SFT, then DPO from its adapter; save both adapters."""
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(case, id="-".join(case), marks=[] if case in EVERY_TIME else pytest.mark.nightly)
+        for case in CASES
+    ],
+)
+def run(request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """SFT, then DPO from its adapter; both adapters are saved."""
+    name, quantization = request.param
+    family, folder = cached_family(name), tmp_path_factory.mktemp(name)
     base = BaseModel(family.save(folder / "base"), dtype="float32", quantization=quantization)
     watched, adapters = {}, {stage: str(folder / stage) for stage in ("sft", "dpo")}
     torch.manual_seed(0)
@@ -187,23 +201,6 @@ def run_through(family: Family, quantization: Quantization, records: str, folder
     dpo.model.save_pretrained(adapters["dpo"], selected_adapters=["default"])
     dpo.model.eval()
     return Run(family, base, records, data, sft, dpo, watched, adapters)
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_records(tmp_path_factory.mktemp("records"))
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(case, id="-".join(case), marks=[] if case in EVERY_TIME else pytest.mark.nightly)
-        for case in CASES
-    ],
-)
-def run(request: pytest.FixtureRequest, records: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    name, quantization = request.param
-    return run_through(cached_family(name), quantization, records, tmp_path_factory.mktemp(name))
 
 
 def _lora(parameters: Iterable[str], adapter: str = "default") -> set[str]:
@@ -265,25 +262,6 @@ def test_the_model_answers_as_it_learnt(run: Run) -> None:
         assert predictions[number].text == f"{answer}. Confidence: 50%", "generation stops at the end"
         assert predictions[number].correct
         assert predictions[number].confidence == 0.5
-
-
-def test_generation_finds_tokens_as_likely_as_training(run: Run) -> None:
-    """One continues an answer token by token from a cache, the other reads prompt and answer in one pass."""
-    prompts, pairs = run.batch("prompts"), run.batch("candidates")
-    output = run.dpo.model.generate(
-        **prompts.inputs,
-        do_sample=False,
-        max_new_tokens=6,
-        min_new_tokens=6,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    answers = output.sequences[:, prompts.inputs["input_ids"].shape[1] :]
-    generated = torch.stack(output.logits, dim=1).log_softmax(-1).gather(-1, answers[..., None])[..., 0]
-    with torch.no_grad():
-        prefix = Prompts(pairs.inputs, pairs.lengths)
-        scores = score_responses(run.dpo.model, prefix, [[a] for a in answers.tolist()])
-    assert torch.allclose(scores.log_likelihood[:, 0], generated, atol=run.tolerance)
 
 
 def test_a_step_on_own_answers_equals_that_of_each_query_and_each_response_alone(

@@ -1,4 +1,3 @@
-import io
 import struct
 import zlib
 
@@ -11,21 +10,17 @@ from PIL import Image
 from vlm_calibration.perturbation.images import ImageError, load_image, resize_image
 from vlm_calibration.perturbation.masks import resize_mask
 
+from ..data.conftest import encode
+
 
 @pytest.fixture
 def rgb():
     return np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
-def encoded(image, image_format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)
-    return buffer.getvalue()
-
-
 def test_rgb_files_come_back_as_they_are_from_paths_and_bytes(rgb, tmp_path):
     path = tmp_path / "ünï côdé.png"
-    path.write_bytes(encoded(Image.fromarray(rgb)))
+    path.write_bytes(encode(Image.fromarray(rgb)))
     for source in (path, str(path), path.read_bytes()):
         loaded = load_image(source)
         np.testing.assert_array_equal(loaded, rgb)
@@ -46,21 +41,21 @@ SIXTEEN = Image.fromarray(np.array([[0, 65535, 257, 128, 129, 32768]], dtype=np.
 FRAMES = [Image.new("L", (1, 1), value) for value in (10, 200)]
 RED, GREEN, WHITE = [255, 0, 0], [0, 255, 0], [255, 255, 255]
 CONVERTED = {
-    "greyscale": (encoded(Image.fromarray(GREY)), np.stack([GREY] * 3, -1).tolist()),
-    "one bit": (encoded(Image.fromarray(GREY > 127)), np.stack([255 * (GREY > 127)] * 3, -1).tolist()),
-    "palette": (encoded(palette([RED, GREEN], [0, 1, 1])), [[RED, GREEN, GREEN]]),
-    "transparent palette": (encoded(palette([RED, GREEN], [0, 1]), transparency=0), [[WHITE, GREEN]]),
+    "greyscale": (encode(Image.fromarray(GREY)), np.stack([GREY] * 3, -1).tolist()),
+    "one bit": (encode(Image.fromarray(GREY > 127)), np.stack([255 * (GREY > 127)] * 3, -1).tolist()),
+    "palette": (encode(palette([RED, GREEN], [0, 1, 1])), [[RED, GREEN, GREEN]]),
+    "transparent palette": (encode(palette([RED, GREEN], [0, 1]), transparency=0), [[WHITE, GREEN]]),
     "grey and alpha": (
-        encoded(Image.fromarray(np.array([[[10, 0], [10, 255]]], dtype=np.uint8), "LA")),
+        encode(Image.fromarray(np.array([[[10, 0], [10, 255]]], dtype=np.uint8), "LA")),
         [[WHITE, [10] * 3]],
     ),
     "transparent colour": (
-        encoded(Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8)), transparency=(1, 2, 3)),
+        encode(Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8)), transparency=(1, 2, 3)),
         [[WHITE, [4, 5, 6]]],
     ),
-    "16 bits": (encoded(SIXTEEN), [[[v] * 3 for v in (0, 255, 1, 0, 1, 128)]]),
-    "16 bits, TIFF": (encoded(SIXTEEN, "TIFF"), [[[v] * 3 for v in (0, 255, 1, 0, 1, 128)]]),
-    "frames": (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), [[[10] * 3]]),
+    "16 bits": (encode(SIXTEEN), [[[v] * 3 for v in (0, 255, 1, 0, 1, 128)]]),
+    "16 bits, TIFF": (encode(SIXTEEN, "TIFF"), [[[v] * 3 for v in (0, 255, 1, 0, 1, 128)]]),
+    "frames": (encode(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), [[[10] * 3]]),
 }
 
 
@@ -73,7 +68,7 @@ def test_other_files_are_converted(kind):
 def test_alpha_is_composited_on_white(rgb):
     alpha = np.random.default_rng(1).integers(0, 256, (20, 30, 1), dtype=np.uint8)
     alpha[:5], alpha[5:10] = 0, 255
-    loaded = load_image(encoded(Image.fromarray(np.concatenate([rgb, alpha], axis=-1))))
+    loaded = load_image(encode(Image.fromarray(np.concatenate([rgb, alpha], axis=-1))))
     share = alpha / 255
     assert np.abs(loaded - (rgb * share + 255 * (1 - share))).max() <= 1
     assert np.all(loaded[:5] == 255)
@@ -81,17 +76,17 @@ def test_alpha_is_composited_on_white(rgb):
 
 
 def test_cmyk_is_converted_and_what_has_no_unique_conversion_is_refused(rgb):
-    red = load_image(encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", quality=100))
+    red = load_image(encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG", quality=100))
     assert np.abs(red.astype(int) - [255, 0, 0]).max() <= 3
     fits, too_many_bits = (Image.fromarray(np.array([[0, n]], dtype=np.int32)) for n in (65535, 70000))
-    assert load_image(encoded(fits, "TIFF")).max() == 255
+    assert load_image(encode(fits, "TIFF")).max() == 255
     for image, pixels in (
         (Image.fromarray(rgb[..., 0].astype(np.float32), "F"), "F pixels"),
         (Image.fromarray(rgb, "LAB"), "LAB pixels"),
         (too_many_bits, "32-bit pixels outside 0..65535"),
     ):
         with pytest.raises(ImageError, match=f"x.tif: {pixels} have no unique conversion"):
-            load_image(encoded(image, "TIFF"), name="x.tif")
+            load_image(encode(image, "TIFF"), name="x.tif")
 
 
 # Orientation -> the pixels as stored by a camera.
@@ -112,12 +107,7 @@ def test_exif_orientation_is_undone(rgb, orientation):
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](rgb)))
     exif = stored.getexif()
     exif[0x0112] = orientation
-    np.testing.assert_array_equal(load_image(encoded(stored, exif=exif)), rgb)
-
-
-def exif_orientation(kind, value):
-    """EXIF data with one entry, the orientation as a value of this type."""
-    return b"Exif\0\0MM\0*" + struct.pack(">IHHHI4sI", 8, 1, 0x0112, kind, len(value), value, 0)
+    np.testing.assert_array_equal(load_image(encode(stored, exif=exif)), rgb)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -125,20 +115,20 @@ def exif_orientation(kind, value):
     "exif",
     [
         *(b"", b"Exif\x00\x00", b"Exif\x00\x00garbage!", b"Exif\x00\x00MM\x00*\x00\x00\xff\xff"),
-        exif_orientation(2, b"up\0"),
+        b"Exif\0\0MM\0*" + struct.pack(">IHHHI4sI", 8, 1, 0x0112, 2, 3, b"up\0", 0),
         b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 17, 0, 0),
     ],
     ids=["none", "empty", "garbage", "cut", "in words", "impossible"],
 )
 def test_an_orientation_that_cannot_be_read_counts_as_upright(rgb, exif):
-    data = encoded(Image.fromarray(rgb), "JPEG")
+    data = encode(Image.fromarray(rgb), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     np.testing.assert_array_equal(load_image(data[:2] + segment + data[2:]), load_image(data))
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 def test_a_truncated_file_is_named(rgb, tmp_path, image_format):
-    data = encoded(Image.fromarray(np.kron(rgb, np.ones((8, 8, 1), np.uint8))), image_format)
+    data = encode(Image.fromarray(np.kron(rgb, np.ones((8, 8, 1), np.uint8))), image_format)
     path = tmp_path / f"cut.{image_format.lower()}"
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ImageError, match="replace") as error:
@@ -170,7 +160,7 @@ def test_an_oversized_image_is_refused_from_its_header(width, height):
     # Decoding would fail on the missing data; the size is refused before.
     with pytest.raises(ImageError, match=r"huge\.png: .*more than the 80000000 allowed; shrink it"):
         load_image(png_header(width, height), name="huge.png")
-    data = encoded(Image.fromarray(GREY))
+    data = encode(Image.fromarray(GREY))
     assert load_image(data, max_pixels=600).shape == (20, 30, 3)
     with pytest.raises(ImageError, match="30 x 20 pixels, more than the 599 allowed"):
         load_image(data, max_pixels=599)
@@ -178,8 +168,7 @@ def test_an_oversized_image_is_refused_from_its_header(width, height):
 
 SMALL = Image.fromarray(np.arange(300, dtype=np.uint16).astype(np.uint8).reshape(10, 10, 3))
 FILES = [
-    encoded(SMALL, kind)
-    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "ICNS", "TGA")
+    encode(SMALL, kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "ICNS", "TGA")
 ]
 
 

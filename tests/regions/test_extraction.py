@@ -14,9 +14,8 @@ import torch
 
 from vlm_calibration.callbacks.contact_sheet import ContactSheet
 from vlm_calibration.callbacks.regions import RegionWriter, row_of, write_rows
-from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
-from vlm_calibration.data.regions import RawBatch, RawQuery, read_with_regions
+from vlm_calibration.data.regions import RawBatch, RawQuery
 from vlm_calibration.data.sources.base import with_regions
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.data.sources.parquet import ParquetSource
@@ -239,33 +238,6 @@ def _predict(data: PerturbedQueryDataModule, folder: Path, truth: Truth, **train
 
 def _extractor(truth: Truth) -> RegionExtractor:
     return RegionExtractor(RuleDescriber(), ExactDetector(truth), ExactSegmenter(truth), ALL)
-
-
-def test_all_sources_of_a_configuration_are_extracted_and_read(
-    truth: Truth, model_folder: str, tmp_path: Path
-) -> None:
-    """Each source gets the regions of its own scenes, and its images."""
-    parts = {
-        "train": Unlocated("test", scenes=3),
-        "validation": Unlocated("test", scenes=2, first=10),
-        "levels": Unlocated("test", scenes=2, first=4),
-    }
-    splits = [{"own": EvalSplit(Unlocated("test", scenes=2, first=first))} for first in (4, 6)]
-    settings = {**parts, "calibration": splits[0], "test": splits[1], "eval_batch_size": 3, "workers": 0}
-    _predict(PerturbedQueryDataModule(model_folder, **settings), tmp_path, truth)  # type: ignore[arg-type]
-    unused = PerturbedQueryDataModule(**settings)  # type: ignore[arg-type]
-    expected_files = RegionWriter().outputs(tmp_path, _extractor(truth), unused)
-    written = {path.name for path in tmp_path.iterdir()} - {"shards", "contact_sheet.png"}
-    files = {f"{setting}.parquet" for setting in parts}
-    assert written == {path.name for path in expected_files} == {*files, "summary.json"}
-    for setting, original in parts.items():
-        source = read_with_regions(tmp_path, setting, original)
-        for query, exact in zip(source.queries(), original.queries(), strict=True):
-            loaded, expected = source.load(query), original.load(exact)
-            assert query.id == exact.id
-            assert np.array_equal(loaded.image, expected.image)
-            if exact.answer != "No" and expected.evidence[0].any():
-                assert np.array_equal(loaded.evidence[0], expected.evidence[0])
 
 
 def test_what_stops_an_extraction(truth: Truth, model_folder: str, tmp_path: Path) -> None:

@@ -65,14 +65,11 @@ def test_interrupted_jobs_end_like_one_that_is_not(jobs: Jobs, start: Start, tmp
     log = (runs["limited"] / f"logs/{limited}.log").read_text()
     for text in ("received USR1", "SIGUSR1", "requeued", "SFT is done", "wandb sync"):
         assert text in log
-    ids = {name: _wandb_ids(run) for name, run in runs.items()}
+    logged = {name: run.glob("wandb/offline-run-*") for name, run in runs.items()}
+    ids = {name: [path.name.rsplit("-", 1)[1] for path in paths] for name, paths in logged.items()}
     assert [len(segments) for segments in ids.values()] == [1, 2, 2]
     assert {len(set(segments)) for segments in ids.values()} == {1}, "one W&B run, however often interrupted"
     assert len({segments[0] for segments in ids.values()}) == 3
-
-
-def _wandb_ids(run: Path) -> list[str]:
-    return [path.name.rsplit("-", 1)[1] for path in run.glob("wandb/offline-run-*")]
 
 
 def test_all_stages_one_after_the_other(
@@ -83,12 +80,23 @@ def test_all_stages_one_after_the_other(
     SFT receives a signal before training starts.
     """
     counts = _split(scene_files(12), tmp_path / "data")
+    base = {"name_or_path": str(root / "src/vlm_calibration/demo/model"), "dtype": "float32"}
+    lora = {"r": 4, "alpha": 8, "parts": ["language"]}
+    data = {"batch_size": 2, "eval_batch_size": 8, "workers": 0, "max_length": 400}
+    model = {"model": {"init_args": {"base": base, "lora": lora, "max_new_tokens": 12}}, "data": data}
+    extraction = [
+        *("--regions.model.init_args.detector.init_args.name_or_path", tiny("grounding_dino")),
+        *("--regions.model.init_args.segmenter.init_args.name_or_path", tiny("sam")),
+        *("--regions.model.init_args.detector.init_args.threshold", "0"),
+        *("--regions.model.init_args.gates", json.dumps({"min_score": 0.02, "min_area": 0, "max_area": 1})),
+        *("--regions.data.eval_batch_size", "4"),
+    ]
     settings = {
-        "MODEL": _overlay(tmp_path / "model.yaml", _model(root / "src/vlm_calibration/demo/model")),
+        "MODEL": _overlay(tmp_path / "model.yaml", model),
         "DATA": "jsonl",
         "DATA_ROOT": str(tmp_path / "data"),
         "TRAINER": _overlay(tmp_path / "trainer.yaml", TRAINER),
-        "ARGS": shlex.join(_settings_of_extraction(tiny)),
+        "ARGS": shlex.join(extraction),
         "RUN": str(tmp_path / "runs"),
     }
     runs = tmp_path / "runs"
@@ -147,30 +155,12 @@ def _split(queries: Path, folder: Path) -> dict[str, int]:
     return counts
 
 
-def _model(folder: Path) -> dict[str, Any]:
-    """An overlay for a small model."""
-    base = {"name_or_path": str(folder), "dtype": "float32"}
-    lora = {"r": 4, "alpha": 8, "parts": ["language"]}
-    data = {"batch_size": 2, "eval_batch_size": 8, "workers": 0, "max_length": 400}
-    return {"model": {"init_args": {"base": base, "lora": lora, "max_new_tokens": 12}}, "data": data}
-
-
 TRAINER = {"trainer": {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2}}
 
 
 def _overlay(path: Path, settings: dict[str, Any]) -> str:
     path.write_text(yaml.safe_dump(settings))
     return str(path)
-
-
-def _settings_of_extraction(tiny: Callable[[str], str]) -> list[str]:
-    return [
-        *("--regions.model.init_args.detector.init_args.name_or_path", tiny("grounding_dino")),
-        *("--regions.model.init_args.segmenter.init_args.name_or_path", tiny("sam")),
-        *("--regions.model.init_args.detector.init_args.threshold", "0"),
-        *("--regions.model.init_args.gates", json.dumps({"min_score": 0.02, "min_area": 0, "max_area": 1})),
-        *("--regions.data.eval_batch_size", "4"),
-    ]
 
 
 def _answered(folder: Path) -> list[str]:

@@ -134,8 +134,6 @@ def test_without_variables_the_chain_is_the_demo_s(root: Path, tmp_path: Path) -
     ("arguments", "variables", "culprit"),
     [
         ("sft stf", {}, "no stage 'stf'"),
-        ("regions sft --data jsonl", {}, "without a model"),
-        ("sft dpo --config mine.yaml", {}, "--config"),
         ("sft", {"GPUS": "2", "TASKS": "3"}, "TASKS=3 with GPUS=2"),
     ],
 )

@@ -29,7 +29,7 @@ from vlm_calibration.estimators.probes import PROBES
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.teacher import taught_confidences
 from vlm_calibration.estimators.verbal import ExpectedConfidence, VerbalizedConfidence
-from vlm_calibration.metrics.functional import brier_score, expected_calibration_error, overconfidence
+from vlm_calibration.metrics.functional import brier_score
 from vlm_calibration.models.adapters import load_adapters, using_adapter
 from vlm_calibration.models.base import BaseModel
 from vlm_calibration.models.generation import generate
@@ -39,16 +39,13 @@ from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.stages.evaluation import EvaluationModule
 from vlm_calibration.stages.scoring import Scorer
 
+from ..command_line import read_lines
 from ..level_tables import measured, noise_counts
 from ..trainers import plain_trainer
 from .conftest import Data, Evaluate, LoadModel, MakeTrainer, NewAdapter
 
 SYSTEMS = ("base", "one", "two", "oracle")
 NAMES = ("expected", "likelihood", "p_true", "self_consistency", "stability")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _metrics(folder: Path, further: bool) -> dict[str, Any]:
@@ -94,7 +91,7 @@ def evaluated(
 @pytest.mark.slow
 def test_systems_side_by_side(evaluated: Evaluated, load_model: LoadModel) -> None:
     module, queries, folder = evaluated
-    lines = {system: _lines(folder / system / "predictions.jsonl") for system in SYSTEMS}
+    lines = {system: read_lines(folder / system / "predictions.jsonl") for system in SYSTEMS}
 
     # Every query once and in order, whoever answers.
     loader, _ = queries.test_dataloader()
@@ -158,7 +155,7 @@ def test_the_tower_runs_once_a_batch_however_many_systems_there_are(
         (logged,) = trainer(PredictionWriter()).test(module, datamodule=data(), verbose=False)
         assert {name.split("/")[1] for name in logged} == {*chosen, *(["base"] if with_base else [])}
         assert len(runs) == 4, "15 queries in batches of 4"
-        found[str(with_base)] = _lines(tmp_path / "run/two/predictions.jsonl")
+        found[str(with_base)] = read_lines(tmp_path / "run/two/predictions.jsonl")
     assert found["True"] == found["False"]
 
 
@@ -221,7 +218,7 @@ def test_every_estimator_has_its_key_and_its_metrics(evaluated: Evaluated) -> No
     folder = evaluated.folder
     estimates: dict[str, list[Any]] = {}
     for system in ("base", "one"):
-        lines = _lines(folder / system / "predictions.jsonl")
+        lines = read_lines(folder / system / "predictions.jsonl")
         assert [tuple(line)[-7:] for line in lines] == [("image", *NAMES, "probes")] * 9
         predictions = [prediction_from_dict(line) for line in lines]
         estimates[system] = [p.estimates for p in predictions]
@@ -309,20 +306,6 @@ def test_a_system_that_mostly_states_what_is_not_scored_is_refused(
         run_evaluation({}, **chosen)
 
 
-def test_the_original_confidence_is_the_stated_one(
-    demo_folder: str, trainer: MakeTrainer, tmp_path: Path
-) -> None:
-    """A percentage is one token here, so the likeliest one is stated, whichever it is."""
-    module = EvaluationModule(BaseModel(demo_folder), max_new_tokens=16, probes=["image"])
-    queries = PerturbedQueryDataModule(
-        demo_folder, test={"": EvalSplit(DemoSource("test", scenes=8))}, workers=0
-    )
-    trainer(PredictionWriter()).test(module, datamodule=queries, verbose=False)
-    predictions = read_predictions(tmp_path / "run" / "base" / "predictions.jsonl")
-    assert [p.probes["original"] for p in predictions] == [p.confidence for p in predictions]
-    assert any(round(100 * (p.confidence or 0)) % 10 for p in predictions)
-
-
 def test_the_calibration_set_is_not_copied_for_probes(model_folder: str) -> None:
     stable = Stability()
     module = EvaluationModule(BaseModel(model_folder), estimators=[stable], probes=["image", "answer"])
@@ -363,40 +346,6 @@ def _scored(predictions: list[Prediction], size: int, groups: list[str]) -> dict
     for start in range(0, len(predictions), size):
         scorer.update(predictions[start : start + size])
     return scorer.compute()
-
-
-@pytest.mark.parametrize("group", [None, "existence"])
-def test_values_are_those_of_the_pure_functions(group: str | None) -> None:
-    chosen = [p for p in PREDICTIONS if group is None or group in category_groups(p.category)]
-    assert len(chosen) > 10
-    suffix = f"/{group}" if group else ""
-    found = _scored(PREDICTIONS, 16, GROUPS)
-    read = [p for p in chosen if p.confidence is not None]
-    confidence = torch.tensor([p.confidence for p in read], dtype=torch.float64)
-    correct = torch.tensor([p.correct for p in read])
-    expected = {
-        "n": len(chosen),
-        "accuracy": np.mean([p.correct for p in chosen]),
-        "parse_failure_rate": 1 - len(read) / len(chosen),
-        "ece": expected_calibration_error(confidence, correct),
-        "brier": brier_score(confidence, correct),
-        "overconfidence": overconfidence(confidence, correct),
-        "mean_confidence": confidence.mean(),
-    }
-    for name, value in expected.items():
-        assert found[f"{name}{suffix}"] == pytest.approx(float(value)), name
-
-
-def test_the_file_format_has_its_names() -> None:
-    names = (
-        *("n", "accuracy", "precision", "recall", "f1", "yes_ratio", "ece", "ace", "mce", "brier"),
-        *("brier_reliability", "brier_resolution", "brier_uncertainty", "log_loss", "auroc", "aurc"),
-        *("smooth_ece", "mean_confidence", "overconfidence", "parse_failure_rate"),
-    )
-    found = _scored(PREDICTIONS, 50, GROUPS)
-    assert {k for k in found if "/" not in k} == set(names)
-    assert set(found) == {n + s for n in names for s in ("", *(f"/{g}" for g in GROUPS))}
-    assert set(_scored(PREDICTIONS, 50, [])) == set(names)
 
 
 def test_new_groups_forget_and_nothing_adds_nothing() -> None:

@@ -27,17 +27,16 @@ from vlm_calibration.records import DataError
 from vlm_calibration.stages.answer_log import AnswerLog, ResumeState
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 
-from ..command_line import Ended, callback
+from ..command_line import Ended, callback, instance
 from ..level_tables import measured
+from ..wandb_log import demo
 from .conftest import Data, Evaluate, NewAdapter, Stop
 
 SYSTEMS = ("base", "one", "oracle")
 
 
 def _part(scenes: int, noise: str = "none", shifted: bool = False) -> dict[str, Any]:
-    settings = {"split": "test", "scenes": scenes, "shifted": shifted}
-    source = {"class_path": "vlm_calibration.demo.source.DemoSource", "init_args": settings}
-    return {"source": source, "noise": noise}
+    return {"source": demo("test", scenes, shifted=shifted), "noise": noise}
 
 
 @pytest.fixture
@@ -51,8 +50,9 @@ def evaluation(
     shutil.copytree(new_adapter(1), tmp_path / "adapter")
     measured(model_folder).save(tmp_path / "levels.json")
     kinds = ("verbal.ExpectedConfidence", "likelihood.AnswerLikelihood", "consistency.SelfConsistency")
-    estimators: list[dict[str, Any]] = [{"class_path": f"vlm_calibration.estimators.{k}"} for k in kinds]
-    estimators[2]["init_args"] = {"samples": 2}
+    estimators = [instance(f"estimators.{k}") for k in kinds[:2]] + [
+        instance(f"estimators.{kinds[2]}", samples=2)
+    ]
 
     def arguments(
         name: str, *disaster: dict[str, Any], behind: bool = False, batch: int = 3, **model: Any
