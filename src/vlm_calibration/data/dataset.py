@@ -273,12 +273,10 @@ class PerturbedQueries(Dataset[Sample]):
 
     Args:
         splits: name -> split; a name goes in front of the ids and categories of its queries.
-        policy: how queries are perturbed.
         image_processor: defines the size at which the model sees an image.
         check: refuses queries that cannot be put to the model.
         where: the setting that holds the splits, for messages.
         named: whether the name of a split is a part of its setting: "data.test.clean".
-        augmentation: what is done to images before they are perturbed.
         taught: whether the queries teach a model or measure its levels, so that those with regions must stand for all.
 
     Raises:

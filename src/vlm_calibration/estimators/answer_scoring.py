@@ -170,7 +170,6 @@ class ResponsePass(NamedTuple):
         level_log_p: float32 [K], log p of the answer with each of them.
         answer_log_p: float32 [T], log p of each token of the answer.
         yes_no_log_p: float32 [2], log p of the words yes and no; None for other questions.
-        passes: number of forward passes.
     """
 
     levels: tuple[float, ...]

@@ -229,11 +229,9 @@ def choose_region(
     target that covers the whole image is perturbed. Without key objects, it is a random distractor or else a random box.
 
     Args:
-        targets: masks of the key objects, bool [H, W], not empty; none for an absent object.
-        distractors: masks of other objects, alike.
+        targets, distractors: masks of the key objects, none for an absent one, and of others: bool [H, W], not empty.
         perturb_absent: whether there is a region without a key object.
         distractor_probability: in [0, 1].
-        rng: the only source of randomness.
         image_shape: [H, W, ...].
         silhouette: off the target, perturb the target's silhouette instead of its box, so that the shape does not tell them apart.
 

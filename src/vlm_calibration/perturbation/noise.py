@@ -155,7 +155,6 @@ def add_region_noise(
         image: uint8 [H, W, 3].
         mask: bool [H, W], or uint8 of 0 and 1, with at least one marked pixel.
         step: in [0, schedule.steps].
-        schedule: the noise schedule.
         seed: a non-negative integer, a sequence of them (trailing zeros do not count), or a `SeedSequence`.
 
     Returns:

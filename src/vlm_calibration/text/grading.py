@@ -94,7 +94,6 @@ def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str 
     """Parse the answer from a reply, with or without a stated confidence, by the rules above.
 
     Args:
-        text: the reply.
         answer_type: "yes_no", "short" or "open"; ValueError for another.
         question: what a yes/no reply answers; without it, every clause of a reply counts (rule 5).
 
@@ -122,7 +121,6 @@ def grade(
     Args:
         answer: the gold answer; for yes/no, a text that itself parses as yes or no.
         synonyms: other correct answers (not used for yes/no).
-        grading: the rules.
 
     Raises:
         ValueError: unknown answer type, an empty gold answer, or a gold answer to a yes/no question that is neither.
