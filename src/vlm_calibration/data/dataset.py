@@ -271,6 +271,8 @@ class _Part:
 class PerturbedQueries(Dataset[Sample]):
     """The queries of one or several splits; `dataset[epoch, index]` is a query's `Sample` in an epoch.
 
+    A DataError if a record is invalid and not to be left out, or no query is left or can be perturbed, or too few (`taught`).
+
     Args:
         splits: name -> split; a name goes in front of the ids and categories of its queries.
         image_processor: defines the size at which the model sees an image.
@@ -278,9 +280,6 @@ class PerturbedQueries(Dataset[Sample]):
         where: the setting that holds the splits, for messages.
         named: whether the name of a split is a part of its setting: "data.test.clean".
         taught: whether the queries teach a model or measure its levels, so that those with regions must stand for all.
-
-    Raises:
-        DataError: a record is invalid and not to be left out, or no query is left or can be perturbed, or too few (`taught`).
     """
 
     def __init__(

@@ -65,8 +65,7 @@ def score_responses(
 ) -> ResponseScores:
     """Score packed rows ("shared"), or each candidate in a forward of its own ("plain"); "auto" packs if that is exact, else logs why not.
 
-    Raises:
-        ValueError: a query without candidates, a candidate without tokens, or "shared" where the prefix cannot be shared.
+    A ValueError for a query without candidates, a candidate without tokens, or "shared" where the prefix cannot be shared.
     """
     if len(responses) != len(prompts.lengths) or not all(r and all(r) for r in responses):
         raise ValueError("every query needs at least one response, and every response at least one token")

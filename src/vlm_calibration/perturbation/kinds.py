@@ -280,10 +280,8 @@ def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:
     """Estimate the image, uint8 [H, W, 3], without the content of a region, bool [H, W].
 
     Pixels outside the region are averaged to ever coarser grids, and the region is filled from the finest grid that knows something about
-    a place ("push-pull" interpolation; Gortler et al., The Lumigraph, 1996).
-
-    Returns:
-        uint8 [H, W, 3], the same whatever the region's pixels are: smoothed outside it; `GREY` if the region is the whole image.
+    a place ("push-pull" interpolation; Gortler et al., The Lumigraph, 1996). The result, uint8 [H, W, 3], is the same whatever the region's
+    pixels are: smoothed outside it; `GREY` if the region is the whole image.
     """
     height, width = region.shape
     outside = (~region).view(np.uint8) * np.uint8(255)

@@ -179,7 +179,6 @@ def render_page(
     Args:
         about: the system that the summary and the examples describe.
         csv: file of all numbers, which lies beside the page.
-        images: whether to show images.
     """
     ordered = sorted(systems, key=lambda s: (s is not about, s is not systems[0]))
     examples = examples_of(about)

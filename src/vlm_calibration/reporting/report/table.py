@@ -190,11 +190,8 @@ def _confidences(system: System, notes: list[str]) -> Iterator[tuple[str, str, l
             reason = f"no {' and no '.join(missing)} answer of the calibration set has it"
         else:
             for method in METHODS:
-                yield (
-                    estimator,
-                    method,
-                    recalibrated(method, system.predictions, estimator, system.calibration),
-                )
+                values = recalibrated(method, system.predictions, estimator, system.calibration)
+                yield estimator, method, values
             continue
         notes.append(f"{system.name}: {estimator} is not recalibrated: {reason}.")
     taught = taught_confidences(system.predictions, system.calibration or ())
