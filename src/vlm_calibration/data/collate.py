@@ -102,7 +102,6 @@ def move(inputs: Mapping[str, torch.Tensor], device: torch.device | str) -> dict
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the longest common prefix."""
     differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differing, min(len(a), len(b)))
 

@@ -127,7 +127,6 @@ class NoisePolicy:
 
     @property
     def used_kinds(self) -> tuple[str, ...]:
-        """The kinds that are drawn."""
         return tuple(kind for kind, weight in self.kinds.items() if weight)
 
     @property

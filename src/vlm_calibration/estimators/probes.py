@@ -39,5 +39,4 @@ def check_probes(probes: Sequence[str]) -> tuple[Probe, ...]:
 
 
 def copies_of(probes: Sequence[Probe]) -> list[ImageCopy]:
-    """The copies of each image that probes need."""
     return [COPIES[probe] for probe in probes if probe in COPIES]

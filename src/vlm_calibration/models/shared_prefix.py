@@ -106,7 +106,6 @@ class Packed(NamedTuple):
     """Rows `[prefix, suffix 1, suffix 2, ...]` and the N distinct predictions made in them.
 
     Attributes:
-        inputs: arguments of a forward.
         segment: int64 [B, L], 0 for the prefix, k for suffix k, -1 for padding.
         shift: int64 [B, L], distance of a token from its position without the preceding suffixes.
         rows, positions, targets: int64 [N], place of each prediction, and the predicted token.
@@ -123,7 +122,6 @@ class Packed(NamedTuple):
 
 
 def pack(prompts: Prompts, responses: Responses) -> Packed:
-    """Pack the candidates of each query into one row."""
     packed = []  # of each query: tokens behind the prompt, their segments and shifts, and the predictions
     # (row, position, target) -> number of the prediction. Suffixes with the same first token share its prediction.
     numbers: dict[tuple[int, int, int], int] = {}
@@ -222,7 +220,6 @@ def _score_plain(model: Any, prompts: Prompts, responses: Responses) -> Response
 
 
 def append_tokens(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
-    """Append text tokens to each prompt's inputs."""
     lengths = prompts.lengths.tolist()
     shape = prompts.inputs["input_ids"].shape
     inputs = dict(prompts.inputs)

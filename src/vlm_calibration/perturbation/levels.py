@@ -44,7 +44,6 @@ class Perturbation(NamedTuple):
 
 
 CLEAN = Perturbation("", 0.0)
-"""An untouched image."""
 
 
 class ConfidenceLevels(ABC):
@@ -167,7 +166,6 @@ class AnchoredLevels(ConfidenceLevels):
     def fit(
         cls, counts: Mapping[str, AnswerTypeCounts], provenance: Mapping[str, Any] | None = None
     ) -> "AnchoredLevels":
-        """Create levels from measurements by answer type."""
         return cls(table=LevelTable(counts, provenance or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -176,7 +174,6 @@ class AnchoredLevels(ConfidenceLevels):
 
     @property
     def answer_types(self) -> tuple[str, ...]:
-        """The measured answer types."""
         return tuple(self.table.counts)
 
     @property

@@ -25,8 +25,6 @@ Precedence: a label (`Confidence: ...`), then other wordings, then a bare number
 kind the last is read, even if its value is None.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import string
