@@ -159,9 +159,8 @@ def compare(
             if method == RAW:
                 row["forward_passes"] = system.metrics.get(f"forward_passes@{estimator}")
             for metric, interval in measured.intervals.items():
-                row |= _columns(
-                    metric, interval, math.nan if measured is base else p_value(measured, base, metric)
-                )
+                p = math.nan if measured is base else p_value(measured, base, metric)
+                row |= _columns(metric, interval, p)
             rows.append(row)
         keys = {"system": system.name, "estimator": VERBALIZED, "recalibration": RAW}
         parts += [keys | part for part in (*groups_of(system, bootstrap), *bands_of(system, bootstrap))]
