@@ -4,8 +4,6 @@ Wang et al., arXiv 2311.07397; files and script at github.com/junyangwang0410/AM
 questions, are scored here; for the others, descriptions, the script compares nouns with spaCy and WordNet.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import replace

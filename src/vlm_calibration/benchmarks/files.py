@@ -1,7 +1,5 @@
 """Reading the files of benchmarks, JSON arrays or JSON lines: questions, and answers with a stated confidence."""
 
-from __future__ import annotations
-
 import operator
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -35,7 +33,6 @@ class Record(NamedTuple):
         return str(self._value(key, "a string or a whole number", str, int))
 
     def error(self, message: str) -> DataError:
-        """The error to raise about this record."""
         return DataError(f"{self.where}: {message}")
 
     def _value(self, key: str, expected: str, *types: type) -> Any:

@@ -4,8 +4,6 @@ Li et al., arXiv 2305.10355; files and script at github.com/AoiDragon/POPE. POPE
 photographs and about copies of them with the object removed.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -68,7 +68,6 @@ class Candidate(NamedTuple):
 
 
 Candidates = tuple[tuple[Candidate, ...], ...]
-"""For each query its responses."""
 
 
 class CandidateBatch(NamedTuple):

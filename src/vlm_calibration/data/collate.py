@@ -32,7 +32,6 @@ class SFTBatch(NamedTuple):
         confidence_mask: bool [B, L], where a label belongs to the stated confidence and not to the answer.
         confidence: float32 [B] in [0, 1], the confidence to state.
         is_correct: bool [B], whether the response gives the gold answer.
-        queries: the B queries.
         skipped: ids of the samples that were too long.
     """
 
@@ -103,7 +102,6 @@ def move(inputs: Mapping[str, torch.Tensor], device: torch.device | str) -> dict
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the longest common prefix."""
     differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differing, min(len(a), len(b)))
 
@@ -267,7 +265,6 @@ class SFTCollator:
         confidence_mask  0      0       0    0           0   0 1          1 1  1 1     0
 
     Args:
-        chat: renders and tokenizes conversations.
         max_length: limit of a sample in tokens, expanded image tokens included.
         on_too_long: "raise" an error that names the sample, or "skip" it and list it in `skipped`.
     """

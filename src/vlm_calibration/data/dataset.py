@@ -271,18 +271,15 @@ class _Part:
 class PerturbedQueries(Dataset[Sample]):
     """The queries of one or several splits; `dataset[epoch, index]` is a query's `Sample` in an epoch.
 
+    A DataError if a record is invalid and not to be left out, or no query is left or can be perturbed, or too few (`taught`).
+
     Args:
         splits: name -> split; a name goes in front of the ids and categories of its queries.
-        policy: how queries are perturbed.
         image_processor: defines the size at which the model sees an image.
         check: refuses queries that cannot be put to the model.
         where: the setting that holds the splits, for messages.
         named: whether the name of a split is a part of its setting: "data.test.clean".
-        augmentation: what is done to images before they are perturbed.
         taught: whether the queries teach a model or measure its levels, so that those with regions must stand for all.
-
-    Raises:
-        DataError: a record is invalid and not to be left out, or no query is left or can be perturbed, or too few (`taught`).
     """
 
     def __init__(

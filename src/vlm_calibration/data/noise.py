@@ -38,7 +38,6 @@ class Sample(NamedTuple):
         confidence: the confidence to state, in [0, 1].
         perturbation: what happened to the evidence; `CLEAN` if it is intact.
         noise_step: diffusion step of the noise on the evidence, 0 if the evidence is intact; None for other kinds.
-        epoch: the epoch that the sample is drawn for.
         wrong_answer: a wrong answer for the response to give instead of the gold answer; None: the gold answer.
         wrong: plausible wrong answers.
         copies: perturbed copies of the image, uint8 [H, W, 3] each; None for one whose region the image lacks.
@@ -128,7 +127,6 @@ class NoisePolicy:
 
     @property
     def used_kinds(self) -> tuple[str, ...]:
-        """The kinds that are drawn."""
         return tuple(kind for kind, weight in self.kinds.items() if weight)
 
     @property
@@ -174,7 +172,6 @@ def perturb_query(
 
     Args:
         perturbation: of the evidence, never of a distractor; None: drawn by the policy.
-        wrong: plausible wrong answers.
         silhouettes: masks of another query's key objects, of any size, that give the region of an absent object its shape; empty for
             a random box. None: the image's other objects have such shapes.
     """

@@ -73,8 +73,7 @@ class RegionPlan(Dataset[RawBatch]):
     every query has a region or needs none.
 
     Attributes:
-        extractions: the sources.
-        complete: the settings of those that `keep_known` leaves out.
+        complete: the settings of the sources that `keep_known` leaves out.
         shards: the extraction's index and the queries of each shard, by its number.
         finished: numbers of the shards that an earlier run finished.
     """

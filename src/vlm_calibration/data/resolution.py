@@ -147,9 +147,7 @@ def limit_pixels(processor: Any, max_pixels: int) -> None:
     The image processor's bound of tiles, of the longest side or of the area becomes the largest with which a large image keeps to the
     limit; a saved processor carries it, so an adapter is served at that size. A limit above the processor's own changes nothing. Of
     an image that is one patch high or wide, Qwen's processors keep that patch, and so may exceed a low limit.
-
-    Raises:
-        DataError: the smallest image is larger, or no setting bounds the size of images.
+    A DataError if the smallest image is larger, or no setting bounds the size of images.
     """
     if max_pixels < 1:
         raise DataError(f"data.max_pixels must be at least 1, found {max_pixels}")

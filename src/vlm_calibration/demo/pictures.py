@@ -3,8 +3,6 @@
 Nothing is trained on the second hand, unusual pictures and look-alikes: they test confidence on what no training image is like.
 """
 
-from __future__ import annotations
-
 import io
 from functools import cache, lru_cache
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """Questions about scenes: whether an object is present (half yes, half no), and which object is in a corner (short answer)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -4,8 +4,6 @@ Objects co-occur as in photographs, by the theme of a scene and by their frequen
 (POPE, arXiv 2305.10355) are harder than random ones.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import NamedTuple
 

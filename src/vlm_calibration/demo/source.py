@@ -1,7 +1,5 @@
 """The demo's scenes as a query source; scenes are drawn when they are loaded."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -78,7 +76,6 @@ _drawn = lru_cache(maxsize=4)(render_scene)
 
 
 def scene_index(query: Query) -> int:
-    """Index of the scene of a demo query."""
     return int(query.image.rsplit("-", 1)[1])
 
 

@@ -67,7 +67,6 @@ def score_cached(
     """`score_responses` for prompts that begin like the cached ones; None if that would not be exact.
 
     Args:
-        cache: the cache of B prompts.
         prompts: B prompts, padded on the right; their `lengths` may leave out tokens at the end.
         shared_lengths: int64 [B], how many tokens of each prompt are those of the cached one: fewer than either has, and
             all of an image's; None: they are the same prompts.
@@ -170,7 +169,6 @@ class ResponsePass(NamedTuple):
         level_log_p: float32 [K], log p of the answer with each of them.
         answer_log_p: float32 [T], log p of each token of the answer.
         yes_no_log_p: float32 [2], log p of the words yes and no; None for other questions.
-        passes: number of forward passes.
     """
 
     levels: tuple[float, ...]

@@ -147,8 +147,6 @@ class AnsweredBatch:
     Attributes:
         model: a transformers or peft model; the adapter that gave the answers is active.
         batch: B prompts, padded on the left.
-        answer_passes: number of forward passes for each answer.
-        tokenizer: tokenizes answers with the confidences that can be stated.
         cache: keys and values of the prompts from generation, or None.
         complete: for each answer whether it ends before the limit cuts it off; empty if that is not known.
     """

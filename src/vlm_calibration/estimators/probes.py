@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from vlm_calibration.data.noise import ImageCopy
+from vlm_calibration.data.noise import CopiedRegion, ImageCopy
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
 
@@ -25,11 +25,7 @@ Probe = Literal["image", "object", "distractor", "answer"]
 PROBES: tuple[Probe, ...] = get_args(Probe)
 BLANK = Perturbation("fade", 1.0)
 """A whole image is uniformly grey after it; a region is filled with its surroundings, so that its outline does not show the object."""
-COPIES: dict[Probe, ImageCopy] = {
-    "image": ImageCopy(BLANK, "image"),
-    "object": ImageCopy(BLANK, "object"),
-    "distractor": ImageCopy(BLANK, "distractor"),
-}
+COPIES: dict[Probe, ImageCopy] = {region: ImageCopy(BLANK, region) for region in get_args(CopiedRegion)}
 """The copy of the image that a probe reads the confidence with."""
 
 
@@ -43,5 +39,4 @@ def check_probes(probes: Sequence[str]) -> tuple[Probe, ...]:
 
 
 def copies_of(probes: Sequence[Probe]) -> list[ImageCopy]:
-    """The copies of each image that probes need."""
     return [COPIES[probe] for probe in probes if probe in COPIES]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -158,21 +158,14 @@ def taught_confidences(
     """
     settings = TeacherSettings()
 
-    def features(p: EstimatedPrediction) -> tuple[float, ...] | None:
-        estimates = tuple(p.estimates.get(name) for name in settings.features)
-        return None if None in estimates else cast(tuple[float, ...], estimates)
+    def rated(p: EstimatedPrediction) -> TaughtAnswer | None:
+        features = tuple(c for name in settings.features if (c := p.estimates.get(name)) is not None)
+        is_complete = len(features) == len(settings.features)
+        return TaughtAnswer(features, p.correct, p.answer_type, p.image or "") if is_complete else None
 
-    rows = [
-        TaughtAnswer(rated, p.correct, p.answer_type, p.image or "")
-        for p in calibration
-        if (rated := features(p)) is not None
-    ]
-    if not rows:
+    maps = _fit_maps(settings, sorted(filter(None, map(rated, calibration))))
+    if not maps:
         return None
-    maps = FittedTeacher(settings, _fit_maps(settings, sorted(rows)), {})
-    return [
-        None
-        if (rated := features(p)) is None or p.answer_type not in maps.maps
-        else maps(rated, p.answer_type)
-        for p in predictions
-    ]
+    teacher = FittedTeacher(settings, maps, {})
+    asked = (row if row and row.answer_type in maps else None for row in map(rated, predictions))
+    return [row and teacher(row.features, row.answer_type) for row in asked]

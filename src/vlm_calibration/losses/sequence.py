@@ -34,7 +34,6 @@ def token_weights(
         confidence_mask: bool, whether the token belongs to the stated confidence; else it belongs to the answer.
         confidence: float32 in [0, 1], the target confidence, which broadcasts to `confidence_mask`.
         correct: bool, whether the answer is correct; it broadcasts too.
-        answer_weight, confidence_weight: weights of the tokens of a correct answer and of a confidence.
     """
     answer = torch.ones_like(confidence) if answer_weight == "constant" else confidence
     return torch.where(confidence_mask, torch.full_like(confidence, confidence_weight), answer * correct)

@@ -122,9 +122,8 @@ def _gaps_and_noise(
     # Contribution of a wrong and of a correct answer at each confidence to the gaps' numerators and denominators: [2 L, K].
     value = torch.stack([table.value, table.value - 1], dim=-1)
     numerators = (value[..., None] * weights[:, None]).flatten(0, 1)
-    denominators = (
-        weights.repeat_interleave(2, 0) if gap_norm.of_bin else numerators.new_ones(len(numerators), 1)
-    )
+    ones = numerators.new_ones(len(numerators), 1)
+    denominators = weights.repeat_interleave(2, 0) if gap_norm.of_bin else ones
 
     def sums(table: ConfidenceTable) -> tuple[Tensor, Tensor]:
         counts = table.counts.flatten(-2).double()

@@ -38,6 +38,8 @@ class CountingMetric(Metric):
 
     is_differentiable = False
     full_state_update = False
+    update_called = True
+    """Torchmetrics need not warn of metrics without answers."""
     counts: Tensor
 
     def __init__(self, shape: Sequence[int], categories: Iterable[str] | None) -> None:
@@ -63,11 +65,6 @@ class CountingMetric(Metric):
             cell = torch.cat([cell, cell[index] + row * self.counts[0].numel()])
         counts = torch.bincount(cell, minlength=self.counts.numel()).view_as(self.counts)
         self.counts = self.counts + counts.to(self.counts.device)
-
-    @property
-    def update_called(self) -> bool:
-        """True: torchmetrics need not warn of metrics without answers."""
-        return True
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
         """The metrics of the counts of one row on the CPU, NaN where undefined; `suffix` is behind their names."""

@@ -127,11 +127,8 @@ def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
     Points are the thresholds that can be set; between them equally confident answers come in random order.
     """
     title = _title(table, "Risk and coverage: AURC", "aurc")
-    x_label, y_label = (
-        "Coverage: most confident answers given (%)",
-        "Risk: error rate of the answers given (%)",
-    )
-    figure, ax = _axes(table, title, x_label, y_label)
+    x_label = "Coverage: most confident answers given (%)"
+    figure, ax = _axes(table, title, x_label, "Risk: error rate of the answers given (%)")
     if not table.parsed:
         return figure
     answers, wrong = table.answers.flip(-1), table.wrong.flip(-1)

@@ -32,9 +32,8 @@ class MetricSpec:
         heading: short name for table columns.
         undefined: when the value is NaN, as the end of a sentence.
         higher_is_better: None where neither direction is better by itself.
-        lower: smallest possible value.
-        upper: largest possible value; infinity if there is none.
-        format: format of the value in tables.
+        lower, upper: smallest and largest possible value; infinity if there is none.
+        format: of the value in tables.
     """
 
     heading: str

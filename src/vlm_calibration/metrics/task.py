@@ -54,7 +54,6 @@ TASK_METRICS = {
         ("yes_ratio", "yes ratio", "there is no yes/no question", None),
     )
 }
-"""The declarations of the task metrics by flat name."""
 ALL_METRICS: dict[str, MetricSpec] = {**TASK_METRICS, **METRICS}
 """The declarations of task and calibration metrics by flat name."""
 

@@ -143,7 +143,6 @@ def base_of_adapters(adapters: Mapping[str, str]) -> BaseModel:
 
 
 def describe(base: BaseModel) -> str:
-    """Name, revision, dtype and quantisation of a base model."""
     revision = f"@{base.revision}" if base.revision else ""
     kind = "" if base.quantization == "none" else f", {base.quantization}"
     return f"{base.name_or_path}{revision} ({base.dtype}{kind})"

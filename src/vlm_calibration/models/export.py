@@ -28,16 +28,13 @@ def merge_adapter(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Merge a LoRA adapter into its base model in float32; takes 4 bytes of CPU memory per parameter.
 
+    Returns the merged model in eval mode, and the names of the adapter's layers. A DataError if the base cannot be loaded or is stored
+    quantised, the adapter does not fit it, or an update of it changes nothing.
+
     Args:
         folder: the adapter, as peft saves it.
         base: its base model, which is loaded in full precision whatever its dtype, quantisation and attention kernel.
         dtype: of the merged weights; "auto": that of the base's checkpoint.
-
-    Returns:
-        The merged model in eval mode, and the names of the adapter's layers.
-
-    Raises:
-        DataError: the base cannot be loaded or is stored quantised, the adapter does not fit it, or an update of it changes nothing.
     """
     config = model_config(base)
     if getattr(config, "quantization_config", None) is not None:
@@ -96,8 +93,7 @@ def _merge_layers(layers: dict[str, LoraLayer], dtype: torch.dtype) -> None:
 def save_merged(model: PreTrainedModel, base: BaseModel, folder: Path) -> None:
     """Write a merged model under the tensor names and with the configuration of its base, which vLLM knows; check that it can be read.
 
-    Raises:
-        DataError: the model cannot be written, has weights that the base's checkpoint lacks, or other weights are read back.
+    A DataError if the model cannot be written, has weights that the base's checkpoint lacks, or other weights are read back.
     """
     source = local_folder(base)
     assert source is not None, "the base has been loaded"

@@ -62,10 +62,8 @@ def generate(
     Args:
         model: a transformers or peft model from `load_base`, which decodes greedily.
         inputs: left-padded prompts, input_ids int64 [B, L]; a ValueError if they are right-padded.
-        max_new_tokens: length limit of an answer.
         end_of: the position at which a text with a percent sign is complete, or None; an answer ends there.
         sampler: samples the tokens; None: greedy decoding.
-        keep_cache: keep the prompts' keys and values.
     """
     mask, prompts = inputs["attention_mask"], inputs["input_ids"]
     if bool((mask[:, -1] == 0).any()):

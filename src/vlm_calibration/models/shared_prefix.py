@@ -65,8 +65,7 @@ def score_responses(
 ) -> ResponseScores:
     """Score packed rows ("shared"), or each candidate in a forward of its own ("plain"); "auto" packs if that is exact, else logs why not.
 
-    Raises:
-        ValueError: a query without candidates, a candidate without tokens, or "shared" where the prefix cannot be shared.
+    A ValueError for a query without candidates, a candidate without tokens, or "shared" where the prefix cannot be shared.
     """
     if len(responses) != len(prompts.lengths) or not all(r and all(r) for r in responses):
         raise ValueError("every query needs at least one response, and every response at least one token")
@@ -107,7 +106,6 @@ class Packed(NamedTuple):
     """Rows `[prefix, suffix 1, suffix 2, ...]` and the N distinct predictions made in them.
 
     Attributes:
-        inputs: arguments of a forward.
         segment: int64 [B, L], 0 for the prefix, k for suffix k, -1 for padding.
         shift: int64 [B, L], distance of a token from its position without the preceding suffixes.
         rows, positions, targets: int64 [N], place of each prediction, and the predicted token.
@@ -124,7 +122,6 @@ class Packed(NamedTuple):
 
 
 def pack(prompts: Prompts, responses: Responses) -> Packed:
-    """Pack the candidates of each query into one row."""
     packed = []  # of each query: tokens behind the prompt, their segments and shifts, and the predictions
     # (row, position, target) -> number of the prediction. Suffixes with the same first token share its prediction.
     numbers: dict[tuple[int, int, int], int] = {}
@@ -223,7 +220,6 @@ def _score_plain(model: Any, prompts: Prompts, responses: Responses) -> Response
 
 
 def append_tokens(prompts: Prompts, ids: list[list[int]]) -> dict[str, Tensor]:
-    """Append text tokens to each prompt's inputs."""
     lengths = prompts.lengths.tolist()
     shape = prompts.inputs["input_ids"].shape
     inputs = dict(prompts.inputs)

@@ -55,6 +55,9 @@ def perturb(
 ) -> ImageArray:
     """Perturb a region at the level of `confidence`, by the paper's linear levels.
 
+    The result is a new uint8 [H, W, 3], bit-identical to the image outside the region; see `add_region_noise` and `kinds`. A TypeError or
+    ValueError names an invalid image, mask, confidence, seed or kind.
+
     Args:
         image: uint8 [H, W, 3].
         mask: bool [H, W], or uint8 of 0 and 1; the region.
@@ -62,12 +65,6 @@ def perturb(
         schedule: the schedule of noise, or its name with 1000 steps: "linear", "cosine" or "sigmoid".
         seed: a non-negative integer, or several such as (seed, epoch, query).
         kind: one of `KIND_NAMES`.
-
-    Returns:
-        A new uint8 [H, W, 3], bit-identical to the image outside the region; see `add_region_noise` and `kinds`.
-
-    Raises:
-        TypeError, ValueError: an invalid image, mask, confidence, seed or kind; named.
     """
     strength = 1.0 - check_share("confidence", confidence)
     if isinstance(schedule, str):

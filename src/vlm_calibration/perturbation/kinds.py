@@ -280,10 +280,8 @@ def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:
     """Estimate the image, uint8 [H, W, 3], without the content of a region, bool [H, W].
 
     Pixels outside the region are averaged to ever coarser grids, and the region is filled from the finest grid that knows something about
-    a place ("push-pull" interpolation; Gortler et al., The Lumigraph, 1996).
-
-    Returns:
-        uint8 [H, W, 3], the same whatever the region's pixels are: smoothed outside it; `GREY` if the region is the whole image.
+    a place ("push-pull" interpolation; Gortler et al., The Lumigraph, 1996). The result, uint8 [H, W, 3], is the same whatever the region's
+    pixels are: smoothed outside it; `GREY` if the region is the whole image.
     """
     height, width = region.shape
     outside = (~region).view(np.uint8) * np.uint8(255)
@@ -291,13 +289,11 @@ def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:
     if not count:
         return np.full_like(image, GREY)
     known = cv2.bitwise_and(image, image, mask=outside)
-    if (
-        count < 0.05 * outside.size
-    ):  # bytes would be too coarse for so few known pixels, and floats take longer
+    # Bytes would be too coarse for so few known pixels, and floats take longer.
+    if count < 0.05 * outside.size:
         known, outside = known.astype(np.float32), outside.astype(np.float32)
-    cell = -(
-        -max(height, width) // 64
-    )  # the estimate is smooth: a grid of at most 64 cells a side is enlarged
+    # The estimate is smooth: a grid of at most 64 cells a side is enlarged.
+    cell = -(-max(height, width) // 64)
     # Whole cells: OpenCV averages them several times faster. The last ones of each row and column are the region's.
     bottom, right = -height % cell, -width % cell
     size = ((width + right) // cell, (height + bottom) // cell)

@@ -133,7 +133,6 @@ class LevelTable:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The measured kinds of perturbation."""
         return tuple(self.strengths)
 
     @property

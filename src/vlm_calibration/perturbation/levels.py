@@ -44,7 +44,6 @@ class Perturbation(NamedTuple):
 
 
 CLEAN = Perturbation("", 0.0)
-"""An untouched image."""
 
 
 class ConfidenceLevels(ABC):
@@ -167,7 +166,6 @@ class AnchoredLevels(ConfidenceLevels):
     def fit(
         cls, counts: Mapping[str, AnswerTypeCounts], provenance: Mapping[str, Any] | None = None
     ) -> "AnchoredLevels":
-        """Create levels from measurements by answer type."""
         return cls(table=LevelTable(counts, provenance or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -176,7 +174,6 @@ class AnchoredLevels(ConfidenceLevels):
 
     @property
     def answer_types(self) -> tuple[str, ...]:
-        """The measured answer types."""
         return tuple(self.table.counts)
 
     @property
@@ -324,12 +321,11 @@ def fit_curves(counts: AnswerTypeCounts) -> list[AccuracyCurves]:
 def spread_strengths(strengths: Sequence[float], accuracies: Sequence[np.ndarray]) -> tuple[float, ...]:
     """As many strengths as were measured, at which accuracies are evenly spaced between untouched images and the lowest one.
 
+    They rise from 0, rounded to a thousandth, and are fewer where several coincide.
+
     Args:
         strengths: the measured strengths of a kind, rising from 0.
         accuracies: the fitted accuracies of each answer type at these strengths; the mean counts, of each scaled to [0, 1].
-
-    Returns:
-        Strengths, rising from 0; rounded to a thousandth, and fewer where several coincide.
     """
     scaled = [(a - a[-1]) / (a[0] - a[-1]) for a in accuracies if a[0] > a[-1]]
     if not scaled:
@@ -350,10 +346,8 @@ def spread_strengths(strengths: Sequence[float], accuracies: Sequence[np.ndarray
 def group_means(values: Sequence[float], groups: int) -> list[tuple[float, float]]:
     """Split numbers into at most `groups` groups with the least sum of squared differences from their means (Jenks' natural breaks).
 
-    Exact dynamic programming over the distinct values in falling order.
-
-    Returns:
-        The lower boundary and the mean of each group, in falling order. A boundary is midway between the nearest members; the last is 0.
+    Exact dynamic programming over the distinct values in falling order. Returns the lower boundary and the mean of each group, in falling
+    order. A boundary is midway between the nearest members; the last is 0.
     """
     distinct, repeats = (part[::-1] for part in np.unique(values, return_counts=True))
     n = len(distinct)

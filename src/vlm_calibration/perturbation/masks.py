@@ -184,15 +184,12 @@ PLAUSIBLE_ASPECT = (0.5, 2.0)
 
 
 def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilate: float = 0.0) -> BoolMask:
-    """Dilate a mask or fill its bounding box, which hides the silhouette of the object.
+    """Dilate a mask or fill its bounding box, which hides the silhouette of the object: a new mask, bool [H, W], that contains it.
 
     Args:
         mask: bool [H, W], not empty.
         shape: "mask" keeps the outline; "box" fills the bounding box of the whole mask.
         dilate: growth in each direction, by a square, as a fraction of the longer side of the bounding box; at least one pixel if > 0.
-
-    Returns:
-        A new mask, bool [H, W], that contains the given mask.
     """
     if shape not in ("mask", "box"):
         raise ValueError(f"region shape must be 'mask' or 'box', got {shape!r}")
@@ -222,23 +219,19 @@ def choose_region(
     image_shape: tuple[int, ...],
     silhouette: bool = False,
 ) -> tuple[BoolMask | None, bool]:
-    """Choose the region to perturb for one query.
+    """Choose the region to perturb for one query, bool [H, W], and tell whether it has, or could hide, a key object.
 
     With key objects, the region is their union, the target, or with `distractor_probability` a random distractor that does not touch
     it, or if there is none the target's box, or its silhouette, at a random position off the target (smaller if it does not fit). A
-    target that covers the whole image is perturbed. Without key objects, it is a random distractor or else a random box.
+    target that covers the whole image is perturbed. Without key objects, it is a random distractor or else a random box, or None for an
+    image that stays clean.
 
     Args:
-        targets: masks of the key objects, bool [H, W], not empty; none for an absent object.
-        distractors: masks of other objects, alike.
+        targets, distractors: masks of the key objects, none for an absent one, and of others: bool [H, W], not empty.
         perturb_absent: whether there is a region without a key object.
         distractor_probability: in [0, 1].
-        rng: the only source of randomness.
         image_shape: [H, W, ...].
         silhouette: off the target, perturb the target's silhouette instead of its box, so that the shape does not tell them apart.
-
-    Returns:
-        The region, bool [H, W], or None for an image that stays clean; and whether the region has, or could hide, a key object.
     """
     if targets:
         target = np.logical_or.reduce(targets)

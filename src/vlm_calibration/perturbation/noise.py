@@ -1,7 +1,5 @@
 """The paper's perturbation: diffusion noise on the pixels of a region (Zhao et al., arXiv 2504.14848)."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +127,6 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "cosine": CosineSchedule,
     "sigmoid": SigmoidSchedule,
 }
-"""Name -> schedule."""
 
 
 def schedule_by_name(name: str, steps: int = REFERENCE_STEPS) -> Schedule:
@@ -149,20 +146,15 @@ def add_region_noise(
     """Add noise of diffusion step `step` to the masked pixels: `sqrt(abar) * x_0 + sqrt(1 - abar) * eps`, with `x_0` in [-1, 1].
 
     `eps` is a pure function of the seed and the mask: the same at every step and on every machine. Values are rounded to the nearest
-    integer and clipped to [0, 255].
+    integer and clipped to [0, 255]. The result is a new array, bit-identical to the image outside the mask, and everywhere at step 0.
+
+    A TypeError or ValueError names an invalid image, mask, step or seed.
 
     Args:
         image: uint8 [H, W, 3].
         mask: bool [H, W], or uint8 of 0 and 1, with at least one marked pixel.
         step: in [0, schedule.steps].
-        schedule: the noise schedule.
         seed: a non-negative integer, a sequence of them (trailing zeros do not count), or a `SeedSequence`.
-
-    Returns:
-        A new array, bit-identical to the image outside the mask, and everywhere at step 0.
-
-    Raises:
-        TypeError, ValueError: an invalid image, mask, step or seed; named.
     """
     check_image(image)
     mask = check_mask(mask, image.shape)

@@ -161,14 +161,14 @@ def results_text(card: Card) -> str:
     return _render("card_results.md.j2", card)
 
 
+def templates(folder: Path, **options: Any) -> Environment:
+    """The templates in a folder; one that uses an unknown name fails."""
+    rules: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=FileSystemLoader(folder), **rules, **options)
+
+
 def _render(template: str, card: Card, **values: Any) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(Path(__file__).parent, keep_trailing_newline=True)
 
     def line(label: str, cells: Iterable[str]) -> str:
         return "| " + " | ".join([label.replace("|", r"\|"), *cells]) + " |"

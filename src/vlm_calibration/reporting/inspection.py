@@ -84,13 +84,10 @@ def _query_rows(source: QuerySource, queries: Sequence[Query]) -> Iterator[tuple
     if categories:
         yield "categories", _most_common(categories, "others")
     yield "with a region of their object", f"{len(ids['present']) / max(1, len(queries)):.1%}"
-    if absent := ids["absent"]:
-        yield "about an absent object", f"{len(absent)}: {name_some(absent, len(absent))}"
-    if unlocated := ids["unlocated"]:
-        yield (
-            "without a region, and stay untouched",
-            f"{len(unlocated)}: {name_some(unlocated, len(unlocated))}",
-        )
+    headings = {"absent": "about an absent object", "unlocated": "without a region, and stay untouched"}
+    for presence, heading in headings.items():
+        if some := ids[presence]:
+            yield heading, f"{len(some)}: {name_some(some, len(some))}"
 
 
 def _image_rows(

@@ -161,10 +161,8 @@ class DPOModule(TrainingStage):
                 raise DataError(
                     "data.candidates: `answers: own` are the reference's, but model.reference is none: set it, or use `answers: gold`"
                 )
-            if data.teacher is not None and type(data.teacher) not in (
-                type(data.train),
-                type(data.validation),
-            ):
+            others = {type(data.train), type(data.validation)}
+            if data.teacher is not None and type(data.teacher) not in others:
                 # `configs/dpo.yaml` asks about the demo's scenes, and a configuration of other data may not have replaced them.
                 raise DataError(
                     f"data.teacher is a {type(data.teacher).__name__}, unlike data.train and data.validation: "

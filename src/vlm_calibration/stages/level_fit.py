@@ -191,9 +191,8 @@ def rank_answers(model: Any, batch: PromptBatch) -> list[bool | None]:
         return [None] * len(batch.queries)
     inputs, lengths = right_padded(batch.inputs)
     cut = torch.tensor([ranked.cut for ranked in batch.ranked], device=lengths.device)
-    scores = score_responses(
-        model, Prompts(inputs, lengths - cut), [ranked.tokens for ranked in batch.ranked]
-    )
+    tokens = [ranked.tokens for ranked in batch.ranked]
+    scores = score_responses(model, Prompts(inputs, lengths - cut), tokens)
     mean = scores.total / scores.lengths.clamp(min=1)
     mean = mean.masked_fill(scores.lengths == 0, -torch.inf)
     likeliest = zip((mean[:, :1] > mean[:, 1:]).all(1).tolist(), batch.queries, strict=True)

@@ -141,10 +141,8 @@ class TrainingStage(L.LightningModule, ABC):
     def check_weights(self, *names: str) -> None:
         """Reject weights of the loss, by the names of their settings, that are not finite numbers of at least 0."""
         for name in names:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise DataError(
-                    f"model.{name} must be a finite number of at least 0, found {getattr(self, name)}"
-                )
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise DataError(f"model.{name} must be a finite number of at least 0, found {value}")
 
     @property
     def data(self) -> PerturbedQueryDataModule:

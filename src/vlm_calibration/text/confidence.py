@@ -25,8 +25,6 @@ Precedence: a label (`Confidence: ...`), then other wordings, then a bare number
 kind the last is read, even if its value is None.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import string
@@ -70,10 +68,8 @@ def render_answer(answer: str) -> str:
 def render_response(answer: str, confidence: float) -> str:
     """Render any answer with its confidence in [0, 1]: `("Yes", 0.8)` becomes `"Yes. Confidence: 80%"`.
 
-    The confidence's shortest decimal form is rounded to the nearest whole percent, ties up (0.125 is 13%).
-
-    Raises:
-        ValueError: the confidence is NaN or outside [0, 1].
+    The confidence's shortest decimal form is rounded to the nearest whole percent, ties up (0.125 is 13%). A ValueError if it is NaN or
+    outside [0, 1].
     """
     value = float(confidence)
     if not 0.0 <= value <= 1.0:

@@ -93,13 +93,11 @@ EXACT = Grading()
 def parse_answer(text: str, answer_type: AnswerType, question: str = "") -> str | None:
     """Parse the answer from a reply, with or without a stated confidence, by the rules above.
 
+    Returns "yes" or "no"; for other answer types the answer after VQA normalisation, without lead-in; None if there is none.
+
     Args:
-        text: the reply.
         answer_type: "yes_no", "short" or "open"; ValueError for another.
         question: what a yes/no reply answers; without it, every clause of a reply counts (rule 5).
-
-    Returns:
-        "yes" or "no"; for other answer types the answer after VQA normalisation, without lead-in; None if there is none.
     """
     if answer_type not in ANSWER_TYPES:
         raise ValueError(f"unknown answer type {answer_type!r}; known: {', '.join(ANSWER_TYPES)}")
@@ -119,13 +117,11 @@ def grade(
 ) -> Grade:
     """Grade a reply against the gold answer; `text`, `answer_type` and `question` as in `parse_answer`.
 
+    A ValueError for an unknown answer type, an empty gold answer, or a gold answer to a yes/no question that is neither.
+
     Args:
         answer: the gold answer; for yes/no, a text that itself parses as yes or no.
         synonyms: other correct answers (not used for yes/no).
-        grading: the rules.
-
-    Raises:
-        ValueError: unknown answer type, an empty gold answer, or a gold answer to a yes/no question that is neither.
     """
     predicted = parse_answer(text, answer_type, question)
     if answer_type == "yes_no":

@@ -82,9 +82,8 @@ def answer_is_no(query: Query) -> bool:
 def check_answer(query: Query) -> None:
     """Check that replies can be graded against the gold answer, and that it states no confidence, which training would teach.
 
-    Raises:
-        RecordError: the answer to a yes/no question is neither yes nor no, or the answer is only punctuation, states a confidence
-            (a bare percentage is an answer), or is a box of coordinates.
+    A RecordError if the answer to a yes/no question is neither yes nor no, or the answer is only punctuation, states a confidence (a bare
+    percentage is an answer), or is a box of coordinates.
     """
     answer, problem = query.answer.strip(), ""
     if _STATES_CONFIDENCE.search(answer) and strip_confidence(answer) != answer:

@@ -13,20 +13,15 @@ _PLACE_WORD = (
 )
 _PLACE = rf"(?:at|in|on|to) (?:{_PLACE_WORD}[ -]){{0,9}}{_PLACE_WORD}(?!\w)"
 _IS = r"(?:'s| is| are| appears to be| seems to be| looks like| look like)"
-_LEAD_IN = re.compile(
-    "(?:"
-    + "|".join(
-        (
-            r"(?:the |my |final |correct |short ){0,3}answer(?: is)?:?",
-            rf"(?:it|this|that|there|these|those|they){_IS}",
-            rf"the (?:\w+ ){{0,2}}\w+(?: {_PLACE})?{_IS}",
-            r"i (?:can )?see",
-            r"(?:the|this) (?:image|picture|photo|photograph|scene) (?:shows|contains|depicts)",
-            rf"{_PLACE},?(?: there| it| i)?(?: is| are| see|'s)",
-        )
-    )
-    + r")(?!\w) ?"
+_LEAD_INS = (
+    r"(?:the |my |final |correct |short ){0,3}answer(?: is)?:?",
+    rf"(?:it|this|that|there|these|those|they){_IS}",
+    rf"the (?:\w+ ){{0,2}}\w+(?: {_PLACE})?{_IS}",
+    r"i (?:can )?see",
+    r"(?:the|this) (?:image|picture|photo|photograph|scene) (?:shows|contains|depicts)",
+    rf"{_PLACE},?(?: there| it| i)?(?: is| are| see|'s)",
 )
+_LEAD_IN = re.compile(rf"(?:{'|'.join(_LEAD_INS)})(?!\w) ?")
 _CLOSING = re.compile(rf"(?<=\S) {_PLACE}\Z")
 
 

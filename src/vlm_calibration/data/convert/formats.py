@@ -45,13 +45,11 @@ def vqav2(questions: Path, annotations: Path, *, file_name: str = "COCO_{split}_
         with explained(where):
             answers[value["question_id"]] = _answer(value)
     split = next(json_values(questions, "data_subtype"))[1] if "{split" in file_name else ""
+    image = partial(file_name.format, split=split)
     with explained(f"--file-name {file_name}"):
-        file_name.format(split=split, id=1)
+        image(id=1)
     for where, question in json_values(questions, "questions.item"):
-        yield (
-            where,
-            partial(_vqav2_query, question, answers, annotations, partial(file_name.format, split=split)),
-        )
+        yield where, partial(_vqav2_query, question, answers, annotations, image)
 
 
 def _answer(annotation: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,22 +133,21 @@ def _gqa_query(key: str, value: Mapping[str, Any], graphs: Mapping[str, Objects]
     is_yes_no, full = infer_answer_type(answer) == "yes_no", value.get("fullAnswer")
     # Only to questions whose answer is an object's name are other objects' names plausible answers.
     names_object = is_yes_no or semantic in ("obj", "cat", "rel")
-    return [
-        {
-            "id": key,
-            "image": f"{image}.jpg",
-            "question": value["question"],
-            "answer": answer,
-            "answer_type": "yes_no" if is_yes_no else "short",
-            "objects": located if is_located else list(dict.fromkeys((*phrases, *located))),
-            # A question about the scene as a whole names no object, so no region shows what it is about.
-            "regions": regions if phrases or located else [],
-            "category": "/".join(filter(None, (structural, semantic))) or None,
-            "synonyms": [full] if full and not is_yes_no else [],
-            "absent": absent,
-            "wrong_answers": None if names_object else [],
-        }
-    ]
+    query = {
+        "id": key,
+        "image": f"{image}.jpg",
+        "question": value["question"],
+        "answer": answer,
+        "answer_type": "yes_no" if is_yes_no else "short",
+        "objects": located if is_located else list(dict.fromkeys((*phrases, *located))),
+        # A question about the scene as a whole names no object, so no region shows what it is about.
+        "regions": regions if phrases or located else [],
+        "category": "/".join(filter(None, (structural, semantic))) or None,
+        "synonyms": [full] if full and not is_yes_no else [],
+        "absent": absent,
+        "wrong_answers": None if names_object else [],
+    }
+    return [query]
 
 
 def _key_objects(value: Mapping[str, Any], answer: str) -> tuple[set[int], list[str], list[str]]:

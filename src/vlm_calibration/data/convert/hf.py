@@ -94,19 +94,17 @@ def _query(row: int, record: dict[str, Any], answer_type: AnswerTypeChoice) -> l
     if "wrong_answers" in record:
         given = wrong if isinstance(wrong, list) else [wrong]
         wrong = [text for text in given if text and text.strip() and text != answer]
-    return [
-        record
-        | {
-            "id": id_text(record.get("id", f"row-{row}")),
-            "image": image,
-            "question": strip_format_request(record["question"] or ""),
-            "answer": answer,
-            "answer_type": infer_answer_type(answer or "") if kind == "infer" else kind,
-            "category": _as_text(record.get("category")) or None,
-            "synonyms": synonyms,
-            "wrong_answers": wrong,
-        }
-    ]
+    query = {
+        "id": id_text(record.get("id", f"row-{row}")),
+        "image": image,
+        "question": strip_format_request(record["question"] or ""),
+        "answer": answer,
+        "answer_type": infer_answer_type(answer or "") if kind == "infer" else kind,
+        "category": _as_text(record.get("category")) or None,
+        "synonyms": synonyms,
+        "wrong_answers": wrong,
+    }
+    return [record | query]
 
 
 def _as_text(value: Any) -> Any:

@@ -136,9 +136,7 @@ def combine_answers(answers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
     Fewer than ten are variants that are all correct, the first is the gold answer. Ten or more are those of annotators, as in VQAv2:
     the most frequent is the gold answer, and others count if at least `MIN_AGREEING` annotators give them.
-
-    Raises:
-        RecordError: there is no answer.
+    RecordError if there is no answer.
     """
     given = [answer.strip() for answer in answers if answer and answer.strip()]
     if not given:

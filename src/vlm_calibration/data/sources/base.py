@@ -62,7 +62,6 @@ class BadRecords:
         self.messages.append(message)
 
     def error(self, message: str) -> DataError:
-        """The error to raise about a record."""
         advice = "; `on_bad_record: skip` leaves such records out" if self.policy == "raise" else ""
         return DataError(message + advice)
 

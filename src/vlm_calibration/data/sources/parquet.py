@@ -27,8 +27,6 @@ REGION = pa.struct(
         ("score", pa.float64()),
     ]
 )
-"""Type of a region in Parquet."""
-
 REQUIRED = dict.fromkeys(("id", "image", "question", "answer", "answer_type"), _TEXT)
 _TEXTS = pa.list_(_TEXT)
 OPTIONAL = {

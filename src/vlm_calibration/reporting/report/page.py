@@ -18,7 +18,6 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 
@@ -30,6 +29,7 @@ from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.task import ALL_METRICS
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import DataError
+from vlm_calibration.reporting.card import templates
 from vlm_calibration.reporting.report import summary, table, thresholds
 from vlm_calibration.reporting.report.data import System, model_settings, probe_values_of, table_of
 from vlm_calibration.reporting.tables import heading, shown
@@ -179,7 +179,6 @@ def render_page(
     Args:
         about: the system that the summary and the examples describe.
         csv: file of all numbers, which lies beside the page.
-        images: whether to show images.
     """
     ordered = sorted(systems, key=lambda s: (s is not about, s is not systems[0]))
     examples = examples_of(about)
@@ -206,13 +205,7 @@ def render_page(
         "numbers": "What the numbers mean",
         "made": "How this was made",
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(Path(__file__).parent, autoescape=True)
     environment.filters["points"] = lambda share, decimals=0: f"{100 * share:.{decimals}f}"
     environment.filters["percent"] = percent
     return environment.get_template("page.html.j2").render(

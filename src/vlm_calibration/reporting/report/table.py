@@ -149,26 +149,18 @@ def compare(
     known: dict[tuple[str, str, str], Measured] = {}
     for system in systems:
         bootstrap = ImageBootstrap(system.predictions, replicates, seed)
-        planned = list(_planned(system, notes))
+        rated = list(_confidences(system, notes))
         name = f"bootstrap intervals of {system.name}"
-        for estimator, method in track(planned, name, len(planned), "confidences"):
-            if estimator == TEACHER:
-                confidences = taught_confidences(system.predictions, system.calibration or ()) or []
-            elif method == RAW:
-                confidences = [p.confidence_of(estimator) for p in system.predictions]
-            else:
-                assert system.calibration is not None
-                confidences = recalibrated(method, system.predictions, estimator, system.calibration)
+        for estimator, method, confidences in track(rated, name, len(rated), "confidences"):
             measured = known[system.name, estimator, method] = bootstrap.measure(confidences)
             base = base or measured
-            about = (system.name, estimator, method, ALL, "")
-            row: dict[str, Any] = dict(zip(KEYS, about, strict=True)) | {"n": len(confidences)}
-            row["parsed"] = len(confidences) - confidences.count(None)
+            row: dict[str, Any] = dict(zip(KEYS, (system.name, estimator, method, ALL, ""), strict=True))
+            row |= {"n": len(confidences), "parsed": len(confidences) - confidences.count(None)}
             if method == RAW:
                 row["forward_passes"] = system.metrics.get(f"forward_passes@{estimator}")
             for metric, interval in measured.intervals.items():
                 p = math.nan if measured is base else p_value(measured, base, metric)
-                row |= dict(zip((f"{metric}{end}" for end in ENDS), (*interval, p), strict=True))
+                row |= _columns(metric, interval, p)
             rows.append(row)
         keys = {"system": system.name, "estimator": VERBALIZED, "recalibration": RAW}
         parts += [keys | part for part in (*groups_of(system, bootstrap), *bands_of(system, bootstrap))]
@@ -179,16 +171,14 @@ def compare(
         for other in compared if system.name != ORACLE else ():
             if other in known:
                 name = ", ".join(word for word in other if word != RAW)
-                parts.append(
-                    {**whole, "group": name, **distance_between(stated, known[other], bootstrap.rarer)}
-                )
+                parts.append({**whole, "group": name, **_distance(stated, known[other], bootstrap.rarer)})
     return pd.DataFrame(rows + parts, columns=COLUMNS), notes
 
 
-def _planned(system: System, notes: list[str]) -> Iterator[tuple[str, str]]:
-    """Estimator and recalibration for each row of one system; appends to `notes` what cannot be recalibrated, and why."""
+def _confidences(system: System, notes: list[str]) -> Iterator[tuple[str, str, list[float | None]]]:
+    """Estimator, recalibration and confidences of each row of a system; appends to `notes` what cannot be recalibrated, and why."""
     for estimator in estimators_of(system.predictions):
-        yield estimator, RAW
+        yield estimator, RAW, [p.confidence_of(estimator) for p in system.predictions]
         if system.name == ORACLE:  # calibrated by construction
             continue
         if system.calibration is None:
@@ -198,24 +188,29 @@ def _planned(system: System, notes: list[str]) -> Iterator[tuple[str, str]]:
         elif missing := unrated_types(system.predictions, estimator, system.calibration):
             reason = f"no {' and no '.join(missing)} answer of the calibration set has it"
         else:
-            yield from ((estimator, method) for method in METHODS)
+            for method in METHODS:
+                values = recalibrated(method, system.predictions, estimator, system.calibration)
+                yield estimator, method, values
             continue
         notes.append(f"{system.name}: {estimator} is not recalibrated: {reason}.")
-    if system.name != ORACLE and taught_confidences(system.predictions, system.calibration or ()) is not None:
-        yield TEACHER, RAW
+    taught = taught_confidences(system.predictions, system.calibration or ())
+    if system.name != ORACLE and taught is not None:
+        yield TEACHER, RAW, taught
 
 
-def distance_between(stated: Measured, other: Measured, rarer: int) -> dict[str, float]:
+def _distance(stated: Measured, other: Measured, rarer: int) -> dict[str, float]:
     """The Brier score and AUROC of one confidence less those of another, with 95% intervals over the same draws, and p-values."""
     row: dict[str, float] = {}
     for name in ("brier", "auroc"):
         difference = stated.intervals[name].value - other.intervals[name].value
         if difference == difference:
             interval = percentile_interval(difference, stated.drawn[name] - other.drawn[name], rarer)
-            row |= dict(
-                zip((f"{name}{end}" for end in ENDS), (*interval, p_value(stated, other, name)), strict=True)
-            )
+            row |= _columns(name, interval, p_value(stated, other, name))
     return row
+
+
+def _columns(name: str, interval: Interval, p: float) -> dict[str, float]:
+    return dict(zip((f"{name}{end}" for end in ENDS), (*interval, p), strict=True))
 
 
 def plain_rows(systems: Sequence[System]) -> pd.DataFrame:
