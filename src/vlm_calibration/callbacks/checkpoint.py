@@ -24,7 +24,6 @@ from vlm_calibration.records import DataError
 
 LAST = "last.ckpt"
 FOLDER = "checkpoints"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(SystemExit):
@@ -139,7 +138,7 @@ class RunCheckpoint(ModelCheckpoint):
 
         if not self._handlers and threading.current_thread() is threading.main_thread():
             # Replace Lightning's handlers, which communicate with other processes or save in the middle of a step.
-            self._handlers = {number: signal.signal(number, on_signal) for number in SIGNALS}
+            self._handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _stop_on_signal(self, trainer: L.Trainer) -> None:
         """Stop all processes at the same step if any of them received a signal."""

@@ -89,8 +89,7 @@ def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> di
                 shares = (float(METRICS[name](table)) for name in ("parsed_accuracy", "mean_confidence"))
                 rows.append([kind or "untouched", strength, table.parsed, *shares])
         media["response_curve"] = _drawing(response_curve(tables))
-        columns = ["kind", "strength", "answers", "accuracy", "mean_confidence"]
-        media["response_table"] = _table(columns, rows)
+        media["response_table"] = _table(["kind", "strength", "answers", "accuracy", "mean_confidence"], rows)
     return media
 
 

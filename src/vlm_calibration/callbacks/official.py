@@ -10,8 +10,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from vlm_calibration.benchmarks.files import OfficialCounts, official_scores
-from vlm_calibration.callbacks.predictions import OFFICIAL, require_writer
+from vlm_calibration.benchmarks.files import OFFICIAL, OfficialCounts, official_scores
+from vlm_calibration.callbacks.predictions import require_writer
 from vlm_calibration.data.dataset import EvalSplit, with_split_name
 from vlm_calibration.data.sources.benchmark import BenchmarkSource
 from vlm_calibration.estimators.predictions import PREDICTIONS, read_predictions

@@ -30,9 +30,6 @@ class Throughput(L.Callback):
     - `memory/peak_gib`: peak memory so far, of the GPU or else of this process.
     """
 
-    _tokens: Tensor | int
-    _norm: Tensor | None
-
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._last_end = time.perf_counter()
         self._begin()
@@ -79,7 +76,8 @@ class Throughput(L.Callback):
     def _begin(self) -> None:
         self._began = time.perf_counter()
         self._samples, self._waited, self._due = 0, 0.0, False
-        self._tokens, self._norm = 0, None
+        self._tokens: Tensor | int = 0
+        self._norm: Tensor | None = None
 
 
 def tokens_of(batch: Any) -> Tensor | int:
