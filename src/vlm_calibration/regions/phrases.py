@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from vlm_calibration.records import Query
 from vlm_calibration.regions.describer import Describer, Description
@@ -28,9 +28,6 @@ from vlm_calibration.regions.tagger import (
     tag,
 )
 from vlm_calibration.text.labels import asked_existence
-
-if TYPE_CHECKING:
-    import torch
 
 _ASKS_VALUE = re.compile(
     r"\Ahow (?:many|much)\b|\bmade\W*\Z|\bdoing\b|\A(?:what|which)\b.*\b(?:says?|reads?|written|spell|spells|spelled)\b"
@@ -106,9 +103,12 @@ class RuleDescriber(Describer):
         absent += [_text(p) for p in negated]
         in_answer = [p for p in in_answer if p not in negated]
         if in_answer:
-            # The answer names what is asked for: "animal" in "What animal ...", and one of the alternatives.
-            is_choice = not verdict and not any(w.tag == "AJC" for w in words)
-            answered = {kind, *(_alternatives(words, in_question) if is_choice else ())}
+            # The answer names what is asked for: "animal" in "What animal ...", and one of the alternatives: "a cat or a dog".
+            answered = {kind}
+            if not verdict and not any(w.tag == "AJC" for w in words):
+                for first, second in pairwise(in_question):
+                    if "or" in [w.text for w in words[first.last : second.first]]:
+                        answered |= {first, second}
             in_question = [p for p in in_question if p not in answered]
         return self.build_description([_text(p) for p in (*in_question, *in_answer)], absent)
 
@@ -145,16 +145,6 @@ def _asked_kind(words: Sequence[Word]) -> NounPhrase | None:
         return None
     is_generic = first.head in GENERIC and len(phrases) > 1 and _of(words, first, phrases[1])
     return phrases[1] if is_generic else first
-
-
-def _alternatives(words: Sequence[Word], phrases: list[NounPhrase]) -> set[NounPhrase]:
-    """The phrases that "or" joins: "a cat or a dog"."""
-    return {
-        phrase
-        for pair in pairwise(phrases)
-        if "or" in [w.text for w in words[pair[0].last : pair[1].first]]
-        for phrase in pair
-    }
 
 
 def _is_negated(words: Sequence[Word], phrase: NounPhrase) -> bool:
