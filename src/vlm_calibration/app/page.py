@@ -122,8 +122,7 @@ class PageHandlers:
             return None
         strengths = list(LinearLevels().strengths())
         try:
-            samples = self._samples(subject, choice, editor, question, kind, strengths)
-            curves = self.model.answers(samples)
+            curves = self.model.answers(self._samples(subject, choice, editor, question, kind, strengths))
         except DataError:
             return None  # `answer` says why, or the image is untouched and nothing is painted yet
         points = [
