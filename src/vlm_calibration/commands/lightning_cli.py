@@ -297,15 +297,14 @@ def lightning_command(args: Sequence[str]) -> CalibrationCLI:
 
 
 class ParsedCLI(CalibrationCLI):
-    """Parses the configuration; instantiates and seeds nothing."""
+    """Parses the configuration; instantiates, seeds and runs nothing."""
+
+    is_done = True
 
     def _set_seed(self) -> None:
         pass
 
     def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
         pass
 
 

@@ -137,10 +137,8 @@ class Pipeline:
 
     def _result(self, query: Query, description: Description, instances: Sequence[Instance]) -> Extracted:
         """Unite the instances of each phrase, and check the regions."""
-        by_phrase: dict[str, list[Instance]] = {}
-        for detection, mask in instances:
-            by_phrase.setdefault(detection.label, []).append((detection, mask))
-        united = [self._unite(by_phrase[phrase]) for phrase in description.objects if phrase in by_phrase]
+        by_phrase = ([i for i in instances if i[0].label == phrase] for phrase in description.objects)
+        united = [self._unite(of_phrase) for of_phrase in by_phrase if of_phrase]
         regions = tuple(region for region, reason in united if reason is None)
         rejected = tuple(Rejected(region, reason) for region, reason in united if reason is not None)
         outcome: Outcome = "found" if regions else "rejected" if rejected else "not detected"

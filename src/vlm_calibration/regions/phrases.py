@@ -84,7 +84,11 @@ class RuleDescriber(Describer):
         statement = answer[verdict.end() :] if verdict else answer
         in_question = [p for p in noun_phrases(words) if p.head not in NO_OBJECT]
         absent: list[str] = []
-        subject = _existence_subject(question, words, in_question)
+        subject = None  # the object whose presence the question asks for, if it asks for one that can be seen
+        if in_question and asked_existence(question) is not None:
+            first = next(p for p in noun_phrases(words) if p.head not in PICTURE)
+            if first.head not in NO_OBJECT or _of(words, first, in_question[0]):
+                subject = in_question[0]
         # "Is there no dog?" reverses the answer.
         if subject and verdict:
             reverses = subject.first > 0 and words[subject.first - 1].text == "no"
@@ -106,9 +110,9 @@ class RuleDescriber(Describer):
             # The answer names what is asked for: "animal" in "What animal ...", and one of the alternatives: "a cat or a dog".
             answered = {kind}
             if not verdict and not any(w.tag == "AJC" for w in words):
-                for first, second in pairwise(in_question):
-                    if "or" in [w.text for w in words[first.last : second.first]]:
-                        answered |= {first, second}
+                for left, right in pairwise(in_question):
+                    if "or" in [w.text for w in words[left.last : right.first]]:
+                        answered |= {left, right}
             in_question = [p for p in in_question if p not in answered]
         return self.build_description([_text(p) for p in (*in_question, *in_answer)], absent)
 
@@ -122,16 +126,6 @@ def _of(words: Sequence[Word], first: NounPhrase, second: NounPhrase) -> bool:
     """Whether the text reads "first of second", with at most an article between."""
     between = [w.text for w in words[first.last : second.first]]
     return between[:1] == ["of"] and len(between) <= 2
-
-
-def _existence_subject(
-    question: str, words: Sequence[Word], phrases: Sequence[NounPhrase]
-) -> NounPhrase | None:
-    """The object whose presence the question asks for, if it asks for one that can be seen."""
-    if asked_existence(question) is None or not phrases:
-        return None
-    first = next(p for p in noun_phrases(words) if p.head not in PICTURE)
-    return None if first.head in NO_OBJECT and not _of(words, first, phrases[0]) else phrases[0]
 
 
 def _asked_kind(words: Sequence[Word]) -> NounPhrase | None:
