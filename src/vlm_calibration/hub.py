@@ -3,8 +3,6 @@
 Without a network `huggingface_hub` retries for minutes, so the Hub is probed once; if it does not answer, only the cache is used.
 """
 
-from __future__ import annotations
-
 import socket
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The web page: an image, a question and a perturbation of the key object, and the answers of both models."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

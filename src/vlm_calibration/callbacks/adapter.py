@@ -1,7 +1,5 @@
 """Writes the trained adapter as plain PEFT, with the processor and a model card in the same folder."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

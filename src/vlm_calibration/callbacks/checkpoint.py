@@ -1,7 +1,5 @@
 """Checkpoints from which a run resumes exactly: when and how they are written, and how signals stop a run."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import re

@@ -1,7 +1,5 @@
 """Figures and tables of a validation or an evaluation in W&B, drawn from the predictions that `PredictionWriter` has written."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The W&B logger of a run: it writes to the run directory, and needs neither a login nor a network."""
 
-from __future__ import annotations
-
 import atexit
 import errno
 import logging

@@ -1,7 +1,5 @@
 """Scores an evaluation on POPE or AMBER by the benchmark's own rules, and writes the files that its script reads."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Writes `predictions.jsonl` and `metrics.json` of every evaluated system into the run directory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast

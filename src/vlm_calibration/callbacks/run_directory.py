@@ -3,8 +3,6 @@
 A run that fails before its model is loaded and its checkpoint is read leaves the directory unchanged, and starts no logger.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

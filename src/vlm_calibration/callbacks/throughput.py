@@ -1,7 +1,5 @@
 """What training steps cost: speed, waiting for data, gradient norm and memory."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

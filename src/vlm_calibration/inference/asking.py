@@ -1,7 +1,5 @@
 """Asking questions about images: the same for a model in this process and for one behind an address."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

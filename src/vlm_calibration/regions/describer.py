@@ -1,7 +1,5 @@
 """Interface of a describer, M_desc(q, r): from a question and its response to the phrases to detect."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Region extraction for a batch of queries: describe, detect, segment, unite instances, and check each region."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args

@@ -4,8 +4,6 @@ The form of the question ("Is there a X", "What colour is the X", "How many X") 
 object is absent. The objects are the remaining noun phrases, except for those that name nothing visible ("left side", "colour").
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """A describer that prompts a VLM: slower than rules, but not limited to known question forms or to English."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 
