@@ -19,9 +19,6 @@ from vlm_calibration.errors import did_you_mean, explained_errors
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-METAVARS = {int: "N", float: "X", Path: "PATH"}
-"""Type of an option -> the name of its value in the help; others are named after the option."""
-
 
 class Subcommands(NamedTuple):
     """A command that consists of others: its description, and name of a subcommand -> the subcommand."""
@@ -132,16 +129,13 @@ def description(command: Command) -> str:
 
     if isinstance(command, Subcommands | Lazy):
         return command.description
-    docstring = parse(inspect.getdoc(command) or "")
-    text = " ".join(filter(None, [docstring.short_description, docstring.long_description]))
-    return " ".join(text.split())
+    return " ".join((parse(inspect.getdoc(command) or "").description or "").split())
 
 
 def _forwarded(function: Callable[..., Any]) -> Forwarded | None:
     """The annotation of the function's `*settings`, if it has any."""
     parameters = inspect.signature(function, eval_str=True).parameters.values()
-    rest = (get_args(p.annotation) for p in parameters if p.kind is p.VAR_POSITIONAL)
-    return next((annotation for _, annotation in rest), None)
+    return next((get_args(p.annotation)[1] for p in parameters if p.kind is p.VAR_POSITIONAL), None)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -182,7 +176,8 @@ def _add_parameter(group: Any, parameter: inspect.Parameter, text: str, is_optio
     if get_origin(hint) in (list, Sequence):
         settings |= {"type": get_args(hint)[0], "nargs": "+"}
     if is_option and isinstance(hint, type):
-        settings["metavar"] = next((m for kind, m in METAVARS.items() if issubclass(hint, kind)), None)
+        metavars = ((int, "N"), (float, "X"), (Path, "PATH"))  # others are named after the option
+        settings["metavar"] = next((name for kind, name in metavars if issubclass(hint, kind)), None)
     if default is parameter.empty:
         settings |= {"required": True} if is_option else {}
     else:

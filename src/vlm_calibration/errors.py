@@ -78,8 +78,7 @@ def explained(message: str, parser: ArgumentParser) -> str:
             path += [] if chosen is None or is_dataclass(chosen) else ["init_args"]
         elif match := _NO_CLASS.match(line):
             name = next(filter(None, match.groups()))
-            package = __name__.partition(".")[0]
-            ours = [vars(module) for key, module in sys.modules.items() if key.startswith(f"{package}.")]
+            ours = [vars(module) for key, module in sys.modules.items() if key.startswith("vlm_calibration.")]
             classes = {key for names in ours for key, value in names.items() if isinstance(value, type)}
             return f"{_dotted(path, parser)}: there is no {name!r}{did_you_mean(name, sorted(classes))}"
         elif match := _UNKNOWN.match(line):

@@ -1,7 +1,5 @@
 """Files: written all at once or not at all, JSON lines with the place of an error, and logs from which a run resumes."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

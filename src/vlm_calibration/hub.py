@@ -3,8 +3,6 @@
 Without a network `huggingface_hub` retries for minutes, so the Hub is probed once; if it does not answer, only the cache is used.
 """
 
-from __future__ import annotations
-
 import socket
 import sys
 from collections.abc import Iterator
@@ -88,10 +86,8 @@ def base_license(name: str, revision: str | None = None, *, download: bool = Fal
         with loading("the model card", name) if download else nullcontext():
             try:
                 path = Path(hf_hub_download(name, CARD, revision=revision, local_files_only=not download))
-            except errors.RemoteEntryNotFoundError:
-                return {}
-            except errors.LocalEntryNotFoundError:
-                if download:
+            except errors.EntryNotFoundError as error:
+                if download and isinstance(error, errors.LocalEntryNotFoundError):
                     raise
     if not path.is_file():
         return {}

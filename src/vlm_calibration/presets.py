@@ -35,8 +35,6 @@ ENDPOINT_OPTIONS = {
 }
 """The further ones of `test`."""
 DEFAULTS = {"--data-root": "data", "--runs": "runs"}
-OVERLAYS = ("model", "data", "experiment", "trainer", "logger")
-"""Folders of presets that follow a full configuration."""
 CONFIG = "--config NAME"
 VARIABLES = tuple(option.split()[0] for option in {**VARIABLE_OPTIONS, **ENDPOINT_OPTIONS})
 
@@ -57,7 +55,7 @@ def presets_by_folder(*stages: str) -> str:
     """The presets of a command for its help: a line for its stages (such as "sft" or "eval/*"), and one for each folder of overlays."""
     names = preset_names()
     lines = [", ".join(name for pattern in stages for name in names if fnmatch(name, pattern))]
-    for folder in OVERLAYS:
+    for folder in ("model", "data", "experiment", "trainer", "logger"):
         lasts = [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
         lines.append(f"{folder}/: {', '.join(lasts)}")
     fill = partial(textwrap.fill, width=79, subsequent_indent="    ", break_on_hyphens=False)

@@ -1,7 +1,5 @@
 """Progress of long work on stderr: a bar of Rich on a terminal, and once in a while a plain line in a log file."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

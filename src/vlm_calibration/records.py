@@ -213,9 +213,8 @@ def _checked_region(region: Region) -> Region:
         # As Parquet stores a region without a mask beside one with a mask.
         mask, region = None, replace(region, mask=None)
     if mask is None and (x1 - x0) * (y1 - y0) < MIN_BOX:
-        question = "is it normalised to [0, 1], or in percent?"
         raise ValueError(
-            f"'box' {SMALL_BOX}, found {region.box}: boxes are in pixels of the image; {question}"
+            f"'box' {SMALL_BOX}, found {region.box}: boxes are in pixels of the image; is it normalised to [0, 1], or in percent?"
         )
     return region
 

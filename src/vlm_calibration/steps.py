@@ -98,8 +98,9 @@ class Plan:
         further = [*_options(self.settings), *arguments]
         names = {argument.partition("=")[0] for argument in further}
         if "--trainer.default_root_dir" in names:
-            here = f"the run directory of {stage} is {self.folder(stage)}"
-            raise DataError(f"--trainer.default_root_dir: {here}")
+            raise DataError(
+                f"--trainer.default_root_dir: the run directory of {stage} is {self.folder(stage)}"
+            )
         if self.data and stage in ("levels", *TRAINED) and not (self.model or config or f"--{BASE}" in names):
             advice = f"name one, e.g. qwen2_5_vl_7b, or set {BASE}"
             raise DataError(
@@ -175,12 +176,11 @@ def report(plan: Plan, *, images: bool = True, replicates: int = 1000, seed: int
     """Write the report on the evaluation in `runs/eval`, with or without images, by that many bootstrap draws; returns the page."""
     from jsonargparse.typing import PositiveInt
 
-    from vlm_calibration.commands.report import PAGE
-    from vlm_calibration.commands.report import report as write_report
+    from vlm_calibration.commands import report as command
 
     folder = plan.folder("report")
-    write_report([str(folder)], images=images, replicates=PositiveInt(replicates), seed=seed)
-    return folder / PAGE
+    command.report([str(folder)], images=images, replicates=PositiveInt(replicates), seed=seed)
+    return folder / command.PAGE
 
 
 def _run(plan: Plan, stage: str, settings: Settings) -> Path:

@@ -1,7 +1,5 @@
 """The web page: an image, a question and a perturbation of the key object, and the answers of both models."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,8 +120,7 @@ class PageHandlers:
             return None
         strengths = list(LinearLevels().strengths())
         try:
-            samples = self._samples(subject, choice, editor, question, kind, strengths)
-            curves = self.model.answers(samples)
+            curves = self.model.answers(self._samples(subject, choice, editor, question, kind, strengths))
         except DataError:
             return None  # `answer` says why, or the image is untouched and nothing is painted yet
         points = [

@@ -7,12 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_calibration.app.subject import MAX_UPLOAD
+from vlm_calibration.app.subject import MAX_UPLOAD, KeyObjectFinder
 from vlm_calibration.records import DataError
 
 if TYPE_CHECKING:
     from vlm_calibration.app.page import PageHandlers
-    from vlm_calibration.app.subject import KeyObjectFinder
     from vlm_calibration.inference.asking import CalibratedModel
 
 HOST = "127.0.0.1"

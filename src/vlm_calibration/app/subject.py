@@ -1,7 +1,5 @@
 """The image that a visitor of the page looks at, and the mask of its key object."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Writes the trained adapter as plain PEFT, with the processor and a model card in the same folder."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -108,11 +106,6 @@ class AdapterWriter(L.Callback):
         for name, value in record.settings.items() if record else ():
             if value is not None and not name.endswith(("token", "password", "secret", "api_key")):
                 training[name] = str(value)
-        # There are no answers of an evaluation yet, so these are no rows of `reporting.report.table`.
-        results = {
-            when: {name: json_number(name, v[name]) for name in ("n", *COLUMNS) if name in v}
-            for when, v in self.validations.items()
-        }
         return Card(
             base=base.name_or_path,
             base_on_hub=is_hub_name(base.name_or_path),
@@ -125,7 +118,11 @@ class AdapterWriter(L.Callback):
             levels={
                 t: [(*p, levels.confidence(p, t)) for p in data.noise.perturbations] for t in answer_types
             },
-            results=results,
+            # There are no answers of an evaluation yet, so these are no rows of `reporting.report.table`.
+            results={
+                when: {name: json_number(name, v[name]) for name in ("n", *COLUMNS) if name in v}
+                for when, v in self.validations.items()
+            },
             license=base_license(base.name_or_path, base.revision),
             template=data.prompt.template,
             conversation=data.chat.render(EXAMPLE),

@@ -1,7 +1,5 @@
 """Logs the lineage of a run to W&B: the digests of its data, the adapters that it starts from, and the adapter that it makes."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

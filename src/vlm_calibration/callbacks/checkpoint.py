@@ -1,7 +1,5 @@
 """Checkpoints from which a run resumes exactly: when and how they are written, and how signals stop a run."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import re
@@ -24,7 +22,6 @@ from vlm_calibration.records import DataError
 
 LAST = "last.ckpt"
 FOLDER = "checkpoints"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(SystemExit):
@@ -139,7 +136,7 @@ class RunCheckpoint(ModelCheckpoint):
 
         if not self._handlers and threading.current_thread() is threading.main_thread():
             # Replace Lightning's handlers, which communicate with other processes or save in the middle of a step.
-            self._handlers = {number: signal.signal(number, on_signal) for number in SIGNALS}
+            self._handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _stop_on_signal(self, trainer: L.Trainer) -> None:
         """Stop all processes at the same step if any of them received a signal."""

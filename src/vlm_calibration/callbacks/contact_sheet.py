@@ -1,7 +1,5 @@
 """Draws some queries with their regions and the perturbed images, to inspect extracted regions and strengths by eye."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path

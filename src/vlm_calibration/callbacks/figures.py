@@ -1,7 +1,5 @@
 """Figures and tables of a validation or an evaluation in W&B, drawn from the predictions that `PredictionWriter` has written."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,8 +87,7 @@ def media_of(predictions: Sequence[Prediction], dataset: PerturbedQueries) -> di
                 shares = (float(METRICS[name](table)) for name in ("parsed_accuracy", "mean_confidence"))
                 rows.append([kind or "untouched", strength, table.parsed, *shares])
         media["response_curve"] = _drawing(response_curve(tables))
-        columns = ["kind", "strength", "answers", "accuracy", "mean_confidence"]
-        media["response_table"] = _table(columns, rows)
+        media["response_table"] = _table(["kind", "strength", "answers", "accuracy", "mean_confidence"], rows)
     return media
 
 

@@ -1,7 +1,5 @@
 """The W&B logger of a run: it writes to the run directory, and needs neither a login nor a network."""
 
-from __future__ import annotations
-
 import atexit
 import errno
 import logging
@@ -22,10 +20,6 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from vlm_calibration.files import first_line, writing
 from vlm_calibration.reporting.dashboard import PROJECT, logged_in
 
-TIMEOUTS = {"init_timeout": 30.0, "finish_timeout": 900.0}
-"""Seconds to wait for the server at the start and the end of a run, so that a run without network ends too."""
-ROOM = 1 << 20
-"""Free bytes below which nothing is logged: W&B loses data on a full disk without an error."""
 STAGING = "WANDB_DATA_DIR"
 
 
@@ -68,6 +62,8 @@ class RunLogger(WandbLogger):
         offline = mode in ("offline", "dryrun") if mode else not logged_in()
         self._folder = Path(save_dir or "runs")
         self._warned = False
+        # Seconds to wait for the server, so that a run without network ends too.
+        timeouts = {"init_timeout": 30.0, "finish_timeout": 900.0}
         super().__init__(
             save_dir=str(self._folder),
             project=project or os.environ.get("WANDB_PROJECT") or PROJECT,
@@ -77,7 +73,7 @@ class RunLogger(WandbLogger):
             group=group,
             job_type=job_type,
             tags=tags,
-            settings=wandb.Settings(**{**TIMEOUTS, **(settings or {})}),
+            settings=wandb.Settings(**{**timeouts, **(settings or {})}),
         )
         # Lightning passes it even if it is not set, and W&B then warns.
         self._wandb_init.pop("anonymous", None)
@@ -129,7 +125,8 @@ class RunLogger(WandbLogger):
             atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(1)))
 
     def _is_full(self) -> bool:
-        return self._folder.is_dir() and shutil.disk_usage(self._folder).free < ROOM
+        """Whether less than 1 MiB is free: W&B loses data on a full disk without an error."""
+        return self._folder.is_dir() and shutil.disk_usage(self._folder).free < 1 << 20
 
     def _go_offline(self) -> None:
         self._offline = True

@@ -1,7 +1,5 @@
 """Stops a run whose loss or gradient is not finite before the optimiser steps, and names the records."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning as L

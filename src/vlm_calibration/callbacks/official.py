@@ -1,7 +1,5 @@
 """Scores an evaluation on POPE or AMBER by the benchmark's own rules, and writes the files that its script reads."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from vlm_calibration.benchmarks.files import OfficialCounts, official_scores
-from vlm_calibration.callbacks.predictions import OFFICIAL, require_writer
+from vlm_calibration.benchmarks.files import OFFICIAL, OfficialCounts, official_scores
+from vlm_calibration.callbacks.predictions import require_writer
 from vlm_calibration.data.dataset import EvalSplit, with_split_name
 from vlm_calibration.data.sources.benchmark import BenchmarkSource
 from vlm_calibration.estimators.predictions import PREDICTIONS, read_predictions

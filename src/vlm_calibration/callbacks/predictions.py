@@ -1,7 +1,5 @@
 """Writes `predictions.jsonl` and `metrics.json` of every evaluated system into the run directory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -9,6 +7,7 @@ from typing import Any, TypeVar, cast
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from vlm_calibration.benchmarks.files import OFFICIAL
 from vlm_calibration.data.module import TESTED, PerturbedQueryDataModule
 from vlm_calibration.estimators.predictions import CALIBRATION, PREDICTIONS, read_predictions
 from vlm_calibration.estimators.teacher import TEACHER, taught_confidences
@@ -41,7 +40,6 @@ def broadcast_from_first(trainer: L.Trainer, compute: Callable[[], T]) -> T:
 TEST, HELD_OUT = TESTED
 VALIDATION = "validation"
 FILES = {TEST: PREDICTIONS, HELD_OUT: CALIBRATION, VALIDATION: PREDICTIONS}
-OFFICIAL = "official"
 
 
 class PredictionWriter(L.Callback):

@@ -1,7 +1,5 @@
 """Progress of all stages: Lightning's Rich bar on a terminal, and plain lines in a log file."""
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Any

@@ -4,8 +4,6 @@ An interrupted run resumes with the missing shards and any number of processes. 
 last one to end writes the files.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict

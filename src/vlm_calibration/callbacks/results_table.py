@@ -1,7 +1,5 @@
 """Prints the results at the end of a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 A run that fails before its model is loaded and its checkpoint is read leaves the directory unchanged, and starts no logger.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -15,7 +13,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import yaml
@@ -43,9 +41,7 @@ from vlm_calibration.stages.level_fit import LevelFitModule
 SOURCES = ("train", "validation", "teacher", "test", "calibration", "levels", "predict")
 """Settings of `data` that are sources, or named splits of them."""
 PACKAGES = ("vlm-calibration", "torch", "transformers", "peft", "lightning", "scikit-learn", "numpy")
-"""Packages whose versions are recorded."""
-ANSWERING_PACKAGES = PACKAGES[:4]
-"""Those whose versions may not change within an evaluation or measurement."""
+"""Packages whose versions are recorded; those of the first four may not change within an evaluation or measurement."""
 BATCH = "data.batch_size x processes"
 """The queries of a step of training, among the settings of a record, e.g. "4 x 2"."""
 STEPS = (
@@ -65,8 +61,6 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 processes; and those of `data` that cannot, beside the sources that it does not read.
 
 An extraction looks at the queries of a batch together. The batch size of training counts as `BATCH`, regions by their content."""
-IGNORED_MODEL = "gradient_checkpointing|out|likelihoods"
-"""Settings of the model that do not count: how it computes, and where its results go, which are compared by content."""
 PASSIVE = re.compile(
     r"vlm_calibration\.callbacks\..*|lightning\.pytorch\.callbacks\.(.*\.)?(DeviceStatsMonitor|LearningRateMonitor|ModelCheckpoint"
     r"|ModelSummary|OnExceptionCheckpoint|ProgressBar|RichModelSummary|RichProgressBar|ThroughputMonitor|TQDMProgressBar)"
@@ -115,11 +109,11 @@ def deciding_settings(command: str, settings: Mapping[str, Any]) -> dict[str, An
     if command == "levels fit" and (model.get("init_args") or {}).get("likelihoods") is None:
         sources = ("levels",)
     ignored = "|".join([*(name for name in SOURCES if name not in sources), of_loading])
-    # How requests are sent to an endpoint changes no answer, and a server may have moved.
-    sending = rf"endpoints\.[^.]+\.(?!({'|'.join(DECIDING)})\b)"
+    # How a model computes and how requests are sent changes no answer; results are compared by content, and a server may have moved.
+    unused = rf"gradient_checkpointing|out|likelihoods|endpoints\.[^.]+\.(?!({'|'.join(DECIDING)})\b)"
     deciding = re.compile(
         rf"seed_everything|ckpt_path|trainer\.({of_trainer})"
-        rf"|model\.(?!init_args\.({IGNORED_MODEL}|{sending})\b).*|data\.(?!({ignored})\b).*"
+        rf"|model\.(?!init_args\.({unused})\b).*|data\.(?!({ignored})\b).*"
     )
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -185,7 +179,7 @@ def differences(before: RunRecord, now: RunRecord) -> list[str]:
             lines.append(f"the content of {name} has changed" + (f" ({found})" if found else ""))
         else:
             lines.append(f"{name} was {was!r} and is {found!r}")
-    for name in ANSWERING_PACKAGES if now.command in ("test", "levels fit") and not before.finished else ():
+    for name in PACKAGES[:4] if now.command in ("test", "levels fit") and not before.finished else ():
         if (version_was := before.versions.get(name)) != (version_is := now.versions.get(name)):
             lines.append(f"the version of {name} was {version_was} and is {version_is}")
     return lines
@@ -205,18 +199,10 @@ def _is_same(name: str, was: Any, found: Any, finished: bool) -> bool:
 
 TRAINED = (ADAPTER, FOLDER, METRICS, "predictions.jsonl")
 """Files of `fit` other than its configuration and logs; `--overwrite` removes them."""
-UNRECORDED = (ADAPTER, FOLDER, SUMMARY, METRICS)
-"""Results of a run; in a folder without a record nobody knows of which."""
 PROGRESS = (f"{FOLDER}/*.ckpt", EVALUATED.format("*"), f"{SHARDS}/*.jsonl")
 """Files that are not empty where an interrupted run can resume."""
 ANOTHER_FOLDER = "another folder (--runs, or --trainer.default_root_dir) leaves it as it is"
 REMEDIES = f"--overwrite starts again in this folder, {ANOTHER_FOLDER}"
-
-
-@runtime_checkable
-class ResultWriter(Protocol):
-    def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-        """The files and folders that a finished run has; `folder` is its directory."""
 
 
 class Prior(NamedTuple):
@@ -250,7 +236,8 @@ def find_prior(cli: LightningCLI) -> Prior:
     starts_anyway = resumes_own or config.overwrite
     record = read_record(folder)
     if record is None:
-        if not starts_anyway and any((folder / name).exists() for name in UNRECORDED):
+        results = (ADAPTER, FOLDER, SUMMARY, METRICS)
+        if not starts_anyway and any((folder / name).exists() for name in results):
             raise DataError(f"{folder} holds results without the record of a run: {REMEDIES}")
         return Prior("none")
     if record.command != command:
@@ -284,9 +271,9 @@ def is_own_checkpoint(folder: Path, checkpoint: str | None) -> bool:
 
 
 def outputs_of(trainer: L.Trainer, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
-    """The files and folders that this run has when it is finished."""
+    """The files and folders that this run has when it is finished, of the module and the callbacks with a method `outputs`."""
     folder = Path(trainer.default_root_dir)
-    writers = [w for w in (module, *trainer.callbacks) if isinstance(w, ResultWriter)]  # type: ignore[attr-defined]
+    writers: list[Any] = [w for w in (module, *trainer.callbacks) if hasattr(w, "outputs")]  # type: ignore[attr-defined]
     return [path for writer in writers for path in writer.outputs(folder, module, data)]
 
 
@@ -306,9 +293,6 @@ class SaveRunConfig(SaveConfigCallback):
     """Of the run, in the first process; of one that resumes, the record that it began with."""
     _lock: FileIO | None = None
     _loggers: Sequence[Logger] = ()
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **{**settings, "save_to_log_dir": False})
 
     def hold(self, trainer: L.Trainer) -> None:
         """Keep the loggers from the trainer until the run begins, and make this the first callback."""

@@ -1,7 +1,5 @@
 """The one command, `vlm-calibration`: its subcommands, and `main`, which runs one of them and prints its errors in one line."""
 
-from __future__ import annotations
-
 import os
 import sys
 from argparse import ArgumentError

@@ -1,7 +1,5 @@
 """`vlm-calibration calibrate`: run the stages of a calibration, which `make` and the SLURM jobs call."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shlex

@@ -53,9 +53,8 @@ def app(
 
         finder = KeyObjectFinder(RuleDescriber(), ZeroShotDetector(detector), PromptedSegmenter(segmenter))
     loaded = load_model(model)
-    if finder is not None:
-        for part in (finder.describer, finder.detector, finder.segmenter):
-            part.load(loaded.device)
+    for part in (finder.describer, finder.detector, finder.segmenter) if finder is not None else ():
+        part.load(loaded.device)
     from vlm_calibration.app.serve import serve
 
     reports = (Path("runs/demo/report.html"), Path("runs/eval/report.html"))

@@ -18,7 +18,7 @@ from vlm_calibration.data.convert.formats import gqa, sharegpt, vqav2
 from vlm_calibration.data.convert.hf import hf, rlaif_v
 from vlm_calibration.data.convert.reading import Output, Source
 from vlm_calibration.errors import CommandError, explained_errors
-from vlm_calibration.files import first_line, name_some, replacing, write_rows
+from vlm_calibration.files import MAX_NAMED, first_line, name_some, replacing, write_rows
 from vlm_calibration.presets import CONFIG, VARIABLE_OPTIONS, add_variables, resolve_configs
 from vlm_calibration.records import DataError
 
@@ -57,7 +57,6 @@ def split(
 
     from vlm_calibration.data.sources.jsonl import SPLITS
     from vlm_calibration.data.split import open_source, output_paths, split_queries
-    from vlm_calibration.files import name_some
     from vlm_calibration.reporting.tables import text_table
 
     folder = root or file.parent
@@ -250,7 +249,6 @@ def inspect(
 
     from vlm_calibration.data.near_duplicates import find_leaks
     from vlm_calibration.data.sources.jsonl import MissingFileError
-    from vlm_calibration.files import MAX_NAMED
     from vlm_calibration.reporting.inspection import inspect_source
 
     sources = read_sources(settings)

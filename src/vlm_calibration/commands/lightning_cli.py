@@ -24,8 +24,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from vlm_calibration.arguments import with_full_help
 from vlm_calibration.callbacks.checkpoint import FOLDER, LAST, Stopped, reading
-from vlm_calibration.callbacks.predictions import PredictionWriter
-from vlm_calibration.callbacks.regions import RegionWriter
 from vlm_calibration.callbacks.results_table import ResultsTable
 from vlm_calibration.callbacks.run_directory import SaveRunConfig, find_prior
 from vlm_calibration.commands.settings_check import FLAGS, NO_TABLE, RESUMABLE
@@ -109,8 +107,7 @@ class CalibrationCLI(LightningCLI):
         is_file = checkpoint and checkpoint not in ("best", "hpc") and ":" not in checkpoint
         if is_file and not Path(checkpoint).exists():
             raise DataError(f"no checkpoint at {checkpoint}")
-        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        for logger in loggers:
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             settings = getattr(logger, "init_args", None)
             if settings is not None and "save_dir" in settings and settings.save_dir is None:
                 settings.save_dir = trainer.default_root_dir
@@ -189,7 +186,7 @@ class CalibrationCLI(LightningCLI):
             config.ckpt_path = self.config_init.fit.ckpt_path = checkpoint
             announce(f"{folder}: interrupted: resuming from {checkpoint}")
         for writer in (self.model, *self.trainer.callbacks):  # type: ignore[attr-defined]
-            if isinstance(writer, PredictionWriter | RegionWriter | LevelFitModule):
+            if hasattr(writer, "start_over"):
                 writer.start_over = config.overwrite
             elif isinstance(writer, SaveRunConfig):
                 writer.record = prior.record
@@ -300,15 +297,14 @@ def lightning_command(args: Sequence[str]) -> CalibrationCLI:
 
 
 class ParsedCLI(CalibrationCLI):
-    """Parses the configuration; instantiates and seeds nothing."""
+    """Parses the configuration; instantiates, seeds and runs nothing."""
+
+    is_done = True
 
     def _set_seed(self) -> None:
         pass
 
     def instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
         pass
 
 

@@ -24,10 +24,7 @@ NO_TABLE = {"--no_table": "do not print the results, which `report` prints"}
 OPTIONS = ("config", "help", "help-all", "print_config", "seed_everything", "verbose")
 """Options of all subcommands, beside sections and those of Lightning."""
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
-DATA = "vlm_calibration.data.module.PerturbedQueryDataModule"
 TRAINED = ("vlm_calibration.stages.sft.SFTModule", "vlm_calibration.stages.dpo.DPOModule")
-STRUCTURE = {"", "class_path", "init_args", "dict_kwargs", "help"}
-"""Keys of a section that are no parameters."""
 
 
 def check_settings(args: Sequence[str]) -> None:
@@ -48,7 +45,7 @@ def check_settings(args: Sequence[str]) -> None:
         known = {
             "": lightnings.union(OPTIONS, ("trainer", "model", "data"), flags),
             "trainer": parameters_in_source(TRAINER),
-            "data": parameters_in_source(DATA),
+            "data": parameters_in_source("vlm_calibration.data.module.PerturbedQueryDataModule"),
             # Overlays may have settings of a training that another stage ignores.
             "model": own and own.union(*map(parameters_in_source, TRAINED)),
         }
@@ -68,7 +65,8 @@ def _check_name(name: str, known: dict[str, set[str]]) -> None:
     first = key.partition(".")[0].rstrip("+")
     if dashes and section not in (*known, "model"):
         section, first = "", section
-    if section not in known or first in known[section] | STRUCTURE:
+    structure = {"", "class_path", "init_args", "dict_kwargs", "help"}
+    if section not in known or first in known[section] | structure:
         return
     if section == "model":
         name, similar = f"model.init_args.{key}", did_you_mean(first, known["model"])

@@ -102,8 +102,9 @@ def threshold(
         elif earlier := read_rule(folder):
             print(f"The thresholds of an earlier run stay in {folder}: {earlier.guarantee}")
         if written and not has_adapter:
-            place = "where it lies beside a model's weights"
-            print(f"No adapter belongs to this model: the file is read {place}.")
+            print(
+                "No adapter belongs to this model: the file is read where it lies beside a model's weights."
+            )
     if not control.found:
         raise CommandError("", 3)
 

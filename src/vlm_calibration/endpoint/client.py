@@ -1,7 +1,5 @@
 """An endpoint, and a client that sends requests to it, with the key from the environment so that no record can hold it."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Mapping, Sequence

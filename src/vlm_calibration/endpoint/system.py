@@ -1,7 +1,5 @@
 """An endpoint as a `System`."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

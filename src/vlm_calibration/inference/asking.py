@@ -1,7 +1,5 @@
 """Asking questions about images: the same for a model in this process and for one behind an address."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -234,8 +232,7 @@ class CalibratedModel:
         if not question.strip():
             raise DataError(f"{name}: the question is empty")
         # The gold answer is unknown; nothing is graded.
-        kind = answer_type or answer_type_of(question)
-        query = Query(name, "", question, "-", kind, category=category)
+        query = Query(name, "", question, "-", answer_type or answer_type_of(question), category=category)
         loaded = LoadedImage(pixels_of(image), () if mask is None else (mask,), ())
         noise = self.noise if mask is not None else replace(self.noise, absent="clean")
         return perturb_query(query, loaded, noise, self.image_processor, epoch=0, perturbation=perturbation)

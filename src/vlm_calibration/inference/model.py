@@ -1,7 +1,5 @@
 """`load_calibrated`: a base model with its adapter as one object that answers questions as in an evaluation."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import cast

@@ -1,17 +1,13 @@
 """Interface of a describer, M_desc(q, r): from a question and its response to the phrases to detect."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from vlm_calibration.records import DataError, Query
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Description(NamedTuple):

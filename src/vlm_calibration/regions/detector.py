@@ -1,7 +1,5 @@
 """Open-vocabulary detection of phrases with transformers' detectors (Grounding DINO, OWLv2 and variants)."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

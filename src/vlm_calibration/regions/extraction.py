@@ -1,10 +1,8 @@
 """Region extraction for a batch of queries: describe, detect, segment, unite instances, and check each region."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -16,10 +14,6 @@ from vlm_calibration.regions.detector import Box, Detection, Detector
 from vlm_calibration.regions.segmenter import Segmenter
 from vlm_calibration.text.labels import is_evidence, unlocated_objects
 from vlm_calibration.text.matching import same_phrase
-
-if TYPE_CHECKING:
-    pass
-
 
 Outcome = Literal["found", "known", "absent", "no phrase", "not detected", "rejected", "unreadable"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
@@ -96,7 +90,9 @@ class Pipeline:
         queries = [raw.query for raw in rows]
         images = [raw.image for raw in rows if raw.image is not None]  # of each row
         described = self._describe(queries, images)
-        detected = self._detect(images, described)
+        named = [(image, d.objects) for image, d in zip(images, described, strict=True) if d.objects]
+        detections = iter(self.detector.detect([image for image, _ in named], [names for _, names in named]))
+        detected = [next(detections) if d.objects else [] for d in described]
         extracted = map(self._result, queries, described, self._segment(queries, images, detected))
         return [result or next(extracted) for result in ready]
 
@@ -120,13 +116,6 @@ class Pipeline:
             merged.append(description)
         return merged
 
-    def _detect(
-        self, images: Sequence[np.ndarray], described: Sequence[Description]
-    ) -> list[list[Detection]]:
-        named = [(image, d.objects) for image, d in zip(images, described, strict=True) if d.objects]
-        detections = iter(self.detector.detect([image for image, _ in named], [names for _, names in named]))
-        return [next(detections) if d.objects else [] for d in described]
-
     def _segment(
         self, queries: Sequence[Query], images: Sequence[np.ndarray], detected: Sequence[Sequence[Detection]]
     ) -> list[list[Instance]]:
@@ -146,10 +135,8 @@ class Pipeline:
 
     def _result(self, query: Query, description: Description, instances: Sequence[Instance]) -> Extracted:
         """Unite the instances of each phrase, and check the regions."""
-        by_phrase: dict[str, list[Instance]] = {}
-        for detection, mask in instances:
-            by_phrase.setdefault(detection.label, []).append((detection, mask))
-        united = [self._unite(by_phrase[phrase]) for phrase in description.objects if phrase in by_phrase]
+        by_phrase = ([i for i in instances if i[0].label == phrase] for phrase in description.objects)
+        united = [self._unite(of_phrase) for of_phrase in by_phrase if of_phrase]
         regions = tuple(region for region, reason in united if reason is None)
         rejected = tuple(Rejected(region, reason) for region, reason in united if reason is not None)
         outcome: Outcome = "found" if regions else "rejected" if rejected else "not detected"

@@ -4,14 +4,12 @@ The form of the question ("Is there a X", "What colour is the X", "How many X") 
 object is absent. The objects are the remaining noun phrases, except for those that name nothing visible ("left side", "colour").
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from vlm_calibration.records import Query
 from vlm_calibration.regions.describer import Describer, Description
@@ -28,9 +26,6 @@ from vlm_calibration.regions.tagger import (
     tag,
 )
 from vlm_calibration.text.labels import asked_existence
-
-if TYPE_CHECKING:
-    import torch
 
 _ASKS_VALUE = re.compile(
     r"\Ahow (?:many|much)\b|\bmade\W*\Z|\bdoing\b|\A(?:what|which)\b.*\b(?:says?|reads?|written|spell|spells|spelled)\b"
@@ -87,7 +82,11 @@ class RuleDescriber(Describer):
         statement = answer[verdict.end() :] if verdict else answer
         in_question = [p for p in noun_phrases(words) if p.head not in NO_OBJECT]
         absent: list[str] = []
-        subject = _existence_subject(question, words, in_question)
+        subject = None  # the object whose presence the question asks for, if it asks for one that can be seen
+        if in_question and asked_existence(question) is not None:
+            first = next(p for p in noun_phrases(words) if p.head not in PICTURE)
+            if first.head not in NO_OBJECT or _of(words, first, in_question[0]):
+                subject = in_question[0]
         # "Is there no dog?" reverses the answer.
         if subject and verdict:
             reverses = subject.first > 0 and words[subject.first - 1].text == "no"
@@ -106,9 +105,12 @@ class RuleDescriber(Describer):
         absent += [_text(p) for p in negated]
         in_answer = [p for p in in_answer if p not in negated]
         if in_answer:
-            # The answer names what is asked for: "animal" in "What animal ...", and one of the alternatives.
-            is_choice = not verdict and not any(w.tag == "AJC" for w in words)
-            answered = {kind, *(_alternatives(words, in_question) if is_choice else ())}
+            # The answer names what is asked for: "animal" in "What animal ...", and one of the alternatives: "a cat or a dog".
+            answered = {kind}
+            if not verdict and not any(w.tag == "AJC" for w in words):
+                for left, right in pairwise(in_question):
+                    if "or" in [w.text for w in words[left.last : right.first]]:
+                        answered |= {left, right}
             in_question = [p for p in in_question if p not in answered]
         return self.build_description([_text(p) for p in (*in_question, *in_answer)], absent)
 
@@ -124,16 +126,6 @@ def _of(words: Sequence[Word], first: NounPhrase, second: NounPhrase) -> bool:
     return between[:1] == ["of"] and len(between) <= 2
 
 
-def _existence_subject(
-    question: str, words: Sequence[Word], phrases: Sequence[NounPhrase]
-) -> NounPhrase | None:
-    """The object whose presence the question asks for, if it asks for one that can be seen."""
-    if asked_existence(question) is None or not phrases:
-        return None
-    first = next(p for p in noun_phrases(words) if p.head not in PICTURE)
-    return None if first.head in NO_OBJECT and not _of(words, first, phrases[0]) else phrases[0]
-
-
 def _asked_kind(words: Sequence[Word]) -> NounPhrase | None:
     """The noun that "what" or "which" asks for: "animal" in "What kind of animal ...", "colour" in "What is the colour ..."."""
     wh = next((i for i, w in enumerate(words) if w.text in ("what", "which")), len(words))
@@ -145,16 +137,6 @@ def _asked_kind(words: Sequence[Word]) -> NounPhrase | None:
         return None
     is_generic = first.head in GENERIC and len(phrases) > 1 and _of(words, first, phrases[1])
     return phrases[1] if is_generic else first
-
-
-def _alternatives(words: Sequence[Word], phrases: list[NounPhrase]) -> set[NounPhrase]:
-    """The phrases that "or" joins: "a cat or a dog"."""
-    return {
-        phrase
-        for pair in pairwise(phrases)
-        if "or" in [w.text for w in words[pair[0].last : pair[1].first]]
-        for phrase in pair
-    }
 
 
 def _is_negated(words: Sequence[Word], phrase: NounPhrase) -> bool:

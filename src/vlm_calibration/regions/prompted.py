@@ -1,10 +1,7 @@
 """A describer that prompts a VLM: slower than rules, but not limited to known question forms or to English."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -53,8 +50,6 @@ class PromptedDescriber(Describer):
         self.base = base
         self.template = template
         self.max_new_tokens = max_new_tokens
-        self.model: Any = None
-        self.chat: ChatFormat | None = None
 
     def load(self, device: torch.device) -> None:
         processor = load_processor(self.base.name_or_path, self.base.revision, self.base.trust_remote_code)
@@ -65,7 +60,6 @@ class PromptedDescriber(Describer):
     def describe(self, queries: Sequence[Query], images: Sequence[np.ndarray]) -> list[Description]:
         if not queries:
             return []
-        assert self.chat is not None
         prompts = [self.template.format(question=q.question, answer=q.answer) for q in queries]
         texts = [self.chat.render(prompt) for prompt in prompts]
         inputs = move(self.chat.inputs(texts, list(images), "left"), self.model.device)

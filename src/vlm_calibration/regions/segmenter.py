@@ -1,7 +1,5 @@
 """Segmentation of boxes into masks with transformers' promptable segmenters (SAM, SAM 2)."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Parts of speech, as C5 tags of the British National Corpus, come from HanTa (C. 
 questions the predicate ("Is the wine glass red?") and the verb ("Does the dog sleep?") have to be told from compounds.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import lru_cache
