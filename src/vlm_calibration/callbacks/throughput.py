@@ -1,5 +1,7 @@
 """What training steps cost: speed, waiting for data, gradient norm and memory."""
 
+from __future__ import annotations
+
 import resource
 import sys
 import time
@@ -27,6 +29,9 @@ class Throughput(L.Callback):
     - `train/grad_norm`: L2 norm of the gradients of that step before clipping.
     - `memory/peak_gib`: peak memory so far, of the GPU or else of this process.
     """
+
+    _tokens: Tensor | int
+    _norm: Tensor | None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._last_end = time.perf_counter()
@@ -74,8 +79,7 @@ class Throughput(L.Callback):
     def _begin(self) -> None:
         self._began = time.perf_counter()
         self._samples, self._waited, self._due = 0, 0.0, False
-        self._tokens: Tensor | int = 0
-        self._norm: Tensor | None = None
+        self._tokens, self._norm = 0, None
 
 
 def tokens_of(batch: Any) -> Tensor | int:
