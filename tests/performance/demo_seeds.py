@@ -62,25 +62,26 @@ LOSS = "--model.init_args.loss"
 # At the default learning rate, losses whose gradient vanishes on a single level collapse to one.
 SLOWER = ["--model.init_args.optimizer.lr", "1.0e-4"]
 TARGET = "--model.init_args.pairs.target"
-OPPOSITES = ["--data.candidates.wrong_answer", "true"]
 OPPOSITE_WEIGHT = f"{LOSS}.init_args.opposite_weight"
+NO_OPPOSITES = ["--data.candidates.wrong_answer", "false"]
+ONE_ANSWER = [OPPOSITE_WEIGHT, "0.0", *NO_OPPOSITES]
 STAGE_2 = {
     "dpo": [],
-    "opposites": [OPPOSITE_WEIGHT, "0.3", *OPPOSITES],
-    "opposites-1": [OPPOSITE_WEIGHT, "1.0", *OPPOSITES],
+    "one-answer": ONE_ANSWER,
+    "opposites-1": [OPPOSITE_WEIGHT, "1.0"],
     "target-expected": [TARGET, "expected"],
     "target-likelihood": [TARGET, "likelihood"],
     "target-level": [TARGET, "level"],
     "target-correct": [TARGET, "correct"],
     "map-isotonic": ["--model.init_args.teacher", '{"features": ["likelihood"], "map": "isotonic"}'],
-    "gold-answers": ["--data.candidates.answers", "gold", TARGET, "expected"],
+    "gold-answers": [*ONE_ANSWER, "--data.candidates.answers", "gold", TARGET, "expected"],
     "grid-10": ["--data.candidates.grid", "10"],
-    "tokenized-brier": [LOSS, f"{DISTRIBUTION}TokenizedBrier", TARGET, "correct", *SLOWER],
-    "expected-brier": [LOSS, f"{DISTRIBUTION}ExpectedBrier", *SLOWER],
-    "rlcr": [LOSS, f"{DISTRIBUTION}RLCR", *OPPOSITES, *SLOWER],
-    "preferred": [LOSS, f"{PREFERENCE}DPO", f"{LOSS}.init_args.beta", "0.3"],
-    "ordinal": [LOSS, f"{PREFERENCE}Ordinal", f"{LOSS}.init_args.beta", "0.3"],
-    "listwise": [LOSS, f"{PREFERENCE}Listwise", f"{LOSS}.init_args.beta", "0.3"],
+    "tokenized-brier": [LOSS, f"{DISTRIBUTION}TokenizedBrier", TARGET, "correct", *NO_OPPOSITES, *SLOWER],
+    "expected-brier": [LOSS, f"{DISTRIBUTION}ExpectedBrier", *NO_OPPOSITES, *SLOWER],
+    "rlcr": [LOSS, f"{DISTRIBUTION}RLCR", *SLOWER],
+    "preferred": [LOSS, f"{PREFERENCE}DPO", f"{LOSS}.init_args.beta", "0.3", *NO_OPPOSITES],
+    "ordinal": [LOSS, f"{PREFERENCE}Ordinal", f"{LOSS}.init_args.beta", "0.3", *NO_OPPOSITES],
+    "listwise": [LOSS, f"{PREFERENCE}Listwise", f"{LOSS}.init_args.beta", "0.3", *NO_OPPOSITES],
     "level-dpo": ["--config", "configs/experiment/level_dpo.yaml"],
 }
 # Stage 2 from the adapter of "sft-paper", at the learning rate of the Makefile; at the default one it collapses.
@@ -92,6 +93,7 @@ STAGE_2_PAPER = {
 }
 # Stage 2 from the base model, with a new adapter of stage 1's size on as many steps as both stages together need.
 ALONE = [
+    *ONE_ANSWER,
     *("--model.init_args.adapter", "null", "--model.init_args.reference", "base"),
     *("--model.init_args.parts", "null"),
     *("--data.train.init_args.first", "0", "--data.train.init_args.scenes", "4000"),
@@ -101,7 +103,7 @@ STAGE_2_ALONE = {"alone": ALONE, "alone-untouched": [*ALONE, "--data.noise.clean
 UNTRAINED = ("base", "oracle")
 REPORTED = ("base", "sft", "dpo", "oracle")
 STATED = (
-    *("alone-untouched", "alone", "sft-paper", "dpo-paper", "opposites"),
+    *("alone-untouched", "alone", "sft-paper", "dpo-paper", "one-answer"),
     *("without-likelihoods", *ABLATIONS),
 )
 """The systems that answer the test scenes, once their settings are chosen; of the second, only what they state."""
@@ -123,8 +125,8 @@ SYSTEMS = {
     "sft": "SFT",
     "alone-untouched": "stage 2 alone, untouched images",
     "alone": "stage 2 alone",
-    "dpo": "SFT + stage 2: soft labels, fitted teacher, own answers",
-    "opposites": "soft labels for both answers (`opposite_weight: 0.3`)",
+    "dpo": "SFT + stage 2: soft labels for both answers, fitted teacher",
+    "one-answer": "soft labels for the own answer alone (`opposite_weight: 0`)",
     "opposites-1": "`opposite_weight: 1`",
     "target-expected": "`target: expected`",
     "target-likelihood": "`target: likelihood`",
@@ -354,7 +356,7 @@ CONFIDENCES = {
     Confidence("sft", "expected"): "stage 1, expected",
     Confidence("dpo"): "**both stages, as stated**",
     Confidence("dpo", "expected"): "both stages, expected",
-    Confidence("opposites"): "both stages, soft labels for both answers, as stated",
+    Confidence("one-answer"): "both stages, soft labels for the own answer alone, as stated",
     Confidence("sft", "teacher"): "the teacher of stage 2, of stage 1's likelihood and expected confidence",
 }
 """The rows of the README's table."""
