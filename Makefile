@@ -92,10 +92,10 @@ $(VENV)/.setup-%: $(VENV)/.setup
 	$(VENV)/bin/python -m pip install --quiet --editable '.[demo,regions,$*]'
 	touch $@
 
-# Stage 1 with two thirds of its preset's scenes, on smaller batches; stage 2 with half of them, which costs 0.01 to 0.02 of AUROC
-# (tests/demo/README.md). The evaluation measures more than validations would, and answers in two processes.
+# Stage 1 with two thirds of its preset's scenes, on smaller batches; stage 2 with three quarters of them (tests/demo/README.md). The
+# evaluation measures more than validations would, and answers in two processes.
 DEMO := --sft.data.train.init_args.scenes 3400 --sft.data.batch_size 8 --sft.trainer.limit_val_batches 0 \
-  --dpo.data.train.init_args.scenes 1048 --dpo.trainer.limit_val_batches 0 --dpo.trainer.num_sanity_val_steps 0
+  --dpo.data.train.init_args.scenes 1572 --dpo.trainer.limit_val_batches 0 --dpo.trainer.num_sanity_val_steps 0
 
 IN_TWO := --evaluate.trainer.accelerator cpu --evaluate.trainer.devices 2 --evaluate.trainer.strategy ddp_fork
 
