@@ -35,9 +35,10 @@ from vlm_calibration.losses.preference import SimPO
 from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.generation import generate
 from vlm_calibration.models.loading import BaseModel, load_base
+from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages import preference_targets
-from vlm_calibration.stages.dpo_terms import kl_divergence
+from vlm_calibration.stages.dpo_terms import kl_divergence, picked
 from vlm_calibration.stages.preference_targets import PairPolicy, TargetChooser, choose, level_log_p, nearest
 from vlm_calibration.text.confidence import end_of_confidence
 from vlm_calibration.text.grading import grade
@@ -229,6 +230,15 @@ def _peer(
             logistic = LogisticRegression(max_iter=1000).fit(_log_odds(x), y)
             values.append(float(logistic.predict_proba(_log_odds([answer.features]))[0, 1]))
     return values
+
+
+def test_a_query_with_fewer_picks_ends_with_empty_candidates() -> None:
+    """Else the statistics of a validation would count its chosen candidate as a rejected one."""
+    tokens = torch.ones(2, 3, 2, dtype=torch.bool)
+    scores = picked(ResponseScores(-torch.arange(1.0, 13).view(2, 3, 2), tokens), [(2, 0, 1), (1,)])
+    assert scores.total.tolist() == [[-11, -3, -7], [-19, 0, 0]]
+    assert scores.lengths.tolist() == [[2, 2, 2], [2, 0, 0]]
+    assert scores.tokens.dtype == torch.bool
 
 
 # --- Maps -----------------------------------------------------------------------------------------------------------

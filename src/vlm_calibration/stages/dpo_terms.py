@@ -61,11 +61,11 @@ class Comparison(NamedTuple):
 
 
 def picked(scores: ResponseScores, picks: Sequence[Sequence[int]]) -> ResponseScores:
-    """The scores of the picked candidates, [B, K, T] for the largest number K of picks; a row with fewer repeats its first."""
+    """The scores of the picked candidates, [B, K, T] for the largest number K of picks; a row with fewer ends with empty ones."""
     width = max(map(len, picks))
-    index = torch.tensor([[*p, *[p[0]] * (width - len(p))] for p in picks], device=scores.tokens.device)
+    index = torch.tensor([[*p, *[-1] * (width - len(p))] for p in picks], device=scores.tokens.device)
     rows = torch.arange(len(picks), device=index.device)[:, None]
-    return ResponseScores(*(values[rows, index] for values in scores))
+    return ResponseScores(*(values[rows, index] * (index >= 0)[..., None] for values in scores))
 
 
 def candidate_scores(policy: ResponseScores, comparison: Comparison) -> CandidateScores:
