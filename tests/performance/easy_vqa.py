@@ -36,7 +36,6 @@ from vlm_calibration.models.base import DEMO_MODEL
 
 BASE_IMAGES = 2000
 """The first pictures of the training split, which the base model is fine-tuned on; all others are for calibration."""
-NEGATED = ("not", "no")
 STEPS = 800
 
 
@@ -50,7 +49,7 @@ def shape_box(image: Image.Image) -> list[int]:
 def kind_of(question: str) -> str:
     words = question.rstrip("?").split()
     if words[0] != "what":
-        return "negated" if set(words) & {*NEGATED} else "affirmed"
+        return "negated" if {"not", "no"} & {*words} else "affirmed"
     return "colour" if "color" in words else "form"
 
 
@@ -131,7 +130,7 @@ def train_base(out: Path, steps: int) -> None:
                 "base": {"name_or_path": str(out / "start")},
                 "lora": {"r": 64, "alpha": 128, "dropout": 0.0, "parts": ["language", "projector", "tower"]},
                 "answer_weight": "constant",
-                "confidence_weight": 0.0,
+                "confidence_weight": 0.1,
                 "optimizer": {"lr": 1.0e-3},
             }
         },
@@ -164,11 +163,8 @@ def train_base(out: Path, steps: int) -> None:
 
 def write_model(out: Path) -> None:
     """Write `model.yaml`, the settings for a model as small as this one."""
-    model = {
-        "base": {"name_or_path": str(out / "base_model"), "dtype": "float32"},
-        "optimizer": {"lr": 1.0e-3},
-        "max_new_tokens": 16,
-    }
+    base = {"name_or_path": str(out / "base_model"), "dtype": "float32"}
+    model = {"base": base, "optimizer": {"lr": 1.0e-3}, "max_new_tokens": 16}
     data = {"batch_size": 12, "eval_batch_size": 128, "workers": 1, "max_length": 256}
     trainer = {"max_epochs": -1, "max_steps": 600, "num_sanity_val_steps": 0}
     settings = {"trainer": trainer, "model": {"init_args": model}, "data": data}

@@ -11,13 +11,12 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from tests.performance.demo_seeds import spread
+from tests.performance.easy_vqa import command
 from tests.performance.machine import processor
 
 CONFIDENCES = {
@@ -37,10 +36,6 @@ METRICS = {
     "auroc": "AUROC",
 }
 PROBES = ("image", "object", "answer")
-
-
-def command(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "vlm_calibration.cli", *arguments], check=True)
 
 
 def calibrate(data: Path, model: str, out: Path, seeds: Sequence[int], further: Sequence[str]) -> None:
