@@ -154,6 +154,7 @@ PAPER = {
         *(*BOTH_STAGES, LEARNING_RATE, "model.init_args.loss", "model.init_args.reference"),
         *("model.init_args.drift_weight", "model.init_args.pairs.target", "data.candidates.answers"),
         "data.candidates.wrong_answer",
+        "data.teacher",
         *("model.init_args.pairs.rejected", "model.init_args.pairs.n_rejected"),
     },
 }

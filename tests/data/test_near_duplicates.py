@@ -249,7 +249,7 @@ def test_splits_of_one_role_may_share(write: WriteSource) -> None:
     report = _leaks(**sources, **tests)
     assert report.images == {"calibration": 2, "test": 1}
     assert report.leaks == ()
-    roles = ("train", "validation", "calibration", "test")
+    roles = ("train", "validation", "teacher", "calibration", "test")
     report = _leaks(**{role: write(role, "1.png") for role in roles})
     assert [(leak.first, leak.second) for leak in report.leaks] == list(combinations(roles, 2))
 

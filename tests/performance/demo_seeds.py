@@ -376,9 +376,7 @@ def measure(root: Path, seed: int) -> dict[Confidence, Measured]:
         values: list[float | None]
         if estimator == "teacher":
             assert system.calibration is not None
-            taught = taught_confidences(system.predictions, system.calibration)
-            assert taught is not None
-            values = taught
+            values = taught_confidences(system.predictions, system.calibration)
         elif confidence.recalibration is None:
             values = [p.confidence_of(estimator) for p in system.predictions]
         else:

@@ -2,7 +2,7 @@ r"""A base model for pictures and questions of somebody else: `python -m tests.p
 
 The data are those of the package `easy-vqa` 1.0 (PyPI, MIT): 5,000 pictures of one shape on a plain ground, and questions in 107 wordings,
 negations among them. The script writes two folders of JSON lines, about different pictures: `base`, on which the demo's model is fine-tuned
-to answer without any confidence, by `vlm-calibration fit` and `export --merge`, and `data`, which `own_data.py` calibrates.
+to answer, and to state 100% whatever it answers, by `vlm-calibration fit` and `export --merge`, and `data`, which `own_data.py` calibrates.
 
     pip install easy-vqa
     python -m tests.performance.easy_vqa --out runs/easy
@@ -119,7 +119,7 @@ def command(*arguments: str) -> None:
 
 
 def train_base(out: Path, steps: int) -> None:
-    """Fine-tune the demo's model to answer, whatever it states, and merge the adapter into `base_model`; `model.yaml` names it."""
+    """Fine-tune the demo's model to answer and to state 100%, and merge the adapter into `base_model`; `model.yaml` names it."""
     # A copy: the demo's own model is refused on other data.
     shutil.copytree(DEMO_MODEL, out / "start", dirs_exist_ok=True)
     source = "vlm_calibration.data.sources.jsonl.JsonlSource"

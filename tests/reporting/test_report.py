@@ -226,9 +226,15 @@ def test_distances_are_differences_of_two_rows_on_the_same_draws() -> None:
     accuracy = teacher.predict_proba(log_odds(predictions))[:, 1]
     brier = brier_score_loss([p.correct for p in predictions], accuracy)
     assert rows.loc["tuned", "teacher", "raw"].brier == pytest.approx(brier, abs=1e-6)
-    assert taught_confidences(predictions, ()) is None
-    others_type = [replace(p, answer_type="short") for p in predictions[:2]]
-    assert taught_confidences(others_type, calibration) == [None, None], "no short answer was fitted"
+    others_type = replace(predictions[0], answer_type="short")
+    unrated, rated_one = replace(predictions[1], estimates={}), predictions[2]
+    assert taught_confidences([others_type, unrated, rated_one], calibration) == [
+        None,
+        None,
+        pytest.approx(accuracy[2]),
+    ]
+    for nothing in ((predictions, ()), ([others_type, unrated], calibration)):
+        assert taught_confidences(*nothing) == []
 
 
 def test_intervals_and_p_values_are_those_of_whole_images_drawn_one_by_one() -> None:

@@ -240,7 +240,7 @@ def test_every_estimator_has_its_key_and_its_metrics(evaluated: Evaluated) -> No
         assert 1 <= metrics["forward_passes@verbalized"] <= 5
         assert 2 <= metrics["forward_passes@self_consistency"] <= 10
         taught = taught_confidences(predictions, read_predictions(folder / system / "calibration.jsonl"))
-        if taught is None:
+        if not taught:
             assert not any("@teacher" in name for name in metrics)
         else:
             pairs = [(c, p.correct) for c, p in zip(taught, predictions, strict=True) if c is not None]

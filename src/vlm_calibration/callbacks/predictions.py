@@ -143,7 +143,7 @@ def teacher_metrics(folder: Path) -> dict[str, float]:
     """Metrics, as `METRIC@teacher`, of what a teacher that is fitted on a system's calibration answers makes of those to the test set."""
     predictions, calibration = (read_predictions(folder / FILES[split]) for split in TESTED)
     confidences = taught_confidences(predictions, calibration)
-    if confidences is None:
+    if not confidences:
         return {}
     table = ConfidenceTable.from_predictions(confidences, [p.correct for p in predictions], None)
     return table_values(table, REPORTED[1:], f"@{TEACHER}")

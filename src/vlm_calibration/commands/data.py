@@ -235,7 +235,7 @@ def inspect(
 ) -> None:
     """Print one table: counts, balance, image sizes, how much of an image regions cover, bad records of each source, and shared images.
 
-    Images that train, validation, levels or calibration, and test share are counted and named: stored in one place, with the same
+    Images that train, validation, teacher, levels or calibration, and test share are counted and named: stored in one place, with the same
     content, or nearly the same. For this every image is read, about a millisecond each.
 
     Args:

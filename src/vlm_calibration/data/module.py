@@ -32,6 +32,7 @@ from vlm_calibration.text.grading import EXACT, Grading
 TESTED = ("test", "calibration")
 """The data sets of an evaluation, in order."""
 TEACHER = "teacher"
+"""The data set that stage 2 fits its teacher on."""
 LEVELS, INSTANCES = "levels", "instances"
 """The data sets that `levels fit` asks; the second, the untouched queries of `train`, only if it writes their likelihoods."""
 

@@ -33,7 +33,7 @@ MIN_CORRELATION = 0.97
 MAX_MEAN, MAX_PIXEL = 10.0, 64
 """Largest mean and largest single difference of small copies, of 255. Tell apart scenes with one background."""
 
-ROLES = ("train", "validation", "calibration", "test")
+ROLES = ("train", "validation", "teacher", "calibration", "test")
 """What sources are for; those of one role may share images. The section `levels` has the role "calibration"."""
 
 

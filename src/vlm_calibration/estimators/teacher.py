@@ -150,11 +150,10 @@ def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) ->
 
 def taught_confidences(
     predictions: Sequence[EstimatedPrediction], calibration: Sequence[EstimatedPrediction]
-) -> list[float | None] | None:
-    """What a teacher of the default settings, fitted on the calibration answers, makes of each answer.
+) -> list[float | None]:
+    """For each answer the accuracy in [0, 1] by a teacher of the default settings that is fitted on the calibration answers.
 
-    None for an answer that lacks an estimate or is of a type without calibration answers; instead of the list if no calibration answer has all
-    estimates.
+    None for an answer that lacks an estimate, or is of a type without calibration answers; empty if that holds for every answer.
     """
     settings = TeacherSettings()
 
@@ -163,9 +162,7 @@ def taught_confidences(
         is_complete = len(features) == len(settings.features)
         return TaughtAnswer(features, p.correct, p.answer_type, p.image or "") if is_complete else None
 
-    maps = _fit_maps(settings, sorted(filter(None, map(rated, calibration))))
-    if not maps:
-        return None
-    teacher = FittedTeacher(settings, maps, {})
-    asked = (row if row and row.answer_type in maps else None for row in map(rated, predictions))
-    return [row and teacher(row.features, row.answer_type) for row in asked]
+    teacher = FittedTeacher(settings, _fit_maps(settings, sorted(filter(None, map(rated, calibration)))), {})
+    asked = (row if row and row.answer_type in teacher.maps else None for row in map(rated, predictions))
+    values = [row and teacher(row.features, row.answer_type) for row in asked]
+    return values if any(value is not None for value in values) else []

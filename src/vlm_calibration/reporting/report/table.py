@@ -193,8 +193,7 @@ def _confidences(system: System, notes: list[str]) -> Iterator[tuple[str, str, l
                 yield estimator, method, values
             continue
         notes.append(f"{system.name}: {estimator} is not recalibrated: {reason}.")
-    taught = taught_confidences(system.predictions, system.calibration or ())
-    if system.name != ORACLE and taught is not None:
+    if taught := taught_confidences(system.predictions, system.calibration or ()):
         yield TEACHER, RAW, taught
 
 
