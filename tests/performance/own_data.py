@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,13 +61,14 @@ def rows_of(reports: Sequence[pd.DataFrame], **chosen: str) -> list[str]:
     found = [report.loc[(report[list(chosen)] == pd.Series(chosen)).all(axis=1)] for report in reports]
     if any(rows.empty for rows in found):
         return []
-    return [spread([float(rows.iloc[0][name]) for rows in found]) for name in METRICS]
+    rows = [row.astype(object).where(row.notna(), None).iloc[0] for row in found]  # None if undefined
+    return [spread([row[name] for row in rows]) for name in METRICS]
 
 
 def tables(out: Path, seeds: Sequence[int]) -> str:
     reports = [pd.read_csv(out / str(seed) / "eval/report.csv").fillna({"group": ""}) for seed in seeds]
     n = int(reports[0].iloc[0]["n"])
-    lines = [f"{len(seeds)} seeds on {processor()}, {os.cpu_count()} cores; {n} test answers each", ""]
+    lines = [f"{len(seeds)} seeds on {processor()}; {n} test answers each", ""]
     lines += [f"| all answers | {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 1) + "|"]
     for (system, estimator, method), title in CONFIDENCES.items():
         about = {"system": system, "estimator": estimator, "recalibration": method, "kind": "all"}
