@@ -8,7 +8,6 @@ deviation over the seeds, what the reports (`report.csv`) say: all answers, the 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ import pandas as pd
 from tests.performance.demo_seeds import spread
 from tests.performance.easy_vqa import command
 from tests.performance.machine import processor
+
+from vlm_calibration.files import read_json
 
 CONFIDENCES = {
     ("base", "verbalized", "raw"): "base, as stated",
@@ -78,19 +79,15 @@ def tables(out: Path, seeds: Sequence[int]) -> str:
     lines += ["", "| group, as stated | system | ECE | AUROC | accuracy |", "|---|---|---|---|---|"]
     for group in groups:
         for system in ("base", "sft", "dpo"):
-            cells = dict(
-                zip(METRICS, rows_of(reports, system=system, kind="group", group=group), strict=True)
-            )
-            lines.append(f"| {group} | {system} | {cells['ece']} | {cells['auroc']} | {cells['accuracy']} |")
+            _, accuracy, ece, _, auroc = rows_of(reports, system=system, kind="group", group=group)
+            lines.append(f"| {group} | {system} | {ece} | {auroc} | {accuracy} |")
     lines += [
         "",
         f"| change of the stated confidence | {' | '.join(f'without the {p}' for p in PROBES[:2])} | answer swapped |",
         "|---|---|---|---|",
     ]
     for system in ("base", "sft", "dpo"):
-        metrics = [
-            json.loads((out / str(seed) / "eval" / system / "metrics.json").read_text()) for seed in seeds
-        ]
+        metrics = [read_json(out / str(seed) / "eval" / system / "metrics.json") for seed in seeds]
         cells_of = [spread([m.get(f"probe_{probe}_change") for m in metrics]) for probe in PROBES]
         lines.append(f"| {system} | {' | '.join(cells_of)} |")
     return "\n".join(lines)
