@@ -113,7 +113,6 @@ def write_data(out: Path) -> None:
 
 
 def command(*arguments: str) -> None:
-    """Run `vlm-calibration` on two threads."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     subprocess.run([sys.executable, "-m", "vlm_calibration.cli", *arguments], env=environment, check=True)
 

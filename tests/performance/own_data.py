@@ -68,8 +68,7 @@ def rows_of(reports: Sequence[pd.DataFrame], **chosen: str) -> list[str]:
 
 def tables(out: Path, seeds: Sequence[int]) -> str:
     reports = [pd.read_csv(out / str(seed) / "eval/report.csv").fillna({"group": ""}) for seed in seeds]
-    n = int(reports[0].iloc[0]["n"])
-    lines = [f"{len(seeds)} seeds on {processor()}; {n} test answers each", ""]
+    lines = [f"{len(seeds)} seeds on {processor()}; {reports[0].iloc[0]['n']} test answers each", ""]
     lines += [f"| all answers | {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 1) + "|"]
     for (system, estimator, method), title in CONFIDENCES.items():
         about = {"system": system, "estimator": estimator, "recalibration": method, "kind": "all"}
@@ -83,7 +82,7 @@ def tables(out: Path, seeds: Sequence[int]) -> str:
             lines.append(f"| {group} | {system} | {ece} | {auroc} | {accuracy} |")
     lines += [
         "",
-        f"| change of the stated confidence | {' | '.join(f'without the {p}' for p in PROBES[:2])} | answer swapped |",
+        "| change of the stated confidence | without the image | without the object | answer swapped |",
         "|---|---|---|---|",
     ]
     for system in ("base", "sft", "dpo"):
