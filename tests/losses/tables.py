@@ -19,7 +19,7 @@ PREFERENCE_LOSSES: list[PreferenceLoss] = [
 ]
 DISTRIBUTION_LOSSES: list[CandidateLoss] = [
     SoftLabel(width=0.3),
-    SoftLabel(width=0.3, opposite_weight=0.4),
+    SoftLabel(width=0.3, rival_weight=0.4),
     TokenizedBrier(),
     ExpectedBrier(),
     RLCR(),

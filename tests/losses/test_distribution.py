@@ -42,12 +42,12 @@ def _by_loop(loss: CandidateLoss, scores: CandidateScores) -> float:
             mass = {k: math.exp(policy[k] - answer[k]) for k in own}
             pi = {k: mass[k] / sum(mass.values()) for k in own}
             match loss:
-                case SoftLabel(width, opposite_weight):
+                case SoftLabel(width, rival_weight):
                     q = {k: math.exp(-((c[k] - t) ** 2) / (2 * width**2)) for k in own}
                     value = -sum(q[k] / sum(q.values()) * math.log(pi[k]) for k in own)
                     others = {*candidates} - {*own}
                     q = {k: math.exp(-((c[k] - (1 - t)) ** 2) / (2 * width**2)) for k in others}
-                    value -= opposite_weight * sum(
+                    value -= rival_weight * sum(
                         q[k] / sum(q.values()) * (policy[k] - answer[k]) for k in q
                     )
                 case TokenizedBrier():
@@ -168,7 +168,7 @@ def test_the_optimum_after_the_opposite_answer_is_around_what_the_own_one_leaves
         return torch.cat([part.log_softmax(-1)[:, :-1] for part in logits.chunk(2, -1)], -1)
 
     logits = minimise(
-        lambda x: SoftLabel(0.05, opposite_weight=0.3)(scores._replace(policy=log_p(x))),
+        lambda x: SoftLabel(0.05, rival_weight=0.3)(scores._replace(policy=log_p(x))),
         (1, 2 * len(LEVELS) + 2),
     )
     stated, opposite = log_p(logits)[0].exp().chunk(2)

@@ -62,7 +62,7 @@ LOSS = "--model.init_args.loss"
 # At the default learning rate, losses whose gradient vanishes on a single level collapse to one.
 SLOWER = ["--model.init_args.optimizer.lr", "1.0e-4"]
 TARGET = "--model.init_args.pairs.target"
-OPPOSITE_WEIGHT = f"{LOSS}.init_args.opposite_weight"
+OPPOSITE_WEIGHT = f"{LOSS}.init_args.rival_weight"
 NO_OPPOSITES = ["--data.candidates.wrong_answer", "false"]
 ONE_ANSWER = [OPPOSITE_WEIGHT, "0.0", *NO_OPPOSITES]
 STAGE_2 = {
@@ -126,8 +126,8 @@ SYSTEMS = {
     "alone-untouched": "stage 2 alone, untouched images",
     "alone": "stage 2 alone",
     "dpo": "SFT + stage 2: soft labels for both answers, fitted teacher",
-    "one-answer": "soft labels for the own answer alone (`opposite_weight: 0`)",
-    "opposites-1": "`opposite_weight: 1`",
+    "one-answer": "soft labels for the own answer alone (`rival_weight: 0`)",
+    "opposites-1": "`rival_weight: 1`",
     "target-expected": "`target: expected`",
     "target-likelihood": "`target: likelihood`",
     "target-level": "`target: level`",

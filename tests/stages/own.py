@@ -215,7 +215,7 @@ def loss_by_hand(loss: CandidateLoss, policy: list[Stated], reference: list[Stat
         if opposite := [r for r in policy if not r.own]:
             c = np.array([r.confidence for r in opposite])
             q = softmax(-(((c - (1 - target)) / loss.width) ** 2) / 2)
-            value -= loss.opposite_weight * float(q @ [r.s for r in opposite])
+            value -= loss.rival_weight * float(q @ [r.s for r in opposite])
         return value
     if isinstance(loss, RLCR):
         log_p = [r.s for r in own] if len(own) == len(policy) else [r.total for r in policy]

@@ -259,7 +259,7 @@ def test_a_resumed_run_keeps_its_teacher(
             r"likelihood.*data\.candidates\.answers",
         ),
         ({}, {"loss": SoftLabel(), "reference": "none"}, r"data\.candidates.*model\.reference"),
-        ({}, {"loss": SoftLabel(opposite_weight=0.3)}, r"opposite_weight.*data\.candidates\.wrong_answer"),
+        ({}, {"loss": SoftLabel(rival_weight=0.3)}, r"rival_weight.*data\.candidates\.wrong_answer"),
         ({"candidates": None}, {}, r"data\.candidates is not set"),
         (
             {"validation": None},

@@ -34,7 +34,7 @@ class CandidateSettings:
         grid: percent, a divisor of 100: its multiples can be stated besides the confidences of the noise levels, for means that
             lie between few levels. None: the noise levels alone.
         wrong_answer: add the same responses with a wrong answer, if the source has one; the one that states the target is
-            rejected. With own answers to yes/no questions it is the opposite one, which is not rejected if it is right.
+            rejected. With own answers it is the likeliest other answer, which is not rejected if the own one is wrong.
         seed: seed of the draw among several wrong answers.
     """
 
@@ -77,6 +77,7 @@ class CandidateBatch(NamedTuple):
         inputs: arguments of the model's forward (input_ids int64 [B, L], ...), padded on the right; empty if no sample is left.
         lengths: int64 [B], tokens of each prompt before its responses.
         candidates: of each query one response per confidence, in falling order, then those with a wrong answer, if any.
+        rival_is_correct: of each own answer whether the other answer of its candidates is correct; empty for gold answers.
         n_cut_off: number of the model's own answers without an end, whose responses give the gold answer instead.
     """
 
@@ -89,6 +90,7 @@ class CandidateBatch(NamedTuple):
     queries: tuple[Query, ...]
     skipped: tuple[str, ...] = ()
     n_cut_off: int = 0
+    rival_is_correct: tuple[bool, ...] = ()
 
     def to(self, device: torch.device | str) -> CandidateBatch:
         return self._replace(inputs=move(self.inputs, device), lengths=self.lengths.to(device))

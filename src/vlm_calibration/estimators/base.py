@@ -32,11 +32,12 @@ from vlm_calibration.estimators.predictions import (
 )
 from vlm_calibration.estimators.probes import COPIES, Probe
 from vlm_calibration.models.adapters import using_adapter
-from vlm_calibration.models.generation import PromptCache, generate
+from vlm_calibration.models.generation import PromptCache, generate, second_choice
 from vlm_calibration.models.shared_prefix import Prompts
 from vlm_calibration.records import ORIGINAL
 from vlm_calibration.text.confidence import end_of_confidence, strip_confidence
 
+OPPOSITE = {"yes": "No", "no": "Yes"}
 PROBES = "probes"
 """Name under which the forward passes of all probes are counted."""
 
@@ -149,6 +150,7 @@ class AnsweredBatch:
         batch: B prompts, padded on the left.
         cache: keys and values of the prompts from generation, or None.
         complete: for each answer whether it ends before the limit cuts it off; empty if that is not known.
+        with_rivals: score the rival of each answer as well.
     """
 
     model: Any
@@ -159,6 +161,7 @@ class AnsweredBatch:
     max_new_tokens: int
     cache: PromptCache | None = None
     complete: Sequence[bool] = ()
+    with_rivals: bool = False
 
     @staticmethod
     def generate(
@@ -167,6 +170,7 @@ class AnsweredBatch:
         tokenizer: AnswerTokenizer,
         max_new_tokens: int,
         keep_cache: bool = True,
+        with_rivals: bool = False,
     ) -> AnsweredBatch:
         """The greedy answers of the active adapter, up to the confidence. Call it in eval mode and under `torch.no_grad`."""
         if not batch.queries:
@@ -176,7 +180,9 @@ class AnsweredBatch:
             model, batch.inputs, of_model, max_new_tokens, end_of_confidence, keep_cache=keep_cache
         )
         answers = grade_answers(batch, texts)
-        return AnsweredBatch(model, batch, answers, passes, tokenizer, max_new_tokens, cache, complete)
+        return AnsweredBatch(
+            model, batch, answers, passes, tokenizer, max_new_tokens, cache, complete, with_rivals
+        )
 
     @property
     def chat(self) -> ChatFormat:
@@ -190,15 +196,44 @@ class AnsweredBatch:
     @cached_property
     def answers(self) -> list[str | None]:
         """For each query the answer without its stated confidence; None if there is no answer left to rate."""
-        image = getattr(self.chat.processor, "image_token", None)
-        texts = [strip_confidence(p.text) for p in self.predictions]
+        return [self._answer(p.text) for p in self.predictions]
+
+    def _answer(self, text: str) -> str | None:
+        image, answer = getattr(self.chat.processor, "image_token", None), strip_confidence(text)
         # An answer that spells the image token would be tokenized as an image.
-        return [text if text and not (image and image in text) else None for text in texts]
+        return answer if answer and not (image and image in answer) else None
+
+    @cached_property
+    def rivals(self) -> dict[int, EstimatedPrediction]:
+        """Row -> the likeliest other answer, graded: the opposite of yes or no; else a greedy answer from the second-likeliest first token.
+
+        Not for a query without an answer, nor where the other text is no answer, is cut off, or gives the same answer.
+        """
+        texts = [OPPOSITE.get(p.predicted or "", "") for p in self.predictions]
+        if any(p.answer_type != "yes_no" for p in self.predictions):
+            inputs, of_model = self.batch.inputs, self.chat.processor.tokenizer
+            sampler = second_choice(inputs["input_ids"].shape[1])
+            other = generate(self.model, inputs, of_model, self.max_new_tokens, end_of_confidence, sampler)
+            for row, prediction in enumerate(self.predictions):
+                if prediction.answer_type != "yes_no":
+                    texts[row] = other.texts[row] if other.complete[row] else ""
+        rows = zip(self.answers, self.predictions, grade_answers(self.batch, texts), strict=True)
+        return {
+            row: rival
+            for row, (answer, own, rival) in enumerate(rows)
+            if None not in (answer, self._answer(rival.text), rival.predicted)
+            and rival.predicted != own.predicted
+        }
 
     @cached_property
     def _tokenized(self) -> list[TokenizedAnswer]:
-        pairs = zip(self.batch.queries, self.answers, strict=True)
-        return [self.tokenizer.tokenize(query, answer or query.answer) for query, answer in pairs]
+        rivals = (
+            {row: [strip_confidence(r.text)] for row, r in self.rivals.items()} if self.with_rivals else {}
+        )
+        return [
+            self.tokenizer.tokenize(query, answer or query.answer, *rivals.get(row, []))
+            for row, (query, answer) in enumerate(zip(self.batch.queries, self.answers, strict=True))
+        ]
 
     @cached_property
     def scored_answers(self) -> ScoredAnswers:
@@ -229,21 +264,16 @@ class AnsweredBatch:
         scores = score_answers(self.model, answers, right_padded(inputs))
         return dict(zip(copied.rows, scores.by_answer(), strict=True))
 
-    def score_opposite(self) -> dict[int, ResponsePass]:
-        """Row -> the scores of the opposite word, for answers yes and no to yes/no questions."""
-        words = {"yes": "No", "no": "Yes"}
-        opposite = {
-            row: words[p.predicted]
-            for row, p in enumerate(self.predictions)
-            if p.answer_type == "yes_no" and p.predicted in words and self.answers[row] is not None
-        }
-        if not opposite:
+    def score_rivals(self) -> dict[int, ResponsePass]:
+        """Row -> the scores of the rival of the answer."""
+        if not self.rivals:
             return {}
+        texts = {row: strip_confidence(rival.text) for row, rival in self.rivals.items()}
         # The other queries keep their rows, which the cache has as well; their scores are dropped.
         queries = enumerate(self.batch.queries)
-        tokenized = [self.tokenizer.tokenize(q, opposite.get(row, q.answer)) for row, q in queries]
+        tokenized = [self.tokenizer.tokenize(q, texts.get(row, q.answer)) for row, q in queries]
         by_answer = score_answers(self.model, tokenized, self.prompts, self.cache).by_answer()
-        return {row: by_answer[row] for row in opposite}
+        return {row: by_answer[row] for row in texts}
 
     def read_probes(self, probes: Sequence[Probe]) -> tuple[list[dict[str, float | None]], list[int]]:
         """The original confidence in each answer and the likeliest after every probe, and B numbers of forward passes.
@@ -255,7 +285,7 @@ class AnsweredBatch:
         probed: list[dict[str, float | None]] = [{ORIGINAL: p, **dict.fromkeys(probes)} for p in original]
         for probe in probes:
             copy = COPIES.get(probe)
-            changed = self.score_opposite() if copy is None else self.score_copy(copy, with_levels=True)
+            changed = self.score_rivals() if copy is None else self.score_copy(copy, with_levels=True)
             for row, scores in changed.items():
                 passes[row] += scores.passes
                 if self.answers[row] is not None:

@@ -5,11 +5,11 @@ A calibrated confidence may ignore the image (arXiv 2609.18453). The answer is h
 - "image": the whole image is blank;
 - "object": the key object is blank, and nothing else;
 - "distractor": one object that the question is not about is blank, and nothing else;
-- "answer": the opposite of a yes/no answer is given.
+- "answer": the likeliest other answer is given, the opposite of yes or no.
 
-A confidence that listens falls without the image and without the key object, hardly moves without a distractor, and adds up to 1 with
-that in the opposite answer. Nothing is generated: it is the likeliest of those that can be stated after the answer, and so is the original
-one. Each probe, and the original reading, which is that of `ExpectedConfidence`, is one forward pass.
+A confidence that listens falls without the image and without the key object, hardly moves without a distractor, and adds up to at most 1
+with that in the other answer. It is the likeliest of those that can be stated after the answer, and so is the original one. Each probe, and
+the original reading, which is that of `ExpectedConfidence`, is one forward pass; another answer than yes or no is generated besides.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlm_calibration.records import ORIGINAL
 
 SWAPPED = "answer"
-"""The probe that swaps the answer; its confidence and the original one should add up to 1."""
+"""The probe that swaps the answer; its confidence and the original one should add up to at most 1."""
 MILLION = 1_000_000
 
 Probed = Mapping[str, float | None]

@@ -63,7 +63,7 @@ def generate(
         model: a transformers or peft model from `load_base`, which decodes greedily.
         inputs: left-padded prompts, input_ids int64 [B, L]; a ValueError if they are right-padded.
         end_of: the position at which a text with a percent sign is complete, or None; an answer ends there.
-        sampler: samples the tokens; None: greedy decoding.
+        sampler: changes the scores before the likeliest token is taken; None: they stay.
     """
     mask, prompts = inputs["attention_mask"], inputs["input_ids"]
     if bool((mask[:, -1] == 0).any()):
@@ -107,6 +107,17 @@ def generate(
         texts[row], passes[row], complete[row] = text, length, True
     cache = _prompt_cache(output, mask, positions[0]) if keep_cache else None
     return Generated([text.strip() for text in texts], passes, complete, cache)
+
+
+def second_choice(start: int) -> Sampler:
+    """Decodes greedily from the second-likeliest of the first new tokens; `start` is the number of columns of the prompts."""
+
+    def rule_out(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > start:
+            return scores
+        return scores.scatter(1, scores.argmax(1, keepdim=True), -torch.inf)
+
+    return rule_out
 
 
 def _prompt_cache(output: Any, mask: Tensor, positions: Tensor | None) -> PromptCache | None:

@@ -70,7 +70,7 @@ class EvaluationModule(L.LightningModule):
             to `metrics.json` the calibration metrics as `METRIC@ESTIMATOR` and its cost as `forward_passes@ESTIMATOR`.
             With both of the teacher's features and `data.calibration`, `METRIC@teacher` is what a teacher fitted on the latter makes of them.
         probes: what is changed before the confidence in an answer is read again, to see what it listens to: "image", "object" and
-            "distractor" blank the image, the key object or another object, and "answer" gives the opposite of yes or no. Each adds
+            "distractor" blank the image, the key object or another object, and "answer" gives the likeliest other answer. Each adds
             a forward pass for each query of `data.test`; `metrics.json` has its effect as `probe_NAME_change` (`estimators.probes`).
     """
 

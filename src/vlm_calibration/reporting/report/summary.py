@@ -40,7 +40,7 @@ PROBES = {
     "image": "Without the image",
     "object": "Without the key object",
     "distractor": "Without another object",
-    SWAPPED: "With the opposite answer",
+    SWAPPED: "With the likeliest other answer",
 }
 """What a probe does, in words."""
 
@@ -185,7 +185,7 @@ def probe_sentences(values: Mapping[str, float]) -> list[str]:
         sentence = f"{start}, its confidence {moves} on average (it {way} in {values[f'probe_{probe}_{share}']:.0%} of {n:,} answers)."
         if probe == SWAPPED:
             both = values[f"probe_{probe}_sum"]
-            sentence += f" The confidences in an answer and in its opposite add up to {both:.0%} on average; 100% would be consistent."
+            sentence += f" The confidences in both add up to {both:.0%} on average; more than 100% is inconsistent."
         sentences.append(sentence)
     return sentences
 
