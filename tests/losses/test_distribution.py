@@ -30,7 +30,7 @@ def _by_loop(loss: CandidateLoss, scores: CandidateScores) -> float:
         candidates = [k for k in range(scores.policy.shape[1]) if scores.valid[b, k]]
         own = [k for k in candidates if scores.own[b, k]]
         policy, answer, c = (x[b].tolist() for x in (scores.policy, scores.answer, scores.confidence))
-        t = float(scores.target[b])
+        t, rival = float(scores.target[b]), float(scores.rival_target[b])
         if isinstance(loss, RLCR):
             several = len(own) < len(candidates)
             mass = {k: math.exp(policy[k] if several else policy[k] - answer[k]) for k in candidates}
@@ -46,10 +46,8 @@ def _by_loop(loss: CandidateLoss, scores: CandidateScores) -> float:
                     q = {k: math.exp(-((c[k] - t) ** 2) / (2 * width**2)) for k in own}
                     value = -sum(q[k] / sum(q.values()) * math.log(pi[k]) for k in own)
                     others = {*candidates} - {*own}
-                    q = {k: math.exp(-((c[k] - (1 - t)) ** 2) / (2 * width**2)) for k in others}
-                    value -= rival_weight * sum(
-                        q[k] / sum(q.values()) * (policy[k] - answer[k]) for k in q
-                    )
+                    q = {k: math.exp(-((c[k] - rival) ** 2) / (2 * width**2)) for k in others}
+                    value -= rival_weight * sum(q[k] / sum(q.values()) * (policy[k] - answer[k]) for k in q)
                 case TokenizedBrier():
                     value = sum(pi[k] * (c[k] - t) ** 2 for k in own)
                 case ExpectedBrier():
@@ -160,9 +158,10 @@ def fit_confidences(loss: CandidateLoss) -> tuple[Tensor, Tensor]:
     return s.softmax(-1), s.logsumexp(-1)
 
 
-def test_the_optimum_after_the_opposite_answer_is_around_what_the_own_one_leaves() -> None:
+def test_the_optimum_after_the_other_answer_is_around_its_own_target() -> None:
     own = torch.arange(2 * len(LEVELS)) < len(LEVELS)
-    scores = table([[0.0] * 2 * len(LEVELS)], confidence=[LEVELS * 2], target=[0.8])._replace(own=own[None])
+    scores = table([[0.0] * 2 * len(LEVELS)], confidence=[LEVELS * 2], target=[0.8], rival_target=[0.2])
+    scores = scores._replace(own=own[None])
 
     def log_p(logits: Tensor) -> Tensor:
         return torch.cat([part.log_softmax(-1)[:, :-1] for part in logits.chunk(2, -1)], -1)

@@ -286,7 +286,8 @@ def test_a_step_on_own_answers_equals_that_of_each_query_and_each_response_alone
     assert np.array(comparison.targets)[list(rows)] == pytest.approx(targets, abs=1e-3)
     for loss in (SoftLabel(width=0.2, rival_weight=0.5), RLCR(), DPO(beta=0.4)):
         module.loss = loss
-        alone = zip(policy, reference, targets, strict=True)
+        shares = [{"yes_no": 1.0}.get(step.samples[row].query.answer_type, math.nan) for row in rows]
+        alone = zip(policy, reference, targets, shares, strict=True)
         expected = np.mean([loss_by_hand(loss, *of_row) for of_row in alone])
         # int8 looks for outliers among the activations of a whole batch.
         tolerance = 0.1 if run.base.quantization == "int8" else 2e-3

@@ -210,13 +210,8 @@ class AnsweredBatch:
         Not for a query without an answer, nor where the other text is no answer, is cut off, or gives the same answer.
         """
         texts = [OPPOSITE.get(p.predicted or "", "") for p in self.predictions]
-        if any(p.answer_type != "yes_no" for p in self.predictions):
-            inputs, of_model = self.batch.inputs, self.chat.processor.tokenizer
-            sampler = second_choice(inputs["input_ids"].shape[1])
-            other = generate(self.model, inputs, of_model, self.max_new_tokens, end_of_confidence, sampler)
-            for row, prediction in enumerate(self.predictions):
-                if prediction.answer_type != "yes_no":
-                    texts[row] = other.texts[row] if other.complete[row] else ""
+        for row, (text, _) in self._second_choices.items():
+            texts[row] = text
         rows = zip(self.answers, self.predictions, grade_answers(self.batch, texts), strict=True)
         return {
             row: rival
@@ -226,13 +221,25 @@ class AnsweredBatch:
         }
 
     @cached_property
+    def _second_choices(self) -> dict[int, tuple[str, int]]:
+        """Row of a question without yes and no -> a greedy text from the second-likeliest first token, "" if cut off; its forward passes."""
+        rows = [row for row, p in enumerate(self.predictions) if p.answer_type != "yes_no"]
+        if not rows:
+            return {}
+        inputs, of_model = self.batch.inputs, self.chat.processor.tokenizer
+        sampler = second_choice(inputs["input_ids"].shape[1])
+        other = generate(self.model, inputs, of_model, self.max_new_tokens, end_of_confidence, sampler)
+        return {row: (other.texts[row] if other.complete[row] else "", other.passes[row]) for row in rows}
+
+    @cached_property
     def _tokenized(self) -> list[TokenizedAnswer]:
-        rivals = (
-            {row: [strip_confidence(r.text)] for row, r in self.rivals.items()} if self.with_rivals else {}
+        rivals = self.rivals if self.with_rivals else {}
+        others = (
+            [strip_confidence(rivals[row].text)] if row in rivals else [] for row in range(len(self.answers))
         )
+        rows = zip(self.batch.queries, self.answers, others, strict=True)
         return [
-            self.tokenizer.tokenize(query, answer or query.answer, *rivals.get(row, []))
-            for row, (query, answer) in enumerate(zip(self.batch.queries, self.answers, strict=True))
+            self.tokenizer.tokenize(query, answer or query.answer, *other) for query, answer, other in rows
         ]
 
     @cached_property
@@ -286,6 +293,9 @@ class AnsweredBatch:
         for probe in probes:
             copy = COPIES.get(probe)
             changed = self.score_rivals() if copy is None else self.score_copy(copy, with_levels=True)
+            if copy is None:
+                for row, (_, generated) in self._second_choices.items():
+                    passes[row] += generated
             for row, scores in changed.items():
                 passes[row] += scores.passes
                 if self.answers[row] is not None:

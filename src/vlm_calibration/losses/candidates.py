@@ -63,6 +63,7 @@ def fill_padding(scores: CandidateScores) -> CandidateScores:
         answer=fill(scores.answer),
         confidence=fill(scores.confidence),
         target=scores.target.to(dtype),
+        rival_target=scores.rival_target.to(dtype),
         correct=valid & scores.correct,
         own=valid & scores.own,
     )

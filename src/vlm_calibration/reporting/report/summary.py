@@ -185,7 +185,9 @@ def probe_sentences(values: Mapping[str, float]) -> list[str]:
         sentence = f"{start}, its confidence {moves} on average (it {way} in {values[f'probe_{probe}_{share}']:.0%} of {n:,} answers)."
         if probe == SWAPPED:
             both = values[f"probe_{probe}_sum"]
-            sentence += f" The confidences in both add up to {both:.0%} on average; more than 100% is inconsistent."
+            sentence += (
+                f" The confidences in both add up to {both:.0%} on average; more than 100% is inconsistent."
+            )
         sentences.append(sentence)
     return sentences
 
