@@ -14,7 +14,6 @@
 #   PARTITION, ACCOUNT, QOS, MEM   options of sbatch; default: the cluster's
 #   OPTIONS    further options of sbatch, e.g. OPTIONS="--exclusive --mail-type=FAIL"
 set -euo pipefail
-cd "$(dirname "$0")/../.."
 fail() { echo "submit.sh: $*" >&2; exit 1; }
 
 python=${PYTHON:-.venv/bin/python}
@@ -50,7 +49,7 @@ while IFS=$'\t' read -r stage run _; do
     # Without kill-on-invalid-dep a job behind a failed one would stay in the queue forever.
     [[ -z $previous ]] || stage_options+=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
     mkdir -p "$run/logs"
-    previous=$(sbatch "${options[@]}" "${stage_options[@]}" --output="$run/logs/$name.log" "${extra_options[@]}" configs/slurm/job.sbatch "$stage" "$@")
+    previous=$(sbatch "${options[@]}" "${stage_options[@]}" --output="$run/logs/$name.log" "${extra_options[@]}" "$(dirname "$0")/job.sbatch" "$stage" "$@")
     # With several clusters, sbatch prints JOB;CLUSTER.
     previous=${previous%%;*}
     echo "$stage: job $previous, $run/logs/$previous$array_suffix.log"

@@ -1,15 +1,17 @@
 r"""A base model for pictures and questions of somebody else: `python -m tests.performance.easy_vqa --out runs/easy`.
 
 The data are those of the package `easy-vqa` 1.0 (PyPI, MIT): 5,000 pictures of one shape on a plain ground, and questions in 107 wordings,
-negations among them. The script writes two folders of JSON lines, about different pictures: `base`, on which the demo's model is fine-tuned
-to answer, and to state 100% whatever it answers, by `vlm-calibration fit` and `export --merge`, and `data`, which `own_data.py` calibrates.
+negations among them. The script writes folders of JSON lines: `base`, on which the demo's model is fine-tuned to answer, and to state 100%
+whatever it answers, by `vlm-calibration fit` and `export --merge`; `data`, about other pictures, which `own_data.py` calibrates; and `shifted`,
+the same with one half of the wordings to calibrate and the other half to test.
 
     pip install easy-vqa
     python -m tests.performance.easy_vqa --out runs/easy
     python -m tests.performance.own_data runs/easy/data --model runs/easy/model.yaml --out runs/easy/calibrated \
       --dpo.model.init_args.optimizer.lr 1.0e-3 --dpo.trainer.max_steps 300
 
-Questions of a wording are drawn so that as many answers are yes as no: else a base model answers from the wording alone.
+Questions of a wording are drawn so that as many answers are yes as no: else a base model answers from the wording alone. The demo's tokenizer
+gets the words of the questions, as the tokenizer of a large model has them.
 """
 
 from __future__ import annotations
@@ -28,14 +30,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import LlavaForConditionalGeneration
 
-from vlm_calibration.files import write_rows
+from vlm_calibration.files import read_json, write_json, write_rows
 from vlm_calibration.models.base import DEMO_MODEL
 
-BASE_IMAGES = 2000
-"""The first pictures of the training split, which the base model is fine-tuned on; all others are for calibration."""
+VALIDATION_IMAGES, BASE_IMAGES = 100, 2000
+"""The first pictures of the training split, on which the base model is validated and fine-tuned; all others are for calibration."""
 STEPS = 800
 
 
@@ -92,6 +97,10 @@ def balanced(rows: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, An
     return kept
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def write_data(out: Path) -> None:
     """Write `base/{train,validation}.jsonl` and `data/queries.jsonl`, with links to the pictures beside them."""
     spec = importlib.util.find_spec("easy_vqa")
@@ -99,17 +108,23 @@ def write_data(out: Path) -> None:
         raise SystemExit("the package easy-vqa is missing: pip install easy-vqa")
     folder = Path(spec.origin).parent / "data"
     train, test = list(records(folder, "train")), list(records(folder, "test"))
-    base = balanced([row for picture, row in train if picture < BASE_IMAGES])
+    base = balanced([row for picture, row in train if VALIDATION_IMAGES <= picture < BASE_IMAGES])
+    validation = balanced([row for picture, row in train if picture < VALIDATION_IMAGES])
     own = balanced([row for picture, row in train if picture >= BASE_IMAGES] + [row for _, row in test])
-    for name, files in {
-        "base": {"train": base[300:], "validation": base[:300]},
-        "data": {"queries": own},
-    }.items():
-        (out / name).mkdir(parents=True, exist_ok=True)
+    for name in ("base", "data", "shifted"):
         for split in ("train", "test"):
             shutil.copytree(folder / split / "images", out / name / split / "images", dirs_exist_ok=True)
-        for file, rows in files.items():
-            write_rows(out / name / f"{file}.jsonl", rows, lines=True)
+    write_rows(out / "base/train.jsonl", base, lines=True)
+    write_rows(out / "base/validation.jsonl", validation, lines=True)
+    write_rows(out / "data/queries.jsonl", own, lines=True)
+    command("data", "split", str(out / "data/queries.jsonl"), "--overwrite")
+    wordings = sorted(
+        {row["question"] for row in own}, key=lambda question: (kind_of(question.lower()), question)
+    )
+    for name in ("train", "validation", "calibration", "test"):
+        half = {*wordings[name == "test" :: 2]}
+        rows = [row for row in read_rows(out / f"data/{name}.jsonl") if row["question"] in half]
+        write_rows(out / f"shifted/{name}.jsonl", rows, lines=True)
 
 
 def command(*arguments: str) -> None:
@@ -117,10 +132,29 @@ def command(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "vlm_calibration.cli", *arguments], env=environment, check=True)
 
 
+def write_start(out: Path) -> None:
+    """Write the demo's model to `start` with one token for each word of the questions and answers."""
+    shutil.copytree(DEMO_MODEL, out / "start", dirs_exist_ok=True)
+    state = read_json(out / "start/tokenizer.json")
+    vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
+    size = 1 + max([*vocabulary.values(), *(token["id"] for token in state["added_tokens"])])
+    rows = read_rows(out / "base/train.jsonl")
+    for word in sorted({word for r in rows for word in (*r["question"].rstrip("?").split(), r["answer"])}):
+        first, *rest = Tokenizer.from_str(json.dumps(state)).encode(word).tokens
+        for piece in rest:
+            merges.append([first, piece])
+            first += piece
+            vocabulary[first] = size
+            size += 1
+    write_json(out / "start/tokenizer.json", state)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration.from_pretrained(DEMO_MODEL)
+    model.resize_token_embeddings(size)
+    model.save_pretrained(out / "start")
+
+
 def train_base(out: Path, steps: int) -> None:
     """Fine-tune the demo's model to answer and to state 100%, and merge the adapter into `base_model`; `model.yaml` names it."""
-    # A copy: the demo's own model is refused on other data.
-    shutil.copytree(DEMO_MODEL, out / "start", dirs_exist_ok=True)
     source = "vlm_calibration.data.sources.jsonl.JsonlSource"
     settings = {
         "trainer": {"max_epochs": -1, "max_steps": steps},
@@ -176,6 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of the base model")
     args = parser.parse_args(arguments)
     write_data(args.out)
+    write_start(args.out)
     train_base(args.out, args.steps)
     write_model(args.out)
 

@@ -32,7 +32,6 @@ def _bash(root: Path, folder: Path, *arguments: str, **variables: str) -> subpro
     """Run a stage's job with run directories in a folder."""
     folder.mkdir(exist_ok=True)
     environment = _environment(root, folder, **variables)
-    # The working directory does not matter: the job finds the repository.
     return subprocess.run(
         ["bash", str(root / "configs/slurm/job.sbatch"), *arguments, "--runs", str(folder)],
         cwd=folder,
@@ -100,7 +99,9 @@ def _submit(root: Path, folder: Path, *arguments: str, **variables: str) -> tupl
     environment = {**_environment(root, folder), **variables}
     environment["PATH"] = f"{folder}:{environment['PATH']}"
     command = ["bash", str(root / "configs/slurm/submit.sh"), *arguments, "--runs", str(folder)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     log = folder / "submitted"
     return ran, [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -110,8 +111,9 @@ def test_a_chain_of_all_stages(root: Path, tmp_path: Path) -> None:
     ran, jobs = _submit(root, tmp_path, *own, PARTS="3", GPUS="2", GPU_TYPE="a100", NODES="2")
     assert ran.returncode == 0, ran.stderr
     stages = ["regions", "levels", "sft", "dpo", "evaluate", "report"]
-    scripts = [job[job.index("configs/slurm/job.sbatch") :] for job in jobs]
-    assert scripts == [["configs/slurm/job.sbatch", stage, *own, "--runs", str(tmp_path)] for stage in stages]
+    script = str(root / "configs/slurm/job.sbatch")
+    scripts = [job[job.index(script) :] for job in jobs]
+    assert scripts == [[script, stage, *own, "--runs", str(tmp_path)] for stage in stages]
     after = [word.split("=")[1] for job in jobs for word in job if word.startswith("--dependency=")]
     assert after == [f"afterok:{number}" for number in range(1, 6)]
     assert "--array=0-2" in jobs[0]
