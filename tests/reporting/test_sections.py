@@ -194,8 +194,8 @@ def test_the_words_of_probes() -> None:
         "Without the image, its confidence falls by 31 points on average (it falls in 84% of 1,234 answers).",
         "Without the key object, its confidence rises by 1 point on average (it rises in 30% of 1,234 answers).",
         "Without another object, its confidence does not move on average (it falls in 0% of 7 answers).",
-        "With the opposite answer, its confidence moves by less than a point on average (it falls in 2% of 1,234 answers). The "
-        "confidences in an answer and in its opposite add up to 173% on average; 100% would be consistent.",
+        "With the likeliest other answer, its confidence moves by less than a point on average (it falls in 2% of 1,234 answers). "
+        "The confidences in both add up to 173% on average; more than 100% is inconsistent.",
     ]
 
 
