@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 import yaml
+from tests.performance.machine import spread
 
 from vlm_calibration.estimators.predictions import VERBALIZED, read_predictions
 from vlm_calibration.estimators.recalibration import recalibrated
@@ -281,14 +282,6 @@ def chosen(runs: list[Metrics], candidates: Iterable[str]) -> str:
 
 def evaluation(root: Path, seed: int, test: bool, estimated: bool = False) -> Path:
     return root / f"{'test' if test else 'eval'}{'-estimated' if estimated else ''}-{seed}"
-
-
-def spread(values: list[float | None]) -> str:
-    numbers = [v for v in values if v is not None]
-    if not numbers:
-        return "-"
-    mean = f"{statistics.mean(numbers):.3f}"
-    return f"{mean} ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else mean
 
 
 def markdown(runs: list[Metrics], titles: dict[str, str]) -> str:

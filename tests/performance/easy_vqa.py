@@ -5,7 +5,7 @@ negations among them. The script writes folders of JSON lines: `base`, on which 
 whatever it answers, by `vlm-calibration fit` and `export --merge`; `data`, about other pictures, which `own_data.py` calibrates; and `shifted`,
 the same with one half of the wordings to calibrate and the other half to test.
 
-    pip install easy-vqa
+    pip install easy-vqa                              # the extra `dev` has it
     python -m tests.performance.easy_vqa --out runs/easy
     python -m tests.performance.own_data runs/easy/data --model runs/easy/model.yaml --out runs/easy/calibrated \
       --dpo.model.init_args.optimizer.lr 1.0e-3 --dpo.trainer.max_steps 300
@@ -101,13 +101,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_data(out: Path) -> None:
-    """Write `base/{train,validation}.jsonl` and `data/queries.jsonl`, with links to the pictures beside them."""
+def write_data(out: Path, share: float) -> None:
+    """Write `base/{train,validation}.jsonl`, `data/queries.jsonl` and the files of its split, and those of `shifted`, with the pictures beside them.
+
+    `share`, in (0, 1], of the pictures is used.
+    """
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
         raise SystemExit("the package easy-vqa is missing: pip install easy-vqa")
     folder = Path(spec.origin).parent / "data"
-    train, test = list(records(folder, "train")), list(records(folder, "test"))
+    train, test = (
+        [r for r in records(folder, split) if r[0] % 1000 < 1000 * share] for split in ("train", "test")
+    )
     base = balanced([row for picture, row in train if VALIDATION_IMAGES <= picture < BASE_IMAGES])
     validation = balanced([row for picture, row in train if picture < VALIDATION_IMAGES])
     own = balanced([row for picture, row in train if picture >= BASE_IMAGES] + [row for _, row in test])
@@ -147,9 +152,12 @@ def write_start(out: Path) -> None:
             vocabulary[first] = size
             size += 1
     write_json(out / "start/tokenizer.json", state)
-    torch.manual_seed(0)
     model = LlavaForConditionalGeneration.from_pretrained(DEMO_MODEL)
+    known = len(model.get_input_embeddings().weight)
     model.resize_token_embeddings(size)
+    # transformers gives all new tokens the mean of the others, which the frozen embeddings could not tell apart.
+    new = model.get_input_embeddings().weight.data[known:]
+    new.copy_(torch.randn(new.shape, generator=torch.Generator().manual_seed(0)) * new.shape[1] ** -0.5)
     model.save_pretrained(out / "start")
 
 
@@ -183,13 +191,8 @@ def train_base(out: Path, steps: int) -> None:
     runs = str(out / "base_run")
     command(
         "fit",
-        "--config",
-        "configs/sft.yaml",
-        "--config",
-        str(path),
-        "--trainer.default_root_dir",
-        runs,
-        "--overwrite",
+        *("--config", "sft", "--config", str(path)),
+        *("--trainer.default_root_dir", runs, "--overwrite"),
     )
     command("export", runs, "--merge", "--out", str(out / "base_model"), "--overwrite")
 
@@ -208,8 +211,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/easy"))
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps of the base model")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the pictures to use")
     args = parser.parse_args(arguments)
-    write_data(args.out)
+    write_data(args.out, args.share)
     write_start(args.out)
     train_base(args.out, args.steps)
     write_model(args.out)

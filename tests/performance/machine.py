@@ -1,9 +1,10 @@
-"""The machine and versions that a benchmark ran on, and the peak memory of a process (Linux)."""
+"""The machine and versions that a benchmark ran on, the peak memory of a process (Linux), and how results over seeds are written."""
 
 from __future__ import annotations
 
 import os
 import platform
+import statistics
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,3 +30,12 @@ def peak_bytes() -> int:
     """Peak resident memory of this process since `reset_peak`."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def spread(values: list[float | None]) -> str:
+    """Mean ± standard deviation of those that are defined; "-" without any."""
+    numbers = [v for v in values if v is not None]
+    if not numbers:
+        return "-"
+    mean = f"{statistics.mean(numbers):.3f}"
+    return f"{mean} ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else mean

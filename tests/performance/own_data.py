@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from tests.performance.demo_seeds import spread
 from tests.performance.easy_vqa import command
-from tests.performance.machine import processor
+from tests.performance.machine import processor, spread
 
 from vlm_calibration.files import read_json
 
