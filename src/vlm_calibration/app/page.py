@@ -33,8 +33,7 @@ from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
 from vlm_calibration.records import DataError
 
 SCENES = 8
-EDITOR_SIDE = 480
-"""Pixels of the longer side of the picture to paint on."""
+EDITOR_SIDE = 480  # pixels of the longer side of the picture to paint on
 TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model", ENDPOINT: "Served model"}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}

@@ -21,12 +21,9 @@ from vlm_calibration.regions.segmenter import Segmenter
 Editor: TypeAlias = Mapping[str, Any] | None
 """Value of `gr.ImageEditor`, whose `layers` are uint8 [H', W', 4], transparent where nothing is painted."""
 DRAWN, DETECTED, WHOLE = "what I paint", "what a detector finds", "the whole image"
-MAX_UPLOAD = 20 << 20
-"""Largest size of an uploaded file in bytes."""
-MAX_PIXELS = 50_000_000
-"""Most pixels of an uploaded image; photographs have 12 to 48 million."""
-MAX_SIDE = 2048
-"""Uploaded images are shrunk to this longer side; no model here has a higher resolution."""
+MAX_UPLOAD = 20 << 20  # largest size of an uploaded file in bytes
+MAX_PIXELS = 50_000_000  # most pixels of an uploaded image; photographs have 12 to 48 million
+MAX_SIDE = 2048  # uploaded images are shrunk to this longer side; no model here has a higher resolution
 
 
 @dataclass

@@ -38,8 +38,7 @@ GENERATIVE_NOTE = (
     "{n} generative records (descriptions) are left out: AMBER's own script scores them, with spaCy and NLTK"
 )
 
-DIMENSIONS = ("existence", "attribute", "relation")
-"""A category is in the dimension with which it begins."""
+DIMENSIONS = ("existence", "attribute", "relation")  # a category is in the dimension with which it begins
 
 
 def read_annotations(path: str | Path) -> dict[int, Query | None]:

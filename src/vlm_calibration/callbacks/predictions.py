@@ -50,8 +50,7 @@ class PredictionWriter(L.Callback):
     """
 
     _log: AnswerLog
-    start_over = False
-    """Whether an evaluation asks all queries again, whatever an earlier one answered."""
+    start_over = False  # whether an evaluation asks all queries again, whatever an earlier one answered
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         systems = module.systems if isinstance(module, EvaluationModule) else ()

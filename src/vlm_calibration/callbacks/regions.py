@@ -46,8 +46,7 @@ class RegionWriter(L.Callback):
     """
 
     _log: AppendLog
-    start_over = False
-    """Whether all shards are extracted again, whatever an earlier run finished."""
+    start_over = False  # whether all shards are extracted again, whatever an earlier run finished
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         plan = data.plan_extraction(cast(RegionExtractor, module).keep_known)

@@ -97,8 +97,7 @@ POPE = "https://raw.githubusercontent.com/AoiDragon/POPE/08d957b917e5a378a2f99d3
 AMBER = (
     "https://raw.githubusercontent.com/junyangwang0410/AMBER/534babf6bbfcce2e735c26289dedfb21cef3c939/data"
 )
-COCO = "http://images.cocodataset.org/val2014"
-"""Without TLS: the server's certificate is for another name."""
+COCO = "http://images.cocodataset.org/val2014"  # without TLS: the server's certificate is for another name
 
 
 def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")) -> None:

@@ -25,8 +25,7 @@ from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import render_response
 
 CONFIGURED = "as configured"
-STEPS = 2
-"""Steps that are measured: in the second, the optimizer has its states."""
+STEPS = 2  # steps that are measured: in the second, the optimizer has its states
 
 
 def answer_memory(config: Any, tokens: int | None) -> Memory:

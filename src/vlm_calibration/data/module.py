@@ -29,10 +29,8 @@ from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import ElicitationPrompt
 from vlm_calibration.text.grading import EXACT, Grading
 
-TESTED = ("test", "calibration")
-"""The data sets of an evaluation, in order."""
-TEACHER = "teacher"
-"""The data set that stage 2 fits its teacher on."""
+TESTED = ("test", "calibration")  # the data sets of an evaluation, in order
+TEACHER = "teacher"  # the data set that stage 2 fits its teacher on
 LEVELS, INSTANCES = "levels", "instances"
 """The data sets that `levels fit` asks; the second, the untouched queries of `train`, only if it writes their likelihoods."""
 

@@ -24,10 +24,8 @@ from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.settings import digest
 
-SIDE = 128
-"""Least side of a reduced image that hash and small copy are computed from, in pixels."""
-MAX_BITS = 6
-"""Bits of 64 by which the hashes of nearly equal images may differ."""
+SIDE = 128  # least side of a reduced image that hash and small copy are computed from, in pixels
+MAX_BITS = 6  # bits of 64 by which the hashes of nearly equal images may differ
 MIN_CORRELATION = 0.97
 """Least correlation of small copies, in [-1, 1]. Tells apart pages of text, whose hashes often agree."""
 MAX_MEAN, MAX_PIXEL = 10.0, 64

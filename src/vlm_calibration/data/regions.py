@@ -21,8 +21,7 @@ from vlm_calibration.files import name_some
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.settings import settings_digest
 
-NOTE = b"vlm_calibration.extracted_from"
-"""Key of the metadata of a file of regions."""
+NOTE = b"vlm_calibration.extracted_from"  # key of the metadata of a file of regions
 
 
 class Extraction(NamedTuple):

@@ -29,8 +29,7 @@ from vlm_calibration.text.confidence import (
 )
 
 PERCENTS = range(101)
-FOLLOWED = 0.01
-"""Probability from which on the beginning of a percentage is followed by another request."""
+FOLLOWED = 0.01  # probability from which on the beginning of a percentage is followed by another request
 
 
 def complete_statement(text: str) -> str:

@@ -17,8 +17,7 @@ from torch import Tensor
 from vlm_calibration.metrics.functional import CalibrationMetric
 from vlm_calibration.metrics.table import ConfidenceTable, GapNorm
 
-LEVEL = 0.95
-"""Nominal coverage."""
+LEVEL = 0.95  # nominal coverage
 _BATCH_CELLS = 1 << 19
 """Number of confidences in a batch of replicates, approximately; bounds memory for fine grids."""
 _HALVINGS = 10

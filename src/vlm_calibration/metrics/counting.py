@@ -38,8 +38,7 @@ class CountingMetric(Metric):
 
     is_differentiable = False
     full_state_update = False
-    update_called = True
-    """Torchmetrics need not warn of metrics without answers."""
+    update_called = True  # Torchmetrics need not warn of metrics without answers
     counts: Tensor
 
     def __init__(self, shape: Sequence[int], categories: Iterable[str] | None) -> None:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5A5A5A"
-FEW = 30
-"""Bins with fewer answers are drawn faint, and no line leads to them."""
+FEW = 30  # bins with fewer answers are drawn faint, and no line leads to them
 _Z95 = 1.959963984540054
 
 ResponseTables = dict[tuple[str, float], ConfidenceTable]

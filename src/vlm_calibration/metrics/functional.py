@@ -296,8 +296,7 @@ def parse_failure_rate(table: ConfidenceTable) -> Tensor:
     return table.unparsed / (table.total + table.unparsed)
 
 
-REPORTED = tuple(METRICS)
-"""The names that `metrics.json` holds: `n` to `parse_failure_rate`."""
+REPORTED = tuple(METRICS)  # the names that `metrics.json` holds: `n` to `parse_failure_rate`
 
 
 @metric("parsed_accuracy", "accuracy (parsed)", higher_is_better=True)

@@ -16,8 +16,7 @@ from scipy.stats import beta, binom
 
 from vlm_calibration.metrics.bootstrap import Interval
 
-GRID_STEPS = 1000
-"""Thresholds are tenths of a percent, fine enough for confidences that crowd near 100%."""
+GRID_STEPS = 1000  # thresholds are tenths of a percent, fine enough for confidences that crowd near 100%
 LATER_START = 4
 """Where the second half of the error probability enters, in multiples of the fewest answers that can pass: there some may be wrong."""
 ASSUMPTIONS = (

@@ -27,13 +27,10 @@ from vlm_calibration.perturbation.noise import (
     seeded,
 )
 
-ELECTRONS = 1000.0
-"""Electrons of a white pixel."""
-READ_NOISE = 4.0
-"""Standard deviation of the noise of reading out, in electrons."""
+ELECTRONS = 1000.0  # electrons of a white pixel
+READ_NOISE = 4.0  # standard deviation of the noise of reading out, in electrons
 
-GREY = 128
-"""Value of the surroundings if there is no pixel outside the region."""
+GREY = 128  # value of the surroundings if there is no pixel outside the region
 
 # 256 equally probable values of a standard normal variable.
 _QUANTILES = ndtri((np.arange(256, dtype=np.float32) + 0.5) / 256)

@@ -177,10 +177,8 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-PLAUSIBLE_AREA = (0.02, 0.25)
-"""Range of the area of a random region, as a share of the image."""
-PLAUSIBLE_ASPECT = (0.5, 2.0)
-"""Range of width over height of a random region."""
+PLAUSIBLE_AREA = (0.02, 0.25)  # range of the area of a random region, as a share of the image
+PLAUSIBLE_ASPECT = (0.5, 2.0)  # range of width over height of a random region
 
 
 def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilate: float = 0.0) -> BoolMask:

@@ -14,8 +14,7 @@ from vlm_calibration.hub import loading
 from vlm_calibration.models.base import Dtype
 from vlm_calibration.records import DataError
 
-Box = tuple[float, float, float, float]
-"""(x0, y0, x1, y1) in pixels, inside the image."""
+Box = tuple[float, float, float, float]  # (x0, y0, x1, y1) in pixels, inside the image
 
 GROUNDING_DINO = ("grounding-dino", "mm-grounding-dino")
 SEPARATOR = ". "  # of phrases in Grounding DINO's text: "dog. red cup."

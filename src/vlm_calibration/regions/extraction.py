@@ -21,8 +21,7 @@ OUTCOMES: tuple[str, ...] = get_args(Outcome)
 according to the answer. no phrase: the describer named no object. not detected: no box. rejected: no region passed the
 checks. unreadable: the image cannot be read."""
 
-Instance = tuple[Detection, np.ndarray]
-"""A box with its mask, bool [H, W]."""
+Instance = tuple[Detection, np.ndarray]  # a box with its mask, bool [H, W]
 
 Reason = Literal["score", "small", "large", "empty"]
 """Why a region is rejected: its score, its share of the image (small, large), or a mask without a pixel in its box."""

@@ -24,10 +24,8 @@ from vlm_calibration.reporting.tables import COLUMNS, heading, shown
 
 TEXT = "README.md"
 DIGEST = "readme_sha256"
-EXAMPLE = "Is there a dog in the image?"
-"""The question in the examples of cards."""
-TASK = "image-text-to-text"
-"""The task of such a model on the Hub."""
+EXAMPLE = "Is there a dog in the image?"  # the question in the examples of cards
+TASK = "image-text-to-text"  # the task of such a model on the Hub
 HUB_METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
     "ece": ("expected_calibration_error", "Expected calibration error of the stated confidence"),

@@ -16,10 +16,8 @@ import yaml
 from vlm_calibration.files import first_line
 from vlm_calibration.records import DataError
 
-PROJECT = "vlm-calibration"
-"""Default project that runs are logged to."""
-STEP = "trainer/global_step"
-"""The x axis of curves."""
+PROJECT = "vlm-calibration"  # default project that runs are logged to
+STEP = "trainer/global_step"  # the x axis of curves
 NAME = "Calibration"
 RUNS = {"training": ["sft", "dpo"], "evaluation": ["evaluation"]}
 """Runs of a section of the report -> the tags that `Artifacts` gives these runs."""

@@ -15,8 +15,7 @@ from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import SMALL_BOX, DataError, Query
 from vlm_calibration.text.grading import parse_answer
 
-MAX_VALUES = 8
-"""Values that a line of the table names."""
+MAX_VALUES = 8  # values that a line of the table names
 
 
 class Inspection(NamedTuple):

@@ -81,8 +81,7 @@ def _vqav2_query(
 _ARGUMENT = re.compile(r"(?P<name>[^,()]*)[^()]*\((?P<ids>[-\d,\s]*)\)\s*")
 """The argument of an operation that finds an object: "horse,on the edge of,s (447018)", or "dog (-)" for one that is absent."""
 
-Objects = Sequence[tuple[int, str, list[int]]]
-"""The id, name and box of each object of an image."""
+Objects = Sequence[tuple[int, str, list[int]]]  # the id, name and box of each object of an image
 
 
 def gqa(questions: Path, *, scene_graphs: Path | None = None) -> Source:

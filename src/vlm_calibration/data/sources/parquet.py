@@ -37,10 +37,8 @@ OPTIONAL = {
     "absent": _TEXTS,
     "wrong_answers": _TEXTS,
 }
-NOTES = ("outcome", "rejected", "note")
-"""Columns with the outcome of `predict`; not part of a query."""
-ROW = "row-"
-"""Prefix of the name of an embedded image: "row-17"."""
+NOTES = ("outcome", "rejected", "note")  # columns with the outcome of `predict`; not part of a query
+ROW = "row-"  # prefix of the name of an embedded image: "row-17"
 
 
 class ParquetSource(JsonlSource):

@@ -34,13 +34,10 @@ from vlm_calibration.reporting.report import summary, table, thresholds
 from vlm_calibration.reporting.report.data import System, model_settings, probe_values_of, table_of
 from vlm_calibration.reporting.tables import heading, shown
 
-SIZE = (5.2, 4.4)
-"""Width and height of a figure in inches: small, so that its text stays readable on a phone."""
+SIZE = (5.2, 4.4)  # width and height of a figure in inches: small, so that its text stays readable on a phone
 MAX_EXAMPLES = 8
-THUMBNAIL_SIDE = 320
-"""Pixels of a thumbnail's longer side."""
-PIXEL_ART_SIDE = 128
-"""Images up to this size are stored losslessly, as PNG."""
+THUMBNAIL_SIDE = 320  # pixels of a thumbnail's longer side
+PIXEL_ART_SIDE = 128  # images up to this size are stored losslessly, as PNG
 
 
 def figures_of(systems: Sequence[System]) -> dict[str, dict[str, str]]:

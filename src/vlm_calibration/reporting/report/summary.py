@@ -34,8 +34,7 @@ TRUSTED, ROUGH = (0.05, 0.70), (0.10, 0.60)
 """Largest ECE and smallest AUROC of a confidence that can be trusted, and of one that can be trusted in part."""
 MIN_CHECKED, MIN_ANSWERS = 100, 30
 """Answers of the smallest group or band that is checked, and of the smallest group that the summary may name."""
-MAX_PLACES = 3
-"""Number of groups and bands that the verdict names."""
+MAX_PLACES = 3  # number of groups and bands that the verdict names
 PROBES = {
     "image": "Without the image",
     "object": "Without the key object",
@@ -192,8 +191,7 @@ def probe_sentences(values: Mapping[str, float]) -> list[str]:
     return sentences
 
 
-ADAPTERS = "model.init_args.adapters."
-"""Prefix of the inputs in `run.json` that are adapters."""
+ADAPTERS = "model.init_args.adapters."  # prefix of the inputs in `run.json` that are adapters
 
 
 def read_evaluation(folder: Path, adapter: str) -> Evaluation:

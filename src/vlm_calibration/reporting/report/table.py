@@ -36,8 +36,7 @@ ALL, GROUP, BAND, DISTANCE = "all", "group", "band", "distance"
 the stated confidence of a system less another one in the same answers, or in the first system's."""
 MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
 """Metrics of every confidence: the accuracy over all answers, and the calibration metrics of `metrics.json`."""
-ENDS = ("", "_low", "_high", "_p")
-"""Of the columns of a metric: its value, 95% interval and p-value."""
+ENDS = ("", "_low", "_high", "_p")  # of the columns of a metric: its value, 95% interval and p-value
 KEYS = ("system", "estimator", "recalibration", "kind", "group")
 MATCH = ("parsed", "says", "is_right", "is_right_low", "is_right_high", "agrees")
 COLUMNS = (
@@ -54,8 +53,7 @@ LIKELIHOOD = ("likelihood", "platt")
 """Estimator and recalibration of the first system that stated confidence is compared with: the baseline that needs token probabilities."""
 EDGES = (0, 20, 40, 60, 80, 90, 100)
 """Edges of the bands of stated confidence, in percent; a band includes its lower edge, the last band both."""
-TOLERANCE = 0.05
-"""The difference between stated confidence and accuracy that is small enough."""
+TOLERANCE = 0.05  # the difference between stated confidence and accuracy that is small enough
 GROUPED = ("accuracy", "mean_confidence", "overconfidence", "parse_failure_rate", "ece", "auroc")
 TYPES = {"yes_no": "yes-or-no answers", "short": "short answers", "open": "open answers"}
 
@@ -91,8 +89,7 @@ class ImageBootstrap:
         index = {unit: i for i, unit in enumerate(sorted(set(units)))}
         n = len(index)
         self.correct = np.array([p.correct for p in predictions])
-        self.unit_of = np.array([index[unit] for unit in units])
-        """Number of each answer's image, int [N]."""
+        self.unit_of = np.array([index[unit] for unit in units])  # number of each answer's image, int [N]
         self.weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates).T
         """How often each draw contains each image, int [images, B]."""
         self.rarer = min(len(np.unique(self.unit_of[self.correct == kind])) for kind in (True, False))

@@ -40,8 +40,7 @@ from vlm_calibration.text.confidence import ElicitationPrompt
 A = TypeVar("A")
 MAX_ERRORS, CERTAINTY = (0.01, 0.02, 0.05, 0.10), 0.95
 """The limits of the error in the report, and the certainty of each."""
-ALL = "all"
-"""The name of all test answers beside their parts."""
+ALL = "all"  # the name of all test answers beside their parts
 
 
 class Promise(NamedTuple):
