@@ -21,15 +21,8 @@ if TYPE_CHECKING:
     from vlm_calibration.perturbation.kinds import RegionPerturbation
 
 KIND_NAMES = (
-    NOISE,
-    "blur",
-    "motion_blur",
-    "pixelation",
-    "occlusion",
-    "fade",
-    "jpeg",
-    "darkness",
-    "overexposure",
+    *(NOISE, "blur", "motion_blur", "pixelation", "occlusion"),
+    *("fade", "jpeg", "darkness", "overexposure"),
 )
 """The names of all kinds: noise, and the keys of `kinds.KINDS`."""
 

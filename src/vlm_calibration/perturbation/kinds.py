@@ -162,8 +162,7 @@ def darkness(crop: Crop, strength: float, generator: np.random.Generator) -> NDA
 def overexposure(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """Too much light, as against the sun: a gain and a veil, growing until every pixel is white."""
     light = (np.arange(256) / 255) ** 2 * (1 + 4 * strength**2.5) + strength**8
-    table = np.rint(255 * np.sqrt(np.minimum(light, 1))).astype(np.uint8)
-    return table[crop.image]
+    return np.rint(255 * np.sqrt(np.minimum(light, 1))).astype(np.uint8)[crop.image]
 
 
 class Kind(NamedTuple):
@@ -269,8 +268,7 @@ def _at_size(
     small = cv2.resize(padded, (full[0] // whole, full[1] // whole), interpolation=cv2.INTER_AREA)
     size = (max(1, round(full[0] / shrink)), max(1, round(full[1] / shrink)))
     small = cv2.resize(small, size, interpolation=cv2.INTER_AREA)
-    enlarged = cv2.resize(function(small, shrink), full, interpolation=cv2.INTER_LINEAR)
-    return enlarged[:height, :width]
+    return cv2.resize(function(small, shrink), full, interpolation=cv2.INTER_LINEAR)[:height, :width]
 
 
 def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:

@@ -39,12 +39,8 @@ class MaskBox(NamedTuple):
 
     def grown(self, margin: int, shape: tuple[int, ...]) -> MaskBox:
         """The box with a margin, cut off at the border of an image of this shape [H, W, ...]."""
-        return MaskBox(
-            max(0, self.top - margin),
-            min(shape[0], self.bottom + margin),
-            max(0, self.left - margin),
-            min(shape[1], self.right + margin),
-        )
+        top, left = max(0, self.top - margin), max(0, self.left - margin)
+        return MaskBox(top, min(shape[0], self.bottom + margin), left, min(shape[1], self.right + margin))
 
 
 def check_mask(mask: NDArray[Any], image_shape: tuple[int, ...], *, allow_empty: bool = False) -> BoolMask:
@@ -59,9 +55,8 @@ def check_mask(mask: NDArray[Any], image_shape: tuple[int, ...], *, allow_empty:
         raise ValueError(f"mask has shape {mask.shape}, but the image has {expected} (height, width)")
     if mask.dtype == np.uint8:
         if mask.size and mask.max() > 1:
-            raise ValueError(
-                f"mask is uint8 with values up to {mask.max()}; expected 0 and 1 (or a bool array: use mask > 127)"
-            )
+            expected_values = "0 and 1 (or a bool array: use mask > 127)"
+            raise ValueError(f"mask is uint8 with values up to {mask.max()}; expected {expected_values}")
         mask = mask.view(np.bool_)
     if not allow_empty and not mask.any():
         raise ValueError("mask is empty: no pixel is marked, so there is nothing to perturb")
@@ -133,9 +128,8 @@ def _decode_mask(region: Region, height: int, width: int) -> np.ndarray:
     assert region.mask is not None
     size, counts = region.mask["size"], region.mask["counts"]
     if not isinstance(size, list | tuple) or list(size) != [height, width]:
-        raise RecordError(
-            f"the mask of region {region.label!r} has size {size} ([height, width]) but the image is {[height, width]}"
-        )
+        sizes = f"size {size} ([height, width]) but the image is {[height, width]}"
+        raise RecordError(f"the mask of region {region.label!r} has {sizes}")
     try:
         text = counts.decode("ascii") if isinstance(counts, bytes) else counts
         runs = _run_lengths(text) if isinstance(text, str) else text
@@ -146,8 +140,7 @@ def _decode_mask(region: Region, height: int, width: int) -> np.ndarray:
             raise ValueError(f"counts cover {sum(runs)} pixels of {height * width}")
     except ValueError as error:
         raise RecordError(f"the mask of region {region.label!r} is not a COCO RLE: {error}") from error
-    marked = np.arange(len(runs)) % 2 == 1
-    return np.repeat(marked, runs).reshape(width, height).T
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def _run_lengths(counts: str) -> list[int]:
@@ -259,11 +252,9 @@ def _region_off(
     shape = target[box.slices] if silhouette else np.ones((height, width), dtype=np.bool_)
     sums = cv2.integral(target.view(np.uint8))
     while True:
-        # The pixels of the target in each box of this size, by its top-left corner.
-        covered = (
-            sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-        )
-        corners = np.flatnonzero(covered == 0)
+        # The boxes of this size without a pixel of the target, by their top-left corner.
+        rows = sums[height:] - sums[:-height]
+        corners = np.flatnonzero(rows[:, width:] == rows[:, :-width])
         if corners.size:
             top, left = divmod(int(rng.choice(corners)), target.shape[1] - width + 1)
             region = np.zeros_like(target)
