@@ -135,6 +135,5 @@ def _gaps_and_noise(
     # A bin whose answers are all correct or all wrong shows no variance: half of what it lacks to that of a calibrated model is added.
     calibrated = (table.answers * table.value * (1 - table.value)) @ weights.square() / n.square()
     missing = (calibrated - variance).clamp_min(0) / 2
-    generator = torch.Generator().manual_seed(0)
-    extra = torch.randn(noise.shape, generator=generator, dtype=torch.float64)
+    extra = torch.randn(noise.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return gaps, noise + extra * missing.sqrt(), (variance + missing).sqrt()

@@ -127,7 +127,7 @@ def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
     """
     title = _title(table, "Risk and coverage: AURC", "aurc")
     x_label = "Coverage: most confident answers given (%)"
-    figure, ax = _axes(table, title, x_label, "Risk: error rate of the answers given (%)")
+    figure, ax = _axes(table, title, x_label, "Risk: error rate of the answers given (%)", None)
     if not table.parsed:
         return figure
     answers, wrong = table.answers.flip(-1), table.wrong.flip(-1)
@@ -161,9 +161,8 @@ def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) ->
     answered = {key: table for key, table in tables.items() if table.parsed}
     kinds = sorted({kind for kind, _ in answered} - {""}) or [""]
     columns = math.ceil(math.sqrt(len(kinds)))
-    panels = figure.subplots(
-        math.ceil(len(kinds) / columns), columns, sharex=True, sharey=True, squeeze=False
-    ).ravel()
+    rows = math.ceil(len(kinds) / columns)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for kind, ax in zip(kinds, panels, strict=False):
         curve = {strength: table for (k, strength), table in answered.items() if k in ("", kind)}
         ax.set(ylim=(-3, 103), xlim=(-0.04, 1.04), title=kind.replace("_", " "))
@@ -198,9 +197,7 @@ def _title(table: ConfidenceTable, heading: str, name: str, format: str = ".3f")
     return f"{heading} {shown}, {table.n:,} answer{'' if table.n == 1 else 's'}{unparsed}"
 
 
-def _axes(
-    table: ConfidenceTable, title: str, x: str, y: str, ax: "Axes | None" = None
-) -> "tuple[Figure, Axes]":
+def _axes(table: ConfidenceTable, title: str, x: str, y: str, ax: "Axes | None") -> "tuple[Figure, Axes]":
     """The given axes or new ones, x in percent, with a note if no answer states a confidence."""
     ax = new_figure().subplots() if ax is None else ax
     ax.set(title=title, xlim=(-3, 103), xticks=range(0, 101, 10), xlabel=x, ylabel=y)

@@ -16,6 +16,7 @@ from scipy.stats import beta, binom
 
 from vlm_calibration.metrics.bootstrap import Interval
 
+BoolArray = npt.NDArray[np.bool_]
 GRID_STEPS = 1000  # thresholds are tenths of a percent, fine enough for confidences that crowd near 100%
 LATER_START = 4
 """Where the second half of the error probability enters, in multiples of the fewest answers that can pass: there some may be wrong."""
@@ -51,7 +52,7 @@ class GradedAnswers(NamedTuple):
     """
 
     confidence: npt.NDArray[np.float64]
-    correct: npt.NDArray[np.bool_]
+    correct: BoolArray
 
 
 class ThresholdScores(NamedTuple):
@@ -77,9 +78,7 @@ class ThresholdScores(NamedTuple):
     sent_away_share: Interval
 
     @classmethod
-    def of(
-        cls, given: npt.NDArray[np.bool_], correct: npt.NDArray[np.bool_], certainty: float
-    ) -> "ThresholdScores":
+    def of(cls, given: BoolArray, correct: BoolArray, certainty: float) -> "ThresholdScores":
         """The scores of N answers, of which some are given; `certainty` is that of each interval, in (0, 1)."""
         n, answers, n_correct = len(correct), int(given.sum()), int(correct.sum())
         right = int((given & correct).sum())
@@ -220,12 +219,10 @@ def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
     p_sent_away = float(binom.cdf(scores.sent_away, scores.correct, limits.max_sent_away))
     if p_sent_away <= level:
         return Choice(threshold, scores, p_error, p_sent_away)
-    reason = (
-        f"from {percent(threshold)} on at most {percent(limits.max_error)} of the answers given are wrong, but "
-        f"{percent(scores.sent_away_share.value)} of the correct answers are sent away (limit "
-        f"{percent(limits.max_sent_away)}): raise one of the two limits, or give more answers"
-    )
-    return Choice(None, reason=reason)
+    kept = f"from {percent(threshold)} on at most {percent(limits.max_error)} of the answers given are wrong"
+    lost = f"{percent(scores.sent_away_share.value)} of the correct answers are sent away"
+    advice = f"(limit {percent(limits.max_sent_away)}): raise one of the two limits, or give more answers"
+    return Choice(None, reason=f"{kept}, but {lost} {advice}")
 
 
 def percent(share: float) -> str:

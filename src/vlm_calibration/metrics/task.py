@@ -26,10 +26,8 @@ def answer_cells(predicted: Sequence[str | None], answer: Sequence[str], correct
     """
     if not len(predicted) == len(answer) == len(correct):
         raise ValueError(f"got {len(predicted)} predicted, {len(answer)} answers and {len(correct)} correct")
-    gold, said = (
-        torch.tensor([_class_of(text) for text in texts], dtype=torch.int64, device=correct.device)
-        for texts in (answer, predicted)
-    )
+    classes = (list(map(_class_of, texts)) for texts in (answer, predicted))
+    gold, said = (torch.tensor(c, dtype=torch.int64, device=correct.device) for c in classes)
     return (gold * 3 + said) * 2 + correct
 
 
