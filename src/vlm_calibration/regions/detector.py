@@ -60,9 +60,8 @@ class ZeroShotDetector(Detector):
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1 or self.max_boxes < 1:
-            raise DataError(
-                f"detector: needs 0 <= threshold < 1 and max_boxes >= 1, found {self.threshold} and {self.max_boxes}"
-            )
+            found = f"found {self.threshold} and {self.max_boxes}"
+            raise DataError(f"detector: needs 0 <= threshold < 1 and max_boxes >= 1, {found}")
 
     def load(self, device: torch.device) -> None:
         known = (*GROUNDING_DINO, "owlv2", "owlvit")
@@ -85,9 +84,8 @@ class ZeroShotDetector(Detector):
         outputs = self.model(**to_device(inputs, self.model))
         sizes = torch.tensor([image.shape[:2] for image in images])
         # Keep all boxes in order: the threshold is applied per phrase.
-        scaled = self.processor.image_processor.post_process_object_detection(
-            outputs, threshold=-1.0, target_sizes=sizes
-        )
+        post_process = self.processor.image_processor.post_process_object_detection
+        scaled = post_process(outputs, threshold=-1.0, target_sizes=sizes)
         probabilities = outputs.logits.float().sigmoid().cpu()
         detections = []
         for i, row in enumerate(phrases):

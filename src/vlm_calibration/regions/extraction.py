@@ -43,9 +43,8 @@ class RegionGates:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_score <= 1 or not 0 <= self.min_area <= self.max_area <= 1:
-            raise DataError(
-                f"gates: needs 0 <= min_score <= 1 and 0 <= min_area <= max_area <= 1, found {self}"
-            )
+            needed = "0 <= min_score <= 1 and 0 <= min_area <= max_area <= 1"
+            raise DataError(f"gates: needs {needed}, found {self}")
 
     def reason(self, score: float, share: float) -> Reason | None:
         if score < self.min_score:
@@ -127,10 +126,8 @@ class Pipeline:
                 boxes_of.setdefault(query.image, []).extend(d.box for d in boxes)
         segmented = self.segmenter.segment(list(images_of.values()), list(boxes_of.values()))
         masks = dict(zip(boxes_of, map(iter, segmented), strict=True))
-        return [
-            [(box, next(masks[query.image])) for box in boxes]
-            for query, boxes in zip(queries, detected, strict=True)
-        ]
+        pairs = zip(queries, detected, strict=True)
+        return [[(box, next(masks[query.image])) for box in boxes] for query, boxes in pairs]
 
     def _result(self, query: Query, description: Description, instances: Sequence[Instance]) -> Extracted:
         """Unite the instances of each phrase, and check the regions."""

@@ -44,9 +44,8 @@ class PromptedDescriber(Describer):
         try:
             template.format(question="", answer="")
         except (LookupError, ValueError) as error:
-            raise DataError(
-                f"describer.template: the only placeholders are {{question}} and {{answer}}: {error!r}"
-            ) from error
+            rule = "the only placeholders are {question} and {answer}"
+            raise DataError(f"describer.template: {rule}: {error!r}") from error
         self.base = base
         self.template = template
         self.max_new_tokens = max_new_tokens
