@@ -216,10 +216,7 @@ def load_card(folder: Path) -> Card | None:
     try:
         # A card of another version may have further facts.
         card = Card(**{f.name: facts[f.name] for f in fields(Card) if f.name in facts})
-        levels = {
-            answer_type: [(kind, strength, confidence) for kind, strength, confidence in rows]
-            for answer_type, rows in card.levels.items()
-        }
+        levels = {t: [(kind, strength, c) for kind, strength, c in rows] for t, rows in card.levels.items()}
         evaluations = [Evaluation(**facts_of_one) for facts_of_one in facts.get("evaluations", ())]
         return replace(card, levels=levels, evaluations=evaluations)
     except (ValueError, TypeError, AttributeError) as error:

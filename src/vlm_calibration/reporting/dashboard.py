@@ -40,10 +40,8 @@ def sections(systems: Sequence[str]) -> list[Section]:
     """All sections for an evaluation of some systems; DataError without a system, or for an invalid name."""
     invalid = [name for name in systems if not re.fullmatch(r"[\w-]+", name)]
     if invalid or not systems:
-        raise DataError(
-            f"--systems: expected names of letters, digits, '_' and '-', found {invalid[0] if invalid else 'none'!r}"
-        )
-
+        found = invalid[0] if invalid else "none"
+        raise DataError(f"--systems: expected names of letters, digits, '_' and '-', found {found!r}")
     content: list[Section] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for panel in (panel for section in content for panel in section["panels"]):
         keys = (key.replace("*", name) for key in panel["keys"] for name in systems)
@@ -82,10 +80,8 @@ def workspace(entity: str, project: str, sections: Sequence[Section]) -> Any:
     """Build the workspace, a `wandb_workspaces.workspaces.Workspace`."""
     import wandb_workspaces.workspaces as ws
 
-    made = [
-        ws.Section(name=s["question"], panels=list(map(_wandb_panel, s["panels"])), is_open=True)
-        for s in sections
-    ]
+    panels = ((s["question"], list(map(_wandb_panel, s["panels"]))) for s in sections)
+    made = [ws.Section(name=question, panels=of_it, is_open=True) for question, of_it in panels]
     settings = ws.WorkspaceSettings(x_axis=STEP)
     return ws.Workspace(entity=entity, project=project, name=NAME, sections=made, settings=settings)
 

@@ -69,8 +69,7 @@ def _query_rows(source: QuerySource, queries: Sequence[Query]) -> Iterator[tuple
         if query.answer_type == "open":
             words.append(len(query.answer.split()))
         else:
-            is_yes_no = query.answer_type == "yes_no"
-            answer = parse_answer(query.answer, "yes_no") if is_yes_no else query.answer
+            answer = parse_answer(query.answer, "yes_no") if query.answer_type == "yes_no" else query.answer
             answers.setdefault(query.answer_type, Counter())[str(answer)] += 1
         if query.category is not None:
             categories[query.category] += 1
@@ -93,7 +92,7 @@ def _image_rows(
     source: QuerySource, queries: Sequence[Query], unloadable: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
     """Sizes of images and regions; what cannot be loaded is added to `unloadable`."""
-    sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, ...]] = []
     shares: list[float] = []
     clipped: list[str] = []
     for query in queries:
@@ -105,12 +104,11 @@ def _image_rows(
             continue
         if loaded.clipped:
             clipped.append(query.id)
-        height, width = loaded.image.shape[:2]
-        sizes.append((width, height))
+        sizes.append(loaded.image.shape[:2])
         if loaded.evidence:
             shares.append(float(np.logical_or.reduce(loaded.evidence).mean()))
     if sizes:
-        widths, heights = zip(*sizes, strict=True)
+        heights, widths = zip(*sizes, strict=True)
         sides = f"{min(widths)}..{max(widths)} x {min(heights)}..{max(heights)}"
         median = f"median {np.median(widths):.0f} x {np.median(heights):.0f}"
         yield f"image sizes ({len(queries)} opened)", f"{sides}, {median}"

@@ -206,8 +206,7 @@ def _training_label(config: Mapping[str, Any]) -> str:
 
 
 def _class_name(settings: Any) -> str:
-    path = settings.get("class_path", "") if isinstance(settings, Mapping) else ""
-    return str(path).rsplit(".", 1)[-1]
+    return str(settings.get("class_path", "") if isinstance(settings, Mapping) else "").rsplit(".", 1)[-1]
 
 
 def model_settings(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

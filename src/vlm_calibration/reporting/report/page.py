@@ -246,10 +246,8 @@ def render_page(
 def _fitted_on(system: System) -> str:
     """How many answers of which splits recalibration is fitted on, and which splits of the answers are not among them."""
     calibration = system.calibration or ()
-    fitted, scored = (
-        Counter(p.category.split("/")[0] for p in answers if p.category)
-        for answers in (calibration, system.predictions)
-    )
+    both = (calibration, system.predictions)
+    fitted, scored = (Counter(p.category.split("/")[0] for p in some if p.category) for some in both)
     counts = ", ".join(f"{n:,} {split}" for split, n in fitted.items())
     unseen = " or ".join(split for split in scored if split not in fitted)
     text = f"{len(calibration):,} answers" + (f" ({counts})" if counts else "")

@@ -145,14 +145,10 @@ def _places(checks: pd.DataFrame, agrees: str) -> str:
     places = list(checks[checks.agrees == agrees].itertuples())
     if agrees == "no":  # coarse groups first, since they explain their parts
         places.sort(key=lambda p: (p.kind == BAND, p.group.count("/"), -abs(p.says - p.is_right)))
+    shown = [(p.kind, f"{p.group} ({in_numbers(p)})" if agrees == "no" else p.group) for p in places]
     parts = []
     for kind, start, joint in ((GROUP, "on", "and"), (BAND, "where it says", "or")):
-        names = [
-            f"{place.group} ({in_numbers(place)})" if agrees == "no" else place.group
-            for place in places[:MAX_PLACES]
-            if place.kind == kind
-        ]
-        if names:
+        if names := [name for of_kind, name in shown[:MAX_PLACES] if of_kind == kind]:
             parts.append(f"{start} {listed(names, joint)}")
     return " and ".join(parts)
 
@@ -183,10 +179,8 @@ def probe_sentences(values: Mapping[str, float]) -> list[str]:
             moves = "moves by less than a point" if change else "does not move"
         sentence = f"{start}, its confidence {moves} on average (it {way} in {values[f'probe_{probe}_{share}']:.0%} of {n:,} answers)."
         if probe == SWAPPED:
-            both = values[f"probe_{probe}_sum"]
-            sentence += (
-                f" The confidences in both add up to {both:.0%} on average; more than 100% is inconsistent."
-            )
+            total = f"{values[f'probe_{probe}_sum']:.0%} on average"
+            sentence += f" The confidences in both add up to {total}; more than 100% is inconsistent."
         sentences.append(sentence)
     return sentences
 
@@ -210,10 +204,8 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
     adapters = {key[len(ADAPTERS) :]: value for key, value in inputs.items() if key.startswith(ADAPTERS)}
     system = next((name for name, value in adapters.items() if value == adapter), None)
     if system is None:
-        raise DataError(
-            f"{folder}: this adapter was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'}): "
-            "evaluate it again"
-        )
+        problem = f"was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'})"
+        raise DataError(f"{folder}: this adapter {problem}: evaluate it again")
     systems = read_systems([str(folder)])
     if missing := [name for name in systems_of(config) if name not in {s.name for s in systems}]:
         raise DataError(f"{folder / missing[0]}: no {PREDICTIONS}: evaluate again")

@@ -122,8 +122,7 @@ class ImageBootstrap:
         numbers = np.array([0.0 if value is None else value for value in values])
         drawn = self._drawn_sums(used)
         means = torch.from_numpy(self._drawn_sums(numbers) / np.where(drawn > 0, drawn, np.nan))
-        units = len(np.unique(self.unit_of[used]))
-        return percentile_interval(float(numbers[used].mean()), means, units)
+        return percentile_interval(float(numbers[used].mean()), means, len(np.unique(self.unit_of[used])))
 
     def _drawn_sums(self, numbers: np.ndarray) -> np.ndarray:
         """The sum of one number for each answer in each draw, float64 [B]."""
@@ -243,10 +242,8 @@ def match_of(system: System, bootstrap: ImageBootstrap, belongs: Sequence[bool])
 
     The interval is over images, and at least the Wilson interval, which stays wide where all are correct.
     """
-    gaps = [
-        p.confidence - p.correct if p.confidence is not None and chosen else None
-        for p, chosen in zip(system.predictions, belongs, strict=True)
-    ]
+    pairs = zip(system.predictions, belongs, strict=True)
+    gaps = [p.confidence - p.correct if p.confidence is not None and of_row else None for p, of_row in pairs]
     correct = [p.correct for p, gap in zip(system.predictions, gaps, strict=True) if gap is not None]
     if not correct:
         return {"parsed": 0}
@@ -279,14 +276,13 @@ def groups_of(system: System, bootstrap: ImageBootstrap) -> list[dict[str, Any]]
         parts = category_groups(prediction.category)
         for name in (*parts, *map("/".join, combinations(parts, 2))):
             by_category.setdefault(name, []).append(prediction)
-    types = {name: members for name, members in by_type.items() if members}
-    categories: Mapping[str, list[EstimatedPrediction]] = {
-        name: members
-        for name, members in sorted(by_category.items(), key=lambda item: (item[0].count("/"), item[0]))
-        if "/" not in name or len(members) not in [len(by_category[part]) for part in name.split("/")]
-    }
+    members_of = {name: members for name, members in by_type.items() if members}
+    members_of = members_of if len(members_of) > 1 else {}
+    for name, members in sorted(by_category.items(), key=lambda item: (item[0].count("/"), item[0])):
+        if "/" not in name or len(members) not in [len(by_category[part]) for part in name.split("/")]:
+            members_of[name] = members
     groups = []
-    for name, members in ({**types, **categories} if len(types) > 1 else categories).items():
+    for name, members in members_of.items():
         ids, metrics = {p.id for p in members}, metrics_of(members)
         match = match_of(system, bootstrap, [p.id in ids for p in system.predictions])
         values = {metric: metrics[metric] for metric in GROUPED}

@@ -64,8 +64,7 @@ def part_of(answer: EstimatedPrediction) -> str | None:
 
 def category_of(answer: EstimatedPrediction) -> str | None:
     """The category of the question itself, without the name of its split; None if it has none."""
-    category = (answer.category or "").removeprefix(part_of(answer) or "").removeprefix("/")
-    return category or None
+    return (answer.category or "").removeprefix(part_of(answer) or "").removeprefix("/") or None
 
 
 def parts_of(answers: Sequence[EstimatedPrediction]) -> dict[str, list[EstimatedPrediction]]:
