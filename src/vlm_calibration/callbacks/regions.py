@@ -62,9 +62,8 @@ class RegionWriter(L.Callback):
 
         def clear() -> None:
             if data.parts > 1:
-                raise DataError(
-                    f"--overwrite in one run of {data.parts} would remove the shards of the others: remove {folder} and start all parts"
-                )
+                others = f"the shards of the others: remove {folder} and start all parts"
+                raise DataError(f"--overwrite in one run of {data.parts} would remove {others}")
             log.clear()
             for output in self.outputs(folder, pl_module, data):
                 output.unlink(missing_ok=True)
@@ -95,10 +94,9 @@ class RegionWriter(L.Callback):
                 what = f"{missing} of {shards} shards are missing"
                 raise DataError(f"{folder / SHARDS}: {what}: run again without trainer.limit_predict_batches")
             else:
-                print(
-                    f"part {data.part} of {data.parts} is done; {missing} of {shards} shards are other parts': the "
-                    f"last to end writes {', '.join(map(str, self.outputs(folder, pl_module, data)))}"
-                )
+                rest = f"{missing} of {shards} shards are other parts'"
+                outputs = ", ".join(map(str, self.outputs(folder, pl_module, data)))
+                print(f"part {data.part} of {data.parts} is done; {rest}: the last to end writes {outputs}")
         trainer.strategy.barrier("merged")
 
     def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, JsonLine], folder: Path) -> None:
@@ -209,7 +207,5 @@ def print_summary(folder: Path, summary: Mapping[str, Any]) -> None:
         readable, located = of_file["queries"] - outcomes["unreadable"], outcomes["found"] + outcomes["known"]
         console.print(f"wrote {folder / name}: {readable} queries, {located} with regions")
     if summary["complete"]:
-        console.print(
-            f"nothing to extract for {', '.join(summary['complete'])}: each query has a region, or an answer that says that its "
-            "object is absent"
-        )
+        why = "each query has a region, or an answer that says that its object is absent"
+        console.print(f"nothing to extract for {', '.join(summary['complete'])}: {why}")
