@@ -113,10 +113,8 @@ def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")
     """
     if find_spec("datasets") is None:
         raise DataError("data fetch needs the package datasets: pip install 'vlm-calibration[datasets]'")
-    addresses = {
-        data_root / f"pope/aokvqa_pope_{kind}.json": f"{POPE}/seem/aokvqa/aokvqa_pope_seem_{kind}.json"
-        for kind in KINDS
-    }
+    seem = f"{POPE}/seem/aokvqa/aokvqa_pope_seem"
+    addresses = {data_root / f"pope/aokvqa_pope_{kind}.json": f"{seem}_{kind}.json" for kind in KINDS}
     of_hub = {kind: data_root / f"pope/coco_pope_{kind}.json" for kind in KINDS}
     about_coco = [*addresses, *(of_hub.values() if benchmark == "pope" else ())]
     if benchmark == "amber":
@@ -147,9 +145,8 @@ def _pope_of_hub(paths: Mapping[str, Path], images: Path) -> None:
     """Write POPE's questions (kind -> file) and images from the Hub where they are missing; the questions come last."""
     from datasets import Image, load_dataset
 
-    rows = load_dataset("lmms-lab/POPE", split="test").cast_column("image", Image(decode=False))
     questions: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    for row in rows:
+    for row in load_dataset("lmms-lab/POPE", split="test").cast_column("image", Image(decode=False)):
         name = f"{row['image_source']}.jpg"
         image = images / name
         if not image.is_file():

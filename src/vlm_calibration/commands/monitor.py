@@ -102,9 +102,7 @@ def _listed(groups: set[str]) -> str:
     return ", ".join(map(repr, sorted(groups))) or "none"
 
 
-def _compare(
-    reference: Sequence[MonitoredAnswer], new: Sequence[MonitoredAnswer], error: float
-) -> dict[str, Any]:
+def _compare(old: Sequence[MonitoredAnswer], new: Sequence[MonitoredAnswer], error: float) -> dict[str, Any]:
     """The figures of some answers; one of those about each image counts."""
     import numpy as np
 
@@ -112,7 +110,7 @@ def _compare(
     from vlm_calibration.reporting.report.thresholds import one_an_image
 
     # Sorted, so that not even the last digit of a mean depends on the order of the lines.
-    chosen = ([a.confidence for a in one_an_image(answers)] for answers in (reference, new))
+    chosen = ([a.confidence for a in one_an_image(answers)] for answers in (old, new))
     before, after = (np.sort(np.array(confidences, float)) for confidences in chosen)  # None becomes NaN
     figures: dict[str, Any] = {}
     for name, values in (("reference", before), ("new", after)):

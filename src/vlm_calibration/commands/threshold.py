@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,9 +101,8 @@ def threshold(
         elif earlier := read_rule(folder):
             print(f"The thresholds of an earlier run stay in {folder}: {earlier.guarantee}")
         if written and not has_adapter:
-            print(
-                "No adapter belongs to this model: the file is read where it lies beside a model's weights."
-            )
+            where = "where it lies beside a model's weights"
+            print(f"No adapter belongs to this model: the file is read {where}.")
     if not control.found:
         raise CommandError("", 3)
 
@@ -123,9 +121,7 @@ def _plain(scores: ThresholdScores) -> dict[str, Any]:
     }
 
 
-def _print(
-    path: Path, rule: DecisionRule, control: RiskControl, tested: Mapping[str, ThresholdScores]
-) -> None:
+def _print(path: Path, rule: DecisionRule, control: RiskControl, tested: dict[str, ThresholdScores]) -> None:
     from rich.console import Console
 
     from vlm_calibration.metrics.risk_control import percent
