@@ -102,8 +102,7 @@ def move(inputs: Mapping[str, torch.Tensor], device: torch.device | str) -> dict
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(differing, min(len(a), len(b)))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class ChatFormat:
@@ -189,8 +188,7 @@ class ChatFormat:
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered conversations, with image tokens not expanded."""
-        add_special = self._adds_special(texts[0])
-        return self.processor.tokenizer(texts, add_special_tokens=add_special)["input_ids"]
+        return self.processor.tokenizer(texts, add_special_tokens=self._adds_special(texts[0]))["input_ids"]
 
     # Processors expand the image token before the response, so positions are counted from the end.
     def after_prompt(self, prompt: str, conversations: Sequence[str]) -> tuple[int, list[list[int]]]:

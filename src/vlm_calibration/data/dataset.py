@@ -185,9 +185,8 @@ class _Part:
             rank_zero_info(f"{self.where}: absent object in {len(absent)} of {total} queries {rule}")
         shapeless = not len(self.shown) and not self.source.annotates_all
         if absent and shapeless and self.policy.absent == "distractor":
-            rank_zero_warn(
-                f"{self.where}: no query has a region whose shape those of {len(absent)} absent objects could have: they are random boxes"
-            )
+            shapes = f"no query has a region whose shape those of {len(absent)} absent objects could have"
+            rank_zero_warn(f"{self.where}: {shapes}: they are random boxes")
 
     def _answer(self, index: int) -> tuple[AnswerType, str]:
         """The type of a query and its gold answer; "Yes" or "No" however it is written."""
@@ -207,9 +206,8 @@ class _Part:
         if only or 2 * unlocated > len(asked):
             counts = f"{unlocated} of {len(asked)} queries have no region of what they ask about"
             alone = f", and all others of their type have the answer {' or '.join(only)}" if only else ""
-            raise DataError(
-                f"{self.where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out of the data"
-            )
+            advice = f"{FIND_REGIONS}, or leave such queries out of the data"
+            raise DataError(f"{self.where}: {counts}{alone}: {advice}")
 
     def nothing_perturbed(self, what: str) -> DataError:
         return DataError(

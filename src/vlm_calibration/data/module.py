@@ -368,8 +368,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         total, training = len(self.sets[name]), name == "train"
         batch_size = self.batch_size if training else self.eval_batch_size
         rank, processes = self._process
-        done = self.answered.get(name, ())
-        sampler = EpochSampler(total, rank, processes, training, self.noise.seed, done)
+        sampler = EpochSampler(total, rank, processes, training, self.noise.seed, self.answered.get(name, ()))
         loader = partial(QueryLoader, self._logs[name], collate)
         if training:
             if len(sampler) == 0:

@@ -55,8 +55,7 @@ def hash_image(content: Path | bytes | np.ndarray) -> ImageHash:
         pixels = load_image(encoded, least=SIDE)
     image = Image.fromarray(pixels)
     bits = np.packbits(imagehash.phash(image).hash).view(">u8")[0].astype(np.uint64)
-    copy = image.resize((24, 24), Image.Resampling.BOX)
-    return ImageHash(digest([encoded]), bits, np.asarray(copy))
+    return ImageHash(digest([encoded]), bits, np.asarray(image.resize((24, 24), Image.Resampling.BOX)))
 
 
 def hash_images(images: Sequence[tuple[QuerySource, Query]]) -> list[ImageHash | str]:
@@ -172,5 +171,4 @@ def find_leaks(sources: Mapping[str, QuerySource]) -> LeakReport:
                 pairs = [(names[a], "" if a == b else f" = {names[b]}") for a, b in shared[:MAX_NAMED]]
                 leaks.append(Leak(kind, first, second, len(shared), tuple(map("".join, pairs))))
     unreadable = {image: text for image, text in zip(owners, hashes, strict=True) if isinstance(text, str)}
-    counts = {role: len(used[role]) for role in ROLES if role in used}
-    return LeakReport(counts, tuple(leaks), unreadable)
+    return LeakReport({role: len(used[role]) for role in ROLES if role in used}, tuple(leaks), unreadable)

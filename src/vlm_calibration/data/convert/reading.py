@@ -120,8 +120,7 @@ def strip_format_request(question: str) -> str:
 
     Requests that the answer depends on, such as "Answer with the option's letter from the given choices directly.", stay.
     """
-    stripped = _AT_BEGIN.sub("", _AT_END.sub("", question)).strip()
-    return stripped or question.strip()
+    return _AT_BEGIN.sub("", _AT_END.sub("", question)).strip() or question.strip()
 
 
 def infer_answer_type(answer: str) -> AnswerType:
@@ -150,6 +149,4 @@ def combine_answers(answers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 def agreed_answers(answers: Sequence[str], gold: str) -> tuple[str, ...]:
     """The answers of annotators, other than the gold answer, that at least `MIN_AGREEING` of them give."""
     counts = Counter(answers)
-    return tuple(
-        answer for answer, n in counts.items() if n >= MIN_AGREEING and match_key(answer) != match_key(gold)
-    )
+    return tuple(a for a, n in counts.items() if n >= MIN_AGREEING and match_key(a) != match_key(gold))

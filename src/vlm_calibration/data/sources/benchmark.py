@@ -94,10 +94,8 @@ class PopeSource(BenchmarkSource):
         return queries
 
     def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
-        return {
-            "answers.jsonl": pope.official_answers(self._queries, replies),
-            "labels.jsonl": pope.official_labels(self._queries),
-        }
+        answers, labels = pope.official_answers(self._queries, replies), pope.official_labels(self._queries)
+        return {"answers.jsonl": answers, "labels.jsonl": labels}
 
 
 class AmberSource(BenchmarkSource):

@@ -169,8 +169,7 @@ class JsonlSource(QuerySource):
     def load(self, query: Query) -> LoadedImage:
         try:
             content = self.image_content(query)
-            pixels = content if isinstance(content, np.ndarray) else load_image(content)
-            return with_regions(query, pixels)
+            return with_regions(query, content if isinstance(content, np.ndarray) else load_image(content))
         except (RecordError, ImageError) as error:
             raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 

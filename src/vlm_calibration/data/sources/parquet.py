@@ -29,14 +29,8 @@ REGION = pa.struct(
 )
 REQUIRED = dict.fromkeys(("id", "image", "question", "answer", "answer_type"), _TEXT)
 _TEXTS = pa.list_(_TEXT)
-OPTIONAL = {
-    "objects": _TEXTS,
-    "regions": pa.list_(REGION),
-    "category": _TEXT,
-    "synonyms": _TEXTS,
-    "absent": _TEXTS,
-    "wrong_answers": _TEXTS,
-}
+OPTIONAL = {"objects": _TEXTS, "regions": pa.list_(REGION), "category": _TEXT}
+OPTIONAL |= dict.fromkeys(("synonyms", "absent", "wrong_answers"), _TEXTS)
 NOTES = ("outcome", "rejected", "note")  # columns with the outcome of `predict`; not part of a query
 ROW = "row-"  # prefix of the name of an embedded image: "row-17"
 
