@@ -206,10 +206,7 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
                 elem_id="picture",
             )
             with gr.Row():
-                kinds = [
-                    ("JPEG" if name == "jpeg" else name.replace("_", " ").capitalize(), name)
-                    for name in KIND_NAMES
-                ]
+                kinds = [("JPEG" if k == "jpeg" else k.replace("_", " ").capitalize(), k) for k in KIND_NAMES]
                 kind = gr.Dropdown(kinds, value=KIND_NAMES[0], label="Perturbation")
                 # An event just before a new image arrives still names an object of the old one; `key_object` checks the value.
                 choice = gr.Dropdown(label="Key object", allow_custom_value=True, elem_id="object")
@@ -244,9 +241,8 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
 
     def update(event: Any) -> None:
         """Redraw image, answers and curve after an event."""
-        event.then(handlers.answer, [*inputs, strength], outputs, **PRIVATE, **ANSWERS).then(
-            handlers.curve, inputs, curve, **PRIVATE, **CURVE
-        )
+        answered = event.then(handlers.answer, [*inputs, strength], outputs, **PRIVATE, **ANSWERS)
+        answered.then(handlers.curve, inputs, curve, **PRIVATE, **CURVE)
 
     update(page.load(lambda: handlers.begin(demo_subject(0)), None, begun, **QUIET))
     update(gallery.select(handlers.begin_scene, None, begun, **QUIET))

@@ -204,10 +204,8 @@ class EndpointSystem(System):
         file = io.BytesIO()
         Image.fromarray(batch.images[row]).save(file, "PNG", compress_level=1)
         image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        content = [
-            {"type": "image_url", "image_url": {"url": image}},
-            {"type": "text", "text": self.prompt.render(batch.queries[row].question)},
-        ]
+        text = self.prompt.render(batch.queries[row].question)
+        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         response = self.client.ask(messages, self.max_new_tokens, **(LISTED if self.of_tokens else {}))
         if EXPECTED not in self.estimators:

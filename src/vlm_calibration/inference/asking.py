@@ -128,8 +128,7 @@ class CalibratedModel:
     def answers(self, samples: Sequence[Sample], systems: Iterable[str] = ()) -> dict[str, list[Answer]]:
         """Answer one batch of samples from `sample` with some systems, or else all; returns system -> its answers."""
         answers = {}
-        shared = nullcontext() if self.model is None else shared_vision(self.model)
-        with self._one_at_a_time, shared:
+        with self._one_at_a_time, nullcontext() if self.model is None else shared_vision(self.model):
             batch = self.collate(samples)
             for name in systems or self.systems:
                 predictions, _, distributions = self.systems[name].answer(batch)
@@ -271,13 +270,11 @@ def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str 
     try:
         if isinstance(image, Image.Image):
             if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"image: {image.width} x {image.height} pixels, more than the {max_pixels} allowed"
-                )
+                size = f"{image.width} x {image.height} pixels"
+                raise ImageError(f"image: {size}, more than the {max_pixels} allowed")
             if image.mode in ("F", "LAB"):
-                raise ImageError(
-                    f"image: {image.mode} pixels have no unique conversion to 8-bit RGB; convert it to RGB"
-                )
+                problem = f"{image.mode} pixels have no unique conversion to 8-bit RGB"
+                raise ImageError(f"image: {problem}; convert it to RGB")
             # Encoded as a file, it is read like any other, whatever its mode and transparency.
             upright, file = ImageOps.exif_transpose(image), io.BytesIO()
             if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):

@@ -146,10 +146,9 @@ def _check_rule(
     if rule.estimator not in known:
         raise DataError(f"{path}: the estimator {rule.estimator!r} is not one of {', '.join(known)}")
     if rule.quantization != model.quantization:
-        logger.warning(
-            f"{path}: the thresholds were chosen with quantization {rule.quantization!r}, and the model is loaded with "
-            f"{model.quantization!r}: their guarantee may not hold"
-        )
+        chosen = f"the thresholds were chosen with quantization {rule.quantization!r}"
+        loaded = f"the model is loaded with {model.quantization!r}"
+        logger.warning(f"{path}: {chosen}, and {loaded}: their guarantee may not hold")
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
@@ -159,10 +158,8 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise DataError(f'device: expected "cpu", "cuda" or "cuda:N", found {device!r}') from error
     if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():
-        raise DataError(
-            f"device: {str(usable)!r} needs a GPU, found {torch.cuda.device_count()} that this PyTorch ({torch.__version__}) "
-            'can use: take "cpu", or leave it out'
-        )
+        found = f"{torch.cuda.device_count()} that this PyTorch ({torch.__version__}) can use"
+        raise DataError(f'device: {str(usable)!r} needs a GPU, found {found}: take "cpu", or leave it out')
     return usable
 
 
