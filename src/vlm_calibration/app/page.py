@@ -150,15 +150,12 @@ def plain(text: str) -> str:
 
 def answer_rows(answers: Mapping[str, Answer]) -> list[list[str]]:
     """System -> its answer, as rows of the table, which shows texts as they are."""
-    return [
-        [
-            TITLES[system],
-            answer.answer,
-            *("none" if value is None else f"{value:.0%}" for value in (answer.confidence, answer.expected)),
-            "" if answer.decision is None else f"{answer.decision}: {answer.reason}",
-        ]
-        for system, answer in answers.items()
-    ]
+    rows = []
+    for system, answer in answers.items():
+        shown = ("none" if v is None else f"{v:.0%}" for v in (answer.confidence, answer.expected))
+        decision = "" if answer.decision is None else f"{answer.decision}: {answer.reason}"
+        rows.append([TITLES[system], answer.answer, *shown, decision])
+    return rows
 
 
 def build_page(handlers: PageHandlers) -> gr.Blocks:
@@ -183,28 +180,16 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     subject = gr.State(scenes[0], time_to_live=3600)
     with gr.Row():
         with gr.Column(min_width=320):
-            gallery = gr.Gallery(
-                [(with_longer_side(s.image, EDITOR_SIDE), ", ".join(s.objects)) for s in scenes],
-                label="Scenes of the demo",
-                columns=SCENES // 2,
-                height=220,
-                allow_preview=False,
-                buttons=[],
-                interactive=False,
-                elem_id="scenes",
-            )
+            pictures = [(with_longer_side(s.image, EDITOR_SIDE), ", ".join(s.objects)) for s in scenes]
+            fixed: dict[str, Any] = {"allow_preview": False, "buttons": [], "interactive": False}
+            sizes: dict[str, Any] = {"columns": SCENES // 2, "height": 220}
+            gallery = gr.Gallery(pictures, label="Scenes of the demo", elem_id="scenes", **sizes, **fixed)
             invitation = f"or upload an image (up to {MAX_UPLOAD >> 20} MB)"
             upload = gr.UploadButton(invitation, file_types=["image"], size="sm")
-            picture = gr.ImageEditor(
-                label="Image: paint over the key object",
-                sources=(),
-                transforms=(),
-                layers=False,
-                brush=gr.Brush(default_size=24, colors=["#000000"], color_mode="fixed"),
-                format="png",
-                buttons=[],
-                elem_id="picture",
-            )
+            brush = gr.Brush(default_size=24, colors=["#000000"], color_mode="fixed")
+            without: dict[str, Any] = {"sources": (), "transforms": (), "layers": False, "buttons": []}
+            title = "Image: paint over the key object"
+            picture = gr.ImageEditor(label=title, brush=brush, format="png", elem_id="picture", **without)
             with gr.Row():
                 kinds = [("JPEG" if k == "jpeg" else k.replace("_", " ").capitalize(), k) for k in KIND_NAMES]
                 kind = gr.Dropdown(kinds, value=KIND_NAMES[0], label="Perturbation")
@@ -225,15 +210,9 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
             answers = gr.Dataframe(
                 headers=names, datatype="str", label="Answers", interactive=False, wrap=True
             )
-            curve = gr.LinePlot(
-                x="strength",
-                y="confidence",
-                color="line",
-                label="Confidence at every strength (%)",
-                y_lim=[0, 100],
-                height=280,
-                elem_id="curve",
-            )
+            axes: dict[str, Any] = {"x": "strength", "y": "confidence", "color": "line", "y_lim": [0, 100]}
+            title = "Confidence at every strength (%)"
+            curve = gr.LinePlot(label=title, height=280, elem_id="curve", **axes)
 
     inputs = [subject, choice, picture, question, kind]
     outputs = [seen, answers, message]
