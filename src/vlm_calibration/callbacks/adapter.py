@@ -91,11 +91,9 @@ class AdapterWriter(L.Callback):
         config, base = module.model.peft_config["default"], module.base
         kinds = [name for name, used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if used]
         title = module.title(data) if isinstance(module, DPOModule | SFTModule) else type(module).__name__
-        training = {
-            "stage": title,
-            "steps": str(trainer.global_step),
-            "adapter": f"{' '.join([*kinds, 'LoRA'])}, r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
-        }
+        lora = f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}"
+        adapter = f"{' '.join([*kinds, 'LoRA'])}, {lora}"
+        training = {"stage": title, "steps": str(trainer.global_step), "adapter": adapter}
         answer_types = levels.answer_types if isinstance(levels, AnchoredLevels) else ("any answer",)
         if isinstance(levels, AnchoredLevels) and levels.table.ranked:
             # Ranked levels do not say how often an answer is correct.

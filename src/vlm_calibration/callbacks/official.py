@@ -30,10 +30,9 @@ class OfficialScores(L.Callback):
         require_writer(trainer, self)
         test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
         if not any(isinstance(split.source, BenchmarkSource) for split in test.values()):
-            raise DataError(
-                f"data.test asks no questions of POPE or AMBER, but {name_some(list(test), len(test))}: a preset of data after the "
-                "benchmark's replaces its questions, so leave it out"
-            )
+            asked = f"data.test asks no questions of POPE or AMBER, but {name_some(list(test), len(test))}"
+            advice = "a preset of data after the benchmark's replaces its questions, so leave it out"
+            raise DataError(f"{asked}: {advice}")
 
     def on_test_end(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
