@@ -141,17 +141,10 @@ def card_text(card: Card) -> str:
         for kind, strength, confidence in taught:
             levels.setdefault((kind, strength), {})[answer_type] = confidence
     # A prompt may contain the fence of a block.
-    ticks = re.findall("`+", f"{card.template} {card.conversation} ``")
-    return _render(
-        "card.md.j2",
-        card,
-        metadata=metadata.to_yaml(),
-        title=title,
-        levels=levels,
-        n=next((values.get("n") for values in card.results.values()), None),
-        fence="`" * (max(map(len, ticks)) + 1),
-        example=EXAMPLE,
-    )
+    fence = "`" * (1 + max(map(len, re.findall("`+", f"{card.template} {card.conversation} ``"))))
+    n = next((values.get("n") for values in card.results.values()), None)
+    texts = {"metadata": metadata.to_yaml(), "title": title, "fence": fence, "example": EXAMPLE}
+    return _render("card.md.j2", card, levels=levels, n=n, **texts)
 
 
 def results_text(card: Card) -> str:

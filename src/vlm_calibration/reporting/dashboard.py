@@ -102,14 +102,8 @@ def report(entity: str, project: str, sections: Sequence[Section]) -> Any:
             panels.append(_wandb_panel(panel, layout=wr.Layout(w=width, h=height)))
         grid = wr.PanelGrid(runsets=[runs], panels=panels)
         blocks += [wr.H2(section["question"]), wr.P(section["note"]), grid]
-    return wr.Report(
-        entity=entity,
-        project=project,
-        title=NAME,
-        description="Whether the confidence that the model states can be trusted.",
-        blocks=blocks,
-        width="fluid",
-    )
+    texts = {"title": NAME, "description": "Whether the confidence that the model states can be trusted."}
+    return wr.Report(entity=entity, project=project, blocks=blocks, width="fluid", **texts)
 
 
 def _wandb_panel(panel: dict[str, Any], **place: Any) -> Any:

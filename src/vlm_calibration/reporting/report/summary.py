@@ -110,10 +110,9 @@ def verdict_sentence(verdict: Verdict, row: Any, checks: pd.DataFrame) -> str:
     if row.parse_failure_rate == 1:
         return f"No: none of its {row.n:,} answers states a confidence that could be parsed."
     if verdict == "yes":
-        return (
-            "Yes: its stated confidence can be trusted, in every group and every range of confidence with enough answers to tell "
-            f"({len(checks) - bands} groups, {bands} ranges)."
-        )
+        where = "in every group and every range of confidence with enough answers to tell"
+        counts = f"{len(checks) - bands} groups, {bands} ranges"
+        return f"Yes: its stated confidence can be trusted, {where} ({counts})."
     if verdict == "unknown" and not bands:
         return f"It cannot be told: none of its ranges of confidence has enough of the {row.n:,} answers for a check."
     if verdict == "unknown":
