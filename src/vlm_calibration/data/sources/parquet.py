@@ -19,14 +19,8 @@ from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query
 
 _TEXT = pa.string()
-REGION = pa.struct(
-    [
-        ("label", _TEXT),
-        ("box", pa.list_(pa.float64())),
-        ("mask", pa.struct([("size", pa.list_(pa.int64())), ("counts", _TEXT)])),
-        ("score", pa.float64()),
-    ]
-)
+_MASK = pa.struct({"size": pa.list_(pa.int64()), "counts": _TEXT})
+REGION = pa.struct({"label": _TEXT, "box": pa.list_(pa.float64()), "mask": _MASK, "score": pa.float64()})
 REQUIRED = dict.fromkeys(("id", "image", "question", "answer", "answer_type"), _TEXT)
 _TEXTS = pa.list_(_TEXT)
 OPTIONAL = {"objects": _TEXTS, "regions": pa.list_(REGION), "category": _TEXT}
