@@ -163,10 +163,9 @@ class ChatFormat:
         if start < 0:  # the template rewrites responses, so they cannot be located
             return 0, 0, None
         if question in conversation[shared:]:
-            raise DataError(
-                f"the chat template of {type(self.processor).__name__} writes a question differently in a prompt and in a "
-                "conversation with its answer: use another template as `chat_template.jinja`"
-            )
+            differs = "writes a question differently in a prompt and in a conversation with its answer"
+            advice = "use another template as `chat_template.jinja`"
+            raise DataError(f"the chat template of {type(self.processor).__name__} {differs}: {advice}")
         # A conversation that continues the prompt replaces nothing of it.
         conversation_only = start - shared if shared < len(prompt) else 0
         tail = conversation[start + len(response) :]

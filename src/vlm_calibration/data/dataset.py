@@ -152,10 +152,9 @@ class _Part:
         self.shown = np.array(indices, dtype=np.int64)
         """Indices of queries whose regions give those of absent objects their shapes."""
         if count := sum(not self.wrong_answers(self.queries[index], None) for index in wrongless):
-            rank_zero_warn(
-                f"{self.where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
-                "(`wrong_answer_rate`): their source has none, and questions of their form have no other answer"
-            )
+            lacking = f"{count} of {len(asked)} queries have no wrong answer to give in place of the gold one"
+            why = "their source has none, and questions of their form have no other answer"
+            rank_zero_warn(f"{self.where}: {lacking} (`wrong_answer_rate`): {why}")
         return asked
 
     def _check_regions(self, asked: Mapping[int, Presence], taught: bool) -> None:
@@ -210,10 +209,9 @@ class _Part:
             raise DataError(f"{self.where}: {counts}{alone}: {advice}")
 
     def nothing_perturbed(self, what: str) -> DataError:
-        return DataError(
-            f"{self.where}: no {what} can be perturbed, which needs a region of what it asks about, or an answer that denies "
-            "that it exists: find regions with `vlm-calibration predict --config regions`"
-        )
+        needed = "a region of what it asks about, or an answer that denies that it exists"
+        advice = "find regions with `vlm-calibration predict --config regions`"
+        return DataError(f"{self.where}: no {what} can be perturbed, which needs {needed}: {advice}")
 
     def __len__(self) -> int:
         return len(self.indices) + len(self.perturbed) * (len(self.perturbations) - 1)

@@ -95,12 +95,9 @@ class Client:
         self._key = os.environ.get(variable, "").strip()
         if not self._key and variable != DEFAULT_KEY:
             raise DataError(f"endpoint.key_variable: the environment variable {variable} is not set")
-        self._api = OpenAI(
-            base_url=endpoint.url,
-            api_key=self._key or "none",  # the client does not work without one
-            timeout=endpoint.timeout,
-            max_retries=endpoint.retries,
-        )
+        key = self._key or "none"  # the client does not work without one
+        limits: dict[str, Any] = {"timeout": endpoint.timeout, "max_retries": endpoint.retries}
+        self._api = OpenAI(base_url=endpoint.url, api_key=key, **limits)
 
     def ask(self, messages: Sequence[Mapping[str, Any]], max_tokens: int, **body: Any) -> Response:
         """The likeliest response to messages of the chat completions API; raises a RefusedError, or a DataError if it failed for good."""

@@ -163,10 +163,8 @@ class LevelTable:
                 shown = ", ".join(f"{sum(row.n_correct)}/{sum(row.n)} at {row.strength:g}" for row in rows)
                 advice = "measure more or other queries, ask with another prompt (data.prompt)"
                 if not has_two_answers:
-                    advice += (
-                        ", or grade by another rule (data.grading: contains or token_f1), or rank open answers with a rejected "
-                        "one (data.grading.rank_levels)"
-                    )
+                    advice += ", or grade by another rule (data.grading: contains or token_f1)"
+                    advice += ", or rank open answers with a rejected one (data.grading.rank_levels)"
                 reason += f" (correct, by strength of {kind}: {shown})"
                 raise ValueError(f"{answer_type} answers teach no confidence: {reason}; {advice}")
 

@@ -112,9 +112,8 @@ def region_to_mask(region: Region, height: int, width: int) -> np.ndarray:
     else:
         mask = _decode_mask(region, height, width)
     if not mask.any():
-        raise RecordError(
-            f"the region {region.label!r} (box {list(region.box)}) covers no pixel of the {width} x {height} image"
-        )
+        named = f"the region {region.label!r} (box {list(region.box)})"
+        raise RecordError(f"{named} covers no pixel of the {width} x {height} image")
     return mask
 
 
