@@ -264,7 +264,6 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return self.region_plan
 
     def teardown(self, stage: str) -> None:
-        """Report the records that could not be loaded."""
         if self.trainer is not None:
             for log in self._logs.values():
                 log.report(self.trainer)

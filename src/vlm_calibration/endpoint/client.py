@@ -135,7 +135,6 @@ class Client:
         return response
 
     def close(self) -> None:
-        """Close the connections."""
         self._api.close()
 
     def _about(self, message: str) -> str:

@@ -1,7 +1,4 @@
-"""The metrics as torchmetrics, each kind with one int64 tensor of counts as its whole state.
-
-The state is O(1) in the number of predictions, is not changed by autocast or `half()`, and is reduced by one all-reduce sum.
-"""
+"""The metrics as torchmetrics: the whole state is an int64 tensor of counts, O(1) in the answers."""
 
 import math
 import warnings

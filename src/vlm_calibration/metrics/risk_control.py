@@ -46,10 +46,7 @@ class Limits:
 
 
 class GradedAnswers(NamedTuple):
-    """N independent answers, at most one about an image.
-
-    `confidence` is the highest threshold that gives an answer; NaN without a readable confidence.
-    """
+    """N answers, one an image at most, with the highest threshold that gives each, NaN if unparsed."""
 
     confidence: npt.NDArray[np.float64]
     correct: BoolArray
@@ -107,10 +104,7 @@ class Choice(NamedTuple):
 
 
 class RiskControl(NamedTuple):
-    """Thresholds with one guarantee for all of them together.
-
-    `choices`: group -> its threshold; the key of all answers as one group is "".
-    """
+    """Thresholds with one guarantee for all; `choices`: group -> threshold, "" for all as one group."""
 
     limits: Limits
     choices: Mapping[str, Choice]

@@ -164,7 +164,6 @@ class AnchoredLevels(ConfidenceLevels):
         return cls(table=LevelTable(counts, provenance or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, atomically."""
         self.table.save(Path(path))
 
     @property
@@ -242,12 +241,7 @@ Accuracies = Mapping[str, np.ndarray]
 
 
 class AccuracyCurves(NamedTuple):
-    """Fitted accuracies.
-
-    Attributes:
-        untouched: on untouched images, of all queries.
-        perturbed: by kind and strength, of the queries that are perturbed.
-    """
+    """Fitted accuracies: of all queries on untouched images, and by kind and strength of the others."""
 
     untouched: float
     perturbed: Accuracies

@@ -55,8 +55,6 @@ class RegionGates:
 
 
 class Rejected(NamedTuple):
-    """A region that failed a check."""
-
     region: Region
     reason: Reason
 
