@@ -116,8 +116,7 @@ def _read_folder(folder: Path) -> list[System]:
     else:
         paths = [folder, *sorted(p.parent for p in folder.glob(f"*/{PREDICTIONS}"))]
         paths.sort(key=lambda p: (p.name == ORACLE, p.name != BASE))
-    paths = [p for p in paths if (p / PREDICTIONS).is_file()]
-    if not paths:
+    if not (paths := [p for p in paths if (p / PREDICTIONS).is_file()]):
         where = f"{folder} or a folder in it"
         raise DataError(f"no {PREDICTIONS} in {where}: evaluate first, or name another folder")
     return [
@@ -178,8 +177,7 @@ def origin_of(path: Path, folder: Path, config: Mapping[str, Any]) -> tuple[str,
 
 def _rule_in(path: Path) -> DecisionRule | None:
     """The rule in a system's folder, where no adapter lies on this machine; None if it was chosen on other answers than those."""
-    rule = read_rule(path)
-    if rule is None:
+    if (rule := read_rule(path)) is None:
         return None
     answers = path / (CALIBRATION if rule.answers.get("split") == "calibration" else PREDICTIONS)
     return rule if answers.is_file() and rule.answers.get("digest") == file_digest(answers) else None
@@ -192,8 +190,7 @@ def _adapter_folder(path: str) -> Path:
 
 def _training_label(config: Mapping[str, Any]) -> str:
     """How a run was trained, in a few words; empty if the configuration is not that of a training run."""
-    stage = _class_name(config.get("model"))
-    if stage not in ("SFTModule", "DPOModule"):
+    if (stage := _class_name(config.get("model"))) not in ("SFTModule", "DPOModule"):
         return ""
     how = "SFT" if stage == "SFTModule" else f"SFT + {_class_name(model_settings(config, 'loss')) or 'DPO'}"
     noise = (config.get("data") or {}).get("noise") or {}

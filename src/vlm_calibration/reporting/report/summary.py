@@ -167,8 +167,7 @@ def probe_sentences(values: Mapping[str, float]) -> list[str]:
     """A sentence on each probe that applies to an answer of a system, from its metrics `probe_...`."""
     sentences = []
     for probe, start in PROBES.items():
-        n = int(values.get(f"probe_{probe}_n", 0))
-        if not n:
+        if not (n := int(values.get(f"probe_{probe}_n", 0))):
             continue
         change = values[f"probe_{probe}_change"]
         way, share = ("falls", "fell") if change <= 0 else ("rises", "rose")
@@ -201,8 +200,7 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
         raise DataError(f"{folder}: a part of the test set: run `vlm-calibration test` without limits")
     inputs = record.inputs
     adapters = {key[len(ADAPTERS) :]: value for key, value in inputs.items() if key.startswith(ADAPTERS)}
-    system = next((name for name, value in adapters.items() if value == adapter), None)
-    if system is None:
+    if (system := next((name for name, value in adapters.items() if value == adapter), None)) is None:
         problem = f"was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'})"
         raise DataError(f"{folder}: this adapter {problem}: evaluate it again")
     systems = read_systems([str(folder)])

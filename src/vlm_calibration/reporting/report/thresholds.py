@@ -155,8 +155,7 @@ def promises_of(systems: Sequence[System]) -> dict[tuple[str, str], list[Promise
 
 def broken_sentence(promises: Sequence[Promise]) -> str:
     """Where the test answers contradict the promises of a system."""
-    kept = [promise for promise in promises if promise.choice.threshold is not None]
-    if not kept:
+    if not (kept := [promise for promise in promises if promise.choice.threshold is not None]):
         return "No limit has a threshold, so there is nothing to check."
     by_parts: dict[tuple[str, ...], list[str]] = {}
     for promise in kept:
