@@ -76,8 +76,7 @@ class AdapterWriter(L.Callback):
         with replacing(folder) as temporary:
             # A preference stage has a second adapter, its frozen reference.
             model.save_pretrained(temporary, selected_adapters=["default"], state_dict=weights)
-            backend = getattr(data.processor.tokenizer, "backend_tokenizer", None)
-            if backend is not None:
+            if (backend := getattr(data.processor.tokenizer, "backend_tokenizer", None)) is not None:
                 # It would be saved with the padding of the last batch, which depends on where a run was resumed.
                 backend.no_padding()
                 backend.no_truncation()

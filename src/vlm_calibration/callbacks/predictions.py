@@ -141,8 +141,7 @@ class PredictionWriter(L.Callback):
 def teacher_metrics(folder: Path) -> dict[str, float]:
     """Metrics, as `METRIC@teacher`, of what a teacher that is fitted on a system's calibration answers makes of those to the test set."""
     predictions, calibration = (read_predictions(folder / FILES[split]) for split in TESTED)
-    confidences = taught_confidences(predictions, calibration)
-    if not confidences:
+    if not (confidences := taught_confidences(predictions, calibration)):
         return {}
     table = ConfidenceTable.from_predictions(confidences, [p.correct for p in predictions], None)
     return table_values(table, REPORTED[1:], f"@{TEACHER}")

@@ -87,8 +87,7 @@ class RegionWriter(L.Callback):
             # This part's lines are complete before it reads the others', so the last part to end finds all shards.
             lines = {row["shard"]: line._replace(content=b"") for line, row in self._log.lines()}
             shards = len(data.region_plan.shards)
-            missing = sum(number not in lines for number in range(shards))
-            if not missing:
+            if not (missing := sum(number not in lines for number in range(shards))):
                 self._merge(data, lines, folder)
             elif data.parts == 1:
                 what = f"{missing} of {shards} shards are missing"

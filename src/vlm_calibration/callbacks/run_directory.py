@@ -231,8 +231,7 @@ def find_prior(cli: LightningCLI) -> Prior:
         replaced = f"the run in {folder} would replace {adapter}, from which it starts"
         raise DataError(f"model.adapter: {replaced}: choose another trainer.default_root_dir")
     starts_anyway = resumes_own or config.overwrite
-    record = read_record(folder)
-    if record is None:
+    if (record := read_record(folder)) is None:
         results = (ADAPTER, FOLDER, SUMMARY, METRICS)
         if not starts_anyway and any((folder / name).exists() for name in results):
             raise DataError(f"{folder} holds results without the record of a run: {REMEDIES}")
@@ -295,8 +294,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the record, by whose digest the module tells its own answers from those of another run; a validation has none."""
-        subcommand = trainer.state.fn
-        if subcommand is None or subcommand == TrainerFn.VALIDATING:
+        if (subcommand := trainer.state.fn) is None or subcommand == TrainerFn.VALIDATING:
             return
 
         def digest() -> str:
