@@ -46,8 +46,7 @@ class Subject:
 
     def asked_about(self, question: str) -> str | None:
         """The known object that a question names, or that is in the corner that it names."""
-        answer = right_answer(question, self.corners)
-        if answer in self.objects:
+        if (answer := right_answer(question, self.corners)) in self.objects:
             return answer
         named = (n for n in self.objects if re.search(rf"\b{re.escape(n)}s?\b", question, re.IGNORECASE))
         return next(named, None)
@@ -114,12 +113,10 @@ def key_object(
     if choice == WHOLE:
         return np.ones(subject.image.shape[:2], dtype=bool)
     if choice == DETECTED and finder is not None:
-        mask = finder.find(subject, question)
-        if mask is None:
+        if (mask := finder.find(subject, question)) is None:
             advice = "paint over it, or choose the whole image"
             raise DataError(f"The detector finds no object of this question: {advice}.")
         return mask
-    drawn = painted(editor, subject.image.shape)
-    if drawn is None:
+    if (drawn := painted(editor, subject.image.shape)) is None:
         raise DataError("Paint over the key object to perturb it.")
     return drawn

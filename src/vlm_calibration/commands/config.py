@@ -20,8 +20,7 @@ def list_presets(pattern: str = "*") -> None:
     Args:
         pattern: names to list, such as "model/*"
     """
-    names = [name for name in preset_names() if fnmatch(name, pattern)]
-    if not names:
+    if not (names := [name for name in preset_names() if fnmatch(name, pattern)]):
         raise ArgumentError(None, f"no preset matches {pattern!r}: there are {', '.join(preset_names())}")
     width = max(map(len, names))
     for name in names:

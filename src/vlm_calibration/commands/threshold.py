@@ -54,8 +54,7 @@ def threshold(
     from vlm_calibration.settings import file_digest
 
     limits = Limits(max_error, certainty, max_sent_away)
-    systems = [s for s in read_systems([run]) if s.name != ORACLE]
-    if not systems:
+    if not (systems := [s for s in read_systems([run]) if s.name != ORACLE]):
         raise DataError(f"{run}: holds no answers of a model")
     about = systems[-1] if system is None else system_named(systems, system)
     fields, folder, has_adapter = model_of(about)
@@ -63,8 +62,7 @@ def threshold(
     answers = about.predictions if about.calibration is None else about.calibration
     path = about.folder / about.name / (CALIBRATION if has_split else PREDICTIONS)
     check_estimator(estimator, answers, path)
-    groups = grouped(answers, by)
-    if not groups:
+    if not (groups := grouped(answers, by)):
         raise DataError(f"{path}: no answer has a category: leave --by out")
     control = choose(groups, estimator, limits)
     rule = DecisionRule(
