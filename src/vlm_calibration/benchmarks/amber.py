@@ -57,8 +57,7 @@ def read_annotations(path: str | Path) -> dict[int, Query | None]:
         if kind not in CATEGORIES:
             kinds = ", ".join([GENERATIVE, *CATEGORIES])
             raise record.error(f"'type' must be one of {kinds}, found {kind!r}")
-        truth = record.text("truth")
-        if truth not in ("yes", "no"):
+        if (truth := record.text("truth")) not in ("yes", "no"):
             raise record.error(f"'truth' must be yes or no, found {truth!r}")
         truths[number] = Query(str(number), "", "", truth.capitalize(), "yes_no", category=CATEGORIES[kind])
     return truths
@@ -72,8 +71,7 @@ def read_queries(path: str | Path, annotations: str | Path) -> tuple[list[Query]
     truths = read_annotations(annotations)
     queries: dict[int, Query | None] = {}
     for record in read_records(path):
-        number = record.number("id")
-        if number in queries:
+        if (number := record.number("id")) in queries:
             raise record.error(f"duplicate id {number}")
         if number not in truths:
             raise record.error(f"{number} is no id in {annotations}")

@@ -303,8 +303,7 @@ def split_too_long(
     samples: Sequence[Sample], lengths: Sequence[int], max_length: float, on_too_long: TooLong
 ) -> tuple[list[Sample], tuple[str, ...]]:
     """The samples of at most `max_length` tokens, and the ids of the others; under "raise" a DataError names the first."""
-    too_long = [i for i, n in enumerate(lengths) if n > max_length]
-    if too_long and on_too_long == "raise":
+    if (too_long := [i for i, n in enumerate(lengths) if n > max_length]) and on_too_long == "raise":
         first = too_long[0]
         raise DataError(
             f"record {samples[first].query.id!r}: {lengths[first]} tokens, more than max_length {max_length}: "
@@ -339,8 +338,7 @@ class PromptCollator:
             epochs=tuple(s.epoch for s in samples),
             images=tuple(s.image for s in samples) if self.keep_images else (),
         )
-        chat = self.chat
-        if chat is None or not samples:
+        if (chat := self.chat) is None or not samples:
             return batch
         for sample in samples:
             chat.check(sample.query)

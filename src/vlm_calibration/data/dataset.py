@@ -253,8 +253,7 @@ class _Part:
 
     def wrong_answers(self, query: Query, epoch: int | None) -> Sequence[str]:
         """The source's wrong answers, or a random (without an epoch, the first) wrong gold answer to a short question of its form."""
-        wrong = self.source.wrong_answers(query)
-        if wrong or query.answer_type != "short":
+        if (wrong := self.source.wrong_answers(query)) or query.answer_type != "short":
             return wrong
         others: Iterable[str] = self._golds.get(question_form(query), ())
         if epoch is not None:

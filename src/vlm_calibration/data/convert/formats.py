@@ -71,8 +71,7 @@ def _answer(annotation: Mapping[str, Any]) -> dict[str, Any]:
 def _vqav2_query(
     question: Mapping[str, Any], answers: Mapping[int, dict[str, Any]], annotations: Path, image: Any
 ) -> list[dict[str, Any]]:
-    identifier = question["question_id"]
-    if identifier not in answers:
+    if (identifier := question["question_id"]) not in answers:
         raise RecordError(f"question {identifier} has no annotation in {annotations}")
     asked = {"id": identifier, "image": image(id=question["image_id"]), "question": question["question"]}
     return [asked | answers[identifier]]
@@ -259,8 +258,7 @@ def _conversation(record: Mapping[str, Any]) -> tuple[Any, list[tuple[int, str, 
 def _message(message: Mapping[str, Any], index: int) -> tuple[str, str, list[Any]]:
     """Role and text of a message, with a placeholder for each image, and the images that its parts name."""
     name, content = message.get("from", message.get("role")), message.get("value", message.get("content"))
-    role = ROLES.get(str(name).lower())
-    if role is None:
+    if (role := ROLES.get(str(name).lower())) is None:
         raise RecordError(f"message {index}: the role must be one of {', '.join(ROLES)}, found {name!r}")
     texts: list[str] = []
     images: list[Any] = []

@@ -85,8 +85,7 @@ class PopeSource(BenchmarkSource):
 
     def read(self) -> list[Query]:
         is_excluded = excluded_images([Path(path) for path in self.exclude or ()])
-        queries = [q for q in pope.read_questions(self.path)[0] if not is_excluded(q.image)]
-        if not queries:
+        if not (queries := [q for q in pope.read_questions(self.path)[0] if not is_excluded(q.image)]):
             raise DataError(f"{self.path}: the files of `exclude` name the image of every question")
         for query in queries:
             if not query.image or not query.question:

@@ -205,8 +205,7 @@ class CocoSource(QuerySource):
         taken = names.copy()
         for turn, present in enumerate(names[i] for i in rng.permutation(len(names))[: self.per_image]):
             rule = self.negatives[(index + turn) % len(self.negatives)]
-            missing = absent.draw(rule, present, taken, rng)
-            if missing is None:
+            if (missing := absent.draw(rule, present, taken, rng)) is None:
                 return  # exactly half of the questions are about absent objects
             taken.append(missing)
             for name, answer, category in ((present, "Yes", "present"), (missing, "No", rule)):

@@ -127,8 +127,7 @@ class ParquetSource(JsonlSource):
             images = column.combine_chunks().flatten()[0]
             begin = int(self._ends_of_groups[group]) - len(images)
             self._row_group = begin, images
-        content = images[row - begin].as_py()
-        if not content:
+        if not (content := images[row - begin].as_py()):
             raise self.bad.error(f"{self.path}: record {query.id!r}: {query.image} holds no image bytes")
         return bytes(content)
 
