@@ -138,8 +138,7 @@ def percent_distribution(
 
 def _percent(text: str, is_one_token: bool) -> int | None:
     """The percentage that a text is: a number with the percent sign, or one that no digit can follow; else None."""
-    match = re.match(r"(100|[1-9]?\d)(%|\Z)", text)
-    if match is None:
+    if (match := re.match(r"(100|[1-9]?\d)(%|\Z)", text)) is None:
         return None
     n = int(match[1])
     return n if match[2] or is_one_token or n == 0 or n > 10 else None
@@ -237,7 +236,6 @@ def _likelihood(answer: EstimatedPrediction, tokens: Sequence[Token]) -> float |
     """The likelihood of an answer as in `AnswerLikelihood`, from its listed tokens; None if they do not give it."""
     if answer.answer_type != "yes_no":
         return answer_likelihood(tokens, strip_confidence(answer.text))
-    p = p_yes(tokens)
-    if p is None or answer.predicted not in ("yes", "no"):
+    if (p := p_yes(tokens)) is None or answer.predicted not in ("yes", "no"):
         return None
     return p if answer.predicted == "yes" else 1 - p

@@ -69,8 +69,7 @@ class Answer:
     @property
     def reason(self) -> str:
         """Why `decision` is what it is, as a clause; empty without a rule."""
-        rule = self.rule
-        if rule is None:
+        if (rule := self.rule) is None:
             return ""
         if rule.unfamiliar is not None:
             return rule.unfamiliar

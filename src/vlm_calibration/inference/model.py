@@ -75,8 +75,7 @@ def load_calibrated(
     card = load_card(files) or Card(model.name_or_path)
     template = prompt or card.template
     elicitation = ElicitationPrompt(template) if template else ElicitationPrompt()
-    rule = read_rule(files)
-    if rule is not None:
+    if (rule := read_rule(files)) is not None:
         _check_rule(rule, files, folder, model, elicitation)
     loaded = load_adapters(load_base(model, device), {} if folder is None else {CALIBRATED: str(folder)})
     if model.quantization == "none":

@@ -80,8 +80,7 @@ def _compatible_errors(
     """The smallest and the largest true error compatible with the measured one, as multiples of the measured one."""
     gaps, noise, standard_error = _gaps_and_noise(gap_norm, table, draws)
     norm, miss = gap_norm.norm, 1 - LEVEL
-    measured = float(norm(gaps))
-    if measured == 0:
+    if (measured := float(norm(gaps))) == 0:
         return 0.0, 1.0
 
     def population(shift: float) -> Tensor:

@@ -73,8 +73,7 @@ class CountingMetric(Metric):
             values |= self.values(counts, f"/{name}" if name else "")
         undefined: dict[str, list[str]] = {}
         for name, value in values.items():
-            spec = ALL_METRICS.get(name.split("/", 1)[0])
-            if spec is not None and math.isnan(value):
+            if (spec := ALL_METRICS.get(name.split("/", 1)[0])) is not None and math.isnan(value):
                 undefined.setdefault(spec.undefined, []).append(name)
         if undefined:
             message = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in undefined.items())

@@ -202,8 +202,7 @@ def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskCo
 
 
 def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
-    threshold = lowest_controlled(answers, limits.max_error, level)
-    if threshold is None:
+    if (threshold := lowest_controlled(answers, limits.max_error, level)) is None:
         return Choice(None, reason=_why_none(answers, limits.max_error, level))
     scores = ThresholdScores.of(answers.confidence >= threshold, answers.correct, limits.certainty)
     p_error = float(binom.cdf(scores.wrong, scores.answers, limits.max_error))

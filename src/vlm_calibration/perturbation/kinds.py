@@ -115,8 +115,7 @@ def occlusion(crop: Crop, strength: float, generator: np.random.Generator) -> ND
         colour = generator.integers(0, 256, 3, dtype=np.uint8)
         box = tuple(slice(a, a + n) for a, n in zip(start, sides, strict=True))
         new = uncovered[box].copy()
-        surplus = np.count_nonzero(new) - missing
-        if surplus > 0:
+        if (surplus := np.count_nonzero(new) - missing) > 0:
             new.ravel()[np.flatnonzero(new)[-surplus:]] = False
         result[box][new] = colour
         uncovered[box] &= ~new
@@ -280,8 +279,7 @@ def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:
     """
     height, width = region.shape
     outside = (~region).view(np.uint8) * np.uint8(255)
-    count = np.count_nonzero(outside)
-    if not count:
+    if not (count := np.count_nonzero(outside)):
         return np.full_like(image, GREY)
     known = cv2.bitwise_and(image, image, mask=outside)
     # Bytes would be too coarse for so few known pixels, and floats take longer.

@@ -187,8 +187,7 @@ def trend_p_value(rows: Sequence[LevelCount]) -> float:
     strengths, n, correct = np.array(pooled, dtype=np.float64).T
     mean = correct.sum() / n.sum()
     centred = strengths - np.average(strengths, weights=n)
-    variance = mean * (1 - mean) * (n * centred**2).sum()
-    if variance <= 0:
+    if (variance := mean * (1 - mean) * (n * centred**2).sum()) <= 0:
         return 1.0
     return float(norm.cdf((centred * (correct - n * mean)).sum() / math.sqrt(variance)))
 
@@ -272,8 +271,7 @@ def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> d
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is not a file of likelihoods: {reason}") from error
-    differing = [key for key in COMPARED if measured.get(key) != provenance.get(key)]
-    if differing:
+    if differing := [key for key in COMPARED if measured.get(key) != provenance.get(key)]:
         problem = f"{path} and {table} were measured with another {', '.join(differing)}"
         raise ValueError(f"{problem}: write both with `vlm-calibration levels fit`")
     if len(values) and not (values.min() >= 0 and values.max() <= 1):  # also refuses NaN

@@ -311,8 +311,7 @@ def spread_strengths(strengths: Sequence[float], accuracies: Sequence[np.ndarray
         strengths: the measured strengths of a kind, rising from 0.
         accuracies: the fitted accuracies of each answer type at these strengths; the mean counts, of each scaled to [0, 1].
     """
-    scaled = [(a - a[-1]) / (a[0] - a[-1]) for a in accuracies if a[0] > a[-1]]
-    if not scaled:
+    if not (scaled := [(a - a[-1]) / (a[0] - a[-1]) for a in accuracies if a[0] > a[-1]]):
         return tuple(strengths)
     curve = np.mean(scaled, axis=0)
     chosen = [0.0]

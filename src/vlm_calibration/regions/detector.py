@@ -108,8 +108,7 @@ class ZeroShotDetector(Detector):
         begin = 0
         for column, prompt in enumerate(prompts):
             end = begin + len(prompt)
-            tokens = [t for t, (a, b) in enumerate(offsets) if begin <= a < b <= end]
-            if tokens:
+            if tokens := [t for t, (a, b) in enumerate(offsets) if begin <= a < b <= end]:
                 scores[:, column] = probabilities[:, tokens].amax(dim=1)
             begin = end + len(SEPARATOR)
         return scores

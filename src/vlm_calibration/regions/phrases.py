@@ -128,8 +128,7 @@ def _of(words: Sequence[Word], first: NounPhrase, second: NounPhrase) -> bool:
 def _asked_kind(words: Sequence[Word]) -> NounPhrase | None:
     """The noun that "what" or "which" asks for: "animal" in "What kind of animal ...", "colour" in "What is the colour ..."."""
     wh = next((i for i, w in enumerate(words) if w.text in ("what", "which")), len(words))
-    phrases = [p for p in noun_phrases(words) if p.first > wh]
-    if not phrases:
+    if not (phrases := [p for p in noun_phrases(words) if p.first > wh]):
         return None
     first, between = phrases[0], [w.text for w in words[wh + 1 : phrases[0].first]]
     if between and not (between[1:] == ["the"] and first.head in ATTRIBUTES | GENERIC):
