@@ -31,6 +31,7 @@ from vlm_calibration.reporting.card import load_card
 from vlm_calibration.reporting.runs import CONFIG, METRICS, NOTES, read_config, read_record, systems_of
 from vlm_calibration.settings import file_digest
 
+Answers = Sequence[EstimatedPrediction]
 BASE, ORACLE = "base", "oracle"
 LABELS = {
     BASE: "the base model, not fine-tuned",
@@ -235,9 +236,7 @@ def metrics_of(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
     return {**table_values(table_of(predictions), REPORTED), **task_scores(counts)}
 
 
-def probe_values_of(
-    predictions: Sequence[EstimatedPrediction], probes: Sequence[str], suffix: str = ""
-) -> dict[str, float]:
+def probe_values_of(predictions: Answers, probes: Sequence[str], suffix: str = "") -> dict[str, float]:
     return probe_values(count_probes((p.probes for p in predictions), probes), probes, suffix)
 
 

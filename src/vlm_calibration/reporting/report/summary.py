@@ -89,9 +89,7 @@ def verdict_of(row: Any, checks: pd.DataFrame) -> Verdict:
     if len(bands) and (bands == "no").all():
         return "no"
     kept = {*_keeps(row), *checks.agrees}
-    if "no" in kept:
-        return "partly"
-    return "yes" if len(bands) and "unclear" not in kept else "unknown"
+    return "partly" if "no" in kept else "yes" if len(bands) and "unclear" not in kept else "unknown"
 
 
 def _keeps(row: Any) -> tuple[str, str]:

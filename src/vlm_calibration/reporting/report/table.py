@@ -27,7 +27,7 @@ from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.progress import track
 from vlm_calibration.records import category_groups
-from vlm_calibration.reporting.report.data import ORACLE, System, metrics_of
+from vlm_calibration.reporting.report.data import ORACLE, Answers, System, metrics_of
 from vlm_calibration.reporting.tables import COLUMNS as HEADLINE
 
 RAW = "raw"
@@ -82,9 +82,7 @@ def p_value(first: Measured, second: Measured, name: str) -> float:
 class ImageBootstrap:
     """B draws of the images behind some answers, a function of the seed and the images' names; an unnamed image is one of its own."""
 
-    def __init__(
-        self, predictions: Sequence[EstimatedPrediction], replicates: int = 1000, seed: int = 0
-    ) -> None:
+    def __init__(self, predictions: Answers, replicates: int = 1000, seed: int = 0) -> None:
         units = [("id", p.id) if p.image is None else ("image", p.image) for p in predictions]
         index = {unit: i for i, unit in enumerate(sorted(set(units)))}
         n = len(index)
@@ -232,9 +230,7 @@ def confidence_name(system: str, estimator: str) -> str:
 def agreement(says: float, low: float, high: float) -> str:
     """Whether an interval of the accuracy is within `TOLERANCE` of the stated confidence: "yes", "no", or "unclear" if it is in part."""
     least, most = says - TOLERANCE - 1e-11, says + TOLERANCE + 1e-11
-    if least <= low and high <= most:
-        return "yes"
-    return "no" if high < least or low > most else "unclear"
+    return "yes" if least <= low and high <= most else "no" if high < least or low > most else "unclear"
 
 
 def match_of(system: System, bootstrap: ImageBootstrap, belongs: Sequence[bool]) -> dict[str, Any]:

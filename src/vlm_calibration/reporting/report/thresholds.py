@@ -28,7 +28,7 @@ from vlm_calibration.models.base import (
     find_adapter,
 )
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.report.data import BASE, System
+from vlm_calibration.reporting.report.data import BASE, Answers, System
 from vlm_calibration.reporting.report.summary import listed
 from vlm_calibration.reporting.runs import read_record, systems_of
 from vlm_calibration.settings import digest
@@ -97,9 +97,7 @@ def one_an_image(answers: Sequence[A]) -> list[A]:
     return [answer for _, answer in chosen.values()]
 
 
-def choose(
-    groups: Mapping[str, Sequence[EstimatedPrediction]], estimator: str, limits: Limits
-) -> RiskControl:
+def choose(groups: Mapping[str, Answers], estimator: str, limits: Limits) -> RiskControl:
     """Choose a threshold for each group of answers (`grouped`)."""
     graded = {}
     for name, answers in groups.items():
@@ -109,9 +107,7 @@ def choose(
     return control_risk(graded, limits)
 
 
-def realised(
-    control: RiskControl, estimator: str, answers: Sequence[EstimatedPrediction]
-) -> dict[str, ThresholdScores]:
+def realised(control: RiskControl, estimator: str, answers: Answers) -> dict[str, ThresholdScores]:
     """What thresholds do on the answers to the test set: `ALL`, each part if there are several, and each group that has a threshold.
 
     An answer in a category without a threshold is not given.
