@@ -155,16 +155,13 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     @property
     def splits(self) -> dict[str, dict[str, EvalSplit]]:
         """Each data set that is set -> its splits by name, as configured; `predict` is none."""
-        splits = {
-            "train": {} if self.train is None else {"": EvalSplit(self.train, "drawn")},
-            "validation": {} if self.validation is None else {"": EvalSplit(self.validation, "drawn")},
-            TEACHER: {} if self.teacher is None else {"": EvalSplit(self.teacher, "drawn")},
+        drawn = {"train": self.train, "validation": self.validation, TEACHER: self.teacher}
+        splits = {name: {"": EvalSplit(s, "drawn")} for name, s in drawn.items() if s is not None}
+        if self.levels is not None:
             # The ids of its queries, on which the perturbations depend, begin with "calibration".
-            LEVELS: {} if self.levels is None else {"calibration": EvalSplit(self.levels, "every_level")},
-            "test": self.test,
-            "calibration": self.calibration,
-        }
-        return {name: of_name for name, of_name in splits.items() if of_name}
+            splits[LEVELS] = {"calibration": EvalSplit(self.levels, "every_level")}
+        named = {"test": self.test, "calibration": self.calibration}
+        return splits | {name: of_name for name, of_name in named.items() if of_name}
 
     @property
     def settings(self) -> dict[str, EvalSplit]:
