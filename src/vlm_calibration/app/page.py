@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,8 @@ class PageHandlers:
         self, subject: Subject, choice: str, editor: Editor, question: str, kind: str, strengths: list[float]
     ) -> list[Sample]:
         mask = key_object(subject, choice, editor, question, self.finder) if any(strengths) else None
-        return [
-            self.model.sample(subject.image, question, mask=mask, perturbation=Perturbation(kind, strength))
-            for strength in strengths
-        ]
+        sample = partial(self.model.sample, subject.image, question, mask=mask)
+        return [sample(perturbation=Perturbation(kind, strength)) for strength in strengths]
 
     def answer(
         self, subject: Subject, choice: str, editor: Editor, question: str, kind: str, percentage: float

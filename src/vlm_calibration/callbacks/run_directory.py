@@ -76,11 +76,7 @@ def command_of(subcommand: str, module: L.LightningModule) -> str:
 
 
 def new_record(
-    command: str,
-    parser: ArgumentParser,
-    config: Namespace,
-    trainer: L.Trainer,
-    data: PerturbedQueryDataModule,
+    command: str, parser: ArgumentParser, config: Any, trainer: L.Trainer, data: PerturbedQueryDataModule
 ) -> RunRecord:
     """The record of a run that begins, from its configuration, the configuration's parser, and what was made from it."""
     values = yaml.safe_load(parser.dump(config, skip_none=False))

@@ -25,9 +25,8 @@ def list_presets(pattern: str = "*") -> None:
     width = max(map(len, names))
     for name in names:
         lines = find_preset(name).read_text(encoding="utf-8").splitlines()
-        comments = takewhile(lambda line: line.startswith("#"), lines)
-        text = " ".join(line.removeprefix("#").strip() for line in comments)
-        print(f"{name:<{width}}  {text.split('. ')[0].split(': ')[0].rstrip('.')}")
+        comments = (line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+        print(f"{name:<{width}}  {' '.join(comments).split('. ')[0].split(': ')[0].rstrip('.')}")
 
 
 def show(name: str) -> None:

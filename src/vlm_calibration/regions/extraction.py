@@ -49,9 +49,7 @@ class RegionGates:
     def reason(self, score: float, share: float) -> Reason | None:
         if score < self.min_score:
             return "score"
-        if share < self.min_area:
-            return "small"
-        return "large" if share > self.max_area else None
+        return "small" if share < self.min_area else "large" if share > self.max_area else None
 
 
 class Rejected(NamedTuple):
