@@ -156,8 +156,6 @@ def templates(folder: Path, **options: Any) -> Environment:
 
 
 def _render(template: str, card: Card, **values: Any) -> str:
-    environment = templates(Path(__file__).parent, keep_trailing_newline=True)
-
     def line(label: str, cells: Iterable[str]) -> str:
         return "| " + " | ".join([label.replace("|", r"\|"), *cells]) + " |"
 
@@ -166,6 +164,7 @@ def _render(template: str, card: Card, **values: Any) -> str:
 
     head = f"{line('', map(heading, COLUMNS))}\n{'| --- ' * (1 + len(COLUMNS))}|"
     helpers = {"repr": repr, "quote": shlex.quote, "head": head, "row": row}
+    environment = templates(Path(__file__).parent, keep_trailing_newline=True)
     return environment.get_template(template).render(card=card, **helpers, **values)
 
 

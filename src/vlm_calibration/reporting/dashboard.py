@@ -38,8 +38,7 @@ def logged_in() -> bool:
 
 def sections(systems: Sequence[str]) -> list[Section]:
     """All sections for an evaluation of some systems; DataError without a system, or for an invalid name."""
-    invalid = [name for name in systems if not re.fullmatch(r"[\w-]+", name)]
-    if invalid or not systems:
+    if (invalid := [name for name in systems if not re.fullmatch(r"[\w-]+", name)]) or not systems:
         found = invalid[0] if invalid else "none"
         raise DataError(f"--systems: expected names of letters, digits, '_' and '-', found {found!r}")
     content: list[Section] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))

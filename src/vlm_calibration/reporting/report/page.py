@@ -32,7 +32,7 @@ from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import templates
 from vlm_calibration.reporting.report import summary, table, thresholds
 from vlm_calibration.reporting.report.data import System, model_settings, probe_values_of, table_of
-from vlm_calibration.reporting.tables import heading, shown
+from vlm_calibration.reporting.tables import COLUMNS, heading, shown
 
 SIZE = (5.2, 4.4)  # width and height of a figure in inches: small, so that its text stays readable on a phone
 MAX_EXAMPLES = 8
@@ -47,10 +47,9 @@ def figures_of(systems: Sequence[System]) -> dict[str, dict[str, str]]:
         reliability_diagram(table, ax=figure.subplots())
 
     responses = {s.name: _tables_by_perturbation(s.predictions) for s in systems}
-    return {
-        "reliability": {s.name: _draw(reliability, table_of(s.predictions)) for s in systems},
-        "response": {name: _draw(response_curve, t) for name, t in responses.items() if len(t) > 1},
-    }
+    diagrams = {s.name: _draw(reliability, table_of(s.predictions)) for s in systems}
+    curves = {name: _draw(response_curve, t) for name, t in responses.items() if len(t) > 1}
+    return {"reliability": diagrams, "response": curves}
 
 
 def _draw(draw: Callable[..., Any], data: Any) -> str:
@@ -153,11 +152,8 @@ def _dataset(config: Mapping[str, Any], predictions: Sequence[EstimatedPredictio
     return data.sets[role]
 
 
-METRICS = (
-    *("accuracy", "ece", "brier", "auroc", "aurc", "smooth_ece"),
-    *("mean_confidence", "overconfidence", "parse_failure_rate"),
-)
-"""The metrics that the page shows; the CSV file holds all."""
+METRICS = (*COLUMNS[:4], "aurc", "smooth_ece", *COLUMNS[4:])
+"""The metrics that the page shows, the headline ones and two more; the CSV file holds all."""
 
 
 def render_page(
