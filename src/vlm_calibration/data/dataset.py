@@ -288,10 +288,8 @@ class PerturbedQueries(Dataset[Sample]):
         augmentation: Augmentation | None = None,
         taught: bool = False,
     ) -> None:
-        self.policy = policy
-        self.image_processor = image_processor
-        self.where = where
-        self._check = check
+        self.policy, self.image_processor = policy, image_processor
+        self.where, self._check = where, check
         self._copies: Sequence[ImageCopy] = ()
         self._parts = []
         for name, split in splits.items():

@@ -121,8 +121,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if not 0 <= part < parts:
             found = f"found part {part} of {parts}: parts are counted from 0"
             raise DataError(f"data: needs 0 <= part < parts, {found}")
-        self.processor_name = processor
-        self.revision, self.trust_remote_code = revision, trust_remote_code
+        self.processor_name, self.revision, self.trust_remote_code = processor, revision, trust_remote_code
         self.train, self.validation, self.teacher, self.levels = train, validation, teacher, levels
         self.test, self.calibration, self.predict = test, calibration, predict
         self.regions, self.noise, self.augment, self.candidates = regions, noise, augment, candidates

@@ -1,7 +1,4 @@
-"""Images that are the same or nearly the same: encoded again, resized or slightly brightened, but not cropped or mirrored.
-
-Images are nearly the same if their perceptual hashes and small copies agree; the hash alone is blind to small objects.
-"""
+"""Images that are the same, or nearly so: encoded again, resized or slightly brightened, but not cropped."""
 
 from __future__ import annotations
 

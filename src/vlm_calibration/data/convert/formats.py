@@ -150,10 +150,8 @@ def _gqa_query(key: str, value: Mapping[str, Any], graphs: Mapping[str, Objects]
 
 def _key_objects(value: Mapping[str, Any], answer: str) -> tuple[set[int], list[str], list[str]]:
     """The ids and names of the objects that a question and its answer are about, and the names of absent ones."""
-    ids: set[int] = set()
-    found: set[int] = set()
-    names: list[str] = []
-    absent: list[str] = []
+    ids, found = set[int](), set[int]()
+    names, absent = list[str](), list[str]()
     for part, spans in (value.get("annotations") or {}).items():
         for objects in spans.values():
             numbers = _numbers(str(objects))
