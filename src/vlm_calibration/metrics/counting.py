@@ -87,8 +87,7 @@ class CalibrationCounts(CountingMetric):
 
     def __init__(self, categories: Iterable[str] | None, grid_steps: int, metrics: Iterable[str]) -> None:
         super().__init__((grid_steps + 2, 2), categories)
-        self.grid_steps = grid_steps
-        self.names = tuple(metrics)
+        self.grid_steps, self.names = grid_steps, tuple(metrics)
 
     def update(self, confidence: Tensor, correct: Tensor, category: Categories | None = None) -> None:
         """Count N answers, with the categories of each if there are any; see `check_predictions`."""

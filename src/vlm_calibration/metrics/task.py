@@ -60,11 +60,7 @@ def task_scores(counts: Tensor, suffix: str = "") -> dict[str, float]:
     """The task metrics of counts by flat name, NaN where undefined, without a warning."""
     yes_no = counts.sum(-1)[:OTHER].double()
     hits, answered, gold = yes_no[YES, YES], yes_no[:, YES].sum(), yes_no[YES].sum()
-    scores = {
-        "accuracy": counts[..., 1].sum().double() / counts.sum(),
-        "precision": hits / answered,
-        "recall": hits / gold,
-        "f1": 2 * hits / (answered + gold),
-        "yes_ratio": answered / yes_no.sum(),
-    }
+    accuracy = counts[..., 1].sum().double() / counts.sum()
+    scores = {"accuracy": accuracy, "precision": hits / answered, "recall": hits / gold}
+    scores |= {"f1": 2 * hits / (answered + gold), "yes_ratio": answered / yes_no.sum()}
     return {name + suffix: float(value) for name, value in scores.items()}
