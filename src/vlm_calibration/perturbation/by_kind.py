@@ -59,10 +59,9 @@ def perturb(
         seed: a non-negative integer, or several such as (seed, epoch, query).
         kind: one of `KIND_NAMES`.
     """
-    strength = 1.0 - check_share("confidence", confidence)
-    if isinstance(schedule, str):
-        schedule = schedule_by_name(schedule)
-    return perturb_region(image, mask, Perturbation(kind, strength), schedule, seed)
+    perturbation = Perturbation(kind, 1.0 - check_share("confidence", confidence))
+    schedule = schedule_by_name(schedule) if isinstance(schedule, str) else schedule
+    return perturb_region(image, mask, perturbation, schedule, seed)
 
 
 def perturb_region(

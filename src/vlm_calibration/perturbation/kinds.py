@@ -129,10 +129,7 @@ def fade(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray
 
 
 def jpeg(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
-    """JPEG compression of a reduced image, as of pictures that are shared again and again.
-
-    The image is reduced until the region's size is `10 / strength` pixels, since the blocks of JPEG have 8 pixels on any image.
-    """
+    """JPEG of the image reduced to a region's size of `10 / strength` pixels, since its blocks have 8."""
     quality = round(1 + 30 * (1 - strength) ** 3)
     shrink = crop.size * strength / 10
     return _at_size(crop.image, shrink, lambda image, _: pixels.image_compression(image, quality, ".jpg"))
@@ -215,8 +212,7 @@ class RegionPerturbation(A.ImageOnlyTransform):
 
     def __init__(self, kind: str = NOISE, schedule: Schedule = LinearSchedule(), p: float = 1.0) -> None:  # noqa: B008  (frozen)
         super().__init__(p=p)
-        self.kind = kind
-        self.schedule = schedule
+        self.kind, self.schedule = kind, schedule
 
     @property
     def targets_as_params(self) -> list[str]:

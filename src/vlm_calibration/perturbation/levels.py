@@ -144,8 +144,7 @@ class AnchoredLevels(ConfidenceLevels):
             self.table, self.source = table, "the level table"
         else:
             raise ValueError("AnchoredLevels needs either a path or a table")
-        self.grid = grid
-        self.groups = groups
+        self.grid, self.groups = grid, groups
         self.likelihoods = None if likelihoods is None else os.fspath(likelihoods)
         self._likelihoods = None
         if likelihoods is not None:

@@ -179,8 +179,7 @@ def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilat
         raise ValueError(f"dilate must be a finite fraction >= 0, got {dilate!r}")
     mask = check_mask(mask, mask.shape)
     box = bounding_box(mask)
-    longer = max(box.bottom - box.top, box.right - box.left)
-    radius = max(1, round(dilate * longer)) if dilate else 0
+    radius = max(1, round(dilate * max(box.bottom - box.top, box.right - box.left))) if dilate else 0
     grown = box.grown(radius, mask.shape).slices
     region = np.zeros_like(mask)
     if shape == "box":

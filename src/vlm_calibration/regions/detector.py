@@ -145,8 +145,5 @@ def load_pair(kind: Any, known: Sequence[str], settings: Any, device: torch.devi
 
 def to_device(inputs: Any, model: Any) -> dict[str, Tensor]:
     """Move inputs to the model's device, floating-point tensors to its dtype."""
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-        if isinstance(value, Tensor)
-    }
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    return {n: v.to(model.device, model.dtype if v.is_floating_point() else None) for n, v in tensors.items()}

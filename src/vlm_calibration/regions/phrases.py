@@ -100,11 +100,10 @@ class RuleDescriber(Describer):
         answer_words, answer_known = tag(statement) if names else ((), True)
         if not (known and answer_known) or _CHOICE.search(question):
             return None
-        in_answer = [p for p in noun_phrases(answer_words) if p.head not in NO_OBJECT]
-        negated = [p for p in in_answer if _is_negated(answer_words, p)]
+        named = [p for p in noun_phrases(answer_words) if p.head not in NO_OBJECT]
+        negated = [p for p in named if _is_negated(answer_words, p)]
         absent += [_text(p) for p in negated]
-        in_answer = [p for p in in_answer if p not in negated]
-        if in_answer:
+        if in_answer := [p for p in named if p not in negated]:
             # The answer names what is asked for: "animal" in "What animal ...", and one of the alternatives: "a cat or a dog".
             answered = {kind}
             if not verdict and not any(w.tag == "AJC" for w in words):

@@ -46,9 +46,7 @@ class PromptedDescriber(Describer):
         except (LookupError, ValueError) as error:
             rule = "the only placeholders are {question} and {answer}"
             raise DataError(f"describer.template: {rule}: {error!r}") from error
-        self.base = base
-        self.template = template
-        self.max_new_tokens = max_new_tokens
+        self.base, self.template, self.max_new_tokens = base, template, max_new_tokens
 
     def load(self, device: torch.device) -> None:
         processor = load_processor(self.base.name_or_path, self.base.revision, self.base.trust_remote_code)
