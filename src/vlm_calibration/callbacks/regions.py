@@ -129,12 +129,9 @@ class RegionWriter(L.Callback):
 
 def row_of(extracted: Extracted) -> dict[str, Any]:
     """A query and the notes about its extraction, by the columns of `SCHEMA`."""
-    return {
-        **asdict(extracted.query),
-        "outcome": extracted.outcome,
-        "rejected": [{**asdict(r.region), "reason": r.reason} for r in extracted.rejected],
-        "note": extracted.note,
-    }
+    rejected = [{**asdict(r.region), "reason": r.reason} for r in extracted.rejected]
+    notes = {"outcome": extracted.outcome, "rejected": rejected, "note": extracted.note}
+    return asdict(extracted.query) | notes
 
 
 def write_rows(

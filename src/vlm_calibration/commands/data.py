@@ -189,8 +189,7 @@ def _command(convert: Callable[..., Source]) -> Callable[..., None]:
             print(f"left out {sum(count for count, _ in writer.skipped.values())} bad records:")
         for count, first in sorted(writer.skipped.values(), reverse=True):
             print(f"  {count} such as {first}")
-        root = "" if writer.root == output.out.parent else f" --root {writer.root}"
-        if root:
+        if root := "" if writer.root == output.out.parent else f" --root {writer.root}":
             advice = f"set `root: {writer.root}` in every source that reads them"
             print(f"image paths are relative to {writer.root}: {advice}")
         print(f"next: vlm-calibration data split {output.out}{root}")

@@ -115,11 +115,9 @@ def _compare(old: Sequence[MonitoredAnswer], new: Sequence[MonitoredAnswer], err
     figures: dict[str, Any] = {}
     for name, values in (("reference", before), ("new", after)):
         parsed = values[~np.isnan(values)]
-        figures |= {
-            f"{name}_n": len(values),
-            f"{name}_mean_confidence": float(parsed.mean()) if len(parsed) else None,
-            f"{name}_unparsed": len(values) - len(parsed),
-        }
+        mean = float(parsed.mean()) if len(parsed) else None
+        figures |= {f"{name}_n": len(values), f"{name}_mean_confidence": mean}
+        figures[f"{name}_unparsed"] = len(values) - len(parsed)
     if not new:
         return {**figures, "difference": None, "p_value": None, "drift": False}
     # Twice as many as make a p-value of this error possible.

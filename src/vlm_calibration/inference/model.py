@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -80,13 +80,9 @@ def load_calibrated(
     loaded = load_adapters(load_base(model, device), {} if folder is None else {CALIBRATED: str(folder)})
     if model.quantization == "none":
         loaded = loaded.to(device)
-    data = PerturbedQueryDataModule(
-        processor_source(folder, model),
-        prompt=elicitation,
-        max_pixels=card.max_pixels,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
+    of_model: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    source = processor_source(folder, model)
+    data = PerturbedQueryDataModule(source, prompt=elicitation, max_pixels=card.max_pixels, **of_model)
     if prompt is None and card.conversation not in (None, data.chat.render(EXAMPLE)):
         logger.warning(f"{folder or model.name_or_path}: its chat template differs from that of the training")
     loaded = loaded.requires_grad_(False).eval()
@@ -98,8 +94,7 @@ def load_calibrated(
     collate, noise = PromptCollator(data.chat, grading=None), NoisePolicy()
     # For messages; retraining changes it.
     name = f"{model.name_or_path} at {model.revision}" if model.revision else model.name_or_path
-    if model.quantization != "none":
-        name += f" in {model.quantization}"
+    name += f" in {model.quantization}" if model.quantization != "none" else ""
     if folder is not None:
         weights = folder / WEIGHTS
         content = file_digest(weights) if weights.is_file() else digest([])
