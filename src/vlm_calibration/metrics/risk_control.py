@@ -46,7 +46,7 @@ class Limits:
 
 
 class GradedAnswers(NamedTuple):
-    """N answers, one an image at most, with the highest threshold that gives each, NaN if unparsed."""
+    """N independent answers, one an image, with the highest threshold that gives each; NaN if unparsed."""
 
     confidence: npt.NDArray[np.float64]
     correct: BoolArray
