@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,7 @@ from vlm_calibration.perturbation.levels import LinearLevels, Perturbation
 from vlm_calibration.records import DataError
 
 SCENES = 8
-EDITOR_SIDE = 480
-"""Pixels of the longer side of the picture to paint on."""
+EDITOR_SIDE = 480  # pixels of the longer side of the picture to paint on
 TITLES = {BASE: "Base model", CALIBRATED: "Calibrated model", ENDPOINT: "Served model"}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}
@@ -61,7 +61,6 @@ class PageHandlers:
         return [subject, editor, question, gr.Dropdown(choices=options, value=chosen), 0]
 
     def begin_scene(self, event: gr.SelectData) -> list[Any]:
-        """As `begin` for a scene of the demo."""
         return self.begin(demo_subject(int(event.index) % SCENES))
 
     def begin_upload(self, path: str) -> list[Any]:
@@ -85,10 +84,8 @@ class PageHandlers:
         self, subject: Subject, choice: str, editor: Editor, question: str, kind: str, strengths: list[float]
     ) -> list[Sample]:
         mask = key_object(subject, choice, editor, question, self.finder) if any(strengths) else None
-        return [
-            self.model.sample(subject.image, question, mask=mask, perturbation=Perturbation(kind, strength))
-            for strength in strengths
-        ]
+        sample = partial(self.model.sample, subject.image, question, mask=mask)
+        return [sample(perturbation=Perturbation(kind, strength)) for strength in strengths]
 
     def answer(
         self, subject: Subject, choice: str, editor: Editor, question: str, kind: str, percentage: float
@@ -151,15 +148,12 @@ def plain(text: str) -> str:
 
 def answer_rows(answers: Mapping[str, Answer]) -> list[list[str]]:
     """System -> its answer, as rows of the table, which shows texts as they are."""
-    return [
-        [
-            TITLES[system],
-            answer.answer,
-            *("none" if value is None else f"{value:.0%}" for value in (answer.confidence, answer.expected)),
-            "" if answer.decision is None else f"{answer.decision}: {answer.reason}",
-        ]
-        for system, answer in answers.items()
-    ]
+    rows = []
+    for system, answer in answers.items():
+        shown = ("none" if v is None else f"{v:.0%}" for v in (answer.confidence, answer.expected))
+        decision = "" if answer.decision is None else f"{answer.decision}: {answer.reason}"
+        rows.append([TITLES[system], answer.answer, *shown, decision])
+    return rows
 
 
 def build_page(handlers: PageHandlers) -> gr.Blocks:
@@ -184,33 +178,18 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     subject = gr.State(scenes[0], time_to_live=3600)
     with gr.Row():
         with gr.Column(min_width=320):
-            gallery = gr.Gallery(
-                [(with_longer_side(s.image, EDITOR_SIDE), ", ".join(s.objects)) for s in scenes],
-                label="Scenes of the demo",
-                columns=SCENES // 2,
-                height=220,
-                allow_preview=False,
-                buttons=[],
-                interactive=False,
-                elem_id="scenes",
-            )
+            pictures = [(with_longer_side(s.image, EDITOR_SIDE), ", ".join(s.objects)) for s in scenes]
+            fixed: dict[str, Any] = {"allow_preview": False, "buttons": [], "interactive": False}
+            sizes: dict[str, Any] = {"columns": SCENES // 2, "height": 220}
+            gallery = gr.Gallery(pictures, label="Scenes of the demo", elem_id="scenes", **sizes, **fixed)
             invitation = f"or upload an image (up to {MAX_UPLOAD >> 20} MB)"
             upload = gr.UploadButton(invitation, file_types=["image"], size="sm")
-            picture = gr.ImageEditor(
-                label="Image: paint over the key object",
-                sources=(),
-                transforms=(),
-                layers=False,
-                brush=gr.Brush(default_size=24, colors=["#000000"], color_mode="fixed"),
-                format="png",
-                buttons=[],
-                elem_id="picture",
-            )
+            brush = gr.Brush(default_size=24, colors=["#000000"], color_mode="fixed")
+            without: dict[str, Any] = {"sources": (), "transforms": (), "layers": False, "buttons": []}
+            title = "Image: paint over the key object"
+            picture = gr.ImageEditor(label=title, brush=brush, format="png", elem_id="picture", **without)
             with gr.Row():
-                kinds = [
-                    ("JPEG" if name == "jpeg" else name.replace("_", " ").capitalize(), name)
-                    for name in KIND_NAMES
-                ]
+                kinds = [("JPEG" if k == "jpeg" else k.replace("_", " ").capitalize(), k) for k in KIND_NAMES]
                 kind = gr.Dropdown(kinds, value=KIND_NAMES[0], label="Perturbation")
                 # An event just before a new image arrives still names an object of the old one; `key_object` checks the value.
                 choice = gr.Dropdown(label="Key object", allow_custom_value=True, elem_id="object")
@@ -229,25 +208,17 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
             answers = gr.Dataframe(
                 headers=names, datatype="str", label="Answers", interactive=False, wrap=True
             )
-            curve = gr.LinePlot(
-                x="strength",
-                y="confidence",
-                color="line",
-                label="Confidence at every strength (%)",
-                y_lim=[0, 100],
-                height=280,
-                elem_id="curve",
-            )
+            axes: dict[str, Any] = {"x": "strength", "y": "confidence", "color": "line", "y_lim": [0, 100]}
+            title = "Confidence at every strength (%)"
+            curve = gr.LinePlot(label=title, height=280, elem_id="curve", **axes)
 
     inputs = [subject, choice, picture, question, kind]
     outputs = [seen, answers, message]
     begun = [subject, picture, question, choice, strength]
 
     def update(event: Any) -> None:
-        """Redraw image, answers and curve after an event."""
-        event.then(handlers.answer, [*inputs, strength], outputs, **PRIVATE, **ANSWERS).then(
-            handlers.curve, inputs, curve, **PRIVATE, **CURVE
-        )
+        answered = event.then(handlers.answer, [*inputs, strength], outputs, **PRIVATE, **ANSWERS)
+        answered.then(handlers.curve, inputs, curve, **PRIVATE, **CURVE)
 
     update(page.load(lambda: handlers.begin(demo_subject(0)), None, begun, **QUIET))
     update(gallery.select(handlers.begin_scene, None, begun, **QUIET))

@@ -21,12 +21,9 @@ from vlm_calibration.regions.segmenter import Segmenter
 Editor: TypeAlias = Mapping[str, Any] | None
 """Value of `gr.ImageEditor`, whose `layers` are uint8 [H', W', 4], transparent where nothing is painted."""
 DRAWN, DETECTED, WHOLE = "what I paint", "what a detector finds", "the whole image"
-MAX_UPLOAD = 20 << 20
-"""Largest size of an uploaded file in bytes."""
-MAX_PIXELS = 50_000_000
-"""Most pixels of an uploaded image; photographs have 12 to 48 million."""
-MAX_SIDE = 2048
-"""Uploaded images are shrunk to this longer side; no model here has a higher resolution."""
+MAX_UPLOAD = 20 << 20  # largest size of an uploaded file in bytes
+MAX_PIXELS = 50_000_000  # most pixels of an uploaded image; photographs have 12 to 48 million
+MAX_SIDE = 2048  # uploaded images are shrunk to this longer side; no model here has a higher resolution
 
 
 @dataclass
@@ -49,8 +46,7 @@ class Subject:
 
     def asked_about(self, question: str) -> str | None:
         """The known object that a question names, or that is in the corner that it names."""
-        answer = right_answer(question, self.corners)
-        if answer in self.objects:
+        if (answer := right_answer(question, self.corners)) in self.objects:
             return answer
         named = (n for n in self.objects if re.search(rf"\b{re.escape(n)}s?\b", question, re.IGNORECASE))
         return next(named, None)
@@ -117,12 +113,10 @@ def key_object(
     if choice == WHOLE:
         return np.ones(subject.image.shape[:2], dtype=bool)
     if choice == DETECTED and finder is not None:
-        mask = finder.find(subject, question)
-        if mask is None:
+        if (mask := finder.find(subject, question)) is None:
             advice = "paint over it, or choose the whole image"
             raise DataError(f"The detector finds no object of this question: {advice}.")
         return mask
-    drawn = painted(editor, subject.image.shape)
-    if drawn is None:
+    if (drawn := painted(editor, subject.image.shape)) is None:
         raise DataError("Paint over the key object to perturb it.")
     return drawn

@@ -38,8 +38,7 @@ GENERATIVE_NOTE = (
     "{n} generative records (descriptions) are left out: AMBER's own script scores them, with spaCy and NLTK"
 )
 
-DIMENSIONS = ("existence", "attribute", "relation")
-"""A category is in the dimension with which it begins."""
+DIMENSIONS = ("existence", "attribute", "relation")  # a category is in the dimension with which it begins
 
 
 def read_annotations(path: str | Path) -> dict[int, Query | None]:
@@ -58,8 +57,7 @@ def read_annotations(path: str | Path) -> dict[int, Query | None]:
         if kind not in CATEGORIES:
             kinds = ", ".join([GENERATIVE, *CATEGORIES])
             raise record.error(f"'type' must be one of {kinds}, found {kind!r}")
-        truth = record.text("truth")
-        if truth not in ("yes", "no"):
+        if (truth := record.text("truth")) not in ("yes", "no"):
             raise record.error(f"'truth' must be yes or no, found {truth!r}")
         truths[number] = Query(str(number), "", "", truth.capitalize(), "yes_no", category=CATEGORIES[kind])
     return truths
@@ -73,8 +71,7 @@ def read_queries(path: str | Path, annotations: str | Path) -> tuple[list[Query]
     truths = read_annotations(annotations)
     queries: dict[int, Query | None] = {}
     for record in read_records(path):
-        number = record.number("id")
-        if number in queries:
+        if (number := record.number("id")) in queries:
             raise record.error(f"duplicate id {number}")
         if number not in truths:
             raise record.error(f"{number} is no id in {annotations}")

@@ -46,8 +46,7 @@ class Record(NamedTuple):
 def read_records(path: str | Path) -> list[Record]:
     """The records of a JSON array, or of JSON lines that are not blank; a DataError if there is none or one is no object."""
     path = Path(path)
-    lines = list(json_lines(path))
-    if lines and lines[0].content.lstrip().startswith(b"["):
+    if (lines := list(json_lines(path))) and lines[0].content.lstrip().startswith(b"["):
         records = [Record(f"{path}: record {i}", value) for i, value in enumerate(read_json(path), start=1)]
     else:
         records = [Record(line.where, line.read(lambda value: value)) for line in lines]
@@ -76,8 +75,7 @@ def without_confidence(text: str) -> str:
 
 def reply(record: Record, identifier: str | None, text: str) -> Reply:
     """The answer in a record. Its key `confidence`, null or a number in [0, 1], comes before the confidence stated in the text."""
-    value = record.data.get("confidence", parse_confidence(text))
-    if value is not None:
+    if (value := record.data.get("confidence", parse_confidence(text))) is not None:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
             raise record.error(f"'confidence' must be a number in [0, 1] or null, found {value!r}")
         value = float(value)

@@ -76,8 +76,7 @@ class AdapterWriter(L.Callback):
         with replacing(folder) as temporary:
             # A preference stage has a second adapter, its frozen reference.
             model.save_pretrained(temporary, selected_adapters=["default"], state_dict=weights)
-            backend = getattr(data.processor.tokenizer, "backend_tokenizer", None)
-            if backend is not None:
+            if (backend := getattr(data.processor.tokenizer, "backend_tokenizer", None)) is not None:
                 # It would be saved with the padding of the last batch, which depends on where a run was resumed.
                 backend.no_padding()
                 backend.no_truncation()
@@ -91,11 +90,9 @@ class AdapterWriter(L.Callback):
         config, base = module.model.peft_config["default"], module.base
         kinds = [name for name, used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if used]
         title = module.title(data) if isinstance(module, DPOModule | SFTModule) else type(module).__name__
-        training = {
-            "stage": title,
-            "steps": str(trainer.global_step),
-            "adapter": f"{' '.join([*kinds, 'LoRA'])}, r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}",
-        }
+        lora = f"r={config.r}, alpha={config.lora_alpha}, dropout={config.lora_dropout}"
+        adapter = f"{' '.join([*kinds, 'LoRA'])}, {lora}"
+        training = {"stage": title, "steps": str(trainer.global_step), "adapter": adapter}
         answer_types = levels.answer_types if isinstance(levels, AnchoredLevels) else ("any answer",)
         if isinstance(levels, AnchoredLevels) and levels.table.ranked:
             # Ranked levels do not say how often an answer is correct.

@@ -70,8 +70,7 @@ class Artifacts(L.Callback):
             self._log(trainer, folder, [LATEST, *([BEST] if self.best is None else [])], {})
 
     def _log(self, trainer: L.Trainer, folder: Path, aliases: list[str], facts: dict[str, Any]) -> None:
-        logger = wandb_logger(trainer)
-        if logger is None:
+        if (logger := wandb_logger(trainer)) is None:
             return
         with staged(logger):
             metadata = {"step": trainer.global_step, **facts}
@@ -110,7 +109,6 @@ def use(run: Any, artifact: Any, aliases: Sequence[str] = ()) -> None:
 
 
 def run_name(folder: Path) -> str:
-    """The name of the adapter artifact of a run directory."""
     return re.sub(r"[^\w.-]", "-", f"{folder.resolve().name}-{ADAPTER}")[-128:]
 
 

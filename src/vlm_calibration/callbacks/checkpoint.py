@@ -37,9 +37,7 @@ class Stopped(SystemExit):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint to a temporary file and renames it; if e.g. the disk is full, an earlier checkpoint stays as it is."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: Any, path: str | Path, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         with replacing(Path(path)) as temporary:
@@ -59,16 +57,13 @@ def reading(path: str | Path) -> Iterator[None]:
         match = re.search(r"GLOBAL (\S+)", str(error))
         if match or (isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path)):
             what = f"the object {match[1]}" if match else "an object other than tensors, numbers and texts"
-            raise DataError(
-                f"--ckpt_path {path}: refused as unsafe: it contains {what}, which could run code when read; give a checkpoint "
-                "that this program wrote"
-            ) from error
+            advice = "which could run code when read; give a checkpoint that this program wrote"
+            raise DataError(f"--ckpt_path {path}: refused as unsafe: it contains {what}, {advice}") from error
         others = set(Path(path).parent.glob("*.ckpt")) - {Path(path)}
         other = max(others, key=lambda p: p.stat().st_mtime) if others else "with another one"
-        raise DataError(
-            f"--ckpt_path {path}: not a complete checkpoint ({first_line(error)}): give --ckpt_path {other}, or --overwrite to start "
-            "again (and leave out --resume)"
-        ) from error
+        problem = f"not a complete checkpoint ({first_line(error)})"
+        advice = f"give --ckpt_path {other}, or --overwrite to start again (and leave out --resume)"
+        raise DataError(f"--ckpt_path {path}: {problem}: {advice}") from error
 
 
 class RunCheckpoint(ModelCheckpoint):

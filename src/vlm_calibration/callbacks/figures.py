@@ -48,8 +48,7 @@ class CalibrationFigures(L.Callback):
         self._log(trainer, module, "test", "test")
 
     def _log(self, trainer: L.Trainer, module: Any, split: str, stage: str) -> None:
-        logger = wandb_logger(trainer)
-        if logger is None:
+        if (logger := wandb_logger(trainer)) is None:
             return
         folder, dataset = Path(trainer.default_root_dir), trainer.datamodule.sets[split]  # type: ignore[attr-defined]
         answers = {system: read_predictions(folder / system / PREDICTIONS) for system in module.results}

@@ -97,9 +97,8 @@ class RunLogger(WandbLogger):
         try:
             run = super().experiment
         except CommError as error:
-            rank_zero_warn(
-                f"W&B cannot be used ({first_line(error)}): this run is logged offline, and `wandb sync` uploads it"
-            )
+            problem = f"W&B cannot be used ({first_line(error)})"
+            rank_zero_warn(f"{problem}: this run is logged offline, and `wandb sync` uploads it")
             self._go_offline()
             run = super().experiment
         if not self._offline and run.url:

@@ -30,19 +30,15 @@ class OfficialScores(L.Callback):
         require_writer(trainer, self)
         test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
         if not any(isinstance(split.source, BenchmarkSource) for split in test.values()):
-            raise DataError(
-                f"data.test asks no questions of POPE or AMBER, but {name_some(list(test), len(test))}: a preset of data after the "
-                "benchmark's replaces its questions, so leave it out"
-            )
+            asked = f"data.test asks no questions of POPE or AMBER, but {name_some(list(test), len(test))}"
+            advice = "a preset of data after the benchmark's replaces its questions, so leave it out"
+            raise DataError(f"{asked}: {advice}")
 
     def on_test_end(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
             test: Mapping[str, EvalSplit] = trainer.datamodule.test  # type: ignore[attr-defined]
-            splits = {
-                name: split.source
-                for name, split in test.items()
-                if isinstance(split.source, BenchmarkSource) and split.noise == "none"
-            }
+            sources = {name: split.source for name, split in test.items() if split.noise == "none"}
+            splits = {name: s for name, s in sources.items() if isinstance(s, BenchmarkSource)}
             folder = Path(trainer.default_root_dir)
             results = {system: _score(folder / system, splits) for system in module.results}
             if any(results.values()):
@@ -54,16 +50,13 @@ class OfficialScores(L.Callback):
 
 
 def _score(folder: Path, splits: Mapping[str, BenchmarkSource]) -> dict[str, float]:
-    """Score one system's predictions and write the files into its folder."""
     replies_by_id = {p.id: (p.text, p.confidence) for p in read_predictions(folder / PREDICTIONS)}
     counts: dict[str, OfficialCounts] = {}
     for name, source in splits.items():
         ids = [with_split_name(query, name).id for query in source.queries()]
         if missing := [i for i in ids if i not in replies_by_id]:
-            rank_zero_warn(
-                f"no official scores of data.test.{name}: no answer to {len(missing)} of {len(ids)}: "
-                f"{name_some(missing, len(missing))}"
-            )
+            unanswered = f"{len(missing)} of {len(ids)}: {name_some(missing, len(missing))}"
+            rank_zero_warn(f"no official scores of data.test.{name}: no answer to {unanswered}")
             continue
         replies = [replies_by_id[i] for i in ids]
         counts[name] = source.count([text for text, _ in replies])

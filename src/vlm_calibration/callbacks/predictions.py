@@ -50,8 +50,7 @@ class PredictionWriter(L.Callback):
     """
 
     _log: AnswerLog
-    start_over = False
-    """Whether an evaluation asks all queries again, whatever an earlier one answered."""
+    start_over = False  # whether an evaluation asks all queries again, whatever an earlier one answered
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         systems = module.systems if isinstance(module, EvaluationModule) else ()
@@ -142,8 +141,7 @@ class PredictionWriter(L.Callback):
 def teacher_metrics(folder: Path) -> dict[str, float]:
     """Metrics, as `METRIC@teacher`, of what a teacher that is fitted on a system's calibration answers makes of those to the test set."""
     predictions, calibration = (read_predictions(folder / FILES[split]) for split in TESTED)
-    confidences = taught_confidences(predictions, calibration)
-    if not confidences:
+    if not (confidences := taught_confidences(predictions, calibration)):
         return {}
     table = ConfidenceTable.from_predictions(confidences, [p.correct for p in predictions], None)
     return table_values(table, REPORTED[1:], f"@{TEACHER}")

@@ -46,8 +46,7 @@ class RegionWriter(L.Callback):
     """
 
     _log: AppendLog
-    start_over = False
-    """Whether all shards are extracted again, whatever an earlier run finished."""
+    start_over = False  # whether all shards are extracted again, whatever an earlier run finished
 
     def outputs(self, folder: Path, module: L.LightningModule, data: PerturbedQueryDataModule) -> list[Path]:
         plan = data.plan_extraction(cast(RegionExtractor, module).keep_known)
@@ -63,9 +62,8 @@ class RegionWriter(L.Callback):
 
         def clear() -> None:
             if data.parts > 1:
-                raise DataError(
-                    f"--overwrite in one run of {data.parts} would remove the shards of the others: remove {folder} and start all parts"
-                )
+                others = f"the shards of the others: remove {folder} and start all parts"
+                raise DataError(f"--overwrite in one run of {data.parts} would remove {others}")
             log.clear()
             for output in self.outputs(folder, pl_module, data):
                 output.unlink(missing_ok=True)
@@ -89,17 +87,15 @@ class RegionWriter(L.Callback):
             # This part's lines are complete before it reads the others', so the last part to end finds all shards.
             lines = {row["shard"]: line._replace(content=b"") for line, row in self._log.lines()}
             shards = len(data.region_plan.shards)
-            missing = sum(number not in lines for number in range(shards))
-            if not missing:
+            if not (missing := sum(number not in lines for number in range(shards))):
                 self._merge(data, lines, folder)
             elif data.parts == 1:
                 what = f"{missing} of {shards} shards are missing"
                 raise DataError(f"{folder / SHARDS}: {what}: run again without trainer.limit_predict_batches")
             else:
-                print(
-                    f"part {data.part} of {data.parts} is done; {missing} of {shards} shards are other parts': the "
-                    f"last to end writes {', '.join(map(str, self.outputs(folder, pl_module, data)))}"
-                )
+                rest = f"{missing} of {shards} shards are other parts'"
+                outputs = ", ".join(map(str, self.outputs(folder, pl_module, data)))
+                print(f"part {data.part} of {data.parts} is done; {rest}: the last to end writes {outputs}")
         trainer.strategy.barrier("merged")
 
     def _merge(self, data: PerturbedQueryDataModule, lines: Mapping[int, JsonLine], folder: Path) -> None:
@@ -133,12 +129,9 @@ class RegionWriter(L.Callback):
 
 def row_of(extracted: Extracted) -> dict[str, Any]:
     """A query and the notes about its extraction, by the columns of `SCHEMA`."""
-    return {
-        **asdict(extracted.query),
-        "outcome": extracted.outcome,
-        "rejected": [{**asdict(r.region), "reason": r.reason} for r in extracted.rejected],
-        "note": extracted.note,
-    }
+    rejected = [{**asdict(r.region), "reason": r.reason} for r in extracted.rejected]
+    notes = {"outcome": extracted.outcome, "rejected": rejected, "note": extracted.note}
+    return asdict(extracted.query) | notes
 
 
 def write_rows(
@@ -210,7 +203,5 @@ def print_summary(folder: Path, summary: Mapping[str, Any]) -> None:
         readable, located = of_file["queries"] - outcomes["unreadable"], outcomes["found"] + outcomes["known"]
         console.print(f"wrote {folder / name}: {readable} queries, {located} with regions")
     if summary["complete"]:
-        console.print(
-            f"nothing to extract for {', '.join(summary['complete'])}: each query has a region, or an answer that says that its "
-            "object is absent"
-        )
+        why = "each query has a region, or an answer that says that its object is absent"
+        console.print(f"nothing to extract for {', '.join(summary['complete'])}: {why}")

@@ -45,7 +45,6 @@ class ResultsTable(L.Callback):
         if before is not None and after is None:
             rank_zero_warn("training ended without a validation to compare with the one before it")
         elif before and after and (lost := before["accuracy"] - after["accuracy"]) > self.tolerance:
-            rank_zero_warn(
-                f"accuracy on the validation queries fell by {lost:.1%} in training: fewer steps, a lower learning rate, a "
-                "larger loss.beta or a larger model.nll_weight preserve it"
-            )
+            loss = f"accuracy on the validation queries fell by {lost:.1%} in training"
+            remedies = "fewer steps, a lower learning rate, a larger loss.beta or a larger model.nll_weight"
+            rank_zero_warn(f"{loss}: {remedies} preserve it")

@@ -76,11 +76,7 @@ def command_of(subcommand: str, module: L.LightningModule) -> str:
 
 
 def new_record(
-    command: str,
-    parser: ArgumentParser,
-    config: Namespace,
-    trainer: L.Trainer,
-    data: PerturbedQueryDataModule,
+    command: str, parser: ArgumentParser, config: Any, trainer: L.Trainer, data: PerturbedQueryDataModule
 ) -> RunRecord:
     """The record of a run that begins, from its configuration, the configuration's parser, and what was made from it."""
     values = yaml.safe_load(parser.dump(config, skip_none=False))
@@ -224,18 +220,14 @@ def find_prior(cli: LightningCLI) -> Prior:
     command, checkpoint = command_of(subcommand, module), config.get("ckpt_path")
     resumes_own = is_own_checkpoint(folder, checkpoint)
     if resumes_own and config.overwrite:
-        raise DataError(
-            f"--overwrite would remove {checkpoint}, from which --ckpt_path resumes: give one of the two"
-        )
+        removed = f"{checkpoint}, from which --ckpt_path resumes"
+        raise DataError(f"--overwrite would remove {removed}: give one of the two")
     adapter = (config.model.get("init_args") or {}).get("adapter")
     if adapter is not None and Path(adapter).resolve() == (folder / ADAPTER).resolve():
-        raise DataError(
-            f"model.adapter: the run in {folder} would replace {adapter}, from which it starts: choose another "
-            "trainer.default_root_dir"
-        )
+        replaced = f"the run in {folder} would replace {adapter}, from which it starts"
+        raise DataError(f"model.adapter: {replaced}: choose another trainer.default_root_dir")
     starts_anyway = resumes_own or config.overwrite
-    record = read_record(folder)
-    if record is None:
+    if (record := read_record(folder)) is None:
         results = (ADAPTER, FOLDER, SUMMARY, METRICS)
         if not starts_anyway and any((folder / name).exists() for name in results):
             raise DataError(f"{folder} holds results without the record of a run: {REMEDIES}")
@@ -251,16 +243,13 @@ def find_prior(cli: LightningCLI) -> Prior:
     prior = Prior("finished" if is_finished else "interrupted", record)
     if not config.resume and (command == "fit" or (is_finished and command == "test")):
         does = "does nothing if it is the one that is asked for" if is_finished else "resumes it"
-        raise DataError(
-            f"{folder} holds a run of `{command}` that is {prior.state}: --resume {does}, {REMEDIES}"
-        )
+        held = f"{folder} holds a run of `{command}` that is {prior.state}"
+        raise DataError(f"{held}: --resume {does}, {REMEDIES}")
     now = new_record(command, cli._parser(subcommand), config, trainer, cli.datamodule)
     if differing := differences(record, now):
-        named = "; ".join(differing[:MAX_NAMED])
-        more = f"; and {len(differing) - MAX_NAMED} more" if len(differing) > MAX_NAMED else ""
-        raise DataError(
-            f"{folder} holds a run that was {prior.state} with other settings or inputs: {named}{more}: {REMEDIES}"
-        )
+        held = f"{folder} holds a run that was {prior.state} with other settings or inputs"
+        more = [f"and {len(differing) - MAX_NAMED} more"] if len(differing) > MAX_NAMED else []
+        raise DataError(f"{held}: {'; '.join(differing[:MAX_NAMED] + more)}: {REMEDIES}")
     return prior if is_finished or has_progress else Prior("none")
 
 
@@ -296,14 +285,12 @@ class SaveRunConfig(SaveConfigCallback):
 
     def hold(self, trainer: L.Trainer) -> None:
         """Keep the loggers from the trainer until the run begins, and make this the first callback."""
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.sort(key=lambda callback: callback is not self)
+        trainer.callbacks.sort(key=lambda callback: callback is not self)  # type: ignore[attr-defined]
         self._loggers, trainer.loggers = trainer.loggers, []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the record, by whose digest the module tells its own answers from those of another run; a validation has none."""
-        subcommand = trainer.state.fn
-        if subcommand is None or subcommand == TrainerFn.VALIDATING:
+        if (subcommand := trainer.state.fn) is None or subcommand == TrainerFn.VALIDATING:
             return
 
         def digest() -> str:
@@ -347,10 +334,9 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write `run.json` and `config.yaml`, and remove overwritten files; for the first process."""
         folder = Path(trainer.default_root_dir)
+        options: dict[str, Any] = {"skip_none": False, "overwrite": True, "multifile": self.multifile}
         with replacing(folder / CONFIG) as temporary:
-            self.parser.save(
-                self._repeating(folder), temporary, skip_none=False, overwrite=True, multifile=self.multifile
-            )
+            self.parser.save(self._repeating(folder), temporary, **options)
             if self.record is not None:
                 # Before anything changes: from now on, the directory does not hold a finished run.
                 replace(self.record, finished=False).write(folder)

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -132,9 +132,7 @@ class LiveBytes(TorchDispatchMode):
         self.sizes = {t.untyped_storage()._cdata: 0 for t in existing}
         self.now = self.peak = 0
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if not isinstance(value, Tensor) or (storage := value.untyped_storage())._cdata in self.sizes:

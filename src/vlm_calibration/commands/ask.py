@@ -166,8 +166,7 @@ def _ask_many(
     model = load_model(options, partial(_check_decides, asked=asked) if abstain else None)
     folder = ImageFolder(many.root or path.parent)
     repeated = ("id", "image", "question", "category")
-    skipped: list[str] = []
-    warnings: list[str] = []
+    skipped, warnings = list[str](), list[str]()
     settings = {"model": model.name, "rule": None if model.rule is None else model.rule.guarantee}
     log = AppendLog(out, settings, "choose another --out")
     with closing(model), closing(log):

@@ -20,15 +20,13 @@ def list_presets(pattern: str = "*") -> None:
     Args:
         pattern: names to list, such as "model/*"
     """
-    names = [name for name in preset_names() if fnmatch(name, pattern)]
-    if not names:
+    if not (names := [name for name in preset_names() if fnmatch(name, pattern)]):
         raise ArgumentError(None, f"no preset matches {pattern!r}: there are {', '.join(preset_names())}")
     width = max(map(len, names))
     for name in names:
         lines = find_preset(name).read_text(encoding="utf-8").splitlines()
-        comments = takewhile(lambda line: line.startswith("#"), lines)
-        text = " ".join(line.removeprefix("#").strip() for line in comments)
-        print(f"{name:<{width}}  {text.split('. ')[0].split(': ')[0].rstrip('.')}")
+        comments = (line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+        print(f"{name:<{width}}  {' '.join(comments).split('. ')[0].split(': ')[0].rstrip('.')}")
 
 
 def show(name: str) -> None:

@@ -97,8 +97,7 @@ POPE = "https://raw.githubusercontent.com/AoiDragon/POPE/08d957b917e5a378a2f99d3
 AMBER = (
     "https://raw.githubusercontent.com/junyangwang0410/AMBER/534babf6bbfcce2e735c26289dedfb21cef3c939/data"
 )
-COCO = "http://images.cocodataset.org/val2014"
-"""Without TLS: the server's certificate is for another name."""
+COCO = "http://images.cocodataset.org/val2014"  # without TLS: the server's certificate is for another name
 
 
 def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")) -> None:
@@ -114,10 +113,8 @@ def fetch(benchmark: Literal["pope", "amber"], *, data_root: Path = Path("data")
     """
     if find_spec("datasets") is None:
         raise DataError("data fetch needs the package datasets: pip install 'vlm-calibration[datasets]'")
-    addresses = {
-        data_root / f"pope/aokvqa_pope_{kind}.json": f"{POPE}/seem/aokvqa/aokvqa_pope_seem_{kind}.json"
-        for kind in KINDS
-    }
+    seem = f"{POPE}/seem/aokvqa/aokvqa_pope_seem"
+    addresses = {data_root / f"pope/aokvqa_pope_{kind}.json": f"{seem}_{kind}.json" for kind in KINDS}
     of_hub = {kind: data_root / f"pope/coco_pope_{kind}.json" for kind in KINDS}
     about_coco = [*addresses, *(of_hub.values() if benchmark == "pope" else ())]
     if benchmark == "amber":
@@ -148,9 +145,8 @@ def _pope_of_hub(paths: Mapping[str, Path], images: Path) -> None:
     """Write POPE's questions (kind -> file) and images from the Hub where they are missing; the questions come last."""
     from datasets import Image, load_dataset
 
-    rows = load_dataset("lmms-lab/POPE", split="test").cast_column("image", Image(decode=False))
     questions: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-    for row in rows:
+    for row in load_dataset("lmms-lab/POPE", split="test").cast_column("image", Image(decode=False)):
         name = f"{row['image_source']}.jpg"
         image = images / name
         if not image.is_file():
@@ -193,8 +189,7 @@ def _command(convert: Callable[..., Source]) -> Callable[..., None]:
             print(f"left out {sum(count for count, _ in writer.skipped.values())} bad records:")
         for count, first in sorted(writer.skipped.values(), reverse=True):
             print(f"  {count} such as {first}")
-        root = "" if writer.root == output.out.parent else f" --root {writer.root}"
-        if root:
+        if root := "" if writer.root == output.out.parent else f" --root {writer.root}":
             advice = f"set `root: {writer.root}` in every source that reads them"
             print(f"image paths are relative to {writer.root}: {advice}")
         print(f"next: vlm-calibration data split {output.out}{root}")

@@ -156,8 +156,7 @@ def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtyp
     from vlm_calibration.estimators.decision import read_rule, write_rule
     from vlm_calibration.models.loading import model_config, weights_digest
 
-    rule = read_rule(adapter)
-    if rule is None:
+    if (rule := read_rule(adapter)) is None:
         return False
     stored = str(model_config(base).dtype).removeprefix("torch.")
     evaluated, written = (stored if kind == "auto" else kind for kind in (rule.dtype, dtype))

@@ -25,8 +25,7 @@ from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import render_response
 
 CONFIGURED = "as configured"
-STEPS = 2
-"""Steps that are measured: in the second, the optimizer has its states."""
+STEPS = 2  # steps that are measured: in the second, the optimizer has its states
 
 
 def answer_memory(config: Any, tokens: int | None) -> Memory:
@@ -116,9 +115,8 @@ def _stage(cli: ParsedCLI, config: Any) -> Any:
     whole.fit = config.clone()
     for name in ("train", "validation", "teacher", "regions"):
         whole.fit.data[name] = None
-    whole.fit.data.noise.levels = Namespace(
-        class_path="vlm_calibration.perturbation.levels.LinearLevels", init_args=Namespace(n_levels=11)
-    )
+    linear = "vlm_calibration.perturbation.levels.LinearLevels"
+    whole.fit.data.noise.levels = Namespace(class_path=linear, init_args=Namespace(n_levels=11))
     whole.fit.trainer.callbacks, whole.fit.trainer.logger = None, False
     settings = whole.fit.model.init_args
     if "reference" in settings:

@@ -102,9 +102,7 @@ def _listed(groups: set[str]) -> str:
     return ", ".join(map(repr, sorted(groups))) or "none"
 
 
-def _compare(
-    reference: Sequence[MonitoredAnswer], new: Sequence[MonitoredAnswer], error: float
-) -> dict[str, Any]:
+def _compare(old: Sequence[MonitoredAnswer], new: Sequence[MonitoredAnswer], error: float) -> dict[str, Any]:
     """The figures of some answers; one of those about each image counts."""
     import numpy as np
 
@@ -112,16 +110,14 @@ def _compare(
     from vlm_calibration.reporting.report.thresholds import one_an_image
 
     # Sorted, so that not even the last digit of a mean depends on the order of the lines.
-    chosen = ([a.confidence for a in one_an_image(answers)] for answers in (reference, new))
+    chosen = ([a.confidence for a in one_an_image(answers)] for answers in (old, new))
     before, after = (np.sort(np.array(confidences, float)) for confidences in chosen)  # None becomes NaN
     figures: dict[str, Any] = {}
     for name, values in (("reference", before), ("new", after)):
         parsed = values[~np.isnan(values)]
-        figures |= {
-            f"{name}_n": len(values),
-            f"{name}_mean_confidence": float(parsed.mean()) if len(parsed) else None,
-            f"{name}_unparsed": len(values) - len(parsed),
-        }
+        mean = float(parsed.mean()) if len(parsed) else None
+        figures |= {f"{name}_n": len(values), f"{name}_mean_confidence": mean}
+        figures[f"{name}_unparsed"] = len(values) - len(parsed)
     if not new:
         return {**figures, "difference": None, "p_value": None, "drift": False}
     # Twice as many as make a p-value of this error possible.
@@ -130,7 +126,6 @@ def _compare(
 
 
 def _line(name: str, figures: Mapping[str, Any]) -> str:
-    """The figures of a group for the terminal."""
     parts = []
     for answers in ("reference", "new"):
         mean = figures[f"{answers}_mean_confidence"]

@@ -61,9 +61,6 @@ def report(
     write_text(page, html)
     write_text(table, frame.to_csv(index=False, lineterminator="\n"))
     worst = largest_error(frame, about.name)
-    print_results(
-        stated_rows(frame).set_index("system").to_dict("index"),
-        words=f"{about.name}: its {worst}" if worst else "",
-        files={"report": page},
-        commands=commands_with(about.adapter),
-    )
+    words = f"{about.name}: its {worst}" if worst else ""
+    results = stated_rows(frame).set_index("system").to_dict("index")
+    print_results(results, words=words, files={"report": page}, commands=commands_with(about.adapter))

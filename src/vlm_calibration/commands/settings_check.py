@@ -13,14 +13,12 @@ from vlm_calibration.errors import did_you_mean
 from vlm_calibration.presets import VARIABLES, resolve_configs
 from vlm_calibration.settings import flat
 
-RESUMABLE = ("fit", "test", "predict")
-"""Subcommands with results, which have `FLAGS`."""
+RESUMABLE = ("fit", "test", "predict")  # subcommands with results, which have `FLAGS`
 FLAGS = {
     "--overwrite": "start again, and replace the run that the run directory holds",
     "--resume": "resume the run if it was interrupted, do nothing if it is finished, else start it",
 }
-NO_TABLE = {"--no_table": "do not print the results, which `report` prints"}
-"""A flag of `test`."""
+NO_TABLE = {"--no_table": "do not print the results, which `report` prints"}  # a flag of `test`
 OPTIONS = ("config", "help", "help-all", "print_config", "seed_everything", "verbose")
 """Options of all subcommands, beside sections and those of Lightning."""
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"

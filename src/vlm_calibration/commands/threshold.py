@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,8 +54,7 @@ def threshold(
     from vlm_calibration.settings import file_digest
 
     limits = Limits(max_error, certainty, max_sent_away)
-    systems = [s for s in read_systems([run]) if s.name != ORACLE]
-    if not systems:
+    if not (systems := [s for s in read_systems([run]) if s.name != ORACLE]):
         raise DataError(f"{run}: holds no answers of a model")
     about = systems[-1] if system is None else system_named(systems, system)
     fields, folder, has_adapter = model_of(about)
@@ -64,8 +62,7 @@ def threshold(
     answers = about.predictions if about.calibration is None else about.calibration
     path = about.folder / about.name / (CALIBRATION if has_split else PREDICTIONS)
     check_estimator(estimator, answers, path)
-    groups = grouped(answers, by)
-    if not groups:
+    if not (groups := grouped(answers, by)):
         raise DataError(f"{path}: no answer has a category: leave --by out")
     control = choose(groups, estimator, limits)
     rule = DecisionRule(
@@ -102,9 +99,8 @@ def threshold(
         elif earlier := read_rule(folder):
             print(f"The thresholds of an earlier run stay in {folder}: {earlier.guarantee}")
         if written and not has_adapter:
-            print(
-                "No adapter belongs to this model: the file is read where it lies beside a model's weights."
-            )
+            where = "where it lies beside a model's weights"
+            print(f"No adapter belongs to this model: the file is read {where}.")
     if not control.found:
         raise CommandError("", 3)
 
@@ -123,9 +119,7 @@ def _plain(scores: ThresholdScores) -> dict[str, Any]:
     }
 
 
-def _print(
-    path: Path, rule: DecisionRule, control: RiskControl, tested: Mapping[str, ThresholdScores]
-) -> None:
+def _print(path: Path, rule: DecisionRule, control: RiskControl, tested: dict[str, ThresholdScores]) -> None:
     from rich.console import Console
 
     from vlm_calibration.metrics.risk_control import percent

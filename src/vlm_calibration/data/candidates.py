@@ -153,13 +153,10 @@ class CandidateCollator:
         if not samples:
             return CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), ())
         cuts, candidates = zip(*(self._tokenize(s) for s in samples), strict=True)
-        prompts = [self.chat.render(s.query.question) for s in samples]
-        inputs = self.chat.inputs_of(samples, prompts, "right")
+        inputs = self.chat.inputs_of(samples, [self.chat.render(s.query.question) for s in samples], "right")
         lengths = inputs["attention_mask"].sum(dim=1) - torch.tensor(cuts)
-        longest = [
-            n + max(len(c.tokens) for c in responses)
-            for n, responses in zip(lengths.tolist(), candidates, strict=True)
-        ]
+        longest_responses = [max(len(c.tokens) for c in responses) for responses in candidates]
+        longest = (lengths + torch.tensor(longest_responses)).tolist()
         fitting, skipped = split_too_long(samples, longest, self.max_length, self.on_too_long)
         if skipped:
             return self(fitting)._replace(skipped=skipped)
@@ -184,8 +181,7 @@ class ValidationBatch(NamedTuple):
     candidates: CandidateBatch | None
 
     def to(self, device: torch.device | str) -> ValidationBatch:
-        candidates = self.candidates and self.candidates.to(device)
-        return ValidationBatch(self.prompts.to(device), candidates)
+        return ValidationBatch(self.prompts.to(device), self.candidates and self.candidates.to(device))
 
 
 def collate_validation(

@@ -102,8 +102,7 @@ def move(inputs: Mapping[str, torch.Tensor], device: torch.device | str) -> dict
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(differing, min(len(a), len(b)))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class ChatFormat:
@@ -164,10 +163,9 @@ class ChatFormat:
         if start < 0:  # the template rewrites responses, so they cannot be located
             return 0, 0, None
         if question in conversation[shared:]:
-            raise DataError(
-                f"the chat template of {type(self.processor).__name__} writes a question differently in a prompt and in a "
-                "conversation with its answer: use another template as `chat_template.jinja`"
-            )
+            differs = "writes a question differently in a prompt and in a conversation with its answer"
+            advice = "use another template as `chat_template.jinja`"
+            raise DataError(f"the chat template of {type(self.processor).__name__} {differs}: {advice}")
         # A conversation that continues the prompt replaces nothing of it.
         conversation_only = start - shared if shared < len(prompt) else 0
         tail = conversation[start + len(response) :]
@@ -189,8 +187,7 @@ class ChatFormat:
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered conversations, with image tokens not expanded."""
-        add_special = self._adds_special(texts[0])
-        return self.processor.tokenizer(texts, add_special_tokens=add_special)["input_ids"]
+        return self.processor.tokenizer(texts, add_special_tokens=self._adds_special(texts[0]))["input_ids"]
 
     # Processors expand the image token before the response, so positions are counted from the end.
     def after_prompt(self, prompt: str, conversations: Sequence[str]) -> tuple[int, list[list[int]]]:
@@ -306,8 +303,7 @@ def split_too_long(
     samples: Sequence[Sample], lengths: Sequence[int], max_length: float, on_too_long: TooLong
 ) -> tuple[list[Sample], tuple[str, ...]]:
     """The samples of at most `max_length` tokens, and the ids of the others; under "raise" a DataError names the first."""
-    too_long = [i for i, n in enumerate(lengths) if n > max_length]
-    if too_long and on_too_long == "raise":
+    if (too_long := [i for i, n in enumerate(lengths) if n > max_length]) and on_too_long == "raise":
         first = too_long[0]
         raise DataError(
             f"record {samples[first].query.id!r}: {lengths[first]} tokens, more than max_length {max_length}: "
@@ -342,8 +338,7 @@ class PromptCollator:
             epochs=tuple(s.epoch for s in samples),
             images=tuple(s.image for s in samples) if self.keep_images else (),
         )
-        chat = self.chat
-        if chat is None or not samples:
+        if (chat := self.chat) is None or not samples:
             return batch
         for sample in samples:
             chat.check(sample.query)

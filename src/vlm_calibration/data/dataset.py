@@ -152,10 +152,9 @@ class _Part:
         self.shown = np.array(indices, dtype=np.int64)
         """Indices of queries whose regions give those of absent objects their shapes."""
         if count := sum(not self.wrong_answers(self.queries[index], None) for index in wrongless):
-            rank_zero_warn(
-                f"{self.where}: {count} of {len(asked)} queries have no wrong answer to give in place of the gold one "
-                "(`wrong_answer_rate`): their source has none, and questions of their form have no other answer"
-            )
+            lacking = f"{count} of {len(asked)} queries have no wrong answer to give in place of the gold one"
+            why = "their source has none, and questions of their form have no other answer"
+            rank_zero_warn(f"{self.where}: {lacking} (`wrong_answer_rate`): {why}")
         return asked
 
     def _check_regions(self, asked: Mapping[int, Presence], taught: bool) -> None:
@@ -185,9 +184,8 @@ class _Part:
             rank_zero_info(f"{self.where}: absent object in {len(absent)} of {total} queries {rule}")
         shapeless = not len(self.shown) and not self.source.annotates_all
         if absent and shapeless and self.policy.absent == "distractor":
-            rank_zero_warn(
-                f"{self.where}: no query has a region whose shape those of {len(absent)} absent objects could have: they are random boxes"
-            )
+            shapes = f"no query has a region whose shape those of {len(absent)} absent objects could have"
+            rank_zero_warn(f"{self.where}: {shapes}: they are random boxes")
 
     def _answer(self, index: int) -> tuple[AnswerType, str]:
         """The type of a query and its gold answer; "Yes" or "No" however it is written."""
@@ -207,15 +205,13 @@ class _Part:
         if only or 2 * unlocated > len(asked):
             counts = f"{unlocated} of {len(asked)} queries have no region of what they ask about"
             alone = f", and all others of their type have the answer {' or '.join(only)}" if only else ""
-            raise DataError(
-                f"{self.where}: {counts}{alone}: {FIND_REGIONS}, or leave such queries out of the data"
-            )
+            advice = f"{FIND_REGIONS}, or leave such queries out of the data"
+            raise DataError(f"{self.where}: {counts}{alone}: {advice}")
 
     def nothing_perturbed(self, what: str) -> DataError:
-        return DataError(
-            f"{self.where}: no {what} can be perturbed, which needs a region of what it asks about, or an answer that denies "
-            "that it exists: find regions with `vlm-calibration predict --config regions`"
-        )
+        needed = "a region of what it asks about, or an answer that denies that it exists"
+        advice = "find regions with `vlm-calibration predict --config regions`"
+        return DataError(f"{self.where}: no {what} can be perturbed, which needs {needed}: {advice}")
 
     def __len__(self) -> int:
         return len(self.indices) + len(self.perturbed) * (len(self.perturbations) - 1)
@@ -257,8 +253,7 @@ class _Part:
 
     def wrong_answers(self, query: Query, epoch: int | None) -> Sequence[str]:
         """The source's wrong answers, or a random (without an epoch, the first) wrong gold answer to a short question of its form."""
-        wrong = self.source.wrong_answers(query)
-        if wrong or query.answer_type != "short":
+        if (wrong := self.source.wrong_answers(query)) or query.answer_type != "short":
             return wrong
         others: Iterable[str] = self._golds.get(question_form(query), ())
         if epoch is not None:
@@ -293,10 +288,8 @@ class PerturbedQueries(Dataset[Sample]):
         augmentation: Augmentation | None = None,
         taught: bool = False,
     ) -> None:
-        self.policy = policy
-        self.image_processor = image_processor
-        self.where = where
-        self._check = check
+        self.policy, self.image_processor = policy, image_processor
+        self.where, self._check = where, check
         self._copies: Sequence[ImageCopy] = ()
         self._parts = []
         for name, split in splits.items():

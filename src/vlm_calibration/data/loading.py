@@ -26,7 +26,7 @@ PROBLEMS = (
 
 
 class EpochSampler(DistributedSampler):
-    """Distributes `length` samples over processes and yields (epoch, index).
+    """Distributes `size` samples over processes and yields (epoch, index).
 
     In training the order is new each epoch, and every process gets the same number of samples, since one with fewer would block the
     others; the rest is left out. Otherwise each sample goes to exactly one process, in order and as of epoch 0. Indices in `done` are
@@ -34,17 +34,11 @@ class EpochSampler(DistributedSampler):
     """
 
     def __init__(
-        self,
-        length: int,
-        rank: int,
-        num_replicas: int,
-        training: bool,
-        seed: int = 0,
-        done: Iterable[int] = (),
+        self, size: int, rank: int, num_replicas: int, training: bool, seed: int = 0, done: Iterable[int] = ()
     ) -> None:
         # The base class uses the dataset only for its length.
-        super().__init__(range(length), num_replicas, rank, training, seed)  # type: ignore[arg-type]
-        self.length, self.training, self.done = length, training, list(done)
+        super().__init__(range(size), num_replicas, rank, training, seed)  # type: ignore[arg-type]
+        self.length, self.training, self.done = size, training, list(done)
         self.begin = (0, 0)
         """An epoch, and how many of its samples of this process to skip; other epochs are complete."""
 

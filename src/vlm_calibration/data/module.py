@@ -29,10 +29,8 @@ from vlm_calibration.records import DataError, Query
 from vlm_calibration.text.confidence import ElicitationPrompt
 from vlm_calibration.text.grading import EXACT, Grading
 
-TESTED = ("test", "calibration")
-"""The data sets of an evaluation, in order."""
-TEACHER = "teacher"
-"""The data set that stage 2 fits its teacher on."""
+TESTED = ("test", "calibration")  # the data sets of an evaluation, in order
+TEACHER = "teacher"  # the data set that stage 2 fits its teacher on
 LEVELS, INSTANCES = "levels", "instances"
 """The data sets that `levels fit` asks; the second, the untouched queries of `train`, only if it writes their likelihoods."""
 
@@ -123,8 +121,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         if not 0 <= part < parts:
             found = f"found part {part} of {parts}: parts are counted from 0"
             raise DataError(f"data: needs 0 <= part < parts, {found}")
-        self.processor_name = processor
-        self.revision, self.trust_remote_code = revision, trust_remote_code
+        self.processor_name, self.revision, self.trust_remote_code = processor, revision, trust_remote_code
         self.train, self.validation, self.teacher, self.levels = train, validation, teacher, levels
         self.test, self.calibration, self.predict = test, calibration, predict
         self.regions, self.noise, self.augment, self.candidates = regions, noise, augment, candidates
@@ -157,16 +154,13 @@ class PerturbedQueryDataModule(L.LightningDataModule):
     @property
     def splits(self) -> dict[str, dict[str, EvalSplit]]:
         """Each data set that is set -> its splits by name, as configured; `predict` is none."""
-        splits = {
-            "train": {} if self.train is None else {"": EvalSplit(self.train, "drawn")},
-            "validation": {} if self.validation is None else {"": EvalSplit(self.validation, "drawn")},
-            TEACHER: {} if self.teacher is None else {"": EvalSplit(self.teacher, "drawn")},
+        drawn = {"train": self.train, "validation": self.validation, TEACHER: self.teacher}
+        splits = {name: {"": EvalSplit(s, "drawn")} for name, s in drawn.items() if s is not None}
+        if self.levels is not None:
             # The ids of its queries, on which the perturbations depend, begin with "calibration".
-            LEVELS: {} if self.levels is None else {"calibration": EvalSplit(self.levels, "every_level")},
-            "test": self.test,
-            "calibration": self.calibration,
-        }
-        return {name: of_name for name, of_name in splits.items() if of_name}
+            splits[LEVELS] = {"calibration": EvalSplit(self.levels, "every_level")}
+        named = {"test": self.test, "calibration": self.calibration}
+        return splits | {name: of_name for name, of_name in named.items() if of_name}
 
     @property
     def settings(self) -> dict[str, EvalSplit]:
@@ -266,7 +260,6 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return self.region_plan
 
     def teardown(self, stage: str) -> None:
-        """Report the records that could not be loaded."""
         if self.trainer is not None:
             for log in self._logs.values():
                 log.report(self.trainer)
@@ -370,8 +363,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         total, training = len(self.sets[name]), name == "train"
         batch_size = self.batch_size if training else self.eval_batch_size
         rank, processes = self._process
-        done = self.answered.get(name, ())
-        sampler = EpochSampler(total, rank, processes, training, self.noise.seed, done)
+        sampler = EpochSampler(total, rank, processes, training, self.noise.seed, self.answered.get(name, ()))
         loader = partial(QueryLoader, self._logs[name], collate)
         if training:
             if len(sampler) == 0:
@@ -412,15 +404,12 @@ def _check_ranking(splits: Mapping[str, EvalSplit]) -> None:
 
 def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[str, EvalSplit]) -> None:
     """Refuse a calibration set that shares an image with the test set."""
-    calibration_images, test_images = (
-        {split.source.image_id(query) for split in splits.values() for query in split.source.queries()}
-        for splits in (calibration, test)
-    )
-    if shared := sorted(calibration_images & test_images):
-        raise DataError(
-            f"data.calibration and data.test share {len(shared)} images, {shared[0]!r} among them: recalibration is "
-            "fitted on one and scored on the other, so give data.calibration queries about other images"
-        )
+    sources = ([split.source for split in splits.values()] for splits in (calibration, test))
+    fitted, scored = ({s.image_id(query) for s in some for query in s.queries()} for some in sources)
+    if shared := sorted(fitted & scored):
+        found = f"data.calibration and data.test share {len(shared)} images, {shared[0]!r} among them"
+        why = "recalibration is fitted on one and scored on the other"
+        raise DataError(f"{found}: {why}, so give data.calibration queries about other images")
 
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

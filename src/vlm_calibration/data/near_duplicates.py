@@ -1,7 +1,4 @@
-"""Images that are the same or nearly the same: encoded again, resized or slightly brightened, but not cropped or mirrored.
-
-Images are nearly the same if their perceptual hashes and small copies agree; the hash alone is blind to small objects.
-"""
+"""Images that are the same, or nearly so: encoded again, resized or slightly brightened, but not cropped."""
 
 from __future__ import annotations
 
@@ -24,10 +21,8 @@ from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.settings import digest
 
-SIDE = 128
-"""Least side of a reduced image that hash and small copy are computed from, in pixels."""
-MAX_BITS = 6
-"""Bits of 64 by which the hashes of nearly equal images may differ."""
+SIDE = 128  # least side of a reduced image that hash and small copy are computed from, in pixels
+MAX_BITS = 6  # bits of 64 by which the hashes of nearly equal images may differ
 MIN_CORRELATION = 0.97
 """Least correlation of small copies, in [-1, 1]. Tells apart pages of text, whose hashes often agree."""
 MAX_MEAN, MAX_PIXEL = 10.0, 64
@@ -57,8 +52,7 @@ def hash_image(content: Path | bytes | np.ndarray) -> ImageHash:
         pixels = load_image(encoded, least=SIDE)
     image = Image.fromarray(pixels)
     bits = np.packbits(imagehash.phash(image).hash).view(">u8")[0].astype(np.uint64)
-    copy = image.resize((24, 24), Image.Resampling.BOX)
-    return ImageHash(digest([encoded]), bits, np.asarray(copy))
+    return ImageHash(digest([encoded]), bits, np.asarray(image.resize((24, 24), Image.Resampling.BOX)))
 
 
 def hash_images(images: Sequence[tuple[QuerySource, Query]]) -> list[ImageHash | str]:
@@ -80,10 +74,7 @@ def hash_images(images: Sequence[tuple[QuerySource, Query]]) -> list[ImageHash |
 
 
 def group_images(hashes: Sequence[ImageHash | str], near: bool) -> np.ndarray:
-    """Label the groups of images that are the same, or with `near` nearly so: int64 [N] from 0; -1 for an image without a hash.
-
-    The labels depend on the images alone, not on their order.
-    """
+    """Label equal, or with `near` nearly equal images, whatever their order: int64 [N], -1 without hash."""
     groups = np.full(len(hashes), -1, dtype=np.int64)
     if valid := [hashed for hashed in hashes if isinstance(hashed, ImageHash)]:
         _, first, labels = np.unique([h.digest for h in valid], return_index=True, return_inverse=True)
@@ -140,10 +131,7 @@ class LeakReport(NamedTuple):
 
 
 def find_leaks(sources: Mapping[str, QuerySource]) -> LeakReport:
-    """Compare where images are stored, the contents of their files, and how they look.
-
-    `sources` are named like "data.test.random"; those without a role are left out.
-    """
+    """Compare images of sources with a role ("data.test.random", ...): by place, content and looks."""
     owners: dict[str, tuple[QuerySource, Query]] = {}
     number_of: dict[str, int] = {}
     used: dict[str, set[int]] = {}
@@ -174,5 +162,4 @@ def find_leaks(sources: Mapping[str, QuerySource]) -> LeakReport:
                 pairs = [(names[a], "" if a == b else f" = {names[b]}") for a, b in shared[:MAX_NAMED]]
                 leaks.append(Leak(kind, first, second, len(shared), tuple(map("".join, pairs))))
     unreadable = {image: text for image, text in zip(owners, hashes, strict=True) if isinstance(text, str)}
-    counts = {role: len(used[role]) for role in ROLES if role in used}
-    return LeakReport(counts, tuple(leaks), unreadable)
+    return LeakReport({role: len(used[role]) for role in ROLES if role in used}, tuple(leaks), unreadable)

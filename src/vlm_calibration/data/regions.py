@@ -21,8 +21,7 @@ from vlm_calibration.files import name_some
 from vlm_calibration.records import DataError, Query
 from vlm_calibration.settings import settings_digest
 
-NOTE = b"vlm_calibration.extracted_from"
-"""Key of the metadata of a file of regions."""
+NOTE = b"vlm_calibration.extracted_from"  # key of the metadata of a file of regions
 
 
 class Extraction(NamedTuple):
@@ -138,16 +137,14 @@ def read_with_regions(folder: Path, setting: str, source: QuerySource) -> QueryS
     again = "extract regions with `vlm-calibration predict --config regions` and the same data settings"
     for path, note in notes[:1]:
         if setting in note.get("settings", ()):
-            raise DataError(
-                f"{path}: extracted from {note['queries']} queries that data.{setting} no longer holds (it has "
-                f"{n_queries}, content {content[:8]}): remove the folder and {again}"
-            )
+            source_now = f"it has {n_queries}, content {content[:8]}"
+            problem = f"{note['queries']} queries that data.{setting} no longer holds ({source_now})"
+            raise DataError(f"{path}: extracted from {problem}: remove the folder and {again}")
     if missing := unlocated(source):
         held = f"it holds {name_some((path.name for path in files), len(files))}" if files else "no file"
-        raise DataError(
-            f"{folder}: no regions for data.{setting}, where {len(missing)} of {n_queries} queries need one: "
-            f"{name_some(missing, len(missing))}; found: {held}: {again}, or set data.regions to null and ask "
-            "such queries with untouched images (`data.noise.no_region: clean`)"
-        )
+        needed = f"{len(missing)} of {n_queries} queries need one: {name_some(missing, len(missing))}"
+        clean = "ask such queries with untouched images (`data.noise.no_region: clean`)"
+        advice = f"{again}, or set data.regions to null and {clean}"
+        raise DataError(f"{folder}: no regions for data.{setting}, where {needed}; found: {held}: {advice}")
     rank_zero_info(f"data.{setting}: no query lacks a region that it needs, so none are read from {folder}")
     return source

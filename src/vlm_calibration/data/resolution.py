@@ -127,18 +127,14 @@ def _configured(processor: Any) -> Any:
 def _textured(height: int, width: int) -> ImageArray:
     """A random texture of two scales, uint8 [H, W, 3]."""
     rng = np.random.default_rng(0)
-    layers = [
-        resize_image(rng.integers(0, 256, (rows, rows * width // height, 3), np.uint8), (height, width))
-        for rows in (4, 16)
-    ]
+    sizes = ((rows, rows * width // height, 3) for rows in (4, 16))
+    layers = [resize_image(rng.integers(0, 256, size, np.uint8), (height, width)) for size in sizes]
     return np.mean(layers, axis=0).astype(np.uint8)
 
 
 def _unknown(image_processor: Any) -> DataError:
-    return DataError(
-        f"cannot tell at which resolution a model sees an image behind {type(image_processor).__name__}: set "
-        "data.noise.resolution to native"
-    )
+    behind = f"an image behind {type(image_processor).__name__}: set data.noise.resolution to native"
+    return DataError(f"cannot tell at which resolution a model sees {behind}")
 
 
 def limit_pixels(processor: Any, max_pixels: int) -> None:

@@ -63,8 +63,7 @@ def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np
     """
     splits = np.full(len(groups), -1)
     rest = np.flatnonzero(groups >= 0)
-    total = len(np.unique(groups[rest]))
-    if total < len(shares):
+    if (total := len(np.unique(groups[rest]))) < len(shares):
         raise DataError(f"{total} different images are too few for {len(shares)} splits without a shared one")
     left = total
     for split in range(len(shares) - 1, 0, -1):

@@ -75,10 +75,9 @@ def unknown_part(question: str) -> str | None:
     known = ", ".join(f'"{form}"' for form in shown)
     if not unknown:
         return f"the demo model does not know this form of question; it knows {known}"
-    return (
-        f"the demo model does not know the word{'s' * (len(unknown) > 1)} {name_some(unknown, len(unknown))}; "
-        f"it knows the objects {', '.join(CLASSES)}, the positions {', '.join(CORNERS)}, and the questions {known}"
-    )
+    missing = f"the word{'s' * (len(unknown) > 1)} {name_some(unknown, len(unknown))}"
+    known = f"the positions {', '.join(CORNERS)}, and the questions {known}"
+    return f"the demo model does not know {missing}; it knows the objects {', '.join(CLASSES)}, {known}"
 
 
 def right_answer(question: str, objects: Mapping[str, str]) -> str | None:

@@ -12,8 +12,7 @@ from PIL import Image
 
 from vlm_calibration.demo.pictures import GLYPHS, LOOK_ALIKES, UNUSUAL, Hand, LookAlike, sized_picture
 
-SCENE_SIZE = 96
-"""Height and width of a scene in pixels: the demo model's input resolution."""
+SCENE_SIZE = 96  # height and width of a scene in pixels: the demo model's input resolution
 
 HARD_KINDS = ("small", "overlapping", "look_alike", "unusual")
 """Kinds of naturally hard scene: small objects; objects partly covered by a neighbour; an object of no class that resembles one, about
@@ -36,13 +35,11 @@ THEMES: dict[str, tuple[str, ...]] = {
     "park": ("ball", "dog", "tree", "bird", "bicycle", "umbrella"),
 }
 
-SIZES = (24, 42)
-"""Smallest and largest longer side of an object in pixels."""
+SIZES = (24, 42)  # smallest and largest longer side of an object in pixels
 SMALL_SIZES = (14, 22)
 LEAST_VISIBLE, MOST_VISIBLE = 0.25, 0.7
 """Of the objects of an overlapping scene, the one that is covered most has a visible share between these."""
-_TRIES = 1000
-"""Placements tried for an overlapping scene; two or three suffice as a rule."""
+_TRIES = 1000  # placements tried for an overlapping scene; two or three suffice as a rule
 
 Seed = int | tuple[int, ...]
 
@@ -130,10 +127,7 @@ def _draw_names(rng: np.random.Generator, kind: str) -> tuple[str, ...]:
 
 
 def render_scene(seed: Seed, kind: str = "", hand: Hand = "colour") -> Scene:
-    """Draw the scene of this seed; `kind` is one of `HARD_KINDS`, or "" for an easy scene.
-
-    A mask contains the pixels that the object colours and no later object covers.
-    """
+    """Draw a scene, of one of `HARD_KINDS` or "" for an easy one; masks hold what no later object covers."""
     layout, rng = _draw_layout(seed, kind)
     canvas = _background(rng)
     for _ in range(_TRIES):

@@ -107,12 +107,10 @@ class DemoSource(QuerySource):
         if not 0 <= hard <= 1:
             raise DataError(f"DemoSource: hard is a share of scenes from 0 to 1, found {hard}")
         scene_seed(split, first)  # raises for an unknown split here instead of in a worker
-        self.split, self.scenes, self.first = split, scenes, first
-        self.shifted, self.hard = shifted, hard
+        self.split, self.scenes, self.first, self.shifted, self.hard = split, scenes, first, shifted, hard
         self.hand: Hand = hand
 
     def _scene(self, index: int) -> tuple[tuple[int, int], str]:
-        """The seed of a scene, and its kind."""
         seed = scene_seed(self.split, index)
         return seed, hard_kind(seed, self.hard)
 

@@ -50,10 +50,9 @@ class Endpoint:
         if address.scheme not in ("http", "https") or not address.hostname:
             raise DataError(f"--url: expected an address such as http://127.0.0.1:8000/v1, found {shown!r}")
         if address.username or address.password or address.query or address.fragment:
-            raise DataError(
-                f"--url {shown}: the address may hold neither a user nor parameters, since it is recorded: a key belongs "
-                f"into the environment variable {self.key_variable}"
-            )
+            rule = "the address may hold neither a user nor parameters, since it is recorded"
+            advice = f"a key belongs into the environment variable {self.key_variable}"
+            raise DataError(f"--url {shown}: {rule}: {advice}")
 
 
 class Token(NamedTuple):
@@ -92,17 +91,13 @@ class Client:
         self.endpoint, self.name = endpoint, name
         self.used = 0
         self._lock = threading.Lock()
-        self._key = os.environ.get(endpoint.key_variable, "").strip()
-        if not self._key and endpoint.key_variable != DEFAULT_KEY:
-            raise DataError(
-                f"endpoint.key_variable: the environment variable {endpoint.key_variable} is not set"
-            )
-        self._api = OpenAI(
-            base_url=endpoint.url,
-            api_key=self._key or "none",  # the client does not work without one
-            timeout=endpoint.timeout,
-            max_retries=endpoint.retries,
-        )
+        variable = endpoint.key_variable
+        self._key = os.environ.get(variable, "").strip()
+        if not self._key and variable != DEFAULT_KEY:
+            raise DataError(f"endpoint.key_variable: the environment variable {variable} is not set")
+        key = self._key or "none"  # the client does not work without one
+        limits: dict[str, Any] = {"timeout": endpoint.timeout, "max_retries": endpoint.retries}
+        self._api = OpenAI(base_url=endpoint.url, api_key=key, **limits)
 
     def ask(self, messages: Sequence[Mapping[str, Any]], max_tokens: int, **body: Any) -> Response:
         """The likeliest response to messages of the chat completions API; raises a RefusedError, or a DataError if it failed for good."""
@@ -133,15 +128,13 @@ class Client:
             generated = usage.completion_tokens or 0 if usage else 0
             response = Response(choice.message.content or "", tokens, generated)
         except (AttributeError, TypeError, IndexError) as error:
-            raise DataError(
-                self._about(f"answers with something other than a chat completion: {answer}")
-            ) from error
+            problem = f"answers with something other than a chat completion: {answer}"
+            raise DataError(self._about(problem)) from error
         with self._lock:
             self.used += usage.total_tokens or 0 if usage else 0
         return response
 
     def close(self) -> None:
-        """Close the connections."""
         self._api.close()
 
     def _about(self, message: str) -> str:

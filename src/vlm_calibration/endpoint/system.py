@@ -29,8 +29,7 @@ from vlm_calibration.text.confidence import (
 )
 
 PERCENTS = range(101)
-FOLLOWED = 0.01
-"""Probability from which on the beginning of a percentage is followed by another request."""
+FOLLOWED = 0.01  # probability from which on the beginning of a percentage is followed by another request
 
 
 def complete_statement(text: str) -> str:
@@ -139,8 +138,7 @@ def percent_distribution(
 
 def _percent(text: str, is_one_token: bool) -> int | None:
     """The percentage that a text is: a number with the percent sign, or one that no digit can follow; else None."""
-    match = re.match(r"(100|[1-9]?\d)(%|\Z)", text)
-    if match is None:
+    if (match := re.match(r"(100|[1-9]?\d)(%|\Z)", text)) is None:
         return None
     n = int(match[1])
     return n if match[2] or is_one_token or n == 0 or n > 10 else None
@@ -205,10 +203,8 @@ class EndpointSystem(System):
         file = io.BytesIO()
         Image.fromarray(batch.images[row]).save(file, "PNG", compress_level=1)
         image = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        content = [
-            {"type": "image_url", "image_url": {"url": image}},
-            {"type": "text", "text": self.prompt.render(batch.queries[row].question)},
-        ]
+        text = self.prompt.render(batch.queries[row].question)
+        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         response = self.client.ask(messages, self.max_new_tokens, **(LISTED if self.of_tokens else {}))
         if EXPECTED not in self.estimators:
@@ -240,7 +236,6 @@ def _likelihood(answer: EstimatedPrediction, tokens: Sequence[Token]) -> float |
     """The likelihood of an answer as in `AnswerLikelihood`, from its listed tokens; None if they do not give it."""
     if answer.answer_type != "yes_no":
         return answer_likelihood(tokens, strip_confidence(answer.text))
-    p = p_yes(tokens)
-    if p is None or answer.predicted not in ("yes", "no"):
+    if (p := p_yes(tokens)) is None or answer.predicted not in ("yes", "no"):
         return None
     return p if answer.predicted == "yes" else 1 - p

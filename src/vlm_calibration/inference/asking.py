@@ -69,8 +69,7 @@ class Answer:
     @property
     def reason(self) -> str:
         """Why `decision` is what it is, as a clause; empty without a rule."""
-        rule = self.rule
-        if rule is None:
+        if (rule := self.rule) is None:
             return ""
         if rule.unfamiliar is not None:
             return rule.unfamiliar
@@ -128,8 +127,7 @@ class CalibratedModel:
     def answers(self, samples: Sequence[Sample], systems: Iterable[str] = ()) -> dict[str, list[Answer]]:
         """Answer one batch of samples from `sample` with some systems, or else all; returns system -> its answers."""
         answers = {}
-        shared = nullcontext() if self.model is None else shared_vision(self.model)
-        with self._one_at_a_time, shared:
+        with self._one_at_a_time, nullcontext() if self.model is None else shared_vision(self.model):
             batch = self.collate(samples)
             for name in systems or self.systems:
                 predictions, _, distributions = self.systems[name].answer(batch)
@@ -168,7 +166,6 @@ class CalibratedModel:
         return unknown_part(question) if self.is_demo else None
 
     def close(self) -> None:
-        """Close connections."""
         for system in self.systems.values():
             system.close()
 
@@ -261,23 +258,18 @@ def answer_type_of(question: str) -> AnswerType:
 
 
 def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None) -> ImageArray:
-    """Convert an image, `name` in messages, to uint8 [H, W, 3], by the rules of `load_image`.
-
-    A DataError if it cannot be used; a TypeError or ValueError for an array of another form.
-    """
+    """Convert an image to uint8 [H, W, 3] as `load_image`; DataError, for arrays TypeError or ValueError."""
     if isinstance(image, np.ndarray):
         check_image(image)
         return image
     try:
         if isinstance(image, Image.Image):
             if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"image: {image.width} x {image.height} pixels, more than the {max_pixels} allowed"
-                )
+                size = f"{image.width} x {image.height} pixels"
+                raise ImageError(f"image: {size}, more than the {max_pixels} allowed")
             if image.mode in ("F", "LAB"):
-                raise ImageError(
-                    f"image: {image.mode} pixels have no unique conversion to 8-bit RGB; convert it to RGB"
-                )
+                problem = f"{image.mode} pixels have no unique conversion to 8-bit RGB"
+                raise ImageError(f"image: {problem}; convert it to RGB")
             # Encoded as a file, it is read like any other, whatever its mode and transparency.
             upright, file = ImageOps.exif_transpose(image), io.BytesIO()
             if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -75,19 +75,14 @@ def load_calibrated(
     card = load_card(files) or Card(model.name_or_path)
     template = prompt or card.template
     elicitation = ElicitationPrompt(template) if template else ElicitationPrompt()
-    rule = read_rule(files)
-    if rule is not None:
+    if (rule := read_rule(files)) is not None:
         _check_rule(rule, files, folder, model, elicitation)
     loaded = load_adapters(load_base(model, device), {} if folder is None else {CALIBRATED: str(folder)})
     if model.quantization == "none":
         loaded = loaded.to(device)
-    data = PerturbedQueryDataModule(
-        processor_source(folder, model),
-        prompt=elicitation,
-        max_pixels=card.max_pixels,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
+    of_model: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    source = processor_source(folder, model)
+    data = PerturbedQueryDataModule(source, prompt=elicitation, max_pixels=card.max_pixels, **of_model)
     if prompt is None and card.conversation not in (None, data.chat.render(EXAMPLE)):
         logger.warning(f"{folder or model.name_or_path}: its chat template differs from that of the training")
     loaded = loaded.requires_grad_(False).eval()
@@ -99,8 +94,7 @@ def load_calibrated(
     collate, noise = PromptCollator(data.chat, grading=None), NoisePolicy()
     # For messages; retraining changes it.
     name = f"{model.name_or_path} at {model.revision}" if model.revision else model.name_or_path
-    if model.quantization != "none":
-        name += f" in {model.quantization}"
+    name += f" in {model.quantization}" if model.quantization != "none" else ""
     if folder is not None:
         weights = folder / WEIGHTS
         content = file_digest(weights) if weights.is_file() else digest([])
@@ -146,10 +140,9 @@ def _check_rule(
     if rule.estimator not in known:
         raise DataError(f"{path}: the estimator {rule.estimator!r} is not one of {', '.join(known)}")
     if rule.quantization != model.quantization:
-        logger.warning(
-            f"{path}: the thresholds were chosen with quantization {rule.quantization!r}, and the model is loaded with "
-            f"{model.quantization!r}: their guarantee may not hold"
-        )
+        chosen = f"the thresholds were chosen with quantization {rule.quantization!r}"
+        loaded = f"the model is loaded with {model.quantization!r}"
+        logger.warning(f"{path}: {chosen}, and {loaded}: their guarantee may not hold")
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
@@ -159,10 +152,8 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise DataError(f'device: expected "cpu", "cuda" or "cuda:N", found {device!r}') from error
     if usable.type == "cuda" and (usable.index or 0) >= torch.cuda.device_count():
-        raise DataError(
-            f"device: {str(usable)!r} needs a GPU, found {torch.cuda.device_count()} that this PyTorch ({torch.__version__}) "
-            'can use: take "cpu", or leave it out'
-        )
+        found = f"{torch.cuda.device_count()} that this PyTorch ({torch.__version__}) can use"
+        raise DataError(f'device: {str(usable)!r} needs a GPU, found {found}: take "cpu", or leave it out')
     return usable
 
 

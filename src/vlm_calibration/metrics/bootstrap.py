@@ -17,8 +17,7 @@ from torch import Tensor
 from vlm_calibration.metrics.functional import CalibrationMetric
 from vlm_calibration.metrics.table import ConfidenceTable, GapNorm
 
-LEVEL = 0.95
-"""Nominal coverage."""
+LEVEL = 0.95  # nominal coverage
 _BATCH_CELLS = 1 << 19
 """Number of confidences in a batch of replicates, approximately; bounds memory for fine grids."""
 _HALVINGS = 10
@@ -81,8 +80,7 @@ def _compatible_errors(
     """The smallest and the largest true error compatible with the measured one, as multiples of the measured one."""
     gaps, noise, standard_error = _gaps_and_noise(gap_norm, table, draws)
     norm, miss = gap_norm.norm, 1 - LEVEL
-    measured = float(norm(gaps))
-    if measured == 0:
+    if (measured := float(norm(gaps))) == 0:
         return 0.0, 1.0
 
     def population(shift: float) -> Tensor:
@@ -136,6 +134,5 @@ def _gaps_and_noise(
     # A bin whose answers are all correct or all wrong shows no variance: half of what it lacks to that of a calibrated model is added.
     calibrated = (table.answers * table.value * (1 - table.value)) @ weights.square() / n.square()
     missing = (calibrated - variance).clamp_min(0) / 2
-    generator = torch.Generator().manual_seed(0)
-    extra = torch.randn(noise.shape, generator=generator, dtype=torch.float64)
+    extra = torch.randn(noise.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return gaps, noise + extra * missing.sqrt(), (variance + missing).sqrt()

@@ -1,7 +1,4 @@
-"""The metrics as torchmetrics, each kind with one int64 tensor of counts as its whole state.
-
-The state is O(1) in the number of predictions, is not changed by autocast or `half()`, and is reduced by one all-reduce sum.
-"""
+"""The metrics as torchmetrics: the whole state is an int64 tensor of counts, O(1) in the answers."""
 
 import math
 import warnings
@@ -38,8 +35,7 @@ class CountingMetric(Metric):
 
     is_differentiable = False
     full_state_update = False
-    update_called = True
-    """Torchmetrics need not warn of metrics without answers."""
+    update_called = True  # Torchmetrics need not warn of metrics without answers
     counts: Tensor
 
     def __init__(self, shape: Sequence[int], categories: Iterable[str] | None) -> None:
@@ -77,8 +73,7 @@ class CountingMetric(Metric):
             values |= self.values(counts, f"/{name}" if name else "")
         undefined: dict[str, list[str]] = {}
         for name, value in values.items():
-            spec = ALL_METRICS.get(name.split("/", 1)[0])
-            if spec is not None and math.isnan(value):
+            if (spec := ALL_METRICS.get(name.split("/", 1)[0])) is not None and math.isnan(value):
                 undefined.setdefault(spec.undefined, []).append(name)
         if undefined:
             message = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in undefined.items())
@@ -92,8 +87,7 @@ class CalibrationCounts(CountingMetric):
 
     def __init__(self, categories: Iterable[str] | None, grid_steps: int, metrics: Iterable[str]) -> None:
         super().__init__((grid_steps + 2, 2), categories)
-        self.grid_steps = grid_steps
-        self.names = tuple(metrics)
+        self.grid_steps, self.names = grid_steps, tuple(metrics)
 
     def update(self, confidence: Tensor, correct: Tensor, category: Categories | None = None) -> None:
         """Count N answers, with the categories of each if there are any; see `check_predictions`."""

@@ -25,8 +25,7 @@ def drift_test(reference: npt.ArrayLike, new: npt.ArrayLike, permutations: int =
     """
     sides = [np.asarray(side, dtype=np.float64) for side in (reference, new)]
     values = np.concatenate(sides)
-    levels = np.where(np.isnan(values), -1, np.rint(values * GRID_STEPS))
-    level = np.unique(levels, return_inverse=True)[1]
+    level = np.unique(np.where(np.isnan(values), -1, np.rint(values * GRID_STEPS)), return_inverse=True)[1]
     total = np.bincount(level)
 
     def difference(counts: np.ndarray) -> np.ndarray:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5A5A5A"
-FEW = 30
-"""Bins with fewer answers are drawn faint, and no line leads to them."""
+FEW = 30  # bins with fewer answers are drawn faint, and no line leads to them
 _Z95 = 1.959963984540054
 
 ResponseTables = dict[tuple[str, float], ConfidenceTable]
@@ -44,10 +43,7 @@ def wilson_interval(correct: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
 def reliability_diagram(
     table: ConfidenceTable, *, title: str | None = None, ax: "Axes | None" = None
 ) -> "Figure":
-    """Accuracy against mean confidence of ten bins of equal width, those of the ECE, with bin counts and a 95% Wilson band.
-
-    Bins with fewer than `FEW` answers are faint, and neither the line nor the band leads to them.
-    """
+    """Accuracy against mean confidence in the ten bins of the ECE, with counts and a 95% Wilson band."""
     title = title or _title(table, "Reliability: ECE", "ece", ".1%")
     figure, ax = _axes(table, title, "Stated confidence (%)", "Accuracy (%)", ax)
     ax.set(ylim=(-3, 103), yticks=range(0, 101, 10))
@@ -122,13 +118,10 @@ def confidence_histogram(table: ConfidenceTable, *, ax: "Axes | None" = None) ->
 
 
 def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
-    """Risk-coverage curve: error rate of the answered questions against their share, most confident first.
-
-    Points are the thresholds that can be set; between them equally confident answers come in random order.
-    """
+    """Risk-coverage curve: error rate by share of answers given, most confident first, ties at random."""
     title = _title(table, "Risk and coverage: AURC", "aurc")
     x_label = "Coverage: most confident answers given (%)"
-    figure, ax = _axes(table, title, x_label, "Risk: error rate of the answers given (%)")
+    figure, ax = _axes(table, title, x_label, "Risk: error rate of the answers given (%)", None)
     if not table.parsed:
         return figure
     answers, wrong = table.answers.flip(-1), table.wrong.flip(-1)
@@ -152,19 +145,15 @@ def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
 
 
 def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) -> "Figure":
-    """Mean stated confidence and accuracy against the strength of the perturbation, with a panel for each kind.
-
-    A calibrated model's two curves coincide. The band is the 95% Wilson interval of the accuracy. Untouched images are in every panel.
-    """
+    """Mean stated confidence and accuracy by strength, a panel a kind, untouched images in every panel."""
     figure = figure or new_figure()
     n = sum(table.n for table in tables.values())
     figure.suptitle(f"Response to perturbation: {n:,} answer{'' if n == 1 else 's'}", fontsize="large")
     answered = {key: table for key, table in tables.items() if table.parsed}
     kinds = sorted({kind for kind, _ in answered} - {""}) or [""]
     columns = math.ceil(math.sqrt(len(kinds)))
-    panels = figure.subplots(
-        math.ceil(len(kinds) / columns), columns, sharex=True, sharey=True, squeeze=False
-    ).ravel()
+    rows = math.ceil(len(kinds) / columns)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for kind, ax in zip(kinds, panels, strict=False):
         curve = {strength: table for (k, strength), table in answered.items() if k in ("", kind)}
         ax.set(ylim=(-3, 103), xlim=(-0.04, 1.04), title=kind.replace("_", " "))
@@ -199,9 +188,7 @@ def _title(table: ConfidenceTable, heading: str, name: str, format: str = ".3f")
     return f"{heading} {shown}, {table.n:,} answer{'' if table.n == 1 else 's'}{unparsed}"
 
 
-def _axes(
-    table: ConfidenceTable, title: str, x: str, y: str, ax: "Axes | None" = None
-) -> "tuple[Figure, Axes]":
+def _axes(table: ConfidenceTable, title: str, x: str, y: str, ax: "Axes | None") -> "tuple[Figure, Axes]":
     """The given axes or new ones, x in percent, with a note if no answer states a confidence."""
     ax = new_figure().subplots() if ax is None else ax
     ax.set(title=title, xlim=(-3, 103), xticks=range(0, 101, 10), xlabel=x, ylabel=y)

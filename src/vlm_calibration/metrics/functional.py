@@ -161,8 +161,7 @@ def maximum_calibration_error(table: ConfidenceTable) -> Tensor:
     >>> maximum_calibration_error(torch.tensor([0.9, 0.9, 0.3]), torch.tensor([True, False, False]))
     tensor(0.4000, dtype=torch.float64)
     """
-    largest = bin_sums(table, 10, "uniform").mean_gap.abs().amax(-1)
-    return torch.where(table.total > 0, largest, torch.nan)
+    return torch.where(table.total > 0, bin_sums(table, 10, "uniform").mean_gap.abs().amax(-1), torch.nan)
 
 
 @metric("brier", "Brier", higher_is_better=False)
@@ -237,8 +236,7 @@ def auroc(table: ConfidenceTable) -> Tensor:
     """
     wrong, correct = table.wrong, table.correct
     wrong_below = wrong.cumsum(-1) - wrong
-    pairs_won = (correct * (wrong_below + wrong / 2)).sum(-1)
-    return pairs_won / (correct.sum(-1) * wrong.sum(-1))
+    return (correct * (wrong_below + wrong / 2)).sum(-1) / (correct.sum(-1) * wrong.sum(-1))
 
 
 @metric("aurc", "AURC", higher_is_better=False)
@@ -296,8 +294,7 @@ def parse_failure_rate(table: ConfidenceTable) -> Tensor:
     return table.unparsed / (table.total + table.unparsed)
 
 
-REPORTED = tuple(METRICS)
-"""The names that `metrics.json` holds: `n` to `parse_failure_rate`."""
+REPORTED = tuple(METRICS)  # the names that `metrics.json` holds: `n` to `parse_failure_rate`
 
 
 @metric("parsed_accuracy", "accuracy (parsed)", higher_is_better=True)

@@ -16,8 +16,8 @@ from scipy.stats import beta, binom
 
 from vlm_calibration.metrics.bootstrap import Interval
 
-GRID_STEPS = 1000
-"""Thresholds are tenths of a percent, fine enough for confidences that crowd near 100%."""
+BoolArray = npt.NDArray[np.bool_]
+GRID_STEPS = 1000  # thresholds are tenths of a percent, fine enough for confidences that crowd near 100%
 LATER_START = 4
 """Where the second half of the error probability enters, in multiples of the fewest answers that can pass: there some may be wrong."""
 ASSUMPTIONS = (
@@ -46,13 +46,10 @@ class Limits:
 
 
 class GradedAnswers(NamedTuple):
-    """N independent answers, at most one about an image.
-
-    `confidence` is the highest threshold that gives an answer; NaN without a readable confidence.
-    """
+    """N independent answers, one an image, with the highest threshold that gives each; NaN if unparsed."""
 
     confidence: npt.NDArray[np.float64]
-    correct: npt.NDArray[np.bool_]
+    correct: BoolArray
 
 
 class ThresholdScores(NamedTuple):
@@ -78,9 +75,7 @@ class ThresholdScores(NamedTuple):
     sent_away_share: Interval
 
     @classmethod
-    def of(
-        cls, given: npt.NDArray[np.bool_], correct: npt.NDArray[np.bool_], certainty: float
-    ) -> "ThresholdScores":
+    def of(cls, given: BoolArray, correct: BoolArray, certainty: float) -> "ThresholdScores":
         """The scores of N answers, of which some are given; `certainty` is that of each interval, in (0, 1)."""
         n, answers, n_correct = len(correct), int(given.sum()), int(correct.sum())
         right = int((given & correct).sum())
@@ -109,10 +104,7 @@ class Choice(NamedTuple):
 
 
 class RiskControl(NamedTuple):
-    """Thresholds with one guarantee for all of them together.
-
-    `choices`: group -> its threshold; the key of all answers as one group is "".
-    """
+    """Thresholds with one guarantee for all; `choices`: group -> threshold, "" for all as one group."""
 
     limits: Limits
     choices: Mapping[str, Choice]
@@ -210,8 +202,7 @@ def control_risk(answers: Mapping[str, GradedAnswers], limits: Limits) -> RiskCo
 
 
 def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
-    threshold = lowest_controlled(answers, limits.max_error, level)
-    if threshold is None:
+    if (threshold := lowest_controlled(answers, limits.max_error, level)) is None:
         return Choice(None, reason=_why_none(answers, limits.max_error, level))
     scores = ThresholdScores.of(answers.confidence >= threshold, answers.correct, limits.certainty)
     p_error = float(binom.cdf(scores.wrong, scores.answers, limits.max_error))
@@ -221,12 +212,10 @@ def _choose(answers: GradedAnswers, limits: Limits, level: float) -> Choice:
     p_sent_away = float(binom.cdf(scores.sent_away, scores.correct, limits.max_sent_away))
     if p_sent_away <= level:
         return Choice(threshold, scores, p_error, p_sent_away)
-    reason = (
-        f"from {percent(threshold)} on at most {percent(limits.max_error)} of the answers given are wrong, but "
-        f"{percent(scores.sent_away_share.value)} of the correct answers are sent away (limit "
-        f"{percent(limits.max_sent_away)}): raise one of the two limits, or give more answers"
-    )
-    return Choice(None, reason=reason)
+    kept = f"from {percent(threshold)} on at most {percent(limits.max_error)} of the answers given are wrong"
+    lost = f"{percent(scores.sent_away_share.value)} of the correct answers are sent away"
+    advice = f"(limit {percent(limits.max_sent_away)}): raise one of the two limits, or give more answers"
+    return Choice(None, reason=f"{kept}, but {lost} {advice}")
 
 
 def percent(share: float) -> str:

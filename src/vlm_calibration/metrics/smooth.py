@@ -47,8 +47,7 @@ def _terms(bandwidth: float) -> int:
 def _cosines(residual: Tensor, value: Tensor, terms: int) -> Tensor:
     """Cosine coefficients `sum_i residual_i cos(m pi value_i)` for m = 0 .. terms - 1, from [B, L] to [B, terms]."""
     if len(value) <= _DIRECT_LEVELS:
-        order = torch.arange(terms, dtype=torch.float64) * torch.pi
-        return residual @ torch.outer(value, order).cos_()
+        return residual @ torch.outer(value, torch.arange(terms, dtype=torch.float64) * torch.pi).cos_()
     position = value * _FINE_GRID
     low = position.floor().clamp_max(_FINE_GRID - 1)
     upper_share = position - low
@@ -108,9 +107,8 @@ def _fixed_point(residual: Tensor, value: Tensor) -> Tensor:
     # Where the error at `low` is not above `low`, `low` is the solution or the narrowest kernel.
     result[rows] = torch.where(low > MIN_BANDWIDTH, low, at_low)
     rising = at_low - low > _TOLERANCE
-    result[rows[rising]] = _search(
-        waves[rising], low[rising], high[rising], (at_low - low)[rising], (at_high - high)[rising]
-    )
+    columns = (waves, low, high, at_low - low, at_high - high)
+    result[rows[rising]] = _search(*(values[rising] for values in columns))
     return result
 
 

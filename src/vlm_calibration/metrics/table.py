@@ -77,8 +77,7 @@ class ConfidenceTable(NamedTuple):
         Each confidence goes to the nearest of `grid_steps` steps from 0 to 1; None: they are grouped by value, exactly for any float.
         """
         confidence = as_confidence_tensor(confidence).detach()
-        if not isinstance(correct, Tensor):
-            correct = torch.tensor(list(correct), dtype=torch.bool)
+        correct = correct if isinstance(correct, Tensor) else torch.tensor(list(correct), dtype=torch.bool)
         check_predictions(confidence, correct)
         parsed = ~confidence.isnan()
         confidence, correct = confidence[parsed], correct[parsed.to(correct.device)]

@@ -26,10 +26,8 @@ def answer_cells(predicted: Sequence[str | None], answer: Sequence[str], correct
     """
     if not len(predicted) == len(answer) == len(correct):
         raise ValueError(f"got {len(predicted)} predicted, {len(answer)} answers and {len(correct)} correct")
-    gold, said = (
-        torch.tensor([_class_of(text) for text in texts], dtype=torch.int64, device=correct.device)
-        for texts in (answer, predicted)
-    )
+    classes = (list(map(_class_of, texts)) for texts in (answer, predicted))
+    gold, said = (torch.tensor(c, dtype=torch.int64, device=correct.device) for c in classes)
     return (gold * 3 + said) * 2 + correct
 
 
@@ -62,11 +60,7 @@ def task_scores(counts: Tensor, suffix: str = "") -> dict[str, float]:
     """The task metrics of counts by flat name, NaN where undefined, without a warning."""
     yes_no = counts.sum(-1)[:OTHER].double()
     hits, answered, gold = yes_no[YES, YES], yes_no[:, YES].sum(), yes_no[YES].sum()
-    scores = {
-        "accuracy": counts[..., 1].sum().double() / counts.sum(),
-        "precision": hits / answered,
-        "recall": hits / gold,
-        "f1": 2 * hits / (answered + gold),
-        "yes_ratio": answered / yes_no.sum(),
-    }
+    accuracy = counts[..., 1].sum().double() / counts.sum()
+    scores = {"accuracy": accuracy, "precision": hits / answered, "recall": hits / gold}
+    scores |= {"f1": 2 * hits / (answered + gold), "yes_ratio": answered / yes_no.sum()}
     return {name + suffix: float(value) for name, value in scores.items()}

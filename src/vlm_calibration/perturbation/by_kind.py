@@ -21,15 +21,8 @@ if TYPE_CHECKING:
     from vlm_calibration.perturbation.kinds import RegionPerturbation
 
 KIND_NAMES = (
-    NOISE,
-    "blur",
-    "motion_blur",
-    "pixelation",
-    "occlusion",
-    "fade",
-    "jpeg",
-    "darkness",
-    "overexposure",
+    *(NOISE, "blur", "motion_blur", "pixelation", "occlusion"),
+    *("fade", "jpeg", "darkness", "overexposure"),
 )
 """The names of all kinds: noise, and the keys of `kinds.KINDS`."""
 
@@ -66,10 +59,9 @@ def perturb(
         seed: a non-negative integer, or several such as (seed, epoch, query).
         kind: one of `KIND_NAMES`.
     """
-    strength = 1.0 - check_share("confidence", confidence)
-    if isinstance(schedule, str):
-        schedule = schedule_by_name(schedule)
-    return perturb_region(image, mask, Perturbation(kind, strength), schedule, seed)
+    perturbation = Perturbation(kind, 1.0 - check_share("confidence", confidence))
+    schedule = schedule_by_name(schedule) if isinstance(schedule, str) else schedule
+    return perturb_region(image, mask, perturbation, schedule, seed)
 
 
 def perturb_region(

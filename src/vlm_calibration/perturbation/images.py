@@ -96,15 +96,13 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ImageError(
-                f"{name}: 32-bit pixels outside 0..65535 have no unique conversion to 8-bit; convert the file"
-            )
+            problem = "32-bit pixels outside 0..65535 have no unique conversion to 8-bit"
+            raise ImageError(f"{name}: {problem}; convert the file")
         # 65535 = 255 * 257, so dividing by 257 maps 0 to 0 and 65535 to 255.
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("F", "LAB"):
-        raise ImageError(
-            f"{name}: {image.mode} pixels have no unique conversion to 8-bit RGB; convert the file to RGB"
-        )
+        problem = f"{image.mode} pixels have no unique conversion to 8-bit RGB"
+        raise ImageError(f"{name}: {problem}; convert the file to RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

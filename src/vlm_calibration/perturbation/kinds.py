@@ -27,13 +27,10 @@ from vlm_calibration.perturbation.noise import (
     seeded,
 )
 
-ELECTRONS = 1000.0
-"""Electrons of a white pixel."""
-READ_NOISE = 4.0
-"""Standard deviation of the noise of reading out, in electrons."""
+ELECTRONS = 1000.0  # electrons of a white pixel
+READ_NOISE = 4.0  # standard deviation of the noise of reading out, in electrons
 
-GREY = 128
-"""Value of the surroundings if there is no pixel outside the region."""
+GREY = 128  # value of the surroundings if there is no pixel outside the region
 
 # 256 equally probable values of a standard normal variable.
 _QUANTILES = ndtri((np.arange(256, dtype=np.float32) + 0.5) / 256)
@@ -118,8 +115,7 @@ def occlusion(crop: Crop, strength: float, generator: np.random.Generator) -> ND
         colour = generator.integers(0, 256, 3, dtype=np.uint8)
         box = tuple(slice(a, a + n) for a, n in zip(start, sides, strict=True))
         new = uncovered[box].copy()
-        surplus = np.count_nonzero(new) - missing
-        if surplus > 0:
+        if (surplus := np.count_nonzero(new) - missing) > 0:
             new.ravel()[np.flatnonzero(new)[-surplus:]] = False
         result[box][new] = colour
         uncovered[box] &= ~new
@@ -133,10 +129,7 @@ def fade(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray
 
 
 def jpeg(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
-    """JPEG compression of a reduced image, as of pictures that are shared again and again.
-
-    The image is reduced until the region's size is `10 / strength` pixels, since the blocks of JPEG have 8 pixels on any image.
-    """
+    """JPEG of the image reduced to a region's size of `10 / strength` pixels, since its blocks have 8."""
     quality = round(1 + 30 * (1 - strength) ** 3)
     shrink = crop.size * strength / 10
     return _at_size(crop.image, shrink, lambda image, _: pixels.image_compression(image, quality, ".jpg"))
@@ -165,8 +158,7 @@ def darkness(crop: Crop, strength: float, generator: np.random.Generator) -> NDA
 def overexposure(crop: Crop, strength: float, generator: np.random.Generator) -> NDArray[Any]:
     """Too much light, as against the sun: a gain and a veil, growing until every pixel is white."""
     light = (np.arange(256) / 255) ** 2 * (1 + 4 * strength**2.5) + strength**8
-    table = np.rint(255 * np.sqrt(np.minimum(light, 1))).astype(np.uint8)
-    return table[crop.image]
+    return np.rint(255 * np.sqrt(np.minimum(light, 1))).astype(np.uint8)[crop.image]
 
 
 class Kind(NamedTuple):
@@ -220,8 +212,7 @@ class RegionPerturbation(A.ImageOnlyTransform):
 
     def __init__(self, kind: str = NOISE, schedule: Schedule = LinearSchedule(), p: float = 1.0) -> None:  # noqa: B008  (frozen)
         super().__init__(p=p)
-        self.kind = kind
-        self.schedule = schedule
+        self.kind, self.schedule = kind, schedule
 
     @property
     def targets_as_params(self) -> list[str]:
@@ -272,8 +263,7 @@ def _at_size(
     small = cv2.resize(padded, (full[0] // whole, full[1] // whole), interpolation=cv2.INTER_AREA)
     size = (max(1, round(full[0] / shrink)), max(1, round(full[1] / shrink)))
     small = cv2.resize(small, size, interpolation=cv2.INTER_AREA)
-    enlarged = cv2.resize(function(small, shrink), full, interpolation=cv2.INTER_LINEAR)
-    return enlarged[:height, :width]
+    return cv2.resize(function(small, shrink), full, interpolation=cv2.INTER_LINEAR)[:height, :width]
 
 
 def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:
@@ -285,8 +275,7 @@ def surroundings(image: ImageArray, region: BoolMask) -> NDArray[Any]:
     """
     height, width = region.shape
     outside = (~region).view(np.uint8) * np.uint8(255)
-    count = np.count_nonzero(outside)
-    if not count:
+    if not (count := np.count_nonzero(outside)):
         return np.full_like(image, GREY)
     known = cv2.bitwise_and(image, image, mask=outside)
     # Bytes would be too coarse for so few known pixels, and floats take longer.

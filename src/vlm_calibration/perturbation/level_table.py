@@ -76,9 +76,8 @@ class AnswerTypeCounts:
             raise ValueError(f"likelihood edges must rise within [0, 1], found {list(edges)}")
         for kind, strengths in self.strengths.items():
             if strengths[:1] != [0] or not strengths[-1] <= 1 or len(set(strengths)) < len(strengths):
-                raise ValueError(
-                    f"counts of {kind!r} must begin at strength 0, the untouched image, repeat none and end at 1 or below; got {strengths}"
-                )
+                rule = "begin at strength 0, the untouched image, repeat none and end at 1 or below"
+                raise ValueError(f"counts of {kind!r} must {rule}; got {strengths}")
         if len({rows[0] for rows in kinds.values()}) > 1:
             raise ValueError("kinds have different counts of untouched images")
 
@@ -122,13 +121,11 @@ class LevelTable:
         first = next(iter(self.counts))
         for other, counts in self.counts.items():
             if counts.strengths != self.strengths:
-                raise ValueError(
-                    f"answer types {first!r} and {other!r} were measured with different kinds or strengths of perturbation"
-                )
+                both = f"answer types {first!r} and {other!r}"
+                raise ValueError(f"{both} were measured with different kinds or strengths of perturbation")
 
     @cached_property
     def strengths(self) -> dict[str, list[float]]:
-        """Kind of perturbation -> the measured strengths."""
         return next(iter(self.counts.values())).strengths
 
     @property
@@ -156,10 +153,8 @@ class LevelTable:
                     needed = math.ceil(math.log(SIGNIFICANCE) / math.log(guess))
                     reason = f"{n} clean queries are too few, at least {needed} are needed"
                 elif binomtest(n_correct, n, guess, "greater").pvalue > SIGNIFICANCE:
-                    reason = (
-                        f"the base model is correct on {n_correct} of {n} clean images, not significantly more than "
-                        f"the {guess:.0%} of a blind guess"
-                    )
+                    correct = f"the base model is correct on {n_correct} of {n} clean images"
+                    reason = f"{correct}, not significantly more than the {guess:.0%} of a blind guess"
                 elif trend_p_value(rows) > SIGNIFICANCE:
                     reason = f"{kind} does not significantly lower the base model's accuracy: leave it out of data.noise.kinds"
                 else:
@@ -167,13 +162,10 @@ class LevelTable:
                 shown = ", ".join(f"{sum(row.n_correct)}/{sum(row.n)} at {row.strength:g}" for row in rows)
                 advice = "measure more or other queries, ask with another prompt (data.prompt)"
                 if not has_two_answers:
-                    advice += (
-                        ", or grade by another rule (data.grading: contains or token_f1), or rank open answers with a rejected "
-                        "one (data.grading.rank_levels)"
-                    )
-                raise ValueError(
-                    f"{answer_type} answers teach no confidence: {reason} (correct, by strength of {kind}: {shown}); {advice}"
-                )
+                    advice += ", or grade by another rule (data.grading: contains or token_f1)"
+                    advice += ", or rank open answers with a rejected one (data.grading.rank_levels)"
+                reason += f" (correct, by strength of {kind}: {shown})"
+                raise ValueError(f"{answer_type} answers teach no confidence: {reason}; {advice}")
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, atomically."""
@@ -195,8 +187,7 @@ def trend_p_value(rows: Sequence[LevelCount]) -> float:
     strengths, n, correct = np.array(pooled, dtype=np.float64).T
     mean = correct.sum() / n.sum()
     centred = strengths - np.average(strengths, weights=n)
-    variance = mean * (1 - mean) * (n * centred**2).sum()
-    if variance <= 0:
+    if (variance := mean * (1 - mean) * (n * centred**2).sum()) <= 0:
         return 1.0
     return float(norm.cdf((centred * (correct - n * mean)).sum() / math.sqrt(variance)))
 
@@ -209,9 +200,8 @@ def read_table(path: Path) -> LevelTable:
         content = parse_json(path.read_bytes())
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         if found != FORMAT:
-            raise ValueError(
-                f"expected a JSON object with format {FORMAT!r}, found {found!r}: {MEASURE_AGAIN}"
-            )
+            expected = f"a JSON object with format {FORMAT!r}"
+            raise ValueError(f"expected {expected}, found {found!r}: {MEASURE_AGAIN}")
         counts = {
             answer_type: AnswerTypeCounts(
                 {
@@ -264,10 +254,7 @@ def write_likelihoods(path: Path, likelihoods: Mapping[str, Measured], provenanc
 
 
 def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> dict[str, Measured]:
-    """Read a file of `write_likelihoods`: query id -> what was measured.
-
-    A ValueError if it is none, or was measured with another model or prompt than the level table `table` with this provenance.
-    """
+    """Read query id -> measurement; ValueError for another file, model or prompt than that of `table`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -284,11 +271,9 @@ def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> d
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is not a file of likelihoods: {reason}") from error
-    differing = [key for key in COMPARED if measured.get(key) != provenance.get(key)]
-    if differing:
-        raise ValueError(
-            f"{path} and {table} were measured with another {', '.join(differing)}: write both with `vlm-calibration levels fit`"
-        )
+    if differing := [key for key in COMPARED if measured.get(key) != provenance.get(key)]:
+        problem = f"{path} and {table} were measured with another {', '.join(differing)}"
+        raise ValueError(f"{problem}: write both with `vlm-calibration levels fit`")
     if len(values) and not (values.min() >= 0 and values.max() <= 1):  # also refuses NaN
         raise ValueError(f"{path}: likelihoods must be in [0, 1], found {values.min()} to {values.max()}")
     return dict(zip(ids, map(Measured, values.tolist(), contents), strict=True))

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -144,8 +144,7 @@ class AnchoredLevels(ConfidenceLevels):
             self.table, self.source = table, "the level table"
         else:
             raise ValueError("AnchoredLevels needs either a path or a table")
-        self.grid = grid
-        self.groups = groups
+        self.grid, self.groups = grid, groups
         self.likelihoods = None if likelihoods is None else os.fspath(likelihoods)
         self._likelihoods = None
         if likelihoods is not None:
@@ -157,19 +156,13 @@ class AnchoredLevels(ConfidenceLevels):
             kind: spread_strengths(measured, [curves.perturbed[kind] for curves in self._pooled.values()])
             for kind, measured in self.table.strengths.items()
         }
-        self._groups = {
-            answer_type: [] if groups is None else group_means(self._values(answer_type, True), groups)
-            for answer_type in counts
-        }
+        self._groups = {t: group_means(self._values(t, True), groups) if groups else [] for t in counts}
 
     @classmethod
-    def fit(
-        cls, counts: Mapping[str, AnswerTypeCounts], provenance: Mapping[str, Any] | None = None
-    ) -> "AnchoredLevels":
+    def fit(cls, counts: Mapping[str, AnswerTypeCounts], provenance: Mapping[str, Any] | None = None) -> Self:
         return cls(table=LevelTable(counts, provenance or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, atomically."""
         self.table.save(Path(path))
 
     @property
@@ -191,9 +184,8 @@ class AnchoredLevels(ConfidenceLevels):
         curves = self._measured(self._pooled, answer_type, f"answer type {answer_type!r}")
         if query_id is not None and self._likelihoods is not None:
             if query_id not in self._likelihoods:
-                raise ValueError(
-                    f"no likelihood of this query in {self.likelihoods}: write it again with `vlm-calibration levels fit`"
-                )
+                problem = f"no likelihood of this query in {self.likelihoods}"
+                raise ValueError(f"{problem}: write it again with `vlm-calibration levels fit`")
             edges = self.table.counts[answer_type].edges
             curves = self._bins[answer_type][bisect_right(edges, self._likelihoods[query_id].likelihood)]
         kind, strength = perturbation
@@ -205,10 +197,8 @@ class AnchoredLevels(ConfidenceLevels):
 
     def check_content(self, query_id: str, content: Callable[[], int]) -> None:
         if self._likelihoods is not None and self._likelihoods[query_id].content != content():
-            raise ValueError(
-                f"{self.likelihoods} has the likelihood of another question or image under this id: measure it again with "
-                "`vlm-calibration levels fit --overwrite`"
-            )
+            problem = f"{self.likelihoods} has the likelihood of another question or image under this id"
+            raise ValueError(f"{problem}: measure it again with `vlm-calibration levels fit --overwrite`")
 
     def confidence(self, perturbation: Perturbation, answer_type: str, query_id: str | None = None) -> float:
         """`accuracy`, or with `groups` the mean of its group, rounded to the grid."""
@@ -240,9 +230,8 @@ class AnchoredLevels(ConfidenceLevels):
     def _measured(self, values: Mapping[str, T], key: str, name: str) -> T:
         """The value of a kind or answer type, called `name` in the ValueError if it was not measured."""
         if key not in values:
-            raise ValueError(
-                f"{self.source} has no levels for {name}; measured: {', '.join(values)}: measure it with `vlm-calibration levels fit`"
-            )
+            problem = f"{self.source} has no levels for {name}; measured: {', '.join(values)}"
+            raise ValueError(f"{problem}: measure it with `vlm-calibration levels fit`")
         return values[key]
 
 
@@ -251,12 +240,7 @@ Accuracies = Mapping[str, np.ndarray]
 
 
 class AccuracyCurves(NamedTuple):
-    """Fitted accuracies.
-
-    Attributes:
-        untouched: on untouched images, of all queries.
-        perturbed: by kind and strength, of the queries that are perturbed.
-    """
+    """Fitted accuracies: of all queries on untouched images, and by kind and strength of the others."""
 
     untouched: float
     perturbed: Accuracies
@@ -286,9 +270,8 @@ def fit_kinds(accuracy: Accuracies, n: Accuracies) -> dict[str, np.ndarray]:
             break
         total, weight = total + value * block_weight, weight + block_weight
     untouched = total / weight
-    return {
-        kind: np.clip([untouched, *np.minimum(chain, untouched)], 0.0, 1.0) for kind, chain in chains.items()
-    }
+    fitted = ((kind, [untouched, *np.minimum(chain, untouched)]) for kind, chain in chains.items())
+    return {kind: np.clip(values, 0.0, 1.0) for kind, values in fitted}
 
 
 def fit_bins(counts: AnswerTypeCounts) -> list[dict[str, np.ndarray]]:
@@ -327,8 +310,7 @@ def spread_strengths(strengths: Sequence[float], accuracies: Sequence[np.ndarray
         strengths: the measured strengths of a kind, rising from 0.
         accuracies: the fitted accuracies of each answer type at these strengths; the mean counts, of each scaled to [0, 1].
     """
-    scaled = [(a - a[-1]) / (a[0] - a[-1]) for a in accuracies if a[0] > a[-1]]
-    if not scaled:
+    if not (scaled := [(a - a[-1]) / (a[0] - a[-1]) for a in accuracies if a[0] > a[-1]]):
         return tuple(strengths)
     curve = np.mean(scaled, axis=0)
     chosen = [0.0]
@@ -364,8 +346,7 @@ def group_means(values: Sequence[float], groups: int) -> list[tuple[float, float
     means: list[tuple[float, float]] = []
     end = n
     for start in (int(of_group[end]) for of_group in reversed(starts)):
-        mean = np.average(distinct[start:end], weights=repeats[start:end])
         lower = float(distinct[end - 1] + distinct[end]) / 2 if end < n else 0.0
-        means.append((lower, float(mean)))
+        means.append((lower, float(np.average(distinct[start:end], weights=repeats[start:end]))))
         end = start
     return means[::-1]

@@ -25,26 +25,14 @@ class MaskBox(NamedTuple):
     right: int
 
     @property
-    def height(self) -> int:
-        return self.bottom - self.top
-
-    @property
-    def width(self) -> int:
-        return self.right - self.left
-
-    @property
     def slices(self) -> tuple[slice, slice]:
         """Index of the box in an array [H, W, ...]."""
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
     def grown(self, margin: int, shape: tuple[int, ...]) -> MaskBox:
         """The box with a margin, cut off at the border of an image of this shape [H, W, ...]."""
-        return MaskBox(
-            max(0, self.top - margin),
-            min(shape[0], self.bottom + margin),
-            max(0, self.left - margin),
-            min(shape[1], self.right + margin),
-        )
+        top, left = max(0, self.top - margin), max(0, self.left - margin)
+        return MaskBox(top, min(shape[0], self.bottom + margin), left, min(shape[1], self.right + margin))
 
 
 def check_mask(mask: NDArray[Any], image_shape: tuple[int, ...], *, allow_empty: bool = False) -> BoolMask:
@@ -59,9 +47,8 @@ def check_mask(mask: NDArray[Any], image_shape: tuple[int, ...], *, allow_empty:
         raise ValueError(f"mask has shape {mask.shape}, but the image has {expected} (height, width)")
     if mask.dtype == np.uint8:
         if mask.size and mask.max() > 1:
-            raise ValueError(
-                f"mask is uint8 with values up to {mask.max()}; expected 0 and 1 (or a bool array: use mask > 127)"
-            )
+            expected_values = "0 and 1 (or a bool array: use mask > 127)"
+            raise ValueError(f"mask is uint8 with values up to {mask.max()}; expected {expected_values}")
         mask = mask.view(np.bool_)
     if not allow_empty and not mask.any():
         raise ValueError("mask is empty: no pixel is marked, so there is nothing to perturb")
@@ -117,9 +104,8 @@ def region_to_mask(region: Region, height: int, width: int) -> np.ndarray:
     else:
         mask = _decode_mask(region, height, width)
     if not mask.any():
-        raise RecordError(
-            f"the region {region.label!r} (box {list(region.box)}) covers no pixel of the {width} x {height} image"
-        )
+        named = f"the region {region.label!r} (box {list(region.box)})"
+        raise RecordError(f"{named} covers no pixel of the {width} x {height} image")
     return mask
 
 
@@ -133,9 +119,8 @@ def _decode_mask(region: Region, height: int, width: int) -> np.ndarray:
     assert region.mask is not None
     size, counts = region.mask["size"], region.mask["counts"]
     if not isinstance(size, list | tuple) or list(size) != [height, width]:
-        raise RecordError(
-            f"the mask of region {region.label!r} has size {size} ([height, width]) but the image is {[height, width]}"
-        )
+        sizes = f"size {size} ([height, width]) but the image is {[height, width]}"
+        raise RecordError(f"the mask of region {region.label!r} has {sizes}")
     try:
         text = counts.decode("ascii") if isinstance(counts, bytes) else counts
         runs = _run_lengths(text) if isinstance(text, str) else text
@@ -146,8 +131,7 @@ def _decode_mask(region: Region, height: int, width: int) -> np.ndarray:
             raise ValueError(f"counts cover {sum(runs)} pixels of {height * width}")
     except ValueError as error:
         raise RecordError(f"the mask of region {region.label!r} is not a COCO RLE: {error}") from error
-    marked = np.arange(len(runs)) % 2 == 1
-    return np.repeat(marked, runs).reshape(width, height).T
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def _run_lengths(counts: str) -> list[int]:
@@ -177,10 +161,8 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-PLAUSIBLE_AREA = (0.02, 0.25)
-"""Range of the area of a random region, as a share of the image."""
-PLAUSIBLE_ASPECT = (0.5, 2.0)
-"""Range of width over height of a random region."""
+PLAUSIBLE_AREA = (0.02, 0.25)  # range of the area of a random region, as a share of the image
+PLAUSIBLE_ASPECT = (0.5, 2.0)  # range of width over height of a random region
 
 
 def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilate: float = 0.0) -> BoolMask:
@@ -197,7 +179,7 @@ def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilat
         raise ValueError(f"dilate must be a finite fraction >= 0, got {dilate!r}")
     mask = check_mask(mask, mask.shape)
     box = bounding_box(mask)
-    radius = max(1, round(dilate * max(box.height, box.width))) if dilate else 0
+    radius = max(1, round(dilate * max(box.bottom - box.top, box.right - box.left))) if dilate else 0
     grown = box.grown(radius, mask.shape).slices
     region = np.zeros_like(mask)
     if shape == "box":
@@ -251,21 +233,18 @@ def _region_off(
     target: BoolMask, distractors: Sequence[BoolMask], silhouette: bool, rng: np.random.Generator
 ) -> BoolMask | None:
     """A distractor, or else the target's box or silhouette at a random place, off the target; None if the target fills the image."""
-    disjoint = [mask for mask in distractors if not np.any(mask & target)]
-    if disjoint:
+    if disjoint := [mask for mask in distractors if not np.any(mask & target)]:
         return disjoint[int(rng.integers(len(disjoint)))]
     if target.all():
         return None
     box = bounding_box(target)
-    height, width = box.height, box.width
+    height, width = box.bottom - box.top, box.right - box.left
     shape = target[box.slices] if silhouette else np.ones((height, width), dtype=np.bool_)
     sums = cv2.integral(target.view(np.uint8))
     while True:
-        # The pixels of the target in each box of this size, by its top-left corner.
-        covered = (
-            sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-        )
-        corners = np.flatnonzero(covered == 0)
+        # The boxes of this size without a pixel of the target, by their top-left corner.
+        rows = sums[height:] - sums[:-height]
+        corners = np.flatnonzero(rows[:, width:] == rows[:, :-width])
         if corners.size:
             top, left = divmod(int(rng.choice(corners)), target.shape[1] - width + 1)
             region = np.zeros_like(target)

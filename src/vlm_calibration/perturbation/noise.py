@@ -35,9 +35,8 @@ class Schedule(ABC):
             raise ValueError(f"steps must be a positive integer, got {self.steps!r}")
         betas = self.betas()
         if not 0 < betas.min() <= betas.max() <= MAX_BETA:
-            raise ValueError(
-                f"{self}: betas must be in (0, {MAX_BETA}], got {betas.min():g} to {betas.max():g}; use more steps"
-            )
+            found = f"got {betas.min():g} to {betas.max():g}"
+            raise ValueError(f"{self}: betas must be in (0, {MAX_BETA}], {found}; use more steps")
 
     @abstractmethod
     def betas(self) -> NDArray[np.float64]:
@@ -182,11 +181,9 @@ def add_region_noise(
 
 def check_image(image: NDArray[Any]) -> None:
     """Raise a TypeError or ValueError unless the image is uint8 [H, W, 3]."""
-    is_array = isinstance(image, np.ndarray)
-    if not is_array or image.dtype != np.uint8:
-        raise TypeError(
-            f"image must be a uint8 array, got {image.dtype if is_array else type(image).__name__}"
-        )
+    kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+    if kind != np.uint8:
+        raise TypeError(f"image must be a uint8 array, got {kind}")
     if image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must have shape (height, width, 3), got {image.shape}")
 

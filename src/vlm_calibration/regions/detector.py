@@ -14,8 +14,7 @@ from vlm_calibration.hub import loading
 from vlm_calibration.models.base import Dtype
 from vlm_calibration.records import DataError
 
-Box = tuple[float, float, float, float]
-"""(x0, y0, x1, y1) in pixels, inside the image."""
+Box = tuple[float, float, float, float]  # (x0, y0, x1, y1) in pixels, inside the image
 
 GROUNDING_DINO = ("grounding-dino", "mm-grounding-dino")
 SEPARATOR = ". "  # of phrases in Grounding DINO's text: "dog. red cup."
@@ -61,9 +60,8 @@ class ZeroShotDetector(Detector):
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < 1 or self.max_boxes < 1:
-            raise DataError(
-                f"detector: needs 0 <= threshold < 1 and max_boxes >= 1, found {self.threshold} and {self.max_boxes}"
-            )
+            found = f"found {self.threshold} and {self.max_boxes}"
+            raise DataError(f"detector: needs 0 <= threshold < 1 and max_boxes >= 1, {found}")
 
     def load(self, device: torch.device) -> None:
         known = (*GROUNDING_DINO, "owlv2", "owlvit")
@@ -86,9 +84,8 @@ class ZeroShotDetector(Detector):
         outputs = self.model(**to_device(inputs, self.model))
         sizes = torch.tensor([image.shape[:2] for image in images])
         # Keep all boxes in order: the threshold is applied per phrase.
-        scaled = self.processor.image_processor.post_process_object_detection(
-            outputs, threshold=-1.0, target_sizes=sizes
-        )
+        post_process = self.processor.image_processor.post_process_object_detection
+        scaled = post_process(outputs, threshold=-1.0, target_sizes=sizes)
         probabilities = outputs.logits.float().sigmoid().cpu()
         detections = []
         for i, row in enumerate(phrases):
@@ -111,8 +108,7 @@ class ZeroShotDetector(Detector):
         begin = 0
         for column, prompt in enumerate(prompts):
             end = begin + len(prompt)
-            tokens = [t for t, (a, b) in enumerate(offsets) if begin <= a < b <= end]
-            if tokens:
+            if tokens := [t for t, (a, b) in enumerate(offsets) if begin <= a < b <= end]:
                 scores[:, column] = probabilities[:, tokens].amax(dim=1)
             begin = end + len(SEPARATOR)
         return scores
@@ -149,8 +145,5 @@ def load_pair(kind: Any, known: Sequence[str], settings: Any, device: torch.devi
 
 def to_device(inputs: Any, model: Any) -> dict[str, Tensor]:
     """Move inputs to the model's device, floating-point tensors to its dtype."""
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-        if isinstance(value, Tensor)
-    }
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    return {n: v.to(model.device, model.dtype if v.is_floating_point() else None) for n, v in tensors.items()}

@@ -21,8 +21,7 @@ OUTCOMES: tuple[str, ...] = get_args(Outcome)
 according to the answer. no phrase: the describer named no object. not detected: no box. rejected: no region passed the
 checks. unreadable: the image cannot be read."""
 
-Instance = tuple[Detection, np.ndarray]
-"""A box with its mask, bool [H, W]."""
+Instance = tuple[Detection, np.ndarray]  # a box with its mask, bool [H, W]
 
 Reason = Literal["score", "small", "large", "empty"]
 """Why a region is rejected: its score, its share of the image (small, large), or a mask without a pixel in its box."""
@@ -44,21 +43,16 @@ class RegionGates:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_score <= 1 or not 0 <= self.min_area <= self.max_area <= 1:
-            raise DataError(
-                f"gates: needs 0 <= min_score <= 1 and 0 <= min_area <= max_area <= 1, found {self}"
-            )
+            needed = "0 <= min_score <= 1 and 0 <= min_area <= max_area <= 1"
+            raise DataError(f"gates: needs {needed}, found {self}")
 
     def reason(self, score: float, share: float) -> Reason | None:
         if score < self.min_score:
             return "score"
-        if share < self.min_area:
-            return "small"
-        return "large" if share > self.max_area else None
+        return "small" if share < self.min_area else "large" if share > self.max_area else None
 
 
 class Rejected(NamedTuple):
-    """A region that failed a check."""
-
     region: Region
     reason: Reason
 
@@ -128,10 +122,8 @@ class Pipeline:
                 boxes_of.setdefault(query.image, []).extend(d.box for d in boxes)
         segmented = self.segmenter.segment(list(images_of.values()), list(boxes_of.values()))
         masks = dict(zip(boxes_of, map(iter, segmented), strict=True))
-        return [
-            [(box, next(masks[query.image])) for box in boxes]
-            for query, boxes in zip(queries, detected, strict=True)
-        ]
+        pairs = zip(queries, detected, strict=True)
+        return [[(box, next(masks[query.image])) for box in boxes] for query, boxes in pairs]
 
     def _result(self, query: Query, description: Description, instances: Sequence[Instance]) -> Extracted:
         """Unite the instances of each phrase, and check the regions."""

@@ -100,11 +100,10 @@ class RuleDescriber(Describer):
         answer_words, answer_known = tag(statement) if names else ((), True)
         if not (known and answer_known) or _CHOICE.search(question):
             return None
-        in_answer = [p for p in noun_phrases(answer_words) if p.head not in NO_OBJECT]
-        negated = [p for p in in_answer if _is_negated(answer_words, p)]
+        named = [p for p in noun_phrases(answer_words) if p.head not in NO_OBJECT]
+        negated = [p for p in named if _is_negated(answer_words, p)]
         absent += [_text(p) for p in negated]
-        in_answer = [p for p in in_answer if p not in negated]
-        if in_answer:
+        if in_answer := [p for p in named if p not in negated]:
             # The answer names what is asked for: "animal" in "What animal ...", and one of the alternatives: "a cat or a dog".
             answered = {kind}
             if not verdict and not any(w.tag == "AJC" for w in words):
@@ -116,7 +115,6 @@ class RuleDescriber(Describer):
 
 
 def _text(phrase: NounPhrase) -> str:
-    """The phrase as a detector prompt."""
     return " ".join([*(text for text in phrase.texts[:-1] if text not in VAGUE), phrase.head])
 
 
@@ -129,8 +127,7 @@ def _of(words: Sequence[Word], first: NounPhrase, second: NounPhrase) -> bool:
 def _asked_kind(words: Sequence[Word]) -> NounPhrase | None:
     """The noun that "what" or "which" asks for: "animal" in "What kind of animal ...", "colour" in "What is the colour ..."."""
     wh = next((i for i, w in enumerate(words) if w.text in ("what", "which")), len(words))
-    phrases = [p for p in noun_phrases(words) if p.first > wh]
-    if not phrases:
+    if not (phrases := [p for p in noun_phrases(words) if p.first > wh]):
         return None
     first, between = phrases[0], [w.text for w in words[wh + 1 : phrases[0].first]]
     if between and not (between[1:] == ["the"] and first.head in ATTRIBUTES | GENERIC):

@@ -44,12 +44,9 @@ class PromptedDescriber(Describer):
         try:
             template.format(question="", answer="")
         except (LookupError, ValueError) as error:
-            raise DataError(
-                f"describer.template: the only placeholders are {{question}} and {{answer}}: {error!r}"
-            ) from error
-        self.base = base
-        self.template = template
-        self.max_new_tokens = max_new_tokens
+            rule = "the only placeholders are {question} and {answer}"
+            raise DataError(f"describer.template: {rule}: {error!r}") from error
+        self.base, self.template, self.max_new_tokens = base, template, max_new_tokens
 
     def load(self, device: torch.device) -> None:
         processor = load_processor(self.base.name_or_path, self.base.revision, self.base.trust_remote_code)

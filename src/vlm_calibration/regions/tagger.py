@@ -52,9 +52,8 @@ LOOKS = COLOURS | _words("""
 """)
 """Colours, shapes and materials: nouns that describe appearance, as in "Is the cup plastic?"."""
 
-TAGS = {"doing": "VDG", "no": "AT0", "present": "AJ0", "bears": "NN2"} | dict.fromkeys(
-    ("remote", "drier", "bear"), "NN1"
-)
+TAGS = {"doing": "VDG", "no": "AT0", "present": "AJ0", "bears": "NN2"}
+TAGS |= dict.fromkeys(("remote", "drier", "bear"), "NN1")
 """C5 tags of words that the tagger usually gets wrong in questions; a drier is a hair drier."""
 
 NO_OBJECT = (ATTRIBUTES | COLOURS | GENERIC | PICTURE) | _with_plurals("""
@@ -112,10 +111,8 @@ def load_tagger() -> Any:
     try:
         from HanTa.HanoverTagger import HanoverTagger
     except ImportError as error:
-        raise DataError(
-            f"the describer of key objects needs the tagger HanTa, which is not installed ({error}): "
-            "pip install 'vlm-calibration[regions]'"
-        ) from error
+        needed = f"the describer of key objects needs the tagger HanTa, which is not installed ({error})"
+        raise DataError(f"{needed}: pip install 'vlm-calibration[regions]'") from error
     return HanoverTagger("morphmodel_en.pgz")
 
 
@@ -129,10 +126,8 @@ def tag(text: str) -> tuple[tuple[Word, ...], bool]:
             texts[i] = word.lower()
     if not texts:
         return (), True
-    words = [
-        Word(w.lower(), TAGS.get(w.lower(), "NN1" if kind == "UNC" else kind))
-        for w, _, kind in load_tagger().tag_sent(texts)
-    ]
+    tagged = ((w.lower(), kind) for w, _, kind in load_tagger().tag_sent(texts))
+    words = [Word(w, TAGS.get(w, "NN1" if kind == "UNC" else kind)) for w, kind in tagged]
     # Hardly any English sentence lacks words of this log-probability, such as "is", "the", "in".
     is_english = any(w.text.isalpha() and max(_scores(w.text).values(), default=UNKNOWN) > -8 for w in words)
     known = _repair_question(words) and (is_english or len(words) <= 3 or words[-1].text != "?")

@@ -1,7 +1,4 @@
-"""The model card of an adapter or of a merged model: `README.md` from a template, and its facts in `calibration.json`.
-
-A `README.md` that a person has edited is left alone. Results on test data are those of the very adapter that was evaluated.
-"""
+"""The model card of an adapter or a merged model: `README.md`, and its facts in `calibration.json`."""
 
 from __future__ import annotations
 
@@ -24,10 +21,8 @@ from vlm_calibration.reporting.tables import COLUMNS, heading, shown
 
 TEXT = "README.md"
 DIGEST = "readme_sha256"
-EXAMPLE = "Is there a dog in the image?"
-"""The question in the examples of cards."""
-TASK = "image-text-to-text"
-"""The task of such a model on the Hub."""
+EXAMPLE = "Is there a dog in the image?"  # the question in the examples of cards
+TASK = "image-text-to-text"  # the task of such a model on the Hub
 HUB_METRICS = {
     "accuracy": ("accuracy", "Accuracy"),
     "ece": ("expected_calibration_error", "Expected calibration error of the stated confidence"),
@@ -143,17 +138,10 @@ def card_text(card: Card) -> str:
         for kind, strength, confidence in taught:
             levels.setdefault((kind, strength), {})[answer_type] = confidence
     # A prompt may contain the fence of a block.
-    ticks = re.findall("`+", f"{card.template} {card.conversation} ``")
-    return _render(
-        "card.md.j2",
-        card,
-        metadata=metadata.to_yaml(),
-        title=title,
-        levels=levels,
-        n=next((values.get("n") for values in card.results.values()), None),
-        fence="`" * (max(map(len, ticks)) + 1),
-        example=EXAMPLE,
-    )
+    fence = "`" * (1 + max(map(len, re.findall("`+", f"{card.template} {card.conversation} ``"))))
+    n = next((values.get("n") for values in card.results.values()), None)
+    texts = {"metadata": metadata.to_yaml(), "title": title, "fence": fence, "example": EXAMPLE}
+    return _render("card.md.j2", card, levels=levels, n=n, **texts)
 
 
 def results_text(card: Card) -> str:
@@ -168,8 +156,6 @@ def templates(folder: Path, **options: Any) -> Environment:
 
 
 def _render(template: str, card: Card, **values: Any) -> str:
-    environment = templates(Path(__file__).parent, keep_trailing_newline=True)
-
     def line(label: str, cells: Iterable[str]) -> str:
         return "| " + " | ".join([label.replace("|", r"\|"), *cells]) + " |"
 
@@ -178,6 +164,7 @@ def _render(template: str, card: Card, **values: Any) -> str:
 
     head = f"{line('', map(heading, COLUMNS))}\n{'| --- ' * (1 + len(COLUMNS))}|"
     helpers = {"repr": repr, "quote": shlex.quote, "head": head, "row": row}
+    environment = templates(Path(__file__).parent, keep_trailing_newline=True)
     return environment.get_template(template).render(card=card, **helpers, **values)
 
 
@@ -189,10 +176,7 @@ def save_card(folder: Path, card: Card) -> None:
 
 
 def renew_card(folder: Path, card: Card) -> None:
-    """Write a card; if a person has edited its `README.md`, write the facts alone and print `results_text` on stderr.
-
-    DataError if the card in the folder cannot be read.
-    """
+    """Write a card; to an edited `README.md` only its facts, and print `results_text`. DataError as below."""
     if not is_edited(folder):
         save_card(folder, card)
         return
@@ -218,10 +202,7 @@ def load_card(folder: Path) -> Card | None:
     try:
         # A card of another version may have further facts.
         card = Card(**{f.name: facts[f.name] for f in fields(Card) if f.name in facts})
-        levels = {
-            answer_type: [(kind, strength, confidence) for kind, strength, confidence in rows]
-            for answer_type, rows in card.levels.items()
-        }
+        levels = {t: [(kind, strength, c) for kind, strength, c in rows] for t, rows in card.levels.items()}
         evaluations = [Evaluation(**facts_of_one) for facts_of_one in facts.get("evaluations", ())]
         return replace(card, levels=levels, evaluations=evaluations)
     except (ValueError, TypeError, AttributeError) as error:

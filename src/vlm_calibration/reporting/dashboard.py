@@ -16,10 +16,8 @@ import yaml
 from vlm_calibration.files import first_line
 from vlm_calibration.records import DataError
 
-PROJECT = "vlm-calibration"
-"""Default project that runs are logged to."""
-STEP = "trainer/global_step"
-"""The x axis of curves."""
+PROJECT = "vlm-calibration"  # default project that runs are logged to
+STEP = "trainer/global_step"  # the x axis of curves
 NAME = "Calibration"
 RUNS = {"training": ["sft", "dpo"], "evaluation": ["evaluation"]}
 """Runs of a section of the report -> the tags that `Artifacts` gives these runs."""
@@ -40,12 +38,9 @@ def logged_in() -> bool:
 
 def sections(systems: Sequence[str]) -> list[Section]:
     """All sections for an evaluation of some systems; DataError without a system, or for an invalid name."""
-    invalid = [name for name in systems if not re.fullmatch(r"[\w-]+", name)]
-    if invalid or not systems:
-        raise DataError(
-            f"--systems: expected names of letters, digits, '_' and '-', found {invalid[0] if invalid else 'none'!r}"
-        )
-
+    if (invalid := [name for name in systems if not re.fullmatch(r"[\w-]+", name)]) or not systems:
+        found = invalid[0] if invalid else "none"
+        raise DataError(f"--systems: expected names of letters, digits, '_' and '-', found {found!r}")
     content: list[Section] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for panel in (panel for section in content for panel in section["panels"]):
         keys = (key.replace("*", name) for key in panel["keys"] for name in systems)
@@ -54,7 +49,6 @@ def sections(systems: Sequence[str]) -> list[Section]:
 
 
 def outline(sections: Sequence[Section]) -> str:
-    """The sections and their panels as text."""
     lines = []
     for section in sections:
         lines += ["", f"{section['question']} ({section['runs']} runs)", f"  {section['note']}"]
@@ -84,10 +78,8 @@ def workspace(entity: str, project: str, sections: Sequence[Section]) -> Any:
     """Build the workspace, a `wandb_workspaces.workspaces.Workspace`."""
     import wandb_workspaces.workspaces as ws
 
-    made = [
-        ws.Section(name=s["question"], panels=list(map(_wandb_panel, s["panels"])), is_open=True)
-        for s in sections
-    ]
+    panels = ((s["question"], list(map(_wandb_panel, s["panels"]))) for s in sections)
+    made = [ws.Section(name=question, panels=of_it, is_open=True) for question, of_it in panels]
     settings = ws.WorkspaceSettings(x_axis=STEP)
     return ws.Workspace(entity=entity, project=project, name=NAME, sections=made, settings=settings)
 
@@ -108,14 +100,8 @@ def report(entity: str, project: str, sections: Sequence[Section]) -> Any:
             panels.append(_wandb_panel(panel, layout=wr.Layout(w=width, h=height)))
         grid = wr.PanelGrid(runsets=[runs], panels=panels)
         blocks += [wr.H2(section["question"]), wr.P(section["note"]), grid]
-    return wr.Report(
-        entity=entity,
-        project=project,
-        title=NAME,
-        description="Whether the confidence that the model states can be trusted.",
-        blocks=blocks,
-        width="fluid",
-    )
+    texts = {"title": NAME, "description": "Whether the confidence that the model states can be trusted."}
+    return wr.Report(entity=entity, project=project, blocks=blocks, width="fluid", **texts)
 
 
 def _wandb_panel(panel: dict[str, Any], **place: Any) -> Any:

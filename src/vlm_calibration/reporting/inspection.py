@@ -15,15 +15,11 @@ from vlm_calibration.perturbation.images import ImageError
 from vlm_calibration.records import SMALL_BOX, DataError, Query
 from vlm_calibration.text.grading import parse_answer
 
-MAX_VALUES = 8
-"""Values that a line of the table names."""
+MAX_VALUES = 8  # values that a line of the table names
 
 
 class Inspection(NamedTuple):
-    """What a source holds: the table's rows of heading and text, and a message for each record that cannot be used.
-
-    `unloadable`: `image_id` of a broken image, or id of a query with wrong regions -> the message about it.
-    """
+    """Rows of heading and text, messages on bad records, and image or query -> why it cannot be loaded."""
 
     rows: list[tuple[str, str]]
     bad: list[str]
@@ -70,8 +66,7 @@ def _query_rows(source: QuerySource, queries: Sequence[Query]) -> Iterator[tuple
         if query.answer_type == "open":
             words.append(len(query.answer.split()))
         else:
-            is_yes_no = query.answer_type == "yes_no"
-            answer = parse_answer(query.answer, "yes_no") if is_yes_no else query.answer
+            answer = parse_answer(query.answer, "yes_no") if query.answer_type == "yes_no" else query.answer
             answers.setdefault(query.answer_type, Counter())[str(answer)] += 1
         if query.category is not None:
             categories[query.category] += 1
@@ -94,7 +89,7 @@ def _image_rows(
     source: QuerySource, queries: Sequence[Query], unloadable: dict[str, str]
 ) -> Iterator[tuple[str, str]]:
     """Sizes of images and regions; what cannot be loaded is added to `unloadable`."""
-    sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, ...]] = []
     shares: list[float] = []
     clipped: list[str] = []
     for query in queries:
@@ -106,12 +101,11 @@ def _image_rows(
             continue
         if loaded.clipped:
             clipped.append(query.id)
-        height, width = loaded.image.shape[:2]
-        sizes.append((width, height))
+        sizes.append(loaded.image.shape[:2])
         if loaded.evidence:
             shares.append(float(np.logical_or.reduce(loaded.evidence).mean()))
     if sizes:
-        widths, heights = zip(*sizes, strict=True)
+        heights, widths = zip(*sizes, strict=True)
         sides = f"{min(widths)}..{max(widths)} x {min(heights)}..{max(heights)}"
         median = f"median {np.median(widths):.0f} x {np.median(heights):.0f}"
         yield f"image sizes ({len(queries)} opened)", f"{sides}, {median}"

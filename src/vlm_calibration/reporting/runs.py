@@ -21,8 +21,7 @@ from vlm_calibration.settings import digest
 CONFIG, RECORD, PAGE = "config.yaml", "run.json", "report.html"
 METRICS, NOTES = "metrics.json", "notes.json"
 """Files of a system's metrics, and of the evaluation's notes on it."""
-HEADLINE = ("n", "accuracy", "ece", "brier", "auroc")
-"""Metrics of the stated confidence that a list shows."""
+HEADLINE = ("n", "accuracy", "ece", "brier", "auroc")  # metrics of the stated confidence that a list shows
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,7 @@ def _answer(annotation: Mapping[str, Any]) -> dict[str, Any]:
 def _vqav2_query(
     question: Mapping[str, Any], answers: Mapping[int, dict[str, Any]], annotations: Path, image: Any
 ) -> list[dict[str, Any]]:
-    identifier = question["question_id"]
-    if identifier not in answers:
+    if (identifier := question["question_id"]) not in answers:
         raise RecordError(f"question {identifier} has no annotation in {annotations}")
     asked = {"id": identifier, "image": image(id=question["image_id"]), "question": question["question"]}
     return [asked | answers[identifier]]
@@ -81,8 +80,7 @@ def _vqav2_query(
 _ARGUMENT = re.compile(r"(?P<name>[^,()]*)[^()]*\((?P<ids>[-\d,\s]*)\)\s*")
 """The argument of an operation that finds an object: "horse,on the edge of,s (447018)", or "dog (-)" for one that is absent."""
 
-Objects = Sequence[tuple[int, str, list[int]]]
-"""The id, name and box of each object of an image."""
+Objects = Sequence[tuple[int, str, list[int]]]  # the id, name and box of each object of an image
 
 
 def gqa(questions: Path, *, scene_graphs: Path | None = None) -> Source:
@@ -152,10 +150,8 @@ def _gqa_query(key: str, value: Mapping[str, Any], graphs: Mapping[str, Objects]
 
 def _key_objects(value: Mapping[str, Any], answer: str) -> tuple[set[int], list[str], list[str]]:
     """The ids and names of the objects that a question and its answer are about, and the names of absent ones."""
-    ids: set[int] = set()
-    found: set[int] = set()
-    names: list[str] = []
-    absent: list[str] = []
+    ids, found = set[int](), set[int]()
+    names, absent = list[str](), list[str]()
     for part, spans in (value.get("annotations") or {}).items():
         for objects in spans.values():
             numbers = _numbers(str(objects))
@@ -260,8 +256,7 @@ def _conversation(record: Mapping[str, Any]) -> tuple[Any, list[tuple[int, str, 
 def _message(message: Mapping[str, Any], index: int) -> tuple[str, str, list[Any]]:
     """Role and text of a message, with a placeholder for each image, and the images that its parts name."""
     name, content = message.get("from", message.get("role")), message.get("value", message.get("content"))
-    role = ROLES.get(str(name).lower())
-    if role is None:
+    if (role := ROLES.get(str(name).lower())) is None:
         raise RecordError(f"message {index}: the role must be one of {', '.join(ROLES)}, found {name!r}")
     texts: list[str] = []
     images: list[Any] = []

@@ -79,8 +79,7 @@ def json_members(path: Path) -> Iterator[tuple[str, Any]]:
 
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:
     """The place and value of each record of a JSON array, or the place and undecoded bytes of each of JSON lines."""
-    first = next(json_lines(path), None)
-    if first and first.content.lstrip().startswith(b"["):
+    if (first := next(json_lines(path), None)) and first.content.lstrip().startswith(b"["):
         yield from json_values(path, "item")
     else:
         yield from ((line.where, line.content) for line in json_lines(path))
@@ -120,8 +119,7 @@ def strip_format_request(question: str) -> str:
 
     Requests that the answer depends on, such as "Answer with the option's letter from the given choices directly.", stay.
     """
-    stripped = _AT_BEGIN.sub("", _AT_END.sub("", question)).strip()
-    return stripped or question.strip()
+    return _AT_BEGIN.sub("", _AT_END.sub("", question)).strip() or question.strip()
 
 
 def infer_answer_type(answer: str) -> AnswerType:
@@ -138,8 +136,7 @@ def combine_answers(answers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     the most frequent is the gold answer, and others count if at least `MIN_AGREEING` annotators give them.
     RecordError if there is no answer.
     """
-    given = [answer.strip() for answer in answers if answer and answer.strip()]
-    if not given:
+    if not (given := [answer.strip() for answer in answers if answer and answer.strip()]):
         raise RecordError("the list of answers is empty")
     if len(answers) < 10:
         return given[0], tuple(dict.fromkeys(a for a in given[1:] if match_key(a) != match_key(given[0])))
@@ -150,6 +147,4 @@ def combine_answers(answers: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 def agreed_answers(answers: Sequence[str], gold: str) -> tuple[str, ...]:
     """The answers of annotators, other than the gold answer, that at least `MIN_AGREEING` of them give."""
     counts = Counter(answers)
-    return tuple(
-        answer for answer, n in counts.items() if n >= MIN_AGREEING and match_key(answer) != match_key(gold)
-    )
+    return tuple(a for a, n in counts.items() if n >= MIN_AGREEING and match_key(a) != match_key(gold))

@@ -89,8 +89,7 @@ class QueryWriter:
     def _add(self, record: dict[str, Any], file: TextIO, folder: Path | None) -> None:
         """Write one query, and its image to the folder if it is embedded."""
         content = record["image"]
-        is_embedded = isinstance(content, bytes)
-        if is_embedded:
+        if is_embedded := isinstance(content, bytes):
             record["image"] = f"{self._folder.name}/{_image_name(content)}"
         elif isinstance(content, str) and content:
             record["image"] = os.path.relpath(self._images / content, self.root)

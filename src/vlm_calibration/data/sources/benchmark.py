@@ -85,8 +85,7 @@ class PopeSource(BenchmarkSource):
 
     def read(self) -> list[Query]:
         is_excluded = excluded_images([Path(path) for path in self.exclude or ()])
-        queries = [q for q in pope.read_questions(self.path)[0] if not is_excluded(q.image)]
-        if not queries:
+        if not (queries := [q for q in pope.read_questions(self.path)[0] if not is_excluded(q.image)]):
             raise DataError(f"{self.path}: the files of `exclude` name the image of every question")
         for query in queries:
             if not query.image or not query.question:
@@ -94,10 +93,8 @@ class PopeSource(BenchmarkSource):
         return queries
 
     def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
-        return {
-            "answers.jsonl": pope.official_answers(self._queries, replies),
-            "labels.jsonl": pope.official_labels(self._queries),
-        }
+        answers, labels = pope.official_answers(self._queries, replies), pope.official_labels(self._queries)
+        return {"answers.jsonl": answers, "labels.jsonl": labels}
 
 
 class AmberSource(BenchmarkSource):

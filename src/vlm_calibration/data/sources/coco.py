@@ -65,8 +65,7 @@ def read_instances(path: Path) -> list[AnnotatedImage]:
                 # Polygons as arrays take a tenth of the memory of lists.
                 shape = [np.asarray(polygon, dtype=np.float64) for polygon in shape]
             instance = Instance((x, y, width, height), shape, bool(a.get("iscrowd")))
-            of_image = objects.setdefault(a["image_id"], {})
-            of_image.setdefault(names[a["category_id"]], []).append(instance)
+            objects.setdefault(a["image_id"], {}).setdefault(names[a["category_id"]], []).append(instance)
         pictures = [
             AnnotatedImage(i["file_name"], i["height"], i["width"], objects[i["id"]])
             for i in content["images"]
@@ -112,9 +111,7 @@ class AbsentObjects:
         self.popular = [name for name, _ in frequency.most_common()]
         self.adversarial = {name: [o for o, _ in c.most_common()] for name, c in cooccurrence.items()}
 
-    def draw(
-        self, rule: Negatives, present: str, taken: Sequence[str], rng: np.random.Generator
-    ) -> str | None:
+    def draw(self, rule: Negatives, present: str, taken: list[str], rng: np.random.Generator) -> str | None:
         """Draw an object that is not `taken`, None if there is none, after a question about one that is `present`."""
         excluded = set(taken)
         ranked = {"random": [], "popular": self.popular, "adversarial": self.adversarial.get(present, [])}
@@ -171,7 +168,6 @@ class CocoSource(QuerySource):
 
     @cached_property
     def _annotated(self) -> dict[str, AnnotatedImage]:
-        """The images by their file names."""
         is_excluded = excluded_images(self.exclude)
         images = [image for image in read_instances(self.annotations) if not is_excluded(image.file)]
         if self.first and self.first >= len(images):
@@ -185,8 +181,7 @@ class CocoSource(QuerySource):
         annotated = self._annotated.values()
         absent = AbsentObjects(list(image.objects) for image in annotated)
         queries: list[Query] = []
-        images = track(annotated, f"checking {self.annotations}", len(annotated), "images")
-        for i, image in enumerate(images):
+        for i, image in enumerate(track(annotated, f"checking {self.annotations}", len(annotated), "images")):
             try:
                 self._files.check(image.file)
             except RecordError as error:
@@ -208,11 +203,9 @@ class CocoSource(QuerySource):
         """Questions about a present and an absent object in turn."""
         names = list(image.objects)
         taken = names.copy()
-        order = rng.permutation(len(names))[: self.per_image]
-        for turn, present in enumerate(names[i] for i in order):
+        for turn, present in enumerate(names[i] for i in rng.permutation(len(names))[: self.per_image]):
             rule = self.negatives[(index + turn) % len(self.negatives)]
-            missing = absent.draw(rule, present, taken, rng)
-            if missing is None:
+            if (missing := absent.draw(rule, present, taken, rng)) is None:
                 return  # exactly half of the questions are about absent objects
             taken.append(missing)
             for name, answer, category in ((present, "Yes", "present"), (missing, "No", rule)):
@@ -253,8 +246,7 @@ def _query(
     image: AnnotatedImage, suffix: str, question: str, answer: str, objects: tuple[str, ...], category: str
 ) -> Query:
     kind: AnswerType = "short" if category == "counting" else "yes_no"
-    identifier = f"{image.file}:{suffix}"
-    return Query(identifier, image.file, question, answer, kind, objects, category=category)
+    return Query(f"{image.file}:{suffix}", image.file, question, answer, kind, objects, category=category)
 
 
 def _counting(image: AnnotatedImage) -> Iterator[Query]:

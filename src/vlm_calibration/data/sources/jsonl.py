@@ -35,8 +35,7 @@ SPLITS = ("train", "validation", "calibration", "test")
 """Names of the files of a data root, without their suffix; the images that they name are beside them."""
 PRESETS = {".jsonl": "data/jsonl", ".parquet": "data/parquet"}
 """Suffix of the files -> the preset that reads them."""
-MAX_KNOWN = 100_000
-"""Number of image names and of answers that are remembered as good."""
+MAX_KNOWN = 100_000  # number of image names and of answers that are remembered as good
 
 
 class MissingFileError(DataError):
@@ -170,8 +169,7 @@ class JsonlSource(QuerySource):
     def load(self, query: Query) -> LoadedImage:
         try:
             content = self.image_content(query)
-            pixels = content if isinstance(content, np.ndarray) else load_image(content)
-            return with_regions(query, pixels)
+            return with_regions(query, content if isinstance(content, np.ndarray) else load_image(content))
         except (RecordError, ImageError) as error:
             raise self.bad.error(f"{self.path}: record {query.id!r}: {error}") from error
 

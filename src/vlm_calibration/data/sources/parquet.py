@@ -19,28 +19,14 @@ from vlm_calibration.progress import track
 from vlm_calibration.records import DataError, Query
 
 _TEXT = pa.string()
-REGION = pa.struct(
-    [
-        ("label", _TEXT),
-        ("box", pa.list_(pa.float64())),
-        ("mask", pa.struct([("size", pa.list_(pa.int64())), ("counts", _TEXT)])),
-        ("score", pa.float64()),
-    ]
-)
+_MASK = pa.struct({"size": pa.list_(pa.int64()), "counts": _TEXT})
+REGION = pa.struct({"label": _TEXT, "box": pa.list_(pa.float64()), "mask": _MASK, "score": pa.float64()})
 REQUIRED = dict.fromkeys(("id", "image", "question", "answer", "answer_type"), _TEXT)
 _TEXTS = pa.list_(_TEXT)
-OPTIONAL = {
-    "objects": _TEXTS,
-    "regions": pa.list_(REGION),
-    "category": _TEXT,
-    "synonyms": _TEXTS,
-    "absent": _TEXTS,
-    "wrong_answers": _TEXTS,
-}
-NOTES = ("outcome", "rejected", "note")
-"""Columns with the outcome of `predict`; not part of a query."""
-ROW = "row-"
-"""Prefix of the name of an embedded image: "row-17"."""
+OPTIONAL = {"objects": _TEXTS, "regions": pa.list_(REGION), "category": _TEXT}
+OPTIONAL |= dict.fromkeys(("synonyms", "absent", "wrong_answers"), _TEXTS)
+NOTES = ("outcome", "rejected", "note")  # columns with the outcome of `predict`; not part of a query
+ROW = "row-"  # prefix of the name of an embedded image: "row-17"
 
 
 class ParquetSource(JsonlSource):
@@ -141,8 +127,7 @@ class ParquetSource(JsonlSource):
             images = column.combine_chunks().flatten()[0]
             begin = int(self._ends_of_groups[group]) - len(images)
             self._row_group = begin, images
-        content = images[row - begin].as_py()
-        if not content:
+        if not (content := images[row - begin].as_py()):
             raise self.bad.error(f"{self.path}: record {query.id!r}: {query.image} holds no image bytes")
         return bytes(content)
 

@@ -31,6 +31,7 @@ from vlm_calibration.reporting.card import load_card
 from vlm_calibration.reporting.runs import CONFIG, METRICS, NOTES, read_config, read_record, systems_of
 from vlm_calibration.settings import file_digest
 
+Answers = Sequence[EstimatedPrediction]
 BASE, ORACLE = "base", "oracle"
 LABELS = {
     BASE: "the base model, not fine-tuned",
@@ -116,8 +117,7 @@ def _read_folder(folder: Path) -> list[System]:
     else:
         paths = [folder, *sorted(p.parent for p in folder.glob(f"*/{PREDICTIONS}"))]
         paths.sort(key=lambda p: (p.name == ORACLE, p.name != BASE))
-    paths = [p for p in paths if (p / PREDICTIONS).is_file()]
-    if not paths:
+    if not (paths := [p for p in paths if (p / PREDICTIONS).is_file()]):
         where = f"{folder} or a folder in it"
         raise DataError(f"no {PREDICTIONS} in {where}: evaluate first, or name another folder")
     return [
@@ -145,10 +145,7 @@ def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
 
 
 def origin_of(path: Path, folder: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """Label and facts of the `System` whose predictions lie in `path`: a run if that is `folder`, else a system of the evaluation there.
-
-    Its adapter may be gone, or on the Hub; then only its name is known. DataError if a file cannot be read.
-    """
+    """Label and facts of the `System` in `path`, a run if that is `folder`; DataError for a bad file."""
     adapters: Mapping[str, str] = model_settings(config, "adapters")
     base = model_settings(config, "base").get("name_or_path")
     label = ""
@@ -181,8 +178,7 @@ def origin_of(path: Path, folder: Path, config: Mapping[str, Any]) -> tuple[str,
 
 def _rule_in(path: Path) -> DecisionRule | None:
     """The rule in a system's folder, where no adapter lies on this machine; None if it was chosen on other answers than those."""
-    rule = read_rule(path)
-    if rule is None:
+    if (rule := read_rule(path)) is None:
         return None
     answers = path / (CALIBRATION if rule.answers.get("split") == "calibration" else PREDICTIONS)
     return rule if answers.is_file() and rule.answers.get("digest") == file_digest(answers) else None
@@ -195,8 +191,7 @@ def _adapter_folder(path: str) -> Path:
 
 def _training_label(config: Mapping[str, Any]) -> str:
     """How a run was trained, in a few words; empty if the configuration is not that of a training run."""
-    stage = _class_name(config.get("model"))
-    if stage not in ("SFTModule", "DPOModule"):
+    if (stage := _class_name(config.get("model"))) not in ("SFTModule", "DPOModule"):
         return ""
     how = "SFT" if stage == "SFTModule" else f"SFT + {_class_name(model_settings(config, 'loss')) or 'DPO'}"
     noise = (config.get("data") or {}).get("noise") or {}
@@ -206,8 +201,7 @@ def _training_label(config: Mapping[str, Any]) -> str:
 
 
 def _class_name(settings: Any) -> str:
-    path = settings.get("class_path", "") if isinstance(settings, Mapping) else ""
-    return str(path).rsplit(".", 1)[-1]
+    return str(settings.get("class_path", "") if isinstance(settings, Mapping) else "").rsplit(".", 1)[-1]
 
 
 def model_settings(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -242,9 +236,7 @@ def metrics_of(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
     return {**table_values(table_of(predictions), REPORTED), **task_scores(counts)}
 
 
-def probe_values_of(
-    predictions: Sequence[EstimatedPrediction], probes: Sequence[str], suffix: str = ""
-) -> dict[str, float]:
+def probe_values_of(predictions: Answers, probes: Sequence[str], suffix: str = "") -> dict[str, float]:
     return probe_values(count_probes((p.probes for p in predictions), probes), probes, suffix)
 
 

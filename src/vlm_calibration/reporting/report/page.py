@@ -32,15 +32,12 @@ from vlm_calibration.records import DataError
 from vlm_calibration.reporting.card import templates
 from vlm_calibration.reporting.report import summary, table, thresholds
 from vlm_calibration.reporting.report.data import System, model_settings, probe_values_of, table_of
-from vlm_calibration.reporting.tables import heading, shown
+from vlm_calibration.reporting.tables import COLUMNS, heading, shown
 
-SIZE = (5.2, 4.4)
-"""Width and height of a figure in inches: small, so that its text stays readable on a phone."""
+SIZE = (5.2, 4.4)  # width and height of a figure in inches: small, so that its text stays readable on a phone
 MAX_EXAMPLES = 8
-THUMBNAIL_SIDE = 320
-"""Pixels of a thumbnail's longer side."""
-PIXEL_ART_SIDE = 128
-"""Images up to this size are stored losslessly, as PNG."""
+THUMBNAIL_SIDE = 320  # pixels of a thumbnail's longer side
+PIXEL_ART_SIDE = 128  # images up to this size are stored losslessly, as PNG
 
 
 def figures_of(systems: Sequence[System]) -> dict[str, dict[str, str]]:
@@ -50,10 +47,9 @@ def figures_of(systems: Sequence[System]) -> dict[str, dict[str, str]]:
         reliability_diagram(table, ax=figure.subplots())
 
     responses = {s.name: _tables_by_perturbation(s.predictions) for s in systems}
-    return {
-        "reliability": {s.name: _draw(reliability, table_of(s.predictions)) for s in systems},
-        "response": {name: _draw(response_curve, t) for name, t in responses.items() if len(t) > 1},
-    }
+    diagrams = {s.name: _draw(reliability, table_of(s.predictions)) for s in systems}
+    curves = {name: _draw(response_curve, t) for name, t in responses.items() if len(t) > 1}
+    return {"reliability": diagrams, "response": curves}
 
 
 def _draw(draw: Callable[..., Any], data: Any) -> str:
@@ -156,11 +152,8 @@ def _dataset(config: Mapping[str, Any], predictions: Sequence[EstimatedPredictio
     return data.sets[role]
 
 
-METRICS = (
-    *("accuracy", "ece", "brier", "auroc", "aurc", "smooth_ece"),
-    *("mean_confidence", "overconfidence", "parse_failure_rate"),
-)
-"""The metrics that the page shows; the CSV file holds all."""
+METRICS = (*COLUMNS[:4], "aurc", "smooth_ece", *COLUMNS[4:])
+"""The metrics that the page shows, the headline ones and two more; the CSV file holds all."""
 
 
 def render_page(
@@ -174,12 +167,7 @@ def render_page(
     replicates: int,
     seed: int,
 ) -> str:
-    """The page about the comparison of `compare`, as HTML.
-
-    Args:
-        about: the system that the summary and the examples describe.
-        csv: file of all numbers, which lies beside the page.
-    """
+    """Render the comparison of `compare`, described for `about`, as HTML; `csv` is the file beside it."""
     ordered = sorted(systems, key=lambda s: (s is not about, s is not systems[0]))
     examples = examples_of(about)
     pictures, missing = thumbnails(about, [*chain(*examples.values())]) if images else ({}, "")
@@ -249,10 +237,8 @@ def render_page(
 def _fitted_on(system: System) -> str:
     """How many answers of which splits recalibration is fitted on, and which splits of the answers are not among them."""
     calibration = system.calibration or ()
-    fitted, scored = (
-        Counter(p.category.split("/")[0] for p in answers if p.category)
-        for answers in (calibration, system.predictions)
-    )
+    both = (calibration, system.predictions)
+    fitted, scored = (Counter(p.category.split("/")[0] for p in some if p.category) for some in both)
     counts = ", ".join(f"{n:,} {split}" for split, n in fitted.items())
     unseen = " or ".join(split for split in scored if split not in fitted)
     text = f"{len(calibration):,} answers" + (f" ({counts})" if counts else "")

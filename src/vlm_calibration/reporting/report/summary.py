@@ -34,8 +34,7 @@ TRUSTED, ROUGH = (0.05, 0.70), (0.10, 0.60)
 """Largest ECE and smallest AUROC of a confidence that can be trusted, and of one that can be trusted in part."""
 MIN_CHECKED, MIN_ANSWERS = 100, 30
 """Answers of the smallest group or band that is checked, and of the smallest group that the summary may name."""
-MAX_PLACES = 3
-"""Number of groups and bands that the verdict names."""
+MAX_PLACES = 3  # number of groups and bands that the verdict names
 PROBES = {
     "image": "Without the image",
     "object": "Without the key object",
@@ -90,9 +89,7 @@ def verdict_of(row: Any, checks: pd.DataFrame) -> Verdict:
     if len(bands) and (bands == "no").all():
         return "no"
     kept = {*_keeps(row), *checks.agrees}
-    if "no" in kept:
-        return "partly"
-    return "yes" if len(bands) and "unclear" not in kept else "unknown"
+    return "partly" if "no" in kept else "yes" if len(bands) and "unclear" not in kept else "unknown"
 
 
 def _keeps(row: Any) -> tuple[str, str]:
@@ -111,10 +108,9 @@ def verdict_sentence(verdict: Verdict, row: Any, checks: pd.DataFrame) -> str:
     if row.parse_failure_rate == 1:
         return f"No: none of its {row.n:,} answers states a confidence that could be parsed."
     if verdict == "yes":
-        return (
-            "Yes: its stated confidence can be trusted, in every group and every range of confidence with enough answers to tell "
-            f"({len(checks) - bands} groups, {bands} ranges)."
-        )
+        where = "in every group and every range of confidence with enough answers to tell"
+        counts = f"{len(checks) - bands} groups, {bands} ranges"
+        return f"Yes: its stated confidence can be trusted, {where} ({counts})."
     if verdict == "unknown" and not bands:
         return f"It cannot be told: none of its ranges of confidence has enough of the {row.n:,} answers for a check."
     if verdict == "unknown":
@@ -146,14 +142,10 @@ def _places(checks: pd.DataFrame, agrees: str) -> str:
     places = list(checks[checks.agrees == agrees].itertuples())
     if agrees == "no":  # coarse groups first, since they explain their parts
         places.sort(key=lambda p: (p.kind == BAND, p.group.count("/"), -abs(p.says - p.is_right)))
+    shown = [(p.kind, f"{p.group} ({in_numbers(p)})" if agrees == "no" else p.group) for p in places]
     parts = []
     for kind, start, joint in ((GROUP, "on", "and"), (BAND, "where it says", "or")):
-        names = [
-            f"{place.group} ({in_numbers(place)})" if agrees == "no" else place.group
-            for place in places[:MAX_PLACES]
-            if place.kind == kind
-        ]
-        if names:
+        if names := [name for of_kind, name in shown[:MAX_PLACES] if of_kind == kind]:
             parts.append(f"{start} {listed(names, joint)}")
     return " and ".join(parts)
 
@@ -173,8 +165,7 @@ def probe_sentences(values: Mapping[str, float]) -> list[str]:
     """A sentence on each probe that applies to an answer of a system, from its metrics `probe_...`."""
     sentences = []
     for probe, start in PROBES.items():
-        n = int(values.get(f"probe_{probe}_n", 0))
-        if not n:
+        if not (n := int(values.get(f"probe_{probe}_n", 0))):
             continue
         change = values[f"probe_{probe}_change"]
         way, share = ("falls", "fell") if change <= 0 else ("rises", "rose")
@@ -184,16 +175,13 @@ def probe_sentences(values: Mapping[str, float]) -> list[str]:
             moves = "moves by less than a point" if change else "does not move"
         sentence = f"{start}, its confidence {moves} on average (it {way} in {values[f'probe_{probe}_{share}']:.0%} of {n:,} answers)."
         if probe == SWAPPED:
-            both = values[f"probe_{probe}_sum"]
-            sentence += (
-                f" The confidences in both add up to {both:.0%} on average; more than 100% is inconsistent."
-            )
+            total = f"{values[f'probe_{probe}_sum']:.0%} on average"
+            sentence += f" The confidences in both add up to {total}; more than 100% is inconsistent."
         sentences.append(sentence)
     return sentences
 
 
-ADAPTERS = "model.init_args.adapters."
-"""Prefix of the inputs in `run.json` that are adapters."""
+ADAPTERS = "model.init_args.adapters."  # prefix of the inputs in `run.json` that are adapters
 
 
 def read_evaluation(folder: Path, adapter: str) -> Evaluation:
@@ -210,12 +198,9 @@ def read_evaluation(folder: Path, adapter: str) -> Evaluation:
         raise DataError(f"{folder}: a part of the test set: run `vlm-calibration test` without limits")
     inputs = record.inputs
     adapters = {key[len(ADAPTERS) :]: value for key, value in inputs.items() if key.startswith(ADAPTERS)}
-    system = next((name for name, value in adapters.items() if value == adapter), None)
-    if system is None:
-        raise DataError(
-            f"{folder}: this adapter was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'}): "
-            "evaluate it again"
-        )
+    if (system := next((name for name, value in adapters.items() if value == adapter), None)) is None:
+        problem = f"was not evaluated there, or has changed since (adapters: {', '.join(adapters) or 'none'})"
+        raise DataError(f"{folder}: this adapter {problem}: evaluate it again")
     systems = read_systems([str(folder)])
     if missing := [name for name in systems_of(config) if name not in {s.name for s in systems}]:
         raise DataError(f"{folder / missing[0]}: no {PREDICTIONS}: evaluate again")

@@ -27,7 +27,7 @@ from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.progress import track
 from vlm_calibration.records import category_groups
-from vlm_calibration.reporting.report.data import ORACLE, System, metrics_of
+from vlm_calibration.reporting.report.data import ORACLE, Answers, System, metrics_of
 from vlm_calibration.reporting.tables import COLUMNS as HEADLINE
 
 RAW = "raw"
@@ -36,8 +36,7 @@ ALL, GROUP, BAND, DISTANCE = "all", "group", "band", "distance"
 the stated confidence of a system less another one in the same answers, or in the first system's."""
 MEASURED = ("accuracy", *(name for name in REPORTED if name != "n"))
 """Metrics of every confidence: the accuracy over all answers, and the calibration metrics of `metrics.json`."""
-ENDS = ("", "_low", "_high", "_p")
-"""Of the columns of a metric: its value, 95% interval and p-value."""
+ENDS = ("", "_low", "_high", "_p")  # of the columns of a metric: its value, 95% interval and p-value
 KEYS = ("system", "estimator", "recalibration", "kind", "group")
 MATCH = ("parsed", "says", "is_right", "is_right_low", "is_right_high", "agrees")
 COLUMNS = (
@@ -54,8 +53,7 @@ LIKELIHOOD = ("likelihood", "platt")
 """Estimator and recalibration of the first system that stated confidence is compared with: the baseline that needs token probabilities."""
 EDGES = (0, 20, 40, 60, 80, 90, 100)
 """Edges of the bands of stated confidence, in percent; a band includes its lower edge, the last band both."""
-TOLERANCE = 0.05
-"""The difference between stated confidence and accuracy that is small enough."""
+TOLERANCE = 0.05  # the difference between stated confidence and accuracy that is small enough
 GROUPED = ("accuracy", "mean_confidence", "overconfidence", "parse_failure_rate", "ece", "auroc")
 TYPES = {"yes_no": "yes-or-no answers", "short": "short answers", "open": "open answers"}
 
@@ -84,15 +82,12 @@ def p_value(first: Measured, second: Measured, name: str) -> float:
 class ImageBootstrap:
     """B draws of the images behind some answers, a function of the seed and the images' names; an unnamed image is one of its own."""
 
-    def __init__(
-        self, predictions: Sequence[EstimatedPrediction], replicates: int = 1000, seed: int = 0
-    ) -> None:
+    def __init__(self, predictions: Answers, replicates: int = 1000, seed: int = 0) -> None:
         units = [("id", p.id) if p.image is None else ("image", p.image) for p in predictions]
         index = {unit: i for i, unit in enumerate(sorted(set(units)))}
         n = len(index)
         self.correct = np.array([p.correct for p in predictions])
-        self.unit_of = np.array([index[unit] for unit in units])
-        """Number of each answer's image, int [N]."""
+        self.unit_of = np.array([index[unit] for unit in units])  # number of each answer's image, int [N]
         self.weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates).T
         """How often each draw contains each image, int [images, B]."""
         self.rarer = min(len(np.unique(self.unit_of[self.correct == kind])) for kind in (True, False))
@@ -125,8 +120,7 @@ class ImageBootstrap:
         numbers = np.array([0.0 if value is None else value for value in values])
         drawn = self._drawn_sums(used)
         means = torch.from_numpy(self._drawn_sums(numbers) / np.where(drawn > 0, drawn, np.nan))
-        units = len(np.unique(self.unit_of[used]))
-        return percentile_interval(float(numbers[used].mean()), means, units)
+        return percentile_interval(float(numbers[used].mean()), means, len(np.unique(self.unit_of[used])))
 
     def _drawn_sums(self, numbers: np.ndarray) -> np.ndarray:
         """The sum of one number for each answer in each draw, float64 [B]."""
@@ -236,9 +230,7 @@ def confidence_name(system: str, estimator: str) -> str:
 def agreement(says: float, low: float, high: float) -> str:
     """Whether an interval of the accuracy is within `TOLERANCE` of the stated confidence: "yes", "no", or "unclear" if it is in part."""
     least, most = says - TOLERANCE - 1e-11, says + TOLERANCE + 1e-11
-    if least <= low and high <= most:
-        return "yes"
-    return "no" if high < least or low > most else "unclear"
+    return "yes" if least <= low and high <= most else "no" if high < least or low > most else "unclear"
 
 
 def match_of(system: System, bootstrap: ImageBootstrap, belongs: Sequence[bool]) -> dict[str, Any]:
@@ -246,10 +238,8 @@ def match_of(system: System, bootstrap: ImageBootstrap, belongs: Sequence[bool])
 
     The interval is over images, and at least the Wilson interval, which stays wide where all are correct.
     """
-    gaps = [
-        p.confidence - p.correct if p.confidence is not None and chosen else None
-        for p, chosen in zip(system.predictions, belongs, strict=True)
-    ]
+    pairs = zip(system.predictions, belongs, strict=True)
+    gaps = [p.confidence - p.correct if p.confidence is not None and of_row else None for p, of_row in pairs]
     correct = [p.correct for p, gap in zip(system.predictions, gaps, strict=True) if gap is not None]
     if not correct:
         return {"parsed": 0}
@@ -282,14 +272,13 @@ def groups_of(system: System, bootstrap: ImageBootstrap) -> list[dict[str, Any]]
         parts = category_groups(prediction.category)
         for name in (*parts, *map("/".join, combinations(parts, 2))):
             by_category.setdefault(name, []).append(prediction)
-    types = {name: members for name, members in by_type.items() if members}
-    categories: Mapping[str, list[EstimatedPrediction]] = {
-        name: members
-        for name, members in sorted(by_category.items(), key=lambda item: (item[0].count("/"), item[0]))
-        if "/" not in name or len(members) not in [len(by_category[part]) for part in name.split("/")]
-    }
+    members_of = {name: members for name, members in by_type.items() if members}
+    members_of = members_of if len(members_of) > 1 else {}
+    for name, members in sorted(by_category.items(), key=lambda item: (item[0].count("/"), item[0])):
+        if "/" not in name or len(members) not in [len(by_category[part]) for part in name.split("/")]:
+            members_of[name] = members
     groups = []
-    for name, members in ({**types, **categories} if len(types) > 1 else categories).items():
+    for name, members in members_of.items():
         ids, metrics = {p.id for p in members}, metrics_of(members)
         match = match_of(system, bootstrap, [p.id in ids for p in system.predictions])
         values = {metric: metrics[metric] for metric in GROUPED}

@@ -1,7 +1,4 @@
-"""What to send to a person: thresholds that are chosen on the calibration answers, and what they do on each part of the test answers.
-
-Of several answers about one image one counts, since they are not independent: whether one is wrong says something about the others.
-"""
+"""What to send to a person: thresholds of the calibration answers, and what they do on the test answers."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ from vlm_calibration.models.base import (
     find_adapter,
 )
 from vlm_calibration.records import DataError
-from vlm_calibration.reporting.report.data import BASE, System
+from vlm_calibration.reporting.report.data import BASE, Answers, System
 from vlm_calibration.reporting.report.summary import listed
 from vlm_calibration.reporting.runs import read_record, systems_of
 from vlm_calibration.settings import digest
@@ -40,8 +37,7 @@ from vlm_calibration.text.confidence import ElicitationPrompt
 A = TypeVar("A")
 MAX_ERRORS, CERTAINTY = (0.01, 0.02, 0.05, 0.10), 0.95
 """The limits of the error in the report, and the certainty of each."""
-ALL = "all"
-"""The name of all test answers beside their parts."""
+ALL = "all"  # the name of all test answers beside their parts
 
 
 class Promise(NamedTuple):
@@ -65,8 +61,7 @@ def part_of(answer: EstimatedPrediction) -> str | None:
 
 def category_of(answer: EstimatedPrediction) -> str | None:
     """The category of the question itself, without the name of its split; None if it has none."""
-    category = (answer.category or "").removeprefix(part_of(answer) or "").removeprefix("/")
-    return category or None
+    return (answer.category or "").removeprefix(part_of(answer) or "").removeprefix("/") or None
 
 
 def parts_of(answers: Sequence[EstimatedPrediction]) -> dict[str, list[EstimatedPrediction]]:
@@ -102,9 +97,7 @@ def one_an_image(answers: Sequence[A]) -> list[A]:
     return [answer for _, answer in chosen.values()]
 
 
-def choose(
-    groups: Mapping[str, Sequence[EstimatedPrediction]], estimator: str, limits: Limits
-) -> RiskControl:
+def choose(groups: Mapping[str, Answers], estimator: str, limits: Limits) -> RiskControl:
     """Choose a threshold for each group of answers (`grouped`)."""
     graded = {}
     for name, answers in groups.items():
@@ -114,9 +107,7 @@ def choose(
     return control_risk(graded, limits)
 
 
-def realised(
-    control: RiskControl, estimator: str, answers: Sequence[EstimatedPrediction]
-) -> dict[str, ThresholdScores]:
+def realised(control: RiskControl, estimator: str, answers: Answers) -> dict[str, ThresholdScores]:
     """What thresholds do on the answers to the test set: `ALL`, each part if there are several, and each group that has a threshold.
 
     An answer in a category without a threshold is not given.
@@ -160,8 +151,7 @@ def promises_of(systems: Sequence[System]) -> dict[tuple[str, str], list[Promise
 
 def broken_sentence(promises: Sequence[Promise]) -> str:
     """Where the test answers contradict the promises of a system."""
-    kept = [promise for promise in promises if promise.choice.threshold is not None]
-    if not kept:
+    if not (kept := [promise for promise in promises if promise.choice.threshold is not None]):
         return "No limit has a threshold, so there is nothing to check."
     by_parts: dict[tuple[str, ...], list[str]] = {}
     for promise in kept:
