@@ -164,16 +164,11 @@ def write_evaluation(
     `runs` is its run directory, `callbacks` are names or configurations, `model` are arguments of `EvaluationModule`.
     """
     source = instance("demo.source.DemoSource", split="test", scenes=scenes)
+    trainer = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    trainer |= {"callbacks": [callback(c) if isinstance(c, str) else c for c in callbacks]}
     config = {
         "seed_everything": 0,
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "default_root_dir": runs,
-            "callbacks": [callback(c) if isinstance(c, str) else c for c in callbacks],
-        },
+        "trainer": {**trainer, "default_root_dir": runs},
         "model": instance("stages.evaluation.EvaluationModule", **model),
         "data": {"test": {"clean": {"source": source}}, "eval_batch_size": 4, "workers": 0},
     }
