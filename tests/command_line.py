@@ -176,17 +176,15 @@ def write_evaluation(
     return ["test", "--config", str(path)]
 
 
-def run_plainly(command: list[str], root: Path, cwd: Path) -> Ended:
-    """Run the command line in a cold process, the leader of a new process group."""
-    path = os.pathsep.join([str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [sys.executable, "-m", "vlm_calibration.cli", *command],
-        cwd=cwd,
-        env={**inherited_environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-        start_new_session=True,
-    )
+def run_python(*arguments: str, cwd: Path, **environment: str) -> Ended:
+    """Run Python in a new process, the leader of a process group, with these variables added to its environment."""
+    place: dict[str, Any] = {"cwd": cwd, "env": {**inherited_environment(), **environment}}
+    place |= {"stdin": subprocess.DEVNULL, "timeout": LIMIT, "start_new_session": True}
+    ran = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **place)
     return Ended(ran.returncode, ran.stdout, ran.stderr)
+
+
+def run_plainly(command: list[str], root: Path, cwd: Path) -> Ended:
+    """Run the command line in a cold process."""
+    path = os.pathsep.join([str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    return run_python("-m", "vlm_calibration.cli", *command, cwd=cwd, OMP_NUM_THREADS="1", PYTHONPATH=path)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +30,7 @@ from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoi
 from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
 from vlm_calibration.reporting.dashboard import logged_in
 
-from ..command_line import LIMIT, inherited_environment
+from ..command_line import run_python
 from ..graphql_server import GraphQLServer
 from ..trainers import fake_trainer
 from ..wandb_log import read_run
@@ -49,12 +46,8 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-
-    def asked(*_: Any) -> str:
-        raise AssertionError("prompted")
-
-    monkeypatch.setattr(builtins, "input", asked)
-    monkeypatch.setattr("getpass.getpass", asked)
+    for name in ("builtins.input", "getpass.getpass"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("prompted"))
     return home
 
 
@@ -85,7 +78,7 @@ def test_who_is_logged_in(nobody: Path, tmp_path: Path, monkeypatch: pytest.Monk
         (None, "0123456789", False),
         ("offline", "0123456789", True),
         ("online", None, False),
-        ("dryrun", "0123456789", True),
+        ("dryrun", "1", True),
     ],
 )
 def test_offline_unless_logged_in(
@@ -134,14 +127,9 @@ def test_a_run_that_the_server_refuses_goes_on_offline(
 def test_a_run_goes_on_offline_where_nobody_listens(tmp_path: Path) -> None:
     server = GraphQLServer()
     server.close()
-    place: dict[str, Any] = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, "timeout": LIMIT}
-    place["env"] = {**inherited_environment(), **server.environment, "HOME": str(tmp_path)}
-    ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, **place
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "offline: True" in ran.stdout
-    assert "this run is logged offline, and `wandb sync` uploads it" in ran.stderr
+    ended = run_python("-c", PROGRAM, cwd=tmp_path, HOME=str(tmp_path), **server.environment).checked()
+    assert "offline: True" in ended.out
+    assert "this run is logged offline, and `wandb sync` uploads it" in ended.err
     assert [row["train/loss"] for row in read_run(tmp_path / "run").history] == [1.5]
 
 

@@ -67,8 +67,7 @@ def _texts(block: Any) -> str:
 def test_workspace_and_report_reach_the_server(
     build: Callable[[], Ended], wandb_server: GraphQLServer
 ) -> None:
-    ended, saved = build(), wandb_server.saved
-    assert ended.status == 0, ended.err
+    ended, saved = build().checked(), wandb_server.saved
     report, workspace = saved
     assert {(v["entityName"], v["projectName"]) for v in saved} == {(ENTITY, "mine")}
     assert [v["displayName"] for v in saved] == ["Calibration", "Calibration"]
