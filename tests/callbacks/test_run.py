@@ -78,7 +78,7 @@ def test_who_is_logged_in(nobody: Path, tmp_path: Path, monkeypatch: pytest.Monk
         (None, "0123456789", False),
         ("offline", "0123456789", True),
         ("online", None, False),
-        ("dryrun", "1", True),
+        ("dryrun", "0123456789", True),
     ],
 )
 def test_offline_unless_logged_in(
