@@ -58,17 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: -slow[item.path])
 
 
-TOGETHER = {
-    **dict.fromkeys(
-        (
-            *("callbacks/test_adapter", "callbacks/test_wandb_log", "reporting/test_dashboard"),
-            *("test_cli", "test_quiet"),
-        ),
-        "offline_runs",
-    ),
-    "slurm/": "cluster",
-    "app/": "browser",
-}
+OFFLINE = "callbacks/test_adapter callbacks/test_wandb_log reporting/test_dashboard test_cli test_quiet"
+TOGETHER = {**dict.fromkeys(OFFLINE.split(), "offline_runs"), "slurm/": "cluster", "app/": "browser"}
 """Begin of the path of a test file below this folder -> the fixture that all such files share."""
 
 

@@ -68,24 +68,17 @@ def answers(seed: int, n: int = 60, honest: bool = True) -> list[EstimatedPredic
         level = float(rng.choice([0.2, 0.5, 0.8, 1.0]))
         right = bool(rng.random() < level)
         confidence = level if honest else 0.95
+        said = "Yes" if right else "No"
+        text, stated = f"{said}. Confidence: {100 * confidence:.0f}%", None if i == 7 else confidence
+        noise: tuple[Any, ...] = (("noise", 500), ("motion_blur", None))[i % 4 // 2] if i % 2 else ("", 0)
+        category = "noised/dog" if i % 2 else "clean/dog"
         predictions.append(
             EstimatedPrediction(
-                id=f"q{i}",
-                question=f"Is there a dog, {i}?",
-                answer="Yes",
-                text=f"{'Yes' if right else 'No'}. Confidence: {100 * confidence:.0f}%",
-                predicted="yes" if right else "no",
-                confidence=None if i == 7 else confidence,
-                correct=right,
-                category="noised/dog" if i % 2 else "clean/dog",
-                noise_step=500 if i % 4 == 1 else None if i % 2 else 0,
-                perturbation=("noise", "motion_blur")[i % 4 // 2] if i % 2 else "",
-                strength=0.5 if i % 2 else 0.0,
-                answer_type="yes_no",
-                image=f"{i // 3}.png",
+                f"q{i}", f"Is there a dog, {i}?", "Yes", text, said.lower(), stated, right, category, noise[1], "yes_no",
+                perturbation=noise[0], strength=0.5 if i % 2 else 0.0, image=f"{i // 3}.png",
                 estimates={"likelihood": round(float(rng.random()), 6)},
             )
-        )
+        )  # fmt: skip
     return predictions
 
 
