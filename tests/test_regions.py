@@ -59,10 +59,10 @@ def predict(root: Path, tiny: Callable[[str], str], queries: Path, tmp_path: Pat
         sheet = callback("contact_sheet.ContactSheet", queries=2)
         trainer = {
             "accelerator": "cpu",
-            "default_root_dir": str(tmp_path / name),
             "enable_progress_bar": False,
-            "callbacks": [*more, callback("regions.RegionWriter"), sheet],
+            "default_root_dir": str(tmp_path / name),
         }
+        trainer |= {"callbacks": [*more, callback("regions.RegionWriter"), sheet]}
         detector = {"name_or_path": tiny("grounding_dino"), "threshold": 0.0, "max_boxes": 2}
         models = {
             "detector": instance("regions.detector.ZeroShotDetector", **detector),
