@@ -61,11 +61,9 @@ def test_a_training_ends_with_its_validation_and_the_adapter(offline_runs: dict[
     assert lines[0].rstrip() == f"All {len(trained.predictions())} answers"
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["after"]
     assert lines[-1] == f"adapter: {trained.directory}/adapter"
-    messages = trained.ended.err
-    assert re.search(
-        r"^data.train: absent object in \d+ of 12 queries \(`absent: distractor`\)$", messages, re.M
-    )
-    assert re.search(r"^sft: 6 of 6 steps \(100%\), .*took 0:", messages, re.M)
+    err = trained.ended.err
+    assert re.search(r"^data.train: absent object in \d+ of 12 queries \(`absent: distractor`\)$", err, re.M)
+    assert re.search(r"^sft: 6 of 6 steps \(100%\), .*took 0:", err, re.M)
 
 
 @pytest.mark.slow

@@ -72,10 +72,8 @@ def test_every_stage_of_your_own_calibration_has_the_same_settings(commands: Com
         own, *overlays = values(command, "config")
         assert own == ("eval/jsonl" if stage == "evaluate" else stage)
         of_stage_2 = ["experiment/anchored_dpo"] if stage == "dpo" else []
-        assert overlays == [
-            *("model/qwen2_5_vl_7b", "data/jsonl", "experiment/anchored", *of_stage_2),
-            "trainer/ddp",
-        ]
+        shared = ["model/qwen2_5_vl_7b", "data/jsonl", "experiment/anchored"]
+        assert overlays == [*shared, *of_stage_2, "trainer/ddp"]
         assert values(command, "data-root") == ["my data"]
         assert values(command, "runs") == ["mine"]
         assert values(command, "data.workers") == ["3"]

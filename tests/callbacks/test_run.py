@@ -174,11 +174,8 @@ def test_checkpoints_go_to_the_run_directory(tmp_path: Path) -> None:
 
 def test_only_the_first_process_has_a_run_to_log_to(tmp_path: Path) -> None:
     logger, other = RunLogger(save_dir=str(tmp_path)), CSVLogger(str(tmp_path))
-    for loggers, first, expected in (
-        ([other, logger], True, logger),
-        ([logger], False, None),
-        ([other], True, None),
-    ):
+    cases = (([other, logger], True, logger), ([logger], False, None), ([other], True, None))
+    for loggers, first, expected in cases:
         assert wandb_logger(fake_trainer(tmp_path, loggers=loggers, is_global_zero=first)) is expected
 
 

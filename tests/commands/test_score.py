@@ -125,14 +125,10 @@ def test_generative_answers_are_left_out_with_a_note(written: Written, call: Run
 
 
 GRADED = {"question": "What is it?", "answer": "sofa", "category": "indoor", "answer_type": "short"}
-ANSWERED = (
-    ("Couch. Confidence: 90%", 0.9, True),
-    ("Chair. Confidence: 80%", 0.8, False),
-    ("Sofa", None, True),
-)
+SAID = (("Couch. Confidence: 90%", 0.9, True), ("Chair. Confidence: 80%", 0.8, False), ("Sofa", None, True))
 PREDICTIONS: list[dict[str, Any]] = [
     {**GRADED, "id": str(i), "text": text, "predicted": None, "confidence": confidence, "correct": correct}
-    for i, (text, confidence, correct) in enumerate(ANSWERED)
+    for i, (text, confidence, correct) in enumerate(SAID)
 ]
 
 

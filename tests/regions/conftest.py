@@ -77,13 +77,9 @@ def sam2(folder: Path) -> str:
     layers = {f"{name}_per_stage": sizes for name, sizes in {**stages, "window_size": [4, 2, 4, 2]}.items()}
     layers |= {"global_attention_blocks": [3], "window_positional_embedding_background_size": [4, 4]}
     backbone = tf.Sam2HieraDetConfig(hidden_size=8, num_attention_heads=1, image_size=[64, 64], **layers)
-    features = {
-        "backbone_channel_list": [64, 32, 16, 8],
-        "backbone_feature_sizes": [[16] * 2, [8] * 2, [4] * 2],
-    }
-    vision = tf.Sam2VisionConfig(
-        backbone_config=backbone, fpn_hidden_size=16, num_feature_levels=3, **features
-    )
+    features: dict[str, Any] = {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "num_feature_levels": 3}
+    features |= {"backbone_channel_list": [64, 32, 16, 8], "fpn_hidden_size": 16}
+    vision = tf.Sam2VisionConfig(backbone_config=backbone, **features)
     prompts, decoder = tf.Sam2PromptEncoderConfig(**PROMPTS), tf.Sam2MaskDecoderConfig(**DECODER)
     config = tf.Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
     images = tf.Sam2ImageProcessor(size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16})
