@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ERROR = "vlm-calibration: error: "
@@ -70,6 +71,8 @@ class Ended:
         return self.errors[0]
 
 
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 Run = Callable[..., Ended]
 """Runs the command line with these arguments, as the fixtures `run`, `run_two` and `call` do."""
 Arguments = Callable[..., list[str]]

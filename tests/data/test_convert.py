@@ -21,7 +21,8 @@ from vlm_calibration.data.convert.writing import QueryWriter
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.records import DataError, Query
 
-from .conftest import Capture, encode, refused
+from ..command_line import Capture
+from .conftest import encode, refused
 
 Record = dict[str, Any]
 Convert = Callable[..., list[Query]]

@@ -29,8 +29,8 @@ from vlm_calibration.errors import CommandError
 from vlm_calibration.perturbation.images import load_image
 from vlm_calibration.records import DataError
 
-from ..command_line import instance
-from .conftest import Capture, Write, encode, pattern, record
+from ..command_line import Capture, instance
+from .conftest import Write, encode, pattern, record
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
