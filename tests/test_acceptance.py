@@ -104,9 +104,8 @@ def _files(wheel: Path) -> dict[str, int]:
 def test_the_wheel_holds_all_but_the_page_about_the_source(wheel: Path, root: Path) -> None:
     files = _files(wheel)
     package = root / "src/vlm_calibration"
-    of_package = {p for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"} - {
-        package / "README.md"
-    }
+    of_package = {p for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    of_package.remove(package / "README.md")
     of_configs = {p for kind in ("*.yaml", "README.md") for p in (package / "configs").rglob(kind)}
     assert len(of_configs) > 40
     expected = {f"vlm_calibration/{path.relative_to(package)}" for path in of_package | of_configs}
@@ -167,9 +166,8 @@ def stranger(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Stranger:
     python = environment / "bin/python"
     run_cleanly(sys.executable, "-m", "venv", "--without-pip", environment)
     run_cleanly(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel)
-    packages = Path(
-        run_cleanly(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
-    )
+    code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    packages = Path(run_cleanly(python, "-c", code).strip())
     # Dependencies come from the tests' environment; its link to the checkout is not followed.
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
     (packages / "sitecustomize.py").write_text(WATCH)
