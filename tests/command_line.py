@@ -73,6 +73,7 @@ class Ended:
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
+"""Types of the fixtures `capsys` and `monkeypatch`."""
 Run = Callable[..., Ended]
 """Runs the command line with these arguments, as the fixtures `run`, `run_two` and `call` do."""
 Arguments = Callable[..., list[str]]

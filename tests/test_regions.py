@@ -57,9 +57,9 @@ def predict(root: Path, tiny: Callable[[str], str], queries: Path, tmp_path: Pat
 
     def arguments(name: str, *more: dict[str, Any]) -> list[str]:
         sheet = callback("contact_sheet.ContactSheet", queries=2)
-        trainer = {"accelerator": "cpu", "default_root_dir": str(tmp_path / name)}
+        trainer: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False}
+        trainer |= {"default_root_dir": str(tmp_path / name)}
         trainer |= {"callbacks": [*more, callback("regions.RegionWriter"), sheet]}
-        trainer |= {"enable_progress_bar": False}
         detector = {"name_or_path": tiny("grounding_dino"), "threshold": 0.0, "max_boxes": 2}
         models = {
             "detector": instance("regions.detector.ZeroShotDetector", **detector),
