@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ERROR = "vlm-calibration: error: "
@@ -70,6 +71,9 @@ class Ended:
         return self.errors[0]
 
 
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+"""Types of the fixtures `capsys` and `monkeypatch`."""
 Run = Callable[..., Ended]
 """Runs the command line with these arguments, as the fixtures `run`, `run_two` and `call` do."""
 Arguments = Callable[..., list[str]]
@@ -164,16 +168,11 @@ def write_evaluation(
     `runs` is its run directory, `callbacks` are names or configurations, `model` are arguments of `EvaluationModule`.
     """
     source = instance("demo.source.DemoSource", split="test", scenes=scenes)
+    trainer = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    trainer |= {"callbacks": [callback(c) if isinstance(c, str) else c for c in callbacks]}
     config = {
         "seed_everything": 0,
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "default_root_dir": runs,
-            "callbacks": [callback(c) if isinstance(c, str) else c for c in callbacks],
-        },
+        "trainer": {**trainer, "default_root_dir": runs},
         "model": instance("stages.evaluation.EvaluationModule", **model),
         "data": {"test": {"clean": {"source": source}}, "eval_batch_size": 4, "workers": 0},
     }
@@ -181,17 +180,15 @@ def write_evaluation(
     return ["test", "--config", str(path)]
 
 
-def run_plainly(command: list[str], root: Path, cwd: Path) -> Ended:
-    """Run the command line in a cold process, the leader of a new process group."""
-    path = os.pathsep.join([str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [sys.executable, "-m", "vlm_calibration.cli", *command],
-        cwd=cwd,
-        env={**inherited_environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-        start_new_session=True,
-    )
+def run_python(*arguments: str, cwd: Path, **environment: str) -> Ended:
+    """Run Python in a new process, the leader of a process group, with these variables added to its environment."""
+    place: dict[str, Any] = {"cwd": cwd, "env": {**inherited_environment(), **environment}}
+    place |= {"stdin": subprocess.DEVNULL, "timeout": LIMIT, "start_new_session": True}
+    ran = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **place)
     return Ended(ran.returncode, ran.stdout, ran.stderr)
+
+
+def run_plainly(command: list[str], root: Path, cwd: Path) -> Ended:
+    """Run the command line in a cold process."""
+    path = os.pathsep.join([str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    return run_python("-m", "vlm_calibration.cli", *command, cwd=cwd, OMP_NUM_THREADS="1", PYTHONPATH=path)

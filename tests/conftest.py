@@ -58,17 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: -slow[item.path])
 
 
-TOGETHER = {
-    **dict.fromkeys(
-        (
-            *("callbacks/test_adapter", "callbacks/test_wandb_log", "reporting/test_dashboard"),
-            *("test_cli", "test_quiet"),
-        ),
-        "offline_runs",
-    ),
-    "slurm/": "cluster",
-    "app/": "browser",
-}
+OFFLINE = "callbacks/test_adapter callbacks/test_wandb_log reporting/test_dashboard test_cli test_quiet"
+TOGETHER = {**dict.fromkeys(OFFLINE.split(), "offline_runs"), "slurm/": "cluster", "app/": "browser"}
 """Begin of the path of a test file below this folder -> the fixture that all such files share."""
 
 
@@ -262,28 +253,16 @@ def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Arg
     def arguments(stage: str = "sft", **sections: dict[str, Any]) -> list[str]:
         names = ("checkpoint.RunCheckpoint", "adapter.AdapterWriter", "predictions.PredictionWriter")
         base = {"name_or_path": ending_model if stage == "dpo" else model_folder}
+        trainer = {"accelerator": "cpu", "logger": False, "callbacks": [*map(callback, names)]}
+        trainer |= {"enable_progress_bar": False, "default_root_dir": str(tmp_path / "run")}
+        sources = {"train": 100, "validation": 1}
+        data: dict[str, Any] = {n: instance("demo.source.DemoSource", scenes=k) for n, k in sources.items()}
+        data |= {"noise": {"levels": instance("perturbation.levels.LinearLevels")}, "max_length": 400}
+        data |= {"teacher": None} if stage == "dpo" else {}
         overlay = {
-            "trainer": {
-                "accelerator": "cpu",
-                "logger": False,
-                "callbacks": [*map(callback, names)],
-                "enable_progress_bar": False,
-                "default_root_dir": str(tmp_path / "run"),
-                "max_steps": 2,
-                "max_epochs": None,
-                **sections.get("trainer", {}),
-            },
+            "trainer": {**trainer, "max_steps": 2, "max_epochs": None, **sections.get("trainer", {})},
             "model": {"init_args": {"base": base, "max_new_tokens": 3}},
-            "data": {
-                "noise": {"levels": instance("perturbation.levels.LinearLevels")},
-                "batch_size": 2,
-                "workers": 1,
-                "max_length": 400,
-                "train": instance("demo.source.DemoSource", scenes=100),
-                "validation": instance("demo.source.DemoSource", scenes=1),
-                **({"teacher": None} if stage == "dpo" else {}),
-                **sections.get("data", {}),
-            },
+            "data": {**data, "batch_size": 2, "workers": 1, **sections.get("data", {})},
         }
         path = tmp_path / f"{stage}-overlay.yaml"
         path.write_text(yaml.safe_dump(overlay), encoding="utf-8")

@@ -23,6 +23,7 @@ from vlm_calibration.presets import DEMO, find_preset, preset_names, resolve_con
 from vlm_calibration.records import DataError
 from vlm_calibration.settings import flat
 
+from .command_line import Capture, Patch
 from .performance import demo_seeds
 from .performance.demo_seeds import ABLATIONS
 
@@ -63,7 +64,7 @@ Instantiate = Callable[..., InstantiatingCLI]
 
 
 @pytest.fixture
-def instantiate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Instantiate:
+def instantiate(monkeypatch: Patch, tmp_path: Path) -> Instantiate:
     def instantiated(*arguments: str) -> InstantiatingCLI:
         monkeypatch.setattr(sys, "argv", ["vlm-calibration", *arguments, "--runs", str(tmp_path)])
         return InstantiatingCLI()
@@ -133,7 +134,7 @@ def test_the_demos_model_learns_other_data_only_if_it_is_named(
 
 
 def test_the_demos_model_by_name_and_its_adapters_take_other_data(
-    instantiate: Instantiate, adapter_run: Path, capsys: pytest.CaptureFixture[str]
+    instantiate: Instantiate, adapter_run: Path, capsys: Capture
 ) -> None:
     named = ("--model.init_args.base.name_or_path", f"{DEMO}/model")
     adapters = ("--model.init_args.adapters", json.dumps({"sft": str(adapter_run)}))
@@ -208,9 +209,7 @@ def test_the_benchmark_has_an_ablation_for_each_difference_of_stage_1(parse: Par
     assert of_all == {name: value for name, value in of_paper.items() if name != "data.noise.resolution"}
 
 
-def test_the_benchmark_refuses_to_choose_on_test_scenes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_benchmark_refuses_to_choose_on_test_scenes(monkeypatch: Patch, capsys: Capture) -> None:
     """Development scenes, as the preset has them, are all that it asks about without `--test`."""
     answered = []
 
@@ -320,7 +319,7 @@ def contents(*arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def overlay(tmp_path: Path, monkeypatch: Patch) -> Path:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "mine.yaml"
     path.write_text(
@@ -346,9 +345,7 @@ def test_a_file_takes_precedence_over_a_preset(overlay: Path) -> None:
     assert contents("--config", "sft")[0]["data"]["d"] == 1e-3
 
 
-def test_variables_have_defaults(
-    overlay: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variables_have_defaults(overlay: Path, root: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """That of the demo is the same in every working folder."""
     for folder in (tmp_path, root):
         monkeypatch.chdir(folder)
@@ -418,7 +415,7 @@ def test_overlays_keep_what_a_stage_has(stage: str) -> None:
     assert last == misspelt, "the parser refuses it"
 
 
-def test_the_settings_of_one_class(parse: Parse, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_settings_of_one_class(parse: Parse, capsys: Capture) -> None:
     arguments = ["test", "--model.help", "EvaluationModule"]
     check_settings(arguments)
     with pytest.raises(SystemExit, match="0"):

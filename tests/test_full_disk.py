@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ from vlm_calibration.perturbation.level_table import write_likelihoods
 from vlm_calibration.perturbation.levels import AnchoredLevels
 from vlm_calibration.records import DataError
 
-from .command_line import LIMIT, Arguments, Run, Server, callback, inherited_environment
+from .command_line import Arguments, Run, Server, callback, run_python
 from .level_tables import measured_likelihoods, noise_counts
 
 LARGEST = 20_000
@@ -144,18 +142,9 @@ logger.finalize("failed")
 @pytest.mark.slow
 def test_a_failed_run_does_not_wait_for_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     """W&B waits for the log when the process ends, and then prints its location."""
-    ran = subprocess.run(
-        [sys.executable, "-c", FAILED],
-        cwd=tmp_path,
-        env={**inherited_environment(), "WANDB_MODE": "offline"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert ran.returncode == 1, ran.stderr
-    assert "Traceback" not in ran.stderr
-    assert "wandb sync" not in ran.stdout + ran.stderr
+    ended = run_python("-c", FAILED, cwd=tmp_path, WANDB_MODE="offline").checked(1)
+    assert "Traceback" not in ended.err
+    assert "wandb sync" not in ended.out + ended.err
 
 
 def test_copies_for_an_upload(tmp_path: Path) -> None:

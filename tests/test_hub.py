@@ -30,7 +30,7 @@ from vlm_calibration.models.base import (
 )
 from vlm_calibration.records import DataError
 
-from .command_line import ERROR, Arguments, Run
+from .command_line import ERROR, Arguments, Patch, Run
 from .demo.architecture import build_model
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ NewAdapter = Callable[..., str]
 
 
 @pytest.fixture
-def visit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Visit]:
+def visit(monkeypatch: Patch, tmp_path: Path) -> Iterator[Visit]:
     """Function that makes an address the Hub of this process; the cache is empty at first."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache/hub"))
 
@@ -86,7 +86,7 @@ def test_what_is_no_name_on_the_hub_is_a_folder_that_is_missing() -> None:
             raise OSError("not found")
 
 
-def test_a_proxy_is_left_to_reach_the_hub(visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_left_to_reach_the_hub(visit: Visit, monkeypatch: Patch) -> None:
     visit(NOWHERE)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     assert hub._why_offline() is None
@@ -172,15 +172,11 @@ def test_an_adapter_by_its_name_on_the_hub(
 def test_a_repository_without_an_adapter(visit: Visit, serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     visit(serve("org/bare", tmp_path))
-    with pytest.raises(
-        DataError, match=f"^no adapter at org/bare: the repository on the Hub has no {CONFIG}$"
-    ):
+    with pytest.raises(DataError, match=f"^no adapter at org/bare: the repository .* has no {CONFIG}$"):
         find_adapter("org/bare")
 
 
-def test_a_folder_goes_before_the_hub(
-    new_adapter: NewAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_goes_before_the_hub(new_adapter: NewAdapter, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(new_adapter(1), "runs/sft/adapter")
     for name in ("runs/sft", "runs/sft/adapter"):

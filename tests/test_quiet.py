@@ -29,7 +29,7 @@ from vlm_calibration.reporting.tables import print_results
 
 from .callbacks.test_throughput import Clock
 from .callbacks.test_throughput import clock as clock
-from .command_line import Ended
+from .command_line import Capture, Ended, Patch
 from .trainers import plain_trainer
 from .wandb_log import OfflineRun
 
@@ -61,11 +61,9 @@ def test_a_training_ends_with_its_validation_and_the_adapter(offline_runs: dict[
     assert lines[0].rstrip() == f"All {len(trained.predictions())} answers"
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["after"]
     assert lines[-1] == f"adapter: {trained.directory}/adapter"
-    messages = trained.ended.err
-    assert re.search(
-        r"^data.train: absent object in \d+ of 12 queries \(`absent: distractor`\)$", messages, re.M
-    )
-    assert re.search(r"^sft: 6 of 6 steps \(100%\), .*took 0:", messages, re.M)
+    err = trained.ended.err
+    assert re.search(r"^data.train: absent object in \d+ of 12 queries \(`absent: distractor`\)$", err, re.M)
+    assert re.search(r"^sft: 6 of 6 steps \(100%\), .*took 0:", err, re.M)
 
 
 @pytest.mark.slow
@@ -97,9 +95,7 @@ def test_other_warnings_of_the_same_places_are_not_hidden() -> None:
     assert stream.getvalue() == "the weights do not fit\n"
 
 
-def test_what_lightning_logs_is_hidden_and_its_warnings_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_lightning_logs_is_hidden_and_its_warnings_are_not(tmp_path: Path, monkeypatch: Patch) -> None:
     printed = []
     for hides in (False, True):
         stream = io.StringIO()
@@ -121,14 +117,14 @@ def values(**given: float) -> dict[str, float]:
     return {"n": 40, **dict.fromkeys(names, 0.25), **given}
 
 
-def test_unparsed_answers_are_shown_only_if_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unparsed_answers_are_shown_only_if_there_are_any(capsys: Capture) -> None:
     for share in (0.0, 0.125):
         print_results({"mine": values(parse_failure_rate=share)})
         assert ("unparsed" in capsys.readouterr().out) is (share > 0)
 
 
 def test_files_are_links_on_a_terminal_and_paths_elsewhere(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: Capture, monkeypatch: Patch, tmp_path: Path
 ) -> None:
     path = tmp_path / ("long " * 20) / "report.html"
     shown: Any = {"files": {"report": path}}
@@ -141,7 +137,7 @@ def test_files_are_links_on_a_terminal_and_paths_elsewhere(
 
 
 def test_a_command_is_named_as_the_shell_finds_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: Capture, monkeypatch: Patch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
@@ -156,7 +152,7 @@ def test_a_command_is_named_as_the_shell_finds_it(
 
 
 def test_a_log_has_a_line_after_some_seconds_then_seldom_and_at_the_end(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
+    clock: Clock, capsys: Capture
 ) -> None:
     lines = LogLines("sft", 900, "steps", done=100, every=30)
     for step in range(101, 901):
@@ -180,9 +176,7 @@ def _slow(clock: Clock, items: range, seconds: float) -> Iterator[int]:
         yield item
 
 
-def test_short_work_prints_nothing_and_long_work_its_rest(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_short_work_prints_nothing_and_long_work_its_rest(clock: Clock, capsys: Capture) -> None:
     assert list(track(_slow(clock, range(4), 1.0), "checking a", 4, "images")) == [0, 1, 2, 3]
     assert capsys.readouterr().err == ""
     assert list(track(_slow(clock, range(4), 4.0), "checking b", 40, "MB", lambda _: 10.0)) == [0, 1, 2, 3]
@@ -198,17 +192,13 @@ def test_short_work_prints_nothing_and_long_work_its_rest(
     ]
 
 
-def test_only_the_first_process_prints(
-    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_first_process_prints(clock: Clock, capsys: Capture, monkeypatch: Patch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "1")
     list(track(_slow(clock, range(9), 9.0), "checking", 9, "images"))
     assert capsys.readouterr().err == ""
 
 
-def test_work_without_an_end_in_sight_says_that_it_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_work_without_an_end_in_sight_says_that_it_goes_on(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(progress, "FIRST", 0.05)
     with working("loading a\x1b[2J model"):
         time.sleep(0.3)

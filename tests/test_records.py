@@ -10,12 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_calibration.records import (
-    Query,
-    RecordError,
-    category_groups,
-    query_from_dict,
-)
+from vlm_calibration.records import Query, RecordError, category_groups, query_from_dict
 
 MINIMAL = {"id": "a", "image": "a.png", "question": "Dog?", "answer": "Yes", "answer_type": "yes_no"}
 REGION = {"label": "dog", "box": [0, 0, 3, 3]}

@@ -57,12 +57,9 @@ def predict(root: Path, tiny: Callable[[str], str], queries: Path, tmp_path: Pat
 
     def arguments(name: str, *more: dict[str, Any]) -> list[str]:
         sheet = callback("contact_sheet.ContactSheet", queries=2)
-        trainer = {
-            "accelerator": "cpu",
-            "default_root_dir": str(tmp_path / name),
-            "enable_progress_bar": False,
-            "callbacks": [*more, callback("regions.RegionWriter"), sheet],
-        }
+        trainer: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False}
+        trainer |= {"default_root_dir": str(tmp_path / name)}
+        trainer |= {"callbacks": [*more, callback("regions.RegionWriter"), sheet]}
         detector = {"name_or_path": tiny("grounding_dino"), "threshold": 0.0, "max_boxes": 2}
         models = {
             "detector": instance("regions.detector.ZeroShotDetector", **detector),
@@ -77,23 +74,6 @@ def predict(root: Path, tiny: Callable[[str], str], queries: Path, tmp_path: Pat
         return ["predict", "--config", str(root / "configs" / "regions.yaml"), "--config", str(path)]
 
     return arguments
-
-
-@pytest.fixture
-def of_all(predict: Arguments, queries: Path, tmp_path: Path) -> Arguments:
-    """Arguments of an extraction for all sources of a configuration instead of one file, and the overlay with these sources."""
-    lines = queries.read_text().splitlines()
-    sources: dict[str, Any] = {}
-    for name, part in {"train": lines[:9], "validation": lines[9:12], "levels": lines[12:]}.items():
-        file = queries.with_name(f"{name}.jsonl")
-        file.write_text("".join(f"{line}\n" for line in part))
-        sources[name] = instance("data.sources.jsonl.JsonlSource", path=str(file))
-    splits = {"own": {"source": sources["levels"]}}
-    overlay = tmp_path / "sources.yaml"
-    data = {**sources, "calibration": splits, "test": {"own": {"source": sources["train"]}}, "predict": None}
-    overlay.write_text(yaml.safe_dump({"data": data}), encoding="utf-8")
-
-    return lambda name, *more: [*predict(name, *more), "--config", str(overlay)]
 
 
 def _shards(folder: Path) -> dict[int, Any]:
@@ -111,10 +91,20 @@ def _content(folder: Path) -> dict[Any, Any]:
 
 
 def test_all_sources_are_extracted_in_one_run(
-    run: Run, run_two: Run, of_all: Arguments, queries: Path, tmp_path: Path
+    run: Run, run_two: Run, predict: Arguments, queries: Path, tmp_path: Path
 ) -> None:
-    """Two processes give the content of one."""
-    ended = run(*of_all("one")).checked()
+    """All sources of a configuration, instead of one file; two processes give the content of one."""
+    lines = queries.read_text().splitlines()
+    sources: dict[str, Any] = {}
+    for name, part in {"train": lines[:9], "validation": lines[9:12], "levels": lines[12:]}.items():
+        file = queries.with_name(f"{name}.jsonl")
+        file.write_text("".join(f"{line}\n" for line in part))
+        sources[name] = instance("data.sources.jsonl.JsonlSource", path=str(file))
+    splits = {"own": {"source": sources["levels"]}}
+    overlay = tmp_path / "sources.yaml"
+    data = {**sources, "calibration": splits, "test": {"own": {"source": sources["train"]}}, "predict": None}
+    overlay.write_text(yaml.safe_dump({"data": data}), encoding="utf-8")
+    ended = run(*predict("one"), "--config", str(overlay)).checked()
     one = _content(tmp_path / "one")
     files = {"train.parquet", "validation.parquet", "levels.parquet"}
     assert set(one) == {*files, "summary.json", "run.json", *range(6)}
@@ -125,7 +115,7 @@ def test_all_sources_are_extracted_in_one_run(
     for name in files:
         assert f"wrote {tmp_path}/one/{name}: " in ended.out
 
-    ended = run_two(*of_all("two"), "--trainer.strategy", "ddp").checked()
+    ended = run_two(*predict("two"), "--config", str(overlay), "--trainer.strategy", "ddp").checked()
     assert ended.out.count("Regions of 17 queries") == 1, "one process reports"
     assert _content(tmp_path / "two") == one
 

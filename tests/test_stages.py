@@ -17,6 +17,7 @@ from vlm_calibration.cli import main
 from vlm_calibration.records import DataError
 from vlm_calibration.steps import BASE, STAGES, train_sft
 
+from .command_line import Capture, Patch
 from .test_configs import Parse
 from .test_configs import parse as parse
 
@@ -25,13 +26,13 @@ Commands = Callable[..., dict[str, list[str]]]
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: Patch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def commands(capsys: pytest.CaptureFixture[str]) -> Commands:
+def commands(capsys: Capture) -> Commands:
     """Function that returns the stages that `calibrate` would run with these arguments -> what follows `vlm-calibration`."""
 
     def run(*arguments: str) -> dict[str, list[str]]:
@@ -72,10 +73,8 @@ def test_every_stage_of_your_own_calibration_has_the_same_settings(commands: Com
         own, *overlays = values(command, "config")
         assert own == ("eval/jsonl" if stage == "evaluate" else stage)
         of_stage_2 = ["experiment/anchored_dpo"] if stage == "dpo" else []
-        assert overlays == [
-            *("model/qwen2_5_vl_7b", "data/jsonl", "experiment/anchored", *of_stage_2),
-            "trainer/ddp",
-        ]
+        shared = ["model/qwen2_5_vl_7b", "data/jsonl", "experiment/anchored"]
+        assert overlays == [*shared, *of_stage_2, "trainer/ddp"]
         assert values(command, "data-root") == ["my data"]
         assert values(command, "runs") == ["mine"]
         assert values(command, "data.workers") == ["3"]
@@ -159,9 +158,7 @@ def test_the_parser_takes_every_stage(commands: Commands, parse: Parse) -> None:
         (["sft", "dpo", "--config", "mine.yaml"], "--config"),
     ],
 )
-def test_invalid_settings_are_named(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], culprit: str
-) -> None:
+def test_invalid_settings_are_named(capsys: Capture, arguments: list[str], culprit: str) -> None:
     assert main(["calibrate", *arguments]) in (1, 2)
     printed = capsys.readouterr()
     assert re.fullmatch(rf"vlm-calibration: error: .*{re.escape(culprit)}.*\n", printed.err)
@@ -183,7 +180,7 @@ def test_the_demo_s_model_is_not_used_on_other_data_unasked() -> None:
 
 
 def test_a_stage_that_fails_leaves_the_process_s_arguments_alone(
-    model_folder: str, monkeypatch: pytest.MonkeyPatch
+    model_folder: str, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["notebook"])
     with pytest.raises(DataError, match=r"data/train\.jsonl"):
@@ -192,18 +189,14 @@ def test_a_stage_that_fails_leaves_the_process_s_arguments_alone(
 
 
 @pytest.mark.slow
-def test_a_failed_stage_ends_the_calibration_with_its_status(
-    capfd: pytest.CaptureFixture[str], folder: Path
-) -> None:
+def test_a_failed_stage_ends_the_calibration_with_its_status(capfd: Capture, folder: Path) -> None:
     assert main(["calibrate", "sft", "report", "--data.batch_size", "none"]) == 2
     printed = capfd.readouterr()
     assert printed.out.count("+ vlm-calibration") == 1
     assert "data.batch_size" in printed.err
 
 
-def test_the_metrics_are_those_of_the_evaluated_systems(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_metrics_are_those_of_the_evaluated_systems(folder: Path, monkeypatch: Patch) -> None:
     """In the order of the configuration, without those of an earlier evaluation in the folder."""
     model = {"class_path": "EvaluationModule", "init_args": {"adapters": {"sft": "a", "dpo": "b"}}}
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": model}, sort_keys=False))

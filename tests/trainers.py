@@ -12,18 +12,9 @@ import torch
 
 def plain_trainer(folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
     """A Trainer of one process that writes to a folder."""
-    plain = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-        "default_root_dir": folder,
-        "log_every_n_steps": 1,
-    }
+    off = ("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "use_distributed_sampler")
+    plain: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, **dict.fromkeys(off, False)}
+    plain |= {"num_sanity_val_steps": 0, "default_root_dir": folder, "log_every_n_steps": 1}
     return L.Trainer(callbacks=list(callbacks), **{**plain, **settings})
 
 

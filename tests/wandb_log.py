@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
-from .command_line import Ended, Server, instance
+from .command_line import Ended, Server, instance, read_lines
 
 BLOCK = 32768
 HEADER = 7
@@ -62,8 +62,7 @@ class OfflineRun:
 
     def predictions(self, system: str = "") -> list[dict[str, Any]]:
         """The lines of `predictions.jsonl`."""
-        lines = (self.directory / system / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return read_lines(self.directory / system / "predictions.jsonl")
 
     @property
     def keys(self) -> set[str]:

@@ -23,7 +23,7 @@ from vlm_calibration.app.page import answer_rows
 from vlm_calibration.app.subject import demo_subject
 from vlm_calibration.inference.model import BASE, CALIBRATED, DEMO_MODEL, CalibratedModel
 
-from ..command_line import LIMIT, restore_sigint
+from ..command_line import LIMIT, Capture, restore_sigint
 
 
 @pytest.fixture
@@ -65,9 +65,7 @@ def _answers(port: int) -> bool:
         return False
 
 
-def test_a_visit(
-    browser: Browser, port: int, calibrated: CalibratedModel, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_visit(browser: Browser, port: int, calibrated: CalibratedModel, capsys: Capture) -> None:
     """A scene, a strength, a painted region and the report; nothing comes from elsewhere, and no script complains."""
     page = browser.new_page(viewport={"width": 1280, "height": 1600})
     page.set_default_timeout(60_000)

@@ -21,19 +21,8 @@ from .test_pope import written as written
 TYPES = tuple(CATEGORIES)
 ODD = (
     *("Yes", "No", "yes", "no", "YES", "NO", "Yes.", "No.", " No", "No ", "No\n", "\nYes", "", "Yes, it is."),
-    *(
-        "There is no dog.",
-        "Yes\nNo",
-        "Yes Yes",
-        "Ｎｏ",
-        "null",
-        "Maybe",
-        "0",
-        "No, no",
-        "Y",
-        "N",
-        "<s>No</s>",
-    ),
+    *("There is no dog.", "Yes\nNo", "Yes Yes", "Ｎｏ", "null", "Maybe", "0"),
+    *("No, no", "Y", "N", "<s>No</s>"),
 )
 Rows = list[dict[str, Any]]
 
@@ -128,11 +117,9 @@ def test_the_stated_confidence_is_not_part_of_the_answer(text: str, right: bool)
 
 
 GENERATIVE = {"id": 1, "type": "generative", "truth": ["sky"], "hallu": ["sun"]}
-ANNOTATIONS: Rows = [
-    GENERATIVE,
-    *({"id": i, "type": kind, "truth": "no"} for i, kind in enumerate(TYPES, start=2)),
-]
-ANSWERS = [{"id": a["id"], "response": "No"} for a in ANNOTATIONS[1:]]
+NEGATIVE: Rows = [{"id": i, "type": kind, "truth": "no"} for i, kind in enumerate(TYPES, start=2)]
+ANNOTATIONS: Rows = [GENERATIVE, *NEGATIVE]
+ANSWERS = [{"id": a["id"], "response": "No"} for a in NEGATIVE]
 
 
 def test_official_files(written: Written) -> None:
@@ -171,9 +158,7 @@ def test_official_files(written: Written) -> None:
     ],
 )
 def test_a_mistake_is_named(written: Written, annotations: Any, answers: Any, says: str) -> None:
-    paths = {
-        "annotations": written("t.json", annotations, False),
-        "answers": written("a.json", answers, False),
-    }
+    files = {"annotations": ("t.json", annotations), "answers": ("a.json", answers)}
+    paths = {name: written(*file, lines=False) for name, file in files.items()}
     with refused(f"{paths['answers'].parent}/{says.format(**paths)}"):
         read_answers(paths["answers"], paths["annotations"])

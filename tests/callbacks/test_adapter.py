@@ -38,7 +38,7 @@ from vlm_calibration.stages.training import OptimizerSettings
 from vlm_calibration.text.confidence import strip_confidence
 from vlm_calibration.text.grading import Grading
 
-from ..command_line import LIMIT
+from ..command_line import LIMIT, Patch
 from ..level_tables import measured, noise_counts
 from ..trainers import fake_trainer, plain_trainer
 from ..wandb_log import OfflineRun
@@ -221,7 +221,7 @@ def test_only_the_validations_of_this_training_count(
 
 
 def test_what_cannot_be_written_up_stops_the_run_before_training(
-    tmp_path: Path, data: PerturbedQueryDataModule, module: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: PerturbedQueryDataModule, module: Any, monkeypatch: Patch
 ) -> None:
     def refuse(question: str) -> str:
         raise DataError("a template that refuses")
@@ -231,9 +231,7 @@ def test_what_cannot_be_written_up_stops_the_run_before_training(
         AdapterWriter().on_fit_start(fake_trainer(tmp_path, datamodule=data), module)
 
 
-def test_paths_below_the_working_directory_are_relative(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_below_the_working_directory_are_relative(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     assert shown_path(tmp_path / "runs/x") == "runs/x"
     assert shown_path(Path("runs/x")) == "runs/x"

@@ -35,35 +35,22 @@ def _source(path: str) -> dict[str, Any]:
 
 
 SETTINGS: dict[str, Any] = {
-    "seed_everything": 0,
-    "ckpt_path": None,
+    "seed_everything": 0, "ckpt_path": None,
     "trainer": {
-        "max_epochs": 1,
-        "limit_train_batches": 1.0,
-        "gradient_clip_val": 1.0,
-        "devices": 1,
-        "log_every_n_steps": 10,
+        "max_epochs": 1, "limit_train_batches": 1.0, "gradient_clip_val": 1.0, "devices": 1, "log_every_n_steps": 10,
         "callbacks": [
-            {"class_path": "vlm_calibration.callbacks.checkpoint.RunCheckpoint", "init_args": {"every_n_train_steps": 2}},
+            instance("callbacks.checkpoint.RunCheckpoint", every_n_train_steps=2),
             {"class_path": "lightning.pytorch.callbacks.RichProgressBar"},
         ],
         "plugins": None,
     },
-    "model": {
-        "class_path": "vlm_calibration.stages.sft.SFTModule",
-        "init_args": {
-            "base": {"name_or_path": "a/model", "dtype": "float32"},
-            "optimizer": {"lr": 0.1},
-            "gradient_checkpointing": False,
-        },
-    },
+    "model": instance(
+        "stages.sft.SFTModule", base={"name_or_path": "a/model", "dtype": "float32"}, optimizer={"lr": 0.1},
+        gradient_checkpointing=False,
+    ),
     "data": {
-        "train": _source("data/train.jsonl"),
-        "predict": None,
-        "noise": {"seed": 0, "kinds": {"noise": 1, "blur": 2}},
-        "batch_size": 4,
-        "workers": 1,
-        "max_length": 10,
+        "train": _source("data/train.jsonl"), "predict": None, "noise": {"seed": 0, "kinds": {"noise": 1, "blur": 2}},
+        "batch_size": 4, "workers": 1, "max_length": 10,
     },
 }  # fmt: skip
 

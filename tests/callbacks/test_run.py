@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +30,7 @@ from vlm_calibration.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoi
 from vlm_calibration.callbacks.logger import RunLogger, staged, wandb_logger
 from vlm_calibration.reporting.dashboard import logged_in
 
-from ..command_line import LIMIT, inherited_environment
+from ..command_line import Patch, run_python
 from ..graphql_server import GraphQLServer
 from ..trainers import fake_trainer
 from ..wandb_log import read_run
@@ -42,23 +39,19 @@ LOGIN = "machine api.wandb.ai\n  login user\n  password 0123456789\n"
 
 
 @pytest.fixture(autouse=True)
-def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def nobody(tmp_path: Path, monkeypatch: Patch) -> Path:
     """An empty home without credentials, and no interactive terminal."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DATA_DIR", "NETRC", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-
-    def asked(*_: Any) -> str:
-        raise AssertionError("prompted")
-
-    monkeypatch.setattr(builtins, "input", asked)
-    monkeypatch.setattr("getpass.getpass", asked)
+    for name in ("builtins.input", "getpass.getpass"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("prompted"))
     return home
 
 
-def test_who_is_logged_in(nobody: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_logged_in(nobody: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     assert not logged_in()
     for key in ("0123456789", ""):
         monkeypatch.setenv("WANDB_API_KEY", key)
@@ -89,7 +82,7 @@ def test_who_is_logged_in(nobody: Path, tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_offline_unless_logged_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None, key: str | None, offline: bool
+    tmp_path: Path, monkeypatch: Patch, mode: str | None, key: str | None, offline: bool
 ) -> None:
     if mode:
         monkeypatch.setenv("WANDB_MODE", mode)
@@ -111,9 +104,7 @@ print("offline:", logger.experiment.offline)
 """
 
 
-def test_a_run_that_the_server_refuses_goes_on_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_the_server_refuses_goes_on_offline(tmp_path: Path, monkeypatch: Patch) -> None:
     begun: list[Any] = []
 
     def init(**settings: Any) -> Any:
@@ -134,20 +125,13 @@ def test_a_run_that_the_server_refuses_goes_on_offline(
 def test_a_run_goes_on_offline_where_nobody_listens(tmp_path: Path) -> None:
     server = GraphQLServer()
     server.close()
-    place: dict[str, Any] = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, "timeout": LIMIT}
-    place["env"] = {**inherited_environment(), **server.environment, "HOME": str(tmp_path)}
-    ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, **place
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "offline: True" in ran.stdout
-    assert "this run is logged offline, and `wandb sync` uploads it" in ran.stderr
+    ended = run_python("-c", PROGRAM, cwd=tmp_path, HOME=str(tmp_path), **server.environment).checked()
+    assert "offline: True" in ended.out
+    assert "this run is logged offline, and `wandb sync` uploads it" in ended.err
     assert [row["train/loss"] for row in read_run(tmp_path / "run").history] == [1.5]
 
 
-def test_what_is_to_be_uploaded_stays_in_the_run_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_to_be_uploaded_stays_in_the_run_directory(tmp_path: Path, monkeypatch: Patch) -> None:
     logger = RunLogger(save_dir=str(tmp_path / "run"))
     with staged(logger):
         assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / "run" / "wandb")
@@ -158,7 +142,7 @@ def test_what_is_to_be_uploaded_stays_in_the_run_directory(
     assert os.environ["WANDB_DATA_DIR"] == "elsewhere"
 
 
-def test_names_and_waits_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_and_waits_of_a_run(tmp_path: Path, monkeypatch: Patch) -> None:
     def named(**given: Any) -> tuple[str, str, float, float]:
         init = RunLogger(save_dir=str(tmp_path / "my-run"), **given)._wandb_init
         return init["name"], init["project"], init["settings"].init_timeout, init["settings"].finish_timeout
@@ -186,11 +170,8 @@ def test_checkpoints_go_to_the_run_directory(tmp_path: Path) -> None:
 
 def test_only_the_first_process_has_a_run_to_log_to(tmp_path: Path) -> None:
     logger, other = RunLogger(save_dir=str(tmp_path)), CSVLogger(str(tmp_path))
-    for loggers, first, expected in (
-        ([other, logger], True, logger),
-        ([logger], False, None),
-        ([other], True, None),
-    ):
+    cases = (([other, logger], True, logger), ([logger], False, None), ([other], True, None))
+    for loggers, first, expected in cases:
         assert wandb_logger(fake_trainer(tmp_path, loggers=loggers, is_global_zero=first)) is expected
 
 
@@ -218,7 +199,7 @@ class Run:
 
 
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def trained(tmp_path: Path, monkeypatch: Patch) -> Iterator[SimpleNamespace]:
     """A trainer in the middle of training in `runs/mine`, its writer, and the artifacts that its run has logged."""
     logger = RunLogger(save_dir=str(tmp_path / "runs" / "mine"))
     logger._experiment = Run()  # type: ignore[assignment]

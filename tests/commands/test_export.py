@@ -187,10 +187,8 @@ def test_the_licence_is_that_of_the_base_unless_one_is_given(
     call: Call, api: type[FakeApi], trained: Path, tmp_path: Path, model_folder: str
 ) -> None:
     push = ("run", "--push-to-hub", "org/mine", "--base", "org/base")
-    for given, expected in (
-        ((), {"license": "other", "license_name": "theirs"}),
-        (("mit",), {"license": "mit"}),
-    ):
+    theirs = {"license": "other", "license_name": "theirs"}
+    for given, expected in (((), theirs), (("mit",), {"license": "mit"})):
         assert call(*push, *("--license" for _ in given), *given).status == 0
         data = yaml.safe_load(api.uploaded["README.md"].decode().split("---\n")[1])
         assert {key: value for key, value in data.items() if key.startswith("license")} == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.records import DataError
 from vlm_calibration.reporting.inspection import inspect_source
 
-from ..command_line import Ended, instance
+from ..command_line import Run, instance
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def config(jsonl: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_the_command_prints_every_source(call: Callable[..., Ended], config: Path, jsonl: Path) -> None:
+def test_the_command_prints_every_source(call: Run, config: Path, jsonl: Path) -> None:
     ended = call("data", "inspect", "--config", str(config), "--data.predict.init_args.scenes", "5")
     assert (ended.status, ended.errors) == (0, []), ended.err
     for name in ("data.train", "data.levels", "data.test.clean", "data.predict"):
@@ -116,9 +115,7 @@ def test_the_command_prints_every_source(call: Callable[..., Ended], config: Pat
 
 
 @pytest.mark.parametrize("samples", [1, 200], ids=["not opened", "opened"])
-def test_a_broken_image_is_named_once(
-    call: Callable[..., Ended], jsonl: Path, tmp_path: Path, samples: int
-) -> None:
+def test_a_broken_image_is_named_once(call: Run, jsonl: Path, tmp_path: Path, samples: int) -> None:
     """Whatever number of queries and sources it is in, and whether it is opened for the counts or for the comparison alone."""
     rows = [json.loads(line) for line in jsonl.read_text().splitlines()[:6]]
     copies = [json.dumps({**row, "id": f"{copy}-{row['id']}"}) for copy in range(3) for row in rows]
@@ -128,7 +125,7 @@ def test_a_broken_image_is_named_once(
     assert call("data", "inspect", *arguments).out.count(str(tmp_path / "cut.jpg")) == 1
 
 
-def test_shipped_overlays_are_understood(call: Callable[..., Ended]) -> None:
+def test_shipped_overlays_are_understood(call: Run) -> None:
     missing = {"jsonl": "train.jsonl", "parquet": "train.parquet", "coco": "coco_pope_random"}
     for overlay, file in missing.items():
         assert file in call("data", "inspect", "--config", f"data/{overlay}").error()
@@ -145,7 +142,7 @@ def test_shipped_overlays_are_understood(call: Callable[..., Ended]) -> None:
     ],
 )
 def test_mistakes_in_the_call(
-    call: Callable[..., Ended], config: Path, tmp_path: Path, arguments: list[str], says: str, status: int
+    call: Run, config: Path, tmp_path: Path, arguments: list[str], says: str, status: int
 ) -> None:
     (tmp_path / "empty.yaml").write_text("trainer: {max_steps: 3}\n")
     (tmp_path / "unknown.yaml").write_text("data: {trian: 3}\n")

@@ -17,33 +17,23 @@ from vlm_calibration.metrics import functional
 
 from ..benchmarks import official_rules
 from ..benchmarks.test_amber import ANNOTATIONS, TYPES
-from ..command_line import Ended
+from ..benchmarks.test_pope import Written
+from ..benchmarks.test_pope import written as written
+from ..command_line import Run
 from ..metrics.test_torchmetrics import NAMES
 
 SCORES = ("accuracy", "precision", "recall", "f1")
 REPORTED = {*NAMES, "yes_ratio", *SCORES}
 
-
-Written = Callable[..., str]
 Scored = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Written:
-    def write(name: str, rows: Any, lines: bool = True) -> str:
-        text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        return str(tmp_path / name)
-
-    return write
-
-
-@pytest.fixture
-def scored(call: Callable[..., Ended]) -> Scored:
+def scored(call: Run) -> Scored:
     """Runs the command; returns the flat object that it prints."""
 
-    def run(*arguments: str) -> dict[str, Any]:
-        ended = call("score", *arguments, "--json")
+    def run(*arguments: object) -> dict[str, Any]:
+        ended = call("score", *map(str, arguments), "--json")
         assert (ended.status, ended.out.count("\n")) == (0, 1), "nothing but the object is on standard output"
         return json.loads(ended.out)
 
@@ -126,23 +116,19 @@ def test_amber(written: Written, scored: Scored) -> None:
     assert only["n"] == len(existence)
 
 
-def test_generative_answers_are_left_out_with_a_note(written: Written, call: Callable[..., Ended]) -> None:
+def test_generative_answers_are_left_out_with_a_note(written: Written, call: Run) -> None:
     answers = written("a.json", [{"id": a["id"], "response": "No"} for a in ANNOTATIONS], lines=False)
     truth = written("t.json", ANNOTATIONS, lines=False)
-    ended = call("score", "amber", answers, "--annotations", truth, "--json")
+    ended = call("score", "amber", str(answers), "--annotations", str(truth), "--json")
     assert "1 generative records (descriptions) are left out: AMBER's own script scores them" in ended.err
     assert json.loads(ended.out)["n"] == 6
 
 
 GRADED = {"question": "What is it?", "answer": "sofa", "category": "indoor", "answer_type": "short"}
-ANSWERED = (
-    ("Couch. Confidence: 90%", 0.9, True),
-    ("Chair. Confidence: 80%", 0.8, False),
-    ("Sofa", None, True),
-)
+SAID = (("Couch. Confidence: 90%", 0.9, True), ("Chair. Confidence: 80%", 0.8, False), ("Sofa", None, True))
 PREDICTIONS: list[dict[str, Any]] = [
     {**GRADED, "id": str(i), "text": text, "predicted": None, "confidence": confidence, "correct": correct}
-    for i, (text, confidence, correct) in enumerate(ANSWERED)
+    for i, (text, confidence, correct) in enumerate(SAID)
 ]
 
 
@@ -189,10 +175,10 @@ def test_files_for_the_benchmarks_own_scripts(written: Written, scored: Scored, 
     assert scored("amber", str(tmp_path / "answers.json"), *truth) == values
 
 
-def test_as_tables(written: Written, call: Callable[..., Ended]) -> None:
+def test_as_tables(written: Written, call: Run) -> None:
     labels, answers = _pope(20)
     files = (written("a.jsonl", answers), "--labels", written("l.json", labels))
-    out = call("score", "pope", *files).out
+    out = call("score", "pope", *map(str, files)).out
     official = f"{official_rules.pope(labels, answers)['accuracy']:.4f}"
     assert [text for text in ("Official scores", official, "All 20 answers") if text not in out] == []
 
@@ -209,7 +195,7 @@ def test_as_tables(written: Written, call: Callable[..., Ended]) -> None:
     ],
 )
 def test_a_mistake_ends_in_one_line(
-    written: Written, call: Callable[..., Ended], arguments: list[str], says: str, status: int
+    written: Written, call: Run, arguments: list[str], says: str, status: int
 ) -> None:
     query = {"id": "1", "image": "a.png", "question": "A dog?", "answer": "perhaps", "answer_type": "yes_no"}
     written("a.jsonl", [{"question_id": 1, "answer": "Yes"}])

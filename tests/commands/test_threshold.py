@@ -153,8 +153,7 @@ def test_the_report_chooses_and_measures_the_same(call: Call, evaluation: Path) 
 
 
 def test_without_a_calibration_split_the_predictions_are_used_and_named(call: Call, tmp_path: Path) -> None:
-    ended = call("runs/eval", "--system", "sft", "--max-error", "0.2")
-    assert ended.status == 0, ended.err
+    ended = call("runs/eval", "--system", "sft", "--max-error", "0.2").checked()
     assert "no calibration split" in ended.out
     assert "test" not in "".join(line for line in ended.out.splitlines() if line.startswith("│"))
     rule = _rule(tmp_path / "runs/sft/adapter")

@@ -22,7 +22,6 @@ from vlm_calibration.records import DataError, LoadedImage, Query
 from vlm_calibration.text.confidence import ElicitationPrompt
 
 Samples = Sequence[Sample]
-Capture = pytest.CaptureFixture[str]
 
 
 class Listed(QuerySource):

@@ -24,6 +24,7 @@ from vlm_calibration.perturbation.levels import LinearLevels
 from vlm_calibration.records import DataError
 from vlm_calibration.text.confidence import ElicitationPrompt, render_answer, render_response
 
+from ..command_line import Patch
 from ..demo.architecture import CHAT_TEMPLATE
 from ..models.families import FOUR
 from ..models.processors import Family, cached_family
@@ -71,9 +72,7 @@ def test_conversations_are_those_rendered_one_by_one(
         assert chats[name].conversations(question, texts) == one_by_one
 
 
-def test_a_template_that_inserts_text_unchanged_runs_twice(
-    chats: Chats, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_that_inserts_text_unchanged_runs_twice(chats: Chats, monkeypatch: Patch) -> None:
     rendered: list[str] = []
     render = chats["unchanged"].render
 
@@ -274,9 +273,7 @@ def test_an_image_that_the_processor_refuses_is_named(unlike: Samples) -> None:
         PerturbedQueries({"": split}, NoisePolicy(), processor.image_processor)[0, 0]
 
 
-def test_what_no_sample_alone_is_refused_for_is_raised_as_it_is(
-    unlike: Samples, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_no_sample_alone_is_refused_for_is_raised_as_it_is(unlike: Samples, monkeypatch: Patch) -> None:
     chat = ChatFormat(cached_family("gemma3").processor, ElicitationPrompt())
     inputs = chat.inputs
 

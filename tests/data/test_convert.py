@@ -21,7 +21,8 @@ from vlm_calibration.data.convert.writing import QueryWriter
 from vlm_calibration.data.sources.jsonl import JsonlSource
 from vlm_calibration.records import DataError, Query
 
-from .conftest import Capture, encode, refused
+from ..command_line import Capture
+from .conftest import encode, refused
 
 Record = dict[str, Any]
 Convert = Callable[..., list[Query]]
@@ -361,20 +362,11 @@ def test_embedded_images_are_written_once(convert: Convert, rows: Rows, tmp_path
 
 def test_columns_of_other_names_and_kinds(convert: Convert, rows: Rows, tmp_path: Path) -> None:
     region = {"label": "dog", "box": [0.0, 0.0, 3.0, 4.0]}
-    data = datasets.Dataset.from_dict(
-        {
-            "q": ["Which?\nAnswer the question using a single word or phrase.", "What?"],
-            "label": [1, 0],
-            "image": [["a.png"], ["b.png"]],
-            "number": [7, 8],
-            "kind": ["short", "open"],
-            "found": [[region], []],
-            "group": [3, None],
-            "synonyms": [["dog"], []],
-            "wrong": ["a cat", "a cat"],
-        }
-    ).cast_column("label", datasets.ClassLabel(names=["a cat", "a dog"]))
-    data.save_to_disk(tmp_path / "saved")
+    data: Record = {"q": ["Which?\nAnswer the question using a single word or phrase.", "What?"]}
+    data |= {"label": [1, 0], "image": [["a.png"], ["b.png"]], "number": [7, 8], "kind": ["short", "open"]}
+    data |= {"found": [[region], []], "group": [3, None], "synonyms": [["dog"], []], "wrong": ["a cat"] * 2}
+    labels = datasets.ClassLabel(names=["a cat", "a dog"])
+    datasets.Dataset.from_dict(data).cast_column("label", labels).save_to_disk(tmp_path / "saved")
     names = {"question": "q", "answer": "label", "id": "number", "answer_type": "kind", "regions": "found"}
     path = str(tmp_path / "saved")
     first, second = convert(hf(path, columns={**names, "category": "group", "wrong_answers": "wrong"}))

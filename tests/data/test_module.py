@@ -345,11 +345,8 @@ def test_what_is_done_is_left_out_and_moves_nothing(length: int, processes: int,
 
 # --- The user's augmentations: regions move with the pixels, samples stay a pure function of (seed, epoch, query id) ----------
 
-RANDOM = (
-    A.HorizontalFlip(p=0.5),
-    A.Affine(translate_percent=(-0.1, 0.1), p=1.0),
-    A.RandomBrightnessContrast(p=1.0),
-)
+MOVE = A.Affine(translate_percent=(-0.1, 0.1), p=1.0)
+RANDOM = (A.HorizontalFlip(p=0.5), MOVE, A.RandomBrightnessContrast(p=1.0))
 
 
 @pytest.fixture
@@ -385,11 +382,8 @@ def test_a_crop_that_loses_the_evidence_leaves_the_image_as_it_is(textured: Load
 
 
 def test_results_that_are_no_rgb_image_are_refused_by_name(textured: LoadedImage) -> None:
-    for transform, found in (
-        (A.Normalize(), "float32"),
-        (A.ToGray(1, p=1.0), r"\(20, 30"),
-        (A.ToTensorV2(), "torch"),
-    ):
+    bad = ((A.Normalize(), "float32"), (A.ToGray(1, p=1.0), r"\(20, 30"), (A.ToTensorV2(), "torch"))
+    for transform, found in bad:
         with pytest.raises(DataError, match=rf"data\.augment: .*{type(transform).__name__}.*{found}"):
             Augmentation([A.HorizontalFlip(), transform])(textured, 0)
 

@@ -303,10 +303,8 @@ def test_a_response_is_as_often_wrong_as_its_confidence_says(wrong_answer_rate: 
 
 def test_the_confidence_counts_and_not_the_noise() -> None:
     # Half of all yes/no questions are answered correctly without any evidence.
-    counts = {
-        "yes_no": noise_counts((0, 100, 100), (1, 100, 50)),
-        "short": noise_counts((0, 100, 100), (1, 100, 0)),
-    }
+    lowest = {"yes_no": 50, "short": 0}
+    counts = {kind: noise_counts((0, 100, 100), (1, 100, n)) for kind, n in lowest.items()}
     levels = AnchoredLevels.fit(counts)
     for kind, share in (("yes_no", 0.5), ("short", 1.0)):
         for strength, wrong in ((0, 0.0), (1, share)):

@@ -22,8 +22,8 @@ from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.data.split import assign_queries
 from vlm_calibration.records import DataError
 
-from ..command_line import Ended
-from .conftest import Capture, pattern, record
+from ..command_line import Capture, Ended
+from .conftest import pattern, record
 
 
 def _row(i: int, image: str, k: int = 0) -> dict[str, Any]:

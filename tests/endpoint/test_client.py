@@ -157,10 +157,8 @@ def test_parameters_change_the_body() -> None:
 
 
 def test_tokens_keep_their_bytes() -> None:
-    top = [
-        {"token": "Ja", "bytes": [74, 97], "logprob": -0.5},
-        {"token": "\ufffd", "bytes": [195], "logprob": -2.0},
-    ]
+    listed = (("Ja", [74, 97], -0.5), ("\ufffd", [195], -2.0))
+    top = [{"token": text, "bytes": given, "logprob": value} for text, given, value in listed]
     entry = {"token": "Ja", "bytes": None, "logprob": -0.5, "top_logprobs": top}
     choice = {"message": {"content": "Ja"}, "finish_reason": "stop", "logprobs": {"content": [entry]}}
     with scripted(lambda n: answer(choices=[choice])) as (url, script):

@@ -8,12 +8,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from vlm_calibration.endpoint.client import Token
-from vlm_calibration.endpoint.system import (
-    answer_likelihood,
-    complete_statement,
-    p_yes,
-    percent_distribution,
-)
+from vlm_calibration.endpoint.system import answer_likelihood, complete_statement, p_yes, percent_distribution
 
 Piece = tuple[str, float] | tuple[str, float, Mapping[str, float]]
 
@@ -46,10 +41,8 @@ def distribution(answer: Sequence[Token], server: Server | None = None) -> dict[
 
 def test_whole_numbers_need_no_request() -> None:
     others = {" 90": 0.2, " 10": 0.1, " 55": 0.1, " many": 0.05}
-    answer = tokens(
-        ("Yes", 0.9), (".", 1.0), (" Confidence", 1.0), (":", 1.0), (" 80", 0.5, others), ("%", 1.0)
-    )
-    server = Server({})
+    begin = (("Yes", 0.9), (".", 1.0), (" Confidence", 1.0), (":", 1.0))
+    answer, server = tokens(*begin, (" 80", 0.5, others), ("%", 1.0)), Server({})
     found = distribution(answer, server)
     assert server.asked == []
     assert list(found) == [n / 100 for n in range(100, -1, -1)]
@@ -63,17 +56,10 @@ def test_digits_are_followed(space: bool) -> None:
     gap = "" if space else " "
     first = {f"{gap}9": 0.3, f"{gap}1": 0.15, f"{gap}2": 0.001}
     answer = tokens(*before, (f"{gap}8", 0.5, first), ("0", 0.8, {"5": 0.2}), ("%", 1.0))
-    server = Server(
-        {
-            "Yes. Confidence: 9": {"0": 0.5, "5": 0.5},
-            "Yes. Confidence: 1": {"0": 1.0},
-            "Yes. Confidence: 10": {"0": 0.9, "%": 0.1},
-        }
-    )
+    following = {"9": {"0": 0.5, "5": 0.5}, "1": {"0": 1.0}, "10": {"0": 0.9, "%": 0.1}}
+    server = Server({f"Yes. Confidence: {digits}": listed for digits, listed in following.items()})
     found = distribution(answer, server)
-    assert sorted(server.asked) == sorted(server.table), (
-        "the generated digit and the unlikely one are not asked for"
-    )
+    assert sorted(server.asked) == sorted(server.table), "not the generated digit, nor the unlikely one"
     mass = {
         1.0: 0.15 * 0.9,
         0.95: 0.3 * 0.5,
@@ -82,9 +68,8 @@ def test_digits_are_followed(space: bool) -> None:
         0.8: 0.5 * 0.8,
         0.1: 0.15 * 0.1,
     }
-    assert {c: p for c, p in found.items() if p} == pytest.approx(
-        {c: p / sum(mass.values()) for c, p in mass.items()}
-    )
+    expected = {c: p / sum(mass.values()) for c, p in mass.items()}
+    assert {c: p for c, p in found.items() if p} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +137,7 @@ def test_texts_end_where_local_generation_stops(text: str, cut: str) -> None:
 
 def test_half_a_character_before_the_percentage_moves_nothing() -> None:
     half = Token(b"\xc3", -1.0, {b"\xc3": -1.0})
-    answer = (
-        *tokens(("Yes. ", 1.0)),
-        half,
-        *tokens((" Confidence: ", 1.0), ("80", 0.5, {"90": 0.5}), ("%", 1.0)),
-    )
+    stated = tokens((" Confidence: ", 1.0), ("80", 0.5, {"90": 0.5}), ("%", 1.0))
+    answer = (*tokens(("Yes. ", 1.0)), half, *stated)
     found = {c: p for c, p in distribution(answer).items() if p}
     assert found == pytest.approx({0.9: 0.5, 0.8: 0.5})

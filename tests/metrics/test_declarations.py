@@ -64,9 +64,7 @@ def test_a_declaration_is_all_that_a_new_metric_takes(tmp_path):
     before, marker, after = path.read_text().partition("\nREPORTED = ")
     path.write_text(before + DECLARATION + marker + after)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", USES], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", USES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -177,10 +177,8 @@ def test_both_limits_hold_at_once(name: str) -> None:
     population, rng = POPULATIONS[name], np.random.default_rng(0)
     # A limit just below what a threshold in the middle does.
     middle = len(population.value) // 2
-    for max_error, max_away in (
-        (0.05, population.sent_away[middle] - 1e-6),
-        (population.risk[middle] - 1e-6, 0.3),
-    ):
+    risk, away = (float(of_all[middle]) - 1e-6 for of_all in (population.risk, population.sent_away))
+    for max_error, max_away in ((0.05, away), (risk, 0.3)):
         count = found = 0
         for answers in population.draw(1000, rng, DRAWS):
             threshold = control_risk({"": answers}, Limits(max_error, 0.8, max_away)).choices[""].threshold

@@ -15,10 +15,16 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize(
     ("dtype", "grid_steps"), [*((dtype, 100) for dtype in DTYPES), (torch.float32, 10_000)]
 )
-def test_every_percent_is_its_own_level(dtype, grid_steps):
-    """0.29 is 29 (0.29 * 100 is 28.999999999999996) in every dtype."""
-    confidences = (torch.arange(grid_steps + 1, dtype=torch.float64) / grid_steps).to(dtype)
-    assert to_level(confidences, grid_steps).tolist() == list(range(grid_steps + 1))
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_percent_is_its_own_level(dtype, grid_steps, autocast):
+    """0.29 is 29 (0.29 * 100 is 28.999999999999996) in every dtype, also under bfloat16 autocast."""
+    confidence = (torch.arange(grid_steps + 1, dtype=torch.float64) / grid_steps).repeat(3).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        correct = torch.arange(len(confidence)) % 3 == 0
+        table = ConfidenceTable.from_predictions(confidence, correct, grid_steps)
+    assert table.counts.dtype == torch.int64
+    assert table.counts.tolist() == [[2, 1]] * (grid_steps + 1)
+    assert table.value.tolist() == [i / grid_steps for i in range(grid_steps + 1)]
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 0x3F80), (torch.float16, 0x3C00)])
@@ -34,17 +40,6 @@ def test_every_half_precision_number_goes_to_its_nearest_level(dtype, bits):
 def test_no_confidence_moves_by_more_than_half_a_step(confidence, grid_steps):
     level = int(to_level(torch.tensor([confidence], dtype=torch.float64), grid_steps)[0])
     assert abs(level / grid_steps - confidence) <= 1 / (2 * grid_steps) * (1 + 1e-9)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_counting_under_autocast(dtype):
-    """Inputs in any precision under bfloat16 autocast: the same integers as without."""
-    confidence = (torch.arange(101, dtype=torch.float64) / 100).repeat(3).to(dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        table = ConfidenceTable.from_predictions(confidence, torch.arange(303) % 3 == 0)
-    assert table.counts.dtype == torch.int64
-    assert table.counts.tolist() == [[2, 1]] * 101
-    assert table.value.tolist() == [i / 100 for i in range(101)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,10 +1,11 @@
-"""The level table and levels that several tests share."""
+"""The level table, levels, image and mask that several tests share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, LevelTable
@@ -35,6 +36,18 @@ def instance_counts(floor: float = 0.5, ease: Sequence[float] = (0.55, 0.8, 0.98
 
     kinds = {kind: tuple(row(kind, s) for s in strengths) for kind, strengths in KINDS.items()}
     return AnswerTypeCounts(kinds, (0.625, 0.875))
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def mask() -> np.ndarray:
+    """An ellipse within the image."""
+    y, x = np.mgrid[:60, :80]
+    return ((y - 30) / 20) ** 2 + ((x - 35) / 25) ** 2 < 1
 
 
 @pytest.fixture

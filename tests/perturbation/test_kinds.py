@@ -49,16 +49,6 @@ def perturbed(kind, image, mask, strength, seed=7):
     return region_perturbation(kind, SCHEDULE)(image=image, mask=mask, strength=strength, seed=seed)["image"]
 
 
-@pytest.fixture
-def image():
-    return texture(60, 80)
-
-
-@pytest.fixture
-def mask():
-    return ellipse(60, 80, (10, 45, 15, 60))
-
-
 def test_the_names_are_those_of_the_transforms():
     assert ("noise", *KINDS) == KIND_NAMES
     with pytest.raises(ValueError, match="'snow'.*motion_blur"):

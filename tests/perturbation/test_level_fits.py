@@ -45,9 +45,8 @@ def solved(accuracy, n):
     root = np.sqrt(np.concatenate(weights))
     lower = np.r_[-np.inf, np.zeros(sum(sizes))]
     design, b = np.concatenate(rows), np.concatenate(target)
-    fit = (
-        design @ lsq_linear(root[:, None] * design, root * b, (lower, np.inf), method="bvls", max_iter=1000).x
-    )
+    bounds = (lower, np.inf)
+    fit = design @ lsq_linear(root[:, None] * design, root * b, bounds, method="bvls", max_iter=1000).x
     parts = np.split(fit[1:], np.cumsum(sizes)[:-1])
     return {kind: np.r_[fit[0], part] for kind, part in zip(kinds, parts, strict=True)}
 
@@ -66,10 +65,8 @@ def test_the_fit_of_several_kinds_is_that_of_a_general_solver(untouched, kinds):
 def test_with_equal_counts_accuracies_rise_with_the_likelihood_and_fall_with_the_strength(bins):
     n = (40,) * len(bins)
     a, b, c, d, e, f = zip(*bins, strict=True)
-    kinds = {
-        "noise": [(0, n, a), (0.5, n, b), (1, n, c)],
-        "blur": [(0, n, a), (0.2, n, d), (0.6, n, e), (0.9, n, f)],
-    }
+    kinds = {"noise": [(0, n, a), (0.5, n, b), (1, n, c)]}
+    kinds["blur"] = [(0, n, a), (0.2, n, d), (0.6, n, e), (0.9, n, f)]
     fits = fit_bins(AnswerTypeCounts(kinds, tuple((i + 1) / 10 for i in range(len(bins) - 1))))
     assert len(fits) == len(bins)
     for kind in kinds:

@@ -17,17 +17,6 @@ from vlm_calibration.perturbation.noise import (
 SCHEDULE = LinearSchedule()
 
 
-@pytest.fixture
-def image():
-    return np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def mask():
-    y, x = np.mgrid[:60, :80]
-    return ((y - 30) / 20) ** 2 + ((x - 35) / 25) ** 2 < 1
-
-
 def reference(image, mask, step, schedule, seed):
     """The formula in float64, in the order of the noise."""
     alpha_bar = schedule.alpha_bar(step)

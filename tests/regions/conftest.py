@@ -36,16 +36,10 @@ def grounding_dino(folder: Path) -> str:
     text = {**SMALL, "vocab_size": len(tokenizer), "intermediate_size": 32, "max_position_embeddings": 128}
     layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_feature_levels": 4}
-    config = tf.GroundingDinoConfig(
-        backbone_config=tf.SwinConfig(image_size=64, embed_dim=8, **stages),
-        text_config=tf.BertConfig(**text),
-        num_queries=12,
-        d_model=32,
-        max_text_len=64,
-        use_timm_backbone=False,
-        **layers,
-        **heads,
-    )
+    sizes = {"num_queries": 12, "d_model": 32, "max_text_len": 64, "use_timm_backbone": False}
+    parts = {"backbone_config": tf.SwinConfig(image_size=64, embed_dim=8, **stages)}
+    parts |= {"text_config": tf.BertConfig(**text)}
+    config = tf.GroundingDinoConfig(**parts, **sizes, **layers, **heads)
     model = tf.GroundingDinoForObjectDetection(config)
     processor = tf.GroundingDinoProcessor(
         tf.GroundingDinoImageProcessor(size={"shortest_edge": 96, "longest_edge": 160}), tokenizer
@@ -79,24 +73,13 @@ def sam(folder: Path) -> str:
 
 
 def sam2(folder: Path) -> str:
-    backbone = tf.Sam2HieraDetConfig(
-        hidden_size=8,
-        num_attention_heads=1,
-        image_size=[64, 64],
-        blocks_per_stage=[1, 1, 2, 1],
-        embed_dim_per_stage=[8, 16, 32, 64],
-        num_attention_heads_per_stage=[1, 1, 2, 2],
-        window_size_per_stage=[4, 2, 4, 2],
-        global_attention_blocks=[3],
-        window_positional_embedding_background_size=[4, 4],
-    )
-    features = {
-        "backbone_channel_list": [64, 32, 16, 8],
-        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-    }
-    vision = tf.Sam2VisionConfig(
-        backbone_config=backbone, fpn_hidden_size=16, num_feature_levels=3, **features
-    )
+    stages = {"blocks": [1, 1, 2, 1], "embed_dim": [8, 16, 32, 64], "num_attention_heads": [1, 1, 2, 2]}
+    layers = {f"{name}_per_stage": sizes for name, sizes in {**stages, "window_size": [4, 2, 4, 2]}.items()}
+    layers |= {"global_attention_blocks": [3], "window_positional_embedding_background_size": [4, 4]}
+    backbone = tf.Sam2HieraDetConfig(hidden_size=8, num_attention_heads=1, image_size=[64, 64], **layers)
+    features: dict[str, Any] = {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "num_feature_levels": 3}
+    features |= {"backbone_channel_list": [64, 32, 16, 8], "fpn_hidden_size": 16}
+    vision = tf.Sam2VisionConfig(backbone_config=backbone, **features)
     prompts, decoder = tf.Sam2PromptEncoderConfig(**PROMPTS), tf.Sam2MaskDecoderConfig(**DECODER)
     config = tf.Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
     images = tf.Sam2ImageProcessor(size={"height": 64, "width": 64}, mask_size={"height": 16, "width": 16})

@@ -101,6 +101,7 @@ def _mask(y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
 
 PLAIN = Query("q", "x.png", "A question?", "Yes", "yes_no")
 IMAGE = np.zeros((20, 30, 3), dtype=np.uint8)
+CORNER = (0.0, 0.0, 4.0, 4.0)
 
 
 def _extract(
@@ -139,7 +140,7 @@ def test_instances_of_a_phrase_are_united_and_phrases_kept_apart() -> None:
 def test_a_region_that_is_not_good_enough_is_kept_with_the_reason(
     gates: RegionGates, mask: np.ndarray, reason: str
 ) -> None:
-    scripted = Scripted(Description(("dog",)), [Detection("dog", (0.0, 0.0, 4.0, 4.0), 0.5)], [mask])
+    scripted = Scripted(Description(("dog",)), [Detection("dog", CORNER, 0.5)], [mask])
     result = _extract(scripted, gates=gates)
     assert (result.outcome, result.query.regions, result.query.objects) == ("rejected", (), ("dog",))
     [rejected] = result.rejected
@@ -173,9 +174,7 @@ DOG = Region("dog", (1.0, 1.0, 5.0, 5.0), mask_to_rle(_mask(1, 5, 1, 5)))
 
 
 def test_what_is_known_is_left_alone() -> None:
-    scripted = Scripted(
-        Description(("cat",)), [Detection("cat", (0.0, 0.0, 4.0, 4.0), 0.5)], [_mask(0, 4, 0, 4)]
-    )
+    scripted = Scripted(Description(("cat",)), [Detection("cat", CORNER, 0.5)], [_mask(0, 4, 0, 4)])
     known = replace(PLAIN, objects=("dog",), regions=(DOG,))
     assert _extract(scripted, known).outcome == "known"
     assert _extract(scripted, known).query == known
@@ -189,9 +188,7 @@ def test_what_is_known_is_left_alone() -> None:
 
 
 def test_objects_of_the_record_come_before_the_describer_s() -> None:
-    scripted = Scripted(
-        Description(("cat",), ("cup",)), [Detection("Dog", (0.0, 0.0, 4.0, 4.0), 0.5)], [_mask(0, 4, 0, 4)]
-    )
+    scripted = Scripted(Description(("cat",), ("cup",)), [Detection("Dog", CORNER, 0.5)], [_mask(0, 4, 0, 4)])
     result = _extract(scripted, replace(PLAIN, objects=("Dog", "Cup")))
     assert result.query.objects == ("Dog", "Cup")
     assert [r.label for r in result.query.regions] == ["Dog"]

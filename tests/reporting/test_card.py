@@ -47,10 +47,7 @@ from ..models.processors import cached_family
 from .test_report import answers, configure, write
 
 FULL = Card(
-    base="org/Model-7B",
-    base_on_hub=True,
-    revision="0123456789abcdef",
-    location="runs/sft/adapter",
+    base="org/Model-7B", base_on_hub=True, revision="0123456789abcdef", location="runs/sft/adapter",
     training={"stage": "SFT", "levels": "LinearLevels()", "schedule": "CosineSchedule(steps=1000)"},
     levels={
         "yes_no": [("", 0.0, 0.95), ("noise", 0.5, 0.7), ("noise", 1.0, 0.5), ("motion_blur", 0.5, 0.6)],
@@ -60,10 +57,8 @@ FULL = Card(
         "before": {"n": 40.0, **dict.fromkeys(COLUMNS, 0.5)},
         "after": {"n": 40.0, **dict.fromkeys(COLUMNS, 0.25), "auroc": None},
     },
-    template=DEFAULT_TEMPLATE,
-    conversation="<|user|><image>A question?<|end|>",
-    max_new_tokens=16,
-)
+    template=DEFAULT_TEMPLATE, conversation="<|user|><image>A question?<|end|>", max_new_tokens=16,
+)  # fmt: skip
 
 
 def _metadata(card: Card) -> dict[str, Any]:
@@ -169,14 +164,8 @@ def test_the_program_asks_as_we_do(family: str, tmp_path: Path, monkeypatch: pyt
     Image.fromarray(pixels).save(tmp_path / "image.png")
     has_template = getattr(processor, "chat_template", None) is not None
     assert has_template == (family != "paligemma2")
-    card = Card(
-        "org/base",
-        location=folder,
-        merged=True,
-        template=prompt.template,
-        has_chat_template=has_template,
-        max_new_tokens=6,
-    )
+    asking: dict[str, Any] = {"template": prompt.template, "has_chat_template": has_template}
+    card = Card("org/base", location=folder, merged=True, max_new_tokens=6, **asking)
     scope: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
     exec(_program(card), scope)
@@ -283,14 +272,9 @@ DEMO = "vlm_calibration.demo.source.DemoSource"
 BASE = {"n": 8, **dict.fromkeys(COLUMNS, 0.5)}
 TUNED = {"n": 8, "accuracy": 0.75, "ece": 0.0625, "brier": 0.125, "auroc": None, "mean_confidence": 0.5}
 FOUND = Evaluation(
-    adapter=DPO,
-    system="dpo",
-    dataset="demo",
-    split="development",
-    revision="2" * 32,
-    parts=["clean", "hard (key object perturbed)"],
-    results={"base": BASE, "sft": {**BASE, "ece": 0.25}, "dpo": TUNED},
-)
+    adapter=DPO, system="dpo", dataset="demo", split="development", revision="2" * 32,
+    parts=["clean", "hard (key object perturbed)"], results={"base": BASE, "sft": {**BASE, "ece": 0.25}, "dpo": TUNED},
+)  # fmt: skip
 
 
 def write_run(

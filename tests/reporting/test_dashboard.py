@@ -67,8 +67,7 @@ def _texts(block: Any) -> str:
 def test_workspace_and_report_reach_the_server(
     build: Callable[[], Ended], wandb_server: GraphQLServer
 ) -> None:
-    ended, saved = build(), wandb_server.saved
-    assert ended.status == 0, ended.err
+    ended, saved = build().checked(), wandb_server.saved
     report, workspace = saved
     assert {(v["entityName"], v["projectName"]) for v in saved} == {(ENTITY, "mine")}
     assert [v["displayName"] for v in saved] == ["Calibration", "Calibration"]
@@ -98,10 +97,8 @@ def test_workspace_and_report_reach_the_server(
 
 def _specifications(content: Any) -> list[Any]:
     """Of the workspace and of the report, as the server gets them."""
-    views = (workspace("team", "mine", content), report("team", "mine", content))
-    return [
-        json.loads(v._to_model().model_dump_json(by_alias=True, exclude_none=True))["spec"] for v in views
-    ]
+    models = (make("team", "mine", content)._to_model() for make in (workspace, report))
+    return [json.loads(m.model_dump_json(by_alias=True, exclude_none=True))["spec"] for m in models]
 
 
 def test_every_panel_shows_what_the_code_logs(offline_runs: dict[str, OfflineRun]) -> None:
@@ -136,9 +133,8 @@ def test_panels_of_the_report_do_not_overlap() -> None:
         taken: set[tuple[int, int]] = set()
         for panel in _panels(block):
             at = panel["layout"]
-            cells = {
-                (x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])
-            }
+            columns, rows = (range(at[begin], at[begin] + at[size]) for begin, size in ("xw", "yh"))
+            cells = {(x, y) for x in columns for y in rows}
             assert not cells & taken, panel
             assert at["x"] + at["w"] <= 24
             taken |= cells

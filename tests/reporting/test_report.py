@@ -68,24 +68,17 @@ def answers(seed: int, n: int = 60, honest: bool = True) -> list[EstimatedPredic
         level = float(rng.choice([0.2, 0.5, 0.8, 1.0]))
         right = bool(rng.random() < level)
         confidence = level if honest else 0.95
+        said = "Yes" if right else "No"
+        text, stated = f"{said}. Confidence: {100 * confidence:.0f}%", None if i == 7 else confidence
+        noise: tuple[Any, ...] = (("noise", 500), ("motion_blur", None))[i % 4 // 2] if i % 2 else ("", 0)
+        category = "noised/dog" if i % 2 else "clean/dog"
         predictions.append(
             EstimatedPrediction(
-                id=f"q{i}",
-                question=f"Is there a dog, {i}?",
-                answer="Yes",
-                text=f"{'Yes' if right else 'No'}. Confidence: {100 * confidence:.0f}%",
-                predicted="yes" if right else "no",
-                confidence=None if i == 7 else confidence,
-                correct=right,
-                category="noised/dog" if i % 2 else "clean/dog",
-                noise_step=500 if i % 4 == 1 else None if i % 2 else 0,
-                perturbation=("noise", "motion_blur")[i % 4 // 2] if i % 2 else "",
-                strength=0.5 if i % 2 else 0.0,
-                answer_type="yes_no",
-                image=f"{i // 3}.png",
+                f"q{i}", f"Is there a dog, {i}?", "Yes", text, said.lower(), stated, right, category, noise[1], "yes_no",
+                perturbation=noise[0], strength=0.5 if i % 2 else 0.0, image=f"{i // 3}.png",
                 estimates={"likelihood": round(float(rng.random()), 6)},
             )
-        )
+        )  # fmt: skip
     return predictions
 
 
@@ -199,18 +192,13 @@ def test_distances_are_differences_of_two_rows_on_the_same_draws() -> None:
     ]
     frame, _ = compare(systems, replicates=50)
     distances = frame[frame.kind == "distance"].set_index(["system", "group"])
-    base, own = (
-        [("base", "base, likelihood, platt")],
-        [("tuned", "tuned, expected"), ("tuned", "tuned, teacher")],
-    )
     assert list(distances.index) == [
-        ("base", "base, expected"), ("base", "base, teacher"), *base, *own, ("tuned", "base, likelihood, platt"),
+        ("base", "base, expected"), ("base", "base, teacher"), ("base", "base, likelihood, platt"),
+        ("tuned", "tuned, expected"), ("tuned", "tuned, teacher"), ("tuned", "base, likelihood, platt"),
     ]  # fmt: skip
     rows = frame[frame.kind == "all"].set_index(["system", "estimator", "recalibration"])
-    others = {
-        "tuned, teacher": ("tuned", "teacher", "raw"),
-        "base, likelihood, platt": ("base", "likelihood", "platt"),
-    }
+    others = {"tuned, teacher": ("tuned", "teacher", "raw")}
+    others |= {"base, likelihood, platt": ("base", "likelihood", "platt")}
     for group, other in others.items():
         distance = distances.loc["tuned", group]
         for name in ("brier", "auroc"):
@@ -228,11 +216,8 @@ def test_distances_are_differences_of_two_rows_on_the_same_draws() -> None:
     assert rows.loc["tuned", "teacher", "raw"].brier == pytest.approx(brier, abs=1e-6)
     others_type = replace(predictions[0], answer_type="short")
     unrated, rated_one = replace(predictions[1], estimates={}), predictions[2]
-    assert taught_confidences([others_type, unrated, rated_one], calibration) == [
-        None,
-        None,
-        pytest.approx(accuracy[2]),
-    ]
+    taught = taught_confidences([others_type, unrated, rated_one], calibration)
+    assert taught == [None, None, pytest.approx(accuracy[2])]
     for nothing in ((predictions, ()), ([others_type, unrated], calibration)):
         assert taught_confidences(*nothing) == []
 
@@ -327,11 +312,8 @@ def test_what_is_too_wide_or_too_small_to_tell_is_not_checked(part: Match, is_ch
 
 def test_intervals_of_groups_are_over_images() -> None:
     """Ten answers about an image that are all right or all wrong say as much as one, and no fewer than 30 are certain."""
-    plain = answers(0, n=1)[0]
-    rows = [
-        replace(plain, id=f"q{i}", image=f"{i // 10}", confidence=0.5, correct=i // 10 % 2 == 0)
-        for i in range(1000)
-    ]
+    plain = replace(answers(0, n=1)[0], confidence=0.5)
+    rows = [replace(plain, id=f"q{i}", image=f"{i // 10}", correct=i // 10 % 2 == 0) for i in range(1000)]
 
     def whole(predictions: list[EstimatedPrediction]) -> dict[str, Any]:
         return match_of(system("a", predictions), ImageBootstrap(predictions), [True] * len(predictions))

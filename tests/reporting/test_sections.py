@@ -12,10 +12,9 @@ import pytest
 from scipy.stats import binomtest
 
 from vlm_calibration.commands.report import report
-from vlm_calibration.estimators.decision import DecisionRule, write_rule
+from vlm_calibration.estimators.decision import write_rule
 from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.risk_control import percent
-from vlm_calibration.models.base import adapter_weights_digest
 from vlm_calibration.reporting.report.data import System, read_systems
 from vlm_calibration.reporting.report.summary import probe_sentences
 from vlm_calibration.reporting.report.thresholds import (
@@ -27,6 +26,7 @@ from vlm_calibration.reporting.report.thresholds import (
 )
 from vlm_calibration.settings import file_digest
 
+from ..decision_rules import write_decision_rule
 from .test_report import Page, configure, write
 from .test_report import answers as three_an_image
 
@@ -138,12 +138,8 @@ def test_the_card_of_a_system_states_the_guarantee_of_its_own_weights(evaluation
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
     (adapter / "adapter_model.safetensors").write_text("weights")
     configure(evaluation, {"init_args": {"adapters": {"tuned": str(adapter)}}})
-    rule = DecisionRule(
-        base="owner/base", quantization="none", dtype="auto", weights=adapter_weights_digest(adapter), prompt="{question}",
-        estimator="verbalized", by=None, groups={"": {"threshold": 0.9}}, limits={}, correction="",
-        guarantee=f"At most {percent(0.05)} of tuned.", assumptions=[], answers={},
-    )  # fmt: skip
-    write_rule(rule, adapter)
+    guarantee = f"At most {percent(0.05)} of tuned."
+    rule = write_decision_rule(adapter, 0.9, base="owner/base", guarantee=guarantee)
     answered = {"split": "calibration", "digest": file_digest(evaluation / "base/calibration.jsonl")}
     write_rule(replace(rule, guarantee="At most 2% of base.", answers=answered), evaluation / "base")
 
