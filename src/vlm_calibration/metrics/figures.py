@@ -163,10 +163,13 @@ def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) ->
             _note_empty(ax)
             continue
         strengths = sorted(curve)
-        rows = [curve[strength] for strength in strengths]
-        correct, answers = torch.stack([t.correct.sum() for t in rows]), torch.stack([t.total for t in rows])
+        points = [curve[strength] for strength in strengths]
+        correct, answers = (
+            torch.stack([t.correct.sum() for t in points]),
+            torch.stack([t.total for t in points]),
+        )
         low, high = (100 * bound for bound in wilson_interval(correct, answers))
-        confidence = [100 * float(METRICS["mean_confidence"](table)) for table in rows]
+        confidence = [100 * float(METRICS["mean_confidence"](table)) for table in points]
         ax.fill_between(strengths, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95% interval")
         ax.vlines(strengths, low, high, color=BLUE, alpha=0.55, linewidth=1.5)
         ax.plot(strengths, 100 * correct / answers, color=BLUE, marker="o", markersize=4, label="Accuracy")
