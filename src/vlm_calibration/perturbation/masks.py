@@ -25,6 +25,14 @@ class MaskBox(NamedTuple):
     right: int
 
     @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
     def slices(self) -> tuple[slice, slice]:
         """Index of the box in an array [H, W, ...]."""
         return slice(self.top, self.bottom), slice(self.left, self.right)
@@ -179,7 +187,7 @@ def region_mask(mask: BoolMask, *, shape: Literal["mask", "box"] = "mask", dilat
         raise ValueError(f"dilate must be a finite fraction >= 0, got {dilate!r}")
     mask = check_mask(mask, mask.shape)
     box = bounding_box(mask)
-    radius = max(1, round(dilate * max(box.bottom - box.top, box.right - box.left))) if dilate else 0
+    radius = max(1, round(dilate * max(box.height, box.width))) if dilate else 0
     grown = box.grown(radius, mask.shape).slices
     region = np.zeros_like(mask)
     if shape == "box":
@@ -233,12 +241,13 @@ def _region_off(
     target: BoolMask, distractors: Sequence[BoolMask], silhouette: bool, rng: np.random.Generator
 ) -> BoolMask | None:
     """A distractor, or else the target's box or silhouette at a random place, off the target; None if the target fills the image."""
-    if disjoint := [mask for mask in distractors if not np.any(mask & target)]:
+    disjoint = [mask for mask in distractors if not np.any(mask & target)]
+    if disjoint:
         return disjoint[int(rng.integers(len(disjoint)))]
     if target.all():
         return None
     box = bounding_box(target)
-    height, width = box.bottom - box.top, box.right - box.left
+    height, width = box.height, box.width
     shape = target[box.slices] if silhouette else np.ones((height, width), dtype=np.bool_)
     sums = cv2.integral(target.view(np.uint8))
     while True:
