@@ -126,7 +126,7 @@ def _batches(
         yield torch.stack(pixels), torch.stack(words), torch.stack(corners), list(scenes)
 
 
-def _train(
+def train(
     stage: str, model: Model, parameters: Iterable[nn.Parameter], lr: float, steps: int, results: Steps
 ) -> None:
     """Train some parameters; `results` computes loss and accuracy of each step when it is asked for the next ones."""
@@ -179,7 +179,7 @@ def train_patches(model: Model, processor: LlavaProcessor, steps: int) -> None:
 
     parts = (model.model.vision_tower, model.model.multi_modal_projector)
     parameters = [*(p for part in parts for p in part.parameters()), embeddings]
-    _train("patches", model, parameters, 2e-3, steps, results())
+    train("patches", model, parameters, 2e-3, steps, results())
 
 
 class QuestionPacker:
@@ -293,7 +293,7 @@ def train_language(model: Model, processor: LlavaProcessor, steps: int, scenes: 
             packed = packer.pack([cached[i] for i in chosen], rng)
             yield packer.loss(model, features[chosen], packed, max(0.0, 1.0 - 1.4 * step / steps))
 
-    _train("language", model, model.model.language_model.parameters(), 1e-3, steps, results())
+    train("language", model, model.model.language_model.parameters(), 1e-3, steps, results())
 
 
 def train_together(model: Model, processor: LlavaProcessor, steps: int, batch: int = 16) -> None:
@@ -304,7 +304,7 @@ def train_together(model: Model, processor: LlavaProcessor, steps: int, batch: i
         packer.loss(model, image_features(model, pixels), packer.pack(scenes, rng))
         for pixels, _, _, scenes in _batches(processor, steps * batch, batch)
     )
-    _train("together", model, model.parameters(), 5e-4, steps, results)
+    train("together", model, model.parameters(), 5e-4, steps, results)
 
 
 _START = time.monotonic()

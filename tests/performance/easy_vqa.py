@@ -2,7 +2,7 @@ r"""A base model for pictures and questions of somebody else: `python -m tests.p
 
 The data are those of the package `easy-vqa` 1.0 (PyPI, MIT): 5,000 pictures of one shape on a plain ground, and questions in 107 wordings,
 negations among them. The script writes folders of JSON lines: `base`, on which the demo's model is fine-tuned to answer, and to state 100%
-whatever it answers, by `vlm-calibration fit` and `export --merge`; `data`, about other pictures, which `own_data.py` calibrates; and `shifted`,
+whatever it answers, as the demo's model was trained (`tests/demo/recipe.py`: several questions in a row); `data`, about other pictures, which `own_data.py` calibrates; and `shifted`,
 the same with one half of the wordings to calibrate and the other half to test.
 
     pip install easy-vqa                              # the extra `dev` has it
@@ -33,15 +33,28 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from tests.demo.architecture import IMAGE_TOKENS
+from tests.demo.recipe import FEATURE_SCALE, QuestionPacker, Steps, image_features, train
 from tokenizers import Tokenizer
-from transformers import LlavaForConditionalGeneration
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vlm_calibration.files import read_json, write_json, write_rows
+from vlm_calibration.files import read_json, replacing, write_json, write_rows
+from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.models.base import DEMO_MODEL
+from vlm_calibration.text.confidence import ElicitationPrompt, render_response
 
 VALIDATION_IMAGES, BASE_IMAGES = 100, 2000
 """The first pictures of the training split, on which the base model is validated and fine-tuned; all others are for calibration."""
-STEPS = 800
+STEPS = 500
+COLOURS = ["black", "blue", "brown", "gray", "green", "red", "teal", "yellow"]
+FORMS = ["circle", "rectangle", "triangle"]
+NAMED = {"colour": COLOURS, "form": FORMS}
+PICTURE = 64
+"""Pixels of a side of a picture."""
+DECISIVE = {*COLOURS, *FORMS, "color", "not", "no"}
+"""Words of which the last one in a question decides what is asked; "shape" in one without any."""
 
 
 def shape_box(image: Image.Image) -> list[int]:
@@ -161,40 +174,63 @@ def write_start(out: Path) -> None:
     model.save_pretrained(out / "start")
 
 
+class PicturePacker(QuestionPacker):
+    """Packs questions about one picture; a scene is the list of its records."""
+
+    def question(self, scene: Any, kind: int, rng: np.random.Generator) -> tuple[str, str, str]:
+        row = scene[int(rng.integers(len(scene)))]
+        *_, decisive = ("shape", *(w for w in row["question"].rstrip("?").split() if w in DECISIVE))
+        return self.prompt.render(row["question"]), render_response(row["answer"], 1.0), decisive
+
+
+def patch_labels(rows: Sequence[dict[str, Any]]) -> Tensor:
+    """Int64 [2, IMAGE_TOKENS], the colour and the form that cover each patch of a picture; IGNORE outside, and where no question asks."""
+    side = int(IMAGE_TOKENS**0.5)
+    centres = (np.arange(side) + 0.5) * PICTURE / side
+    left, top, right, bottom = rows[0]["regions"][0]["box"]
+    covered = np.outer((top <= centres) & (centres <= bottom), (left <= centres) & (centres <= right)).ravel()
+    answers = {row["category"]: row["answer"].lower() for row in rows}
+    known = [[words.index(answers[kind])] if kind in answers else [IGNORE] for kind, words in NAMED.items()]
+    return torch.from_numpy(np.where(covered, np.array(known), IGNORE))
+
+
 def train_base(out: Path, steps: int) -> None:
-    """Fine-tune the demo's model to answer and to state 100%, and merge the adapter into `base_model`; `model.yaml` names it."""
-    source = "vlm_calibration.data.sources.jsonl.JsonlSource"
-    settings = {
-        "trainer": {"max_epochs": -1, "max_steps": steps},
-        "model": {
-            "init_args": {
-                "base": {"name_or_path": str(out / "start")},
-                "lora": {"r": 64, "alpha": 128, "dropout": 0.0, "parts": ["language", "projector", "tower"]},
-                "answer_weight": "constant",
-                "confidence_weight": 0.1,
-                "optimizer": {"lr": 1.0e-3},
-            }
-        },
-        "data": {
-            "train": {"class_path": source, "init_args": {"path": str(out / "base/train.jsonl")}},
-            "validation": {"class_path": source, "init_args": {"path": str(out / "base/validation.jsonl")}},
-            "noise": {
-                "clean_fraction": 1.0,
-                "wrong_answer_rate": 0.0,
-                "levels": {"class_path": "vlm_calibration.perturbation.levels.LinearLevels"},
-            },
-            "batch_size": 64,
-        },
-    }
-    path = out / "base.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    runs = str(out / "base_run")
-    command(
-        "fit",
-        *("--config", "sft", "--config", str(path)),
-        *("--trainer.default_root_dir", runs, "--overwrite"),
+    """Train all parts of the model in `start` to answer, and to state 100%, and write it to `base_model`."""
+    processor = LlavaProcessor.from_pretrained(out / "start")
+    model = LlavaForConditionalGeneration.from_pretrained(out / "start")
+    pictures: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in read_rows(out / "base/train.jsonl"):
+        pictures[row["image"]].append(row)
+    images = [Image.open(out / "base" / name).convert("RGB") for name in pictures]
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    embeddings = model.get_input_embeddings().weight
+    words = [torch.tensor([processor.tokenizer(w)["input_ids"][0] for w in kind]) for kind in NAMED.values()]
+    labels = torch.stack([patch_labels(rows) for rows in pictures.values()])  # int64 [N, 2, IMAGE_TOKENS]
+    packer, scenes, rng = (
+        PicturePacker(processor, ElicitationPrompt()),
+        [*pictures.values()],
+        np.random.default_rng(0),
     )
-    command("export", runs, "--merge", "--out", str(out / "base_model"), "--overwrite")
+
+    def results() -> Steps:
+        for step in range(steps):
+            chosen = rng.integers(len(scenes), size=16)
+            packed = packer.pack([scenes[i] for i in chosen], rng)
+            features = image_features(model, pixels[chosen])
+            loss, accuracy = packer.loss(model, features, packed, max(0.0, 1.0 - 1.4 * step / steps))
+            # As in stage 1 of the recipe: else the model answers yes and no without the image for thousands of steps.
+            scores = FEATURE_SCALE * features @ embeddings.T
+            for kind, of_kind in zip(words, labels[chosen].unbind(1), strict=True):
+                loss = loss + F.cross_entropy(
+                    scores[..., kind].flatten(0, 1), of_kind.flatten(), ignore_index=IGNORE
+                )
+            yield loss, accuracy
+
+    model.train()
+    train("base", model, model.parameters(), 1e-3, steps, results())
+    with replacing(out / "base_model") as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
 
 
 def write_model(out: Path) -> None:

@@ -138,7 +138,7 @@ class CalibrationCLI(LightningCLI):
         has_gpu = torch.cuda.is_available() or (accelerator != "cuda" and torch.backends.mps.is_available())
         if accelerator in ("gpu", "cuda") and not has_gpu:
             here = f"{accelerator}, but this PyTorch ({torch.__version__}) finds no GPU here"
-            cpu = "--trainer.accelerator cpu (configs/trainer/cpu_ddp.yaml for several processes on a CPU)"
+            cpu = "--trainer.accelerator cpu (--config trainer/cpu_ddp for several processes on a CPU)"
             raise DataError(f"trainer.accelerator: {here}: use a machine with one, or {cpu}")
         for other in ("overwrite", "ckpt_path"):
             if config.get("resume") and config.get(other):

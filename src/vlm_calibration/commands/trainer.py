@@ -78,7 +78,7 @@ def predict(*settings: Annotated[str, PREDICT]) -> None:
 def fit_levels(*settings: Annotated[str, FIT_LEVELS]) -> None:
     """Measure how often a base model is right by kind and strength of perturbation, and write the level table.
 
-    The queries are held-out ones; AnchoredLevels reads the table. `--config configs/levels.yaml` measures the demo's model,
+    The queries are held-out ones; AnchoredLevels reads the table. `--config levels` measures the demo's model,
     without a GPU or data of your own.
     """
     command = run_lightning(["test", *settings])
