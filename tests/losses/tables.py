@@ -19,7 +19,7 @@ PREFERENCE_LOSSES: list[PreferenceLoss] = [
 ]
 DISTRIBUTION_LOSSES: list[CandidateLoss] = [
     SoftLabel(width=0.3),
-    SoftLabel(width=0.3, rival_weight=0.4),
+    SoftLabel(width=0.3, opposite_weight=0.4),
     TokenizedBrier(),
     ExpectedBrier(),
     RLCR(),
@@ -29,7 +29,7 @@ DISTRIBUTION_LOSSES: list[CandidateLoss] = [
 def table(policy: list[list[float]], **given: list[Any]) -> CandidateScores:
     """Scores in float64.
 
-    Defaults are reference 0, lengths 1, distances [0, 1, 1, ...], all valid, answer 0, confidence 0.5, both targets 0.5, all correct and
+    Defaults are reference 0, lengths 1, distances [0, 1, 1, ...], all valid, answer 0, confidence 0.5, target 0.5, all correct and
     all own.
     """
     values = torch.tensor(policy, dtype=torch.float64)
@@ -43,7 +43,6 @@ def table(policy: list[list[float]], **given: list[Any]) -> CandidateScores:
         answer=zeros,
         confidence=zeros + 0.5,
         target=zeros[:, 0] + 0.5,
-        rival_target=zeros[:, 0] + 0.5,
         correct=everywhere,
         own=everywhere,
     )
@@ -80,7 +79,6 @@ def random_table(seed: int, n_queries: int = 5, n_candidates: int = 4) -> Candid
         answer=answer,
         confidence=uniform(),
         target=uniform(n_queries),
-        rival_target=uniform(n_queries),
         correct=uniform() < 0.5,
         own=own,
     )

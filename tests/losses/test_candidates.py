@@ -93,7 +93,7 @@ def test_large_margins_stay_finite(loss: CandidateLoss, size: float, own: bool) 
         (SimPO, "gamma", [-0.1, math.inf, math.nan]),
         (Ordinal, "offset", [-0.1, math.inf, math.nan]),
         (SoftLabel, "width", [-0.1, 0.0, 0.0009, 1.1, math.nan]),
-        (SoftLabel, "rival_weight", [-0.1, math.inf, math.nan]),
+        (SoftLabel, "opposite_weight", [-0.1, math.inf, math.nan]),
     ],
 )
 def test_bad_settings(kind: Callable[..., CandidateLoss], name: str, values: list[float]) -> None:

@@ -30,7 +30,7 @@ def _by_loop(loss: CandidateLoss, scores: CandidateScores) -> float:
         candidates = [k for k in range(scores.policy.shape[1]) if scores.valid[b, k]]
         own = [k for k in candidates if scores.own[b, k]]
         policy, answer, c = (x[b].tolist() for x in (scores.policy, scores.answer, scores.confidence))
-        t, rival = float(scores.target[b]), float(scores.rival_target[b])
+        t = float(scores.target[b])
         if isinstance(loss, RLCR):
             several = len(own) < len(candidates)
             mass = {k: math.exp(policy[k] if several else policy[k] - answer[k]) for k in candidates}
@@ -42,12 +42,14 @@ def _by_loop(loss: CandidateLoss, scores: CandidateScores) -> float:
             mass = {k: math.exp(policy[k] - answer[k]) for k in own}
             pi = {k: mass[k] / sum(mass.values()) for k in own}
             match loss:
-                case SoftLabel(width, rival_weight):
+                case SoftLabel(width, opposite_weight):
                     q = {k: math.exp(-((c[k] - t) ** 2) / (2 * width**2)) for k in own}
                     value = -sum(q[k] / sum(q.values()) * math.log(pi[k]) for k in own)
                     others = {*candidates} - {*own}
-                    q = {k: math.exp(-((c[k] - rival) ** 2) / (2 * width**2)) for k in others}
-                    value -= rival_weight * sum(q[k] / sum(q.values()) * (policy[k] - answer[k]) for k in q)
+                    q = {k: math.exp(-((c[k] - (1 - t)) ** 2) / (2 * width**2)) for k in others}
+                    value -= opposite_weight * sum(
+                        q[k] / sum(q.values()) * (policy[k] - answer[k]) for k in q
+                    )
                 case TokenizedBrier():
                     value = sum(pi[k] * (c[k] - t) ** 2 for k in own)
                 case ExpectedBrier():
@@ -158,16 +160,15 @@ def fit_confidences(loss: CandidateLoss) -> tuple[Tensor, Tensor]:
     return s.softmax(-1), s.logsumexp(-1)
 
 
-def test_the_optimum_after_the_other_answer_is_around_its_own_target() -> None:
+def test_the_optimum_after_the_opposite_answer_is_around_what_the_own_one_leaves() -> None:
     own = torch.arange(2 * len(LEVELS)) < len(LEVELS)
-    scores = table([[0.0] * 2 * len(LEVELS)], confidence=[LEVELS * 2], target=[0.8], rival_target=[0.2])
-    scores = scores._replace(own=own[None])
+    scores = table([[0.0] * 2 * len(LEVELS)], confidence=[LEVELS * 2], target=[0.8])._replace(own=own[None])
 
     def log_p(logits: Tensor) -> Tensor:
         return torch.cat([part.log_softmax(-1)[:, :-1] for part in logits.chunk(2, -1)], -1)
 
     logits = minimise(
-        lambda x: SoftLabel(0.05, rival_weight=0.3)(scores._replace(policy=log_p(x))),
+        lambda x: SoftLabel(0.05, opposite_weight=0.3)(scores._replace(policy=log_p(x))),
         (1, 2 * len(LEVELS) + 2),
     )
     stated, opposite = log_p(logits)[0].exp().chunk(2)

@@ -80,16 +80,7 @@ def score(models: Models) -> CandidateScores:
     distance = (torch.arange(3) / 2).expand_as(policy)
     everywhere, zeros = torch.ones_like(policy, dtype=torch.bool), torch.zeros_like(policy)
     return CandidateScores(
-        policy,
-        reference,
-        lengths,
-        distance,
-        everywhere,
-        zeros,
-        zeros,
-        *[zeros[:, 0]] * 2,
-        everywhere,
-        everywhere,
+        policy, reference, lengths, distance, everywhere, zeros, zeros, zeros[:, 0], everywhere, everywhere
     )
 
 

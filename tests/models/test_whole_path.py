@@ -284,10 +284,9 @@ def test_a_step_on_own_answers_equals_that_of_each_query_and_each_response_alone
         step.ask(row, lambda alone, row=row: alone.expected(step.answer(row), step.levels)) for row in rows
     ]
     assert np.array(comparison.targets)[list(rows)] == pytest.approx(targets, abs=1e-3)
-    for loss in (SoftLabel(width=0.2, rival_weight=0.5), RLCR(), DPO(beta=0.4)):
+    for loss in (SoftLabel(width=0.2, opposite_weight=0.5), RLCR(), DPO(beta=0.4)):
         module.loss = loss
-        shares = [{"yes_no": 1.0}.get(step.samples[row].query.answer_type, math.nan) for row in rows]
-        alone = zip(policy, reference, targets, shares, strict=True)
+        alone = zip(policy, reference, targets, strict=True)
         expected = np.mean([loss_by_hand(loss, *of_row) for of_row in alone])
         # int8 looks for outliers among the activations of a whole batch.
         tolerance = 0.1 if run.base.quantization == "int8" else 2e-3

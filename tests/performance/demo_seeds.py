@@ -63,15 +63,15 @@ LOSS = "--model.init_args.loss"
 # At the default learning rate, losses whose gradient vanishes on a single level collapse to one.
 SLOWER = ["--model.init_args.optimizer.lr", "1.0e-4"]
 TARGET = "--model.init_args.pairs.target"
-RIVAL_WEIGHT = f"{LOSS}.init_args.rival_weight"
-NO_RIVALS = ["--data.candidates.wrong_answer", "false"]
+OPPOSITE_WEIGHT = f"{LOSS}.init_args.opposite_weight"
+NO_OPPOSITES = ["--data.candidates.wrong_answer", "false"]
 NARROW = [f"{LOSS}.init_args.width", "0.05"]
-ONE_ANSWER = [RIVAL_WEIGHT, "0.0", *NO_RIVALS, *NARROW]
+ONE_ANSWER = [OPPOSITE_WEIGHT, "0.0", *NO_OPPOSITES, *NARROW]
 STAGE_2 = {
     "dpo": [],
     "narrow": NARROW,
     "one-answer": ONE_ANSWER,
-    "rivals-1": [RIVAL_WEIGHT, "1.0"],
+    "opposites-1": [OPPOSITE_WEIGHT, "1.0"],
     "target-expected": [TARGET, "expected"],
     "target-likelihood": [TARGET, "likelihood"],
     "target-level": [TARGET, "level"],
@@ -79,12 +79,12 @@ STAGE_2 = {
     "map-isotonic": ["--model.init_args.teacher", '{"features": ["likelihood"], "map": "isotonic"}'],
     "gold-answers": [*ONE_ANSWER, "--data.candidates.answers", "gold", TARGET, "expected"],
     "grid-10": ["--data.candidates.grid", "10"],
-    "tokenized-brier": [LOSS, f"{DISTRIBUTION}TokenizedBrier", TARGET, "correct", *NO_RIVALS, *SLOWER],
-    "expected-brier": [LOSS, f"{DISTRIBUTION}ExpectedBrier", *NO_RIVALS, *SLOWER],
+    "tokenized-brier": [LOSS, f"{DISTRIBUTION}TokenizedBrier", TARGET, "correct", *NO_OPPOSITES, *SLOWER],
+    "expected-brier": [LOSS, f"{DISTRIBUTION}ExpectedBrier", *NO_OPPOSITES, *SLOWER],
     "rlcr": [LOSS, f"{DISTRIBUTION}RLCR", *SLOWER],
-    "preferred": [LOSS, f"{PREFERENCE}DPO", f"{LOSS}.init_args.beta", "0.3", *NO_RIVALS],
-    "ordinal": [LOSS, f"{PREFERENCE}Ordinal", f"{LOSS}.init_args.beta", "0.3", *NO_RIVALS],
-    "listwise": [LOSS, f"{PREFERENCE}Listwise", f"{LOSS}.init_args.beta", "0.3", *NO_RIVALS],
+    "preferred": [LOSS, f"{PREFERENCE}DPO", f"{LOSS}.init_args.beta", "0.3", *NO_OPPOSITES],
+    "ordinal": [LOSS, f"{PREFERENCE}Ordinal", f"{LOSS}.init_args.beta", "0.3", *NO_OPPOSITES],
+    "listwise": [LOSS, f"{PREFERENCE}Listwise", f"{LOSS}.init_args.beta", "0.3", *NO_OPPOSITES],
     "level-dpo": ["--config", "configs/experiment/level_dpo.yaml"],
 }
 # Stage 2 from the adapter of "sft-paper", at the learning rate of the Makefile; at the default one it collapses.
@@ -128,10 +128,10 @@ SYSTEMS = {
     "sft": "SFT",
     "alone-untouched": "stage 2 alone, untouched images",
     "alone": "stage 2 alone",
-    "dpo": "SFT + stage 2: soft labels for the own answer and its rival, fitted teacher",
+    "dpo": "SFT + stage 2: soft labels for both answers, fitted teacher",
     "narrow": "`width: 0.05`",
-    "one-answer": "`width: 0.05`, soft labels for the own answer alone (`rival_weight: 0`)",
-    "rivals-1": "`rival_weight: 1`",
+    "one-answer": "`width: 0.05`, soft labels for the own answer alone (`opposite_weight: 0`)",
+    "opposites-1": "`opposite_weight: 1`",
     "target-expected": "`target: expected`",
     "target-likelihood": "`target: likelihood`",
     "target-level": "`target: level`",

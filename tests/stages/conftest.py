@@ -192,7 +192,7 @@ def make_step(make_module: MakeModule, candidates: Data, monkeypatch: pytest.Mon
     ) -> OwnStep:
         module = make_module(**settings)
         if module.pairs.target == "fitted":
-            module.target.fitted = FittedTeacher(TeacherSettings(), MAPS, {}, {})
+            module.target.fitted = FittedTeacher(TeacherSettings(), MAPS, {})
         return OwnStep(module, candidates(answers, **(data or {})), monkeypatch, n, moved)
 
     return make

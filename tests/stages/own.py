@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.data.candidates import Candidate
+from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import Sample
-from vlm_calibration.estimators.base import AnsweredBatch
+from vlm_calibration.estimators import base
 from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import RLCR, SoftLabel
@@ -35,7 +35,7 @@ from vlm_calibration.text.confidence import (
     render_response,
     strip_confidence,
 )
-from vlm_calibration.text.grading import grade, parse_answer
+from vlm_calibration.text.grading import grade
 
 from ..estimators.naive import Alone
 
@@ -118,15 +118,14 @@ class OwnStep:
     def write(self, answers: dict[int, str]) -> None:
         """Let the reference answer queries with given texts: row -> text."""
         self.written = {self.samples[row].query.id: text for row, text in answers.items()}
-        original = AnsweredBatch.generate
 
-        def written(*arguments: Any, **settings: Any) -> AnsweredBatch:
-            answered = original(*arguments, **settings)
-            rows = zip(answered.batch.queries, answered.predictions, strict=True)
-            texts = [(query, self.written.get(query.id, p.text)) for query, p in rows]
-            return replace(answered, predictions=[graded_prediction(*pair, None, None) for pair in texts])
+        def written(batch: PromptBatch, texts: Sequence[str]) -> list[Any]:
+            return [
+                graded_prediction(query, self.written.get(query.id, text), None, None)
+                for query, text in zip(batch.queries, texts, strict=True)
+            ]
 
-        self.monkeypatch.setattr(AnsweredBatch, "generate", staticmethod(written))
+        self.monkeypatch.setattr(base, "grade_answers", written)
 
     @contextmanager
     def _using(self, reference: bool) -> Iterator[None]:
@@ -174,32 +173,15 @@ class OwnStep:
         assert ids == list(candidate.tokens)
         return log_p  # type: ignore[no-any-return]
 
-    def rival(self, row: int) -> str | None:
-        """The other answer that the responses to one query give; None: there is none."""
-        query, own = self.samples[row].query, parse(self.samples[row].query, self.answer(row))
-        if query.answer_type == "yes_no":
-            return {"yes": "No", "no": "Yes"}.get(own or "")
-        chat, tokenizer = self.queries.chat, self.queries.processor.tokenizer
-        inputs = chat.inputs([chat.render(query.question)], [self.samples[row].image], "left")
-        with self._using(reference=True), torch.no_grad():
-            likeliest = int(self.module.model(**inputs).logits[0, -1].argmax())
-            settings = {"max_new_tokens": self.module.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-            [ids] = self.module.model.generate(**inputs, begin_suppress_tokens=[likeliest], **settings)
-        ids = ids[inputs["input_ids"].shape[1] :]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if (end := end_of_confidence(text)) is None and int(ids[-1]) not in chat.special_ids:
-            return None
-        answer = strip_confidence(text[:end].strip())
-        return answer if answer and parse(query, answer) not in (None, own) else None
-
     def is_correct(self, row: int) -> bool:
-        return is_correct(self.samples[row].query, self.text(row))
+        return _correct(self.samples[row].query, self.text(row))
 
-    def stated(self, row: int, reference: bool, with_rival: bool = False) -> list[Stated]:
-        """Each response to one query, the highest confidence first; those with the other answer after the others."""
+    def stated(self, row: int, reference: bool, opposite: bool = False) -> list[Stated]:
+        """Each response to one query, the highest confidence first; those with the opposite answer after the others."""
         query, own = self.samples[row].query, self.answer(row)
-        rival = self.rival(row) if with_rival else None
-        answers = [own] if rival is None else [own, rival]
+        answers = [own]
+        if opposite and query.answer_type == "yes_no":
+            answers.append("No" if own.lower().startswith("yes") else "Yes")
         rows = []
         with self._using(reference):
             alone = self.alone(row)
@@ -208,18 +190,14 @@ class OwnStep:
                 for level in sorted(self.levels, reverse=True):
                     ids, log_p = alone.response(alone.prompt, render_response(answer, level))
                     length = next(i for i, (a, b) in enumerate(zip(bare, ids, strict=False)) if a != b)
-                    rows.append(Stated(level, answer == own, is_correct(query, answer), ids, log_p, length))
+                    rows.append(Stated(level, answer == own, _correct(query, answer), ids, log_p, length))
         return rows
 
 
 MakeStep = Callable[..., OwnStep]
 
 
-def parse(query: Query, answer: str) -> str | None:
-    return parse_answer(answer, query.answer_type, query.question)
-
-
-def is_correct(query: Query, answer: str) -> bool:
+def _correct(query: Query, answer: str) -> bool:
     return grade(answer, query.answer, query.answer_type, query.synonyms).correct
 
 
@@ -228,19 +206,16 @@ def softmax(values: Sequence[float]) -> np.ndarray:
     return weights / weights.sum()
 
 
-def loss_by_hand(
-    loss: CandidateLoss, policy: list[Stated], reference: list[Stated], target: float, share: float
-) -> float:
-    """The loss of one query, from its formula; `share` of the wrong answers have a correct rival, NaN if that is not known."""
+def loss_by_hand(loss: CandidateLoss, policy: list[Stated], reference: list[Stated], target: float) -> float:
+    """The loss of one query, from its formula."""
     own = [r for r in policy if r.own]
     c = np.array([r.confidence for r in own])
     if isinstance(loss, SoftLabel):
         value = -float(softmax(-(((c - target) / loss.width) ** 2) / 2) @ [r.s for r in own])
-        rival = [r for r in policy if not r.own]
-        if rival and not math.isnan(share):
-            c = np.array([r.confidence for r in rival])
-            q = softmax(-(((c - (1 - target) * share) / loss.width) ** 2) / 2)
-            value -= loss.rival_weight * float(q @ [r.s for r in rival])
+        if opposite := [r for r in policy if not r.own]:
+            c = np.array([r.confidence for r in opposite])
+            q = softmax(-(((c - (1 - target)) / loss.width) ** 2) / 2)
+            value -= loss.opposite_weight * float(q @ [r.s for r in opposite])
         return value
     if isinstance(loss, RLCR):
         log_p = [r.s for r in own] if len(own) == len(policy) else [r.total for r in policy]

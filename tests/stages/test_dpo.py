@@ -239,7 +239,7 @@ CANDIDATES = (
     (_candidate(4, 1, 0, 0.2), _candidate(5, 1, 2, 0.5)),
 )
 ALL = ((0, 1, 2, 3), (0, 1))
-COMPARED = Comparison(CANDIDATES, ALL, (0.64, 0.2), (0.36, 0.8), (True, False), (False, False))
+COMPARED = Comparison(CANDIDATES, ALL, (0.64, 0.2), (True, False))
 CORRECT = [[True, True, True, False], [False, False]]
 
 

@@ -28,10 +28,9 @@ from vlm_calibration.records import DataError, Query
 from vlm_calibration.stages.dpo import DPOModule
 from vlm_calibration.stages.preference_targets import ESTIMATORS, PairPolicy, Target, TargetChooser
 from vlm_calibration.stages.training import trained_parameters
-from vlm_calibration.text.confidence import render_answer
 
 from .conftest import LEVELS, OWN, WITH_OPPOSITE, Data, MakeModule, MakeTrainer, Steps, adapter_weights
-from .own import MAPS, MakeStep, OwnStep, is_correct, nearest
+from .own import MAPS, MakeStep, OwnStep, nearest
 
 EMPTY, UNCLEAR = "Confidence: 50%", "It is white. Confidence: 50%"
 
@@ -107,7 +106,7 @@ def test_targets_are_what_is_computed_for_each_query_alone(make_own: MakeStep) -
     for target in get_args(Target):
         step.module.target = TargetChooser(target, TeacherSettings())
         if target == "fitted":
-            step.module.target.fitted = FittedTeacher(TeacherSettings(), MAPS, {}, {})
+            step.module.target.fitted = FittedTeacher(TeacherSettings(), MAPS, {})
         _, comparison = step.compare()
         expected = [_target(step, row, target) for row in range(6)]
         assert comparison.targets == pytest.approx(expected, abs=2e-3), target
@@ -181,10 +180,10 @@ def test_a_batch_in_which_no_query_counts_has_a_loss_of_zero(make_own: MakeStep)
     assert all(int(mean.weight) == 0 for mean in step.module.pair_means.values())  # type: ignore[arg-type, union-attr]
 
 
-# --- The other answer -----------------------------------------------------------------------------------------------
+# --- The opposite answer --------------------------------------------------------------------------------------------
 
 
-def test_responses_give_the_likeliest_other_answer_as_well_which_a_wrong_answer_is_not_preferred_over(
+def test_yes_and_no_have_the_opposite_answer_as_well_which_a_wrong_answer_is_not_preferred_over(
     make_own: MakeStep,
 ) -> None:
     step = make_own(answers=WITH_OPPOSITE, loss=RLCR(), n=4)
@@ -204,22 +203,13 @@ def test_responses_give_the_likeliest_other_answer_as_well_which_a_wrong_answer_
     assert correct[1] == [True] * n + [False] * n
     assert [c.wrong for c in comparison.compared[0]] == [False] * n + [True] * n
     assert step.samples[2].query.answer_type == "short"
-    answers = [step.answer(2), step.rival(2) or ""]
-    assert texts[2] == [render_answer(answer) for answer in answers for _ in LEVELS]
-    assert correct[2] == [is_correct(step.samples[2].query, answer) for answer in answers for _ in LEVELS]
-    assert len(texts[3]) == n, "no other answer of neither yes nor no"
+    assert len(texts[2]) == len(texts[3]) == n, "no opposite of a short answer, or of neither yes nor no"
     assert correct[3] == [False] * n
 
     step.module.loss = DPO()
     wrong, correct_answer, *_ = step.compare()[1].compared
     assert [(c.confidence, c.wrong) for c in wrong] == [(0.0, False), *((c, False) for c in LEVELS[:-1])]
     assert [(c.confidence, c.wrong) for c in correct_answer] == [*((c, False) for c in LEVELS), (1.0, True)]
-
-    step.module.target = TargetChooser("fitted", TeacherSettings())
-    step.module.target.fitted = FittedTeacher(TeacherSettings(), MAPS, {}, {"yes_no": 1.0, "short": 0.25})
-    _, comparison = step.compare()
-    expected = [(1 - t) * share for t, share in zip(comparison.targets, (1, 1, 0.25, 1), strict=True)]
-    assert comparison.rival_targets == pytest.approx(expected, nan_ok=True)
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------------
@@ -269,7 +259,7 @@ def test_a_resumed_run_keeps_its_teacher(
             r"likelihood.*data\.candidates\.answers",
         ),
         ({}, {"loss": SoftLabel(), "reference": "none"}, r"data\.candidates.*model\.reference"),
-        ({}, {"loss": SoftLabel(rival_weight=0.3)}, r"rival_weight.*data\.candidates\.wrong_answer"),
+        ({}, {"loss": SoftLabel(opposite_weight=0.3)}, r"opposite_weight.*data\.candidates\.wrong_answer"),
         ({"candidates": None}, {}, r"data\.candidates is not set"),
         (
             {"validation": None},

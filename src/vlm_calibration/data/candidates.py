@@ -34,7 +34,7 @@ class CandidateSettings:
         grid: percent, a divisor of 100: its multiples can be stated besides the confidences of the noise levels, for means that
             lie between few levels. None: the noise levels alone.
         wrong_answer: add the same responses with a wrong answer, if the source has one; the one that states the target is
-            rejected. With own answers it is the likeliest other answer, which is not rejected if the own one is wrong.
+            rejected. With own answers to yes/no questions it is the opposite one, which is not rejected if it is right.
         seed: seed of the draw among several wrong answers.
     """
 
@@ -77,7 +77,6 @@ class CandidateBatch(NamedTuple):
         inputs: arguments of the model's forward (input_ids int64 [B, L], ...), padded on the right; empty if no sample is left.
         lengths: int64 [B], tokens of each prompt before its responses.
         candidates: of each query one response per confidence, in falling order, then those with a wrong answer, if any.
-        rival_is_correct: of each own answer whether the other answer of its candidates is correct; empty for gold answers.
         n_cut_off: number of the model's own answers without an end, whose responses give the gold answer instead.
     """
 
@@ -90,7 +89,6 @@ class CandidateBatch(NamedTuple):
     queries: tuple[Query, ...]
     skipped: tuple[str, ...] = ()
     n_cut_off: int = 0
-    rival_is_correct: tuple[bool, ...] = ()
 
     def to(self, device: torch.device | str) -> CandidateBatch:
         return self._replace(inputs=move(self.inputs, device), lengths=self.lengths.to(device))
@@ -153,10 +151,13 @@ class CandidateCollator:
         if not samples:
             return CandidateBatch({}, torch.zeros(0, dtype=torch.int64), (), (), (), (), ())
         cuts, candidates = zip(*(self._tokenize(s) for s in samples), strict=True)
-        inputs = self.chat.inputs_of(samples, [self.chat.render(s.query.question) for s in samples], "right")
+        prompts = [self.chat.render(s.query.question) for s in samples]
+        inputs = self.chat.inputs_of(samples, prompts, "right")
         lengths = inputs["attention_mask"].sum(dim=1) - torch.tensor(cuts)
-        longest_responses = [max(len(c.tokens) for c in responses) for responses in candidates]
-        longest = (lengths + torch.tensor(longest_responses)).tolist()
+        longest = [
+            n + max(len(c.tokens) for c in responses)
+            for n, responses in zip(lengths.tolist(), candidates, strict=True)
+        ]
         fitting, skipped = split_too_long(samples, longest, self.max_length, self.on_too_long)
         if skipped:
             return self(fitting)._replace(skipped=skipped)
@@ -181,7 +182,8 @@ class ValidationBatch(NamedTuple):
     candidates: CandidateBatch | None
 
     def to(self, device: torch.device | str) -> ValidationBatch:
-        return ValidationBatch(self.prompts.to(device), self.candidates and self.candidates.to(device))
+        candidates = self.candidates and self.candidates.to(device)
+        return ValidationBatch(self.prompts.to(device), candidates)
 
 
 def collate_validation(

@@ -26,6 +26,7 @@ from vlm_calibration.models.shared_prefix import (
 from vlm_calibration.perturbation.levels import ConfidenceLevels, LinearLevels
 from vlm_calibration.records import Query
 from vlm_calibration.text.confidence import render_answer
+from vlm_calibration.text.grading import parse_answer
 
 
 class _Tree(NamedTuple):
@@ -227,7 +228,7 @@ class TokenizedAnswer(NamedTuple):
     Attributes:
         cut: how many tokens at the end of the prompt the responses replace (mostly 0).
         tokens: token ids of each of `candidates`, then, for a yes/no question, of the words yes and no.
-        candidates: the answer with each confidence, in falling order, then its rival, if one was given.
+        candidates: the answer with each confidence, in falling order, then the opposite answer if the tokenizer adds it.
         offset: how many leading tokens of each candidate's row in `tokens` belong to the prompt (mostly 0).
     """
 
@@ -296,7 +297,7 @@ def score_answers(
 class AnswerTokenizer:
     """Tokenizes answers with every confidence that can be stated after them; keeps what several systems ask for.
 
-    `levels` and `grid` are as for `stated_levels`.
+    `levels` and `grid` are as for `stated_levels`; `opposite` adds the opposite answer to a yes/no question.
     """
 
     def __init__(
@@ -304,17 +305,22 @@ class AnswerTokenizer:
         chat: ChatFormat,
         levels: ConfidenceLevels = EVERY_PERCENT,
         grid: int | None = None,
+        opposite: bool = False,
     ) -> None:
         self.chat = chat
+        self.opposite = opposite
         self._levels, self._grid = levels, grid
-        self._cache: dict[tuple[str, ...], TokenizedAnswer] = {}
+        self._cache: dict[tuple[str, str, str], TokenizedAnswer] = {}
 
-    def tokenize(self, query: Query, answer: str, *rival: str) -> TokenizedAnswer:
-        """The answer, and its rival if there is one, with every level; for a yes/no question also the words yes and no."""
-        answers = (answer, *rival)
-        key = (query.question, query.answer_type, *answers)
+    def tokenize(self, query: Query, answer: str) -> TokenizedAnswer:
+        """The answer with every level; for a yes/no question also the words yes and no."""
+        key = (query.question, query.answer_type, answer)
         if key in self._cache:
             return self._cache[key]
+        answers = [answer]
+        if self.opposite and query.answer_type == "yes_no":
+            predicted = parse_answer(answer, "yes_no", query.question)
+            answers += {"yes": ["No"], "no": ["Yes"]}.get(predicted or "", [])
         stated_cut, candidates = tokenize_responses(self.chat, query, answers, self._levels, self._grid)
         prompt_text = self.chat.render(query.question)
         words_cut, words = 0, []

@@ -150,7 +150,6 @@ class AnsweredBatch:
         batch: B prompts, padded on the left.
         cache: keys and values of the prompts from generation, or None.
         complete: for each answer whether it ends before the limit cuts it off; empty if that is not known.
-        with_rivals: score the rival of each answer as well.
     """
 
     model: Any
@@ -161,7 +160,6 @@ class AnsweredBatch:
     max_new_tokens: int
     cache: PromptCache | None = None
     complete: Sequence[bool] = ()
-    with_rivals: bool = False
 
     @staticmethod
     def generate(
@@ -170,7 +168,6 @@ class AnsweredBatch:
         tokenizer: AnswerTokenizer,
         max_new_tokens: int,
         keep_cache: bool = True,
-        with_rivals: bool = False,
     ) -> AnsweredBatch:
         """The greedy answers of the active adapter, up to the confidence. Call it in eval mode and under `torch.no_grad`."""
         if not batch.queries:
@@ -180,9 +177,7 @@ class AnsweredBatch:
             model, batch.inputs, of_model, max_new_tokens, end_of_confidence, keep_cache=keep_cache
         )
         answers = grade_answers(batch, texts)
-        return AnsweredBatch(
-            model, batch, answers, passes, tokenizer, max_new_tokens, cache, complete, with_rivals
-        )
+        return AnsweredBatch(model, batch, answers, passes, tokenizer, max_new_tokens, cache, complete)
 
     @property
     def chat(self) -> ChatFormat:
@@ -233,14 +228,8 @@ class AnsweredBatch:
 
     @cached_property
     def _tokenized(self) -> list[TokenizedAnswer]:
-        rivals = self.rivals if self.with_rivals else {}
-        others = (
-            [strip_confidence(rivals[row].text)] if row in rivals else [] for row in range(len(self.answers))
-        )
-        rows = zip(self.batch.queries, self.answers, others, strict=True)
-        return [
-            self.tokenizer.tokenize(query, answer or query.answer, *other) for query, answer, other in rows
-        ]
+        pairs = zip(self.batch.queries, self.answers, strict=True)
+        return [self.tokenizer.tokenize(query, answer or query.answer) for query, answer in pairs]
 
     @cached_property
     def scored_answers(self) -> ScoredAnswers:

@@ -48,16 +48,12 @@ class TeacherSettings:
 
 
 class TaughtAnswer(NamedTuple):
-    """One answer that a teacher is fitted on, with its confidences in [0, 1] in the order of the settings.
-
-    `rival_correct`: whether the likeliest other answer is correct.
-    """
+    """One answer that a teacher is fitted on, with its confidences in [0, 1] in the order of the settings."""
 
     features: tuple[float, ...]
     correct: bool
     answer_type: str
     image: str
-    rival_correct: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,14 +61,12 @@ class FittedTeacher:
     """Maps from estimates of confidence to accuracy, one for each answer type.
 
     The `scores` of the answers, each by maps that were fitted on other images, are `n`, `accuracy`, `brier`, `ece` and `auroc`, without
-    those that are undefined, such as `auroc` if all answers are correct. `rivals`: for each answer type the share of the wrong answers
-    whose rival is correct, 1 for yes and no.
+    those that are undefined, such as `auroc` if all answers are correct.
     """
 
     settings: TeacherSettings
     maps: Mapping[str, Map]
     scores: Mapping[str, float]
-    rivals: Mapping[str, float]
 
     def __call__(self, features: Sequence[float], answer_type: str) -> float:
         """The accuracy in [0, 1] of answers with such features; raises a DataError if no answer of this type was fitted."""
@@ -90,9 +84,7 @@ class FittedTeacher:
     def fit(settings: TeacherSettings, answers: Sequence[TaughtAnswer]) -> FittedTeacher:
         """Fit the maps on at least one answer. The order of the answers does not matter."""
         rows = sorted(answers)
-        return FittedTeacher(
-            settings, _fit_maps(settings, rows), _cross_validated(settings, rows), _rivals(rows)
-        )
+        return FittedTeacher(settings, _fit_maps(settings, rows), _cross_validated(settings, rows))
 
     @staticmethod
     def from_state(settings: TeacherSettings, state: Mapping[str, Any]) -> FittedTeacher:
@@ -101,21 +93,11 @@ class FittedTeacher:
             raise DataError(
                 f"--ckpt_path: its teacher was fitted with {state['settings']}, but model.teacher is {asdict(settings)}: use the former"
             )
-        return FittedTeacher(settings, state["maps"], state["scores"], state["rivals"])
+        return FittedTeacher(settings, state["maps"], state["scores"])
 
     def __repr__(self) -> str:
         scores = ", ".join(f"{k} {v:g}" if k == "n" else f"{k} {v:.3f}" for k, v in self.scores.items())
         return f"{self.settings.map} map of {' and '.join(self.settings.features)}, cross-validated: {scores}"
-
-
-def _rivals(rows: Sequence[TaughtAnswer]) -> dict[str, float]:
-    """By the rule of succession, which needs no wrong answer."""
-    wrong = {
-        kind: [r for r in rows if r.answer_type == kind and not r.correct]
-        for kind in {r.answer_type for r in rows}
-    }
-    shares = {kind: (sum(r.rival_correct for r in of) + 1) / (len(of) + 2) for kind, of in wrong.items()}
-    return shares | ({"yes_no": 1.0} if "yes_no" in shares else {})
 
 
 def _fit_maps(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, Map]:
@@ -152,7 +134,7 @@ def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) ->
         return scores
     confidence = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     for fitted_on, held_out in GroupKFold(folds).split(images, groups=images):
-        teacher = FittedTeacher(settings, _fit_maps(settings, [rows[i] for i in fitted_on]), {}, {})
+        teacher = FittedTeacher(settings, _fit_maps(settings, [rows[i] for i in fitted_on]), {})
         for i in held_out:
             if rows[i].answer_type in teacher.maps:
                 confidence[i] = teacher(rows[i].features, rows[i].answer_type)
@@ -180,9 +162,7 @@ def taught_confidences(
         is_complete = len(features) == len(settings.features)
         return TaughtAnswer(features, p.correct, p.answer_type, p.image or "") if is_complete else None
 
-    teacher = FittedTeacher(
-        settings, _fit_maps(settings, sorted(filter(None, map(rated, calibration)))), {}, {}
-    )
+    teacher = FittedTeacher(settings, _fit_maps(settings, sorted(filter(None, map(rated, calibration)))), {})
     asked = (row if row and row.answer_type in teacher.maps else None for row in map(rated, predictions))
     values = [row and teacher(row.features, row.answer_type) for row in asked]
     return values if any(value is not None for value in values) else []

@@ -27,7 +27,6 @@ class CandidateScores(NamedTuple):
         answer: float [B, K], log p of the answer; `policy - answer` is that of the confidence, its format and the end of the turn.
         confidence: float [B, K] in [0, 1], the stated confidence.
         target: float [B] in [0, 1], the confidence to learn.
-        rival_target: float [B] in [0, 1], the confidence to learn after the other answer; NaN: none.
         correct: bool [B, K], whether the response's answer is correct.
         own: bool [B, K], whether the response gives the query's answer, and not another one; column 0 always does.
     """
@@ -40,7 +39,6 @@ class CandidateScores(NamedTuple):
     answer: Tensor
     confidence: Tensor
     target: Tensor
-    rival_target: Tensor
     correct: Tensor
     own: Tensor
 
@@ -63,7 +61,6 @@ def fill_padding(scores: CandidateScores) -> CandidateScores:
         answer=fill(scores.answer),
         confidence=fill(scores.confidence),
         target=scores.target.to(dtype),
-        rival_target=scores.rival_target.to(dtype),
         correct=valid & scores.correct,
         own=valid & scores.own,
     )
@@ -73,7 +70,7 @@ _RULES = {
     "beta": (lambda value: 0 < value < math.inf, "a finite number above 0"),
     "gamma": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
     "offset": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
-    "rival_weight": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+    "opposite_weight": (lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
     "width": (lambda value: 0.001 <= value <= 1, "in [0.001, 1]"),
 }
 

@@ -33,30 +33,30 @@ class DistributionLoss(CandidateLoss):
 
 @dataclass(frozen=True)
 class SoftLabel(DistributionLoss):
-    """Cross-entropy to a distribution around the target, for the own answer and for its rival:
+    """Cross-entropy to a distribution around the target, for the own answer and for its opposite:
 
         -sum_k q_k s_k = -sum_k q_k log pi_k - Z,   q_k proportional to exp(-((c_k - t) / width)^2 / 2)
 
-    Optimum: pi = q and Z = 0; for targets that vary at the same input, pi is the mean of their q. The opposite of yes or no is correct
-    with probability 1 - t, another rival with less: its term teaches that confidence is about the answer, not about the evidence alone.
+    Optimum: pi = q and Z = 0; for targets that vary at the same input, pi is the mean of their q. The opposite answer is correct with
+    probability 1 - t: its term teaches that confidence is about the answer, not about the evidence alone.
 
     Args:
         width: standard deviation of q, in [0.001, 1]; far below the distance between confidences, q is the one nearest to t.
-        rival_weight: weight of the rival's term, at least 0.
+        opposite_weight: weight of the opposite answer's term, at least 0.
     """
 
     width: float = 0.05
-    rival_weight: float = 0.0
+    opposite_weight: float = 0.0
 
     def forward(self, scores: CandidateScores) -> Tensor:
         loss = self._cross_entropy(scores, scores.target, scores.own)
-        if self.rival_weight:
-            rival = self._cross_entropy(scores, scores.rival_target, scores.valid & ~scores.own)
-            loss = loss + self.rival_weight * rival
+        if self.opposite_weight:
+            opposite = self._cross_entropy(scores, 1 - scores.target, scores.valid & ~scores.own)
+            loss = loss + self.opposite_weight * opposite
         return loss.mean()
 
     def _cross_entropy(self, scores: CandidateScores, target: Tensor, among: Tensor) -> Tensor:
-        """Float [B], over the candidates in the mask `among`, bool [B, K]; 0 for a query without any, or without a target."""
+        """Float [B], over the candidates in the mask `among`, bool [B, K]; 0 for a query without any."""
         log_q = -(((scores.confidence - target[:, None]) / self.width) ** 2) / 2
         q = log_q.masked_fill(~among, -torch.inf).softmax(-1).nan_to_num(0.0)
         return -(q * (scores.policy - scores.answer)).sum(-1)

@@ -151,10 +151,10 @@ class DPOModule(TrainingStage):
             raise DataError(
                 "FSDP2 needs equal passes: set data.candidates.answers to gold and model.scoring to shared, or use trainer/ddp"
             )
-        opposite = isinstance(self.loss, SoftLabel) and self.loss.rival_weight
+        opposite = isinstance(self.loss, SoftLabel) and self.loss.opposite_weight
         if opposite and not (own and data.candidates.wrong_answer):
             raise DataError(
-                "model.loss.rival_weight needs data.candidates.answers: own and data.candidates.wrong_answer: true"
+                "model.loss.opposite_weight needs data.candidates.answers: own and data.candidates.wrong_answer: true"
             )
         if own:
             if self.reference == "none":
@@ -191,7 +191,7 @@ class DPOModule(TrainingStage):
         """Tokenizes own answers with every confidence that can be stated."""
         data, candidates = self.data, self.data.candidates
         assert candidates is not None
-        return AnswerTokenizer(data.chat, data.noise.levels, candidates.grid)
+        return AnswerTokenizer(data.chat, data.noise.levels, candidates.grid, candidates.wrong_answer)
 
     def on_fit_start(self) -> None:
         """Fit the teacher on the reference's answers to `data.teacher`: all processes answer their share, and fit the same."""
@@ -258,15 +258,7 @@ class DPOModule(TrainingStage):
             targets = self.target(batch, of_all, answered)
             everything = isinstance(self.loss, DistributionLoss)
             picks = choose_candidates(self.pairs, batch, targets, everything=everything)
-            comparison = Comparison(
-                batch.candidates,
-                picks,
-                targets,
-                self.target.of_rivals(batch, targets),
-                batch.is_correct,
-                batch.rival_is_correct or (False,) * len(picks),
-                of_all=of_all,
-            )
+            comparison = Comparison(batch.candidates, picks, targets, batch.is_correct, of_all=of_all)
             if needs_reference:
                 scores = picked(of_all, picks) if of_all else self.score(batch, comparison.compared)
                 comparison = comparison._replace(reference=scores)
@@ -274,14 +266,7 @@ class DPOModule(TrainingStage):
 
     def _answer(self, batch: PromptBatch) -> AnsweredBatch:
         """The greedy, graded answers of the active adapter, which is the reference; one that the length limit cuts off is empty."""
-        assert self.data.candidates is not None
-        answered = AnsweredBatch.generate(
-            self.model,
-            batch,
-            self.answer_tokenizer,
-            self.max_new_tokens,
-            with_rivals=self.data.candidates.wrong_answer,
-        )
+        answered = AnsweredBatch.generate(self.model, batch, self.answer_tokenizer, self.max_new_tokens)
         # With an end that the model did not give it, it would be another answer.
         rated = [
             answer if complete else replace(answer, text="", predicted=None, confidence=None, correct=False)

@@ -24,9 +24,7 @@ class Comparison(NamedTuple):
         candidates: all candidates of each.
         picks: for each the index of the chosen candidate, then those of the rejected ones.
         targets: for each the target confidence in [0, 1]; NaN for an answer that the teacher does not rate.
-        rival_targets: for each the target confidence of the other answer; NaN if it is not known.
         is_correct: for each whether the answer is correct.
-        rival_is_correct: for each whether the other answer is correct; False without one.
         reference: the reference's scores of the picked candidates, [B, K, T]; None if nothing needs them.
         of_all: the reference's scores of all candidates; None if the choice does not depend on them.
     """
@@ -34,9 +32,7 @@ class Comparison(NamedTuple):
     candidates: Candidates
     picks: tuple[tuple[int, ...], ...]
     targets: tuple[float, ...]
-    rival_targets: tuple[float, ...]
     is_correct: tuple[bool, ...]
-    rival_is_correct: tuple[bool, ...]
     reference: ResponseScores | None = None
     of_all: ResponseScores | None = None
 
@@ -48,9 +44,9 @@ class Comparison(NamedTuple):
 
     @property
     def correct(self) -> list[list[bool]]:
-        """For each query whether the answer of each picked candidate is correct."""
-        rows = zip(self.compared, self.is_correct, self.rival_is_correct, strict=True)
-        return [[rival if c.wrong else own for c in candidates] for candidates, own, rival in rows]
+        """For each query whether the answer of each picked candidate is correct; one beside a wrong own answer is its opposite."""
+        rows = zip(self.compared, self.is_correct, strict=True)
+        return [[c.wrong != correct for c in candidates] for candidates, correct in rows]
 
     def rated(self, policy: ResponseScores) -> tuple[Comparison, ResponseScores]:
         """The comparison of the queries that have a target, and the policy's scores of them."""
@@ -89,7 +85,6 @@ def candidate_scores(policy: ResponseScores, comparison: Comparison) -> Candidat
         answer=torch.where(is_answer, policy.log_likelihood, 0.0).sum(-1),
         confidence=table((c.confidence for c in row) for row in compared),
         target=total.new_tensor(comparison.targets),
-        rival_target=total.new_tensor(comparison.rival_targets),
         correct=table(comparison.correct).bool(),
         own=table((not c.wrong for c in row) for row in compared).bool(),
     )

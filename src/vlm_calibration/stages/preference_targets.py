@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,19 +108,8 @@ class TargetChooser:
 
     def taught(self, answered: AnsweredBatch) -> list[TaughtAnswer]:
         """The rated answers of a batch, to fit on."""
-        rivals = answered.rivals if answered.with_rivals else {}
-        rows = enumerate(zip(self.features(answered), answered.predictions, strict=True))
-        return [
-            TaughtAnswer(f, p.correct, p.answer_type, p.image or "", row in rivals and rivals[row].correct)
-            for row, (f, p) in rows
-            if f is not None
-        ]
-
-    def of_rivals(self, batch: CandidateBatch, targets: Sequence[float]) -> tuple[float, ...]:
-        """For each query the target of the other answer in [0, 1], where the own one has the given target; NaN if it is not known."""
-        shares: Mapping[str, float] = self.fitted.rivals if self.fitted else {"yes_no": 1.0}
-        rows = zip(batch.queries, targets, strict=True)
-        return tuple((1 - t) * shares.get(query.answer_type, math.nan) for query, t in rows)
+        rows = zip(self.features(answered), answered.predictions, strict=True)
+        return [TaughtAnswer(f, p.correct, p.answer_type, p.image or "") for f, p in rows if f is not None]
 
     def fit(self, rows: list[TaughtAnswer]) -> None:
         """Fit the teacher on the answers of all processes, each of which gives its own; raises a DataError if there are none."""
@@ -195,7 +184,6 @@ def choose(
 def own_candidates(answered: AnsweredBatch) -> CandidateBatch:
     """The candidates that give the answers of a batch; those of a query without an answer give its gold answer."""
     batch, answers = answered.batch, answered.scored_answers.answers
-    rivals = answered.rivals if answered.with_rivals else {}
     cut = torch.tensor([a.cut - a.offset for a in answers], device=answered.prompts.lengths.device)
     return CandidateBatch(
         inputs=dict(answered.prompts.inputs),
@@ -207,5 +195,4 @@ def own_candidates(answered: AnsweredBatch) -> CandidateBatch:
         queries=batch.queries,
         skipped=batch.skipped,
         n_cut_off=answered.complete.count(False),
-        rival_is_correct=tuple(row in rivals and rivals[row].correct for row in range(len(answers))),
     )
