@@ -267,19 +267,6 @@ def test_the_python_steps_give_the_same_figures(stranger: Stranger, walked: str)
     assert stranger.metrics("runs/python") == stranger.metrics("runs/mine")
 
 
-def test_a_published_data_set_at_a_tenth(stranger: Stranger) -> None:
-    """The commands of `tests/performance/easy_vqa.py`, on fewer pictures and steps."""
-    shutil.copytree(ROOT / "tests/performance", stranger.folder / "tests/performance")
-    stranger.run("python -m tests.performance.easy_vqa --out easy --share 0.1 --steps 100")
-    steps = "--sft.trainer.max_steps 60 --dpo.trainer.max_steps 30"
-    tables = stranger.run(
-        f"python -m tests.performance.own_data easy/data --model easy/model.yaml --out easy/runs --seeds 0 {steps}"
-    )
-    for row in ("base, likelihood, Platt", "**stage 2, as stated**", "negated | dpo", "colour | base"):
-        assert f"| {row} | 0." in tables
-    assert (stranger.folder / "easy/runs/0/eval/report.html").is_file()
-
-
 def test_no_file_of_the_checkout_is_read(stranger: Stranger, walked: str) -> None:
     read = Path(stranger.environment["READ"])
     assert not read.exists(), read.read_text()

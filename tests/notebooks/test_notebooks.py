@@ -19,7 +19,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+from vlm_calibration.data.sources.jsonl import JsonlSource
+from vlm_calibration.demo.source import DemoSource
 from vlm_calibration.estimators.predictions import read_predictions
+from vlm_calibration.perturbation import AnchoredLevels
 
 from .execution import NOTEBOOKS
 from .execution import execute as execute_notebook
@@ -50,7 +53,7 @@ def execute(tmp_path: Path) -> Execute:
     """Function that runs a notebook in a kernel started in `folder`; returns the notebook with outputs and the folder of its runs."""
 
     def executed(name: str, folder: Path) -> tuple[Any, Path]:
-        environment = {"SCENES": str(SCENES), "SHARE": "0.05", "RUNS_DIR": str(tmp_path / "runs")}
+        environment = {"SCENES": str(SCENES), "RUNS_DIR": str(tmp_path / "runs")}
         environment["IPYTHONDIR"] = str(tmp_path / "ipython")
         notebook = execute_notebook(name, folder, environment, timeout=LIMIT)
         counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
@@ -169,20 +172,37 @@ def test_the_whole_method(execute: Execute, root: Path) -> None:
 @pytest.mark.nightly
 def test_own_data(execute: Execute, root: Path) -> None:
     notebook, runs = execute(OWN, root / "notebooks")
-    assert len(_pictures(notebook)) == 3
+    assert len(_pictures(notebook)) == 2
     text = _text(notebook)
     assert "data.train" in text
     assert all(f"│ {row}" in text for row in ("before", "after", "base", "sft", "dpo"))
-    n = len((runs / "data/test.jsonl").read_text().splitlines())
-    assert len(read_predictions(runs / "notebook/eval/dpo/predictions.jsonl")) == n
+    _same_regions(JsonlSource(str(runs / "data/train.jsonl")), DemoSource("train", SCENES))
+    table = AnchoredLevels(runs / "levels.json").table
+    untouched = {kind: sum(counts.kinds[table.kinds[0]][0].n) for kind, counts in table.counts.items()}
+    assert untouched == {"yes_no": 12, "short": 6}
+    assert len(read_predictions(runs / "eval/dpo/predictions.jsonl")) == 18
     sft, dpo, exported = (
-        load_file(runs / "notebook" / folder / "adapter_model.safetensors")
+        load_file(runs / folder / "adapter_model.safetensors")
         for folder in ("sft/adapter", "dpo/adapter", "exported")
     )
     assert any(bool(weight.any()) for name, weight in sft.items() if "lora_B" in name), "trained"
     assert any(not torch.equal(weight, dpo[name]) for name, weight in sft.items())
-    results = ModelCard.load(runs / "notebook/exported/README.md").data.eval_results
-    metrics = json.loads((runs / "notebook/eval/dpo/metrics.json").read_text(encoding="utf-8"))
-    assert metrics["brier"] in [r.metric_value for r in results if r.metric_type == "brier_score"]
     assert dpo.keys() == exported.keys()
+    results = ModelCard.load(runs / "exported" / "README.md").data.eval_results
+    metrics = json.loads((runs / "eval" / "dpo" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["brier"] in [r.metric_value for r in results if r.metric_type == "brier_score"]
     assert all(torch.equal(weight, exported[name]) for name, weight in dpo.items())
+
+
+def _same_regions(written: JsonlSource, drawn: DemoSource) -> None:
+    """Assert that the written queries have the demo's images, evidence and distractors."""
+    pairs = list(zip(written.queries(), drawn.queries(), strict=True))
+    assert len(pairs) == 3 * SCENES
+    for query, original in pairs:
+        assert (query.id, query.question, query.answer) == (original.id, original.question, original.answer)
+        a, b = written.load(query), drawn.load(original)
+        assert np.array_equal(a.image, b.image)
+        for kind in ("evidence", "distractors"):
+            masks, expected = getattr(a, kind), getattr(b, kind)
+            assert len(masks) == len(expected)
+            assert all(np.array_equal(x, y) for x, y in zip(masks, expected, strict=True))
