@@ -271,7 +271,9 @@ def test_every_answer_of_a_model_has_its_probed_confidences(
         assert not any(p.probes for p in read_predictions(folder / system / "calibration.jsonl"))
 
         metrics = _metrics(folder / system, further=True)
-        assert 3 <= metrics["forward_passes@probes"] <= 5 + 5, "a rival other than yes or no is generated, in five tokens"
+        assert 3 <= metrics["forward_passes@probes"] <= 5 + 5, (
+            "a rival other than yes or no is generated, in five tokens"
+        )
         again = {k: v for k, v in summarize_predictions(predictions).items() if k.startswith("probe_")}
         assert again
         assert {k: metrics[k] for k in again} == {k: None if v != v else v for k, v in again.items()}
