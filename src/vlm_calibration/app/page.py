@@ -61,6 +61,7 @@ class PageHandlers:
         return [subject, editor, question, gr.Dropdown(choices=options, value=chosen), 0]
 
     def begin_scene(self, event: gr.SelectData) -> list[Any]:
+        """As `begin` for a scene of the demo."""
         return self.begin(demo_subject(int(event.index) % SCENES))
 
     def begin_upload(self, path: str) -> list[Any]:
@@ -217,6 +218,7 @@ def _ask_tab(page: gr.Blocks, handlers: PageHandlers) -> None:
     begun = [subject, picture, question, choice, strength]
 
     def update(event: Any) -> None:
+        """Redraw image, answers and curve after an event."""
         answered = event.then(handlers.answer, [*inputs, strength], outputs, **PRIVATE, **ANSWERS)
         answered.then(handlers.curve, inputs, curve, **PRIVATE, **CURVE)
 

@@ -109,6 +109,7 @@ def use(run: Any, artifact: Any, aliases: Sequence[str] = ()) -> None:
 
 
 def run_name(folder: Path) -> str:
+    """The name of the adapter artifact of a run directory."""
     return re.sub(r"[^\w.-]", "-", f"{folder.resolve().name}-{ADAPTER}")[-128:]
 
 

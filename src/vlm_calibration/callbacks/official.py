@@ -50,6 +50,7 @@ class OfficialScores(L.Callback):
 
 
 def _score(folder: Path, splits: Mapping[str, BenchmarkSource]) -> dict[str, float]:
+    """Score one system's predictions and write the files into its folder."""
     replies_by_id = {p.id: (p.text, p.confidence) for p in read_predictions(folder / PREDICTIONS)}
     counts: dict[str, OfficialCounts] = {}
     for name, source in splits.items():

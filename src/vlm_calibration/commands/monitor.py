@@ -126,6 +126,7 @@ def _compare(old: Sequence[MonitoredAnswer], new: Sequence[MonitoredAnswer], err
 
 
 def _line(name: str, figures: Mapping[str, Any]) -> str:
+    """The figures of a group for the terminal."""
     parts = []
     for answers in ("reference", "new"):
         mean = figures[f"{answers}_mean_confidence"]

@@ -65,7 +65,10 @@ class ModelOptions:
 def load_model(
     options: ModelOptions, check: Callable[[DecisionRule | None], None] | None = None
 ) -> CalibratedModel:
-    """Load the model of the options, or the demo's with its adapter; `check` first gets its rule."""
+    """Load the model that the options name, or the demo's with its trained adapter; `check` gets its decision rule before, and may raise.
+
+    An ArgumentError if the options contradict each other.
+    """
     max_new_tokens = options.max_new_tokens
     if options.url is not None or options.served_model is not None:
         if options.url is None or options.served_model is None:

@@ -23,7 +23,10 @@ class Augmentation:
         self._compose = Compose(self.transforms)
 
     def __call__(self, loaded: LoadedImage, seed: int) -> LoadedImage:
-        """Augment by a seed in [0, 2**32), unless evidence is lost; DataError if not uint8 RGB after it."""
+        """Augment an image, with a seed in [0, 2**32); one that would lose evidence, e.g. by cropping, stays as it is.
+
+        A DataError if the result is not a uint8 image of three channels.
+        """
         regions = [*loaded.evidence, *loaded.distractors]
         self._compose.set_random_seed(seed)
         # Without regions albumentations must not be given an empty list.

@@ -260,6 +260,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         return self.region_plan
 
     def teardown(self, stage: str) -> None:
+        """Report the records that could not be loaded."""
         if self.trainer is not None:
             for log in self._logs.values():
                 log.report(self.trainer)
@@ -404,12 +405,15 @@ def _check_ranking(splits: Mapping[str, EvalSplit]) -> None:
 
 def _check_no_shared_images(calibration: Mapping[str, EvalSplit], test: Mapping[str, EvalSplit]) -> None:
     """Refuse a calibration set that shares an image with the test set."""
-    sources = ([split.source for split in splits.values()] for splits in (calibration, test))
-    fitted, scored = ({s.image_id(query) for s in some for query in s.queries()} for some in sources)
-    if shared := sorted(fitted & scored):
-        found = f"data.calibration and data.test share {len(shared)} images, {shared[0]!r} among them"
-        why = "recalibration is fitted on one and scored on the other"
-        raise DataError(f"{found}: {why}, so give data.calibration queries about other images")
+    calibration_images, test_images = (
+        {split.source.image_id(query) for split in splits.values() for query in split.source.queries()}
+        for splits in (calibration, test)
+    )
+    if shared := sorted(calibration_images & test_images):
+        raise DataError(
+            f"data.calibration and data.test share {len(shared)} images, {shared[0]!r} among them: recalibration is "
+            "fitted on one and scored on the other, so give data.calibration queries about other images"
+        )
 
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

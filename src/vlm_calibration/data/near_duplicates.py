@@ -74,7 +74,10 @@ def hash_images(images: Sequence[tuple[QuerySource, Query]]) -> list[ImageHash |
 
 
 def group_images(hashes: Sequence[ImageHash | str], near: bool) -> np.ndarray:
-    """Label equal, or with `near` nearly equal images, whatever their order: int64 [N], -1 without hash."""
+    """Label the groups of images that are the same, or with `near` nearly so: int64 [N] from 0; -1 for an image without a hash.
+
+    The labels depend on the images alone, not on their order.
+    """
     groups = np.full(len(hashes), -1, dtype=np.int64)
     if valid := [hashed for hashed in hashes if isinstance(hashed, ImageHash)]:
         _, first, labels = np.unique([h.digest for h in valid], return_index=True, return_inverse=True)
@@ -131,7 +134,10 @@ class LeakReport(NamedTuple):
 
 
 def find_leaks(sources: Mapping[str, QuerySource]) -> LeakReport:
-    """Compare images of sources with a role ("data.test.random", ...): by place, content and looks."""
+    """Compare where images are stored, the contents of their files, and how they look.
+
+    `sources` are named like "data.test.random"; those without a role are left out.
+    """
     owners: dict[str, tuple[QuerySource, Query]] = {}
     number_of: dict[str, int] = {}
     used: dict[str, set[int]] = {}

@@ -127,7 +127,10 @@ def _draw_names(rng: np.random.Generator, kind: str) -> tuple[str, ...]:
 
 
 def render_scene(seed: Seed, kind: str = "", hand: Hand = "colour") -> Scene:
-    """Draw a scene, of one of `HARD_KINDS` or "" for an easy one; masks hold what no later object covers."""
+    """Draw the scene of this seed; `kind` is one of `HARD_KINDS`, or "" for an easy scene.
+
+    A mask contains the pixels that the object colours and no later object covers.
+    """
     layout, rng = _draw_layout(seed, kind)
     canvas = _background(rng)
     for _ in range(_TRIES):

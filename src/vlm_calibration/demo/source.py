@@ -111,6 +111,7 @@ class DemoSource(QuerySource):
         self.hand: Hand = hand
 
     def _scene(self, index: int) -> tuple[tuple[int, int], str]:
+        """The seed of a scene, and its kind."""
         seed = scene_seed(self.split, index)
         return seed, hard_kind(seed, self.hard)
 

@@ -135,6 +135,7 @@ class Client:
         return response
 
     def close(self) -> None:
+        """Close the connections."""
         self._api.close()
 
     def _about(self, message: str) -> str:

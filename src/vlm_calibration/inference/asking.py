@@ -166,6 +166,7 @@ class CalibratedModel:
         return unknown_part(question) if self.is_demo else None
 
     def close(self) -> None:
+        """Close connections."""
         for system in self.systems.values():
             system.close()
 
@@ -258,7 +259,10 @@ def answer_type_of(question: str) -> AnswerType:
 
 
 def pixels_of(image: ImageLike, max_pixels: int = DEFAULT_MAX_PIXELS, name: str | None = None) -> ImageArray:
-    """Convert an image to uint8 [H, W, 3] as `load_image`; DataError, for arrays TypeError or ValueError."""
+    """Convert an image, `name` in messages, to uint8 [H, W, 3], by the rules of `load_image`.
+
+    A DataError if it cannot be used; a TypeError or ValueError for an array of another form.
+    """
     if isinstance(image, np.ndarray):
         check_image(image)
         return image

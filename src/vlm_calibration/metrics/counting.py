@@ -1,4 +1,7 @@
-"""The metrics as torchmetrics: the whole state is an int64 tensor of counts, O(1) in the answers."""
+"""The metrics as torchmetrics, each kind with one int64 tensor of counts as its whole state.
+
+The state is O(1) in the number of predictions, is not changed by autocast or `half()`, and is reduced by one all-reduce sum.
+"""
 
 import math
 import warnings

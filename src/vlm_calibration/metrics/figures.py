@@ -43,7 +43,10 @@ def wilson_interval(correct: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
 def reliability_diagram(
     table: ConfidenceTable, *, title: str | None = None, ax: "Axes | None" = None
 ) -> "Figure":
-    """Accuracy against mean confidence in the ten bins of the ECE, with counts and a 95% Wilson band."""
+    """Accuracy against mean confidence of ten bins of equal width, those of the ECE, with bin counts and a 95% Wilson band.
+
+    Bins with fewer than `FEW` answers are faint, and neither the line nor the band leads to them.
+    """
     title = title or _title(table, "Reliability: ECE", "ece", ".1%")
     figure, ax = _axes(table, title, "Stated confidence (%)", "Accuracy (%)", ax)
     ax.set(ylim=(-3, 103), yticks=range(0, 101, 10))
@@ -118,7 +121,10 @@ def confidence_histogram(table: ConfidenceTable, *, ax: "Axes | None" = None) ->
 
 
 def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
-    """Risk-coverage curve: error rate by share of answers given, most confident first, ties at random."""
+    """Risk-coverage curve: error rate of the answered questions against their share, most confident first.
+
+    Points are the thresholds that can be set; between them equally confident answers come in random order.
+    """
     title = _title(table, "Risk and coverage: AURC", "aurc")
     x_label = "Coverage: most confident answers given (%)"
     figure, ax = _axes(table, title, x_label, "Risk: error rate of the answers given (%)", None)
@@ -145,7 +151,10 @@ def risk_coverage_figure(table: ConfidenceTable) -> "Figure":
 
 
 def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) -> "Figure":
-    """Mean stated confidence and accuracy by strength, a panel a kind, untouched images in every panel."""
+    """Mean stated confidence and accuracy against the strength of the perturbation, with a panel for each kind.
+
+    A calibrated model's two curves coincide. The band is the 95% Wilson interval of the accuracy. Untouched images are in every panel.
+    """
     figure = figure or new_figure()
     n = sum(table.n for table in tables.values())
     figure.suptitle(f"Response to perturbation: {n:,} answer{'' if n == 1 else 's'}", fontsize="large")

@@ -46,7 +46,10 @@ class Limits:
 
 
 class GradedAnswers(NamedTuple):
-    """N independent answers, one an image, with the highest threshold that gives each; NaN if unparsed."""
+    """N independent answers, at most one about an image.
+
+    `confidence` is the highest threshold that gives an answer; NaN without a readable confidence.
+    """
 
     confidence: npt.NDArray[np.float64]
     correct: BoolArray
@@ -104,7 +107,10 @@ class Choice(NamedTuple):
 
 
 class RiskControl(NamedTuple):
-    """Thresholds with one guarantee for all; `choices`: group -> threshold, "" for all as one group."""
+    """Thresholds with one guarantee for all of them together.
+
+    `choices`: group -> its threshold; the key of all answers as one group is "".
+    """
 
     limits: Limits
     choices: Mapping[str, Choice]

@@ -126,6 +126,7 @@ class LevelTable:
 
     @cached_property
     def strengths(self) -> dict[str, list[float]]:
+        """Kind of perturbation -> the measured strengths."""
         return next(iter(self.counts.values())).strengths
 
     @property
@@ -254,7 +255,10 @@ def write_likelihoods(path: Path, likelihoods: Mapping[str, Measured], provenanc
 
 
 def read_likelihoods(path: Path, provenance: Mapping[str, Any], table: str) -> dict[str, Measured]:
-    """Read query id -> measurement; ValueError for another file, model or prompt than that of `table`."""
+    """Read a file of `write_likelihoods`: query id -> what was measured.
+
+    A ValueError if it is none, or was measured with another model or prompt than the level table `table` with this provenance.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -163,6 +163,7 @@ class AnchoredLevels(ConfidenceLevels):
         return cls(table=LevelTable(counts, provenance or {}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, atomically."""
         self.table.save(Path(path))
 
     @property
@@ -240,7 +241,12 @@ Accuracies = Mapping[str, np.ndarray]
 
 
 class AccuracyCurves(NamedTuple):
-    """Fitted accuracies: of all queries on untouched images, and by kind and strength of the others."""
+    """Fitted accuracies.
+
+    Attributes:
+        untouched: on untouched images, of all queries.
+        perturbed: by kind and strength, of the queries that are perturbed.
+    """
 
     untouched: float
     perturbed: Accuracies

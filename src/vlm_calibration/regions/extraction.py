@@ -53,6 +53,8 @@ class RegionGates:
 
 
 class Rejected(NamedTuple):
+    """A region that failed a check."""
+
     region: Region
     reason: Reason
 

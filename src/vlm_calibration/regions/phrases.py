@@ -115,6 +115,7 @@ class RuleDescriber(Describer):
 
 
 def _text(phrase: NounPhrase) -> str:
+    """The phrase as a detector prompt."""
     return " ".join([*(text for text in phrase.texts[:-1] if text not in VAGUE), phrase.head])
 
 

@@ -1,4 +1,7 @@
-"""The model card of an adapter or a merged model: `README.md`, and its facts in `calibration.json`."""
+"""The model card of an adapter or of a merged model: `README.md` from a template, and its facts in `calibration.json`.
+
+A `README.md` that a person has edited is left alone. Results on test data are those of the very adapter that was evaluated.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +179,10 @@ def save_card(folder: Path, card: Card) -> None:
 
 
 def renew_card(folder: Path, card: Card) -> None:
-    """Write a card; to an edited `README.md` only its facts, and print `results_text`. DataError as below."""
+    """Write a card; if a person has edited its `README.md`, write the facts alone and print `results_text` on stderr.
+
+    DataError if the card in the folder cannot be read.
+    """
     if not is_edited(folder):
         save_card(folder, card)
         return

@@ -49,6 +49,7 @@ def sections(systems: Sequence[str]) -> list[Section]:
 
 
 def outline(sections: Sequence[Section]) -> str:
+    """The sections and their panels as text."""
     lines = []
     for section in sections:
         lines += ["", f"{section['question']} ({section['runs']} runs)", f"  {section['note']}"]

@@ -19,7 +19,10 @@ MAX_VALUES = 8  # values that a line of the table names
 
 
 class Inspection(NamedTuple):
-    """Rows of heading and text, messages on bad records, and image or query -> why it cannot be loaded."""
+    """What a source holds: the table's rows of heading and text, and a message for each record that cannot be used.
+
+    `unloadable`: `image_id` of a broken image, or id of a query with wrong regions -> the message about it.
+    """
 
     rows: list[tuple[str, str]]
     bad: list[str]

@@ -117,6 +117,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _open(path: str, name: str | None, split: str | None, revision: str | None) -> Any:
+    """One split of a data set."""
     try:
         import datasets
     except ImportError as error:

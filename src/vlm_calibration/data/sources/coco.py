@@ -168,6 +168,7 @@ class CocoSource(QuerySource):
 
     @cached_property
     def _annotated(self) -> dict[str, AnnotatedImage]:
+        """The images by their file names."""
         is_excluded = excluded_images(self.exclude)
         images = [image for image in read_instances(self.annotations) if not is_excluded(image.file)]
         if self.first and self.first >= len(images):

@@ -145,7 +145,10 @@ def read_calibration(folder: str, systems: Sequence[System]) -> list[System]:
 
 
 def origin_of(path: Path, folder: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """Label and facts of the `System` in `path`, a run if that is `folder`; DataError for a bad file."""
+    """Label and facts of the `System` whose predictions lie in `path`: a run if that is `folder`, else a system of the evaluation there.
+
+    Its adapter may be gone, or on the Hub; then only its name is known. DataError if a file cannot be read.
+    """
     adapters: Mapping[str, str] = model_settings(config, "adapters")
     base = model_settings(config, "base").get("name_or_path")
     label = ""

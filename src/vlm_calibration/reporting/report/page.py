@@ -167,7 +167,12 @@ def render_page(
     replicates: int,
     seed: int,
 ) -> str:
-    """Render the comparison of `compare`, described for `about`, as HTML; `csv` is the file beside it."""
+    """The page about the comparison of `compare`, as HTML.
+
+    Args:
+        about: the system that the summary and the examples describe.
+        csv: file of all numbers, which lies beside the page.
+    """
     ordered = sorted(systems, key=lambda s: (s is not about, s is not systems[0]))
     examples = examples_of(about)
     pictures, missing = thumbnails(about, [*chain(*examples.values())]) if images else ({}, "")

@@ -1,4 +1,7 @@
-"""What to send to a person: thresholds of the calibration answers, and what they do on the test answers."""
+"""What to send to a person: thresholds that are chosen on the calibration answers, and what they do on each part of the test answers.
+
+Of several answers about one image one counts, since they are not independent: whether one is wrong says something about the others.
+"""
 
 from __future__ import annotations
 
