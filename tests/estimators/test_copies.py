@@ -13,7 +13,7 @@ import torch
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.dataset import EvalSplit, PerturbedQueries
-from vlm_calibration.data.module import PerturbedQueryDataModule
+from vlm_calibration.data.module import PerturbedQueryDataModule, load_processor
 from vlm_calibration.data.noise import (
     CopiedRegion,
     ImageCopy,
@@ -35,14 +35,16 @@ from vlm_calibration.estimators.probes import (
 )
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.models.loading import BaseModel
+from vlm_calibration.models.base import DEMO_MODEL
+from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.perturbation import perturb
 from vlm_calibration.perturbation.by_kind import region_perturbation
 from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.perturbation.masks import resize_mask
 from vlm_calibration.records import ORIGINAL, DataError, LoadedImage, Query
 from vlm_calibration.stages.evaluation import EvaluationModule
-from vlm_calibration.text.confidence import render_response
+from vlm_calibration.text.confidence import ElicitationPrompt, render_response
+from vlm_calibration.text.grading import grade
 
 from .conftest import ASKED, LEVELS, ROWS, Answering, logits, samples_of, scenes, with_copies
 from .naive import Alone
@@ -173,6 +175,36 @@ def test_confidences_are_those_read_one_response_at_a_time(
                 assert scored[name][row].level_log_p.tolist() == pytest.approx(log_p, abs=2e-3), (row, name)
     # The original, three copies of which two images lack one each, and three other answers, one of them generated.
     assert passes == [5, 9, 4, 4, 4]
+
+
+@torch.no_grad()
+def test_the_other_answer_is_the_opposite_or_begins_with_the_second_likeliest_token(
+    answering: Answering,
+) -> None:
+    model, source = (
+        load_base(BaseModel(str(DEMO_MODEL), dtype="float32")),
+        DemoSource("development", scenes=4),
+    )
+    chat = ChatFormat(load_processor(str(DEMO_MODEL)), ElicitationPrompt())
+    queries, tokenizer = source.queries(), chat.processor.tokenizer
+    rows = [(q.question, q.answer, q.answer_type, "") for q in queries]
+    images = [source.load(query).image for query in queries]
+    batch = answering(model, chat, samples_of(images, rows), max_new_tokens=12)
+    assert {q.answer_type for q in queries} == {"yes_no", "short"}
+    for row, (query, image, own) in enumerate(zip(queries, images, batch.predictions, strict=True)):
+        text = {"yes": "No", "no": "Yes"}.get(own.predicted or "")
+        if query.answer_type == "short":
+            inputs = chat.inputs([chat.render(query.question)], [image], "left")
+            likeliest = int(model(**inputs).logits[0, -1].argmax())
+            settings = {"max_new_tokens": 12, "pad_token_id": tokenizer.pad_token_id}
+            [ids] = model.generate(**inputs, begin_suppress_tokens=[likeliest], **settings)
+            generated = ids[inputs["input_ids"].shape[1] :].tolist()
+            text = tokenizer.decode(generated, skip_special_tokens=True).strip()
+            assert batch._second_choices[row][1] == generated.index(tokenizer.eos_token_id) + 1
+        rival = batch.rivals[row]
+        assert rival.text == text
+        assert rival.predicted != own.predicted
+        assert rival.correct == grade(text, query.answer, query.answer_type).correct
 
 
 @torch.no_grad()

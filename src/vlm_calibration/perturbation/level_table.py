@@ -121,8 +121,8 @@ class LevelTable:
         first = next(iter(self.counts))
         for other, counts in self.counts.items():
             if counts.strengths != self.strengths:
-                both = f"answer types {first!r} and {other!r}"
-                raise ValueError(f"{both} were measured with different kinds or strengths of perturbation")
+                types = f"answer types {first!r} and {other!r}"
+                raise ValueError(f"{types} were measured with different kinds or strengths of perturbation")
 
     @cached_property
     def strengths(self) -> dict[str, list[float]]:

@@ -150,7 +150,7 @@ def _gqa_query(key: str, value: Mapping[str, Any], graphs: Mapping[str, Objects]
 
 def _key_objects(value: Mapping[str, Any], answer: str) -> tuple[set[int], list[str], list[str]]:
     """The ids and names of the objects that a question and its answer are about, and the names of absent ones."""
-    ids, found = set[int](), set[int]()
+    ids, of_program = set[int](), set[int]()
     names, absent = list[str](), list[str]()
     for part, spans in (value.get("annotations") or {}).items():
         for objects in spans.values():
@@ -161,10 +161,10 @@ def _key_objects(value: Mapping[str, Any], answer: str) -> tuple[set[int], list[
     for operation in value.get("semantic") or ():
         if match := _ARGUMENT.fullmatch(operation.get("argument") or ""):
             numbers = _numbers(match["ids"])
-            found |= numbers
+            of_program |= numbers
             if (name := match["name"].strip()) not in ("", "_", "scene"):
                 (names if numbers else absent).append(name)
-    return ids or found, names, list(dict.fromkeys(absent))
+    return ids or of_program, names, list(dict.fromkeys(absent))
 
 
 def _numbers(text: str) -> set[int]:
