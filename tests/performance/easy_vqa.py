@@ -12,8 +12,8 @@ whatever it answers, as it was trained itself (`tests/demo/recipe.py`: several q
 
 The demo's tokenizer gets the words of the questions, as the tokenizer of a large model has them. Questions of a wording are drawn so that as
 many answers are yes as no. The base model does not learn these from the image: after 51,000 questions it answers half of them correctly, as
-their wording alone allows, and `levels fit` refuses to teach such answers a confidence. So `data` and `shifted` hold the other questions,
-about colour and form.
+their wording alone allows, which the last table shows, and `levels fit` refuses to teach such answers a confidence. So `data` and `shifted` hold
+the other questions, about colour and form.
 """
 
 from __future__ import annotations
@@ -35,27 +35,36 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from tests.demo.architecture import IMAGE_TOKENS
-from tests.demo.recipe import FEATURE_SCALE, QuestionPacker, Steps, image_features, train
+from tests.demo.recipe import QuestionPacker, Steps, image_features, train
+from tests.performance.machine import processor
 from tokenizers import Tokenizer
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_calibration.files import read_json, replacing, write_json, write_rows
-from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.text.confidence import ElicitationPrompt, render_response
 
-VALIDATION_IMAGES, BASE_IMAGES = 100, 2000
-"""The first pictures of the training split, on which the base model is validated and fine-tuned; all others are for calibration."""
+BASE_TEST_IMAGES, BASE_IMAGES = 100, 2000
+"""The first pictures of the training split, on which the base model is tested and fine-tuned; all others are for calibration."""
 STEPS = 400
-COLOURS = ["black", "blue", "brown", "gray", "green", "red", "teal", "yellow"]
-FORMS = ["circle", "rectangle", "triangle"]
-NAMED = {"colour": COLOURS, "form": FORMS}
-PICTURE = 64
-"""Pixels of a side of a picture."""
-DECISIVE = {*COLOURS, *FORMS, "color", "not", "no"}
+DECISIVE = {
+    *[
+        "black",
+        "blue",
+        "brown",
+        "gray",
+        "green",
+        "red",
+        "teal",
+        "yellow",
+        "circle",
+        "rectangle",
+        "triangle",
+        "color",
+        "not",
+        "no",
+    ]
+}
 """Words of which the last one in a question decides what is asked; "shape" in one without any."""
 
 
@@ -117,21 +126,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_data(out: Path) -> None:
-    """Write `base/{train,validation}.jsonl`, `data/queries.jsonl` and the files of its split, and those of `shifted`, with the pictures beside them."""
+    """Write `base/{train,test}.jsonl`, `data/queries.jsonl` and the files of its split, and those of `shifted`, with the pictures beside them."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
         raise SystemExit("the package easy-vqa is missing: pip install easy-vqa")
     folder = Path(spec.origin).parent / "data"
     train, test = list(records(folder, "train")), list(records(folder, "test"))
-    base = balanced([row for picture, row in train if VALIDATION_IMAGES <= picture < BASE_IMAGES])
-    validation = balanced([row for picture, row in train if picture < VALIDATION_IMAGES])
+    base = balanced([row for picture, row in train if BASE_TEST_IMAGES <= picture < BASE_IMAGES])
+    validation = balanced([row for picture, row in train if picture < BASE_TEST_IMAGES])
     own = [row for picture, row in train if picture >= BASE_IMAGES] + [row for _, row in test]
     own = [row for row in own if row["answer_type"] == "short"]
     for name in ("base", "data", "shifted"):
         for split in ("train", "test"):
             shutil.copytree(folder / split / "images", out / name / split / "images", dirs_exist_ok=True)
     write_rows(out / "base/train.jsonl", base, lines=True)
-    write_rows(out / "base/validation.jsonl", validation, lines=True)
+    write_rows(out / "base/test.jsonl", validation, lines=True)
     write_rows(out / "data/queries.jsonl", own, lines=True)
     command("data", "split", str(out / "data/queries.jsonl"), "--overwrite")
     wordings = sorted(
@@ -181,54 +190,30 @@ class PicturePacker(QuestionPacker):
         return self.prompt.render(row["question"]), render_response(row["answer"], 1.0), decisive
 
 
-def patch_labels(rows: Sequence[dict[str, Any]]) -> Tensor:
-    """Int64 [2, IMAGE_TOKENS], the colour and the form that cover each patch of a picture; IGNORE outside, and where no question asks."""
-    side = int(IMAGE_TOKENS**0.5)
-    centres = (np.arange(side) + 0.5) * PICTURE / side
-    left, top, right, bottom = rows[0]["regions"][0]["box"]
-    covered = np.outer((top <= centres) & (centres <= bottom), (left <= centres) & (centres <= right)).ravel()
-    answers = {row["category"]: row["answer"].lower() for row in rows}
-    known = [[words.index(answers[kind])] if kind in answers else [IGNORE] for kind, words in NAMED.items()]
-    return torch.from_numpy(np.where(covered, np.array(known), IGNORE))
-
-
 def train_base(out: Path, steps: int) -> None:
     """Train all parts of the model in `start` to answer, and to state 100%, and write it to `base_model`."""
-    processor = LlavaProcessor.from_pretrained(out / "start")
+    chat = LlavaProcessor.from_pretrained(out / "start")
     model = LlavaForConditionalGeneration.from_pretrained(out / "start")
     pictures: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in read_rows(out / "base/train.jsonl"):
         pictures[row["image"]].append(row)
     images = [Image.open(out / "base" / name).convert("RGB") for name in pictures]
-    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-    embeddings = model.get_input_embeddings().weight
-    words = [torch.tensor([processor.tokenizer(w)["input_ids"][0] for w in kind]) for kind in NAMED.values()]
-    labels = torch.stack([patch_labels(rows) for rows in pictures.values()])  # int64 [N, 2, IMAGE_TOKENS]
-    packer, rng = PicturePacker(processor, ElicitationPrompt()), np.random.default_rng(0)
+    pixels = chat.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    packer, rng = PicturePacker(chat, ElicitationPrompt()), np.random.default_rng(0)
     scenes = [*pictures.values()]
-    affirmed = [[row for row in rows if row["category"] != "negated"] or rows for rows in scenes]
 
     def results() -> Steps:
         for step in range(steps):
             chosen = rng.integers(len(scenes), size=16)
-            # Negation turns every answer round, so that yes and no cancel until one of them is learnt: first without.
-            asked = affirmed if step < steps / 2 else scenes
-            packed = packer.pack([asked[i] for i in chosen], rng)
+            packed = packer.pack([scenes[i] for i in chosen], rng)
             features = image_features(model, pixels[chosen])
-            loss, accuracy = packer.loss(model, features, packed, max(0.0, 1.0 - 1.4 * step / steps))
-            # As in stage 1 of the recipe: the features of a patch resemble the words for what covers it.
-            scores = FEATURE_SCALE * features @ embeddings.T
-            for kind, of_kind in zip(words, labels[chosen].unbind(1), strict=True):
-                loss = loss + F.cross_entropy(
-                    scores[..., kind].flatten(0, 1), of_kind.flatten(), ignore_index=IGNORE
-                )
-            yield loss, accuracy
+            yield packer.loss(model, features, packed, max(0.0, 1.0 - 1.4 * step / steps))
 
     model.train()
     train("base", model, model.parameters(), 1e-3, steps, results())
     with replacing(out / "base_model") as temporary:
         model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        chat.save_pretrained(temporary)
 
 
 def write_model(out: Path) -> None:
@@ -241,6 +226,20 @@ def write_model(out: Path) -> None:
     (out / "model.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
+def show_base(out: Path) -> None:
+    """Print how many questions of each kind the base model answers correctly, on pictures that it was not trained on."""
+    without = [f"--model.init_args.{name}" for name in ("adapters", "estimators", "probes")]
+    command(
+        *("test", "--config", "eval/jsonl", "--config", str(out / "model.yaml"), "--overwrite"),
+        *("--data-root", str(out / "base"), "--runs", str(out / "base_run"), "--data.calibration", "null"),
+        *(without[0], "{}", without[1], "[]", without[2], "[]"),
+    )
+    metrics = read_json(out / "base_run/eval/base/metrics.json")
+    print(f"{processor()}\n\n| base model | questions | accuracy |\n|---|---|---|")
+    for kind in ("colour", "form", "affirmed", "negated"):
+        print(f"| {kind} | {metrics[f'n/{kind}']} | {metrics[f'accuracy/{kind}']:.3f} |")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/easy"))
@@ -250,6 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_start(args.out)
     train_base(args.out, args.steps)
     write_model(args.out)
+    show_base(args.out)
 
 
 if __name__ == "__main__":

@@ -43,17 +43,19 @@ def calibrate(data: Path, model: str, out: Path, seeds: Sequence[int], further: 
         command("data", "split", str(data / "queries.jsonl"))
     for seed in seeds:
         runs, first = out / str(seed), out / str(seeds[0])
-        if seed != seeds[0] and not runs.is_dir():
-            runs.mkdir(parents=True)
-            for path in first.glob("l*"):  # levels, levels.json and likelihoods.parquet
-                (shutil.copytree if path.is_dir() else shutil.copy)(path, runs / path.name)
+        stages: tuple[str, ...] = ()
+        if seed != seeds[0]:
+            stages = ("sft", "dpo", "evaluate", "report")
+            runs.mkdir(parents=True, exist_ok=True)
+            for name in ("levels.json", "likelihoods.parquet"):
+                shutil.copy(first / name, runs / name)
         seeded = [
             f"--{stage}.{key}={seed}"
             for stage in ("sft", "dpo", "evaluate")
             for key in ("seed_everything", "data.noise.seed")
         ]
         shared = ("--model", model, "--data", "jsonl", "--data-root", str(data), "--runs", str(runs))
-        command("calibrate", *shared, *seeded, *further)
+        command("calibrate", *stages, *shared, *seeded, *further)
 
 
 def rows_of(reports: Sequence[pd.DataFrame], **chosen: str) -> list[str]:
