@@ -35,36 +35,29 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from tests.demo.recipe import QuestionPacker, Steps, image_features, train
+from tests.demo.architecture import IMAGE_TOKENS
+from tests.demo.recipe import FEATURE_SCALE, QuestionPacker, Steps, image_features, train
 from tests.performance.machine import processor
 from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlm_calibration.files import read_json, replacing, write_json, write_rows
+from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.text.confidence import ElicitationPrompt, render_response
 
 BASE_TEST_IMAGES, BASE_IMAGES = 100, 2000
 """The first pictures of the training split, on which the base model is tested and fine-tuned; all others are for calibration."""
 STEPS = 400
-DECISIVE = {
-    *[
-        "black",
-        "blue",
-        "brown",
-        "gray",
-        "green",
-        "red",
-        "teal",
-        "yellow",
-        "circle",
-        "rectangle",
-        "triangle",
-        "color",
-        "not",
-        "no",
-    ]
+NAMED = {
+    "colour": ["black", "blue", "brown", "gray", "green", "red", "teal", "yellow"],
+    "form": ["circle", "rectangle", "triangle"],
 }
+PICTURE = 64
+"""Pixels of a side of a picture."""
+DECISIVE = {*NAMED["colour"], *NAMED["form"], "color", "not", "no"}
 """Words of which the last one in a question decides what is asked; "shape" in one without any."""
 
 
@@ -190,6 +183,17 @@ class PicturePacker(QuestionPacker):
         return self.prompt.render(row["question"]), render_response(row["answer"], 1.0), decisive
 
 
+def patch_labels(rows: Sequence[dict[str, Any]]) -> Tensor:
+    """Int64 [2, IMAGE_TOKENS], the colour and the form that cover each patch of a picture; IGNORE outside, and where no question asks."""
+    side = int(IMAGE_TOKENS**0.5)
+    centres = (np.arange(side) + 0.5) * PICTURE / side
+    left, top, right, bottom = rows[0]["regions"][0]["box"]
+    covered = np.outer((top <= centres) & (centres <= bottom), (left <= centres) & (centres <= right)).ravel()
+    answers = {row["category"]: row["answer"].lower() for row in rows}
+    known = [[words.index(answers[kind])] if kind in answers else [IGNORE] for kind, words in NAMED.items()]
+    return torch.from_numpy(np.where(covered, np.array(known), IGNORE))
+
+
 def train_base(out: Path, steps: int) -> None:
     """Train all parts of the model in `start` to answer, and to state 100%, and write it to `base_model`."""
     chat = LlavaProcessor.from_pretrained(out / "start")
@@ -201,13 +205,22 @@ def train_base(out: Path, steps: int) -> None:
     pixels = chat.image_processor(images=images, return_tensors="pt")["pixel_values"]
     packer, rng = PicturePacker(chat, ElicitationPrompt()), np.random.default_rng(0)
     scenes = [*pictures.values()]
+    embeddings = model.get_input_embeddings().weight
+    words = [torch.tensor([chat.tokenizer(w)["input_ids"][0] for w in kind]) for kind in NAMED.values()]
+    labels = torch.stack([patch_labels(rows) for rows in scenes])  # int64 [N, 2, IMAGE_TOKENS]
 
     def results() -> Steps:
         for step in range(steps):
             chosen = rng.integers(len(scenes), size=16)
             packed = packer.pack([scenes[i] for i in chosen], rng)
             features = image_features(model, pixels[chosen])
-            yield packer.loss(model, features, packed, max(0.0, 1.0 - 1.4 * step / steps))
+            loss, accuracy = packer.loss(model, features, packed, max(0.0, 1.0 - 1.4 * step / steps))
+            # As in stage 1 of the recipe: without it the model does not learn forms in these steps.
+            scores = FEATURE_SCALE * features @ embeddings.T
+            for kind, of_kind in zip(words, labels[chosen].unbind(1), strict=True):
+                scored = scores[..., kind].flatten(0, 1)
+                loss = loss + F.cross_entropy(scored, of_kind.flatten(), ignore_index=IGNORE)
+            yield loss, accuracy
 
     model.train()
     train("base", model, model.parameters(), 1e-3, steps, results())
