@@ -62,7 +62,9 @@ def execute(
 
 
 def cleaned(output: Any) -> Any:
-    """An output without the escape codes that rich puts into the plain text of its tables."""
+    """An output without the path of the checkout, and the escape codes that rich puts into the plain text of its tables."""
+    if "text" in output:
+        output.text = output.text.replace(f"{NOTEBOOKS.parent}/", "")
     if "text/plain" in output.get("data", {}):
         output.data["text/plain"] = re.sub(r"\x1b\[[\d;]*m", "", output.data["text/plain"])
     return output
