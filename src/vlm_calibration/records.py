@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -16,6 +16,8 @@ AnswerType = Literal["yes_no", "short", "open"]
 ANSWER_TYPES: tuple[str, ...] = get_args(AnswerType)
 MIN_BOX = 9
 """Smallest area of a region's box, in pixels; a perturbation of less is not seen."""
+VERBALIZED = "verbalized"
+"""Name of the stated confidence among estimators; its key in a file is `confidence`."""
 ORIGINAL = "original"
 """Key of the confidence that all probed confidences are compared with."""
 SMALL_BOX = f"covers fewer than {MIN_BOX} pixels"
@@ -92,6 +94,9 @@ class Prediction:
         answer_type: how the answer was graded.
         perturbation: kind of perturbation of the evidence, "" for an untouched image; None if unknown.
         strength: of the perturbation, in [0, 1], 0 for an untouched image; None if unknown.
+        image: the query's image, as its source names it; None if a file lacks it.
+        estimates: further estimator -> confidence in [0, 1], or None; each is a key of its own in `predictions.jsonl`.
+        probes: probe, or `ORIGINAL` -> the confidence read after it, in [0, 1], or None; without probes no key of the file.
     """
 
     id: str
@@ -106,9 +111,18 @@ class Prediction:
     answer_type: AnswerType
     perturbation: str | None = None
     strength: float | None = None
+    image: str | None = None
+    estimates: Mapping[str, float | None] = field(default_factory=dict)
+    probes: Mapping[str, float | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("estimates", "probes")}
+        probes = {"probes": dict(self.probes)} if self.probes else {}
+        return {**own, **self.estimates, **probes}
+
+    def confidence_of(self, estimator: str) -> float | None:
+        """KeyError for an unknown estimator."""
+        return self.confidence if estimator == VERBALIZED else self.estimates[estimator]
 
 
 class LoadedImage(NamedTuple):
@@ -157,11 +171,11 @@ def query_validator() -> SchemaValidator:
 
     def record(kind: type, **schemas: Any) -> Any:
         keys = []
-        for field in fields(kind):
-            schema = schemas[field.name]
-            if field.default is not MISSING:
-                schema = core_schema.with_default_schema(schema, default=field.default)
-            keys.append(core_schema.dataclass_field(field.name, schema))
+        for member in fields(kind):
+            schema = schemas[member.name]
+            if member.default is not MISSING:
+                schema = core_schema.with_default_schema(schema, default=member.default)
+            keys.append(core_schema.dataclass_field(member.name, schema))
         arguments = core_schema.dataclass_args_schema(kind.__name__, keys, extra_behavior="forbid")
         return core_schema.dataclass_schema(kind, arguments, list(schemas))
 

@@ -11,8 +11,8 @@ import yaml
 from playwright.sync_api import Browser, Page
 
 from vlm_calibration.commands.report import report
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import write_rows
+from vlm_calibration.records import Prediction
 
 A4 = {"width": 700, "height": 1000}
 """The print area of a sheet in CSS pixels."""
@@ -40,7 +40,7 @@ def _answers(prefix: str, seed: int) -> list[dict[str, Any]]:
         said = ("Yes", "Yes. Confidence: 80%", "yes", confidence, correct)
         facts = (f"{prefix}{i}", question, *said, f"{shifts[i % 3]}/{kinds[i // 3 % 3]}", None, "yes_no")
         estimates = {"self_consistency": float(rng.random())}
-        answers.append(EstimatedPrediction(*facts, image=f"{prefix}{i // 2}.png", estimates=estimates))
+        answers.append(Prediction(*facts, image=f"{prefix}{i // 2}.png", estimates=estimates))
     return [answer.to_dict() for answer in answers]
 
 

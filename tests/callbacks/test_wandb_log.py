@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_calibration.estimators.predictions import VERBALIZED
 from vlm_calibration.estimators.probes import PROBES
 from vlm_calibration.metrics.functional import REPORTED
+from vlm_calibration.records import VERBALIZED
 from vlm_calibration.stages.evaluation import ORACLE
 from vlm_calibration.stages.scoring import REPORTED_FOR_ESTIMATORS
 

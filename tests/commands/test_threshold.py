@@ -15,10 +15,10 @@ import yaml
 from safetensors.numpy import save_file
 
 from vlm_calibration.estimators.decision import DecisionRule, KnownQuestions, read_rule
-from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
+from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.metrics.risk_control import Limits
 from vlm_calibration.models.base import adapter_digest, adapter_weights_digest
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report.data import read_systems
 from vlm_calibration.reporting.report.thresholds import (
@@ -233,7 +233,7 @@ def test_mistakes_are_named(call: Call, arguments: str, status: int, says: str) 
 
 def test_the_name_of_the_split_is_not_part_of_the_category() -> None:
     def split(identifier: str, category: str | None) -> tuple[str | None, str | None]:
-        answer = EstimatedPrediction(identifier, "?", "Yes", "", None, None, True, category, None, "yes_no")
+        answer = Prediction(identifier, "?", "Yes", "", None, None, True, category, None, "yes_no")
         return part_of(answer), category_of(answer)
 
     assert split("own:1", "own/colour") == ("own", "colour")

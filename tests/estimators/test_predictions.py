@@ -10,13 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_calibration.estimators.predictions import (
-    EstimatedPrediction,
-    estimators_of,
-    prediction_from_dict,
-    read_predictions,
-)
-from vlm_calibration.records import DataError, RecordError
+from vlm_calibration.estimators.predictions import estimators_of, prediction_from_dict, read_predictions
+from vlm_calibration.records import DataError, Prediction, RecordError
 
 LINE: dict[str, Any] = {
     "id": "a",
@@ -55,7 +50,7 @@ PROBABILITY = st.none() | st.floats(0, 1)
 )
 def test_what_is_written_is_read(text: str, confidence: float | None, further: dict[str, Any]) -> None:
     facts = ("a", "?", "Yes", text, None, confidence, False, None, None, "short")
-    made = EstimatedPrediction(*facts, **further)  # type: ignore[arg-type]
+    made = Prediction(*facts, **further)  # type: ignore[arg-type]
     assert prediction_from_dict(json.loads(json.dumps(made.to_dict(), ensure_ascii=False))) == made
 
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from netcal.binning import IsotonicRegression
 from netcal.scaling import LogisticCalibration, TemperatureScaling
 
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.estimators.recalibration import (
     HALF_PERCENT,
     METHODS,
@@ -25,7 +24,7 @@ from vlm_calibration.estimators.recalibration import (
     recalibrated,
     temperature,
 )
-from vlm_calibration.records import DataError
+from vlm_calibration.records import VERBALIZED, DataError, Prediction
 
 
 def answers(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -41,10 +40,10 @@ def predictions(
     correct: Sequence[bool],
     images: Sequence[str | None],
     prefix: str = "q",
-) -> list[EstimatedPrediction]:
+) -> list[Prediction]:
     rows = zip(confidence, correct, images, strict=True)
     return [
-        EstimatedPrediction(
+        Prediction(
             *(f"{prefix}{i}", "?", "Yes", "", "yes", c, bool(r), None, None, "yes_no"),
             image=image,
             estimates={"other": c},
@@ -152,7 +151,7 @@ def test_one_outcome_is_not_certain() -> None:
 def test_splits_that_would_leak_are_refused(
     test: list[str | None], calibration: list[str | None], message: str
 ) -> None:
-    def rows(images: list[str | None]) -> list[EstimatedPrediction]:
+    def rows(images: list[str | None]) -> list[Prediction]:
         return predictions([0.5] * len(images), [True] * len(images), images)
 
     with pytest.raises(DataError) as caught:

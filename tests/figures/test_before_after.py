@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.files import write_rows
+from vlm_calibration.records import Prediction
 
 from .before_after import OUT, ROOT, WIDTH, main, read_table, side_by_side
 
@@ -26,7 +26,7 @@ def runs(tmp_path: Path) -> Path:
     """An evaluation with the answers of `SYSTEMS`."""
     for name, levels in SYSTEMS.items():
         rows = [
-            EstimatedPrediction(
+            Prediction(
                 f"{level}-{i}", "A dog?", "Yes", "", "yes", level, i < right, None, 0, "yes_no"
             ).to_dict()
             for level, right, n in levels

@@ -28,7 +28,6 @@ import torch
 from vlm_calibration.metrics import CalibrationMetrics, functional
 from vlm_calibration.reporting.report.table import MEASURED, ImageBootstrap
 from vlm_calibration.reporting.report.data import summarize_predictions
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.stages.scoring import Scorer
 
 confidence, correct = torch.tensor([0.9, 0.5]), torch.tensor([True, False])
@@ -36,7 +35,7 @@ metrics = CalibrationMetrics(categories=["a"])
 metrics.update(confidence, correct, [["a"], []])
 rows = zip(confidence.tolist(), correct.tolist(), [0.9, 0.5], strict=True)
 answers = [
-    EstimatedPrediction(str(i), "?", "Yes", "", "yes", round(c, 2), y, "a", 0, "yes_no", estimates={"other": e})
+    Prediction(str(i), "?", "Yes", "", "yes", round(c, 2), y, "a", 0, "yes_no", estimates={"other": e})
     for i, (c, y, e) in enumerate(rows)
 ]
 scorer = Scorer(["a"], ["other"])

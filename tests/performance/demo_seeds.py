@@ -26,10 +26,11 @@ import torch
 import yaml
 from tests.performance.machine import spread
 
-from vlm_calibration.estimators.predictions import VERBALIZED, read_predictions
+from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.estimators.recalibration import recalibrated
 from vlm_calibration.estimators.teacher import taught_confidences
 from vlm_calibration.metrics import functional
+from vlm_calibration.records import VERBALIZED
 from vlm_calibration.reporting.report.data import read_systems
 from vlm_calibration.reporting.report.table import ImageBootstrap, Measured, p_value
 

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates, interval_of
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
+from vlm_calibration.records import Prediction
 from vlm_calibration.reporting.report.table import ImageBootstrap
 
 GRID = 1000
@@ -135,7 +135,7 @@ def _intervals_of_images(
     correct = luck < population.accuracy[drawn]
     confidence = (population.level[drawn] / GRID).tolist()
     predictions = [
-        EstimatedPrediction(str(i), "?", "Yes", "", "yes", c, bool(y), None, None, "yes_no", image=str(m))
+        Prediction(str(i), "?", "Yes", "", "yes", c, bool(y), None, None, "yes_no", image=str(m))
         for i, (c, y, m) in enumerate(zip(confidence, correct, image, strict=True))
     ]
     bootstrap = ImageBootstrap(predictions, replicates, seed=int(rng.integers(2**31)))

@@ -26,14 +26,14 @@ from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.data.noise import NoisePolicy
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.predictions import EstimatedPrediction, graded_prediction
+from vlm_calibration.estimators.predictions import graded_prediction
 from vlm_calibration.estimators.recalibration import METHODS, logit
 from vlm_calibration.estimators.teacher import taught_confidences
 from vlm_calibration.files import write_rows
 from vlm_calibration.metrics.bootstrap import percentile_interval
 from vlm_calibration.metrics.functional import METRICS
 from vlm_calibration.metrics.table import ConfidenceTable
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.reporting.card import Card, save_card
 from vlm_calibration.reporting.report import page
 from vlm_calibration.reporting.report.data import System, read_calibration, read_systems
@@ -60,7 +60,7 @@ from vlm_calibration.reporting.runs import RunRecord
 EVIL = "<script>alert(1)</script>\"'<img src=http://evil.example/x onerror=alert(2)>"
 
 
-def answers(seed: int, n: int = 60, honest: bool = True) -> list[EstimatedPrediction]:
+def answers(seed: int, n: int = 60, honest: bool = True) -> list[Prediction]:
     """Answers to three questions an image, of a model that is honest or always 95% confident."""
     rng = np.random.default_rng(seed)
     predictions = []
@@ -73,7 +73,7 @@ def answers(seed: int, n: int = 60, honest: bool = True) -> list[EstimatedPredic
         noise: tuple[Any, ...] = (("noise", 500), ("motion_blur", None))[i % 4 // 2] if i % 2 else ("", 0)
         category = "noised/dog" if i % 2 else "clean/dog"
         predictions.append(
-            EstimatedPrediction(
+            Prediction(
                 f"q{i}", f"Is there a dog, {i}?", "Yes", text, said.lower(), stated, right, category, noise[1], "yes_no",
                 perturbation=noise[0], strength=0.5 if i % 2 else 0.0, image=f"{i // 3}.png",
                 estimates={"likelihood": round(float(rng.random()), 6)},
@@ -82,7 +82,7 @@ def answers(seed: int, n: int = 60, honest: bool = True) -> list[EstimatedPredic
     return predictions
 
 
-def held_out(seed: int, honest: bool = True) -> list[EstimatedPrediction]:
+def held_out(seed: int, honest: bool = True) -> list[Prediction]:
     """Answers to a calibration set: about other images than `answers`, and not noised."""
     given = answers(seed, honest=honest)
     return [replace(p, id=f"h{p.id}", image=f"h{p.image}", category="clean/dog") for p in given]
@@ -101,7 +101,7 @@ def evaluation(tmp_path: Path) -> Path:
     return folder
 
 
-def write(folder: Path, predictions: Sequence[EstimatedPrediction], split: str = "predictions") -> None:
+def write(folder: Path, predictions: Sequence[Prediction], split: str = "predictions") -> None:
     write_rows(folder / f"{split}.jsonl", [p.to_dict() for p in predictions], lines=True)
 
 
@@ -146,9 +146,7 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def system(
-    name: str, predictions: list[EstimatedPrediction], calibration: list[EstimatedPrediction] | None = None
-) -> System:
+def system(name: str, predictions: list[Prediction], calibration: list[Prediction] | None = None) -> System:
     return System(name, predictions, {}, Path("eval"), {}, calibration)
 
 
@@ -182,7 +180,7 @@ def test_every_system_estimator_and_recalibration_has_a_row_with_the_metrics_of_
 def test_distances_are_differences_of_two_rows_on_the_same_draws() -> None:
     """The teacher's row is that of scikit-learn's logistic regression, fitted on the calibration answers."""
 
-    def rated(predictions: list[EstimatedPrediction]) -> list[EstimatedPrediction]:
+    def rated(predictions: list[Prediction]) -> list[Prediction]:
         given = ({**p.estimates, "expected": 0.9 * (p.confidence or 0.5)} for p in predictions)
         return [replace(p, estimates=estimates) for p, estimates in zip(predictions, given, strict=True)]
 
@@ -206,7 +204,7 @@ def test_distances_are_differences_of_two_rows_on_the_same_draws() -> None:
             assert distance[name] == pytest.approx(expected)
             assert distance[f"{name}_low"] < expected < distance[f"{name}_high"]
 
-    def log_odds(predictions: Sequence[EstimatedPrediction]) -> np.ndarray:
+    def log_odds(predictions: Sequence[Prediction]) -> np.ndarray:
         return logit(np.array([[p.estimates["likelihood"], p.estimates["expected"]] for p in predictions]))
 
     predictions, calibration = systems[1].predictions, systems[1].calibration or ()
@@ -315,7 +313,7 @@ def test_intervals_of_groups_are_over_images() -> None:
     plain = replace(answers(0, n=1)[0], confidence=0.5)
     rows = [replace(plain, id=f"q{i}", image=f"{i // 10}", correct=i // 10 % 2 == 0) for i in range(1000)]
 
-    def whole(predictions: list[EstimatedPrediction]) -> dict[str, Any]:
+    def whole(predictions: list[Prediction]) -> dict[str, Any]:
         return match_of(system("a", predictions), ImageBootstrap(predictions), [True] * len(predictions))
 
     widths = []
@@ -399,7 +397,7 @@ def test_small_groups_decide_nothing_and_answer_types_are_groups() -> None:
 def test_bands_hold_every_answer_that_states_a_confidence_once() -> None:
     rows = [(0.0, True), (0.2, False), (0.29, True), (0.8, True), (0.9, False), (1.0, True), (1.0, True)]
     predictions = [
-        EstimatedPrediction(str(i), "?", "Yes", "", "yes", c, r, None, None, "yes_no")
+        Prediction(str(i), "?", "Yes", "", "yes", c, r, None, None, "yes_no")
         for i, (c, r) in enumerate([*rows, (None, True)])
     ]
     bands = bands_of(system("a", predictions), ImageBootstrap(predictions, 5))
@@ -509,7 +507,7 @@ def test_the_page_says_what_a_system_is_where_it_is_weakest_and_what_ran_it(eval
 def test_texts_of_models_and_data_neither_run_nor_load(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     evil = [
-        EstimatedPrediction(
+        Prediction(
             f"q{i}{EVIL}", EVIL, EVIL, EVIL, EVIL, i / 40, i % 3 == 0, EVIL.replace("/", "|"), 0, "open", image=f"{i}{EVIL}"
         )
         for i in range(40)

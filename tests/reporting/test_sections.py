@@ -13,8 +13,8 @@ from scipy.stats import binomtest
 
 from vlm_calibration.commands.report import report
 from vlm_calibration.estimators.decision import write_rule
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.metrics.risk_control import percent
+from vlm_calibration.records import Prediction
 from vlm_calibration.reporting.report.data import System, read_systems
 from vlm_calibration.reporting.report.summary import probe_sentences
 from vlm_calibration.reporting.report.thresholds import (
@@ -33,11 +33,11 @@ from .test_report import answers as three_an_image
 
 def answers(
     part: str, sure: int, wrong: int, unsure: int = 0, likelihood: float | None = None
-) -> list[EstimatedPrediction]:
+) -> list[Prediction]:
     """`sure` answers at 90%, of which `wrong` are wrong, and `unsure` ones at 40%, of which half are wrong."""
     rows = [(0.9, i >= wrong) for i in range(sure)] + [(0.4, i % 2 == 0) for i in range(unsure)]
     return [
-        EstimatedPrediction(
+        Prediction(
             f"{part}:{i}", "A dog?", "Yes", "", None, confidence, correct, f"{part}/dog", None, "yes_no",
             image=f"{part}{i}", estimates={} if likelihood is None else {"likelihood": likelihood},
         )
@@ -159,7 +159,7 @@ def test_the_card_of_a_system_states_the_guarantee_of_its_own_weights(evaluation
 NAMES = ("image", "object", "distractor", "answer")
 
 
-def probed(listens: bool, n: int = 60) -> list[EstimatedPrediction]:
+def probed(listens: bool, n: int = 60) -> list[Prediction]:
     """Answers of a model that listens to the image, or of one whose confidence never moves."""
     predictions = []
     for i, p in enumerate(three_an_image(0, n)):

@@ -21,9 +21,9 @@ import yaml
 from vlm_calibration.data.dataset import EvalSplit
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.demo.source import DemoSource
-from vlm_calibration.estimators.predictions import EstimatedPrediction, read_predictions
+from vlm_calibration.estimators.predictions import read_predictions
 from vlm_calibration.estimators.verbal import ExpectedConfidence
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.answer_log import AnswerLog, ResumeState
 from vlm_calibration.stages.evaluation import BatchAnswers, EvaluationModule
 
@@ -228,12 +228,9 @@ QUERIES: Any = {
 def _batch(*numbers: int) -> BatchAnswers:
     """Answers to the queries of these numbers by two systems."""
 
-    def answers(text: str) -> list[EstimatedPrediction]:
+    def answers(text: str) -> list[Prediction]:
         rest: Any = (None, 0, "yes_no", "", 0.0, None, {"p": 1e-6})
-        return [
-            EstimatedPrediction(f"q{n}", "Größe?\u2028", "Yes", text, "yes", 0.29, True, *rest)
-            for n in numbers
-        ]
+        return [Prediction(f"q{n}", "Größe?\u2028", "Yes", text, "yes", 0.29, True, *rest) for n in numbers]
 
     passes = {"base": {"verbalized": [2] * len(numbers)}}
     return BatchAnswers(answers={"base": answers("Yes\n"), "one": answers("No")}, passes=passes)

@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from vlm_calibration.arguments import Subcommands
 from vlm_calibration.benchmarks import amber, pope
 from vlm_calibration.benchmarks.files import OFFICIAL, Reply, in_order_of, read_records, reply
 from vlm_calibration.files import json_number, write_rows
-from vlm_calibration.records import DataError, Query, RecordError, query_from_dict
-
-if TYPE_CHECKING:
-    from vlm_calibration.estimators.predictions import EstimatedPrediction
+from vlm_calibration.records import DataError, Prediction, Query, RecordError, query_from_dict
 
 
 def score_pope(
@@ -106,7 +103,7 @@ SUBCOMMANDS = Subcommands(
 
 
 def _print_scores(
-    answers: Path, graded: Sequence[EstimatedPrediction], official: Mapping[str, float], json: bool
+    answers: Path, graded: Sequence[Prediction], official: Mapping[str, float], json: bool
 ) -> None:
     """Print the official scores of a file of answers, and this project's metrics of the graded answers."""
     from rich.console import Console
@@ -124,7 +121,7 @@ def _print_scores(
     print_results({answers.stem: values}, by_group=True)
 
 
-def _grade(queries: Sequence[Query], answers: Sequence[Reply]) -> list[EstimatedPrediction]:
+def _grade(queries: Sequence[Query], answers: Sequence[Reply]) -> list[Prediction]:
     from vlm_calibration.estimators.predictions import graded_prediction
 
     graded = []

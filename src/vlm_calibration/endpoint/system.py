@@ -17,9 +17,10 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.endpoint.client import Client, Endpoint, RefusedError, Response, Token
 from vlm_calibration.estimators.base import Estimate, Estimator, System, SystemAnswers, grade_answers
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
-from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.predictions import EXPECTED
 from vlm_calibration.estimators.probes import Probe
 from vlm_calibration.estimators.verbal import rounded
+from vlm_calibration.records import VERBALIZED, Prediction
 from vlm_calibration.text.confidence import (
     ElicitationPrompt,
     end_of_confidence,
@@ -232,7 +233,7 @@ class EndpointSystem(System):
         self.client.close()
 
 
-def _likelihood(answer: EstimatedPrediction, tokens: Sequence[Token]) -> float | None:
+def _likelihood(answer: Prediction, tokens: Sequence[Token]) -> float | None:
     """The likelihood of an answer as in `AnswerLikelihood`, from its listed tokens; None if they do not give it."""
     if answer.answer_type != "yes_no":
         return answer_likelihood(tokens, strip_confidence(answer.text))

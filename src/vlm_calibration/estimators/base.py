@@ -24,17 +24,12 @@ from vlm_calibration.estimators.answer_scoring import (
     right_padded,
     score_answers,
 )
-from vlm_calibration.estimators.predictions import (
-    EXPECTED,
-    VERBALIZED,
-    EstimatedPrediction,
-    graded_prediction,
-)
+from vlm_calibration.estimators.predictions import EXPECTED, graded_prediction
 from vlm_calibration.estimators.probes import COPIES, Probe
 from vlm_calibration.models.adapters import using_adapter
 from vlm_calibration.models.generation import PromptCache, generate, second_choice
 from vlm_calibration.models.shared_prefix import Prompts
-from vlm_calibration.records import ORIGINAL
+from vlm_calibration.records import ORIGINAL, VERBALIZED, Prediction
 from vlm_calibration.text.confidence import end_of_confidence, strip_confidence
 
 OPPOSITE = {"yes": "No", "no": "Yes"}
@@ -75,13 +70,13 @@ class SystemAnswers(NamedTuple):
             `ExpectedConfidence`, and where it cannot be had.
     """
 
-    predictions: list[EstimatedPrediction]
+    predictions: list[Prediction]
     passes: dict[str, list[int]]
     distributions: list[Mapping[float, float]]
 
     @staticmethod
     def of(
-        answers: Sequence[EstimatedPrediction],
+        answers: Sequence[Prediction],
         estimates: Mapping[str, Estimate],
         distributions: Iterable[Mapping[float, float]],
     ) -> SystemAnswers:
@@ -135,7 +130,7 @@ class LocalSystem(System):
             return answers
 
 
-def grade_answers(batch: PromptBatch, texts: Sequence[str]) -> list[EstimatedPrediction]:
+def grade_answers(batch: PromptBatch, texts: Sequence[str]) -> list[Prediction]:
     """Parse and grade the texts that answer a batch."""
     rows = zip(batch.queries, texts, batch.perturbations, batch.noise_steps, strict=True)
     return [graded_prediction(*row, batch.grading) for row in rows]
@@ -154,7 +149,7 @@ class AnsweredBatch:
 
     model: Any
     batch: PromptBatch
-    predictions: Sequence[EstimatedPrediction]
+    predictions: Sequence[Prediction]
     answer_passes: Sequence[int]
     tokenizer: AnswerTokenizer
     max_new_tokens: int
@@ -199,7 +194,7 @@ class AnsweredBatch:
         return answer if answer and not (image and image in answer) else None
 
     @cached_property
-    def rivals(self) -> dict[int, EstimatedPrediction]:
+    def rivals(self) -> dict[int, Prediction]:
         """Row -> the likeliest other answer, graded: the opposite of yes or no; else a greedy answer from the second-likeliest first token.
 
         Not for a query without an answer, nor where the other text is no answer, is cut off, or gives the same answer.

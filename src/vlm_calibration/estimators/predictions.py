@@ -1,9 +1,9 @@
-"""Predictions with their image and the confidences of further estimators, as an evaluation writes them."""
+"""Graded predictions, and reading them from the files that an evaluation writes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,6 +12,7 @@ from vlm_calibration.perturbation.levels import Perturbation
 from vlm_calibration.records import (
     ANSWER_TYPES,
     ORIGINAL,
+    VERBALIZED,
     AnswerType,
     DataError,
     Prediction,
@@ -23,32 +24,8 @@ from vlm_calibration.text.grading import EXACT, Grade, Grading, grade, parse_ans
 
 PREDICTIONS, CALIBRATION = "predictions.jsonl", "calibration.jsonl"
 """Files of a system's answers to the test set and to the calibration set."""
-VERBALIZED, EXPECTED = "verbalized", "expected"
-"""Names of `VerbalizedConfidence`, whose key in a file is `confidence`, and of `ExpectedConfidence`."""
-
-
-@dataclass(frozen=True)
-class EstimatedPrediction(Prediction):
-    """A prediction with the confidences of further estimators and probes.
-
-    Attributes:
-        image: the query's image, as its source names it; None if a file lacks it.
-        estimates: estimator -> confidence in [0, 1], or None; each is a key of its own in `predictions.jsonl`.
-        probes: probe, or `ORIGINAL` -> the confidence read after it, in [0, 1], or None; without probes no key of the file.
-    """
-
-    image: str | None = None
-    estimates: Mapping[str, float | None] = field(default_factory=dict)
-    probes: Mapping[str, float | None] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("estimates", "probes")}
-        probes = {"probes": dict(self.probes)} if self.probes else {}
-        return {**own, **self.estimates, **probes}
-
-    def confidence_of(self, estimator: str) -> float | None:
-        """KeyError for an unknown estimator."""
-        return self.confidence if estimator == VERBALIZED else self.estimates[estimator]
+EXPECTED = "expected"
+"""Name of `ExpectedConfidence`."""
 
 
 def graded_prediction(
@@ -57,7 +34,7 @@ def graded_prediction(
     perturbation: Perturbation | None,
     noise_step: int | None,
     grading: Grading | None = EXACT,
-) -> EstimatedPrediction:
+) -> Prediction:
     """Parse and grade a text that answers a query; with None for `grading` it is not correct.
 
     `perturbation` happened to the image, None if that is not known; `noise_step` is the diffusion step of its noise, None for other kinds.
@@ -67,7 +44,7 @@ def graded_prediction(
         outcome = Grade(parse_answer(text, kind, question), False)
     else:
         outcome = grade(text, query.answer, kind, query.synonyms, grading, question)
-    return EstimatedPrediction(
+    return Prediction(
         id=query.id,
         question=question,
         answer=query.answer,
@@ -84,9 +61,9 @@ def graded_prediction(
     )
 
 
-KEYS = tuple(f.name for f in fields(EstimatedPrediction) if f.name != "estimates")
-REQUIRED = tuple(f.name for f in fields(Prediction) if f.default is MISSING)
-TYPES = get_type_hints(EstimatedPrediction)
+KEYS = tuple(f.name for f in fields(Prediction) if f.name != "estimates")
+REQUIRED = tuple(f.name for f in fields(Prediction) if f.default is f.default_factory is MISSING)
+TYPES = get_type_hints(Prediction)
 SHARE = float | None
 CHECKS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     str: ("a string", lambda value: isinstance(value, str)),
@@ -102,12 +79,12 @@ CHECKS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 """Type of a field -> what its value must be, and the check. Keys that are no fields are shares."""
 
 
-def read_predictions(path: Path) -> list[EstimatedPrediction]:
+def read_predictions(path: Path) -> list[Prediction]:
     """The predictions of a `predictions.jsonl`.
 
     DataError if the file cannot be read, holds no prediction, repeats an id, or has a line that is none and not blank.
     """
-    predictions: dict[str, EstimatedPrediction] = {}
+    predictions: dict[str, Prediction] = {}
     for line in json_lines(path):
         prediction = line.read(prediction_from_dict)
         if prediction.id in predictions:
@@ -118,7 +95,7 @@ def read_predictions(path: Path) -> list[EstimatedPrediction]:
     return list(predictions.values())
 
 
-def prediction_from_dict(data: Any) -> EstimatedPrediction:
+def prediction_from_dict(data: Any) -> Prediction:
     """Convert a decoded JSON object to a prediction; unknown keys are estimators. RecordError if it is none."""
     if not isinstance(data, Mapping):
         raise RecordError("expected an object with the keys of a prediction")
@@ -133,16 +110,16 @@ def prediction_from_dict(data: Any) -> EstimatedPrediction:
         if not is_valid(value):
             raise RecordError(f"'{key}' must be {expected}, found {value!r}")
     own = {key: value for key, value in data.items() if key in KEYS}
-    return EstimatedPrediction(**own, estimates={k: v for k, v in plain.items() if k not in KEYS})
+    return Prediction(**own, estimates={k: v for k, v in plain.items() if k not in KEYS})
 
 
-def estimators_of(predictions: Sequence[EstimatedPrediction]) -> tuple[str, ...]:
+def estimators_of(predictions: Sequence[Prediction]) -> tuple[str, ...]:
     """The estimators that all predictions have, the verbalized confidence first."""
     common = [n for n in predictions[0].estimates if all(n in p.estimates for p in predictions)]
     return (VERBALIZED, *common)
 
 
-def probes_of(predictions: Sequence[EstimatedPrediction]) -> tuple[str, ...]:
+def probes_of(predictions: Sequence[Prediction]) -> tuple[str, ...]:
     """The probes that all predictions have, in the order of the first one."""
     first = [name for name in predictions[0].probes if name != ORIGINAL]
     return tuple(name for name in first if all(name in p.probes for p in predictions))

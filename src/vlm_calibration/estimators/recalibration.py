@@ -19,8 +19,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import KBinsDiscretizer
 
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
-from vlm_calibration.records import DataError
+from vlm_calibration.records import VERBALIZED, DataError, Prediction
 
 HALF_PERCENT, SMALLEST = 0.005, 1e-6
 """`epsilon` of `logit`: half of the step between stated percentages, and that for all other confidences."""
@@ -93,9 +92,9 @@ def logit(confidence: np.ndarray, epsilon: float = SMALLEST) -> np.ndarray:
 
 def recalibrated(
     method: str,
-    predictions: Sequence[EstimatedPrediction],
+    predictions: Sequence[Prediction],
     estimator: str,
-    calibration: Sequence[EstimatedPrediction],
+    calibration: Sequence[Prediction],
 ) -> list[float | None]:
     """For each prediction the confidence of an estimator, recalibrated by one of `METHODS`; None without a confidence.
 
@@ -126,13 +125,13 @@ def recalibrated(
 
 
 def unrated_types(
-    predictions: Sequence[EstimatedPrediction], estimator: str, calibration: Sequence[EstimatedPrediction]
+    predictions: Sequence[Prediction], estimator: str, calibration: Sequence[Prediction]
 ) -> list[str]:
     """The types of answers that an estimator rates, but not in the calibration set."""
     return sorted(_rated(predictions, estimator).keys() - _rated(calibration, estimator).keys())
 
 
-def _rated(predictions: Sequence[EstimatedPrediction], estimator: str) -> dict[str, list[int]]:
+def _rated(predictions: Sequence[Prediction], estimator: str) -> dict[str, list[int]]:
     """Answer type -> rows of the answers that have a confidence."""
     rows: dict[str, list[int]] = {}
     for row, prediction in enumerate(predictions):

@@ -13,10 +13,9 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.estimators.recalibration import SMALLEST
 from vlm_calibration.metrics.functional import auroc, brier_score, expected_calibration_error
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Prediction
 
 TEACHER = "teacher"
 """Name of what the teacher makes of the estimates in an answer, beside those of estimators."""
@@ -149,7 +148,7 @@ def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) ->
 
 
 def taught_confidences(
-    predictions: Sequence[EstimatedPrediction], calibration: Sequence[EstimatedPrediction]
+    predictions: Sequence[Prediction], calibration: Sequence[Prediction]
 ) -> list[float | None]:
     """For each answer the accuracy in [0, 1] by a teacher of the default settings that is fitted on the calibration answers.
 
@@ -157,7 +156,7 @@ def taught_confidences(
     """
     settings = TeacherSettings()
 
-    def rated(p: EstimatedPrediction) -> TaughtAnswer | None:
+    def rated(p: Prediction) -> TaughtAnswer | None:
         features = tuple(c for name in settings.features if (c := p.estimates.get(name)) is not None)
         is_complete = len(features) == len(settings.features)
         return TaughtAnswer(features, p.correct, p.answer_type, p.image or "") if is_complete else None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
-from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED
+from vlm_calibration.estimators.predictions import EXPECTED
+from vlm_calibration.records import VERBALIZED
 
 
 class VerbalizedConfidence(Estimator):

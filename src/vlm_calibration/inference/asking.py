@@ -22,14 +22,14 @@ from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem
 from vlm_calibration.estimators.base import System
 from vlm_calibration.estimators.decision import AppliedRule, Decision, DecisionRule
-from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.predictions import EXPECTED
 from vlm_calibration.estimators.verbal import ExpectedConfidence, rounded
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.perturbation.images import DEFAULT_MAX_PIXELS, ImageError, load_image
 from vlm_calibration.perturbation.levels import CLEAN, Perturbation
 from vlm_calibration.perturbation.noise import ImageArray, check_image
-from vlm_calibration.records import AnswerType, DataError, LoadedImage, Query
+from vlm_calibration.records import VERBALIZED, AnswerType, DataError, LoadedImage, Prediction, Query
 from vlm_calibration.text.confidence import strip_confidence
 
 BASE, CALIBRATED, ENDPOINT = "base", "calibrated", "endpoint"
@@ -146,7 +146,7 @@ class CalibratedModel:
                 ]
         return answers
 
-    def _applied_rule(self, prediction: EstimatedPrediction) -> AppliedRule | None:
+    def _applied_rule(self, prediction: Prediction) -> AppliedRule | None:
         if self.rule is None:
             return None
         confidence = prediction.confidence_of(self.rule.estimator)

@@ -16,7 +16,7 @@ from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import Estimator, LocalSystem
 from vlm_calibration.estimators.decision import DecisionRule, read_rule
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
-from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED
+from vlm_calibration.estimators.predictions import EXPECTED
 from vlm_calibration.estimators.verbal import ExpectedConfidence
 from vlm_calibration.hub import is_hub_name, loading
 from vlm_calibration.inference.asking import BASE, CALIBRATED, CalibratedModel
@@ -33,7 +33,7 @@ from vlm_calibration.models.base import (
     processor_source,
 )
 from vlm_calibration.models.loading import load_base, weights_digest
-from vlm_calibration.records import DataError
+from vlm_calibration.records import VERBALIZED, DataError
 from vlm_calibration.reporting.card import EXAMPLE, Card, load_card
 from vlm_calibration.settings import digest, file_digest
 from vlm_calibration.text.confidence import ElicitationPrompt

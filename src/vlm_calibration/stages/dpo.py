@@ -23,7 +23,6 @@ from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.estimators.teacher import FittedTeacher, TaughtAnswer, TeacherSettings
 from vlm_calibration.losses.candidates import CandidateLoss
 from vlm_calibration.losses.distribution import DistributionLoss, SoftLabel
@@ -41,7 +40,7 @@ from vlm_calibration.models.base import find_adapter
 from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import BaseModel, load_for_training
 from vlm_calibration.models.shared_prefix import Prompts, ResponseScores, Scoring, score_responses
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.dpo_terms import (
     Comparison,
     answer_log_likelihood,
@@ -291,7 +290,7 @@ class DPOModule(TrainingStage):
         finally:
             self.model.train(training)
 
-    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[Prediction]]:
         assert self.data.candidates is not None
         compared = batch.candidates if self.data.candidates.answers == "gold" else batch.prompts
         with shared_vision(self.model):

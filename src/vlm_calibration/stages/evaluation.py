@@ -20,7 +20,7 @@ from vlm_calibration.endpoint.client import Endpoint
 from vlm_calibration.endpoint.system import EndpointSystem
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import PROBES, Estimator, LocalSystem, System
-from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction
+from vlm_calibration.estimators.predictions import EXPECTED
 from vlm_calibration.estimators.probes import Probe, check_probes, copies_of
 from vlm_calibration.estimators.verbal import VerbalizedConfidence, rounded
 from vlm_calibration.models.adapters import load_adapters
@@ -28,7 +28,7 @@ from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapte
 from vlm_calibration.models.forward import shared_vision
 from vlm_calibration.models.loading import load_base
 from vlm_calibration.perturbation.levels import AnchoredLevels, Perturbation
-from vlm_calibration.records import DataError, category_groups
+from vlm_calibration.records import VERBALIZED, DataError, Prediction, category_groups
 from vlm_calibration.stages.provenance import check_levels, differences_from_training
 from vlm_calibration.stages.scoring import Results, Scorer
 from vlm_calibration.stages.training import device_of, refuse_sharding
@@ -42,7 +42,7 @@ class BatchAnswers(TypedDict):
         passes: system -> estimator, or `PROBES` -> the forward passes of each of B queries; empty without estimators and probes.
     """
 
-    answers: Mapping[str, Sequence[EstimatedPrediction]]
+    answers: Mapping[str, Sequence[Prediction]]
     passes: Mapping[str, Mapping[str, Sequence[int]]]
 
 
@@ -199,7 +199,7 @@ class EvaluationModule(L.LightningModule):
             scorer.to(self.device)
 
     def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> BatchAnswers:
-        answers: dict[str, list[EstimatedPrediction]] = {system: [] for system in self.systems}
+        answers: dict[str, list[Prediction]] = {system: [] for system in self.systems}
         is_scored = TESTED[dataloader_idx] == SCORED
         passes: dict[str, dict[str, list[int]]] = {}
         if batch.queries:
@@ -217,7 +217,7 @@ class EvaluationModule(L.LightningModule):
             self.count(output)
         return output
 
-    def _check_scored(self, answers: Mapping[str, Sequence[EstimatedPrediction]]) -> None:
+    def _check_scored(self, answers: Mapping[str, Sequence[Prediction]]) -> None:
         """Refuse a system of whose confidences 10 or more, and most, are not whole percents, which alone are scored after its answers."""
         for system, counts in self._stated.items():
             stated = [p.confidence for p in answers[system] if p.confidence is not None]
@@ -242,7 +242,7 @@ class EvaluationModule(L.LightningModule):
         notes = {system: {**endpoint.notes, **no_probes} for system, endpoint in self.endpoints.items()}
         return notes | {system: {"not as trained": text} for system, text in self.differences.items()}
 
-    def _oracle(self, prediction: EstimatedPrediction) -> EstimatedPrediction:
+    def _oracle(self, prediction: Prediction) -> Prediction:
         lost = Perturbation(cast(str, prediction.perturbation), cast(float, prediction.strength))
         accuracy = cast(AnchoredLevels, self.oracle).accuracy(lost, prediction.answer_type)
         return replace(prediction, confidence=accuracy, estimates={}, probes={})
@@ -254,7 +254,7 @@ class EvaluationModule(L.LightningModule):
             self.log_dict(overall, rank_zero_only=True)
 
 
-def _rounded(p: EstimatedPrediction) -> EstimatedPrediction:
+def _rounded(p: Prediction) -> Prediction:
     """With as many digits of estimates and probes as do not depend on the batch size."""
     estimates, probes = ({n: rounded(c) for n, c in values.items()} for values in (p.estimates, p.probes))
     return replace(p, estimates=estimates, probes=probes)

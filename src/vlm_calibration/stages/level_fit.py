@@ -20,13 +20,12 @@ from vlm_calibration.data.module import INSTANCES, LEVELS, DataNeeds, PerturbedQ
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer, right_padded
 from vlm_calibration.estimators.base import LocalSystem, grade_answers
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.models.loading import BaseModel, load_base
 from vlm_calibration.models.shared_prefix import Prompts, score_responses
 from vlm_calibration.perturbation.level_table import AnswerTypeCounts, LevelCount, Measured, write_likelihoods
 from vlm_calibration.perturbation.levels import CLEAN, AnchoredLevels, LinearLevels, Perturbation
 from vlm_calibration.progress import track
-from vlm_calibration.records import ANSWER_TYPES, DataError
+from vlm_calibration.records import ANSWER_TYPES, DataError, Prediction
 from vlm_calibration.settings import digest
 from vlm_calibration.stages.answer_log import AnswerLog, ResumeState
 from vlm_calibration.stages.evaluation import BASE, BatchAnswers
@@ -119,7 +118,7 @@ class LevelFitModule(L.LightningModule):
         name = (LEVELS, INSTANCES)[dataloader_idx]
         self.answers.add(name, BatchAnswers(answers={BASE: answers}, passes={}))
 
-    def _answer(self, batch: PromptBatch) -> list[EstimatedPrediction]:
+    def _answer(self, batch: PromptBatch) -> list[Prediction]:
         """The model's own answers, those to untouched images with their likelihood if it is written; a ranked one may be empty."""
         ranked = rank_answers(self.model, batch)
         untouched = [perturbation == CLEAN for perturbation in batch.perturbations]
@@ -160,7 +159,7 @@ class LevelFitModule(L.LightningModule):
             }
             write_likelihoods(Path(self.likelihoods), measured, provenance)
 
-    def _logged(self, name: str) -> Iterator[EstimatedPrediction]:
+    def _logged(self, name: str) -> Iterator[Prediction]:
         """The answers of all processes to a data set, also those of an interrupted run."""
         return (answer for batch in self.answers.batches(name) for answer in batch["answers"][BASE])
 
@@ -200,7 +199,7 @@ def rank_answers(model: Any, batch: PromptBatch) -> list[bool | None]:
 
 
 def count_levels(
-    answers: Iterable[EstimatedPrediction], perturbations: Sequence[Perturbation]
+    answers: Iterable[Prediction], perturbations: Sequence[Perturbation]
 ) -> dict[str, AnswerTypeCounts]:
     """Count the correct answers by answer type, kind, strength and bin of the likelihood; each query is once at each level.
 

@@ -16,12 +16,11 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from vlm_calibration.estimators.base import PROBES
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction
 from vlm_calibration.metrics import CalibrationMetrics, TaskMetrics, UndefinedMetricWarning
 from vlm_calibration.metrics.counting import ProbeMetrics
 from vlm_calibration.metrics.functional import REPORTED
 from vlm_calibration.metrics.table import PROBABILITY_STEPS, as_confidence_tensor
-from vlm_calibration.records import Prediction, category_groups
+from vlm_calibration.records import VERBALIZED, Prediction, category_groups
 
 Results = dict[str, dict[str, float]]
 """System name -> metrics by flat name; the system "" is the run itself."""
@@ -73,12 +72,11 @@ class Scorer(nn.Module):
         groups = [[g for g in category_groups(p.category) if g in known] for p in predictions]
         correct = torch.tensor([p.correct for p in predictions])
         self.task.update([p.predicted for p in predictions], [p.answer for p in predictions], correct, groups)
-        estimated = cast(Sequence[EstimatedPrediction], predictions)
         for name, metrics in zip(self.confidences, self.calibration, strict=True):
-            confidences = [p.confidence if name == VERBALIZED else p.estimates[name] for p in estimated]
+            confidences = [p.confidence if name == VERBALIZED else p.estimates[name] for p in predictions]
             cast(CalibrationMetrics, metrics).update(as_confidence_tensor(confidences), correct, groups)
         if self.probe_names:
-            self.probes.update([p.probes for p in estimated], groups)
+            self.probes.update([p.probes for p in predictions], groups)
         if self.counted:
             assert passes is not None
             for name, metric in zip(self.counted, self.passes, strict=True):

@@ -21,10 +21,9 @@ from vlm_calibration.data.candidates import ValidationBatch
 from vlm_calibration.data.module import PerturbedQueryDataModule
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import AnsweredBatch
-from vlm_calibration.estimators.predictions import EstimatedPrediction
 from vlm_calibration.models.forward import shard, unwrap_peft
 from vlm_calibration.models.loading import BaseModel
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.stages.scoring import Results, Scorer
 
 OPTIMIZERS = {
@@ -218,7 +217,7 @@ class TrainingStage(L.LightningModule, ABC):
             if isinstance(metric, Metric):
                 metric.reset()
 
-    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[EstimatedPrediction]]:
+    def validation_step(self, batch: ValidationBatch, batch_idx: int) -> dict[str, list[Prediction]]:
         answered = AnsweredBatch.generate(
             self.model, batch.prompts, AnswerTokenizer(self.data.chat), self.max_new_tokens, keep_cache=False
         )

@@ -13,8 +13,6 @@ from vlm_calibration.estimators.decision import DecisionRule, read_rule, rule_of
 from vlm_calibration.estimators.predictions import (
     CALIBRATION,
     PREDICTIONS,
-    VERBALIZED,
-    EstimatedPrediction,
     estimators_of,
     probes_of,
     read_predictions,
@@ -26,12 +24,12 @@ from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.task import count_answers, task_scores
 from vlm_calibration.models.base import ADAPTER, read_object
 from vlm_calibration.models.base import CONFIG as WEIGHTS
-from vlm_calibration.records import DataError, category_groups
+from vlm_calibration.records import VERBALIZED, DataError, Prediction, category_groups
 from vlm_calibration.reporting.card import load_card
 from vlm_calibration.reporting.runs import CONFIG, METRICS, NOTES, read_config, read_record, systems_of
 from vlm_calibration.settings import file_digest
 
-Answers = Sequence[EstimatedPrediction]
+Answers = Sequence[Prediction]
 BASE, ORACLE = "base", "oracle"
 LABELS = {
     BASE: "the base model, not fine-tuned",
@@ -53,11 +51,11 @@ class System:
     """
 
     name: str
-    predictions: Sequence[EstimatedPrediction]
+    predictions: Sequence[Prediction]
     metrics: Mapping[str, float | None]
     folder: Path
     config: Mapping[str, Any]
-    calibration: Sequence[EstimatedPrediction] | None = None
+    calibration: Sequence[Prediction] | None = None
     label: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -102,7 +100,7 @@ def system_named(systems: Sequence[System], name: str) -> System:
     return by_name[name]
 
 
-def check_estimator(estimator: str, answers: Sequence[EstimatedPrediction], where: Path) -> None:
+def check_estimator(estimator: str, answers: Sequence[Prediction], where: Path) -> None:
     """Raise a DataError if not all of the answers in a file or folder have the confidence of an estimator."""
     if estimator not in (known := estimators_of(answers)):
         similar = did_you_mean(estimator, known)
@@ -212,12 +210,12 @@ def model_settings(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return ((config.get("model") or {}).get("init_args") or {}).get(name) or {}
 
 
-def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
+def summarize_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
     """Every metric over all predictions, and as `METRIC/GROUP` over each part of their categories; NaN if undefined.
 
     Further estimators that all predictions have are scored as `METRIC@ESTIMATOR`, their probes as in `probe_values`.
     """
-    groups: dict[str, list[EstimatedPrediction]] = {"": list(predictions)}
+    groups: dict[str, list[Prediction]] = {"": list(predictions)}
     for prediction in predictions:
         for group in category_groups(prediction.category):
             groups.setdefault(f"/{group}", []).append(prediction)
@@ -231,7 +229,7 @@ def summarize_predictions(predictions: Sequence[EstimatedPrediction]) -> dict[st
     return values
 
 
-def metrics_of(predictions: Sequence[EstimatedPrediction]) -> dict[str, float]:
+def metrics_of(predictions: Sequence[Prediction]) -> dict[str, float]:
     """The metrics of answers and of their stated confidence by name, NaN if undefined."""
     counts = count_answers(
         [p.predicted for p in predictions], [p.answer for p in predictions], [p.correct for p in predictions]
@@ -243,6 +241,6 @@ def probe_values_of(predictions: Answers, probes: Sequence[str], suffix: str = "
     return probe_values(count_probes((p.probes for p in predictions), probes), probes, suffix)
 
 
-def table_of(predictions: Sequence[EstimatedPrediction], estimator: str = VERBALIZED) -> ConfidenceTable:
+def table_of(predictions: Sequence[Prediction], estimator: str = VERBALIZED) -> ConfidenceTable:
     confidences = [p.confidence_of(estimator) for p in predictions]
     return ConfidenceTable.from_predictions(confidences, [p.correct for p in predictions], None)

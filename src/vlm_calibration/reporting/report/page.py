@@ -21,14 +21,14 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 
-from vlm_calibration.estimators.predictions import EstimatedPrediction, probes_of
+from vlm_calibration.estimators.predictions import probes_of
 from vlm_calibration.files import first_line
 from vlm_calibration.metrics.figures import FEW, ResponseTables, reliability_diagram, response_curve
 from vlm_calibration.metrics.risk_control import percent
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.metrics.task import ALL_METRICS
 from vlm_calibration.perturbation.levels import Perturbation
-from vlm_calibration.records import DataError
+from vlm_calibration.records import DataError, Prediction
 from vlm_calibration.reporting.card import templates
 from vlm_calibration.reporting.report import summary, table, thresholds
 from vlm_calibration.reporting.report.data import System, model_settings, probe_values_of, table_of
@@ -70,37 +70,37 @@ def _data_uri(kind: str, file: io.BytesIO) -> str:
     return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
-def _tables_by_perturbation(predictions: Sequence[EstimatedPrediction]) -> ResponseTables:
+def _tables_by_perturbation(predictions: Sequence[Prediction]) -> ResponseTables:
     """A table for each kind and strength of perturbation, over the evaluation splits with perturbed images."""
     split_of = {p.id: (p.category or "").split("/")[0] for p in predictions}
     perturbed = {split_of[p.id] for p in predictions if p.strength}
-    groups: dict[tuple[str, float], list[EstimatedPrediction]] = {}
+    groups: dict[tuple[str, float], list[Prediction]] = {}
     for p in predictions:
         if p.strength is not None and split_of[p.id] in perturbed:
             groups.setdefault((p.perturbation or "", p.strength), []).append(p)
     return {key: table_of(answers) for key, answers in sorted(groups.items())}
 
 
-def examples_of(system: System) -> dict[str, list[EstimatedPrediction]]:
+def examples_of(system: System) -> dict[str, list[Prediction]]:
     """The most confident wrong answers, "overconfident", and the least confident correct ones, "underconfident"; one an image."""
     examples = {}
     for name, is_correct, sign in (("overconfident", False, -1), ("underconfident", True, 1)):
         confident = [p for p in system.predictions if p.confidence is not None and p.correct == is_correct]
-        by_image: dict[str, EstimatedPrediction] = {}
+        by_image: dict[str, Prediction] = {}
         for prediction in sorted(confident, key=lambda p: (sign * (p.confidence or 0.0), p.id)):
             by_image.setdefault(prediction.image or prediction.id, prediction)
         examples[name] = list(by_image.values())[:MAX_EXAMPLES]
     return examples
 
 
-def perturbation_of(answer: EstimatedPrediction) -> str:
+def perturbation_of(answer: Prediction) -> str:
     """What happened to the image of an answer, in words; empty if that is not known."""
     if answer.perturbation is None or answer.strength is None:
         return ""
     return str(Perturbation(answer.perturbation, answer.strength))
 
 
-def thumbnails(system: System, predictions: Sequence[EstimatedPrediction]) -> tuple[dict[str, str], str]:
+def thumbnails(system: System, predictions: Sequence[Prediction]) -> tuple[dict[str, str], str]:
     """Thumbnails of the images behind some predictions, query id -> data URI, and why images are missing, empty if none is."""
     images = {}
     try:
@@ -130,7 +130,7 @@ def thumbnail(image: np.ndarray) -> str:
     return _data_uri("image/jpeg", file)
 
 
-def _dataset(config: Mapping[str, Any], predictions: Sequence[EstimatedPrediction]) -> Any:
+def _dataset(config: Mapping[str, Any], predictions: Sequence[Prediction]) -> Any:
     """The data set that a run answered, built from the run's configuration; DataError if it has none."""
     from vlm_calibration.data.module import PerturbedQueryDataModule
 

@@ -18,7 +18,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from vlm_calibration.estimators.predictions import EXPECTED, VERBALIZED, EstimatedPrediction, estimators_of
+from vlm_calibration.estimators.predictions import EXPECTED, estimators_of
 from vlm_calibration.estimators.recalibration import METHODS, recalibrated, unrated_types
 from vlm_calibration.estimators.teacher import TEACHER, taught_confidences
 from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates, interval_of, percentile_interval
@@ -26,7 +26,7 @@ from vlm_calibration.metrics.figures import wilson_interval
 from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.progress import track
-from vlm_calibration.records import category_groups
+from vlm_calibration.records import VERBALIZED, Prediction, category_groups
 from vlm_calibration.reporting.report.data import ORACLE, Answers, System, metrics_of
 from vlm_calibration.reporting.tables import COLUMNS as HEADLINE
 
@@ -265,8 +265,8 @@ def bands_of(system: System, bootstrap: ImageBootstrap) -> list[dict[str, Any]]:
 
 def groups_of(system: System, bootstrap: ImageBootstrap) -> list[dict[str, Any]]:
     """The rows of a system's groups: answer types if there are several, parts of categories, and pairs that are smaller than both parts."""
-    by_type: dict[str, list[EstimatedPrediction]] = {name: [] for name in TYPES.values()}
-    by_category: dict[str, list[EstimatedPrediction]] = {}
+    by_type: dict[str, list[Prediction]] = {name: [] for name in TYPES.values()}
+    by_category: dict[str, list[Prediction]] = {}
     for prediction in system.predictions:
         by_type[TYPES[prediction.answer_type]].append(prediction)
         parts = category_groups(prediction.category)

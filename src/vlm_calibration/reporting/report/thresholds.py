@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm_calibration.estimators.decision import EVERYTHING, By, may_answer
 from vlm_calibration.estimators.likelihood import AnswerLikelihood
-from vlm_calibration.estimators.predictions import VERBALIZED, EstimatedPrediction, estimators_of
+from vlm_calibration.estimators.predictions import estimators_of
 from vlm_calibration.metrics.risk_control import (
     Choice,
     Limits,
@@ -30,7 +30,7 @@ from vlm_calibration.models.base import (
     base_of_adapters,
     find_adapter,
 )
-from vlm_calibration.records import DataError
+from vlm_calibration.records import VERBALIZED, DataError, Prediction
 from vlm_calibration.reporting.report.data import BASE, Answers, System
 from vlm_calibration.reporting.report.summary import listed
 from vlm_calibration.reporting.runs import read_record, systems_of
@@ -56,21 +56,21 @@ class Promise(NamedTuple):
         return [name for name, s in self.tested.items() if s.error.low > self.limits.max_error]
 
 
-def part_of(answer: EstimatedPrediction) -> str | None:
+def part_of(answer: Prediction) -> str | None:
     """The named split that an answer belongs to, which an evaluation puts in front of id and category; None if it has no name."""
     first = (answer.category or "").split("/", 1)[0]
     return first if first and answer.id.startswith(f"{first}:") else None
 
 
-def category_of(answer: EstimatedPrediction) -> str | None:
+def category_of(answer: Prediction) -> str | None:
     """The category of the question itself, without the name of its split; None if it has none."""
     return (answer.category or "").removeprefix(part_of(answer) or "").removeprefix("/") or None
 
 
-def parts_of(answers: Sequence[EstimatedPrediction]) -> dict[str, list[EstimatedPrediction]]:
+def parts_of(answers: Sequence[Prediction]) -> dict[str, list[Prediction]]:
     """The named splits of the answers; of one split its main categories; empty if there is one of these too."""
     for name_of in (part_of, lambda answer: (category_of(answer) or "").split("/")[0] or None):
-        parts: dict[str, list[EstimatedPrediction]] = {}
+        parts: dict[str, list[Prediction]] = {}
         for answer in answers:
             parts.setdefault(name_of(answer) or "other", []).append(answer)
         if len(parts) > 1:
@@ -78,11 +78,11 @@ def parts_of(answers: Sequence[EstimatedPrediction]) -> dict[str, list[Estimated
     return {}
 
 
-def grouped(answers: Sequence[EstimatedPrediction], by: By | None) -> dict[str, list[EstimatedPrediction]]:
+def grouped(answers: Sequence[Prediction], by: By | None) -> dict[str, list[Prediction]]:
     """The answers in the groups that get a threshold each, by name; answers without a category are left out if it goes by that."""
     if by is None:
         return {EVERYTHING: list(answers)}
-    groups: dict[str, list[EstimatedPrediction]] = {}
+    groups: dict[str, list[Prediction]] = {}
     for answer in answers:
         if (group := category_of(answer)) is not None:
             groups.setdefault(group, []).append(answer)
