@@ -68,7 +68,7 @@ def test_counts_of_a_file(jsonl: Path) -> None:
     assert [m.split(": ", 1)[0] for m in bad] == [f"{jsonl}:{n}" for n in (7, 8, 9)]
     assert list(unloadable) == [str(jsonl.with_name("cut.jpg"))]
     assert "cut.jpg" in unloadable[str(jsonl.with_name("cut.jpg"))]
-    few = dict(inspect_source(JsonlSource(str(jsonl)), sample=2).rows)
+    few = dict(inspect_source(JsonlSource(str(jsonl)), sample=2)[0])
     assert few["queries"] == "6"
     assert "image sizes (2 opened)" in few
 
@@ -81,7 +81,7 @@ def test_boxes_that_are_normalised_are_counted(jsonl: Path, scale: float, says: 
             region["box"] = [scale * side for side in region["box"]]
         lines.append(json.dumps(line))
     jsonl.write_text("\n".join(lines))
-    rows = inspect_source(JsonlSource(str(jsonl)), sample=1).rows
+    rows, *_ = inspect_source(JsonlSource(str(jsonl)), sample=1)
     assert [text for heading, text in rows if "box" in heading] == says
 
 

@@ -143,10 +143,10 @@ def test_a_region_that_is_not_good_enough_is_kept_with_the_reason(
     scripted = Scripted(Description(("dog",)), [Detection("dog", CORNER, 0.5)], [mask])
     result = _extract(scripted, gates=gates)
     assert (result.outcome, result.query.regions, result.query.objects) == ("rejected", (), ("dog",))
-    [rejected] = result.rejected
-    assert (rejected.reason, rejected.region.label) == (reason, "dog")
+    [(region, why)] = result.rejected
+    assert (why, region.label) == (reason, "dog")
     if reason == "empty":
-        assert (rejected.region.mask, rejected.region.box) == (None, (0.0, 0.0, 4.0, 4.0))
+        assert (region.mask, region.box) == (None, (0.0, 0.0, 4.0, 4.0))
 
 
 def test_gates_at_their_limits() -> None:

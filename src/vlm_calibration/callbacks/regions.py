@@ -129,7 +129,7 @@ class RegionWriter(L.Callback):
 
 def row_of(extracted: Extracted) -> dict[str, Any]:
     """A query and the notes about its extraction, by the columns of `SCHEMA`."""
-    rejected = [{**asdict(r.region), "reason": r.reason} for r in extracted.rejected]
+    rejected = [{**asdict(region), "reason": reason} for region, reason in extracted.rejected]
     notes = {"outcome": extracted.outcome, "rejected": rejected, "note": extracted.note}
     return asdict(extracted.query) | notes
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,20 +20,6 @@ from vlm_calibration.data.sources.parquet import ParquetSource
 from vlm_calibration.files import json_lines, replacing
 from vlm_calibration.records import DataError
 from vlm_calibration.text.grading import parse_answer
-
-
-class SplitResult(NamedTuple):
-    """The files that were written.
-
-    Attributes:
-        files: for each of `SPLITS` the path, the numbers of queries and of images, and the share of yes among the yes/no answers.
-        bad: a message for each record left out.
-        largest: the images of the largest group of nearly equal ones.
-    """
-
-    files: list[tuple[Path, int, int, float | None]]
-    bad: list[str]
-    largest: list[str]
 
 
 def open_source(path: Path, root: Path, on_bad_record: OnBadRecord) -> JsonlSource:
@@ -78,10 +63,12 @@ def assign_queries(groups: np.ndarray, shares: Sequence[float], seed: int) -> np
 
 def split_queries(
     source: JsonlSource, paths: Mapping[str, Path], shares: Sequence[float], seed: int, near: bool
-) -> SplitResult:
+) -> tuple[list[tuple[Path, int, int, float | None]], list[str], list[str]]:
     """Assign the groups of equal, or with `near` nearly equal images to `paths` (split -> file), and write all files, or none.
 
-    A DataError if there are too few images, an image cannot be read, or a file cannot be written.
+    Returns for each split the path, the numbers of queries and of images, and the share of yes among the yes/no answers; a message for
+    each record left out; and the images of the largest group of nearly equal ones. A DataError if there are too few images, an image
+    cannot be read, or a file cannot be written.
     """
     queries = source.queries()
     index: dict[str, int] = {}
@@ -115,7 +102,7 @@ def split_queries(
         files.append((path, len(members), images, float(np.mean(yes)) if yes else None))
     [(label, _)] = Counter(groups[groups >= 0].tolist()).most_common(1)
     largest = [first[i].image for i in np.flatnonzero(groups == label)]
-    return SplitResult(files, [*source.bad.messages, *bad.messages], largest)
+    return files, [*source.bad.messages, *bad.messages], largest
 
 
 def _write_lines(source: JsonlSource, splits: np.ndarray, paths: Sequence[Path]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -52,20 +52,13 @@ class RegionGates:
         return "small" if share < self.min_area else "large" if share > self.max_area else None
 
 
-class Rejected(NamedTuple):
-    """A region that failed a check."""
-
-    region: Region
-    reason: Reason
-
-
 @dataclass(frozen=True)
 class Extracted:
-    """A query with its regions, the outcome of its extraction, its rejected regions, and why its image is unreadable."""
+    """A query with its regions, the outcome of its extraction, its rejected regions and why, and why its image is unreadable."""
 
     query: Query
     outcome: Outcome
-    rejected: tuple[Rejected, ...] = ()
+    rejected: tuple[tuple[Region, Reason], ...] = ()
     note: str | None = None
 
 
@@ -132,7 +125,7 @@ class Pipeline:
         by_phrase = ([i for i in instances if i[0].label == phrase] for phrase in description.objects)
         united = [self._unite(of_phrase) for of_phrase in by_phrase if of_phrase]
         regions = tuple(region for region, reason in united if reason is None)
-        rejected = tuple(Rejected(region, reason) for region, reason in united if reason is not None)
+        rejected = tuple((region, reason) for region, reason in united if reason is not None)
         outcome: Outcome = "found" if regions else "rejected" if rejected else "not detected"
         if not description.objects:
             outcome = "absent" if description.absent else "no phrase"

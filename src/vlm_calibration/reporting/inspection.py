@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,19 +17,13 @@ from vlm_calibration.text.grading import parse_answer
 MAX_VALUES = 8  # values that a line of the table names
 
 
-class Inspection(NamedTuple):
-    """What a source holds: the table's rows of heading and text, and a message for each record that cannot be used.
-
-    `unloadable`: `image_id` of a broken image, or id of a query with wrong regions -> the message about it.
-    """
-
-    rows: list[tuple[str, str]]
-    bad: list[str]
-    unloadable: dict[str, str]
-
-
-def inspect_source(source: QuerySource, sample: int) -> Inspection:
+def inspect_source(
+    source: QuerySource, sample: int
+) -> tuple[list[tuple[str, str]], list[str], dict[str, str]]:
     """Count all queries of a source, and open the images of `sample` of them, spread evenly.
+
+    Returns the table's rows of heading and text; a message for each record that cannot be used; and `image_id` of a broken image, or id
+    of a query with wrong regions -> the message about it.
 
     Bad records are collected if the source can skip them. A source that cannot be read, or has no usable query, is a DataError.
     """
@@ -51,7 +44,7 @@ def inspect_source(source: QuerySource, sample: int) -> Inspection:
         rows.append((f"with a box that {SMALL_BOX}", f"{small} of the bad records"))
     if unloadable:
         rows.append(("images or regions that cannot be loaded", str(len(unloadable))))
-    return Inspection(rows, bad, unloadable)
+    return rows, bad, unloadable
 
 
 def _bad(source: QuerySource) -> list[str]:
