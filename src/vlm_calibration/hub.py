@@ -20,7 +20,6 @@ from huggingface_hub import (
     errors,
     get_token,
     hf_hub_download,
-    snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.utils import validate_repo_id
@@ -71,12 +70,6 @@ def loading(what: str, name: str) -> Iterator[None]:
         else:
             cause = first_line(error)
         raise DataError(f"cannot load {what} from {name!r}: {cause}") from error
-
-
-def download(what: str, name: str, revision: str | None = None) -> Path:
-    """Download all files of a repository on the Hub, or take them from the cache; returns their folder. Raises as `loading`."""
-    with loading(what, name):
-        return Path(snapshot_download(name, revision=revision))
 
 
 def base_license(name: str, revision: str | None = None, *, download: bool = False) -> dict[str, Any]:

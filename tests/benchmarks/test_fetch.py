@@ -86,7 +86,7 @@ def test_pope_is_where_the_preset_reads_it(tmp_path: Path, root: Path, folder: s
     assert [q.image for q in PopeSource(aokvqa, images).queries()] == [_image(3), _image(4)]
     source = PopeSource(aokvqa, images, exclude=coco[1:])
     assert [q.image for q in source.queries()] == [_image(4)]
-    assert source.count(["no"]).answers[None, "No", "No"] == 1
+    assert source.counts.of(source.queries(), ["no"]).answers[None, "No", "No"] == 1
     assert len(source.answer_files([("No", 0.5)])["labels.jsonl"]) == 1
     with pytest.raises(DataError, match="image of every question"):
         PopeSource(aokvqa, images, exclude=[aokvqa]).queries()

@@ -31,7 +31,6 @@ from vlm_calibration.estimators.probes import (
     COPIES,
     PROBES,
     check_probes,
-    copies_of,
 )
 from vlm_calibration.estimators.stability import Stability
 from vlm_calibration.estimators.verbal import ExpectedConfidence
@@ -149,7 +148,7 @@ def test_confidences_are_those_read_one_response_at_a_time(
 ) -> None:
     model, chat, samples = asked
     texts = [text for *_, text in ROWS]
-    copied = with_copies(samples, copies_of(PROBES), chat, regions_of)
+    copied = with_copies(samples, [*COPIES.values()], chat, regions_of)
     batch = answering(model, chat, copied, texts, LEVELS, keep_cache=True)
     # As if generated in five passes: models with random weights write without end.
     vars(batch)["_second_choices"] = {1: ("a red ball. Confidence: 60%", 5)}
@@ -216,7 +215,7 @@ def test_probes_and_other_copies_are_read_together_as_alone(
     stable = Stability({"noise": [0.2], "fade": [1.0]})
     together, probes, copies = (
         answering(model, chat, with_copies(samples, wanted, chat, regions_of), texts, LEVELS)
-        for wanted in ([*stable.copies, *copies_of(PROBES)], copies_of(PROBES), stable.copies)
+        for wanted in ([*stable.copies, *COPIES.values()], [*COPIES.values()], stable.copies)
     )
     assert together.read_probes(PROBES) == probes.read_probes(PROBES)
     assert stable.estimate(together) == stable.estimate(copies)

@@ -60,7 +60,7 @@ def _score(folder: Path, splits: Mapping[str, BenchmarkSource]) -> dict[str, flo
             rank_zero_warn(f"no official scores of data.test.{name}: no answer to {unanswered}")
             continue
         replies = [replies_by_id[i] for i in ids]
-        counts[name] = source.count([text for text, _ in replies])
+        counts[name] = source.counts.of(source.queries(), [text for text, _ in replies])
         for end, rows in source.answer_files(replies).items():
             file = folder / OFFICIAL / (f"{name}.{end}" if name else end)
             write_rows(file, rows, lines=end.endswith(".jsonl"))

@@ -9,9 +9,8 @@ from torch import Tensor
 from vlm_calibration.data.noise import query_rng
 from vlm_calibration.estimators.base import AnsweredBatch, Estimate, Estimator
 from vlm_calibration.models.generation import Sampler, generate
-from vlm_calibration.records import Prediction
 from vlm_calibration.text.confidence import end_of_confidence
-from vlm_calibration.text.grading import EXACT, Grading, grade
+from vlm_calibration.text.grading import EXACT, grade
 
 
 def inverse_transform_sampler(temperature: float, numbers: Tensor, prompt_length: int) -> Sampler:
@@ -54,22 +53,16 @@ class SelfConsistency(Estimator):
     def estimate(self, answered: AnsweredBatch) -> Estimate:
         inputs, limit, n = answered.batch.inputs, answered.max_new_tokens, len(answered.predictions)
         tokenizer = answered.chat.processor.tokenizer
-        agreeing, passes = [0] * n, [0] * n
+        agreeing, passes, grading = [0] * n, [0] * n, answered.batch.grading or EXACT
         for sample in range(self.samples):
             rngs = [query_rng(self.seed, sample, query.id, self.name) for query in answered.batch.queries]
             numbers = torch.stack([torch.from_numpy(rng.random(limit)) for rng in rngs])
             sampler = inverse_transform_sampler(self.temperature, numbers, inputs["input_ids"].shape[1])
             sampled = generate(answered.model, inputs, tokenizer, limit, end_of_confidence, sampler)
             for row, prediction in enumerate(answered.predictions):
-                agreeing[row] += agrees(prediction, sampled.texts[row], answered.batch.grading or EXACT)
                 passes[row] += sampled.passes[row]
+                if given := prediction.predicted:
+                    kind, question = prediction.answer_type, prediction.question
+                    agreeing[row] += grade(sampled.texts[row], given, kind, (), grading, question).correct
         counts = zip(agreeing, answered.predictions, strict=True)
         return Estimate([k / self.samples if p.predicted else None for k, p in counts], passes)
-
-
-def agrees(prediction: Prediction, text: str, grading: Grading) -> bool:
-    """Whether grading takes a text for the same answer as a prediction's."""
-    if not prediction.predicted:
-        return False
-    predicted, kind, question = prediction.predicted, prediction.answer_type, prediction.question
-    return grade(text, predicted, kind, grading=grading, question=question).correct

@@ -36,7 +36,3 @@ def check_probes(probes: Sequence[str]) -> tuple[Probe, ...]:
     if twice := [probe for probe in PROBES if list(probes).count(probe) > 1]:
         raise DataError(f"model.probes: {twice[0]!r} appears twice")
     return tuple(probe for probe in PROBES if probe in probes)
-
-
-def copies_of(probes: Sequence[Probe]) -> list[ImageCopy]:
-    return [COPIES[probe] for probe in probes if probe in COPIES]

@@ -69,12 +69,15 @@ def find_adapter(run: str | Path) -> Path:
     missing = f"no adapter at {run} (expected {CONFIG} there or in its folder {ADAPTER!r}): train one first"
     folders = [Path(run), Path(run) / ADAPTER]
     if not Path(run).exists():
-        from vlm_calibration.hub import download, is_hub_name
+        from huggingface_hub import snapshot_download
+
+        from vlm_calibration.hub import is_hub_name, loading
 
         name, _, revision = str(run).partition("@")
         if is_hub_name(name):
             try:
-                folders = [download("an adapter", name, revision or None)]
+                with loading("an adapter", name):
+                    folders = [Path(snapshot_download(name, revision=revision or None))]
             except DataError as error:
                 raise DataError(f"{missing}, or give its name on the Hub: {error}") from error
             missing = f"no adapter at {run}: the repository on the Hub has no {CONFIG}"

@@ -21,7 +21,7 @@ from vlm_calibration.endpoint.system import EndpointSystem
 from vlm_calibration.estimators.answer_scoring import AnswerTokenizer
 from vlm_calibration.estimators.base import PROBES, Estimator, LocalSystem, System
 from vlm_calibration.estimators.predictions import EXPECTED
-from vlm_calibration.estimators.probes import Probe, check_probes, copies_of
+from vlm_calibration.estimators.probes import COPIES, Probe, check_probes
 from vlm_calibration.estimators.verbal import VerbalizedConfidence, rounded
 from vlm_calibration.models.adapters import load_adapters
 from vlm_calibration.models.base import BaseModel, base_of_adapters, find_adapter
@@ -178,7 +178,7 @@ class EvaluationModule(L.LightningModule):
         for name in TESTED if self.local else ():
             copies[name] = [copy for e in self.estimators for copy in e.copies]
             # No score includes the calibration set, so it is not probed.
-            copies[name] += copies_of(self.probes) if name == SCORED else []
+            copies[name] += [COPIES[p] for p in self.probes if p in COPIES] if name == SCORED else []
         return DataNeeds(copies=copies, images=bool(self.endpoints))
 
     def on_test_start(self) -> None:

@@ -22,6 +22,7 @@ class BenchmarkSource(QuerySource):
     """The questions of a benchmark in the order of its file `path`, without regions; image names are relative to `root`."""
 
     counts: ClassVar[type[OfficialCounts]]
+    """Scores answers by the benchmark's own rule."""
 
     def __init__(self, path: str, root: str) -> None:
         self.path, self.root = path, root
@@ -34,10 +35,6 @@ class BenchmarkSource(QuerySource):
     @abstractmethod
     def answer_files(self, replies: Sequence[tuple[str, float | None]]) -> dict[str, list[dict[str, Any]]]:
         """Files for the benchmark's own script, from text and confidence of all answers, in order: suffix of the name -> rows."""
-
-    def count(self, texts: Sequence[str]) -> OfficialCounts:
-        """Score the answers to all queries, in order, by the benchmark's own rule."""
-        return self.counts.of(self._queries, texts)
 
     def queries(self) -> Sequence[Query]:
         return self._queries
