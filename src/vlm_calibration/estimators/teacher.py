@@ -13,7 +13,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from vlm_calibration.estimators.recalibration import SMALLEST
+from vlm_calibration.estimators.recalibration import SMALLEST, logit
 from vlm_calibration.metrics.functional import auroc, brier_score, expected_calibration_error
 from vlm_calibration.records import DataError, Prediction
 
@@ -119,8 +119,7 @@ def _fit_maps(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[s
 
 
 def _log_odds(confidence: np.ndarray) -> np.ndarray:
-    clipped = np.clip(confidence, SMALLEST, 1 - SMALLEST)
-    return np.log(clipped) - np.log1p(-clipped)
+    return logit(np.clip(confidence, SMALLEST, 1 - SMALLEST))
 
 
 def _cross_validated(settings: TeacherSettings, rows: Sequence[TaughtAnswer]) -> dict[str, float]:

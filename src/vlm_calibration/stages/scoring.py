@@ -24,7 +24,6 @@ from vlm_calibration.records import VERBALIZED, Prediction, category_groups
 
 Results = dict[str, dict[str, float]]
 """System name -> metrics by flat name; the system "" is the run itself."""
-REPORTED_FOR_ESTIMATORS = tuple(name for name in REPORTED if name != "n")
 
 
 class Scorer(nn.Module):
@@ -53,7 +52,7 @@ class Scorer(nn.Module):
         """Reset, and break results down by these groups from now on."""
         self.groups = sorted(set(groups))
         self.task = TaskMetrics(categories=self.groups)
-        finer: dict[str, Any] = {"grid_steps": PROBABILITY_STEPS, "metrics": REPORTED_FOR_ESTIMATORS}
+        finer: dict[str, Any] = {"grid_steps": PROBABILITY_STEPS, "metrics": REPORTED[1:]}
         self.calibration = nn.ModuleList(
             CalibrationMetrics(categories=self.groups, **({} if name == VERBALIZED else finer))
             for name in self.confidences
