@@ -6,12 +6,20 @@ byte-level BPE of the demo's sentences, in which each class name and whole perce
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from tokenizers import Tokenizer
+from transformers import (
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from vlm_calibration.demo.scenes import SCENE_SIZE
@@ -24,14 +32,24 @@ PATCH = 12
 IMAGE_TOKENS = (SCENE_SIZE // PATCH) ** 2
 
 
-def build_processor() -> LlavaProcessor:
-    return LlavaProcessor.from_pretrained(DEMO_MODEL)
+def build_processor(digits: bool = False) -> LlavaProcessor:
+    """The demo model's processor; with `digits`, a number is one token a digit."""
+    processor = LlavaProcessor.from_pretrained(DEMO_MODEL)
+    if digits:
+        backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+        merges = backend["model"]["merges"]
+        backend["model"]["merges"] = [m for m in merges if not re.search(r"\d\d", "".join(m))]
+        processor.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **processor.tokenizer.init_kwargs
+        )
+    return processor
 
 
-def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """The untrained network, float32, about 1.7 million parameters."""
+def build_model(seed: int = 0, layers: int = 4, intermediate: int = 352) -> LlavaForConditionalGeneration:
+    """The untrained network, float32, about 1.7 million parameters; `layers` of the language model, each with an MLP `intermediate` wide."""
     torch.manual_seed(seed)
     config = LlavaConfig.from_pretrained(DEMO_MODEL)
+    config.text_config.num_hidden_layers, config.text_config.intermediate_size = layers, intermediate
     model = LlavaForConditionalGeneration(config)
     # Unit-length word embeddings, so that image features, which are trained to resemble them, start on the same scale.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.text_config.hidden_size**-0.5)

@@ -315,11 +315,18 @@ def log(message: str) -> None:
 
 
 def make_demo_model(
-    out: Path, patch_steps: int = 1100, language_steps: int = 700, joint_steps: int = 160, scenes: int = 4000
+    out: Path,
+    layers: int = 4,
+    intermediate: int = 352,
+    digits: bool = False,
+    patch_steps: int = 1100,
+    language_steps: int = 700,
+    joint_steps: int = 160,
+    scenes: int = 4000,
 ) -> None:
     """Train the demo model and save it with its processor to the folder `out`; stage 2 caches the features of `scenes` scenes."""
-    processor = build_processor()
-    model = build_model()
+    processor = build_processor(digits)
+    model = build_model(layers=layers, intermediate=intermediate)
     log(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
     model.train()
     train_patches(model, processor, patch_steps)
@@ -336,4 +343,7 @@ def make_demo_model(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--out", type=Path, default=DEMO_MODEL, help="folder to write")
-    make_demo_model(parser.parse_args().out)
+    parser.add_argument("--layers", type=int, default=4, help="layers of the language model")
+    parser.add_argument("--intermediate", type=int, default=352, help="width of their MLPs")
+    parser.add_argument("--digits", action="store_true", help="one token a digit instead of one a number")
+    make_demo_model(**vars(parser.parse_args()))
