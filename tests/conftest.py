@@ -101,6 +101,16 @@ def cuda() -> torch.device:
 
 
 @pytest.fixture(scope="session")
+def easy_vqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `tests.performance.easy_vqa` writes: a base model at full size (some minutes), and a tenth of the data to calibrate."""
+    from .performance.easy_vqa import main
+
+    folder = tmp_path_factory.mktemp("easy")
+    main(["--out", str(folder), "--share", "0.1"])
+    return folder
+
+
+@pytest.fixture(scope="session")
 def processor() -> Any:
     """The demo's processor: one token per percentage, 96 x 96 pixels, 64 image tokens."""
     from .demo.architecture import build_processor

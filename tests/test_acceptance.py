@@ -5,6 +5,7 @@ The wheel is in an environment of its own, the data are photographs as people ha
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -265,6 +266,27 @@ def test_the_python_steps_give_the_same_figures(stranger: Stranger, walked: str)
     script = _with_my_model(block("configs/experiment/README.md", "## From Python", "python"))
     stranger.run(script.replace("runs/mine", "runs/python"), "python")
     assert stranger.metrics("runs/python") == stranger.metrics("runs/mine")
+
+
+def test_data_that_nobody_here_drew(stranger: Stranger, easy_vqa: Path) -> None:
+    """The README's commands on a tenth of easy-vqa, with a base model that answers its questions."""
+    shutil.copytree(easy_vqa / "data", stranger.folder / "easy/data")
+    steps = "--sft.trainer.max_steps 60 --dpo.trainer.max_steps 30 --dpo.model.init_args.optimizer.lr 1e-3"
+    output = stranger.run(
+        f"""
+        vlm-calibration data inspect --config data/jsonl --data-root easy/data
+        vlm-calibration calibrate --model {easy_vqa}/model.yaml --data jsonl --data-root easy/data --runs easy/runs {steps}
+        vlm-calibration threshold easy/runs/eval --max-error 0.2 || true
+        vlm-calibration ask easy/data/train/images/2000.png "What color is the shape?" --adapter easy/runs/dpo
+        """
+    )
+    assert re.search(r"(Red|Blue|Green|Yellow|Black|Brown|Gray|Teal)\. Confidence: \d+%", output)
+    metrics = stranger.metrics("easy/runs")["eval/base/metrics.json"]
+    assert metrics["accuracy/colour"] > 0.9
+    assert min(metrics[f"accuracy/{kind}"] for kind in ("form", "affirmed", "negated")) > 0.6
+    rows = list(csv.DictReader((stranger.folder / "easy/runs/eval/report.csv").open(encoding="utf-8")))
+    reported = {(row["system"], row["group"]) for row in rows}
+    assert {("dpo", kind) for kind in ("colour", "form", "affirmed", "negated")} <= reported
 
 
 def test_no_file_of_the_checkout_is_read(stranger: Stranger, walked: str) -> None:

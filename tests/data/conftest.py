@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import pre_tokenizers
 
 from vlm_calibration.data.collate import ChatFormat
 from vlm_calibration.data.noise import Sample
@@ -113,10 +112,7 @@ def digit_processor() -> Any:
     """The demo's processor with a tokenizer that splits numbers into digits, so responses differ in length."""
     from ..demo.architecture import build_processor
 
-    processor = build_processor()
-    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    processor.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    return processor
+    return build_processor(digits=True)
 
 
 @pytest.fixture(scope="session", params=["one token a percentage", "digit by digit"])

@@ -10,10 +10,9 @@ whatever it answers, as it was trained itself (`tests/demo/recipe.py`: several q
     python -m tests.performance.own_data runs/easy/data --model runs/easy/model.yaml --out runs/easy/calibrated \
       --dpo.model.init_args.optimizer.lr 1.0e-3 --dpo.trainer.max_steps 300
 
-The demo's tokenizer gets the words of the questions, as the tokenizer of a large model has them. Questions of a wording are drawn so that as
-many answers are yes as no. The base model does not learn these from the image: after 51,000 questions it answers half of them correctly, as
-their wording alone allows, which the last table shows, and `levels fit` refuses to teach such answers a confidence. So `data` and `shifted` hold
-the other questions, about colour and form.
+The demo's tokenizer gets the words of the questions, as the tokenizer of a large model has them. The base model sees 300 pictures, so that it
+errs on others, about one question in ten. `data` has as many questions of a wording with yes as with no. `--share 0.1` leaves a tenth of the
+pictures in `data` and `shifted`; the base model is the same.
 """
 
 from __future__ import annotations
@@ -48,9 +47,8 @@ from vlm_calibration.losses.sequence import IGNORE
 from vlm_calibration.models.base import DEMO_MODEL
 from vlm_calibration.text.confidence import ElicitationPrompt, render_response
 
-BASE_TEST_IMAGES, BASE_IMAGES = 100, 2000
+BASE_TEST_IMAGES, BASE_IMAGES = 100, 400
 """The first pictures of the training split, on which the base model is tested and fine-tuned; all others are for calibration."""
-STEPS = 400
 NAMED = {
     "colour": ["black", "blue", "brown", "gray", "green", "red", "teal", "yellow"],
     "form": ["circle", "rectangle", "triangle"],
@@ -58,7 +56,6 @@ NAMED = {
 PICTURE = 64
 """Pixels of a side of a picture."""
 DECISIVE = {*NAMED["colour"], *NAMED["form"], "color", "not", "no"}
-"""Words of which the last one in a question decides what is asked; "shape" in one without any."""
 
 
 def shape_box(image: Image.Image) -> list[int]:
@@ -118,17 +115,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_data(out: Path) -> None:
+def write_data(out: Path, share: float) -> None:
     """Write `base/{train,test}.jsonl`, `data/queries.jsonl` and the files of its split, and those of `shifted`, with the pictures beside them."""
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
         raise SystemExit("the package easy-vqa is missing: pip install easy-vqa")
     folder = Path(spec.origin).parent / "data"
     train, test = list(records(folder, "train")), list(records(folder, "test"))
-    base = balanced([row for picture, row in train if BASE_TEST_IMAGES <= picture < BASE_IMAGES])
-    validation = balanced([row for picture, row in train if picture < BASE_TEST_IMAGES])
-    own = [row for picture, row in train if picture >= BASE_IMAGES] + [row for _, row in test]
-    own = [row for row in own if row["answer_type"] == "short"]
+
+    def some(rows: Sequence[tuple[int, dict[str, Any]]], first: int, last: float) -> list[dict[str, Any]]:
+        return [row for picture, row in rows if first <= picture < last]
+
+    base = some(train, BASE_TEST_IMAGES, BASE_IMAGES)
+    validation = balanced(some(train, 0, BASE_TEST_IMAGES))
+    others = some(train, BASE_IMAGES, BASE_IMAGES + 2000 * share) + some(test, 0, 1000 * share)
+    # Of each kind one question about a picture.
+    own = [*{(row["image"], row["category"]): row for row in balanced(others)}.values()]
     for name in ("base", "data", "shifted"):
         for split in ("train", "test"):
             shutil.copytree(folder / split / "images", out / name / split / "images", dirs_exist_ok=True)
@@ -175,55 +177,112 @@ def write_start(out: Path) -> None:
 
 
 class PicturePacker(QuestionPacker):
-    """Packs questions about one picture; a scene is the list of its records."""
+    """Packs questions about one picture; a scene is the list of its records.
+
+    Questions for yes or no are asked about every picture, whose colour and form tell the answer, so that half of the answers are yes:
+    of the data set's own questions the wording alone tells two thirds of them, and a model then learns nothing else.
+    """
+
+    def __init__(
+        self,
+        chat: LlavaProcessor,
+        prompt: ElicitationPrompt,
+        rows: Sequence[dict[str, Any]],
+        kinds: Sequence[str],
+    ) -> None:
+        super().__init__(chat, prompt)
+        self.wordings: dict[str, dict[str, list[str]]] = {kind: defaultdict(list) for kind in kinds}
+        for kind, question in sorted({(row["category"], row["question"]) for row in rows}):
+            if kind in self.wordings:
+                self.wordings[kind][decisive_word(question)].append(question)
 
     def question(self, scene: Any, kind: int, rng: np.random.Generator) -> tuple[str, str, str]:
-        row = scene[int(rng.integers(len(scene)))]
-        *_, decisive = ("shape", *(w for w in row["question"].rstrip("?").split() if w in DECISIVE))
-        return self.prompt.render(row["question"]), render_response(row["answer"], 1.0), decisive
+        named = {row["category"]: row for row in scene if row["category"] in NAMED}
+        about = str(rng.choice([*named]))
+        asked = str(rng.choice([about, *self.wordings]))
+        question, answer = named[about]["question"], named[about]["answer"]
+        if asked != about:
+            shown, holds = answer.lower(), bool(rng.integers(2))
+            word = shown if holds else str(rng.choice([word for word in NAMED[about] if word != shown]))
+            question = str(rng.choice(self.wordings[asked][word]))
+            answer = "Yes" if holds == (asked == "affirmed") else "No"
+        return self.prompt.render(question), render_response(answer, 1.0), decisive_word(question)
+
+
+def decisive_word(question: str) -> str:
+    """The word that decides what is asked: the last one of `DECISIVE`, and "shape" without any."""
+    return ["shape", *(word for word in question.rstrip("?").split() if word in DECISIVE)][-1]
 
 
 def patch_labels(rows: Sequence[dict[str, Any]]) -> Tensor:
-    """Int64 [2, IMAGE_TOKENS], the colour and the form that cover each patch of a picture; IGNORE outside, and where no question asks."""
+    """Int64 [2, IMAGE_TOKENS], colour and form of the shape that covers each patch of a picture.
+
+    The number behind the last word is the ground; IGNORE where no question asks.
+    """
     side = int(IMAGE_TOKENS**0.5)
     centres = (np.arange(side) + 0.5) * PICTURE / side
     left, top, right, bottom = rows[0]["regions"][0]["box"]
     covered = np.outer((top <= centres) & (centres <= bottom), (left <= centres) & (centres <= right)).ravel()
     answers = {row["category"]: row["answer"].lower() for row in rows}
     known = [[words.index(answers[kind])] if kind in answers else [IGNORE] for kind, words in NAMED.items()]
-    return torch.from_numpy(np.where(covered, np.array(known), IGNORE))
+    return torch.from_numpy(np.where(covered, np.array(known), [[len(words)] for words in NAMED.values()]))
 
 
-def train_base(out: Path, steps: int) -> None:
-    """Train all parts of the model in `start` to answer, and to state 100%, and write it to `base_model`."""
+def train_base(out: Path, patch_steps: int = 250, steps: int = 600) -> None:
+    """Train the model in `start` to answer, and to state 100%, and write it to `base_model`.
+
+    As the recipe does: first features of patches that resemble the words for what covers them, then the language model on these features.
+    """
     chat = LlavaProcessor.from_pretrained(out / "start")
     model = LlavaForConditionalGeneration.from_pretrained(out / "start")
     pictures: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in read_rows(out / "base/train.jsonl"):
-        pictures[row["image"]].append(row)
+    rows = read_rows(out / "base/train.jsonl")
+    named = {row["image"] for row in rows if row["category"] in NAMED}
+    for row in rows:
+        if row["image"] in named:
+            pictures[row["image"]].append(row)
+    scenes, rng = [*pictures.values()], np.random.default_rng(0)
     images = [Image.open(out / "base" / name).convert("RGB") for name in pictures]
     pixels = chat.image_processor(images=images, return_tensors="pt")["pixel_values"]
-    packer, rng = PicturePacker(chat, ElicitationPrompt()), np.random.default_rng(0)
-    scenes = [*pictures.values()]
-    embeddings = model.get_input_embeddings().weight
-    words = [torch.tensor([chat.tokenizer(w)["input_ids"][0] for w in kind]) for kind in NAMED.values()]
     labels = torch.stack([patch_labels(rows) for rows in scenes])  # int64 [N, 2, IMAGE_TOKENS]
+    embeddings = model.get_input_embeddings().weight
+    ground = chat.tokenizer.convert_tokens_to_ids(chat.image_token)
+    words = [
+        torch.tensor([*(chat.tokenizer(w)["input_ids"][0] for w in kind), ground]) for kind in NAMED.values()
+    ]
 
-    def results() -> Steps:
+    def of_patches() -> Steps:
+        for _ in range(patch_steps):
+            chosen = rng.integers(len(scenes), size=32)
+            scores, loss, correct = (
+                FEATURE_SCALE * image_features(model, pixels[chosen]) @ embeddings.T,
+                0.0,
+                [],
+            )
+            for kind, of_kind in zip(words, labels[chosen].unbind(1), strict=True):
+                weights = torch.ones(len(kind))
+                weights[-1] = 0.1
+                logits, target = scores[..., kind].flatten(0, 1), of_kind.flatten()
+                loss = loss + F.cross_entropy(logits, target, weights, ignore_index=IGNORE)
+                correct.append((logits.argmax(-1) == target)[(target != IGNORE) & (target < len(kind) - 1)])
+            yield loss, torch.cat(correct).float().mean()
+
+    def of_questions() -> Steps:
         for step in range(steps):
             chosen = rng.integers(len(scenes), size=16)
+            packer = first if step < steps // 2 else full
             packed = packer.pack([scenes[i] for i in chosen], rng)
-            features = image_features(model, pixels[chosen])
-            loss, accuracy = packer.loss(model, features, packed, max(0.0, 1.0 - 1.4 * step / steps))
-            # As in stage 1 of the recipe: without it the model does not learn forms in these steps.
-            scores = FEATURE_SCALE * features @ embeddings.T
-            for kind, of_kind in zip(words, labels[chosen].unbind(1), strict=True):
-                scored = scores[..., kind].flatten(0, 1)
-                loss = loss + F.cross_entropy(scored, of_kind.flatten(), ignore_index=IGNORE)
-            yield loss, accuracy
+            yield packer.loss(model, features[chosen], packed, max(0.0, 1.0 - 1.4 * step / steps))
 
     model.train()
-    train("base", model, model.parameters(), 1e-3, steps, results())
+    parts = (model.model.vision_tower, model.model.multi_modal_projector)
+    seeing = [*(p for part in parts for p in part.parameters()), embeddings]
+    train("patches", model, seeing, 2e-3, patch_steps, of_patches())
+    with torch.no_grad():
+        features = torch.cat([image_features(model, some) for some in pixels.split(64)])
+    first = PicturePacker(chat, ElicitationPrompt("{question}"), rows, ["affirmed"])
+    full = PicturePacker(chat, ElicitationPrompt(), rows, ["affirmed", "negated"])
+    train("language", model, model.model.language_model.parameters(), 1e-3, steps, of_questions())
     with replacing(out / "base_model") as temporary:
         model.save_pretrained(temporary)
         chat.save_pretrained(temporary)
@@ -256,11 +315,13 @@ def show_base(out: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/easy"))
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of the base model")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the pictures to calibrate on and to test"
+    )
     args = parser.parse_args(arguments)
-    write_data(args.out)
+    write_data(args.out, args.share)
     write_start(args.out)
-    train_base(args.out, args.steps)
+    train_base(args.out)
     write_model(args.out)
     show_base(args.out)
 
