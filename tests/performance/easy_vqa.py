@@ -281,7 +281,7 @@ def train_base(out: Path, patch_steps: int = 250, steps: int = 600) -> None:
     with torch.no_grad():
         features = torch.cat([image_features(model, some) for some in pixels.split(64)])
     first = PicturePacker(chat, ElicitationPrompt("{question}"), rows, ["affirmed"])
-    full = PicturePacker(chat, ElicitationPrompt(), rows, ["affirmed", "negated"])
+    full = PicturePacker(chat, ElicitationPrompt(), rows, ["negated", "affirmed"])
     train("language", model, model.model.language_model.parameters(), 1e-3, steps, of_questions())
     with replacing(out / "base_model") as temporary:
         model.save_pretrained(temporary)
