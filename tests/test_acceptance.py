@@ -280,7 +280,7 @@ def test_data_that_nobody_here_drew(stranger: Stranger, easy_vqa: Path) -> None:
         vlm-calibration ask easy/data/train/images/2000.png "What color is the shape?" --adapter easy/runs/dpo
         """
     )
-    assert re.search(r"(Red|Blue|Green|Yellow|Black|Brown|Gray|Teal)\. Confidence: \d+%", output)
+    assert re.search(r"(Red|Blue|Green|Yellow|Black|Brown|Gray|Teal)\.\n +stated confidence +\d+%", output)
     metrics = stranger.metrics("easy/runs")["eval/base/metrics.json"]
     assert metrics["accuracy/colour"] > 0.9
     assert min(metrics[f"accuracy/{kind}"] for kind in ("form", "affirmed", "negated")) > 0.6
