@@ -146,13 +146,15 @@ app: $(APP)  ## web page on 127.0.0.1 with the demo's adapters (ARGS="--adapter 
 dashboard: $(DASHBOARD)  ## create a W&B workspace and report for PROJECT= of ENTITY= (ARGS=--print: only print what they show)
 	$(CLI) dashboard $(if $(ENTITY),--entity "$(ENTITY)") --project "$(PROJECT)" $(ARGS)
 
+DEMO_LEVELS := $(CLI) levels fit --config configs/levels.yaml --overwrite --model.init_args.out src/vlm_calibration/demo/levels.json \
+  --model.init_args.likelihoods src/vlm_calibration/demo/likelihoods.parquet
+
 demo-levels: $(SETUP)  ## measure the demo's anchored levels again
-	$(CLI) levels fit --config configs/levels.yaml --overwrite --model.init_args.out src/vlm_calibration/demo/levels.json \
-	  --model.init_args.likelihoods src/vlm_calibration/demo/likelihoods.parquet
+	$(DEMO_LEVELS)
 
 demo-model: $(SETUP)  ## train the shipped demo model again, and its levels (about half an hour)
 	$(PYTHON) -m tests.demo.recipe $(ARGS)
-	$(MAKE) --no-print-directory demo-levels
+	$(DEMO_LEVELS)
 
 demo-figure: $(SETUP)  ## draw the README's figure from what demo_seeds --test wrote
 	$(PYTHON) -m tests.figures.before_after $(ARGS)

@@ -26,6 +26,7 @@ def mean_doubt(table: ConfidenceTable) -> Tensor:
 USES = """
 import torch
 from vlm_calibration.metrics import CalibrationMetrics, functional
+from vlm_calibration.records import Prediction
 from vlm_calibration.reporting.report.table import MEASURED, ImageBootstrap
 from vlm_calibration.reporting.report.data import summarize_predictions
 from vlm_calibration.stages.scoring import Scorer
