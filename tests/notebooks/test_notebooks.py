@@ -174,7 +174,7 @@ def test_own_data(execute: Execute, easy_vqa: Path, root: Path, tmp_path: Path) 
     assert len(_pictures(notebook)) == 3
     text = _text(notebook)
     assert "data.train" in text
-    assert all(f"│ {row}" in text for row in ("before", "after", "base", "sft", "dpo"))
+    assert all(f"│ {row}" in text for row in ("after", "base", "sft", "dpo"))
     n = len((runs / "data/test.jsonl").read_text(encoding="utf-8").splitlines())
     runs /= "notebook"
     assert len(read_predictions(runs / "eval/dpo/predictions.jsonl")) == n
