@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -96,6 +97,18 @@ def test_where_no_record_can_be_loaded_the_run_fails(
     with pytest.warns(UserWarning, match="left out") as warned, pytest.raises(DataError, match=message):
         plain_trainer(tmp_path, max_epochs=1).fit(Line(), data)
     assert [str(w.message).startswith("data.train: left out: ") for w in warned].count(True) == 5
+
+
+def test_an_error_in_a_worker_ends_an_evaluation(
+    records: Callable[..., Any], model_folder: str, root: Path, tmp_path: Path
+) -> None:
+    """The workers still wait for batches then, and the process ends nevertheless."""
+    settings = {"base": {"name_or_path": model_folder}, "max_new_tokens": 3}
+    command = write_evaluation(tmp_path / "run.yaml", str(tmp_path / "run"), 1, [], **settings)
+    test = json.dumps({"clean": {"source": records("raise")}})
+    more = ["--data.test", test, "--data.eval_batch_size", "2", "--data.workers", "2"]
+    ended = run_plainly([*command, *more], root, tmp_path).checked(1)
+    assert re.match(rf"{tmp_path}/data/q.jsonl: record 'clean:[369]': .*damaged or", ended.error())
 
 
 def test_two_processes_keep_in_step(

@@ -230,11 +230,7 @@ def test_an_error_in_a_worker_names_the_record(model_folder: str) -> None:
         list(module.train_dataloader())
 
 
-@pytest.mark.slow
-def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(
-    model_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+def test_a_worker_leaves_signals_to_its_parent(model_folder: str) -> None:
     # The Trainer sets handlers, which forked workers would inherit.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
@@ -244,14 +240,11 @@ def test_a_worker_leaves_signals_to_its_parent_and_dies_when_told_to_twice(
         batches = iter(loader)
         [worker] = loader._iterator._workers  # type: ignore[union-attr]
         next(batches)
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
             os.kill(worker.pid, number)
-        assert len(next(batches).queries) == 4
+            time.sleep(0.1)  # two of the same that are not handled yet would be one
+        assert [len(batch.queries) for batch in batches] == [4, 4]
         assert worker.is_alive()
-        with pytest.raises(RuntimeError, match="killed by signal: Terminated"):
-            for _ in range(600):  # a second signal before the first one is handled is the same one
-                os.kill(worker.pid, signal.SIGTERM)
-                time.sleep(0.1)  # interrupted at once by the worker's end
     finally:
         signal.signal(signal.SIGTERM, before)
 

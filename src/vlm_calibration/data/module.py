@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -127,6 +129,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.regions, self.noise, self.augment, self.candidates = regions, noise, augment, candidates
         self.prompt, self.grading = prompt, grading
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
+        if workers:
+            atexit.register(_kill_workers)
         self.parts, self.part = parts, part
         self.max_length, self.max_pixels, self.on_too_long = max_length, max_pixels, on_too_long
         self.sets: dict[str, PerturbedQueries] = {}
@@ -427,7 +431,13 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore SIGINT, SIGUSR1 and the first SIGTERM in a worker; the main process handles them and may be saving a checkpoint."""
-    for ignored in (signal.SIGINT, signal.SIGUSR1):
+    """Ignore SIGINT, SIGUSR1 and SIGTERM in a worker; the main process handles them and may be saving a checkpoint."""
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def _kill_workers() -> None:
+    """Kill the workers that an error leaves behind; else multiprocessing, at the end of the process, waits for them after a SIGTERM."""
+    for process in active_children():
+        if process.daemon:
+            process.kill()
