@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -99,16 +100,19 @@ def test_where_no_record_can_be_loaded_the_run_fails(
     assert [str(w.message).startswith("data.train: left out: ") for w in warned].count(True) == 5
 
 
-def test_an_error_in_a_worker_ends_an_evaluation(
-    records: Callable[..., Any], model_folder: str, root: Path, tmp_path: Path
+@pytest.mark.parametrize("stages", [["levels"], ["levels", "sft"]])
+def test_an_error_in_a_worker_ends_the_command(
+    records: Callable[..., Any], model_folder: str, root: Path, tmp_path: Path, stages: list[str]
 ) -> None:
-    """The workers still wait for batches then, and the process ends nevertheless."""
-    settings = {"base": {"name_or_path": model_folder}, "max_new_tokens": 3}
-    command = write_evaluation(tmp_path / "run.yaml", str(tmp_path / "run"), 1, [], **settings)
-    test = json.dumps({"clean": {"source": records("raise")}})
-    more = ["--data.test", test, "--data.eval_batch_size", "2", "--data.workers", "2"]
-    ended = run_plainly([*command, *more], root, tmp_path).checked(1)
-    assert re.match(rf"{tmp_path}/data/q.jsonl: record 'clean:[369]': .*damaged or", ended.error())
+    """The workers still wait for batches then, and the process ends nevertheless, be it a stage alone or one of several in a fork."""
+    records()
+    for name in ("train", "validation", "calibration", "test"):
+        shutil.copy(tmp_path / "data/q.jsonl", tmp_path / f"data/{name}.jsonl")
+    places = ["--data", "jsonl", "--data-root", str(tmp_path / "data"), "--runs", str(tmp_path / "runs")]
+    model = ["--model.init_args.base.name_or_path", model_folder, "--trainer.accelerator", "cpu"]
+    workers = ["--data.workers", "2", "--data.eval_batch_size", "2"]
+    ended = run_plainly(["calibrate", *stages, *places, *model, *workers], root, tmp_path).checked(1)
+    assert re.match(rf"{tmp_path}/data/calibration.jsonl: record '.*[369]@?\d*': .*damaged or", ended.error())
 
 
 def test_two_processes_keep_in_step(

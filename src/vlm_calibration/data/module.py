@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from multiprocessing import active_children
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -130,7 +130,7 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.prompt, self.grading = prompt, grading
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
         if workers:
-            atexit.register(_kill_workers)
+            Finalize(None, _kill_workers, exitpriority=0)  # atexit's functions do not run in the stages of `calibrate`
         self.parts, self.part = parts, part
         self.max_length, self.max_pixels, self.on_too_long = max_length, max_pixels, on_too_long
         self.sets: dict[str, PerturbedQueries] = {}
