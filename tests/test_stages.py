@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shlex
 import sys
@@ -57,8 +58,11 @@ def test_without_settings_it_is_the_demo(commands: Commands) -> None:
         run = ["--trainer.default_root_dir", f"runs/{stage}"]
         assert planned[stage] == ["fit", "--config", stage, *common, *run, "--resume"]
     assert planned["evaluate"][:3] == ["test", "--config", "eval/demo"]
-    assert values(planned["evaluate"], "model.init_args.adapters") == ["{}"]
-    assert values(planned["evaluate"], BASE)[0].endswith("demo/model")
+    adapters = json.dumps({"sft": "runs/sft/adapter", "dpo": "runs/dpo/adapter"})
+    assert values(planned["evaluate"], "model.init_args.adapters") == [adapters], "as the stages before write them"
+    alone = commands("evaluate")["evaluate"]
+    assert values(alone, "model.init_args.adapters") == ["{}"]
+    assert values(alone, BASE)[0].endswith("demo/model")
     assert planned["report"] == ["report", "runs/eval"]
 
 
@@ -76,6 +80,7 @@ def test_every_stage_of_your_own_calibration_has_the_same_settings(commands: Com
         shared = ["model/qwen2_5_vl_7b", "data/jsonl", "experiment/anchored"]
         assert overlays == [*shared, *of_stage_2, "trainer/ddp"]
         assert values(command, "data-root") == ["my data"]
+        assert values(command, "data.regions") == ([] if stage == "regions" else ["mine/regions"])
         assert values(command, "runs") == ["mine"]
         assert values(command, "data.workers") == ["3"]
         run = "eval" if stage == "evaluate" else stage

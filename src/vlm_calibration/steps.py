@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -88,8 +88,12 @@ class Plan:
         """The run directory of a stage; that of `report` is the evaluation's."""
         return Path(self.runs) / ("eval" if stage in ("evaluate", "report") else stage)
 
-    def command(self, stage: str, *arguments: str, config: str | None = None) -> list[str]:
+    def command(
+        self, stage: str, *arguments: str, config: str | None = None, after: Collection[str] = ()
+    ) -> list[str]:
         """What follows `vlm-calibration` on the command line of a stage, with further arguments, or another full configuration.
+
+        It reads what earlier stages have written, or will have written: those in `after`, the stages that run before it.
 
         A DataError for data without a model, for which the demo's would be used unasked, or for another run directory.
         """
@@ -111,11 +115,11 @@ class Plan:
         for name in (config or own, *self._overlays(stage)):
             command += ["--config", name]
         command += ["--data-root", str(self.data_root or "data"), "--runs", str(self.runs)]
-        if stage != "regions" and self.folder("regions").is_dir():
+        if stage != "regions" and ("regions" in after or self.folder("regions").is_dir()):
             command += ["--data.regions", str(self.folder("regions"))]
         if stage == "evaluate":
             folders = {stage: self.folder(stage) / "adapter" for stage in TRAINED}
-            adapters = {stage: str(folder) for stage, folder in folders.items() if folder.is_dir()}
+            adapters = {s: str(folder) for s, folder in folders.items() if s in after or folder.is_dir()}
             command += _options({"model.init_args.adapters": adapters})
             if not (adapters or self.model or self.data):
                 command += _options({BASE: f"{DEMO}/model"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 import warnings
 from dataclasses import asdict
 from decimal import Decimal
@@ -57,7 +58,7 @@ def test_records_are_read_in_order(write_jsonl: Write) -> None:
         ({"id": "one"}, "duplicate id 'one', first seen on line 1"),
         ({"image": "."}, "record 'two': no such image: "),
         ({"image": "{tmp}/secret.png"}, "record 'two': the image path '{tmp}/secret.png' leaves"),
-        ({"image": "link.png"}, "record 'two': the image path 'link.png' leaves the data root"),
+        ({"image": "linked/../../secret.png"}, "record 'two': the image path 'linked/../../secret.png' leaves"),
         ({"image": "../data-2/a.png"}, "record 'two': the image path '../data-2/a.png' leaves"),
         ({"image": "x" * 5000}, "record 'two': no such image: "),
         ({"answer": "banana"}, "record 'two': the gold answer of a yes/no question"),
@@ -68,7 +69,7 @@ def test_a_bad_record_is_named_or_counted(write_jsonl: Write, tmp_path: Path, ba
     (tmp_path / "data-2").mkdir()
     for name in ("secret.png", "data-2/a.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "data-2")
     if isinstance(bad, dict):
         bad = {**record("two"), **bad}
         bad["image"] = bad["image"].replace("{tmp}", str(tmp_path))
@@ -143,12 +144,15 @@ def test_images_lie_below_the_root(write_jsonl: Write, tmp_path: Path) -> None:
     (images / "deep").mkdir(parents=True)
     Image.new("RGB", (8, 8), "blue").save(images / "deep" / "b.png")
     (images / "inner.png").symlink_to(images / "deep" / "b.png")
-    images_of = ("deep/b.png", "deep/../deep/b.png", "inner.png")
+    (tmp_path / "outside").mkdir()
+    shutil.copy(images / "deep" / "b.png", tmp_path / "outside")
+    (images / "linked").symlink_to(tmp_path / "outside")
+    images_of = ("deep/b.png", "deep/../deep/b.png", "inner.png", "linked/b.png")
     path = write_jsonl(*(record(str(i), image=image) for i, image in enumerate(images_of, start=1)))
     (tmp_path / "elsewhere").symlink_to(images)
     for root in (images, tmp_path / "elsewhere"):
         source = JsonlSource(str(path), root=str(root))
-        assert [source.load(q).image[0, 0].tolist() for q in source.queries()] == [[0, 0, 255]] * 3
+        assert [source.load(q).image[0, 0].tolist() for q in source.queries()] == [[0, 0, 255]] * 4
     with pytest.raises(DataError, match=re.escape(f"{path}:1: record '1': no such image")):
         JsonlSource(str(path)).queries()
 

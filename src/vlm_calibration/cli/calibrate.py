@@ -65,8 +65,8 @@ def calibrate(
 
     # Check all stages before the first one runs.
     lines = []
-    for stage in stages:
-        words = plan.command(stage, *further[stage], config=config)
+    for number, stage in enumerate(stages):
+        words = plan.command(stage, *further[stage], config=config, after=stages[:number])
         if stage != "report":
             check_settings(words)
         lines.append(f"{stage}\t{plan.folder(stage)}\t{shlex.join([PROG, *words])}")

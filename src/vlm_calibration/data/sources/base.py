@@ -6,7 +6,6 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,25 +189,24 @@ def queries_digest(source: QuerySource) -> str:
     return str(vars(source)["_queries_digest"])
 
 
-_real_path = lru_cache(maxsize=64)(os.path.realpath)
 _NUMBER = re.compile(r"(?<!\d)\d{12}(?!\d)")
 """The number of an image of COCO, the same in all of its releases."""
 
 
 class ImageFolder:
-    """A folder of images; refuses paths that leave it, also by a symbolic link."""
+    """A folder of images, some of which may be links to others; refuses paths that leave it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def path(self, name: str) -> Path:
         """The path of an image; a RecordError if it leaves the folder."""
-        # Resolve links, so that the opened file really is below the root.
-        root = str(_real_path(self.root))
-        resolved = os.path.realpath(os.path.join(root, name))
-        if os.path.commonpath([root, resolved]) != root:
+        root = os.path.abspath(self.root)
+        path = os.path.abspath(os.path.join(root, name))
+        if os.path.commonpath([root, path]) != root:
             raise RecordError(f"the image path {name!r} leaves the data root {self.root}")
-        return Path(resolved)
+        # Links are resolved, so that an image with two names is known as one.
+        return Path(os.path.realpath(path))
 
     def check(self, name: str) -> None:
         """Raise a RecordError if there is no such image, or its path leaves the folder."""
