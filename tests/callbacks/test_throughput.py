@@ -173,6 +173,15 @@ def test_the_log_of_a_training(clock: Clock, tmp_path: Path, capsys: pytest.Capt
     ]
 
 
+def test_a_step_of_many_batches_has_one_line(
+    clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock.training = 20.0
+    _trainer(clock, tmp_path, max_epochs=1, accumulate_grad_batches=2).fit(SFTModule(), _loaders(4)[0])
+    counts = [line.partition(" (")[0] for line in _lines(capsys)]
+    assert counts == ["sft: 1 of 2 steps", "sft: 2 of 2 steps", "sft: 2 of 2 steps"]
+
+
 def test_an_exception_ends_the_line(clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ZeroDivisionError):
         _trainer(clock, tmp_path, max_epochs=1).fit(SFTModule(), _loaders(9)[0])

@@ -148,7 +148,7 @@ def _write_merged(adapter: Path, base: BaseModel, card: Card, dtype: Dtype, fold
     processor.save_pretrained(folder)
     has_rule = _write_merged_rule(adapter, folder, base, dtype)
     save_card(folder, replace(card, merged=True, guarantee=card.guarantee if has_rule else ""))
-    print(f"merged {len(layers)} layers of {adapter} into {base.name_or_path}")
+    print(f"merged {len(layers)} layers of {adapter} into a copy of {base.name_or_path}")
 
 
 def _write_merged_rule(adapter: Path, folder: Path, base: BaseModel, dtype: Dtype) -> bool:

@@ -151,10 +151,12 @@ class _Part:
         indices = [] if self.source.annotates_all else shown[True] or shown[False]
         self.shown = np.array(indices, dtype=np.int64)
         """Indices of queries whose regions give those of absent objects their shapes."""
-        if count := sum(not self.wrong_answers(self.queries[index], None) for index in wrongless):
-            lacking = f"{count} of {len(asked)} queries have no wrong answer to give in place of the gold one"
+        candidates = (self.queries[index] for index in wrongless)
+        if lacking := [query.id for query in candidates if not self.wrong_answers(query, None)]:
+            number = f"{len(lacking)} of {len(asked)} queries have no wrong answer to give in place of the gold one"
             why = "their source has none, and questions of their form have no other answer"
-            rank_zero_warn(f"{self.where}: {lacking} (`wrong_answer_rate`): {why}")
+            named = name_some(lacking, len(lacking))
+            rank_zero_warn(f"{self.where}: {number} (`wrong_answer_rate`): {why}: {named}")
         return asked
 
     def _check_regions(self, asked: Mapping[int, Presence], taught: bool) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from vlm_calibration.data.collate import PromptBatch
 from vlm_calibration.data.dataset import EvalSplit, query_id_of_level
@@ -150,6 +150,11 @@ class LevelFitModule(L.LightningModule):
         if not self.trainer.is_global_zero:
             return
         self.levels.save(self.out)
+        for answer_type, of_type in counts.items():
+            if self.likelihoods is not None and not of_type.edges:
+                n, enough = int(of_type.untouched[0].sum()), 2 * MIN_QUERIES_PER_BIN
+                found = f"the levels of {answer_type} answers are of {n} queries of data.levels"
+                rank_zero_warn(f"{found}: to tell hard images from easy ones it needs {enough}")
         if self.likelihoods is not None:
             likelihoods = {answer.id: answer.estimates[LIKELIHOOD] for answer in self._logged(INSTANCES)}
             measured = {
