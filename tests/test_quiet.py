@@ -58,7 +58,7 @@ def test_a_training_ends_with_its_validation_and_the_adapter(offline_runs: dict[
     title, base, *lines = quiet(trained.ended)
     assert title == "stage 1: supervised fine-tuning (SFT)"
     assert re.fullmatch(r"base model: \S+/demo/model \(float32\)", base)
-    assert lines[0].rstrip() == f"All {len(trained.predictions())} answers"
+    assert lines[0].rstrip() == f"All {len(trained.predictions())} answers to perturbed validation queries"
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["after"]
     assert lines[-1] == f"adapter: {trained.directory}/adapter"
     err = trained.ended.err

@@ -59,7 +59,9 @@ def test_without_settings_it_is_the_demo(commands: Commands) -> None:
         assert planned[stage] == ["fit", "--config", stage, *common, *run, "--resume"]
     assert planned["evaluate"][:3] == ["test", "--config", "eval/demo"]
     adapters = json.dumps({"sft": "runs/sft/adapter", "dpo": "runs/dpo/adapter"})
-    assert values(planned["evaluate"], "model.init_args.adapters") == [adapters], "as the stages before write them"
+    assert values(planned["evaluate"], "model.init_args.adapters") == [adapters], (
+        "as the stages before write them"
+    )
     alone = commands("evaluate")["evaluate"]
     assert values(alone, "model.init_args.adapters") == ["{}"]
     assert values(alone, BASE)[0].endswith("demo/model")

@@ -88,7 +88,7 @@ def test_a_loss_of_accuracy_above_the_tolerance_is_warned_of(
 ) -> None:
     _, warned = _fit(tmp_path, 0.8, after, tolerance=tolerance)
     said = [text for text in warned if FELL in text]
-    assert [text.startswith(f"{FELL} {0.8 - after:.1%} in training") for text in said] == [True] * warns
+    assert [text.startswith(f"{FELL} {0.8 - after:.1%} in training (") for text in said] == [True] * warns
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -120,7 +120,10 @@ def test_thresholds_that_do_not_hold_for_the_merged_model_are_left_out(
 def test_the_merged_model(call: Call, trained: Path, tmp_path: Path, model_folder: str) -> None:
     ended = call("run", "--merge", "--out", "merged", "--dtype", "bfloat16")
     assert ended.status == 0
-    assert ended.out.splitlines() == [f"merged 28 layers of run/adapter into a copy of {model_folder}", "wrote merged"]
+    assert ended.out.splitlines() == [
+        f"merged 28 layers of run/adapter into a copy of {model_folder}",
+        "wrote merged",
+    ]
     assert set(_files(tmp_path / "merged")) == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md", "calibration.json"),
         *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),

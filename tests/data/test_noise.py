@@ -431,7 +431,9 @@ SHORT = Listed(
 def test_a_wrong_answer_that_the_source_lacks_is_right_to_a_question_of_the_same_form() -> None:
     settings: dict[str, Any] = {"levels": OnlyAt(), "resolution": "native", "distractor_probability": 0}
     policy = NoisePolicy(wrong_answer_rate=1.0, **settings)
-    with pytest.warns(UserWarning, match="data: 4 of 12 queries have no wrong answer .*`wrong_answer_rate`.*: 'Who"):
+    with pytest.warns(
+        UserWarning, match="data: 4 of 12 queries have no wrong answer .*`wrong_answer_rate`.*: 'Who"
+    ):
         dataset = PerturbedQueries({"": EvalSplit(SHORT, "drawn")}, policy, None)
     given: dict[str, set[str]] = {}
     for epoch in range(12):

@@ -58,7 +58,10 @@ def test_records_are_read_in_order(write_jsonl: Write) -> None:
         ({"id": "one"}, "duplicate id 'one', first seen on line 1"),
         ({"image": "."}, "record 'two': no such image: "),
         ({"image": "{tmp}/secret.png"}, "record 'two': the image path '{tmp}/secret.png' leaves"),
-        ({"image": "linked/../../secret.png"}, "record 'two': the image path 'linked/../../secret.png' leaves"),
+        (
+            {"image": "linked/../../secret.png"},
+            "record 'two': the image path 'linked/../../secret.png' leaves",
+        ),
         ({"image": "../data-2/a.png"}, "record 'two': the image path '../data-2/a.png' leaves"),
         ({"image": "x" * 5000}, "record 'two': no such image: "),
         ({"answer": "banana"}, "record 'two': the gold answer of a yes/no question"),

@@ -40,11 +40,12 @@ class ResultsTable(L.Callback):
         if not writers or not trainer.is_global_zero or trainer.interrupted:
             return
         validations = writers[0].validations
-        print_results(validations, files={"adapter": Path(trainer.default_root_dir) / ADAPTER})
+        files = {"adapter": Path(trainer.default_root_dir) / ADAPTER}
+        print_results(validations, about=" to perturbed validation queries", files=files)
         before, after = validations.get("before"), validations.get("after")
         if before is not None and after is None:
             rank_zero_warn("training ended without a validation to compare with the one before it")
         elif before and after and (lost := before["accuracy"] - after["accuracy"]) > self.tolerance:
-            loss = f"accuracy on the validation queries fell by {lost:.1%} in training"
-            remedies = "fewer steps, a lower learning rate, a larger loss.beta or a larger model.nll_weight"
-            rank_zero_warn(f"{loss}: {remedies} preserve it")
+            answers = f"{round(lost * after['n'])} of {int(after['n'])} answers"
+            loss = f"accuracy on the validation queries fell by {lost:.1%} in training ({answers})"
+            rank_zero_warn(f"{loss}: fewer steps or a lower learning rate preserve it")
