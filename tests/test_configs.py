@@ -161,7 +161,10 @@ PAPER = {
 }
 """Settings that the paper's preset changes. All others, such as the noise schedule, the noise for absent objects, the LoRA layers and the
 optimizer, are the same in both: the paper does not publish them."""
-OWN_DATA = {"data.noise.levels", "data.noise.kinds", "data.noise.clean_fraction"}
+OWN_DATA = {
+    SFT: {"data.noise.levels", "data.noise.kinds", "data.noise.clean_fraction"},
+    DPO: {"data.noise.levels", "data.noise.kinds", LEARNING_RATE},
+}
 """Settings that our preset for own data changes from the demo's: the files of its levels, and how often there is what."""
 
 
@@ -194,7 +197,7 @@ def test_presets_differ_in_these_settings_and_in_no_other(parse: Parse, stage: P
     of_stage_2 = "_dpo" if stage == DPO else ""
     for preset, changed in (
         ("paper", PAPER[stage]),
-        ("anchored", OWN_DATA | ({LEARNING_RATE} if stage == DPO else set())),
+        ("anchored", OWN_DATA[stage]),
     ):
         files = dict.fromkeys(CONFIGS / "experiment" / f"{preset}{end}.yaml" for end in ("", of_stage_2))
         assert set(_differences(parse, stage, *files)) == changed, preset

@@ -7,8 +7,8 @@ import os
 import warnings
 
 WARNINGS = (
-    # peft asks every model for this property of transformers.
-    "`is_gradient_checkpointing` is deprecated",
+    # Older names of transformers, of which peft asks every model for one.
+    r"`(is_)?gradient_checkpointing\w*` is deprecated",
     # Lightning calls this function of torch.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # Lightning's; only --overwrite, --resume and --ckpt_path let a training into the directory of an earlier one.

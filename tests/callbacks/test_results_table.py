@@ -47,12 +47,12 @@ class Kept(AdapterWriter):
     on_fit_end = on_fit_start
 
 
-def _fit(folder: Path, *accuracies: float, tolerance: float = 0.01, **settings: Any) -> tuple[Any, list[str]]:
+def _fit(folder: Path, *accuracies: float, **settings: Any) -> tuple[Any, list[str]]:
     """Train; returns the validations that were kept, and the warnings about them."""
     settings = {"num_sanity_val_steps": -1, "max_epochs": len(accuracies) - 1, **settings}
     batches: DataLoader[Any] = DataLoader([torch.ones(1), torch.ones(1)])  # type: ignore[arg-type]
     keeper = Kept()
-    trainer = plain_trainer(folder, keeper, ResultsTable(tolerance), **settings)
+    trainer = plain_trainer(folder, keeper, ResultsTable(), **settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(Scored(*accuracies), batches, batches)
@@ -80,13 +80,11 @@ def test_a_validation_by_itself_is_printed(tmp_path: Path, capsys: pytest.Captur
     assert _rows(capsys) == [["validation", "0.500", "0.250"]]
 
 
-@pytest.mark.parametrize(
-    ("tolerance", "after", "warns"), [(0.01, 0.79, True), (0.01, 0.7925, False), (0.05, 0.76, False)]
-)
-def test_a_loss_of_accuracy_above_the_tolerance_is_warned_of(
-    tmp_path: Path, tolerance: float, after: float, warns: bool
+@pytest.mark.parametrize(("after", "warns"), [(0.785, True), (0.7925, False)])
+def test_a_loss_of_accuracy_by_more_than_a_point_is_warned_of(
+    tmp_path: Path, after: float, warns: bool
 ) -> None:
-    _, warned = _fit(tmp_path, 0.8, after, tolerance=tolerance)
+    _, warned = _fit(tmp_path, 0.8, after)
     said = [text for text in warned if FELL in text]
     assert [text.startswith(f"{FELL} {0.8 - after:.1%} in training (") for text in said] == [True] * warns
 

@@ -37,6 +37,7 @@ from vlm_calibration.reporting.report.table import ImageBootstrap, Measured, p_v
 PREFERENCE = "vlm_calibration.losses.preference."
 DISTRIBUTION = "vlm_calibration.losses.distribution."
 PAPER = ["--config", "configs/experiment/paper.yaml"]
+CLEAN = "--data.noise.clean_fraction"
 LINEAR = "vlm_calibration.perturbation.levels.LinearLevels"
 STAGE_1 = {
     "sft-paper": PAPER,
@@ -47,7 +48,7 @@ STAGE_1 = {
 ABLATIONS = {
     "linear-levels": ["--data.noise.levels", LINEAR],
     "noise-alone": ["--data.noise.kinds", '{"noise": 1}'],
-    "fewer-untouched": ["--data.noise.clean_fraction", "0.0"],
+    "fewer-untouched": [CLEAN, "0.0"],
     "no-wrong-answers": ["--data.noise.wrong_answer_rate", "0.0"],
     "no-distractors": ["--data.noise.distractor_probability", "0.0"],
     "constant-answer-weight": ["--model.init_args.answer_weight", "constant"],
@@ -66,10 +67,12 @@ SLOWER = ["--model.init_args.optimizer.lr", "1.0e-4"]
 TARGET = "--model.init_args.pairs.target"
 OPPOSITE_WEIGHT = f"{LOSS}.init_args.opposite_weight"
 NO_OPPOSITES = ["--data.candidates.wrong_answer", "false"]
-NARROW = [f"{LOSS}.init_args.width", "0.05"]
+NARROW = [f"{LOSS}.init_args.width", "0.05", CLEAN, "0.35"]
 ONE_ANSWER = [OPPOSITE_WEIGHT, "0.0", *NO_OPPOSITES, *NARROW]
 STAGE_2 = {
     "dpo": [],
+    "clean-0.35": [CLEAN, "0.35"],
+    "clean-0.7": [CLEAN, "0.7"],
     "narrow": NARROW,
     "one-answer": ONE_ANSWER,
     "opposites-1": [OPPOSITE_WEIGHT, "1.0"],
@@ -97,13 +100,12 @@ STAGE_2_PAPER = {
 }
 # Stage 2 from the base model, with a new adapter of stage 1's size on as many steps as both stages together need.
 ALONE = [
-    *ONE_ANSWER,
     *("--model.init_args.adapter", "null", "--model.init_args.reference", "base"),
     *("--model.init_args.parts", "null"),
     *("--data.train.init_args.first", "0", "--data.train.init_args.scenes", "4000"),
     *("--model.init_args.lora", '{"dropout": 0.0, "parts": ["language", "projector"]}'),
 ]
-STAGE_2_ALONE = {"alone": ALONE, "alone-untouched": [*ALONE, "--data.noise.clean_fraction", "1.0"]}
+STAGE_2_ALONE = {"alone": ALONE, "alone-untouched": [*ALONE, CLEAN, "1.0"]}
 UNTRAINED = ("base", "oracle")
 REPORTED = ("base", "sft", "dpo", "oracle")
 STATED = (
@@ -130,8 +132,10 @@ SYSTEMS = {
     "alone-untouched": "stage 2 alone, untouched images",
     "alone": "stage 2 alone",
     "dpo": "SFT + stage 2: soft labels for both answers, fitted teacher",
-    "narrow": "`width: 0.05`",
-    "one-answer": "`width: 0.05`, soft labels for the own answer alone (`opposite_weight: 0`)",
+    "clean-0.35": "`clean_fraction: 0.35`",
+    "clean-0.7": "`clean_fraction: 0.7`",
+    "narrow": "`clean_fraction: 0.35`, `width: 0.05`",
+    "one-answer": "`clean_fraction: 0.35`, `width: 0.05`, soft labels for the own answer alone (`opposite_weight: 0`)",
     "opposites-1": "`opposite_weight: 1`",
     "target-expected": "`target: expected`",
     "target-likelihood": "`target: likelihood`",

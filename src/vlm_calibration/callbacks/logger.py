@@ -51,7 +51,6 @@ class RunLogger(WandbLogger):
         entity: str | None = None,
         name: str | None = None,
         group: str | None = None,
-        job_type: str | None = None,
         tags: list[str] | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
@@ -71,7 +70,6 @@ class RunLogger(WandbLogger):
             name=name or os.environ.get("WANDB_NAME") or self._folder.resolve().name,
             offline=offline,
             group=group,
-            job_type=job_type,
             tags=tags,
             settings=wandb.Settings(**{**timeouts, **(settings or {})}),
         )

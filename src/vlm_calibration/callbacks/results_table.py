@@ -15,14 +15,9 @@ from vlm_calibration.reporting.tables import print_results
 class ResultsTable(L.Callback):
     """Prints a table of the main metrics when a run ends, the notes on systems, and the folder of what was written.
 
-    The rows are the systems of an evaluation, or the `validations` that an `AdapterWriter` before this callback has kept.
-
-    Args:
-        tolerance: warn if accuracy on the validation queries fell by more than this in training, in [0, 1].
+    The rows are the systems of an evaluation, or the `validations` that an `AdapterWriter` before this callback has kept. It warns if
+    accuracy on the validation queries fell by more than a point in training.
     """
-
-    def __init__(self, tolerance: float = 0.01) -> None:
-        self.tolerance = tolerance
 
     def on_test_end(self, trainer: L.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
@@ -45,7 +40,7 @@ class ResultsTable(L.Callback):
         before, after = validations.get("before"), validations.get("after")
         if before is not None and after is None:
             rank_zero_warn("training ended without a validation to compare with the one before it")
-        elif before and after and (lost := before["accuracy"] - after["accuracy"]) > self.tolerance:
+        elif before and after and (lost := before["accuracy"] - after["accuracy"]) > 0.01:
             answers = f"{round(lost * after['n'])} of {int(after['n'])} answers"
             loss = f"accuracy on the validation queries fell by {lost:.1%} in training ({answers})"
             rank_zero_warn(f"{loss}: fewer steps or a lower learning rate preserve it")
