@@ -300,7 +300,7 @@ def start(fit: Arguments, tmp_path: Path) -> Arguments:
             *disaster,
             callback("checkpoint.RunCheckpoint", every_n_train_steps=every),
             *map(callback, ("nan_guard.NanGuard", "adapter.AdapterWriter", "predictions.PredictionWriter")),
-            callback("results_table.ResultsTable", tolerance=-1.0),
+            callback("results_table.ResultsTable"),
         ]
         settings = {"max_steps": -1, "max_epochs": 2, "callbacks": callbacks}
         settings["num_sanity_val_steps"] = -1 if stage == "dpo" else 0

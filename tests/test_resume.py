@@ -111,7 +111,6 @@ def test_stage_2_killed_in_training_and_at_its_end_ends_as_if_it_had_not_been(
     ended = run(*start("run", stage="dpo"), *settings, "--ckpt_path", "last").checked()
     _same_directory(expected, tmp_path / "run")
     assert _comparison(ended) == _comparison(once)
-    assert "accuracy on the validation queries fell by" in ended.err
 
 
 def _comparison(ended: Ended) -> list[str]:

@@ -8,6 +8,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from vlm_calibration.records import DataError
+from vlm_calibration.stages.preference_targets import gather
 
 
 class NanGuard(L.Callback):
@@ -34,10 +35,7 @@ class NanGuard(L.Callback):
         if not trainer.strategy.reduce_boolean_decision(bool(sound), all=True):
             all_finite = zip(finite.tolist(), batches, strict=True)
             culprits = [i for is_finite, (_, ids) in all_finite if not is_finite for i in ids]
-            of_step = [i for _, ids in batches for i in ids]
-            gathered = [(culprits, of_step)] * trainer.world_size
-            if trainer.world_size > 1:
-                torch.distributed.all_gather_object(gathered, (culprits, of_step))
+            gathered = gather([(culprits, [i for _, ids in batches for i in ids])])
             what, records = "loss", [i for ids, _ in gathered for i in ids]
             if not records:
                 what, records = "gradient", [i for _, ids in gathered for i in ids]
