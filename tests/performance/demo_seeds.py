@@ -110,7 +110,7 @@ STAGE_2_ALONE = {"alone": ALONE, "alone-untouched": [*ALONE, CLEAN, "1.0"]}
 UNTRAINED = ("base", "oracle")
 REPORTED = ("base", "sft", "dpo", "oracle")
 STATED = (
-    *("alone-untouched", "alone", "sft-paper", "dpo-paper", "one-answer"),
+    *("alone-untouched", "alone", "sft-paper", "dpo-paper", "clean-0.35", "one-answer"),
     *("without-likelihoods", *ABLATIONS),
 )
 """The systems that answer the test scenes, once their settings are chosen; of the second, only what they state."""
@@ -358,6 +358,7 @@ CONFIDENCES = {
     Confidence("sft", "expected"): "stage 1, expected",
     Confidence("dpo"): "**both stages, as stated**",
     Confidence("dpo", "expected"): "both stages, expected",
+    Confidence("clean-0.35"): "both stages, `clean_fraction: 0.35`, as stated",
     Confidence("one-answer"): "both stages, soft labels for the own answer alone, as stated",
     Confidence("sft", "teacher"): "the teacher of stage 2, of stage 1's likelihood and expected confidence",
 }
