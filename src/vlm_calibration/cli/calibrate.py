@@ -64,19 +64,17 @@ def calibrate(
         further["evaluate"].append("--no_table")
 
     # Check all stages before the first one runs.
-    lines = []
+    commands = {}
     for number, stage in enumerate(stages):
-        words = plan.command(stage, *further[stage], config=config, after=stages[:number])
+        commands[stage] = plan.command(stage, *further[stage], config=config, after=stages[:number])
         if stage != "report":
-            check_settings(words)
-        lines.append(f"{stage}\t{plan.folder(stage)}\t{shlex.join([PROG, *words])}")
-    if dry_run:
-        print("\n".join(lines))
-        return
-    for stage in stages:
-        # Composed again: what earlier stages wrote, such as an adapter, is there only now.
-        words = plan.command(stage, *further[stage], config=config)
-        print("+", shlex.join([PROG, *words]), flush=True)
+            check_settings(commands[stage])
+    for stage, words in commands.items():
+        line = shlex.join([PROG, *words])
+        if dry_run:
+            print(f"{stage}\t{plan.folder(stage)}\t{line}")
+            continue
+        print("+", line, flush=True)
         # A single stage is this process itself, which a scheduler signals and which starts the other processes of the stage.
         if status := main(words) if len(stages) == 1 else _run_apart(words):
             raise CommandError("", status)
