@@ -93,8 +93,7 @@ class Plan:
     ) -> list[str]:
         """What follows `vlm-calibration` on the command line of a stage, with further arguments, or another full configuration.
 
-        It reads what earlier stages have written, or will have written: those in `after`, the stages that run before it.
-
+        It reads what earlier stages have written, and what those in `after`, which run before it, will have written.
         A DataError for data without a model, for which the demo's would be used unasked, or for another run directory.
         """
         if stage == "report":

@@ -28,14 +28,8 @@ class CalibrationFigures(L.Callback):
 
     Names begin with `val/`, or with `test/` and the system's name. For each system: the figures `reliability`, `risk_coverage` and, if
     images were perturbed, `response_curve`, with their numbers in `confidence_table` and `response_table`. For all systems: the answers
-    to the same `samples` each time, with the image as the model saw it; in an evaluation `comparison`, a row of metrics for each.
-
-    Args:
-        samples: number of queries in `samples`.
+    to the same 16 `samples` each time, with the image as the model saw it; in an evaluation `comparison`, a row of metrics for each.
     """
-
-    def __init__(self, samples: int = 16) -> None:
-        self.samples = samples
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         require_writer(trainer, self)
@@ -60,7 +54,7 @@ class CalibrationFigures(L.Callback):
             for system, predictions in answers.items():
                 prefix = f"{stage}/{system}" if system else stage
                 media |= {f"{prefix}/{name}": value for name, value in media_of(predictions, dataset).items()}
-            media[f"{stage}/samples"] = sample_table(dataset, answers, self.samples, taught=stage == "val")
+            media[f"{stage}/samples"] = sample_table(dataset, answers, 16, taught=stage == "val")
             # Lightning counts the steps of metrics from 0.
             logger.log_metrics(media, step=max(trainer.global_step - 1, 0))
 

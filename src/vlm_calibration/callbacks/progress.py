@@ -52,9 +52,8 @@ class Progress(ProgressBar):
         self._begin("", trainer.num_predict_batches)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if (
-            self._lines is not None and trainer.global_step > self._lines.done
-        ):  # not in the middle of an accumulation
+        # Not in the middle of an accumulation.
+        if self._lines is not None and trainer.global_step > self._lines.done:
             self._lines.update(trainer.global_step, self._note)
 
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:

@@ -155,8 +155,9 @@ class _Part:
         if lacking := [query.id for query in candidates if not self.wrong_answers(query, None)]:
             number = f"{len(lacking)} of {len(asked)} queries have no wrong answer to give in place of the gold one"
             why = "their source has none, and questions of their form have no other answer"
-            named = name_some(lacking, len(lacking))
-            rank_zero_warn(f"{self.where}: {number} (`wrong_answer_rate`): {why}: {named}")
+            rank_zero_warn(
+                f"{self.where}: {number} (`wrong_answer_rate`): {why}: {name_some(lacking, len(lacking))}"
+            )
         return asked
 
     def _check_regions(self, asked: Mapping[int, Presence], taught: bool) -> None:

@@ -242,11 +242,6 @@ class TokenizedAnswer(NamedTuple):
         """The confidences that can be stated after the answer, in falling order."""
         return tuple(c.confidence for c in self.candidates if not c.wrong)
 
-    def without_levels(self) -> TokenizedAnswer:
-        """With one confidence after the answer instead of all, for scores that do not depend on them."""
-        words = self.tokens[len(self.candidates) :]
-        return self._replace(tokens=[self.tokens[0], *words], candidates=self.candidates[:1])
-
 
 def right_padded(inputs: Mapping[str, Tensor]) -> Prompts:
     """Convert prompts, arguments of a model's forward, from left to right padding."""

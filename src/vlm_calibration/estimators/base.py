@@ -250,7 +250,10 @@ class AnsweredBatch:
             return {}
         answers = [self._tokenized[row] for row in copied.rows]
         if not with_levels:
-            answers = [answer.without_levels() for answer in answers]
+            answers = [
+                a._replace(tokens=[a.tokens[0], *a.tokens[len(a.candidates) :]], candidates=a.candidates[:1])
+                for a in answers
+            ]
         inputs = move(copied.inputs, self.batch.inputs["input_ids"].device)
         scores = score_answers(self.model, answers, right_padded(inputs))
         return dict(zip(copied.rows, scores.by_answer(), strict=True))

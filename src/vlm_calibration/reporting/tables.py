@@ -53,19 +53,15 @@ def print_results(
     files: Mapping[str, Path] | None = None,
     commands: Sequence[str] = (),
 ) -> None:
-    """Print the result of a command: tables of results, if there are any, `words` on them, the files that it wrote, and what to try next.
-
-    `about` says behind "All N answers", the title, which answers these are.
-    """
+    """Print the result of a command: tables of results (`about` which answers), `words` on them, the files that it wrote, and what to try next."""
     console = Console(highlight=False)
     if results:
         first = next(iter(results.values()))
         any_unparsed = any(values["parse_failure_rate"] for values in results.values())
         names = (*PRINTED, "parse_failure_rate") if any_unparsed else PRINTED
         rows = [(system, *(shown(m, values[m]) for m in names)) for system, values in results.items()]
-        console.print(
-            text_table(f"All {int(first['n'])} answers{about}", ["system", *map(heading, names)], rows)
-        )
+        title = f"All {int(first['n'])} answers{about}"
+        console.print(text_table(title, ["system", *map(heading, names)], rows))
         groups = sorted(name.removeprefix("n/") for name in first if name.startswith("n/"))
         for metric in BROKEN_DOWN if by_group and groups else ():
             rows = []

@@ -151,8 +151,8 @@ class LevelFitModule(L.LightningModule):
             return
         self.levels.save(self.out)
         for answer_type, of_type in counts.items():
-            if self.likelihoods is not None and not of_type.edges:
-                n, enough = int(of_type.untouched[0].sum()), 2 * MIN_QUERIES_PER_BIN
+            n, enough = int(of_type.untouched[0].sum()), 2 * MIN_QUERIES_PER_BIN
+            if self.likelihoods is not None and n < enough:
                 found = f"the levels of {answer_type} answers are of {n} queries of data.levels"
                 rank_zero_warn(f"{found}: to tell hard images from easy ones it needs {enough}")
         if self.likelihoods is not None:
