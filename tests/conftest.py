@@ -285,7 +285,7 @@ def fit(root: Path, model_folder: str, ending_model: str, tmp_path: Path) -> Arg
 def start(fit: Arguments, tmp_path: Path) -> Arguments:
     """Function that returns the arguments of a training in folder `name` that `disaster` ends: two epochs of seven batches.
 
-    Stage "sft" trains with dropout. Stage "dpo" validates before training as well, and always warns about the accuracy.
+    Stage "sft" trains with dropout. Stage "dpo" validates before training as well.
     """
 
     def arguments(

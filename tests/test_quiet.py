@@ -83,7 +83,8 @@ def test_other_warnings_of_the_same_places_are_not_hidden() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet_libraries()
-        for text in ("`is_gradient_checkpointing` is deprecated and", "`another` is deprecated"):
+        names = ("is_gradient_checkpointing", "gradient_checkpointing_enable")
+        for text in (*(f"`{name}` is deprecated and" for name in names), "`another` is deprecated"):
             warnings.warn(text, FutureWarning, stacklevel=1)
     assert [str(w.message) for w in caught] == ["`another` is deprecated"]
     logger, stream = logging.getLogger("bitsandbytes.backends.cpu.ops"), io.StringIO()

@@ -159,7 +159,11 @@ def run_stages(root: Path, server: Server, folder: Path) -> dict[str, OfflineRun
     estimating = {**further["model"]["init_args"], "adapters": adapters}
     splits = {"clean": {"source": test}, "perturbed": {"source": test, "noise": "drawn"}}
     validation = demo("calibration", 8, first=10_000)
-    later = {"train": demo("train", 4, first=50), "teacher": demo("calibration", 8, first=10_100)}
+    later: dict[str, Any] = {
+        "train": demo("train", 4, first=50),
+        "teacher": demo("calibration", 8, first=10_100),
+    }
+    later["noise"] = {"clean_fraction": 0.35}  # that of stage 1, so that both validate on the same images
     stages: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "sft": ("fit", "sft.yaml", {}, {"train": demo("train", 4), "validation": validation}),
         "dpo": ("fit", "dpo.yaml", {"adapter": adapters["sft"]}, {**later, "validation": validation}),

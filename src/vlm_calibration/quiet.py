@@ -7,7 +7,7 @@ import os
 import warnings
 
 WARNINGS = (
-    # Older names of transformers, of which peft asks every model for one.
+    # Names in transformers that peft and this package use.
     r"`(is_)?gradient_checkpointing\w*` is deprecated",
     # Lightning calls this function of torch.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",

@@ -95,13 +95,7 @@ def test_samples_are_the_same_queries_each_time_with_the_image_as_the_model_saw_
     # Noise makes neighbours differ, and is the same at every validation.
     rough = [float(np.abs(np.diff(image.astype(int), axis=0)).mean()) for image in images]
     assert max(rough) > 2 * min(rough)
-    # Stage 2 leaves more images untouched.
-    again = zip(images, _images(dpo, "samples"), rows, dpo.table("val/samples"), strict=True)
-    pairs = [
-        (a, b, row["perturbation"]) for a, b, row, other in again if row["strength"] == other["strength"]
-    ]
-    assert len({kind for *_, kind in pairs}) > 1, "untouched and perturbed ones"
-    assert all(np.array_equal(a, b) for a, b, _ in pairs)
+    assert [i.tolist() for i in images] == [i.tolist() for i in _images(dpo, "samples")]
 
 
 def _images(run: OfflineRun, name: str) -> list[np.ndarray]:

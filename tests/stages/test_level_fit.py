@@ -119,7 +119,7 @@ def test_queries_without_a_region_count_once_and_those_without_a_readable_image_
     module = LevelFitModule(BaseModel(model_folder, dtype="float32"), str(out), str(likelihoods), 3)
     sources = {"levels": Damaged("calibration", scenes=4), "train": Damaged("train", scenes=2)}
     noise = NoisePolicy(levels=LinearLevels(n_levels=3))
-    few = "levels of yes_no answers are of 6 queries of data.levels: to tell hard images from easy ones it needs 100"
+    few = "data.levels has 6 queries with yes_no answers: to tell hard images from easy ones, levels need 100"
     with pytest.warns(UserWarning, match=few):
         trainer().test(module, datamodule=data(**sources, noise=noise), verbose=False)
     table = AnchoredLevels(out).table

@@ -8,7 +8,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from vlm_calibration.records import DataError
-from vlm_calibration.stages.preference_targets import gather
+from vlm_calibration.stages.training import gather
 
 
 class NanGuard(L.Callback):

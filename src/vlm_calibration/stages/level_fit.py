@@ -150,12 +150,11 @@ class LevelFitModule(L.LightningModule):
         if not self.trainer.is_global_zero:
             return
         self.levels.save(self.out)
-        for answer_type, of_type in counts.items():
-            n, enough = int(of_type.untouched[0].sum()), 2 * MIN_QUERIES_PER_BIN
-            if self.likelihoods is not None and n < enough:
-                found = f"the levels of {answer_type} answers are of {n} queries of data.levels"
-                rank_zero_warn(f"{found}: to tell hard images from easy ones it needs {enough}")
         if self.likelihoods is not None:
+            for answer_type, of_type in counts.items():
+                if (n := int(of_type.untouched[0].sum())) < (enough := 2 * MIN_QUERIES_PER_BIN):
+                    needed = f"to tell hard images from easy ones, levels need {enough}"
+                    rank_zero_warn(f"data.levels has {n} queries with {answer_type} answers: {needed}")
             likelihoods = {answer.id: answer.estimates[LIKELIHOOD] for answer in self._logged(INSTANCES)}
             measured = {
                 query.id: Measured(cast(float, likelihoods[query.id]), self._contents[query.id])

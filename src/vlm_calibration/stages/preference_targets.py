@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vlm_calibration.data.candidates import Candidate, CandidateBatch, Candidates
@@ -21,6 +20,7 @@ from vlm_calibration.estimators.teacher import FittedTeacher, TaughtAnswer, Teac
 from vlm_calibration.estimators.verbal import ExpectedConfidence, expected_confidence
 from vlm_calibration.models.shared_prefix import ResponseScores
 from vlm_calibration.records import DataError, Query
+from vlm_calibration.stages.training import gather
 
 Target = Literal["level", "expected", "likelihood", "p_true", "self_consistency", "fitted", "correct"]
 OF_GOLD_ANSWERS: tuple[Target, ...] = ("level", "expected", "correct")
@@ -121,15 +121,6 @@ class TargetChooser:
                 "longer, or raise model.max_new_tokens if it cuts answers off"
             )
         self.fitted = FittedTeacher.fit(self.settings, rows)
-
-
-def gather(rows: list[Any]) -> list[Any]:
-    """The rows of all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, rows)
-    return [row for part in gathered for row in part]
 
 
 def level_log_p(total: Tensor, candidates: Candidates) -> list[tuple[list[float], Tensor]]:

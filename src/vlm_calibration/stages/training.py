@@ -13,6 +13,7 @@ import bitsandbytes as bnb
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -93,6 +94,15 @@ def adamw_with_schedule(
     # `name` is the key that the rate is logged under.
     scheduled = {"scheduler": schedule, "interval": "step", "name": "train/learning_rate"}
     return {"optimizer": optimizer, "lr_scheduler": scheduled}
+
+
+def gather(rows: list[Any]) -> list[Any]:
+    """The rows of all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, rows)
+    return [row for part in gathered for row in part]
 
 
 def device_of(module: L.LightningModule) -> torch.device:

@@ -90,7 +90,7 @@ class JsonlSource(QuerySource):
 
     Args:
         path: the JSONL file.
-        root: folder that image paths are relative to; by default the folder of `path`. No image may lie outside it.
+        root: folder that image paths are relative to; by default the folder of `path`. No path may lead out of it; a link in it may.
         on_bad_record: "raise" stops at the first invalid record; "skip" leaves such records out, with a warning.
 
     Attributes:

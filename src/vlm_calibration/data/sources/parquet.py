@@ -34,7 +34,7 @@ class ParquetSource(JsonlSource):
 
     Args:
         path: the Parquet file.
-        root: folder that image paths are relative to; by default the folder of `path`. No image may lie outside it.
+        root: folder that image paths are relative to; by default the folder of `path`. No path may lead out of it; a link in it may.
         images: the source that loads the images, e.g. the one that regions were extracted from; the column `image` holds its
             image names. None: images are files or embedded ({bytes, path}).
         on_bad_record: "raise" stops at the first invalid record; "skip" leaves such records out, with a warning.
