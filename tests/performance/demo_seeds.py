@@ -100,7 +100,6 @@ STAGE_2_PAPER = {
 }
 # Stage 2 from the base model, with a new adapter of stage 1's size on as many steps as both stages together need.
 ALONE = [
-    *ONE_ANSWER,
     *("--model.init_args.adapter", "null", "--model.init_args.reference", "base"),
     *("--model.init_args.parts", "null"),
     *("--data.train.init_args.first", "0", "--data.train.init_args.scenes", "4000"),
