@@ -99,7 +99,9 @@ class CalibrationCounts(CountingMetric):
         self.count(level * 2 + correct.to(level.device), category)
 
     def values(self, counts: Tensor, suffix: str) -> dict[str, float]:
-        return table_values(ConfidenceTable.from_grid(counts), self.names, suffix)
+        level = counts[:-1].sum(1).nonzero()[:, 0]  # the last row is of unparsed answers
+        table = ConfidenceTable(level.double() / self.grid_steps, counts[level], counts[-1].sum())
+        return table_values(table, self.names, suffix)
 
 
 class CalibrationMetrics(MetricCollection):

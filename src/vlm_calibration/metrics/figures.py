@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from vlm_calibration.metrics.functional import METRICS
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5A5A5A"
 FEW = 30  # bins with fewer answers are drawn faint, and no line leads to them
-_Z95 = 1.959963984540054
 
 ResponseTables = dict[tuple[str, float], ConfidenceTable]
 """(kind of perturbation, its strength in [0, 1]) -> the answers to such images; ("", 0.0) holds untouched images."""
@@ -32,12 +32,11 @@ def new_figure() -> "Figure":
 
 
 def wilson_interval(correct: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower and upper bound of Wilson's 95% score interval (1927) of an accuracy, float64 of any shape; [0, 1] without answers."""
-    z, n = _Z95, answers.clamp_min(1e-12)
-    rate = correct / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    radius = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)).sqrt()
-    return (centre - radius).clamp(0, 1), (centre + radius).clamp(0, 1)
+    """Lower and upper bound of Wilson's 95% score interval (1927) of N accuracies by their counts, float64 [N]; each has an answer."""
+    pairs = zip(correct.int().tolist(), answers.int().tolist(), strict=True)
+    bounds = [binomtest(right, n).proportion_ci(method="wilson") for right, n in pairs]
+    low, high = torch.tensor(bounds, dtype=torch.float64).T
+    return low, high
 
 
 def reliability_diagram(
@@ -173,10 +172,8 @@ def response_curve(tables: ResponseTables, *, figure: "Figure | None" = None) ->
             continue
         strengths = sorted(curve)
         points = [curve[strength] for strength in strengths]
-        correct, answers = (
-            torch.stack([t.correct.sum() for t in points]),
-            torch.stack([t.total for t in points]),
-        )
+        correct = torch.stack([table.correct.sum() for table in points])
+        answers = torch.stack([table.total for table in points])
         low, high = (100 * bound for bound in wilson_interval(correct, answers))
         confidence = [100 * float(METRICS["mean_confidence"](table)) for table in points]
         ax.fill_between(strengths, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95% interval")

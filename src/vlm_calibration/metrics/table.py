@@ -87,12 +87,6 @@ class ConfidenceTable(NamedTuple):
         counts = torch.bincount(place * 2 + correct.to(place.device), minlength=2 * len(value)).view(-1, 2)
         return cls(value.cpu().double(), counts.cpu(), (~parsed).sum().cpu(), value.dtype)
 
-    @classmethod
-    def from_grid(cls, counts: Tensor) -> "ConfidenceTable":
-        """The table of counts on a grid, int64 [grid_steps + 2, 2]: wrong and correct answers at each level, the last one unparsed."""
-        level = counts[:-1].sum(1).nonzero()[:, 0]
-        return cls(level.double() / (len(counts) - 2), counts[level], counts[-1].sum())
-
     @property
     def wrong(self) -> Tensor:
         return self.counts[..., 0].double()

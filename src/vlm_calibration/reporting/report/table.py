@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.sparse import csr_matrix
+from scipy.stats import binomtest
 from torch import Tensor
 
 from vlm_calibration.estimators.predictions import EXPECTED, estimators_of
 from vlm_calibration.estimators.recalibration import METHODS, recalibrated, unrated_types
 from vlm_calibration.estimators.teacher import TEACHER, taught_confidences
 from vlm_calibration.metrics.bootstrap import Interval, bootstrap_replicates, interval_of, percentile_interval
-from vlm_calibration.metrics.figures import wilson_interval
 from vlm_calibration.metrics.functional import METRICS, REPORTED
 from vlm_calibration.metrics.table import ConfidenceTable
 from vlm_calibration.progress import track
@@ -245,7 +245,7 @@ def match_of(system: System, bootstrap: ImageBootstrap, belongs: Sequence[bool])
         return {"parsed": 0}
     n, right, gap = len(correct), sum(correct) / len(correct), bootstrap.mean(gaps)
     says = right + gap.value
-    low, high = map(float, wilson_interval(torch.tensor(float(sum(correct))), torch.tensor(float(n))))
+    low, high = binomtest(sum(correct), n).proportion_ci(method="wilson")
     low, high = max(0.0, min(low, says - gap.high)), min(1.0, max(high, says - gap.low))
     return dict(zip(MATCH, (n, says, right, low, high, agreement(says, low, high)), strict=True))
 
