@@ -39,9 +39,6 @@ ARGS ?=
 
 export NO_ALBUMENTATIONS_UPDATE := 1
 export TOKENIZERS_PARALLELISM := false
-# Training steps on the CPU allocate and free the same large tensors: let glibc keep up to 1 GiB for reuse.
-export MALLOC_MMAP_THRESHOLD_ ?= 268435456
-export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
 ifeq ($(MODEL),)
 # The demo's matrices are small: one thread trains a quarter faster than two that wait for each other.

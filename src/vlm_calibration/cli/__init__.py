@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from ctypes import CDLL
 from importlib.metadata import version
 
 from vlm_calibration.arguments import Lazy, Subcommands, run_command
@@ -70,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     # Threads that wait for each other sleep: spinning ones starve data workers and whatever else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if hasattr(libc := CDLL(None), "mallopt"):
+        # Steps on a CPU allocate and free the same large tensors: let glibc keep up to 1 GiB for reuse.
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD
     try:
         run_command(PROG, COMMANDS, args or ["--help"])
         sys.stdout.flush()
