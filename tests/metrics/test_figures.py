@@ -98,7 +98,7 @@ def test_wilson_intervals():
     correct, answers = (torch.tensor(counts).double() for counts in ([81, 0, 5], [263, 1, 5]))
     low, high = figures.wilson_interval(correct, answers)
     assert [float(low[0]), float(high[0])] == pytest.approx([0.2553, 0.3662], abs=5e-5)
-    assert float(low[1]) == 0
+    assert [float(low[1]), float(high[1])] == pytest.approx([0, 1.96**2 / (1 + 1.96**2)], abs=1e-5)
     assert float(high[2]) == 1
 
 

@@ -130,9 +130,8 @@ class PerturbedQueryDataModule(L.LightningDataModule):
         self.prompt, self.grading = prompt, grading
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
         if workers:
-            Finalize(
-                None, _kill_workers, exitpriority=0
-            )  # atexit's functions do not run at the end of a fork
+            # Unlike a function of atexit, it also runs at the end of a fork.
+            Finalize(None, _kill_workers, exitpriority=0)
         self.parts, self.part = parts, part
         self.max_length, self.max_pixels, self.on_too_long = max_length, max_pixels, on_too_long
         self.sets: dict[str, PerturbedQueries] = {}

@@ -33,7 +33,7 @@ def new_figure() -> "Figure":
 
 def wilson_interval(correct: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     """Lower and upper bound of Wilson's 95% score interval (1927) of N accuracies by their counts, float64 [N]; each has an answer."""
-    pairs = zip(correct.int().tolist(), answers.int().tolist(), strict=True)
+    pairs = zip(correct.long().tolist(), answers.long().tolist(), strict=True)
     bounds = [binomtest(right, n).proportion_ci(method="wilson") for right, n in pairs]
     low, high = torch.tensor(bounds, dtype=torch.float64).T
     return low, high
